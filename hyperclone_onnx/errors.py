@@ -1,0 +1,33 @@
+"""The errors a user can meet, each with the exit code that it owns."""
+
+from __future__ import annotations
+
+
+class HypercloneError(Exception):
+    """Base of every error this package raises on purpose. The text is complete: what, where, why, what to do."""
+
+    exit_code = 1
+
+
+class ModelsDiffer(HypercloneError):
+    """The grown model does not compute what its source computes."""
+
+    exit_code = 1
+
+
+class BadRequest(HypercloneError):
+    """The command or the call is wrong: an unknown role, a factor below 1, an output inside the input."""
+
+    exit_code = 2
+
+
+class Refused(HypercloneError):
+    """This model or request cannot grow; the text names the nodes that forbid it."""
+
+    exit_code = 3
+
+
+class BadModel(HypercloneError):
+    """The input is not a readable, complete ONNX model."""
+
+    exit_code = 4

@@ -1,0 +1,213 @@
+"""Any slice of a grown tensor, computed from the source tensor and a recipe alone.
+
+The result of a slice does not depend on how the tensor is sliced: noise comes from a counter-based generator
+(Philox) keyed by the seed, the tensor's name, the repeat and the block of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from hyperclone_onnx.maps import AxisIndex, Indices, Maps, index_axis
+from hyperclone_onnx.plan import Recipe
+from hyperclone_onnx.strategies import Strategy
+
+Array = npt.NDArray[Any]
+
+BLOCK = 1 << 18
+"""Noise is drawn, and tensors are computed, in blocks of about this many elements."""
+
+
+class GrownTensor:
+    """The grown tensor that `recipe` makes from `source`, lazily.
+
+    Args:
+        source: the source tensor; read only in slices when it is memory-mapped.
+        recipe: the axes and what is shared.
+        maps: the source map of each named dimension.
+        strategy: how shared dimensions divide the weight.
+        dtype: the type to compute and return, by default the source's; float64 proves a plan exactly.
+    """
+
+    def __init__(
+        self,
+        source: ir.TensorProtocol,
+        recipe: Recipe,
+        maps: Maps,
+        strategy: Strategy,
+        dtype: ir.DataType | None = None,
+    ) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.strategy = strategy
+        self.dtype = dtype or source.dtype
+        shared = set(recipe.shared)
+        self.axes = tuple(
+            index_axis([(factor, (a, f) in shared) for f, factor in enumerate(axis)], maps)
+            for a, axis in enumerate(recipe.axes)
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The grown shape."""
+        return tuple(axis.grown for axis in self.axes)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether any repeats divide the weight among them."""
+        return bool(self.recipe.shared)
+
+    def numpy(self) -> Array:
+        """The whole tensor."""
+        out = np.empty(self.shape, dtype=self.dtype.numpy())
+        for rows in self._row_blocks():
+            out[rows] = self[(rows,)]
+        return out if self.shape else self[()]
+
+    def _row_blocks(self) -> Iterator[slice]:
+        if not self.shape:
+            return
+        rows = max(1, BLOCK // max(1, math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], rows):
+            yield slice(start, min(start + rows, self.shape[0]))
+
+    def __getitem__(self, windows: tuple[slice, ...]) -> Array:
+        """A slice of the grown tensor: one slice with step 1 for each leading axis."""
+        full = (*windows, *[slice(None)] * (len(self.axes) - len(windows)))
+        axes = [axis[window] for axis, window in zip(self.axes, full, strict=True)]
+        values = _take(self._values, [axis.source for axis in axes])
+        if not self.is_shared and self.recipe.scale == 1.0:
+            return np.asarray(values, dtype=self.dtype.numpy())
+        work = np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32
+        result = np.asarray(values, dtype=work)
+        if self.is_shared:
+            result = self._shared(result, axes)
+        if self.recipe.scale != 1.0:
+            result = np.asarray(result * self.recipe.scale, dtype=work)
+        return result.astype(self.dtype.numpy())
+
+    @cached_property
+    def _values(self) -> Array:
+        return self.source.numpy()
+
+    # -- sharing ------------------------------------------------------------------------------------------
+
+    def _shared(self, values: Array, axes: Sequence[AxisIndex]) -> Array:
+        count = _outer(axes, "count", np.multiply)
+        number = _mixed_radix([(axis.number, axis.count) for axis in axes])
+        if self.strategy.diagonal:
+            other = _mixed_radix([(axis.other_number, axis.other_count) for axis in axes])
+            values = values * (number == other % count)
+            amplitude: Any = 1.0 / np.sqrt(count)
+        else:
+            values = values / count.astype(values.dtype)
+            amplitude = 1.0 / count
+        if self.strategy.noisy and self._noise_scale > 0.0:
+            noise = self._zero_sum_noise(axes, number, count, values.dtype)
+            values = values + noise * (amplitude * self._noise_scale).astype(values.dtype)
+        return np.asarray(values)
+
+    @cached_property
+    def _noise_scale(self) -> float:
+        """The noise's standard deviation for a weight that is not divided: rms(W) * 10 ** (-snr / 20)."""
+        total, flat = 0.0, self._values.reshape(-1)
+        for start in range(0, flat.size, 1 << 20):
+            part = np.asarray(flat[start : start + (1 << 20)], dtype=np.float64)
+            total += float(np.dot(part, part))
+        rms = math.sqrt(total / flat.size) if flat.size else 0.0
+        return rms * 10.0 ** (-self.strategy.snr_db / 20.0)
+
+    def _zero_sum_noise(self, axes: Sequence[AxisIndex], number: Array, count: Array, dtype: Any) -> Array:
+        """Unit noise that sums to zero over the repeats of each source index.
+
+        Repeat r gets (g_r - g_{r+1}) / sqrt(2), the last one wrapping to g_0, with g independent normal draws on
+        the collapsed tensor; an index that is not repeated gets g_0 - g_0.
+        """
+        rank = len(axes)
+        shape = tuple(axis.grown for axis in axes)
+        number, count = np.broadcast_to(number, shape), np.broadcast_to(count, shape)
+        rows = axes[0].collapsed
+        low, high = int(rows.min()), int(rows.max()) + 1
+        where: list[Indices] = [
+            (axis.collapsed - (low if i == 0 else 0)).reshape([-1 if j == i else 1 for j in range(rank)])
+            for i, axis in enumerate(axes)
+        ]
+        following = np.where(number + 1 >= count, 0, number + 1)
+        needed = sorted(set(np.unique(number).tolist()) | set(np.unique(following).tolist()))
+        noise = np.zeros(shape, dtype=dtype)
+        for repeat in needed:
+            plus, minus = number == repeat, following == repeat
+            drawn = self._draw(repeat, low, high)
+            spread = _take_at(drawn, where)
+            sign = plus.astype(np.int8) - minus.astype(np.int8)
+            noise += spread * sign
+        return noise * np.asarray(math.sqrt(0.5), dtype=dtype)
+
+    def _draw(self, repeat: int, low: int, high: int) -> Array:
+        """Rows [low, high) of the standard normal array of one repeat, on the collapsed tensor."""
+        width = math.prod(axis.collapsed_size for axis in self.axes[1:])
+        height = self.axes[0].collapsed_size
+        rows = max(1, BLOCK // max(1, width))
+        parts: list[Array] = []
+        for block in range(low // rows, -(-high // rows)):
+            size = (min((block + 1) * rows, height) - block * rows, width)
+            generator = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, repeat, block]))
+            parts.append(generator.standard_normal(size, dtype=np.float32))
+        first = (low // rows) * rows
+        drawn = np.concatenate(parts)[low - first : high - first]
+        return drawn.reshape(high - low, *[axis.collapsed_size for axis in self.axes[1:]])
+
+    @cached_property
+    def _key(self) -> list[int]:
+        digest = hashlib.blake2b(self.recipe.source.encode(), digest_size=8).digest()
+        return [int.from_bytes(digest, "little"), self.strategy.seed & (2**64 - 1)]
+
+    def as_lazy(self, name: str) -> ir.LazyTensor:
+        """This tensor for an ONNX graph; computed when it is written."""
+        return ir.LazyTensor(
+            lambda: ir.Tensor(self.numpy(), dtype=self.dtype, name=name),
+            dtype=self.dtype,
+            shape=ir.Shape(self.shape),
+            name=name,
+        )
+
+
+def _outer(axes: Sequence[AxisIndex], name: str, combine: Any) -> Array:
+    total: Array = np.ones((1,) * len(axes), dtype=np.int64)
+    for i, axis in enumerate(axes):
+        total = combine(total, getattr(axis, name).reshape([-1 if j == i else 1 for j in range(len(axes))]))
+    return total
+
+
+def _mixed_radix(digits: Sequence[tuple[Indices, Indices]]) -> Array:
+    """The number whose digit on each axis is (number, base), the last axis the fastest."""
+    rank = len(digits)
+    total: Array = np.zeros((1,) * rank, dtype=np.int64)
+    for i, (number, base) in enumerate(digits):
+        shape = [-1 if j == i else 1 for j in range(rank)]
+        total = total * base.reshape(shape) + number.reshape(shape)
+    return total
+
+
+def _take(values: Array, indices: Sequence[Indices]) -> Array:
+    """values[np.ix_(*indices)], by slices where the indices are a run."""
+    for axis, index in enumerate(indices):
+        first, count = int(index[0]) if len(index) else 0, len(index)
+        if count and np.array_equal(index, np.arange(first, first + count)):
+            window = (slice(None),) * axis + (slice(first, first + count),)
+            values = values[window]
+        else:
+            values = np.take(values, index, axis=axis)
+    return values
+
+
+def _take_at(values: Array, where: Sequence[Indices]) -> Array:
+    return _take(values, [each.reshape(-1) for each in where])

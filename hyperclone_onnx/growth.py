@@ -1,0 +1,210 @@
+"""A node in the grown model, as the rule that edits it sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import onnx_ir as ir
+
+from hyperclone_onnx.dims import Concat, Dim, Product, Term
+from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.inference import Axes, Op, describe
+from hyperclone_onnx.maps import Axis, ConcatOf, Kept, Named, ProductOf, grown_size
+from hyperclone_onnx.plan import Edit, GatherOutput, ResizeVector, SetAttribute, SetInput
+from hyperclone_onnx.sizing import Growth
+
+
+class GrownTerms:
+    """Terms read with a growth: sizes in the grown model, and axes as plan expressions."""
+
+    def __init__(self, growth: Growth) -> None:
+        self.space = growth.dimensions.space
+        self.named = growth.maps
+        self.maps = {name: chosen for name, chosen in growth.maps.values()}
+
+    def grows(self, term: Term) -> bool:
+        """Whether any atom of the axis grows."""
+        return any(atom in self.named for atom in self.space.atoms(term))
+
+    def expression(self, term: Term) -> Axis | None:
+        """The axis as plan data; parts that keep their size are one number. None for a symbolic part."""
+        resolved = self.space.resolve(term)
+        if not self.grows(resolved):
+            size = self.space.static(resolved)
+            return None if size is None else Kept(size)
+        if isinstance(resolved, Dim):
+            return Named(self.named[resolved][0])
+        parts = resolved.factors if isinstance(resolved, Product) else resolved.segments
+        expressions = tuple(self.expression(part) for part in parts)
+        if any(each is None for each in expressions):
+            return None
+        kind = ProductOf if isinstance(resolved, Product) else ConcatOf
+        return kind(expressions)  # type: ignore[arg-type]
+
+    def factors(self, term: Term) -> tuple[Axis, ...] | None:
+        """The axis as a sequence of factors, outermost first; None when a factor is symbolic."""
+        expressions = tuple(self.expression(factor) for factor in self.space.factors(term))
+        return None if None in expressions else expressions  # type: ignore[return-value]
+
+    def grown(self, term: Term) -> int:
+        """The length of a static axis in the grown model."""
+        expression = self.expression(term)
+        if expression is None:
+            raise Refused(f"an axis of size {self.space.size(term)} must be known before running to grow")
+        return grown_size(expression, self.maps)
+
+    def growth(self, term: Term) -> Fraction:
+        """Grown length over source length; for a symbolic axis, that of its static factors."""
+        ratio = Fraction(1)
+        for factor in self.space.factors(term):
+            size = self.space.static(factor)
+            if self.grows(factor) and size:
+                ratio *= Fraction(self.grown(factor), size)
+        return ratio
+
+    def offset(self, term: Term, at: int) -> int:
+        """Where source boundary `at` of an axis lies in the grown axis.
+
+        Raises:
+            Refused: no segment begins there.
+        """
+        resolved = self.space.resolve(term)
+        if at == 0:
+            return 0
+        if at == self.space.static(resolved):
+            return self.grown(resolved)
+        if not self.grows(resolved):
+            return at
+        if isinstance(resolved, Product):
+            inner = Product(resolved.factors[1:])
+            unit = self.space.static(inner) or 1
+            if at % unit == 0:
+                return self.offset(resolved.factors[0], at // unit) * self.grown(inner)
+        if isinstance(resolved, Concat):
+            moved = 0
+            for segment in resolved.segments:
+                size = self.space.static(segment) or 0
+                if at < size:
+                    return moved + self.offset(segment, at)
+                at -= size
+                moved += self.grown(segment)
+                if at == 0:
+                    return moved
+        raise Refused(f"index {at} of an axis of size {self.space.size(resolved)} is no boundary of its parts")
+
+
+class GrownOp(Op):
+    """One node under a growth: everything `Op` tells, grown sizes, and the edits that a rule asks for."""
+
+    def __init__(self, growth: Growth, terms: GrownTerms, node: ir.Node, opset: int) -> None:
+        super().__init__(growth.dimensions, node, opset)
+        self.terms = terms
+        self.edits: list[Edit] = []
+        self.name = node.name or ""
+
+    def out_axes(self, index: int) -> Axes:
+        """The axes of an output."""
+        return self.dimensions.axes[self.node.outputs[index]] or ()
+
+    def grows(self, term: Term) -> bool:
+        """Whether any part of the axis grows."""
+        return self.terms.grows(term)
+
+    def grown(self, term: Term) -> int:
+        """The length of a static axis in the grown model."""
+        return self.terms.grown(term)
+
+    def growth(self, term: Term) -> Fraction:
+        """Grown length over source length."""
+        return self.terms.growth(term)
+
+    def offset(self, term: Term, at: int) -> int:
+        """Where source boundary `at` lies in the grown axis."""
+        return self.terms.offset(term, at)
+
+    def refuse(self, why: str) -> Refused:
+        """The error for an edit that cannot be made."""
+        return Refused(f"{describe(self.node)} cannot be edited: {why}")
+
+    # -- edits --------------------------------------------------------------------------------------------
+
+    def set_attribute(self, name: str, value: int | Sequence[int]) -> None:
+        """Give an attribute another value."""
+        self.edits.append(SetAttribute(self.name, name, value if isinstance(value, int) else tuple(value)))
+
+    def remove_attribute(self, name: str) -> None:
+        """Drop an attribute, if the node has it."""
+        if name in self.node.attributes:
+            self.edits.append(SetAttribute(self.name, name, None))
+
+    def set_input(self, index: int, values: Sequence[int], shape: Sequence[int] | None = None) -> None:
+        """Give an integer input literal elements (a vector, unless `shape` says otherwise)."""
+        dimensions = (len(values),) if shape is None else tuple(shape)
+        self.edits.append(SetInput(self.name, index, tuple(values), dimensions))
+
+    def replace_elements(self, index: int, elements: Sequence[int | None]) -> None:
+        """Replace some elements of an integer vector input; None leaves one as it is."""
+        self._resize(index, elements, [Fraction(1)] * len(elements))
+
+    def scale_input(self, index: int, factors: Sequence[Fraction]) -> None:
+        """Multiply the elements of an integer vector input."""
+        self._resize(index, [None] * len(factors), factors)
+
+    def resize_input(self, index: int, axes: Axes, keep: tuple[int, ...]) -> None:
+        """Make a shape-like input ask for grown axes; elements in `keep` mean themselves and stay.
+
+        `axes` are aligned with the vector at the right. A static axis becomes a literal; a symbolic composite
+        one (batch * heads) is multiplied.
+        """
+        elements = self.known(index)
+        length = self.static(self.axes(index)[0]) if elements is None else elements.size
+        axes = axes[len(axes) - (length or 0) :]
+        literals: list[int | None] = []
+        factors: list[Fraction] = []
+        for position, term in enumerate(axes):
+            literal, factor = None, Fraction(1)
+            element = None if elements is None else elements.ravel()[position]
+            stays = element is not None and element.static in keep
+            if self.grows(term) and not stays:
+                if self.static(term) is not None:
+                    literal = self.grown(term)
+                else:
+                    factor = self.growth(term)
+            literals.append(literal)
+            factors.append(factor)
+        self._resize(index, literals, factors)
+
+    def resize_output(self, index: int, literals: Sequence[int | None], factors: Sequence[Fraction]) -> None:
+        """Change elements of an integer vector output."""
+        if any(literal is not None for literal in literals) or any(factor != 1 for factor in factors):
+            self.edits.append(ResizeVector(self.name, index, True, tuple(literals), _pairs(factors)))
+
+    def _resize(self, index: int, literals: Sequence[int | None], factors: Sequence[Fraction]) -> None:
+        if all(literal is None for literal in literals) and all(factor == 1 for factor in factors):
+            return
+        old = self.ints(index)
+        if old is None:
+            self.edits.append(ResizeVector(self.name, index, False, tuple(literals), _pairs(factors)))
+            return
+        new: list[int] = []
+        for literal, value, factor in zip(literals, old, factors, strict=True):
+            scaled = value * factor
+            new.append(literal if literal is not None else scaled.numerator // scaled.denominator)
+        self.set_input(index, new)
+
+    def gather_output(self, index: int, axis: int) -> None:
+        """Repeat an output along an axis, which the node makes in the source's size."""
+        factors = self.terms.factors(self.out_axes(index)[axis])
+        assert factors is not None
+        self.edits.append(GatherOutput(self.name, index, axis, factors))
+
+    def shape_of(self, index: int) -> tuple[int, ...]:
+        """The static shape of a small known input."""
+        elements = self.known(index)
+        return () if elements is None else tuple(int(n) for n in np.shape(elements))
+
+
+def _pairs(factors: Sequence[Fraction]) -> tuple[tuple[int, int], ...]:
+    return tuple((factor.numerator, factor.denominator) for factor in factors)

@@ -1,0 +1,484 @@
+"""From a graph to dimensions: one walk, in which each operator's rule relates the axes of its operands.
+
+Each use of an initializer has axes of its own: exporters merge equal tensors (all-ones norms, a tied
+embedding), and sharing storage must not tie dimensions together. An operator without a rule, or one whose rule
+cannot tell, pins every axis it touches.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from hyperclone_onnx import known
+from hyperclone_onnx.dims import ONE, Dim, Product, Space, Term
+from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.known import Known
+from hyperclone_onnx.sizes import Size
+
+Axes = tuple[Term, ...]
+Use = tuple[ir.Node, int]
+"""One use of an initializer: the node and the input's position."""
+
+
+class Fact(enum.Enum):
+    """What was seen to happen to an axis; roles are read off these."""
+
+    CONTRACTED_WITH_WEIGHT = "contracted with a weight"
+    CONTRACTED_WITH_ACTIVATION = "contracted between two activations"
+    BATCHED = "batch axis of a contraction between two activations"
+    VALUE_AXIS = "free axis of a contraction between two activations"
+    WEIGHT_OUTPUT = "output axis of a weight"
+    NORMALISED = "normalised"
+    INDEXED = "indexed by values"
+    EMBEDDING = "width of an embedding table"
+    EXPANDED = "made by repetition"
+    SOFTMAX = "axis of a softmax"
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Operand axes that one operator multiplies and sums over, all of them the same `term`.
+
+    `power` is 1 where the sum enters linearly, 0.5 where it enters squared (ReduceL2).
+    """
+
+    node: ir.Node
+    term: Term
+    sites: tuple[tuple[int, int], ...]
+    power: float = 1.0
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """An axis over which `node` averages: it must repeat every index equally often."""
+
+    node: ir.Node
+    term: Term
+
+
+@dataclass
+class Dimensions:
+    """What the walk found: the axes of every value, and all that later stages need to know of them."""
+
+    model: ir.Model
+    space: Space
+    axes: dict[ir.Value, Axes | None] = field(default_factory=dict)
+    use_axes: dict[Use, Axes] = field(default_factory=dict)
+    known: dict[ir.Value, Known] = field(default_factory=dict)
+    constants: set[ir.Value] = field(default_factory=set)
+    sums: list[Sum] = field(default_factory=list)
+    uniform: list[Uniform] = field(default_factory=list)
+    facts: dict[Fact, list[tuple[Term, ir.Node]]] = field(default_factory=lambda: defaultdict(list))
+    index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
+    unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def axes_of(self, node: ir.Node, index: int) -> Axes | None:
+        """The axes of a node's input, None where its rank is unknown."""
+        value = node.inputs[index]
+        if value is None:
+            return None
+        if is_initializer(value):
+            return self.use_axes.get((node, index))
+        return self.axes.get(value)
+
+    def initializer_uses(self) -> Iterator[tuple[ir.Value, Use, Axes]]:
+        """Every use of an initializer by a node of the main graph, in graph order."""
+        for use, axes in self.use_axes.items():
+            value = use[0].inputs[use[1]]
+            assert value is not None
+            yield value, use, axes
+
+
+def is_initializer(value: ir.Value) -> bool:
+    """Whether the value is stored in the model rather than computed or fed."""
+    return value.const_value is not None and value.producer() is None
+
+
+def describe(node: ir.Node) -> str:
+    """How a node is named in messages: ``MatMul '/layer.0/q_proj'``."""
+    domain = f"{node.domain}." if node.domain else ""
+    return f"{domain}{node.op_type} {node.name!r}" if node.name else f"{domain}{node.op_type}"
+
+
+class CannotTell(Exception):
+    """Raised inside a rule when it cannot relate this node's axes; the engine then pins them."""
+
+
+class Op:
+    """One node as its rule sees it: operands' axes and known elements in, output axes out."""
+
+    def __init__(self, dimensions: Dimensions, node: ir.Node, opset: int) -> None:
+        self.dimensions = dimensions
+        self.space = dimensions.space
+        self.node = node
+        self.opset = opset
+
+    # -- operands -----------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """The number of input slots, absent optional ones included."""
+        return len(self.node.inputs)
+
+    def has(self, index: int) -> bool:
+        """Whether an optional input is given."""
+        return index < self.count and self.node.inputs[index] is not None
+
+    def value(self, index: int) -> ir.Value:
+        """The input value itself."""
+        value = self.node.inputs[index] if index < self.count else None
+        if value is None:
+            raise CannotTell(f"input {index} is missing")
+        return value
+
+    def axes(self, index: int) -> Axes:
+        """The axes of an input.
+
+        Raises:
+            CannotTell: its rank is unknown.
+        """
+        self.value(index)
+        axes = self.dimensions.axes_of(self.node, index)
+        if axes is None:
+            raise CannotTell("an operand of unknown rank")
+        return axes
+
+    def rank(self, index: int) -> int:
+        """The number of axes of an input."""
+        return len(self.axes(index))
+
+    def known(self, index: int) -> Known | None:
+        """The known elements of a small integer input."""
+        return self.dimensions.known.get(self.value(index)) if self.has(index) else None
+
+    def ints(self, index: int) -> list[int] | None:
+        """The elements of an input as integers, None unless all are known."""
+        return known.static_values(self.known(index))
+
+    def is_constant(self, index: int) -> bool:
+        """Whether an input is computed from initializers alone."""
+        return self.value(index) in self.dimensions.constants
+
+    # -- attributes ---------------------------------------------------------------------------------------
+
+    def int(self, name: str, default: int | None = None) -> int:
+        """An integer attribute.
+
+        Raises:
+            CannotTell: it is absent and has no default.
+        """
+        attribute = self.node.attributes.get(name)
+        if attribute is None:
+            if default is None:
+                raise CannotTell(f"attribute {name} is missing")
+            return default
+        return attribute.as_int()
+
+    def text(self, name: str, default: str) -> str:
+        """A string attribute."""
+        attribute = self.node.attributes.get(name)
+        return default if attribute is None else attribute.as_string()
+
+    def int_list(self, name: str, index: int | None) -> list[int] | None:
+        """A list that is an attribute in old opsets and input `index` in new ones; None when absent.
+
+        Raises:
+            CannotTell: it is an input whose elements are not known.
+        """
+        attribute = self.node.attributes.get(name)
+        if attribute is not None:
+            return list(attribute.as_ints())
+        if index is None or not self.has(index):
+            return None
+        values = self.ints(index)
+        if values is None:
+            raise CannotTell(f"{name} computed at run time")
+        return values
+
+    # -- terms --------------------------------------------------------------------------------------------
+
+    def size(self, term: Term) -> Size:
+        """The length of an axis, in the source model."""
+        return self.space.size(term)
+
+    def static(self, term: Term) -> int | None:
+        """The length of an axis as an integer, None when symbolic."""
+        return self.space.static(term)
+
+    def dim(self, size: int | Size | None) -> Term:
+        """A new dimension; of unknown size for None."""
+        return self.space.unknown() if size is None else self.space.dim(size)
+
+    def pinned_dim(self, size: int | Size | None, reason: str) -> Term:
+        """A new dimension that keeps its size."""
+        term = self.dim(size)
+        self.space.pin(term, reason)
+        return term
+
+    def is_one(self, term: Term) -> bool:
+        """Whether an axis has the literal size 1 (and may be stretched by broadcasting)."""
+        return self.static(term) == 1
+
+    def unify(self, left: Term, right: Term) -> None:
+        """State that two axes are the same."""
+        self.space.unify(left, right)
+
+    def pin(self, term: Term, reason: str) -> None:
+        """State that an axis must keep its size."""
+        self.space.pin(term, reason)
+
+    def merge(self, terms: Iterable[Term]) -> Term:
+        """The axis that aligned axes broadcast to.
+
+        Size-1 axes stretch. A symbolic axis that meets a static one may be 1 at run time, so the two are not
+        unified: the static one is pinned.
+        """
+        wide = [term for term in terms if not self.is_one(term)]
+        if not wide:
+            return ONE
+        static = [term for term in wide if self.static(term) is not None]
+        if static and len(static) < len(wide):
+            for term in wide:
+                self.pin(term, "meets an axis whose size is not known before running")
+        same = static or wide
+        for term in same[1:]:
+            self.unify(same[0], term)
+        return same[0]
+
+    def broadcast(self, operands: Sequence[Axes]) -> Axes:
+        """The axes that operands broadcast to, aligned at the right (ONNX multidirectional broadcasting)."""
+        rank = max((len(axes) for axes in operands), default=0)
+        aligned = [(ONE,) * (rank - len(axes)) + tuple(axes) for axes in operands]
+        return tuple(self.merge(column) for column in zip(*aligned, strict=True))
+
+    def axis(self, axis: int, rank: int) -> int:
+        """A possibly negative axis as an index from the front.
+
+        Raises:
+            CannotTell: the axis lies outside the rank.
+        """
+        if not -rank <= axis < rank:
+            raise CannotTell(f"axis {axis} of a value of rank {rank}")
+        return axis % rank
+
+    # -- results ------------------------------------------------------------------------------------------
+
+    def out(self, axes: Sequence[Term], elements: Known | None = None, index: int = 0) -> None:
+        """Set the axes of an output, and what is known of its elements."""
+        if index >= len(self.node.outputs):
+            return
+        value = self.node.outputs[index]
+        self.dimensions.axes[value] = tuple(axes)
+        if elements is not None and elements.size <= known.LIMIT:
+            self.dimensions.known[value] = elements
+
+    def fact(self, kind: Fact, term: Term) -> None:
+        """Record what happens to an axis here."""
+        self.dimensions.facts[kind].append((term, self.node))
+
+    def uniform(self, term: Term) -> None:
+        """State that this node averages over an axis."""
+        self.fact(Fact.NORMALISED, term)
+        self.dimensions.uniform.append(Uniform(self.node, term))
+
+    def sum_over(self, *sites: tuple[int, int], power: float = 1.0) -> None:
+        """State that this node multiplies and sums over these (input, axis) sites, which are one axis.
+
+        It also records who takes part: a weight, or activations only.
+        """
+        terms = [self.axes(index)[axis] for index, axis in sites]
+        for term in terms[1:]:
+            self.unify(terms[0], term)
+        self.dimensions.sums.append(Sum(self.node, terms[0], tuple(sites), power))
+        if len(sites) > 1:
+            weighted = any(self.is_constant(index) for index, _ in sites)
+            kind = Fact.CONTRACTED_WITH_WEIGHT if weighted else Fact.CONTRACTED_WITH_ACTIVATION
+            self.fact(kind, terms[0])
+
+    def declared(self, output: ir.Value) -> list[Size | None] | None:
+        """The shape that the file declares for an output, None when it declares none."""
+        return declared_shape(output)
+
+
+def declared_shape(value: ir.Value) -> list[Size | None] | None:
+    """The shape a file declares for a value: integers, symbols and simple expressions of symbols."""
+    if value.shape is None:
+        return None
+    sizes: list[Size | None] = []
+    for dim in value.shape.dims:
+        if isinstance(dim, int):
+            sizes.append(Size.of(dim))
+        else:
+            sizes.append(parse_size(dim.value) if dim.value else None)
+    return sizes
+
+
+_SIMPLE = re.compile(r"[A-Za-z_][\w.]*|\d+|[+*]")
+
+
+def parse_size(text: str) -> Size:
+    """A symbolic dimension as a polynomial, where it is a sum of products; otherwise a symbol of that name.
+
+    >>> str(parse_size("past + sequence"))
+    'past + sequence'
+    """
+    tokens = _SIMPLE.findall(text)
+    if "".join(tokens) != text.replace(" ", "") or len(tokens) % 2 == 0:
+        return Size.symbol(text)
+    total, part = Size.of(0), Size.of(1)
+    for position, token in enumerate(tokens):
+        if (token in "+*") != (position % 2 == 1):
+            return Size.symbol(text)
+        if token == "+":
+            total, part = total + part, Size.of(1)
+        elif token != "*":
+            part = part * (int(token) if token.isdigit() else Size.symbol(token))
+    return total + part
+
+
+def infer(model: ir.Model) -> Dimensions:
+    """Walk the (normalised) main graph of `model` and find what every axis is made of.
+
+    Raises:
+        Refused: the graph uses an opset this package does not know.
+    """
+    from hyperclone_onnx.rules import registry
+
+    opset = model.graph.opset_imports.get("", 1)
+    dimensions = Dimensions(model, Space())
+    _read_inputs(dimensions)
+    for value in model.graph.initializers.values():
+        dimensions.constants.add(value)
+        _read_known(dimensions, value)
+    for node in model.graph:
+        dimensions.space.place = describe(node)
+        _read_initializer_uses(dimensions, node)
+        if node.inputs and all(v is None or v in dimensions.constants for v in node.inputs):
+            dimensions.constants.update(node.outputs)
+        rule = registry.relation(node.domain, node.op_type)
+        op = Op(dimensions, node, opset if not node.domain else model.graph.opset_imports.get(node.domain, 1))
+        try:
+            if rule is None:
+                dimensions.unruled[registry.name(node)].append(node.name or "")
+                raise CannotTell(f"{registry.name(node)} has no rule")
+            rule(op)
+        except CannotTell as problem:
+            _pin_node(op, str(problem))
+        for value in node.outputs:
+            if value not in dimensions.axes:
+                _declare_pinned(op, value, "an output no rule describes")
+    dimensions.space.place = ""
+    _pin_captured_outputs(dimensions)
+    return dimensions
+
+
+def _read_inputs(dimensions: Dimensions) -> None:
+    space = dimensions.space
+    named: dict[Size, Term] = {}
+    for value in dimensions.model.graph.inputs:
+        space.place = f"input {value.name!r}"
+        shape = declared_shape(value)
+        if shape is None or not isinstance(value.type, ir.TensorType):
+            dimensions.axes[value] = None
+            continue
+        axes: list[Term] = []
+        for size in shape:
+            if size is None:
+                axes.append(space.unknown())
+            elif size.static is not None:
+                axes.append(space.dim(size))
+            else:
+                axes.append(named.setdefault(size, space.dim(size)))
+        dimensions.axes[value] = tuple(axes)
+
+
+def _read_known(dimensions: Dimensions, value: ir.Value) -> None:
+    tensor = value.const_value
+    if tensor is None or tensor.size > known.LIMIT:
+        return
+    if tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
+        dimensions.known[value] = known.known(tensor.numpy())
+
+
+def _read_initializer_uses(dimensions: Dimensions, node: ir.Node) -> None:
+    for index, value in enumerate(node.inputs):
+        if value is not None and is_initializer(value) and value.const_value is not None:
+            sizes = value.const_value.shape.numpy()
+            dimensions.use_axes[node, index] = tuple(dimensions.space.dim(size) for size in sizes)
+
+
+def _pin_node(op: Op, reason: str) -> None:
+    """Pin every axis the node touches, captured values of its subgraphs included."""
+    for index, value in enumerate(op.node.inputs):
+        axes = op.dimensions.axes_of(op.node, index) if value is not None else None
+        op.space.pin(Product(axes or ()), reason)
+    for value in captured_values(op.node):
+        op.space.pin(Product(op.dimensions.axes.get(value) or ()), reason)
+    for output in op.node.outputs:
+        _declare_pinned(op, output, reason)
+
+
+def _declare_pinned(op: Op, value: ir.Value, reason: str) -> None:
+    shape = declared_shape(value)
+    op.dimensions.axes[value] = None if shape is None else tuple(op.pinned_dim(size, reason) for size in shape)
+
+
+def captured_values(node: ir.Node) -> Iterator[ir.Value]:
+    """The values of enclosing graphs that a node's subgraphs read."""
+    for attribute in node.attributes.values():
+        graphs: Sequence[ir.Graph] = ()
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs = (attribute.as_graph(),)
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs = tuple(attribute.as_graphs())
+        for graph in graphs:
+            inner = list(graph.all_nodes())
+            own = {output for each in inner for output in each.outputs} | set(graph.inputs)
+            for each in inner:
+                yield from (v for v in each.inputs if v is not None and v not in own)
+            yield from (v for v in graph.outputs if v is not None and v not in own)
+
+
+def _pin_captured_outputs(dimensions: Dimensions) -> None:
+    """An initializer that is itself a graph output keeps its shape: there is no node to give it another."""
+    for value in dimensions.model.graph.outputs:
+        if is_initializer(value):
+            dimensions.axes[value] = tuple(
+                dimensions.space.dim(size)
+                for size in value.const_value.shape.numpy()  # type: ignore[union-attr]
+            )
+            dimensions.space.pin(Product(dimensions.axes[value] or ()), "a stored tensor that is an output")
+
+
+def pin_outputs_never_read(dimensions: Dimensions) -> None:
+    """Pin dimensions that only ever leave: on an output, and read by no contraction (class logits)."""
+    space = dimensions.space
+    contracted = {atom for each in dimensions.sums if len(each.sites) > 1 for atom in space.atoms(each.term)}
+    for value in dimensions.model.graph.outputs:
+        space.place = f"output {value.name!r}"
+        for axis in dimensions.axes.get(value) or ():
+            for atom in space.atoms(axis):
+                if atom not in contracted:
+                    space.pin(atom, "it only leaves the graph: nothing reads it")
+    space.place = ""
+
+
+def atoms_in_order(dimensions: Dimensions) -> list[Dim]:
+    """Every unbound static dimension that lies on an axis of some value, in order of appearance."""
+    seen: dict[Dim, None] = {}
+    every = [axes for axes in (*dimensions.use_axes.values(), *dimensions.axes.values()) if axes]
+    for axes in every:
+        for axis in axes:
+            for atom in dimensions.space.atoms(axis):
+                if atom.size.static is not None:
+                    seen.setdefault(atom)
+    return list(seen)
+
+
+__all__ = ["Axes", "CannotTell", "Dimensions", "Fact", "Op", "Refused", "Sum", "Uniform", "infer"]

@@ -1,0 +1,159 @@
+"""What is known of small integer tensors before the model runs: shapes, indices, axis lists.
+
+Exporters compute shapes at run time from `Shape`, `Gather`, `Concat` and arithmetic. Each element of such a
+tensor is followed here as an exact `Size`, or None when it is unknown. All elements speak of the *source*
+model's sizes, in the grown graph too (see `docs/design.md`, "Sizes stay the source's").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hyperclone_onnx.sizes import Size
+
+Known = npt.NDArray[np.object_]
+"""An array of `Size | None` with the tensor's own shape."""
+
+LIMIT = 1024
+"""Tensors with more elements than this are data, not shapes."""
+
+Element = Size | None
+
+
+def known(values: Any) -> Known:
+    """An array of known elements from integers, booleans, Sizes and Nones (any nesting numpy accepts)."""
+    array = np.asarray(values, dtype=object)
+    flat = [item if item is None else Size.of(_integer(item)) for item in array.ravel()]
+    result = np.empty(len(flat), dtype=object)
+    result[:] = flat
+    return result.reshape(array.shape)
+
+
+def _integer(item: Any) -> int | Size:
+    return item if isinstance(item, Size) else int(item)
+
+
+def static_values(elements: Known | None) -> list[int] | None:
+    """The elements as integers in row-major order, or None unless every one of them is static."""
+    if elements is None:
+        return None
+    values = [None if item is None else item.static for item in elements.ravel()]
+    return None if None in values else values  # type: ignore[return-value]
+
+
+def _sign(size: Size) -> int | None:
+    """The sign of a polynomial whose symbols are lengths (at least 0): 1 and -1 mean strictly so."""
+    if size.static is not None:
+        return int(np.sign(size.static))
+    constant = dict(size.terms).get((), 0)
+    coefficients = [c for m, c in size.terms if m]
+    if all(c > 0 for c in coefficients) and constant > 0:
+        return 1
+    if all(c < 0 for c in coefficients) and constant < 0:
+        return -1
+    return None
+
+
+def _truth(answer: bool | None) -> Element:
+    return None if answer is None else Size.of(int(answer))
+
+
+def _compare(test: Callable[[int], bool]) -> Callable[[Size, Size], Element]:
+    def compare(a: Size, b: Size) -> Element:
+        sign = _sign(a - b)
+        return None if sign is None else _truth(test(sign))
+
+    return compare
+
+
+def _divide(a: Size, b: Size) -> Element:
+    exact = a.divided_by(b)
+    if exact is not None:
+        return exact
+    if a.static is not None and b.static:
+        quotient = abs(a.static) // abs(b.static)  # ONNX Div truncates towards zero
+        return Size.of(quotient if (a.static < 0) == (b.static < 0) else -quotient)
+    return None
+
+
+def _modulo(a: Size, b: Size) -> Element:
+    if a.divided_by(b) is not None:
+        return Size.of(0)
+    return Size.of(a.static % b.static) if a.static is not None and b.static else None
+
+
+def _extreme(pick_larger: bool) -> Callable[[Size, Size], Element]:
+    def extreme(a: Size, b: Size) -> Element:
+        if a == b:
+            return a
+        sign = _sign(a - b)
+        return None if not sign else (a if (sign > 0) == pick_larger else b)
+
+    return extreme
+
+
+def _both(a: Size, b: Size) -> Element:
+    return _truth(bool(a.static and b.static)) if a.static is not None and b.static is not None else None
+
+
+def _either(a: Size, b: Size) -> Element:
+    return _truth(bool(a.static or b.static)) if a.static is not None and b.static is not None else None
+
+
+BINARY: dict[str, Callable[[Size, Size], Element]] = {
+    "Add": lambda a, b: a + b,
+    "Sub": lambda a, b: a - b,
+    "Mul": lambda a, b: a * b,
+    "Div": _divide,
+    "Mod": _modulo,
+    "Max": _extreme(True),
+    "Min": _extreme(False),
+    "Equal": _compare(lambda sign: sign == 0),
+    "Less": _compare(lambda sign: sign < 0),
+    "LessOrEqual": _compare(lambda sign: sign <= 0),
+    "Greater": _compare(lambda sign: sign > 0),
+    "GreaterOrEqual": _compare(lambda sign: sign >= 0),
+    "And": _both,
+    "Or": _either,
+}
+
+UNARY: dict[str, Callable[[Size], Element]] = {
+    "Neg": lambda a: -a,
+    "Abs": lambda a: None if _sign(a) is None else (-a if _sign(a) == -1 else a),
+    "Not": lambda a: None if a.static is None else Size.of(int(not a.static)),
+    "Floor": lambda a: a,
+    "Ceil": lambda a: a,
+    "Round": lambda a: a,
+}
+
+
+def unary(op_type: str, operand: Known) -> Known:
+    """The elements of a unary operator's output."""
+    function = UNARY[op_type]
+    return _mapped(lambda item: None if item is None else function(item), operand)
+
+
+def binary(op_type: str, left: Known, right: Known, integer: bool = True) -> Known:
+    """The elements of a broadcasting binary operator's output; division truncates only for integer types."""
+    function = BINARY[op_type] if integer or op_type != "Div" else Size.divided_by
+    return _mapped(lambda a, b: None if a is None or b is None else function(a, b), left, right)
+
+
+def where(condition: Known, left: Known, right: Known) -> Known:
+    """The elements of ``Where``: an unknown condition still tells when both sides agree."""
+
+    def choose(test: Element, a: Element, b: Element) -> Element:
+        if test is None or test.static is None:
+            return a if a == b else None
+        return a if test.static else b
+
+    return _mapped(choose, condition, left, right)
+
+
+def _mapped(function: Callable[..., Element], *operands: Known) -> Known:
+    result = np.frompyfunc(function, len(operands), 1)(*operands)
+    return known(result)

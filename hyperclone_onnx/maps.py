@@ -1,0 +1,266 @@
+"""Source maps: which source index each grown index repeats, and the arithmetic of composite axes.
+
+Pure data and numpy; knows neither ONNX nor where the sizes came from. An axis is described by an expression
+over named dimensions (`Kept`, `Named`, `ProductOf`, `ConcatOf`); `index_axis` turns one into index vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SourceMap:
+    """A map m: [0, grown) -> [0, size), onto: every source index is repeated at least once.
+
+    Exactly one of `tile` (``[0 1 2 0 1 2]``), `repeat` (``[0 0 1 1 2 2]``) and `index` (any, written out) is set.
+
+    >>> SourceMap(3, tile=2).indices.tolist(), SourceMap(3, repeat=2).numbers.tolist()
+    ([0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 0, 1])
+    """
+
+    size: int
+    tile: int | None = None
+    repeat: int | None = None
+    index: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if sum(each is not None for each in (self.tile, self.repeat, self.index)) != 1:
+            raise ValueError("a source map is either a tile, a repeat or an index")
+        times = self.tile if self.tile is not None else self.repeat
+        if times is not None and times < 1:
+            raise ValueError(f"a source map repeats each index at least once, not {times} times")
+        if self.index is not None and set(self.index) != set(range(self.size)):
+            raise ValueError(f"an index map must use every source index in [0, {self.size})")
+
+    @property
+    def grown(self) -> int:
+        """The length of the grown axis."""
+        if self.index is not None:
+            return len(self.index)
+        return self.size * (self.tile or self.repeat or 1)
+
+    @cached_property
+    def indices(self) -> Indices:
+        """The source index of each grown index, shape (grown,)."""
+        source = np.arange(self.size, dtype=np.int64)
+        if self.tile is not None:
+            return np.tile(source, self.tile)
+        if self.repeat is not None:
+            return np.repeat(source, self.repeat)
+        return np.asarray(self.index, dtype=np.int64)
+
+    @cached_property
+    def counts(self) -> Indices:
+        """How often the source index of each grown index is repeated, shape (grown,)."""
+        return np.bincount(self.indices, minlength=self.size)[self.indices]
+
+    @cached_property
+    def numbers(self) -> Indices:
+        """Which of its source index's repeats each grown index is, from 0, shape (grown,)."""
+        order = np.argsort(self.indices, kind="stable")
+        ordered = self.indices[order]
+        first = np.searchsorted(ordered, ordered, side="left")
+        numbers = np.empty(self.grown, dtype=np.int64)
+        numbers[order] = np.arange(self.grown, dtype=np.int64) - first
+        return numbers
+
+    def to_json(self) -> dict[str, Any]:
+        """The map as plain data: ``{"tile": 2}``, ``{"repeat": 2}`` or ``{"index": [...]}``."""
+        if self.index is not None:
+            return {"index": list(self.index)}
+        return {"tile": self.tile} if self.tile is not None else {"repeat": self.repeat}
+
+    @staticmethod
+    def from_json(size: int, data: Mapping[str, Any]) -> SourceMap:
+        """The inverse of `to_json`."""
+        index = data.get("index")
+        return SourceMap(size, data.get("tile"), data.get("repeat"), None if index is None else tuple(index))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A part of an axis that keeps its size."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Named:
+    """A part of an axis that is one growing dimension."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ProductOf:
+    """Factors of an axis, outermost first."""
+
+    parts: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class ConcatOf:
+    """Segments of an axis, side by side."""
+
+    parts: tuple[Axis, ...]
+
+
+Axis = Kept | Named | ProductOf | ConcatOf
+Maps = Mapping[str, SourceMap]
+
+
+def axis_to_json(axis: Axis) -> Any:
+    """An axis as plain data: a size, a name, or ``{"product": [...]}`` / ``{"concat": [...]}``."""
+    match axis:
+        case Kept(size):
+            return size
+        case Named(name):
+            return name
+        case ProductOf(parts):
+            return {"product": [axis_to_json(part) for part in parts]}
+        case ConcatOf(parts):
+            return {"concat": [axis_to_json(part) for part in parts]}
+
+
+def axis_from_json(data: Any) -> Axis:
+    """The inverse of `axis_to_json`."""
+    if isinstance(data, int):
+        return Kept(data)
+    if isinstance(data, str):
+        return Named(data)
+    if "product" in data:
+        return ProductOf(tuple(axis_from_json(part) for part in data["product"]))
+    return ConcatOf(tuple(axis_from_json(part) for part in data["concat"]))
+
+
+def canonical_axis(axis: Axis, maps: Maps) -> object:
+    """A key that is equal for axes that repeat alike, whatever their dimensions are called."""
+    match axis:
+        case Kept(size):
+            return size
+        case Named(name):
+            return maps[name]
+        case ProductOf(parts) | ConcatOf(parts):
+            return type(axis).__name__, tuple(canonical_axis(part, maps) for part in parts)
+
+
+def grown_size(axis: Axis, maps: Maps) -> int:
+    """The length of an axis in the grown model."""
+    match axis:
+        case Kept(size):
+            return size
+        case Named(name):
+            return maps[name].grown
+        case ProductOf(parts):
+            return int(np.prod([grown_size(part, maps) for part in parts], dtype=np.int64))
+        case ConcatOf(parts):
+            return sum(grown_size(part, maps) for part in parts)
+
+
+@dataclass(frozen=True)
+class AxisIndex:
+    """What every grown index of one axis refers to; all arrays have shape (grown,).
+
+    A dimension is *shared* when a contraction runs over it, so that its repeats divide a weight among them.
+    Collapsing the shared dimensions to their source gives the axis on which a contraction's sums live.
+    """
+
+    source_size: int
+    collapsed_size: int
+    source: Indices
+    collapsed: Indices
+    number: Indices
+    """Which repeat of the shared dimensions this is."""
+    count: Indices
+    """Of how many."""
+    other_number: Indices
+    """Which repeat of the remaining dimensions this is."""
+    other_count: Indices
+
+    @property
+    def grown(self) -> int:
+        """The length of the grown axis."""
+        return len(self.source)
+
+    def __getitem__(self, window: slice) -> AxisIndex:
+        return AxisIndex(
+            self.source_size,
+            self.collapsed_size,
+            self.source[window],
+            self.collapsed[window],
+            self.number[window],
+            self.count[window],
+            self.other_number[window],
+            self.other_count[window],
+        )
+
+
+def index_axis(factors: Sequence[tuple[Axis, bool]], maps: Maps) -> AxisIndex:
+    """Index an axis given as (factor, whether it is shared), outermost first."""
+    total = _index_kept(1)
+    for factor, shared in factors:
+        total = _times(total, _index(factor, shared, maps))
+    return total
+
+
+def _index_kept(size: int) -> AxisIndex:
+    source = np.arange(size, dtype=np.int64)
+    zero, one = np.zeros(size, dtype=np.int64), np.ones(size, dtype=np.int64)
+    return AxisIndex(size, size, source, source, zero, one, zero, one)
+
+
+def _index(axis: Axis, shared: bool, maps: Maps) -> AxisIndex:
+    match axis:
+        case Kept(size):
+            return _index_kept(size)
+        case Named(name):
+            m = maps[name]
+            zero, one = np.zeros(m.grown, dtype=np.int64), np.ones(m.grown, dtype=np.int64)
+            if shared:
+                return AxisIndex(m.size, m.size, m.indices, m.indices, m.numbers, m.counts, zero, one)
+            every = np.arange(m.grown, dtype=np.int64)
+            return AxisIndex(m.size, m.grown, m.indices, every, zero, one, m.numbers, m.counts)
+        case ProductOf(parts):
+            return index_axis([(part, shared) for part in parts], maps)
+        case ConcatOf(parts):
+            return _beside([_index(part, shared, maps) for part in parts])
+
+
+def _times(outer: AxisIndex, inner: AxisIndex) -> AxisIndex:
+    def mixed(a: Indices, b: Indices, base: Indices | int) -> Indices:
+        return (a[:, None] * base + b[None, :]).reshape(-1)
+
+    return AxisIndex(
+        outer.source_size * inner.source_size,
+        outer.collapsed_size * inner.collapsed_size,
+        mixed(outer.source, inner.source, inner.source_size),
+        mixed(outer.collapsed, inner.collapsed, inner.collapsed_size),
+        mixed(outer.number, inner.number, inner.count[None, :]),
+        (outer.count[:, None] * inner.count[None, :]).reshape(-1),
+        mixed(outer.other_number, inner.other_number, inner.other_count[None, :]),
+        (outer.other_count[:, None] * inner.other_count[None, :]).reshape(-1),
+    )
+
+
+def _beside(parts: Sequence[AxisIndex]) -> AxisIndex:
+    source_at = np.cumsum([0] + [part.source_size for part in parts])
+    collapsed_at = np.cumsum([0] + [part.collapsed_size for part in parts])
+    return AxisIndex(
+        int(source_at[-1]),
+        int(collapsed_at[-1]),
+        np.concatenate([part.source + at for part, at in zip(parts, source_at, strict=False)]),
+        np.concatenate([part.collapsed + at for part, at in zip(parts, collapsed_at, strict=False)]),
+        np.concatenate([part.number for part in parts]),
+        np.concatenate([part.count for part in parts]),
+        np.concatenate([part.other_number for part in parts]),
+        np.concatenate([part.other_count for part in parts]),
+    )

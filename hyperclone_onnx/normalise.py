@@ -1,0 +1,82 @@
+"""Bring a model into the form the analysis reads: one flat main graph, constants stored, every node named."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from hyperclone_onnx.inference import is_initializer
+
+_MOVERS = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
+
+
+def normalise(model: ir.Model) -> ir.Model:
+    """Inline functions, store constants, name nodes, and give each user of a re-laid weight its own copy.
+
+    The model is changed in place and returned; what it computes stays the same.
+    """
+    ir.passes.Sequential(
+        passes.InlinePass(),
+        passes.RemoveInitializersFromInputsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.RemoveUnusedNodesPass(),
+        passes.TopologicalSortPass(),
+    )(model)
+    _name_nodes(model.graph)
+    _unshare_moved_weights(model.graph)
+    _fill_types(model)
+    return model
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    taken: set[str] = set()
+    for number, node in enumerate(graph):
+        name = node.name or f"{node.op_type}_{number}"
+        while name in taken:
+            name = f"{name}_{number}"
+        node.name = name
+        taken.add(name)
+
+
+def _unshare_moved_weights(graph: ir.Graph) -> None:
+    """Copy a Transpose (or the like) of a stored tensor for each of its users.
+
+    The users may contract different axes of it, or none.
+    """
+    for node in reversed(list(graph)):
+        if node.domain or node.op_type not in _MOVERS or len(node.outputs) != 1:
+            continue
+        output = node.outputs[0]
+        if output.is_graph_output() or not _only_from_storage(node):
+            continue
+        for number, use in enumerate(list(output.uses())[1:], 1):
+            if use.node.graph is not graph:
+                continue
+            copy = ir.Node(
+                node.domain,
+                node.op_type,
+                node.inputs,
+                list(node.attributes.values()),
+                num_outputs=1,
+                name=f"{node.name}.{number}",
+            )
+            copy.outputs[0].name = f"{output.name}.{number}"
+            copy.outputs[0].type, copy.outputs[0].shape = output.type, output.shape
+            graph.insert_before(node, copy)
+            use.node.replace_input_with(use.idx, copy.outputs[0])
+
+
+def _only_from_storage(node: ir.Node) -> bool:
+    value = node.inputs[0]
+    while value is not None and not is_initializer(value):
+        producer = value.producer()
+        if producer is None or producer.domain or producer.op_type not in _MOVERS:
+            return False
+        value = producer.inputs[0]
+    return value is not None
+
+
+def _fill_types(model: ir.Model) -> None:
+    """Let ONNX's own shape inference fill in element types (and shapes) that the file does not declare."""
+    if any(value.dtype is None for node in model.graph for value in node.outputs):
+        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)

@@ -1,0 +1,23 @@
+"""The rules of every operator; importing this package registers them."""
+
+from hyperclone_onnx.rules import (
+    contractions,
+    convolution,
+    elementwise,
+    indexing,
+    layout,
+    normalisation,
+    reductions,
+    shapes,
+)
+
+__all__ = [
+    "contractions",
+    "convolution",
+    "elementwise",
+    "indexing",
+    "layout",
+    "normalisation",
+    "reductions",
+    "shapes",
+]

@@ -1,0 +1,107 @@
+"""Operators that multiply and sum: their summed axes need a partition of unity over the repeats.
+
+The rules only say *what* is summed; the plan decides who carries the division (a weight, a scalar).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from hyperclone_onnx.dims import Term
+from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.registry import relates
+
+
+def _note_roles(op: Op, batch: Axes, left_free: Axes, right_free: Axes) -> None:
+    """Record what the free and batch axes of a two-operand contraction are seen to be."""
+    if op.is_constant(0) or op.is_constant(1):
+        for index, free in ((0, left_free), (1, right_free)):
+            if op.is_constant(index):
+                for term in free:
+                    op.fact(Fact.WEIGHT_OUTPUT, term)
+        return
+    for term in batch:
+        op.fact(Fact.BATCHED, term)
+    for term in (*left_free, *right_free):
+        op.fact(Fact.VALUE_AXIS, term)
+
+
+@relates("MatMul")
+def matmul(op: Op) -> None:
+    """C[.., m, n] = sum_k A[.., m, k] B[.., k, n]; a vector operand has no free axis"""
+    left, right = op.axes(0), op.axes(1)
+    if not left or not right:
+        raise CannotTell("MatMul of a scalar")
+    op.sum_over((0, len(left) - 1), (1, max(len(right) - 2, 0)))
+    left_free, right_free = left[-2:-1], right[-1:] if len(right) > 1 else ()
+    batch = op.broadcast([left[:-2], right[:-2]])
+    for one, other in zip(reversed(left[:-2]), reversed(right[:-2]), strict=False):
+        for narrow, wide in ((one, other), (other, one)):
+            if op.is_one(narrow) and not op.is_one(wide):
+                op.fact(Fact.EXPANDED, wide)
+    _note_roles(op, batch, left_free, right_free)
+    op.out((*batch, *left_free, *right_free))
+
+
+@relates("Gemm")
+def gemm(op: Op) -> None:
+    """Y[m, n] = alpha sum_k A'[m, k] B'[k, n] + beta C[m, n], with A', B' transposed as asked"""
+    left, right = op.axes(0), op.axes(1)
+    trans_a, trans_b = op.int("transA", 0), op.int("transB", 0)
+    op.sum_over((0, 0 if trans_a else 1), (1, 1 if trans_b else 0))
+    m, n = left[1 if trans_a else 0], right[0 if trans_b else 1]
+    _note_roles(op, (), (m,), (n,))
+    out: Axes = (m, n)
+    if op.has(2):
+        out = op.broadcast([out, op.axes(2)])
+    op.out(out)
+
+
+@relates("Einsum")
+def einsum(op: Op) -> None:
+    """out[free] = sum over the letters absent from the output of the product of the operands"""
+    letters, output = _parse_einsum(op)
+    terms: dict[str, Term] = {}
+    sites: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for index, word in enumerate(letters):
+        axes = op.axes(index)
+        if len(axes) != len(word):
+            raise CannotTell("Einsum whose equation does not fit an operand's rank")
+        for position, (letter, term) in enumerate(zip(word, axes, strict=True)):
+            if word.count(letter) > 1:
+                op.pin(term, "a diagonal taken by Einsum")
+            terms[letter] = op.merge([terms[letter], term]) if letter in terms else term
+            if not op.is_one(term):
+                sites[letter].append((index, position))
+    for letter in terms:
+        if letter not in output and sites[letter]:
+            op.sum_over(*sites[letter])
+    if len(letters) == 2:
+        shared = set(letters[0]) & set(letters[1])
+        _note_roles(
+            op,
+            tuple(terms[x] for x in output if x in shared),
+            tuple(terms[x] for x in output if x in letters[0] and x not in shared),
+            tuple(terms[x] for x in output if x in letters[1] and x not in shared),
+        )
+    op.out([terms[letter] for letter in output])
+
+
+def _parse_einsum(op: Op) -> tuple[list[list[str]], list[str]]:
+    """The letters of each operand and of the output; an ellipsis becomes letters of its own ("0", "1", ...)."""
+    left, arrow, right = op.text("equation", "").replace(" ", "").partition("->")
+    words = left.split(",")
+    if len(words) != op.count:
+        raise CannotTell("Einsum whose equation does not fit its operands")
+    widths = [op.rank(i) - len(word.replace("...", "")) for i, word in enumerate(words) if "..." in word]
+    dots = [f"<{i}>" for i in range(max(widths, default=0))]
+
+    def spell(word: str, width: int) -> list[str]:
+        before, ellipsis, after = word.partition("...")
+        return [*before, *(dots[len(dots) - width :] if ellipsis else ()), *after]
+
+    letters = [spell(word, op.rank(i) - len(word.replace("...", ""))) for i, word in enumerate(words)]
+    if arrow:
+        return letters, spell(right, len(dots))
+    flat = [letter for word in letters for letter in word]
+    return letters, dots + sorted(x for x in set(flat) - set(dots) if flat.count(x) == 1)

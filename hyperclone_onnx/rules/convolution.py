@@ -1,0 +1,84 @@
+"""Operators over (batch, channels, space...): channels are features, the space keeps its size."""
+
+from __future__ import annotations
+
+from hyperclone_onnx.dims import ONE, Term
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import CannotTell, Fact, Op
+from hyperclone_onnx.rules.registry import edits, relates
+
+
+def _spatial(op: Op, count: int) -> list[Term]:
+    """The output's spatial axes, as the file declares them."""
+    declared = op.declared(op.node.outputs[0])
+    sizes = declared[2:] if declared is not None and len(declared) == count + 2 else [None] * count
+    return [op.pinned_dim(size, "a spatial axis") for size in sizes]
+
+
+def _grouped(op: Op, term: Term, group: int) -> tuple[Term, Term]:
+    """An axis as (group, channels of a group)."""
+    size = op.static(term)
+    if group == 1:
+        return ONE, term
+    if size is None or size % group:
+        raise CannotTell("channels that its groups do not divide")
+    parts = op.dim(group), op.dim(size // group)
+    op.space.match([term], parts)
+    return parts
+
+
+@relates("Conv")
+def conv(op: Op) -> None:
+    """Y[n, (g m), p] = sum_{c, k} X[n, (g c), p + k] W[(g m), c, k] + B[(g m)]"""
+    x, w = op.axes(0), op.axes(1)
+    group = op.int("group", 1)
+    for term in w[2:]:
+        op.pin(term, "a convolution's kernel")
+    groups, channels = _grouped(op, x[1], group)
+    out_groups, _ = _grouped(op, w[0], group)
+    op.unify(groups, out_groups)
+    op.unify(channels, w[1])
+    op.sum_over((1, 1))
+    op.fact(Fact.CONTRACTED_WITH_WEIGHT, w[1])
+    op.fact(Fact.WEIGHT_OUTPUT, w[0])
+    if op.value(0).is_graph_input():
+        op.pin(x[1], "the channels of an input")
+    if op.has(2):
+        op.unify(op.axes(2)[0], w[0])
+    op.out((x[0], w[0], *_spatial(op, len(x) - 2)))
+
+
+@edits("Conv")
+def edit_conv(op: GrownOp) -> None:
+    """The group attribute is the channels over the channels of a group."""
+    if op.int("group", 1) > 1:
+        op.set_attribute("group", op.grown(op.axes(0)[1]) // op.grown(op.axes(1)[1]))
+
+
+@relates("BatchNormalization", "InstanceNormalization")
+def channel_norm(op: Op) -> None:
+    """Y[n, c, p] = scale[c] (X[n, c, p] - mean[c]) / sqrt(var[c] + eps) + B[c]; statistics are per channel"""
+    x = op.axes(0)
+    for index in range(1, op.count):
+        op.unify(op.axes(index)[0], x[1])
+    op.out(x)
+    for index in range(1, len(op.node.outputs)):
+        op.out((x[1],), index=index)
+
+
+@relates("AveragePool", "MaxPool", "LpPool")
+def pool(op: Op) -> None:
+    """Y[n, c, p] pools X[n, c, window of p]"""
+    x = op.axes(0)
+    out = (x[0], x[1], *_spatial(op, len(x) - 2))
+    if op.node.op_type == "MaxPool" and len(op.node.outputs) > 1:
+        op.pin(x[1], "MaxPool's flat indices count through it")
+    op.out(out)
+    op.out(out, index=1)
+
+
+@relates("GlobalAveragePool", "GlobalMaxPool")
+def global_pool(op: Op) -> None:
+    """Y[n, c, 1...] pools X[n, c, all]"""
+    x = op.axes(0)
+    op.out((x[0], x[1], *[ONE] * (len(x) - 2)))

@@ -1,0 +1,64 @@
+"""Operators that act on each element by itself: ``out[j] = f(a[m(j)], b[m(j)], ...)``.
+
+They keep the invariant by themselves, so a table of names is all they need.
+"""
+
+from __future__ import annotations
+
+from hyperclone_onnx import known
+from hyperclone_onnx.inference import Op
+from hyperclone_onnx.known import Known
+from hyperclone_onnx.rules.registry import relates
+
+UNARY = (
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid "
+    "HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign "
+    "Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
+).split()
+
+BROADCASTING = (
+    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean "
+    "Min Mod Mul Or Pow PRelu Sub Sum Where Xor"
+).split()
+
+FIRST_OPERAND_SHAPES = "CastLike Clip Dropout".split()
+"""Their further operands are scalars or only lend a type."""
+
+
+@relates(*UNARY)
+def unary(op: Op) -> None:
+    """out[j] = f(x[j])"""
+    op.out(op.axes(0), _unary_known(op))
+
+
+def _unary_known(op: Op) -> Known | None:
+    elements = op.known(0)
+    if elements is None or op.node.op_type in ("Identity", "Cast"):
+        return elements
+    return known.unary(op.node.op_type, elements) if op.node.op_type in known.UNARY else None
+
+
+@relates(*BROADCASTING)
+def broadcasting(op: Op) -> None:
+    """out[j] = f(a[j], b[j], ...), axes aligned at the right, size-1 axes stretched"""
+    op.out(op.broadcast([op.axes(i) for i in range(op.count)]), _broadcasting_known(op))
+
+
+def _broadcasting_known(op: Op) -> Known | None:
+    operands = [op.known(i) for i in range(op.count)]
+    if any(each is None for each in operands):
+        return None
+    first, *rest = [each for each in operands if each is not None]
+    if op.node.op_type == "Where":
+        return known.where(first, *rest)
+    if op.node.op_type not in known.BINARY or len(rest) != 1:
+        return None
+    dtype = op.value(0).dtype
+    return known.binary(op.node.op_type, first, rest[0], integer=dtype is None or not dtype.is_floating_point())
+
+
+@relates(*FIRST_OPERAND_SHAPES)
+def first_operand(op: Op) -> None:
+    """out[j] = f(x[j]); Dropout's mask has the same axes"""
+    op.out(op.axes(0), op.known(0) if op.node.op_type == "CastLike" else None)
+    op.out(op.axes(0), index=1)

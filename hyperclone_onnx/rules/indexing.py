@@ -1,0 +1,231 @@
+"""Operators that pick, place, sort or number elements. What is indexed by values keeps its size."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hyperclone_onnx.dims import Term
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.known import Known
+from hyperclone_onnx.rules.registry import edits, relates
+
+
+def _index(op: Op, term: Term) -> None:
+    """An axis indexed by the values of another input."""
+    op.pin(term, "indexed by values")
+    op.fact(Fact.INDEXED, term)
+    op.dimensions.index_tables.append((op.value(1), term))
+
+
+@relates("Gather")
+def gather(op: Op) -> None:
+    """out[a, i, b] = x[a, indices[i], b]; known neighbouring indices are a cut"""
+    axes, where = op.axes(0), op.axes(1)
+    axis = op.axis(op.int("axis", 0), len(axes))
+    picked = _cut_run(op, axes[axis])
+    if picked is None:
+        _index(op, axes[axis])
+        if op.is_constant(0) and not op.is_constant(1):
+            for term in (*axes[:axis], *axes[axis + 1 :]):
+                op.fact(Fact.EMBEDDING, term)
+    middle = where if picked is None else _spread(op, picked, where)
+    op.out((*axes[:axis], *middle, *axes[axis + 1 :]), _gathered(op, axis))
+
+
+def _spread(op: Op, picked: Term, where: Axes) -> Axes:
+    """The axes of a run of indices: the picked segment in the place of the one axis that is not 1."""
+    return tuple(term if op.is_one(term) else picked for term in where)
+
+
+def _run(op: Op, size: int | None) -> tuple[int, int] | None:
+    """(first, length) when the indices are known and neighbours, in order, along at most one axis."""
+    values = op.ints(1)
+    if not values or size is None or sum(not op.is_one(term) for term in op.axes(1)) > 1:
+        return None
+    values = [value + size if value < 0 else value for value in values]
+    first = values[0]
+    if not 0 <= first < size or values != list(range(first, first + len(values))):
+        return None
+    return first, len(values)
+
+
+def _cut_run(op: Op, term: Term) -> Term | None:
+    """The segment of an axis that neighbouring constant indices pick, None when they are not that."""
+    run = _run(op, op.static(term))
+    if run is None:
+        return None
+    first, length = run
+    rest = (op.static(term) or 0) - first - length
+    parts = op.space.segments(term, [n for n in (first, length, rest) if n])
+    return None if parts is None else parts[1 if first else 0]
+
+
+def _gathered(op: Op, axis: int) -> Known | None:
+    elements, indices = op.known(0), op.ints(1)
+    if elements is None or indices is None:
+        return None
+    where = np.asarray(indices, dtype=np.int64).reshape([op.static(term) or 0 for term in op.axes(1)])
+    try:
+        return np.asarray(np.take(elements, where, axis=axis), dtype=object)
+    except IndexError as problem:
+        raise CannotTell("an index outside its table") from problem
+
+
+@edits("Gather")
+def edit_gather(op: GrownOp) -> None:
+    """Constant indices into a cut axis move with its boundaries."""
+    axes = op.axes(0)
+    term = axes[op.int("axis", 0) % len(axes)]
+    run = _run(op, op.static(term))
+    if run is None or not op.grows(term):
+        return
+    _move_run(op, term, run, op.axes(1))
+
+
+def _move_run(op: GrownOp, term: Term, run: tuple[int, int], where: Axes) -> None:
+    start, end = op.offset(term, run[0]), op.offset(term, sum(run))
+    op.set_input(1, list(range(start, end)), [1 if op.is_one(axis) else end - start for axis in where])
+
+
+@relates("GatherElements")
+def gather_elements(op: Op) -> None:
+    """out[.., i, ..] = x[.., indices[.., i, ..], ..] along `axis`"""
+    axes, where = op.axes(0), op.axes(1)
+    axis = op.axis(op.int("axis", 0), len(axes))
+    _index(op, axes[axis])
+    _same_or_pinned(op, axes, where, skip=axis)
+    op.out(where)
+
+
+def _same_or_pinned(op: Op, whole: Axes, part: Axes, skip: int) -> None:
+    """Relate the axes of a tensor and of an index tensor, which may be shorter."""
+    if len(whole) != len(part):
+        raise CannotTell("indices of another rank than their data")
+    for position, (long, short) in enumerate(zip(whole, part, strict=True)):
+        if position == skip:
+            continue
+        if op.size(long) == op.size(short):
+            op.unify(long, short)
+        else:
+            op.pin(long, "only partly covered by indices")
+            op.pin(short, "covers only a part of the data")
+
+
+@relates("ScatterElements", "Scatter")
+def scatter_elements(op: Op) -> None:
+    """out = x with out[.., indices[.., i, ..], ..] = updates[.., i, ..] along `axis`"""
+    axes, where, updates = op.axes(0), op.axes(1), op.axes(2)
+    axis = op.axis(op.int("axis", 0), len(axes))
+    _index(op, axes[axis])
+    _same_or_pinned(op, axes, where, skip=axis)
+    for one, other in zip(where, updates, strict=True):
+        op.unify(one, other)
+    op.out(axes)
+
+
+def _depth(op: Op) -> int:
+    """The length of the index tuples of GatherND and ScatterND."""
+    where = op.axes(1)
+    depth = op.static(where[-1]) if where else None
+    if depth is None:
+        raise CannotTell("index tuples of unknown length")
+    op.pin(where[-1], "a tuple of indices")
+    return depth
+
+
+@relates("GatherND")
+def gather_nd(op: Op) -> None:
+    """out[b, i, rest] = x[b, indices[b, i, :], rest]"""
+    axes, where, depth = op.axes(0), op.axes(1), _depth(op)
+    batch = op.int("batch_dims", 0)
+    for one, other in zip(axes[:batch], where[:batch], strict=True):
+        op.unify(one, other)
+    picked = _cut_run(op, axes[0]) if batch == 0 and depth == 1 else None
+    if picked is not None:
+        op.out((*_spread(op, picked, where[:-1]), *axes[1:]))
+        return
+    for term in axes[batch : batch + depth]:
+        _index(op, term)
+    op.out((*where[:-1], *axes[batch + depth :]))
+
+
+@edits("GatherND")
+def edit_gather_nd(op: GrownOp) -> None:
+    """Constant indices into a cut axis move with its boundaries."""
+    term = op.axes(0)[0]
+    run = _run(op, op.static(term))
+    one = op.int("batch_dims", 0) == 0 and op.static(op.axes(1)[-1]) == 1
+    if run is not None and one and op.grows(term):
+        _move_run(op, term, run, op.axes(1))
+
+
+@relates("ScatterND")
+def scatter_nd(op: Op) -> None:
+    """out = x with out[indices[i, :], rest] = updates[i, rest]"""
+    axes, where, depth = op.axes(0), op.axes(1), _depth(op)
+    for term in axes[:depth]:
+        _index(op, term)
+    for one, other in zip(op.axes(2), (*where[:-1], *axes[depth:]), strict=True):
+        op.unify(one, other)
+    op.out(axes)
+
+
+@relates("OneHot")
+def one_hot(op: Op) -> None:
+    """out[.., k, ..] = values[indices[..] == k]"""
+    axes = list(op.axes(0))
+    depth = op.known(1)
+    axis = op.axis(op.int("axis", -1), len(axes) + 1)
+    axes.insert(axis, op.pinned_dim(None if depth is None else depth.item(), "numbered by OneHot"))
+    op.out(axes)
+
+
+@relates("TopK")
+def top_k(op: Op) -> None:
+    """values, indices of the k largest along `axis`"""
+    axes = list(op.axes(0))
+    axis = op.axis(op.int("axis", -1), len(axes))
+    op.pin(axes[axis], "searched by TopK")
+    k = op.known(1)
+    axes[axis] = op.pinned_dim(None if k is None else k.ravel()[0], "the k of TopK")
+    op.out(axes)
+    op.out(axes, index=1)
+
+
+@relates("CumSum")
+def cum_sum(op: Op) -> None:
+    """out[.., j, ..] = sum_{k <= j} x[.., k, ..]"""
+    axes = op.axes(0)
+    axis = op.ints(1)
+    for term in axes if axis is None else [axes[op.axis(axis[0], len(axes))]]:
+        op.pin(term, "summed step by step by CumSum")
+    op.out(axes)
+
+
+@relates("Trilu")
+def trilu(op: Op) -> None:
+    """out[.., i, j] = x[.., i, j] on one side of a diagonal, 0 on the other"""
+    axes = op.axes(0)
+    for term in axes[-2:]:
+        op.pin(term, "cut along a diagonal by Trilu")
+    op.out(axes)
+
+
+@relates("EyeLike")
+def eye_like(op: Op) -> None:
+    """out[i, j] = 1 on a diagonal"""
+    axes = op.axes(0)
+    for term in axes:
+        op.pin(term, "made along a diagonal by EyeLike")
+    op.out(axes)
+
+
+@relates("NonZero")
+def non_zero(op: Op) -> None:
+    """out[:, i] = the indices of the i-th element that is not zero"""
+    axes = op.axes(0)
+    for term in axes:
+        op.pin(term, "numbered by NonZero")
+    op.out((op.pinned_dim(len(axes), "a tuple of indices"), op.space.unknown()))
+

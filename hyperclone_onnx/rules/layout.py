@@ -1,0 +1,388 @@
+"""Operators that move elements without touching them: they re-associate, cut, join and repeat axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hyperclone_onnx.dims import ONE, Concat, Product, Term
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import CannotTell, Fact, Op
+from hyperclone_onnx.known import Known, known
+from hyperclone_onnx.rules.registry import edits, relates
+from hyperclone_onnx.sizes import Size
+
+END = 2**31 - 1
+"""Slice bounds from here on mean "to the end"."""
+
+
+@relates("Transpose")
+def transpose(op: Op) -> None:
+    """out[j_p0, j_p1, ...] = x[j_0, j_1, ...]"""
+    axes, elements = op.axes(0), op.known(0)
+    perm = op.int_list("perm", None) or list(reversed(range(len(axes))))
+    op.out([axes[p] for p in perm], None if elements is None else elements.transpose(perm))
+
+
+def _reshaped(op: Op, axes: Sequence[Term]) -> None:
+    """Set the output's axes, and carry over what is known of the elements."""
+    sizes = [op.static(term) for term in axes]
+    elements = op.known(0)
+    fits = elements is not None and None not in sizes
+    op.out(axes, elements.reshape(sizes) if elements is not None and fits else None)
+
+
+@relates("Reshape")
+def reshape(op: Op) -> None:
+    """out[flat index] = x[flat index]: the two factorisations of the index space are matched"""
+    axes, target = op.axes(0), _shape_elements(op, 1)
+    declared = op.declared(op.node.outputs[0])
+    if declared is None or len(declared) != len(target):
+        declared = [None] * len(target)
+    copies = {i for i, e in enumerate(target) if e is not None and e.static == 0 and not op.int("allowzero", 0)}
+    sizes: list[Size | None] = []
+    for i, element in enumerate(target):
+        if i in copies:
+            sizes.append(op.size(axes[i]) if i < len(axes) else None)
+        elif element is None or element.static == -1:
+            sizes.append(None)
+        else:
+            sizes.append(element)
+    if sizes.count(None) == 1:
+        rest = Size.of(1)
+        for size in sizes:
+            rest = rest if size is None else rest * size
+        total = op.size(Product(tuple(axes)))
+        sizes = [total.divided_by(rest) if size is None else size for size in sizes]
+    sizes = [guess if size is None else size for size, guess in zip(sizes, declared, strict=True)]
+    out = [axes[i] if i in copies else op.dim(size) for i, size in enumerate(sizes)]
+    op.space.match(axes, out)
+    _reshaped(op, out)
+
+
+def _shape_elements(op: Op, index: int) -> list[Size | None]:
+    """The elements of a shape-like input; unknown ones where only its length is known."""
+    elements = op.known(index)
+    if elements is not None:
+        return list(elements.ravel())
+    length = op.static(op.axes(index)[0]) if op.axes(index) else None
+    if length is None:
+        raise CannotTell("a shape of unknown length")
+    return [None] * length
+
+
+@edits("Reshape")
+def edit_reshape(op: GrownOp) -> None:
+    """Every static entry of the shape becomes the grown axis's size."""
+    op.resize_input(1, op.out_axes(0), keep=(0, -1))
+
+
+@relates("Flatten")
+def flatten(op: Op) -> None:
+    """out[(j_0 .. j_a-1), (j_a ..)] = x[j]"""
+    axes = op.axes(0)
+    axis = op.int("axis", 1)
+    axis = axis + len(axes) if axis < 0 else axis
+    op.out((Product(axes[:axis]), Product(axes[axis:])))
+
+
+@relates("Squeeze")
+def squeeze(op: Op) -> None:
+    """out drops axes of size 1"""
+    axes = op.axes(0)
+    dropped = op.int_list("axes", 1)
+    if dropped is None:
+        gone = {i for i, term in enumerate(axes) if op.is_one(term)}
+    else:
+        gone = {op.axis(a, len(axes)) for a in dropped}
+    _reshaped(op, [term for i, term in enumerate(axes) if i not in gone])
+
+
+@relates("Unsqueeze")
+def unsqueeze(op: Op) -> None:
+    """out has new axes of size 1"""
+    axes = list(op.axes(0))
+    new = op.int_list("axes", 1) or []
+    for axis in sorted(op.axis(a, len(axes) + len(new)) for a in new):
+        axes.insert(axis, ONE)
+    _reshaped(op, axes)
+
+
+@relates("Expand")
+def expand(op: Op) -> None:
+    """out[j] = x[j], size-1 axes stretched to the shape, which may also add axes in front"""
+    axes, target = op.axes(0), _shape_elements(op, 1)
+    declared = op.declared(op.node.outputs[0])
+    rank = max(len(axes), len(target))
+    if declared is None or len(declared) != rank:
+        declared = [None] * rank
+    padded = (ONE,) * (rank - len(axes)) + tuple(axes)
+    wanted = [Size.of(1)] * (rank - len(target)) + list(target)
+    out: list[Term] = []
+    for term, element, guess in zip(padded, wanted, declared, strict=True):
+        size = guess if element is None else element
+        if not op.is_one(term):
+            if op.static(term) is None and size is not None and size.static not in (None, 1):
+                op.pin(term, "meets an axis whose size is not known before running")
+                term = op.pinned_dim(size, "stretches an axis whose size is not known before running")
+            out.append(term)
+        else:
+            made = op.dim(size)
+            op.fact(Fact.EXPANDED, made)
+            out.append(made)
+    op.out(out, _expanded(op.known(0), [op.static(term) for term in out]))
+
+
+def _expanded(elements: Known | None, sizes: list[int | None]) -> Known | None:
+    shape = [size for size in sizes if size is not None]
+    if elements is None or len(shape) < len(sizes) or np.prod(shape, dtype=float) > 1024:
+        return None
+    return np.broadcast_to(elements, shape)
+
+
+@edits("Expand")
+def edit_expand(op: GrownOp) -> None:
+    """Every static entry of the shape becomes the grown axis's size; a 1 still means "as it is"."""
+    op.resize_input(1, op.out_axes(0), keep=(1,))
+
+
+@relates("Tile")
+def tile(op: Op) -> None:
+    """out[(r, j)] = x[j] for every repeat r"""
+    axes, repeats = op.axes(0), _shape_elements(op, 1)
+    made = [op.dim(repeat) for repeat in repeats]
+    for term in made:
+        op.fact(Fact.EXPANDED, term)
+    op.out([Product((repeat, term)) for repeat, term in zip(made, axes, strict=True)])
+
+
+@edits("Tile")
+def edit_tile(op: GrownOp) -> None:
+    """The repeats grow by what the output grows more than the input."""
+    factors = [op.growth(out) / op.growth(own) for out, own in zip(op.out_axes(0), op.axes(0), strict=True)]
+    op.scale_input(1, factors)
+
+
+@relates("Concat")
+def concat(op: Op) -> None:
+    """out = operands side by side along one axis"""
+    operands = [op.axes(i) for i in range(op.count)]
+    rank = len(operands[0])
+    axis = op.axis(op.int("axis"), rank)
+    out: list[Term] = []
+    for position in range(rank):
+        column = [axes[position] for axes in operands]
+        if position == axis:
+            out.append(_joined(op, column))
+        else:
+            for term in column[1:]:
+                op.unify(column[0], term)
+            out.append(column[0])
+    op.out(out, _concatenated(op, axis))
+
+
+def _joined(op: Op, terms: list[Term]) -> Term:
+    if all(op.static(term) is not None for term in terms):
+        return Concat(tuple(term for term in terms if op.static(term) != 0))
+    total = Size.of(0)
+    for term in terms:
+        total = total + op.size(term)
+        op.pin(term, "joined to a part whose size is not known before running")
+    return op.dim(total)
+
+
+def _concatenated(op: Op, axis: int) -> Known | None:
+    """Known elements of a join of vectors; a part that is unknown but short leaves its elements unknown."""
+    parts: list[Known] = []
+    for index in range(op.count):
+        elements = op.known(index)
+        if elements is None:
+            length = op.static(op.axes(index)[0]) if op.rank(index) == 1 else None
+            if length is None or length > 64:
+                return None
+            elements = known([None] * length)
+        parts.append(elements)
+    return np.concatenate(parts, axis=axis) if any(op.known(i) is not None for i in range(op.count)) else None
+
+
+@relates("Split")
+def split(op: Op) -> None:
+    """x = outputs side by side along one axis"""
+    axes = list(op.axes(0))
+    axis = op.axis(op.int("axis", 0), len(axes))
+    total = op.static(axes[axis])
+    count = len(op.node.outputs)
+    sizes = op.int_list("split", 1)
+    if sizes is None and total is not None:
+        chunk = -(-total // count)
+        sizes = [min(chunk, total - chunk * i) for i in range(count)]
+    parts = op.space.segments(axes[axis], sizes) if sizes is not None and total is not None else None
+    if parts is None:
+        op.pin(axes[axis], "split where it cannot be cut")
+        parts = [op.pinned_dim(size, "a piece of an axis that keeps its size") for size in sizes or [None] * count]
+    elements = op.known(0)
+    for index, part in enumerate(parts):
+        piece = None
+        if elements is not None and sizes is not None:
+            piece = np.take(elements, range(sum(sizes[:index]), sum(sizes[: index + 1])), axis=axis)
+        op.out((*axes[:axis], part, *axes[axis + 1 :]), piece, index)
+
+
+@edits("Split")
+def edit_split(op: GrownOp) -> None:
+    """The pieces' sizes are written out, since equal pieces may grow unequally."""
+    axis = op.int("axis", 0) % len(op.axes(0))
+    pieces = [op.out_axes(i)[axis] for i in range(len(op.node.outputs))]
+    if not any(op.grows(piece) for piece in pieces):
+        return
+    sizes = [op.grown(piece) for piece in pieces]
+    if op.opset < 13:
+        op.set_attribute("split", sizes)
+    else:
+        op.remove_attribute("num_outputs")
+        op.set_input(1, sizes)
+
+
+@relates("Slice")
+def slice_(op: Op) -> None:
+    """out[j] = x[start + step j] along each sliced axis: a cut, or every step-th index"""
+    axes = list(op.axes(0))
+    bounds = _slice_bounds(op, len(axes))
+    for axis, start, end, step in bounds:
+        axes[axis] = _sliced(op, axes[axis], start, end, step)
+    elements = op.known(0)
+    if elements is not None:
+        window = [slice(None)] * elements.ndim
+        for axis, start, end, step in bounds:
+            low, high = (None if each is None else each.static for each in (start, end))
+            if low is None or high is None or step is None:
+                elements = None
+                break
+            window[axis] = slice(low, None if step < 0 and high < -END else high, step)
+        elements = None if elements is None else elements[tuple(window)]
+    op.out(axes, elements)
+
+
+Bound = tuple[int, Size | None, Size | None, int | None]
+
+
+def _slice_bounds(op: Op, rank: int) -> list[Bound]:
+    """(axis, start, end, step) of each sliced axis, None where unknown.
+
+    Raises:
+        CannotTell: which axes are sliced is not known.
+    """
+    if op.opset < 10:
+        starts: list[Size | None] = [Size.of(i) for i in op.int_list("starts", None) or []]
+        ends: list[Size | None] = [Size.of(i) for i in op.int_list("ends", None) or []]
+        listed = op.int_list("axes", None)
+    else:
+        starts, ends = _shape_elements(op, 1), _shape_elements(op, 2)
+        listed = op.int_list("axes", 3)
+    which = list(range(len(starts))) if listed is None else listed
+    steps: list[Size | None] = [Size.of(1)] * len(which)
+    if op.opset >= 10 and op.has(4):
+        steps = _shape_elements(op, 4)
+    return [
+        (op.axis(axis, rank), start, end, None if step is None else step.static)
+        for axis, start, end, step in zip(which, starts, ends, steps, strict=True)
+    ]
+
+
+def _sliced(op: Op, term: Term, start: Size | None, end: Size | None, step: int | None) -> Term:
+    size = op.size(term)
+    low, high = (_from_front(each, size) for each in (start, end))
+    if step == 1 and low == Size.of(0) and high == size:
+        return term
+    total = size.static
+    if total is not None and step is not None and low is not None and high is not None:
+        first, last = low.static, high.static
+        if first is not None and last is not None:
+            return _statically_sliced(op, term, total, first, last, step)
+    op.pin(term, "sliced at bounds that are not known before running")
+    length = None if low is None or high is None or step != 1 else high - low
+    return op.pinned_dim(length, "a slice of an axis that keeps its size")
+
+
+def _from_front(bound: Size | None, size: Size) -> Size | None:
+    """A slice bound counted from the front; the whole axis for a bound far beyond it."""
+    if bound is None:
+        return None
+    value = bound.static
+    if value is None:
+        return bound
+    if value >= END or (size.static is not None and value > size.static):
+        return size
+    if value >= 0:
+        return bound
+    if value <= -END:
+        return Size.of(0)
+    moved = size + bound
+    return Size.of(max(moved.static, 0)) if moved.static is not None else moved
+
+
+def _statically_sliced(op: Op, term: Term, total: int, first: int, last: int, step: int) -> Term:
+    length = max(0, -(-(last - first) // step)) if step > 0 else 0
+    if step == 1 and length > 0:
+        sizes = [n for n in (first, length, total - first - length) if n]
+        parts = op.space.segments(term, sizes)
+        if parts is not None:
+            return parts[1 if first else 0]
+    elif step > 1 and total % step == 0 and first < step and length == total // step:
+        inner = op.dim(step)
+        outer = op.dim(length)
+        op.pin(inner, "one index of it is taken at a time")
+        op.space.match([term], [outer, inner])
+        return outer
+    op.pin(term, "sliced where it cannot be cut")
+    return op.pinned_dim(length if step > 0 else None, "a slice of an axis that keeps its size")
+
+
+@edits("Slice")
+def edit_slice(op: GrownOp) -> None:
+    """Bounds on a grown axis move with the boundaries of its segments."""
+    axes, out = op.axes(0), op.out_axes(0)
+    starts: list[int | None] = []
+    ends: list[int | None] = []
+    for axis, start, end, step in _slice_bounds(op, len(axes)):
+        term, low, high = axes[axis], None, None
+        if op.grows(term):
+            first = _from_front(start, op.size(term))
+            assert first is not None and first.static is not None
+            low = op.offset(term, first.static) if step == 1 else first.static
+            high = low + op.grown(out[axis]) if step == 1 else op.grown(term)
+        starts.append(low)
+        ends.append(high)
+    for index, name, moved in ((1, "starts", starts), (2, "ends", ends)):
+        if all(value is None for value in moved):
+            continue
+        if op.opset < 10:
+            old = op.int_list(name, None) or []
+            op.set_attribute(name, [o if n is None else n for o, n in zip(old, moved, strict=True)])
+        else:
+            op.replace_elements(index, moved)
+
+
+@relates("Pad")
+def pad(op: Op) -> None:
+    """out = constant beside x beside constant, along each padded axis"""
+    axes = list(op.axes(0))
+    pads = op.int_list("pads", 1) if op.opset >= 11 else op.int_list("pads", None)
+    which = op.int_list("axes", 3) if op.opset >= 18 else None
+    where = [op.axis(a, len(axes)) for a in which] if which is not None else list(range(len(axes)))
+    if pads is None or len(pads) != 2 * len(where):
+        raise CannotTell("paddings that do not fit")
+    for position, axis in enumerate(where):
+        before, after = pads[position], pads[position + len(where)]
+        if before == after == 0:
+            continue
+        term, size = axes[axis], op.size(axes[axis])
+        if op.text("mode", "constant") != "constant" or min(before, after) < 0 or size.static is None:
+            op.pin(term, "padded")
+            axes[axis] = op.pinned_dim(size + (before + after), "a padded axis")
+        else:
+            ends = [op.pinned_dim(n, "padding") if n else None for n in (before, after)]
+            parts = (ends[0], term, ends[1])
+            axes[axis] = Concat(tuple(part for part in parts if part is not None))
+    op.out(axes)

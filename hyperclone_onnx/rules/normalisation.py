@@ -1,0 +1,71 @@
+"""Normalisations and softmax."""
+
+from __future__ import annotations
+
+from hyperclone_onnx.dims import ONE
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import CannotTell, Fact, Op
+from hyperclone_onnx.rules.registry import edits, relates
+
+
+@relates("LayerNormalization", "RMSNormalization")
+def layer_norm(op: Op) -> None:
+    """Y = (X - mean X) / sqrt(var X + eps) * scale + B, over the axes from `axis` on (RMS: without the mean)"""
+    axes = op.axes(0)
+    axis = op.axis(op.int("axis", -1), len(axes))
+    for term in axes[axis:]:
+        op.uniform(term)
+    op.out(op.broadcast([axes, *(op.axes(i) for i in range(1, op.count) if op.has(i))]))
+    for index in range(1, len(op.node.outputs)):
+        op.out((*axes[:axis], *[ONE] * (len(axes) - axis)), index=index)
+
+
+@relates("GroupNormalization")
+def group_norm(op: Op) -> None:
+    """Y[n, (g c), p] is X normalised over c and p for each group g, times scale, plus bias"""
+    axes = op.axes(0)
+    groups, size = op.int("num_groups"), op.static(axes[1])
+    if size is None or size % groups:
+        raise CannotTell("channels that its groups do not divide")
+    group, channels = op.dim(groups), op.dim(size // groups)
+    op.space.match([axes[1]], [group, channels])
+    op.uniform(channels)
+    for index in (1, 2):
+        op.unify(op.axes(index)[0], axes[1] if op.opset >= 21 else group)
+    op.out(axes)
+
+
+@edits("GroupNormalization")
+def edit_group_norm(op: GrownOp) -> None:
+    """The number of groups grows by what the channels grow and a group does not."""
+    groups, channels = op.int("num_groups"), op.axes(0)[1]
+    inner = op.space.factors(channels)
+    position, count = 0, 1
+    while count < groups:
+        count *= op.static(inner[position]) or 1
+        position += 1
+    grown = 1
+    for factor in inner[:position]:
+        grown *= op.grown(factor)
+    if grown != groups:
+        op.set_attribute("num_groups", grown)
+
+
+@relates("MeanVarianceNormalization")
+def mean_variance_norm(op: Op) -> None:
+    """Y = (X - mean X) / sqrt(var X) over `axes`"""
+    axes = op.axes(0)
+    for axis in op.int_list("axes", None) or [0, 2, 3]:
+        op.uniform(axes[op.axis(axis, len(axes))])
+    op.out(axes)
+
+
+@relates("Softmax", "LogSoftmax", "Hardmax")
+def softmax(op: Op) -> None:
+    """out[j] = exp x[j] / sum_k exp x[k]: repeats would take each other's share"""
+    axes = op.axes(0)
+    axis = op.axis(op.int("axis", -1 if op.opset >= 13 else 1), len(axes))
+    for term in axes[axis:] if op.opset < 13 else axes[axis : axis + 1]:
+        op.fact(Fact.SOFTMAX, term)
+        op.pin(term, f"{op.node.op_type} runs over it")
+    op.out(axes)

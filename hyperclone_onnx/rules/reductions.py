@@ -1,0 +1,67 @@
+"""Operators that reduce axes. Averages and extremes keep the invariant; sums are compensated by the plan."""
+
+from __future__ import annotations
+
+from hyperclone_onnx.dims import ONE, Term
+from hyperclone_onnx.inference import Op
+from hyperclone_onnx.rules.registry import relates
+
+POWERS = {"ReduceSum": 1.0, "ReduceL1": 1.0, "ReduceLogSum": 1.0, "ReduceL2": 0.5, "ReduceSumSquare": 0.5}
+"""A sum over n equal repeats is n times too large; dividing its input by n ** power undoes that."""
+
+
+def _reduced_axes(op: Op) -> list[int]:
+    rank = op.rank(0)
+    axes = op.int_list("axes", 1)
+    if not axes:
+        return [] if op.int("noop_with_empty_axes", 0) else list(range(rank))
+    return sorted({op.axis(axis, rank) for axis in axes})
+
+
+def _out(op: Op, reduced: list[int]) -> None:
+    keep = op.int("keepdims", 1)
+    out: list[Term] = [
+        ONE if i in reduced else term for i, term in enumerate(op.axes(0)) if keep or i not in reduced
+    ]
+    op.out(out)
+
+
+@relates(*POWERS)
+def summing(op: Op) -> None:
+    """out[j] = f(sum_k g(x[j, k])), with f and g such that a power of the repeats' number undoes the growth"""
+    reduced = _reduced_axes(op)
+    for axis in reduced:
+        op.sum_over((0, axis), power=POWERS[op.node.op_type])
+    _out(op, reduced)
+
+
+@relates("ReduceMean")
+def averaging(op: Op) -> None:
+    """out[j] = mean_k x[j, k]"""
+    reduced = _reduced_axes(op)
+    for axis in reduced:
+        op.uniform(op.axes(0)[axis])
+    _out(op, reduced)
+
+
+@relates("ReduceMax", "ReduceMin")
+def extreme(op: Op) -> None:
+    """out[j] = max_k x[j, k]: a repeated index does not change it"""
+    _out(op, _reduced_axes(op))
+
+
+@relates("ReduceProd", "ReduceLogSumExp")
+def pinned_reduction(op: Op) -> None:
+    """out[j] = prod_k x[j, k], log sum_k exp x[j, k]: repeats change them in no way a scale undoes"""
+    reduced = _reduced_axes(op)
+    for axis in reduced:
+        op.pin(op.axes(0)[axis], f"reduced by {op.node.op_type}")
+    _out(op, reduced)
+
+
+@relates("ArgMax", "ArgMin")
+def arg_extreme(op: Op) -> None:
+    """out[j] = the k at which x[j, k] is extreme: an index, so that the axis keeps its size"""
+    axis = op.axis(op.int("axis", 0), op.rank(0))
+    op.pin(op.axes(0)[axis], f"searched by {op.node.op_type}")
+    _out(op, [axis])

@@ -1,0 +1,73 @@
+"""The one registry of rules, keyed by (domain, operator).
+
+A rule is one function that relates the axes of an operator's operands and results (`relates`) and, only where
+the operator carries sizes in attributes or integer inputs, one that edits them for the grown model (`edits`).
+Contractions and reductions need no edit of their own: what they sum over is compensated by the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from hyperclone_onnx.inference import Op
+    from hyperclone_onnx.plan import GrownOp
+
+Relation = Callable[["Op"], None]
+Edit = Callable[["GrownOp"], None]
+
+_relations: dict[tuple[str, str], Relation] = {}
+_edits: dict[tuple[str, str], Edit] = {}
+
+
+def relates(*op_types: str, domain: str = "") -> Callable[[Relation], Relation]:
+    """Register the relation of one or more operators; registering an operator twice is an error."""
+
+    def register(function: Relation) -> Relation:
+        for op_type in op_types:
+            if (domain, op_type) in _relations:
+                raise ValueError(f"{op_type} has a rule already")
+            _relations[domain, op_type] = function
+        return function
+
+    return register
+
+
+def edits(*op_types: str, domain: str = "") -> Callable[[Edit], Edit]:
+    """Register how one or more operators are edited when their axes grow."""
+
+    def register(function: Edit) -> Edit:
+        for op_type in op_types:
+            if (domain, op_type) in _edits:
+                raise ValueError(f"{op_type} has an edit already")
+            _edits[domain, op_type] = function
+        return function
+
+    return register
+
+
+def _domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+def relation(domain: str, op_type: str) -> Relation | None:
+    """The relation of an operator, None when it has no rule."""
+    return _relations.get((_domain(domain), op_type))
+
+
+def edit(domain: str, op_type: str) -> Edit | None:
+    """The edit of an operator, None when it needs none."""
+    return _edits.get((_domain(domain), op_type))
+
+
+def ruled() -> list[tuple[str, str]]:
+    """Every (domain, operator) that has a rule."""
+    return sorted(_relations)
+
+
+def name(node: ir.Node) -> str:
+    """An operator's name with its domain: ``com.microsoft.Attention``."""
+    return f"{node.domain}.{node.op_type}" if _domain(node.domain) else node.op_type

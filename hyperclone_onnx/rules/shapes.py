@@ -1,0 +1,97 @@
+"""Operators that speak of sizes: what they say stays in the source model's sizes.
+
+A grown axis is read as its source's length, so that all arithmetic on sizes, and everything computed from it
+(an attention scale, a mask's width), is what it was; who makes an axis from a size scales it at that point.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from hyperclone_onnx.dims import Product, Term
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import CannotTell, Op
+from hyperclone_onnx.known import known
+from hyperclone_onnx.rules.registry import edits, relates
+
+
+def _window(op: Op, rank: int) -> slice:
+    start, end = op.int("start", 0), op.int("end", rank)
+    return slice(*(min(max(bound + rank if bound < 0 else bound, 0), rank) for bound in (start, end)))
+
+
+@relates("Shape")
+def shape(op: Op) -> None:
+    """out[i] = size of axis i of x"""
+    sizes = [op.size(term) for term in op.axes(0)[_window(op, op.rank(0))]]
+    op.out([op.pinned_dim(len(sizes), "a vector of sizes")], known(sizes))
+
+
+@edits("Shape")
+def edit_shape(op: GrownOp) -> None:
+    """Grown lengths are read as the source's."""
+    literals: list[int | None] = []
+    factors: list[Fraction] = []
+    for term in op.axes(0)[_window(op, op.rank(0))]:
+        literals.append(op.static(term) if op.grows(term) else None)
+        factors.append(1 / op.growth(term))
+    op.resize_output(0, literals, factors)
+
+
+@relates("Size")
+def size(op: Op) -> None:
+    """out = product of the sizes of x"""
+    op.out((), known(op.size(Product(op.axes(0)))))
+
+
+@edits("Size")
+def edit_size(op: GrownOp) -> None:
+    """The number of elements is read as the source's."""
+    whole = Product(op.axes(0))
+    if op.grows(whole):
+        op.resize_output(0, [op.static(whole)], [1 / op.growth(whole)])
+
+
+@relates("Range")
+def range_(op: Op) -> None:
+    """out[j] = start + j delta; its values are made in the source's size and repeated when the axis grows"""
+    bounds = [op.ints(i) for i in range(3)]
+    if all(each is not None for each in bounds):
+        start, limit, delta = (each[0] for each in bounds if each is not None)
+        values = list(range(start, limit, delta)) if delta else []
+        op.out([op.dim(len(values))], known(values))
+        return
+    ends = [elements.item() if (elements := op.known(i)) is not None else None for i in range(3)]
+    simple = ends[2] is not None and ends[2].static == 1 and None not in ends
+    declared = op.declared(op.node.outputs[0])
+    op.out([op.dim(ends[1] - ends[0] if simple else declared[0] if declared else None)])
+
+
+@edits("Range")
+def edit_range(op: GrownOp) -> None:
+    """A grown range is the source's range, repeated."""
+    if op.grows(op.out_axes(0)[0]):
+        op.gather_output(0, 0)
+
+
+@relates("ConstantOfShape")
+def constant_of_shape(op: Op) -> None:
+    """out[j] = value"""
+    elements = op.known(0)
+    if elements is None:
+        raise CannotTell("a shape computed at run time")
+    axes: list[Term] = [op.dim(size) for size in elements.ravel()]
+    sizes = [op.static(term) for term in axes]
+    value = op.node.attributes.get("value")
+    filled = None
+    if len(axes) == 1 and sizes[0] is not None and sizes[0] <= 64:
+        tensor = None if value is None else value.as_tensor()
+        if tensor is not None and not tensor.dtype.is_floating_point():
+            filled = known([int(tensor.numpy().ravel()[0])] * sizes[0])
+    op.out(axes, filled)
+
+
+@edits("ConstantOfShape")
+def edit_constant_of_shape(op: GrownOp) -> None:
+    """Every static entry of the shape becomes the grown axis's size."""
+    op.resize_input(0, op.out_axes(0), keep=())

@@ -1,0 +1,230 @@
+"""From dimensions to a request's source maps: roles, names, and how much each dimension grows."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from hyperclone_onnx.dims import Dim
+from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.inference import Dimensions, Fact, atoms_in_order
+from hyperclone_onnx.maps import SourceMap
+
+GROWN_BY_FACTOR = ("hidden", "ffn", "heads", "width")
+"""The roles that ``--factor`` grows: HyperCloning's widths. Head sizes and head groups are kept."""
+
+REQUIRED = ("hidden", "ffn", "heads")
+"""The roles whose pinning refuses a default request; an input's own width may be pinned in a grown model."""
+
+ROLES = (*GROWN_BY_FACTOR, "head_dim", "group", "vocab", "positions", "other")
+
+
+@dataclass(frozen=True)
+class NamedDim:
+    """An atomic dimension with the role its uses give it and a name that is unique in the model."""
+
+    dim: Dim
+    role: str
+    name: str
+
+    @property
+    def size(self) -> int:
+        """Its size in the source model."""
+        return self.dim.size.static_or(0)
+
+
+@dataclass
+class Growth:
+    """Which dimensions grow, and by which map."""
+
+    dimensions: Dimensions
+    named: list[NamedDim]
+    maps: dict[Dim, tuple[str, SourceMap]] = field(default_factory=dict)
+
+
+def name_dimensions(dimensions: Dimensions) -> list[NamedDim]:
+    """Give every atomic dimension a role and a name, in order of appearance."""
+    facts = _facts_by_atom(dimensions)
+    groups = _head_groups(dimensions, facts)
+    by_role: dict[str, list[Dim]] = defaultdict(list)
+    order: list[tuple[Dim, str]] = []
+    vocabulary = _vocabulary(dimensions)
+    for atom in atoms_in_order(dimensions):
+        role = _role(atom, facts.get(atom, frozenset()), groups, vocabulary)
+        by_role[role].append(atom)
+        order.append((atom, role))
+    numbers = {atom: number for atoms in by_role.values() for number, atom in enumerate(atoms)}
+    return [
+        NamedDim(atom, role, role if len(by_role[role]) == 1 else f"{role}.{numbers[atom]}") for atom, role in order
+    ]
+
+
+def _facts_by_atom(dimensions: Dimensions) -> dict[Dim, frozenset[Fact]]:
+    found: dict[Dim, set[Fact]] = defaultdict(set)
+    for kind, sightings in dimensions.facts.items():
+        for term, _ in sightings:
+            for atom in dimensions.space.atoms(term):
+                found[atom].add(kind)
+    return {atom: frozenset(kinds) for atom, kinds in found.items()}
+
+
+def _head_groups(dimensions: Dimensions, facts: Mapping[Dim, frozenset[Fact]]) -> set[Dim]:
+    """The head axes along which keys and values are only repeated (grouped-query attention).
+
+    The batch axis of such an attention is (key/value heads, group). An axis that is all repetition is the query
+    heads of a multi-query model: those are heads.
+    """
+    space = dimensions.space
+    repeated = {
+        resolved
+        for term, _ in dimensions.facts[Fact.EXPANDED]
+        if isinstance(resolved := space.resolve(term), Dim)
+    }
+    groups: set[Dim] = set()
+    batches: dict[tuple[Dim, ...], None] = {}
+    per_node: dict[object, list[Dim]] = defaultdict(list)
+    for term, node in dimensions.facts[Fact.BATCHED]:
+        per_node[node].extend(atom for atom in space.atoms(term) if _is_weighted(facts[atom]))
+    for atoms in per_node.values():
+        batches.setdefault(tuple(atoms))
+    for atoms in batches:
+        inner = [atom for atom in atoms if atom in repeated]
+        groups.update(inner if len(inner) < len(atoms) else inner[1:])
+    return groups
+
+
+def _is_weighted(facts: frozenset[Fact]) -> bool:
+    return not facts.isdisjoint({Fact.CONTRACTED_WITH_WEIGHT, Fact.WEIGHT_OUTPUT})
+
+
+def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[Dim]) -> str:
+    if Fact.INDEXED in facts:
+        return "vocab" if atom in vocabulary else "positions"
+    if Fact.SOFTMAX in facts:
+        return "positions"
+    if _is_weighted(facts):
+        if Fact.BATCHED in facts:
+            return "group" if atom in groups else "heads"
+        if not facts.isdisjoint({Fact.CONTRACTED_WITH_ACTIVATION, Fact.VALUE_AXIS}):
+            return "head_dim"
+    if Fact.CONTRACTED_WITH_WEIGHT in facts:
+        if not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING}):
+            return "hidden"
+        return "ffn" if Fact.WEIGHT_OUTPUT in facts else "width"
+    return "other"
+
+
+def _vocabulary(dimensions: Dimensions) -> set[Dim]:
+    """The tables that the graph's integer inputs index directly, or only reshaped or converted."""
+    return {
+        atom
+        for indices, term in dimensions.index_tables
+        if source_input(indices) is not None
+        for atom in dimensions.space.atoms(term)
+    }
+
+
+def source_input(value: ir.Value) -> ir.Value | None:
+    """The graph input whose very elements a value holds, None when it is computed from them."""
+    while not value.is_graph_input():
+        producer = value.producer()
+        if producer is None or producer.domain or producer.op_type not in _MOVERS:
+            return None
+        origin = producer.inputs[0]
+        if origin is None:
+            return None
+        value = origin
+    return value
+
+
+_MOVERS = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
+
+
+def size(
+    dimensions: Dimensions,
+    factor: int = 1,
+    requests: Mapping[str, int] | None = None,
+    maps: Mapping[str, SourceMap] | None = None,
+) -> Growth:
+    """Turn a request into a source map for each dimension.
+
+    Args:
+        dimensions: what inference found.
+        factor: the factor of the roles in `GROWN_BY_FACTOR`.
+        requests: a factor for a role ("hidden") or for one dimension ("ffn.3"); overrides `factor`.
+        maps: any source map for one dimension by name; overrides both.
+
+    Raises:
+        BadRequest: a factor below 1, or a role or dimension that the model has not.
+        Refused: a requested dimension is pinned; the text gives the chain of nodes that pins it.
+    """
+    named = name_dimensions(dimensions)
+    wanted = dict(requests or {})
+    explicit = dict(maps or {})
+    _check_request(named, factor, wanted, explicit)
+    growth = Growth(dimensions, named)
+    for each in named:
+        asked = wanted.get(each.name, wanted.get(each.role))
+        times = asked if asked is not None else factor if each.role in GROWN_BY_FACTOR else 1
+        chosen = explicit.get(each.name) or SourceMap(each.size, tile=times)
+        if chosen.grown == each.size:
+            continue
+        if not each.dim.growable:
+            if asked is not None or each.name in explicit or each.role in REQUIRED:
+                raise Refused(refusal(dimensions, each, named))
+            continue
+        growth.maps[each.dim] = (each.name, chosen)
+    _check_something_grows(growth, factor, wanted)
+    return growth
+
+
+def _check_request(
+    named: list[NamedDim], factor: int, requests: Mapping[str, int], maps: Mapping[str, SourceMap]
+) -> None:
+    if factor < 1:
+        raise BadRequest(f"the factor is {factor}: give a whole number, 2 or more to grow")
+    names = {each.name for each in named} | {each.role for each in named}
+    for name in (*requests, *maps):
+        if name not in names:
+            near = difflib.get_close_matches(name, sorted(names), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names)) or 'none'}"
+            raise BadRequest(f"this model has no dimension {name!r}{hint} (`inspect` lists them)")
+    for name, times in requests.items():
+        if times < 1:
+            raise BadRequest(f"the factor of {name} is {times}: give a whole number, 1 to keep its size")
+    for name, chosen in maps.items():
+        size = next((each.size for each in named if each.name == name), None)
+        if size != chosen.size:
+            raise BadRequest(f"the map of {name} is for size {chosen.size}, the dimension has size {size}")
+
+
+def _check_something_grows(growth: Growth, factor: int, requests: Mapping[str, int]) -> None:
+    if growth.maps or (factor == 1 and all(times == 1 for times in requests.values())):
+        return
+    pinned = [each for each in growth.named if each.dim.pin is not None]
+    if pinned:
+        raise Refused(refusal(growth.dimensions, pinned[0], growth.named))
+    raise Refused("nothing in this model can grow: no weight is contracted with an activation")
+
+
+def refusal(dimensions: Dimensions, each: NamedDim, named: list[NamedDim]) -> str:
+    """The text that says why a dimension cannot grow, and what to do."""
+    reason = explain(dimensions, each.dim)
+    keep = f"--set {each.name}=1" if any(other.name != each.name for other in named) else "a smaller request"
+    return f"{each.name} (size {each.size}) cannot grow: {reason}. To keep its size and grow the rest: {keep}"
+
+
+def explain(dimensions: Dimensions, dim: Dim, longest: int = 6) -> str:
+    """Why a dimension is pinned: the reason, the node, and the chain of nodes that leads there."""
+    if dim.pin is None:
+        return "it is not pinned"
+    space = dimensions.space
+    start = min(space.component(dim.uid))
+    chain = space.chain(start, dim.pin.origin)
+    if len(chain) > longest:
+        chain = [*chain[: longest // 2], f"... {len(chain) - longest} more ...", *chain[-longest // 2 :]]
+    return str(dim.pin) + (f"; reached by way of {' -> '.join(chain)}" if chain else "")
