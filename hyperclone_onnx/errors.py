@@ -21,6 +21,12 @@ class BadRequest(HypercloneError):
     exit_code = 2
 
 
+class CannotWrite(HypercloneError):
+    """The output cannot be written: no folder, no permission, no space."""
+
+    exit_code = 2
+
+
 class Refused(HypercloneError):
     """This model or request cannot grow; the text names the nodes that forbid it."""
 

@@ -91,7 +91,7 @@ class GrownTensor:
         if self.is_shared:
             result = self._shared(result, axes)
         if self.recipe.scale != 1.0:
-            result = np.asarray(result * self.recipe.scale, dtype=work)
+            result = np.multiply(result, self.recipe.scale, dtype=work)
         return result.astype(self.dtype.numpy())
 
     @cached_property
@@ -123,7 +123,7 @@ class GrownTensor:
             part = np.asarray(flat[start : start + (1 << 20)], dtype=np.float64)
             total += float(np.dot(part, part))
         rms = math.sqrt(total / flat.size) if flat.size else 0.0
-        return rms * 10.0 ** (-self.strategy.snr_db / 20.0)
+        return float(rms * 10.0 ** (-self.strategy.snr_db / 20.0))
 
     def _zero_sum_noise(self, axes: Sequence[AxisIndex], number: Array, count: Array, dtype: Any) -> Array:
         """Unit noise that sums to zero over the repeats of each source index.
@@ -149,7 +149,7 @@ class GrownTensor:
             spread = _take_at(drawn, where)
             sign = plus.astype(np.int8) - minus.astype(np.int8)
             noise += spread * sign
-        return noise * np.asarray(math.sqrt(0.5), dtype=dtype)
+        return np.multiply(noise, math.sqrt(0.5), dtype=dtype)
 
     def _draw(self, repeat: int, low: int, high: int) -> Array:
         """Rows [low, high) of the standard normal array of one repeat, on the collapsed tensor."""

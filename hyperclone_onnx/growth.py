@@ -22,7 +22,7 @@ class GrownTerms:
     def __init__(self, growth: Growth) -> None:
         self.space = growth.dimensions.space
         self.named = growth.maps
-        self.maps = {name: chosen for name, chosen in growth.maps.values()}
+        self.maps = dict(growth.maps.values())
 
     def grows(self, term: Term) -> bool:
         """Whether any atom of the axis grows."""

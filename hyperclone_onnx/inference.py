@@ -167,7 +167,7 @@ class Op:
 
     # -- attributes ---------------------------------------------------------------------------------------
 
-    def int(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None) -> int:
         """An integer attribute.
 
         Raises:
@@ -456,17 +456,38 @@ def _pin_captured_outputs(dimensions: Dimensions) -> None:
             dimensions.space.pin(Product(dimensions.axes[value] or ()), "a stored tensor that is an output")
 
 
-def pin_outputs_never_read(dimensions: Dimensions) -> None:
-    """Pin dimensions that only ever leave: on an output, and read by no contraction (class logits)."""
+def pin_interface(dimensions: Dimensions) -> None:
+    """Pin what the graph's inputs and outputs fix.
+
+    A dimension that only ever leaves (class logits: on an output, read by no contraction), an image's own axes
+    (on an input of four or more axes, met by weights only), and an axis mixed with a symbolic size.
+    """
     space = dimensions.space
-    contracted = {atom for each in dimensions.sums if len(each.sites) > 1 for atom in space.atoms(each.term)}
+    weighted = _atoms_with(dimensions, Fact.CONTRACTED_WITH_WEIGHT)
+    between = _atoms_with(dimensions, Fact.CONTRACTED_WITH_ACTIVATION, Fact.BATCHED, Fact.VALUE_AXIS)
     for value in dimensions.model.graph.outputs:
         space.place = f"output {value.name!r}"
         for axis in dimensions.axes.get(value) or ():
             for atom in space.atoms(axis):
-                if atom not in contracted:
+                if atom not in weighted and atom not in between:
                     space.pin(atom, "it only leaves the graph: nothing reads it")
+    for value in dimensions.model.graph.inputs:
+        space.place = f"input {value.name!r}"
+        axes = dimensions.axes.get(value) or ()
+        for axis in axes if len(axes) >= 4 else ():
+            for atom in space.atoms(axis):
+                if atom not in between:
+                    space.pin(atom, "its meaning is the input's own")
+    for value in (*dimensions.model.graph.inputs, *dimensions.model.graph.outputs):
+        space.place = f"input or output {value.name!r}"
+        for axis in dimensions.axes.get(value) or ():
+            if space.static(axis) is None:
+                space.pin(axis, "mixed with a size that is known only when running")
     space.place = ""
+
+
+def _atoms_with(dimensions: Dimensions, *kinds: Fact) -> set[Dim]:
+    return {atom for kind in kinds for term, _ in dimensions.facts[kind] for atom in dimensions.space.atoms(term)}
 
 
 def atoms_in_order(dimensions: Dimensions) -> list[Dim]:
@@ -476,7 +497,7 @@ def atoms_in_order(dimensions: Dimensions) -> list[Dim]:
     for axes in every:
         for axis in axes:
             for atom in dimensions.space.atoms(axis):
-                if atom.size.static is not None:
+                if atom.size.static is not None and dimensions.space.static(atom) != 1:
                     seen.setdefault(atom)
     return list(seen)
 

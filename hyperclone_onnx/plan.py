@@ -71,7 +71,7 @@ class SetAttribute:
 
     node: str
     name: str
-    value: int | tuple[int, ...] | None
+    value: int | float | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -254,4 +254,4 @@ def _edit_from_json(data: Mapping[str, Any]) -> Edit:
             name: tuple(tuple(x) if isinstance(x, list) else x for x in value) if isinstance(value, list) else value
             for name, value in fields.items()
         }
-    return kind(**fields)  # type: ignore[no-any-return]
+    return kind(**fields)

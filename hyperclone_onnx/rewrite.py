@@ -96,7 +96,7 @@ class _Rewriter:
 
     def _store(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         self.graph.register_initializer(value)
         return value
@@ -128,8 +128,8 @@ class _Rewriter:
             case ScaleInput():
                 self._before(node, edit.input, self._scale_steps(node, edit))
             case GatherOutput(_, slot, axis, factors):
-                index = index_axis([(factor, False) for factor in factors], self.maps).source
-                self._after(node.outputs[slot], [self._gather(f"{node.name}.map", index, axis)])
+                source = index_axis([(factor, False) for factor in factors], self.maps).source
+                self._after(node.outputs[slot], [self._gather(f"{node.name}.map", source, axis)])
 
     def _resize(self, node: ir.Node, edit: ResizeVector) -> None:
         """Where(static, literals, vector * numerators / denominators), each step only where it is needed."""

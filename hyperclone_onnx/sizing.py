@@ -80,9 +80,7 @@ def _head_groups(dimensions: Dimensions, facts: Mapping[Dim, frozenset[Fact]]) -
     """
     space = dimensions.space
     repeated = {
-        resolved
-        for term, _ in dimensions.facts[Fact.EXPANDED]
-        if isinstance(resolved := space.resolve(term), Dim)
+        resolved for term, _ in dimensions.facts[Fact.EXPANDED] if isinstance(resolved := space.resolve(term), Dim)
     }
     groups: set[Dim] = set()
     batches: dict[tuple[Dim, ...], None] = {}
@@ -91,9 +89,9 @@ def _head_groups(dimensions: Dimensions, facts: Mapping[Dim, frozenset[Fact]]) -
         per_node[node].extend(atom for atom in space.atoms(term) if _is_weighted(facts[atom]))
     for atoms in per_node.values():
         batches.setdefault(tuple(atoms))
-    for atoms in batches:
-        inner = [atom for atom in atoms if atom in repeated]
-        groups.update(inner if len(inner) < len(atoms) else inner[1:])
+    for batch in batches:
+        inner = [atom for atom in batch if atom in repeated]
+        groups.update(inner if len(inner) < len(batch) else inner[1:])
     return groups
 
 

@@ -31,7 +31,7 @@ def _grouped(op: Op, term: Term, group: int) -> tuple[Term, Term]:
 def conv(op: Op) -> None:
     """Y[n, (g m), p] = sum_{c, k} X[n, (g c), p + k] W[(g m), c, k] + B[(g m)]"""
     x, w = op.axes(0), op.axes(1)
-    group = op.int("group", 1)
+    group = op.integer("group", 1)
     for term in w[2:]:
         op.pin(term, "a convolution's kernel")
     groups, channels = _grouped(op, x[1], group)
@@ -51,7 +51,7 @@ def conv(op: Op) -> None:
 @edits("Conv")
 def edit_conv(op: GrownOp) -> None:
     """The group attribute is the channels over the channels of a group."""
-    if op.int("group", 1) > 1:
+    if op.integer("group", 1) > 1:
         op.set_attribute("group", op.grown(op.axes(0)[1]) // op.grown(op.axes(1)[1]))
 
 

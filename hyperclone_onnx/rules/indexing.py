@@ -22,7 +22,7 @@ def _index(op: Op, term: Term) -> None:
 def gather(op: Op) -> None:
     """out[a, i, b] = x[a, indices[i], b]; known neighbouring indices are a cut"""
     axes, where = op.axes(0), op.axes(1)
-    axis = op.axis(op.int("axis", 0), len(axes))
+    axis = op.axis(op.integer("axis", 0), len(axes))
     picked = _cut_run(op, axes[axis])
     if picked is None:
         _index(op, axes[axis])
@@ -76,7 +76,7 @@ def _gathered(op: Op, axis: int) -> Known | None:
 def edit_gather(op: GrownOp) -> None:
     """Constant indices into a cut axis move with its boundaries."""
     axes = op.axes(0)
-    term = axes[op.int("axis", 0) % len(axes)]
+    term = axes[op.integer("axis", 0) % len(axes)]
     run = _run(op, op.static(term))
     if run is None or not op.grows(term):
         return
@@ -92,7 +92,7 @@ def _move_run(op: GrownOp, term: Term, run: tuple[int, int], where: Axes) -> Non
 def gather_elements(op: Op) -> None:
     """out[.., i, ..] = x[.., indices[.., i, ..], ..] along `axis`"""
     axes, where = op.axes(0), op.axes(1)
-    axis = op.axis(op.int("axis", 0), len(axes))
+    axis = op.axis(op.integer("axis", 0), len(axes))
     _index(op, axes[axis])
     _same_or_pinned(op, axes, where, skip=axis)
     op.out(where)
@@ -116,7 +116,7 @@ def _same_or_pinned(op: Op, whole: Axes, part: Axes, skip: int) -> None:
 def scatter_elements(op: Op) -> None:
     """out = x with out[.., indices[.., i, ..], ..] = updates[.., i, ..] along `axis`"""
     axes, where, updates = op.axes(0), op.axes(1), op.axes(2)
-    axis = op.axis(op.int("axis", 0), len(axes))
+    axis = op.axis(op.integer("axis", 0), len(axes))
     _index(op, axes[axis])
     _same_or_pinned(op, axes, where, skip=axis)
     for one, other in zip(where, updates, strict=True):
@@ -138,7 +138,7 @@ def _depth(op: Op) -> int:
 def gather_nd(op: Op) -> None:
     """out[b, i, rest] = x[b, indices[b, i, :], rest]"""
     axes, where, depth = op.axes(0), op.axes(1), _depth(op)
-    batch = op.int("batch_dims", 0)
+    batch = op.integer("batch_dims", 0)
     for one, other in zip(axes[:batch], where[:batch], strict=True):
         op.unify(one, other)
     picked = _cut_run(op, axes[0]) if batch == 0 and depth == 1 else None
@@ -155,7 +155,7 @@ def edit_gather_nd(op: GrownOp) -> None:
     """Constant indices into a cut axis move with its boundaries."""
     term = op.axes(0)[0]
     run = _run(op, op.static(term))
-    one = op.int("batch_dims", 0) == 0 and op.static(op.axes(1)[-1]) == 1
+    one = op.integer("batch_dims", 0) == 0 and op.static(op.axes(1)[-1]) == 1
     if run is not None and one and op.grows(term):
         _move_run(op, term, run, op.axes(1))
 
@@ -176,7 +176,7 @@ def one_hot(op: Op) -> None:
     """out[.., k, ..] = values[indices[..] == k]"""
     axes = list(op.axes(0))
     depth = op.known(1)
-    axis = op.axis(op.int("axis", -1), len(axes) + 1)
+    axis = op.axis(op.integer("axis", -1), len(axes) + 1)
     axes.insert(axis, op.pinned_dim(None if depth is None else depth.item(), "numbered by OneHot"))
     op.out(axes)
 
@@ -185,7 +185,7 @@ def one_hot(op: Op) -> None:
 def top_k(op: Op) -> None:
     """values, indices of the k largest along `axis`"""
     axes = list(op.axes(0))
-    axis = op.axis(op.int("axis", -1), len(axes))
+    axis = op.axis(op.integer("axis", -1), len(axes))
     op.pin(axes[axis], "searched by TopK")
     k = op.known(1)
     axes[axis] = op.pinned_dim(None if k is None else k.ravel()[0], "the k of TopK")
@@ -228,4 +228,3 @@ def non_zero(op: Op) -> None:
     for term in axes:
         op.pin(term, "numbered by NonZero")
     op.out((op.pinned_dim(len(axes), "a tuple of indices"), op.space.unknown()))
-

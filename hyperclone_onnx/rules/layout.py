@@ -27,9 +27,9 @@ def transpose(op: Op) -> None:
 
 def _reshaped(op: Op, axes: Sequence[Term]) -> None:
     """Set the output's axes, and carry over what is known of the elements."""
-    sizes = [op.static(term) for term in axes]
+    sizes = [size for term in axes if (size := op.static(term)) is not None]
     elements = op.known(0)
-    fits = elements is not None and None not in sizes
+    fits = elements is not None and len(sizes) == len(axes)
     op.out(axes, elements.reshape(sizes) if elements is not None and fits else None)
 
 
@@ -40,7 +40,7 @@ def reshape(op: Op) -> None:
     declared = op.declared(op.node.outputs[0])
     if declared is None or len(declared) != len(target):
         declared = [None] * len(target)
-    copies = {i for i, e in enumerate(target) if e is not None and e.static == 0 and not op.int("allowzero", 0)}
+    copies = {i for i, e in enumerate(target) if e is not None and e.static == 0 and not op.integer("allowzero", 0)}
     sizes: list[Size | None] = []
     for i, element in enumerate(target):
         if i in copies:
@@ -82,7 +82,7 @@ def edit_reshape(op: GrownOp) -> None:
 def flatten(op: Op) -> None:
     """out[(j_0 .. j_a-1), (j_a ..)] = x[j]"""
     axes = op.axes(0)
-    axis = op.int("axis", 1)
+    axis = op.integer("axis", 1)
     axis = axis + len(axes) if axis < 0 else axis
     op.out((Product(axes[:axis]), Product(axes[axis:])))
 
@@ -169,7 +169,7 @@ def concat(op: Op) -> None:
     """out = operands side by side along one axis"""
     operands = [op.axes(i) for i in range(op.count)]
     rank = len(operands[0])
-    axis = op.axis(op.int("axis"), rank)
+    axis = op.axis(op.integer("axis"), rank)
     out: list[Term] = []
     for position in range(rank):
         column = [axes[position] for axes in operands]
@@ -210,7 +210,7 @@ def _concatenated(op: Op, axis: int) -> Known | None:
 def split(op: Op) -> None:
     """x = outputs side by side along one axis"""
     axes = list(op.axes(0))
-    axis = op.axis(op.int("axis", 0), len(axes))
+    axis = op.axis(op.integer("axis", 0), len(axes))
     total = op.static(axes[axis])
     count = len(op.node.outputs)
     sizes = op.int_list("split", 1)
@@ -220,7 +220,8 @@ def split(op: Op) -> None:
     parts = op.space.segments(axes[axis], sizes) if sizes is not None and total is not None else None
     if parts is None:
         op.pin(axes[axis], "split where it cannot be cut")
-        parts = [op.pinned_dim(size, "a piece of an axis that keeps its size") for size in sizes or [None] * count]
+        pieces: Sequence[int | None] = sizes if sizes is not None else [None] * count
+        parts = [op.pinned_dim(size, "a piece of an axis that keeps its size") for size in pieces]
     elements = op.known(0)
     for index, part in enumerate(parts):
         piece = None
@@ -232,7 +233,7 @@ def split(op: Op) -> None:
 @edits("Split")
 def edit_split(op: GrownOp) -> None:
     """The pieces' sizes are written out, since equal pieces may grow unequally."""
-    axis = op.int("axis", 0) % len(op.axes(0))
+    axis = op.integer("axis", 0) % len(op.axes(0))
     pieces = [op.out_axes(i)[axis] for i in range(len(op.node.outputs))]
     if not any(op.grows(piece) for piece in pieces):
         return
@@ -345,7 +346,7 @@ def edit_slice(op: GrownOp) -> None:
     axes, out = op.axes(0), op.out_axes(0)
     starts: list[int | None] = []
     ends: list[int | None] = []
-    for axis, start, end, step in _slice_bounds(op, len(axes)):
+    for axis, start, _, step in _slice_bounds(op, len(axes)):
         term, low, high = axes[axis], None, None
         if op.grows(term):
             first = _from_front(start, op.size(term))

@@ -12,7 +12,7 @@ from hyperclone_onnx.rules.registry import edits, relates
 def layer_norm(op: Op) -> None:
     """Y = (X - mean X) / sqrt(var X + eps) * scale + B, over the axes from `axis` on (RMS: without the mean)"""
     axes = op.axes(0)
-    axis = op.axis(op.int("axis", -1), len(axes))
+    axis = op.axis(op.integer("axis", -1), len(axes))
     for term in axes[axis:]:
         op.uniform(term)
     op.out(op.broadcast([axes, *(op.axes(i) for i in range(1, op.count) if op.has(i))]))
@@ -24,7 +24,7 @@ def layer_norm(op: Op) -> None:
 def group_norm(op: Op) -> None:
     """Y[n, (g c), p] is X normalised over c and p for each group g, times scale, plus bias"""
     axes = op.axes(0)
-    groups, size = op.int("num_groups"), op.static(axes[1])
+    groups, size = op.integer("num_groups"), op.static(axes[1])
     if size is None or size % groups:
         raise CannotTell("channels that its groups do not divide")
     group, channels = op.dim(groups), op.dim(size // groups)
@@ -38,7 +38,7 @@ def group_norm(op: Op) -> None:
 @edits("GroupNormalization")
 def edit_group_norm(op: GrownOp) -> None:
     """The number of groups grows by what the channels grow and a group does not."""
-    groups, channels = op.int("num_groups"), op.axes(0)[1]
+    groups, channels = op.integer("num_groups"), op.axes(0)[1]
     inner = op.space.factors(channels)
     position, count = 0, 1
     while count < groups:
@@ -64,7 +64,7 @@ def mean_variance_norm(op: Op) -> None:
 def softmax(op: Op) -> None:
     """out[j] = exp x[j] / sum_k exp x[k]: repeats would take each other's share"""
     axes = op.axes(0)
-    axis = op.axis(op.int("axis", -1 if op.opset >= 13 else 1), len(axes))
+    axis = op.axis(op.integer("axis", -1 if op.opset >= 13 else 1), len(axes))
     for term in axes[axis:] if op.opset < 13 else axes[axis : axis + 1]:
         op.fact(Fact.SOFTMAX, term)
         op.pin(term, f"{op.node.op_type} runs over it")

@@ -14,15 +14,13 @@ def _reduced_axes(op: Op) -> list[int]:
     rank = op.rank(0)
     axes = op.int_list("axes", 1)
     if not axes:
-        return [] if op.int("noop_with_empty_axes", 0) else list(range(rank))
+        return [] if op.integer("noop_with_empty_axes", 0) else list(range(rank))
     return sorted({op.axis(axis, rank) for axis in axes})
 
 
 def _out(op: Op, reduced: list[int]) -> None:
-    keep = op.int("keepdims", 1)
-    out: list[Term] = [
-        ONE if i in reduced else term for i, term in enumerate(op.axes(0)) if keep or i not in reduced
-    ]
+    keep = op.integer("keepdims", 1)
+    out: list[Term] = [ONE if i in reduced else term for i, term in enumerate(op.axes(0)) if keep or i not in reduced]
     op.out(out)
 
 
@@ -62,6 +60,6 @@ def pinned_reduction(op: Op) -> None:
 @relates("ArgMax", "ArgMin")
 def arg_extreme(op: Op) -> None:
     """out[j] = the k at which x[j, k] is extreme: an index, so that the axis keeps its size"""
-    axis = op.axis(op.int("axis", 0), op.rank(0))
+    axis = op.axis(op.integer("axis", 0), op.rank(0))
     op.pin(op.axes(0)[axis], f"searched by {op.node.op_type}")
     _out(op, [axis])

@@ -16,7 +16,7 @@ from hyperclone_onnx.rules.registry import edits, relates
 
 
 def _window(op: Op, rank: int) -> slice:
-    start, end = op.int("start", 0), op.int("end", rank)
+    start, end = op.integer("start", 0), op.integer("end", rank)
     return slice(*(min(max(bound + rank if bound < 0 else bound, 0), rank) for bound in (start, end)))
 
 
@@ -57,14 +57,17 @@ def range_(op: Op) -> None:
     """out[j] = start + j delta; its values are made in the source's size and repeated when the axis grows"""
     bounds = [op.ints(i) for i in range(3)]
     if all(each is not None for each in bounds):
-        start, limit, delta = (each[0] for each in bounds if each is not None)
-        values = list(range(start, limit, delta)) if delta else []
+        first, last, step = (each[0] for each in bounds if each is not None)
+        values = list(range(first, last, step)) if step else []
         op.out([op.dim(len(values))], known(values))
         return
     ends = [elements.item() if (elements := op.known(i)) is not None else None for i in range(3)]
-    simple = ends[2] is not None and ends[2].static == 1 and None not in ends
+    start, limit, delta = ends
     declared = op.declared(op.node.outputs[0])
-    op.out([op.dim(ends[1] - ends[0] if simple else declared[0] if declared else None)])
+    length = declared[0] if declared else None
+    if start is not None and limit is not None and delta is not None and delta.static == 1:
+        length = limit - start
+    op.out([op.dim(length)])
 
 
 @edits("Range")

@@ -1,0 +1,57 @@
+"""A model and what inference found of it: the first stages, as every command begins."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from hyperclone_onnx import storage
+from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.inference import Dimensions, infer, pin_interface
+from hyperclone_onnx.normalise import normalise
+from hyperclone_onnx.sizing import NamedDim, name_dimensions
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A normalised source model with its dimensions."""
+
+    path: Path
+    model: ir.Model
+    dimensions: Dimensions
+    files: frozenset[Path]
+
+    @property
+    def named(self) -> list[NamedDim]:
+        """Every dimension with its role and name."""
+        return name_dimensions(self.dimensions)
+
+
+def analyse(path: str | os.PathLike[str]) -> Analysis:
+    """Read a model, normalise it and find its dimensions.
+
+    Raises:
+        BadModel: the file is not a readable, complete ONNX model.
+    """
+    file = Path(path)
+    model = storage.load(file)
+    files = frozenset(storage.source_files(file, model))
+    try:
+        normalise(model)
+    except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
+        raise BadModel(f"{file}: a malformed graph ({type(problem).__name__}: {problem})") from problem
+    dimensions = infer(model)
+    pin_interface(dimensions)
+    return Analysis(file, model, dimensions, files)
+
+
+def count_parameters(model: ir.Model) -> int:
+    """The number of stored floating-point elements."""
+    return sum(
+        value.const_value.size
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.dtype.is_floating_point()
+    )

@@ -1,0 +1,259 @@
+"""The command line: ``hyperclone-onnx inspect | expand | validate``.
+
+Exit codes: 0 done and valid; 1 the models differ; 2 bad usage; 3 refused; 4 bad or unreadable input. Results go to
+stdout (JSON with --json), progress and errors to stderr; no traceback reaches a user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from hyperclone_onnx.errors import HypercloneError
+from hyperclone_onnx.strategies import STRATEGIES, Strategy
+
+DEBUG = "HYPERCLONE_DEBUG"
+
+
+def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn every error into one line on stderr and its exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except HypercloneError as problem:
+            _fail(str(problem), problem.exit_code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        except Exception as problem:
+            if os.environ.get(DEBUG):
+                raise
+            text = str(problem).strip().splitlines()
+            reason = f"{type(problem).__name__}: {text[0] if text else ''}"
+            _fail(
+                f"this model met a defect of hyperclone-onnx ({reason}); nothing was written. "
+                f"Please report it, with the traceback that {DEBUG}=1 shows",
+                3,
+            )
+
+    return run
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    raise SystemExit(code)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hyperclone-onnx")
+def main() -> None:
+    """Grow a pretrained ONNX transformer without changing what it computes.
+
+    The grown model is wider by whole factors and equal to its source: train on from there (HyperCloning,
+    arXiv 2409.12903).
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Piped output has no terminal's width: lines are not broken there.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    click.echo(json.dumps(data, indent=2))
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where ONNX Runtime runs the models; auto takes CUDA when it starts, and says which ran.",
+)
+_model_path = click.Path(path_type=Path)
+
+
+@main.command()
+@click.argument("model", type=_model_path)
+@_json_option
+@_guarded
+def inspect(model: Path, as_json: bool) -> None:
+    """Show the dimensions of MODEL: which can grow, which cannot and why, and what each tensor's axes are."""
+    from hyperclone_onnx import report
+    from hyperclone_onnx.analysis import analyse
+
+    analysis = analyse(model)
+    if as_json:
+        _print_json(report.inspection(analysis))
+    else:
+        report.print_inspection(_console(), analysis)
+
+
+def _parse_requests(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    requests: dict[str, int] = {}
+    for text in values:
+        name, equals, number = text.partition("=")
+        if not equals or not name or not number.isdigit() or int(number) < 1:
+            raise click.BadParameter(f"{text!r}: write ROLE=N, such as ffn=2 or head_dim=1, with N a whole number")
+        requests[name] = int(number)
+    return requests
+
+
+@main.command()
+@click.argument("model", type=_model_path)
+@click.option("-o", "--output", required=True, type=_model_path, help="The file to write, e.g. big.onnx.")
+@click.option(
+    "--factor",
+    type=click.IntRange(min=1),
+    help="Grow hidden, ffn, heads (query and key/value) and other widths by this; head sizes are kept.",
+)
+@click.option(
+    "--set",
+    "requests",
+    multiple=True,
+    metavar="ROLE=N",
+    callback=_parse_requests,
+    help="Grow one role (hidden, ffn, heads, group, head_dim) or one dimension (ffn.3) by N; 1 keeps it.",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(STRATEGIES),
+    default="noisy-symmetric",
+    show_default=True,
+    help="How the repeats share a weight. Without noise the repeats of a unit get equal gradients and, in a model "
+    "trained without dropout, stay equal for ever: the added width is then dead weight.",
+)
+@click.option("--snr-db", type=float, default=10.0, show_default=True, help="Weight power over noise power, in dB.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the noise.")
+@click.option("--untie", is_flag=True, help="Split a tied embedding instead of keeping it one tensor.")
+@click.option(
+    "--interface",
+    type=click.Choice(["grow", "keep"]),
+    default="grow",
+    show_default=True,
+    help="keep: inputs and outputs keep the source's shapes, so that the grown model is a drop-in.",
+)
+@_device_option
+@click.option("--no-validate", is_flag=True, help="Do not compare the models before publishing.")
+@click.option(
+    "--precision",
+    type=click.Choice(["stored", "float64"]),
+    default="stored",
+    show_default=True,
+    help="float64: also build and run both models in double precision, where rounding can hide nothing.",
+)
+@click.option("--plan-out", type=_model_path, help="Also write the plan, as JSON.")
+@_json_option
+@_guarded
+def expand(
+    model: Path,
+    output: Path,
+    factor: int | None,
+    requests: dict[str, int],
+    strategy: Any,
+    snr_db: float,
+    seed: int,
+    untie: bool,
+    interface: str,
+    device: Any,
+    no_validate: bool,
+    precision: Any,
+    plan_out: Path | None,
+    as_json: bool,
+) -> None:
+    """Grow MODEL into a larger model that computes the same, and write it only once that is proven."""
+    if factor is None and not requests:
+        raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2")
+    from hyperclone_onnx import report
+    from hyperclone_onnx.expansion import expand as run
+
+    with _progress() as (notify, progress):
+        result = run(
+            model,
+            output,
+            factor or 1,
+            requests,
+            strategy=Strategy(strategy, snr_db, seed),
+            untie=untie,
+            keep_interface=interface == "keep",
+            device=device,
+            check=not no_validate,
+            precision=precision,
+            plan_out=plan_out,
+            progress=progress,
+            notify=notify,
+        )
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        report.print_expansion(_console(), result)
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None] | None]]:
+    """A progress bar on stderr when it is a terminal; a line for each stage otherwise."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield (lambda stage: click.echo(f"{stage} ...", err=True)), None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("reading", total=None)
+        yield (
+            lambda stage: bars.update(task, description=stage),
+            lambda done, total: bars.update(task, completed=done, total=total),
+        )
+
+
+@main.command()
+@click.argument("small", type=_model_path)
+@click.argument("big", type=_model_path)
+@_device_option
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the inputs.")
+@_json_option
+@_guarded
+def validate(small: Path, big: Path, device: Any, seed: int, as_json: bool) -> None:
+    """Check that BIG, as it is stored, computes what SMALL computes (exit 1 when it does not)."""
+    from hyperclone_onnx import report
+    from hyperclone_onnx.expansion import validate_files
+
+    result = validate_files(small, big, device, seed)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        report.print_validation(_console(), result)
+    if not result.equal:
+        raise SystemExit(1)

@@ -1,0 +1,225 @@
+"""Growing a model file: plan, rewrite, stream, validate, publish. Each stage is usable by itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from hyperclone_onnx import storage
+from hyperclone_onnx.analysis import Analysis, analyse, count_parameters
+from hyperclone_onnx.errors import ModelsDiffer
+from hyperclone_onnx.maps import SourceMap
+from hyperclone_onnx.plan import METADATA_KEY, Plan
+from hyperclone_onnx.planning import make_plan
+from hyperclone_onnx.rewrite import rewrite
+from hyperclone_onnx.sessions import Device
+from hyperclone_onnx.sizing import explain, size
+from hyperclone_onnx.strategies import Strategy
+from hyperclone_onnx.validation import Validation, validate, validate_double
+
+Precision = Literal["stored", "float64"]
+Notify = Callable[[str], None]
+
+
+@dataclass
+class Kept:
+    """A dimension that was not asked to grow, or may not."""
+
+    name: str
+    role: str
+    size: int
+    reason: str
+
+
+@dataclass
+class Expansion:
+    """What an expansion did."""
+
+    source: str
+    output: str
+    plan: Plan
+    kept: list[Kept]
+    parameters_before: int
+    parameters_after: int
+    separated: dict[str, list[str]] = field(default_factory=dict)
+    """Tensors that the source stores once and the grown model more than once."""
+    validation: Validation | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data, the plan's tensors left out."""
+        return {
+            "source": self.source,
+            "output": self.output,
+            "strategy": self.plan.strategy.to_json(),
+            "interface": "keep" if self.plan.keep_interface else "grow",
+            "grown": {
+                name: {"role": dim.role, "from": dim.map.size, "to": dim.map.grown}
+                for name, dim in self.plan.dims.items()
+            },
+            "kept": [asdict(each) for each in self.kept],
+            "parameters": {"before": self.parameters_before, "after": self.parameters_after},
+            "separated": self.separated,
+            "validation": None if self.validation is None else self.validation.to_json(),
+            "seconds": self.seconds,
+        }
+
+
+def plan_expansion(
+    analysis: Analysis,
+    factor: int = 1,
+    requests: Mapping[str, int] | None = None,
+    maps: Mapping[str, SourceMap] | None = None,
+    strategy: Strategy | None = None,
+    *,
+    untie: bool = False,
+    keep_interface: bool = False,
+) -> Plan:
+    """Plan the growth of an analysed model; see `sizing.size` and `planning.make_plan`.
+
+    Raises:
+        BadRequest: the request does not fit the model.
+        Refused: the request cannot be fulfilled.
+    """
+    growth = size(analysis.dimensions, factor, requests, maps)
+    return make_plan(growth, strategy, untie=untie, keep_interface=keep_interface)
+
+
+def expand(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    factor: int = 1,
+    requests: Mapping[str, int] | None = None,
+    *,
+    maps: Mapping[str, SourceMap] | None = None,
+    strategy: Strategy | None = None,
+    untie: bool = False,
+    keep_interface: bool = False,
+    device: Device = "auto",
+    check: bool = True,
+    precision: Precision = "stored",
+    plan_out: str | os.PathLike[str] | None = None,
+    progress: storage.Progress | None = None,
+    notify: Notify | None = None,
+) -> Expansion:
+    """Grow a model file into another, which appears only when it has been validated.
+
+    Args:
+        model: the source.
+        output: the file to write; weights too large for one protobuf go to `output` + ".data".
+        factor: grows hidden, ffn, heads and other widths.
+        requests: a factor by role or by dimension, e.g. ``{"head_dim": 2, "heads": 1}``.
+        maps: a source map by dimension, for anything but whole factors.
+        strategy: how repeats share weights; noisy-symmetric at 10 dB by default.
+        untie: split tensors that are stored once but divided in one use only.
+        keep_interface: inputs and outputs keep the source's shapes.
+        device: where to validate.
+        check: whether to validate at all.
+        precision: "float64" proves the graph in double precision besides.
+        plan_out: also write the plan there, as JSON.
+        progress: told of each tensor written.
+        notify: told of each stage begun.
+
+    Raises:
+        BadModel, BadRequest, Refused, CannotWrite: see `errors`.
+        ModelsDiffer: the grown model is not equal; nothing is published.
+    """
+    say = notify or (lambda _: None)
+    out = Path(output)
+    clock = _Clock()
+    say("reading")
+    analysis = analyse(model)
+    storage.check_output(out, set(analysis.files))
+    say("planning")
+    plan = plan_expansion(analysis, factor, requests, maps, strategy, untie=untie, keep_interface=keep_interface)
+    big = rewrite(analysis.model, plan)
+    result = _report(analysis, out, plan, big)
+    clock.lap(result, "plan")
+    external = storage.needs_data_file(big) or len(analysis.files) > 1
+    with storage.publication(out) as written:
+        say("writing")
+        storage.save(big, written, external=external, progress=progress)
+        clock.lap(result, "write")
+        if check:
+            say("validating")
+            result.validation = validate(
+                analysis.path, written, analysis.dimensions, storage.load(written), plan, device=device
+            )
+            if precision == "float64":
+                say("validating in float64")
+                _check_double(analysis, plan, written.parent, result.validation)
+            clock.lap(result, "validate")
+            if not result.validation.equal:
+                raise ModelsDiffer(_differs(out, result.validation))
+        say("publishing")
+        if plan_out is not None:
+            storage.write_text(Path(plan_out), plan.dumps(indent=1) + "\n")
+    return result
+
+
+def _check_double(analysis: Analysis, plan: Plan, folder: Path, validation: Validation) -> None:
+    scratch = folder / "float64"
+    scratch.mkdir()
+    wide = rewrite(analysis.model, plan, ir.DataType.DOUBLE)
+    validation.double, validation.double_by = validate_double(analysis.dimensions, wide, plan, scratch)
+
+
+def _differs(out: Path, validation: Validation) -> str:
+    first, *rest = validation.problems
+    more = f" (and {len(rest)} more)" if rest else ""
+    return f"{out} was not written: the grown model differs from its source: {first}{more}"
+
+
+def _report(analysis: Analysis, out: Path, plan: Plan, big: ir.Model) -> Expansion:
+    kept = [
+        Kept(
+            each.name,
+            each.role,
+            each.size,
+            explain(analysis.dimensions, each.dim) if each.dim.pin is not None else "not asked to grow",
+        )
+        for each in analysis.named
+        if each.name not in plan.dims and each.role != "other"
+    ]
+    variants: dict[str, list[str]] = {}
+    for name, recipe in plan.tensors.items():
+        if name != recipe.source and analysis.model.graph.initializers[recipe.source].const_value.size > 1:  # type: ignore[union-attr]
+            variants.setdefault(recipe.source, []).append(name)
+    return Expansion(
+        str(analysis.path), str(out), plan, kept, count_parameters(analysis.model), count_parameters(big), variants
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self, result: Expansion, stage: str) -> None:
+        now = time.perf_counter()
+        result.seconds[stage] = round(now - self.last, 3)
+        self.last = now
+
+
+def validate_files(
+    small: str | os.PathLike[str], big: str | os.PathLike[str], device: Device = "auto", seed: int = 0
+) -> Validation:
+    """Compare a grown model file with its source, on the weights as they are stored.
+
+    Raises:
+        BadModel: one of the files cannot be read.
+        Refused, BadRequest: see `validation.validate`.
+    """
+    analysis = analyse(small)
+    grown = storage.load(big)
+    text = grown.metadata_props.get(METADATA_KEY)
+    plan = Plan.loads(text) if text else None
+    result = validate(analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed)
+    if plan is None:
+        result.notes.append("the grown model carries no plan: its tensors were not compared, only its outputs")
+    return result

@@ -1,0 +1,94 @@
+"""Running models with ONNX Runtime: which provider, with which options, and what to say of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hyperclone_onnx.errors import BadRequest, Refused
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Device = Literal["auto", "cpu", "cuda"]
+Array = npt.NDArray[Any]
+
+CUDA_OPTIONS: Mapping[str, str] = {"use_tf32": "0"}
+"""TF32 rounds float32 products to 10 bits: equal models would look unequal."""
+
+
+def providers(device: Device, available: Sequence[str]) -> list[str | tuple[str, dict[str, str]]]:
+    """The execution providers to ask for, most wanted first.
+
+    Raises:
+        BadRequest: CUDA is asked for and this ONNX Runtime was not built with it.
+    """
+    cuda: tuple[str, dict[str, str]] = ("CUDAExecutionProvider", dict(CUDA_OPTIONS))
+    has_cuda = "CUDAExecutionProvider" in available
+    if device == "cuda" and not has_cuda:
+        raise BadRequest(
+            "--device cuda: this ONNX Runtime has no CUDA provider; install hyperclone-onnx[cuda], or use --device cpu"
+        )
+    if device == "cpu" or not has_cuda:
+        return ["CPUExecutionProvider"]
+    return [cuda, "CPUExecutionProvider"]
+
+
+class Runner:
+    """A session on one model file.
+
+    Args:
+        path: the model file.
+        device: where to run; "auto" falls back to the CPU when CUDA cannot start.
+
+    Raises:
+        BadRequest: CUDA was asked for and could not start.
+        Refused: ONNX Runtime cannot load the model.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], device: Device = "auto") -> None:
+        import onnxruntime as ort
+
+        wanted = providers(device, ort.get_available_providers())
+        try:
+            self._session = _session(ort, path, wanted)
+        except Exception as problem:  # ONNX Runtime's exceptions share no base class
+            raise Refused(f"{path}: ONNX Runtime cannot load it ({_first_line(problem)})") from problem
+        self.provider = self._session.get_providers()[0]
+        if device == "cuda" and self.provider != "CUDAExecutionProvider":
+            raise BadRequest(
+                "--device cuda: the CUDA provider did not start (no GPU, or no CUDA 13 and cuDNN 9); "
+                "install hyperclone-onnx[cuda], or use --device cpu"
+            )
+        self.inputs = {each.name for each in self._session.get_inputs()}
+        self.outputs = [each.name for each in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the model.
+
+        Raises:
+            RuntimeError: it does not run on these inputs.
+        """
+        try:
+            values = self._session.run(None, {name: a for name, a in feeds.items() if name in self.inputs})
+        except Exception as problem:  # ONNX Runtime's exceptions share no base class
+            raise RuntimeError(_first_line(problem)) from problem
+        return {name: np.asarray(value) for name, value in zip(self.outputs, values, strict=True)}
+
+
+def _session(ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any]) -> onnxruntime.InferenceSession:
+    options = ort.SessionOptions()
+    # The runtime's own fusions have changed results before: compare the graphs as they are.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 4
+    ort.set_default_logger_severity(4)
+    return ort.InferenceSession(os.fspath(path), options, providers=list(wanted))
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0][:300] if lines else type(problem).__name__
