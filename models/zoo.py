@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in (f"{family}.{sizing}" for family in wanted for sizing in SIZINGS):
         try:
             changed += [name] * refresh(name, options.check)
-        except Exception as error:  # noqa: BLE001 - the others must not go unreported
+        except Exception as error:
             failed.append(name)
             print(f"{name}: FAILED\n    {type(error).__name__}: {error}", flush=True)
     stray = [] if options.only else [name for name in zoo_store.names() if name.split(".")[0] not in FAMILIES]
