@@ -7,6 +7,7 @@ The result of a slice does not depend on how the tensor is sliced: noise comes f
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -101,19 +102,30 @@ class GrownTensor:
     # -- sharing ------------------------------------------------------------------------------------------
 
     def _shared(self, values: Array, axes: Sequence[AxisIndex]) -> Array:
-        count = _outer(axes, "count", np.multiply)
-        number = _mixed_radix([(axis.number, axis.count) for axis in axes])
+        """Divide the repeats' values, window by window: within one the repeat's number is mostly one number."""
+        result = np.empty_like(values)
+        draws: dict[tuple[int, int, int], Array] = {}
+        for window in itertools.product(*(_runs(axis) for axis in axes)):
+            parts = [axis[each] for axis, each in zip(axes, window, strict=True)]
+            result[window] = self._shared_window(values[window], parts, draws)
+        return result
+
+    def _shared_window(
+        self, values: Array, axes: Sequence[AxisIndex], draws: dict[tuple[int, int, int], Array]
+    ) -> Array:
+        count = _one_if_constant(_outer(axes, "count", np.multiply))
+        number = _one_if_constant(_mixed_radix([(axis.number, axis.count) for axis in axes]))
         if self.strategy.diagonal:
             other = _mixed_radix([(axis.other_number, axis.other_count) for axis in axes])
             values = values * (number == other % count)
-            amplitude: Any = 1.0 / np.sqrt(count)
+            amplitude = 1.0 / np.sqrt(count)
         else:
             values = values / count.astype(values.dtype)
             amplitude = 1.0 / count
         if self.strategy.noisy and self._noise_scale > 0.0:
-            noise = self._zero_sum_noise(axes, number, count, values.dtype)
-            values = values + noise * (amplitude * self._noise_scale).astype(values.dtype)
-        return np.asarray(values)
+            noise = self._zero_sum_noise(axes, number, count, draws)
+            values = values + noise * (amplitude * (self._noise_scale * math.sqrt(0.5))).astype(values.dtype)
+        return values
 
     @cached_property
     def _noise_scale(self) -> float:
@@ -125,31 +137,32 @@ class GrownTensor:
         rms = math.sqrt(total / flat.size) if flat.size else 0.0
         return float(rms * 10.0 ** (-self.strategy.snr_db / 20.0))
 
-    def _zero_sum_noise(self, axes: Sequence[AxisIndex], number: Array, count: Array, dtype: Any) -> Array:
-        """Unit noise that sums to zero over the repeats of each source index.
+    def _zero_sum_noise(
+        self, axes: Sequence[AxisIndex], number: Array, count: Array, draws: dict[tuple[int, int, int], Array]
+    ) -> Array:
+        """Noise of variance 2 that sums to zero over the repeats of each source index.
 
-        Repeat r gets (g_r - g_{r+1}) / sqrt(2), the last one wrapping to g_0, with g independent normal draws on
-        the collapsed tensor; an index that is not repeated gets g_0 - g_0.
+        Repeat r gets g_r - g_{r+1}, the last one wrapping to g_0, with g independent normal draws on the collapsed
+        tensor; an index that is not repeated gets g_0 - g_0.
         """
-        rank = len(axes)
-        shape = tuple(axis.grown for axis in axes)
-        number, count = np.broadcast_to(number, shape), np.broadcast_to(count, shape)
         rows = axes[0].collapsed
         low, high = int(rows.min()), int(rows.max()) + 1
-        where: list[Indices] = [
-            (axis.collapsed - (low if i == 0 else 0)).reshape([-1 if j == i else 1 for j in range(rank)])
-            for i, axis in enumerate(axes)
-        ]
+        where = [axis.collapsed - (low if i == 0 else 0) for i, axis in enumerate(axes)]
+
+        def drawn(repeat: int) -> Array:
+            key = (repeat, low, high)
+            if key not in draws:
+                draws[key] = self._draw(repeat, low, high)
+            return _take(draws[key], where)
+
         following = np.where(number + 1 >= count, 0, number + 1)
-        needed = sorted(set(np.unique(number).tolist()) | set(np.unique(following).tolist()))
-        noise = np.zeros(shape, dtype=dtype)
-        for repeat in needed:
-            plus, minus = number == repeat, following == repeat
-            drawn = self._draw(repeat, low, high)
-            spread = _take_at(drawn, where)
-            sign = plus.astype(np.int8) - minus.astype(np.int8)
-            noise += spread * sign
-        return np.multiply(noise, math.sqrt(0.5), dtype=dtype)
+        if number.size == following.size == 1:
+            return np.subtract(drawn(int(number.item())), drawn(int(following.item())))
+        noise = np.zeros([axis.grown for axis in axes], dtype=np.float32)
+        for repeat in sorted({*np.unique(number).tolist(), *np.unique(following).tolist()}):
+            sign = (number == repeat).astype(np.int8) - (following == repeat).astype(np.int8)
+            noise += drawn(repeat) * sign
+        return noise
 
     def _draw(self, repeat: int, low: int, high: int) -> Array:
         """Rows [low, high) of the standard normal array of one repeat, on the collapsed tensor."""
@@ -180,6 +193,21 @@ class GrownTensor:
         )
 
 
+def _runs(axis: AxisIndex, most: int = 64) -> list[slice]:
+    """Windows of an axis within which the repeat's number and count are constant; one window if they are many."""
+    changes = np.flatnonzero((np.diff(axis.number) != 0) | (np.diff(axis.count) != 0)) + 1
+    if len(changes) >= most:
+        return [slice(0, axis.grown)]
+    bounds = [0, *changes.tolist(), axis.grown]
+    return [slice(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def _one_if_constant(array: Array) -> Array:
+    """A single element in place of many equal ones; the rank stays."""
+    first = array.reshape(-1)[0]
+    return np.full((1,) * array.ndim, first) if (array == first).all() else array
+
+
 def _outer(axes: Sequence[AxisIndex], name: str, combine: Any) -> Array:
     total: Array = np.ones((1,) * len(axes), dtype=np.int64)
     for i, axis in enumerate(axes):
@@ -207,7 +235,3 @@ def _take(values: Array, indices: Sequence[Indices]) -> Array:
         else:
             values = np.take(values, index, axis=axis)
     return values
-
-
-def _take_at(values: Array, where: Sequence[Indices]) -> Array:
-    return _take(values, [each.reshape(-1) for each in where])

@@ -1,0 +1,51 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+WORKERS ?= 2
+
+.PHONY: demo test lint zoo models-check gpu-check docs clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	touch $@ $(VENV)/.package
+
+# torch comes first and alone, at the pinned version: whatever needs it must find it there.
+$(VENV)/.models: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -r models/requirements.txt
+	touch $@
+
+demo: $(VENV)/.package  ## install the package alone, grow the committed model, show that it is equal
+	$(BIN)/python models/demo.py
+
+test: lint  ## check the style and the types, run the quick tests
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+zoo: $(VENV)/.models  ## export the zoo's graphs afresh and say what changed
+	$(BIN)/python models/zoo.py
+
+models-check: $(VENV)/.models  ## grow real pretrained models: minutes and gigabytes
+	$(BIN)/python -m pytest -m models -s tests/test_models.py
+
+gpu-check: $(VENV)/.test  ## the tests that need an NVIDIA GPU
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[cuda]'
+	$(BIN)/python -m pytest -m gpu
+
+docs: $(VENV)/.package  ## write the generated pages of docs/
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) out
