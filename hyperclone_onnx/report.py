@@ -105,14 +105,14 @@ def print_inspection(console: Console, analysis: Analysis) -> None:
         for name, axes in data[side].items():
             console.print(f"{side[:-1]} {name}: {axes if axes is not None else 'of unknown rank'}", markup=False)
     console.print("\ntensors:")
-    for line in _grouped_tensors(data["tensors"]):
+    for line in grouped_tensors(data["tensors"]):
         console.print(f"  {line}", markup=False, soft_wrap=True)
     if data["operators_without_rule"]:
         listed = ", ".join(f"{name} x{count}" for name, count in data["operators_without_rule"].items())
         console.print(f"\nno rule for (what they touch keeps its size): {listed}", markup=False)
 
 
-def _grouped_tensors(tensors: dict[str, list[str]]) -> list[str]:
+def grouped_tensors(tensors: dict[str, list[str]]) -> list[str]:
     """A line for each kind of tensor: layers that are alike share one."""
     groups: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
     for name, ways in tensors.items():

@@ -1,0 +1,98 @@
+"""Write the generated pages of docs/: `python docs/generate.py [--check]`.
+
+zoo.md: what each family's dimensions came out as. operators.md: how each ruled operator's axes relate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import onnx
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import hyperclone_onnx.rules  # noqa: E402, F401 - importing it registers the rules
+from hyperclone_onnx import analyse, report  # noqa: E402
+from hyperclone_onnx.rules import registry  # noqa: E402
+from models import zoo_store  # noqa: E402
+
+COLUMNS = ("hidden", "heads", "group", "head_dim", "ffn", "width", "vocab", "positions")
+
+
+def zoo_page() -> str:
+    """A row for each family of the distinct sizing, then its tensors' axes."""
+    rows, details = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (each for each in zoo_store.names() if each.endswith(".distinct")):
+            path = Path(folder) / f"{name}.onnx"
+            onnx.save(zoo_store.load(name), path)
+            analysis = analyse(path)
+            sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+            for each in analysis.named:
+                sizes[each.role][f"{each.size}{'' if each.dim.growable else ' kept'}"] += 1
+            cells = [
+                ", ".join(f"{size} x{count}" if count > 1 else size for size, count in sizes[role].items())
+                for role in COLUMNS
+            ]
+            family = name.removesuffix(".distinct")
+            rows.append(f"| {family} | {' | '.join(cells)} |")
+            lines = report.grouped_tensors(report.tensor_axes(analysis))
+            named = [line for line in lines if not line.startswith(("val_", "permute", "t_"))]
+            details.append(f"### {family}\n\n```text\n" + "\n".join(named) + "\n```\n")
+    header = f"| family | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}"
+    return (
+        "# What the zoo's dimensions came out as\n\n"
+        "Written by `make docs`. Each graph is a small random model exported by `torch.onnx.export(dynamo=True)`;\n"
+        "the sizes were found from the graph's structure alone. A size followed by *x2* occurs as two dimensions\n"
+        "(one for each layer, say); *kept* means that it cannot grow: what is indexed by values, and what a softmax\n"
+        "runs over. `group` is the number of query heads for each key/value head.\n\n"
+        + "\n".join([header, *rows])
+        + "\n\n## The axes of the named tensors\n\n"
+        "`a.*.b x2` stands for two layers that are alike; brackets compose factors, outermost first; `+` joins\n"
+        "segments; *and* separates the uses of a tensor that is stored once.\n\n" + "\n".join(details)
+    )
+
+
+def operators_page() -> str:
+    """A row for each ruled operator: the equation that its rule reads."""
+    rows = []
+    for domain, op_type in registry.ruled():
+        relation = registry.relation(domain, op_type)
+        equation = re.sub(r"\s+", " ", (relation.__doc__ or "").strip()).replace("|", "\\|")
+        edited = "yes" if registry.edit(domain, op_type) else ""
+        rows.append(f"| {f'{domain}.' if domain else ''}{op_type} | {equation} | {edited} |")
+    return (
+        "# The operators that have a rule\n\n"
+        "Written by `make docs` from the registry. *edited* marks operators whose attributes or integer inputs\n"
+        "change when their axes grow. Any other operator keeps the size of everything it touches.\n\n"
+        "| operator | how its axes relate | edited |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+PAGES = {"zoo.md": zoo_page, "operators.md": operators_page}
+
+
+def main() -> int:
+    """Write the pages, or with --check say which are out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = 0
+    for name, make in PAGES.items():
+        path, text = ROOT / "docs" / name, make()
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale += 1
+            print(f"{name}: {'out of date, run `make docs`' if check else 'written'}")
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
