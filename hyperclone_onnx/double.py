@@ -24,10 +24,10 @@ def to_double(model: ir.Model) -> ir.Model:
         if value.const_value is not None and value.const_value.dtype in _NARROW:
             value.const_value = _widened(value.const_value)
             value.type = ir.TensorType(ir.DataType.DOUBLE)
-    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
+    for value in (*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)):
         if value.dtype in _NARROW:
             value.type = ir.TensorType(ir.DataType.DOUBLE)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         for name in ("to", "dtype", "output_dtype"):
             attribute = node.attributes.get(name)
             if attribute is not None and attribute.as_int() in [int(each) for each in _NARROW]:

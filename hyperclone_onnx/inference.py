@@ -77,6 +77,8 @@ class Dimensions:
     facts: dict[Fact, list[tuple[Term, ir.Node]]] = field(default_factory=lambda: defaultdict(list))
     index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
     unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    walked: list[ir.Node] = field(default_factory=list)
+    """Every node that was related, those of subgraphs that a rule walks into included, in order."""
 
     def axes_of(self, node: ir.Node, index: int) -> Axes | None:
         """The axes of a node's input, None where its rank is unknown."""
@@ -274,9 +276,11 @@ class Op:
         if index >= len(self.node.outputs):
             return
         value = self.node.outputs[index]
-        self.dimensions.axes[value] = tuple(axes)
-        if elements is not None and elements.size <= known.LIMIT:
+        if elements is not None and elements.size <= known.LIMIT and elements.ndim == len(axes):
             self.dimensions.known[value] = elements
+            # The elements tell a length that the axes may not.
+            axes = [self.dim(n) if self.static(t) is None else t for t, n in zip(axes, elements.shape, strict=True)]
+        self.dimensions.axes[value] = tuple(axes)
 
     def fact(self, kind: Fact, term: Term) -> None:
         """Record what happens to an axis here."""
@@ -343,26 +347,30 @@ def parse_size(text: str) -> Size:
 
 
 def infer(model: ir.Model) -> Dimensions:
-    """Walk the (normalised) main graph of `model` and find what every axis is made of.
-
-    Raises:
-        Refused: the graph uses an opset this package does not know.
-    """
-    from hyperclone_onnx.rules import registry
-
-    opset = model.graph.opset_imports.get("", 1)
+    """Walk the (normalised) main graph of `model` and find what every axis is made of."""
     dimensions = Dimensions(model, Space())
     _read_inputs(dimensions)
     for value in model.graph.initializers.values():
         dimensions.constants.add(value)
         _read_known(dimensions, value)
-    for node in model.graph:
+    walk(dimensions, model.graph)
+    dimensions.space.place = ""
+    return dimensions
+
+
+def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
+    """Relate the nodes of a graph, or of a subgraph whose outer values are related already."""
+    from hyperclone_onnx.rules import registry
+
+    opsets = dimensions.model.graph.opset_imports
+    for node in graph:
         dimensions.space.place = describe(node)
+        dimensions.walked.append(node)
         _read_initializer_uses(dimensions, node)
-        if node.inputs and all(v is None or v in dimensions.constants for v in node.inputs):
+        if _is_constant(dimensions, node):
             dimensions.constants.update(node.outputs)
         rule = registry.relation(node.domain, node.op_type)
-        op = Op(dimensions, node, opset if not node.domain else model.graph.opset_imports.get(node.domain, 1))
+        op = Op(dimensions, node, opsets.get(node.domain, 1))
         try:
             if rule is None:
                 dimensions.unruled[registry.name(node)].append(node.name or "")
@@ -373,9 +381,13 @@ def infer(model: ir.Model) -> Dimensions:
         for value in node.outputs:
             if value not in dimensions.axes:
                 _declare_pinned(op, value, "an output no rule describes")
-    dimensions.space.place = ""
-    _pin_captured_outputs(dimensions)
-    return dimensions
+    _pin_stored_outputs(dimensions, graph)
+
+
+def _is_constant(dimensions: Dimensions, node: ir.Node) -> bool:
+    if not node.inputs or any(True for _ in captured_values(node)):
+        return False
+    return all(value is None or value in dimensions.constants for value in node.inputs)
 
 
 def _read_inputs(dimensions: Dimensions) -> None:
@@ -445,9 +457,9 @@ def captured_values(node: ir.Node) -> Iterator[ir.Value]:
             yield from (v for v in graph.outputs if v is not None and v not in own)
 
 
-def _pin_captured_outputs(dimensions: Dimensions) -> None:
+def _pin_stored_outputs(dimensions: Dimensions, graph: ir.Graph) -> None:
     """An initializer that is itself a graph output keeps its shape: there is no node to give it another."""
-    for value in dimensions.model.graph.outputs:
+    for value in graph.outputs:
         if is_initializer(value):
             dimensions.axes[value] = tuple(
                 dimensions.space.dim(size)

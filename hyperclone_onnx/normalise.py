@@ -19,6 +19,7 @@ def normalise(model: ir.Model) -> ir.Model:
         passes.InlinePass(),
         passes.RemoveInitializersFromInputsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
         passes.RemoveUnusedNodesPass(),
         passes.TopologicalSortPass(),
     )(model)
@@ -30,7 +31,7 @@ def normalise(model: ir.Model) -> ir.Model:
 
 def _name_nodes(graph: ir.Graph) -> None:
     taken: set[str] = set()
-    for number, node in enumerate(graph):
+    for number, node in enumerate(graph.all_nodes()):
         name = node.name or f"{node.op_type}_{number}"
         while name in taken:
             name = f"{name}_{number}"

@@ -78,7 +78,7 @@ def _node_edits(growth: Growth, terms: GrownTerms) -> Iterable[Edit]:
 
     dimensions = growth.dimensions
     opsets = dimensions.model.graph.opset_imports
-    for node in dimensions.model.graph:
+    for node in dimensions.walked:
         edit = registry.edit(node.domain, node.op_type)
         if edit is None or not _touched(dimensions, terms, node):
             continue
@@ -311,8 +311,9 @@ class _Planner:
     def _read_elsewhere(self, name: str) -> bool:
         """Whether a tensor is also read where no recipe reaches: a subgraph, the graph's outputs."""
         value = self.dimensions.model.graph.initializers[name]
-        graph = self.dimensions.model.graph
-        return value.is_graph_output() or any(use.node.graph is not graph for use in value.uses())
+        return value.is_graph_output() or any(
+            (use.node, use.idx) not in self.dimensions.use_axes for use in value.uses()
+        )
 
     # -- interface ----------------------------------------------------------------------------------------
 

@@ -58,20 +58,21 @@ class _Rewriter:
         self.plan = plan
         self.maps = plan.maps
         self.dtype = dtype
-        self.nodes = {node.name: node for node in self.graph}
-        self.names = {v.name for v in (*self.graph.inputs, *(o for n in self.graph for o in n.outputs))}
+        self.nodes = {node.name: node for node in self.graph.all_nodes()}
+        self.names = {v.name for v in (*self.graph.inputs, *(o for n in self.nodes.values() for o in n.outputs))}
 
     def run(self) -> None:
         self._grow_tensors()
         for edit in self.plan.edits:
             self._apply(edit)
-        for node in self.graph:
+        interface = set(self.graph.outputs)
+        for node in self.graph.all_nodes():
             for value in node.outputs:
-                value.shape = None if not value.is_graph_output() else value.shape
+                value.shape = value.shape if value in interface else None
         for side, values in ((self.plan.inputs, self.graph.inputs), (self.plan.outputs, self.graph.outputs)):
             named = {value.name: value for value in values}
-            for interface in side:
-                self._set_interface(interface, named[interface.name])
+            for each in side:
+                self._set_interface(each, named[each.name])
 
     # -- tensors ------------------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class _Rewriter:
         value = node.inputs[slot]
         assert value is not None
         made = self._chain(value, steps, None)
-        self.graph.insert_before(node, made)
+        _graph_of(node).insert_before(node, made)
         node.replace_input_with(slot, made[-1].outputs[0])
 
     def _after(self, value: ir.Value, steps: Sequence[_Step]) -> ir.Value:
@@ -192,7 +193,7 @@ class _Rewriter:
         made = self._chain(value, steps, result)
         first = next(iter(self.graph), None)
         if producer is not None:
-            self.graph.insert_after(producer, made)
+            _graph_of(producer).insert_after(producer, made)
         elif first is not None:
             self.graph.insert_before(first, made)
         return result
@@ -247,6 +248,12 @@ class _Rewriter:
         result = self._after(value, steps)
         if not entering:
             result.shape, value.shape = shape, None
+
+
+def _graph_of(node: ir.Node) -> ir.Graph:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph), "functions are inlined"
+    return graph
 
 
 def _grown(factors: Sequence[Any], maps: Any) -> int:

@@ -2,6 +2,7 @@
 
 from hyperclone_onnx.rules import (
     contractions,
+    control,
     convolution,
     elementwise,
     indexing,
@@ -13,6 +14,7 @@ from hyperclone_onnx.rules import (
 
 __all__ = [
     "contractions",
+    "control",
     "convolution",
     "elementwise",
     "indexing",

@@ -324,7 +324,7 @@ def _from_front(bound: Size | None, size: Size) -> Size | None:
 
 
 def _statically_sliced(op: Op, term: Term, total: int, first: int, last: int, step: int) -> Term:
-    length = max(0, -(-(last - first) // step)) if step > 0 else 0
+    length = max(0, -(-(last - first) // step))
     if step == 1 and length > 0:
         sizes = [n for n in (first, length, total - first - length) if n]
         parts = op.space.segments(term, sizes)
@@ -369,21 +369,29 @@ def edit_slice(op: GrownOp) -> None:
 def pad(op: Op) -> None:
     """out = constant beside x beside constant, along each padded axis"""
     axes = list(op.axes(0))
-    pads = op.int_list("pads", 1) if op.opset >= 11 else op.int_list("pads", None)
+    pads: Sequence[Size | None] = [Size.of(n) for n in op.int_list("pads", None) or []]
+    if op.opset >= 11:
+        pads = _shape_elements(op, 1)
     which = op.int_list("axes", 3) if op.opset >= 18 else None
     where = [op.axis(a, len(axes)) for a in which] if which is not None else list(range(len(axes)))
-    if pads is None or len(pads) != 2 * len(where):
+    if len(pads) != 2 * len(where):
         raise CannotTell("paddings that do not fit")
     for position, axis in enumerate(where):
-        before, after = pads[position], pads[position + len(where)]
-        if before == after == 0:
-            continue
-        term, size = axes[axis], op.size(axes[axis])
-        if op.text("mode", "constant") != "constant" or min(before, after) < 0 or size.static is None:
-            op.pin(term, "padded")
-            axes[axis] = op.pinned_dim(size + (before + after), "a padded axis")
-        else:
-            ends = [op.pinned_dim(n, "padding") if n else None for n in (before, after)]
-            parts = (ends[0], term, ends[1])
-            axes[axis] = Concat(tuple(part for part in parts if part is not None))
+        axes[axis] = _padded(op, axes[axis], pads[position], pads[position + len(where)])
     op.out(axes)
+
+
+def _padded(op: Op, term: Term, before: Size | None, after: Size | None) -> Term:
+    size = op.size(term)
+    if before is None or after is None:
+        op.pin(term, "padded by what is not known before running")
+        return op.pinned_dim(None, "a padded axis")
+    low, high = before.static, after.static
+    if low == 0 and high == 0:
+        return term
+    constant = op.text("mode", "constant") == "constant" and low is not None and high is not None
+    if not constant or low is None or high is None or min(low, high) < 0 or size.static is None:
+        op.pin(term, "padded")
+        return op.pinned_dim(size + before + after, "a padded axis")
+    ends = [op.pinned_dim(n, "padding") if n else None for n in (low, high)]
+    return Concat(tuple(part for part in (ends[0], term, ends[1]) if part is not None))

@@ -1,0 +1,37 @@
+"""Control flow: the walk goes into the bodies."""
+
+from __future__ import annotations
+
+from hyperclone_onnx.dims import Term
+from hyperclone_onnx.inference import CannotTell, Op, walk
+from hyperclone_onnx.rules.registry import relates
+
+
+@relates("If")
+def if_(op: Op) -> None:
+    """out = then_branch() or else_branch(): what both make of an axis is the same dimension"""
+    names = ("then_branch", "else_branch")
+    if any(name not in op.node.attributes for name in names):
+        raise CannotTell("If without both branches")
+    branches = [op.node.attributes[name].as_graph() for name in names]
+    place = op.space.place
+    for branch in branches:
+        walk(op.dimensions, branch)
+    op.space.place = place
+    for index, values in enumerate(zip(*(branch.outputs for branch in branches), strict=True)):
+        one, other = (op.dimensions.axes.get(value) for value in values)
+        if one is None or other is None or len(one) != len(other):
+            for term in (*(one or ()), *(other or ())):
+                op.pin(term, "made with another rank by the other branch")
+            op.dimensions.axes[op.node.outputs[index]] = None
+            continue
+        op.out([_either(op, a, b) for a, b in zip(one, other, strict=True)], index=index)
+
+
+def _either(op: Op, one: Term, other: Term) -> Term:
+    if op.size(one) == op.size(other):
+        op.unify(one, other)
+        return one
+    for term in (one, other):
+        op.pin(term, "made in another size by the other branch")
+    return op.dim(None)
