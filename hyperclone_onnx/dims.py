@@ -19,11 +19,15 @@ from hyperclone_onnx.sizes import Size
 
 @dataclass(frozen=True)
 class Pin:
-    """Why a dimension keeps its size: the reason, the place (a node) and the dimension it began at."""
+    """Why a dimension keeps its size: the reason, the place (a node) and the dimension it began at.
+
+    `gap` tells what could not be described from what an operator or the interface fixes by its nature.
+    """
 
     reason: str
     place: str
     origin: int
+    gap: bool = False
 
     def __str__(self) -> str:
         return f"{self.reason} (at {self.place})" if self.place else self.reason
@@ -156,11 +160,11 @@ class Space:
 
     # -- pinning and explaining ---------------------------------------------------------------------------
 
-    def pin(self, term: Term, reason: str) -> None:
+    def pin(self, term: Term, reason: str, gap: bool = False) -> None:
         """Forbid every atom of `term` to grow. The first reason given stays."""
         for atom in self.atoms(term):
             if atom.pin is None:
-                atom.pin = Pin(reason, self.place, atom.uid)
+                atom.pin = Pin(reason, self.place, atom.uid, gap)
 
     def _link(self, one: Dim, others: Iterable[Dim]) -> None:
         for other in others:
@@ -235,13 +239,13 @@ class Space:
 
     def _clash(self, a: Term, b: Term) -> None:
         text = f"axes that do not line up: {self.size(a)} and {self.size(b)}"
-        self.pin(a, text)
-        self.pin(b, text)
+        self.pin(a, text, gap=True)
+        self.pin(b, text, gap=True)
 
     def _bind(self, dim: Dim, term: Term) -> None:
         atoms = list(self.atoms(term))
         if dim in atoms:
-            self.pin(term, "an axis that would contain itself")
+            self.pin(term, "an axis that would contain itself", gap=True)
             return
         if isinstance(term, Dim) and term.pin is None:
             term.pin = dim.pin
@@ -310,7 +314,7 @@ class Space:
                 self.unify(lone[0], product(*others))
                 return
         for term in (*a, *b):
-            self.pin(term, "factors that do not divide each other")
+            self.pin(term, "factors that do not divide each other", gap=True)
 
     def _align(self, left: Sequence[Term], right: Sequence[Term]) -> None:
         """Unify two runs of segments: cut both at the union of their boundaries."""
@@ -331,7 +335,7 @@ class Space:
             side.popleft()
             side.extendleft(reversed(parts))
         for term in (*a, *b):
-            self.pin(term, "segments whose boundaries do not line up")
+            self.pin(term, "segments whose boundaries do not line up", gap=True)
 
     def cut(self, term: Term, at: int) -> tuple[Term, Term] | None:
         """Cut an axis into its first `at` indices and the rest; None when no such cut can be described.

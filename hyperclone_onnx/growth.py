@@ -130,9 +130,9 @@ class GrownOp(Op):
 
     # -- edits --------------------------------------------------------------------------------------------
 
-    def set_attribute(self, name: str, value: int | Sequence[int]) -> None:
+    def set_attribute(self, name: str, value: float | Sequence[int]) -> None:
         """Give an attribute another value."""
-        self.edits.append(SetAttribute(self.name, name, value if isinstance(value, int) else tuple(value)))
+        self.edits.append(SetAttribute(self.name, name, value if isinstance(value, int | float) else tuple(value)))
 
     def remove_attribute(self, name: str) -> None:
         """Drop an attribute, if the node has it."""

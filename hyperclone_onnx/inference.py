@@ -297,6 +297,7 @@ class Op:
         It also records who takes part: a weight, or activations only.
         """
         terms = [self.axes(index)[axis] for index, axis in sites]
+        sites = tuple((index, self.axis(axis, self.rank(index))) for index, axis in sites)
         for term in terms[1:]:
             self.unify(terms[0], term)
         self.dimensions.sums.append(Sum(self.node, terms[0], tuple(sites), power))
@@ -429,16 +430,18 @@ def _pin_node(op: Op, reason: str) -> None:
     """Pin every axis the node touches, captured values of its subgraphs included."""
     for index, value in enumerate(op.node.inputs):
         axes = op.dimensions.axes_of(op.node, index) if value is not None else None
-        op.space.pin(Product(axes or ()), reason)
+        op.space.pin(Product(axes or ()), reason, gap=True)
     for value in captured_values(op.node):
-        op.space.pin(Product(op.dimensions.axes.get(value) or ()), reason)
+        op.space.pin(Product(op.dimensions.axes.get(value) or ()), reason, gap=True)
     for output in op.node.outputs:
         _declare_pinned(op, output, reason)
 
 
 def _declare_pinned(op: Op, value: ir.Value, reason: str) -> None:
     shape = declared_shape(value)
-    op.dimensions.axes[value] = None if shape is None else tuple(op.pinned_dim(size, reason) for size in shape)
+    axes = None if shape is None else tuple(op.dim(size) for size in shape)
+    op.space.pin(Product(axes or ()), reason, gap=True)
+    op.dimensions.axes[value] = axes
 
 
 def captured_values(node: ir.Node) -> Iterator[ir.Value]:

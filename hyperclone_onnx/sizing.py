@@ -18,7 +18,8 @@ GROWN_BY_FACTOR = ("hidden", "ffn", "heads", "width")
 """The roles that ``--factor`` grows: HyperCloning's widths. Head sizes and head groups are kept."""
 
 REQUIRED = ("hidden", "ffn", "heads")
-"""The roles whose pinning refuses a default request; an input's own width may be pinned in a grown model."""
+"""The roles whose pinning refuses a request by factor. A `width` refuses it only where the rules have a gap: an
+input's own width may keep its size in a grown model."""
 
 ROLES = (*GROWN_BY_FACTOR, "head_dim", "group", "vocab", "positions", "other")
 
@@ -113,7 +114,8 @@ def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[D
         if not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING}):
             return "hidden"
         return "ffn" if Fact.WEIGHT_OUTPUT in facts else "width"
-    return "other"
+    lost = Fact.WEIGHT_OUTPUT in facts and atom.pin is not None and atom.pin.gap
+    return "width" if lost else "other"
 
 
 def _vocabulary(dimensions: Dimensions) -> set[Dim]:
@@ -172,7 +174,8 @@ def size(
         if chosen.grown == each.size:
             continue
         if not each.dim.growable:
-            if asked is not None or each.name in explicit or each.role in REQUIRED:
+            gap = each.dim.pin is not None and each.dim.pin.gap
+            if asked is not None or each.name in explicit or each.role in REQUIRED or gap:
                 raise Refused(refusal(dimensions, each, named))
             continue
         growth.maps[each.dim] = (each.name, chosen)

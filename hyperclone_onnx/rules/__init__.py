@@ -1,24 +1,28 @@
 """The rules of every operator; importing this package registers them."""
 
 from hyperclone_onnx.rules import (
+    attention,
     contractions,
     control,
     convolution,
     elementwise,
     indexing,
     layout,
+    microsoft,
     normalisation,
     reductions,
     shapes,
 )
 
 __all__ = [
+    "attention",
     "contractions",
     "control",
     "convolution",
     "elementwise",
     "indexing",
     "layout",
+    "microsoft",
     "normalisation",
     "reductions",
     "shapes",

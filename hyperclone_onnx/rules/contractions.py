@@ -12,7 +12,7 @@ from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.registry import relates
 
 
-def _note_roles(op: Op, batch: Axes, left_free: Axes, right_free: Axes) -> None:
+def note_roles(op: Op, batch: Axes, left_free: Axes, right_free: Axes) -> None:
     """Record what the free and batch axes of a two-operand contraction are seen to be."""
     if op.is_constant(0) or op.is_constant(1):
         for index, free in ((0, left_free), (1, right_free)):
@@ -39,7 +39,7 @@ def matmul(op: Op) -> None:
         for narrow, wide in ((one, other), (other, one)):
             if op.is_one(narrow) and not op.is_one(wide):
                 op.fact(Fact.EXPANDED, wide)
-    _note_roles(op, batch, left_free, right_free)
+    note_roles(op, batch, left_free, right_free)
     op.out((*batch, *left_free, *right_free))
 
 
@@ -50,7 +50,7 @@ def gemm(op: Op) -> None:
     trans_a, trans_b = op.integer("transA", 0), op.integer("transB", 0)
     op.sum_over((0, 0 if trans_a else 1), (1, 1 if trans_b else 0))
     m, n = left[1 if trans_a else 0], right[0 if trans_b else 1]
-    _note_roles(op, (), (m,), (n,))
+    note_roles(op, (), (m,), (n,))
     out: Axes = (m, n)
     if op.has(2):
         out = op.broadcast([out, op.axes(2)])
@@ -78,7 +78,7 @@ def einsum(op: Op) -> None:
             op.sum_over(*sites[letter])
     if len(letters) == 2:
         shared = set(letters[0]) & set(letters[1])
-        _note_roles(
+        note_roles(
             op,
             tuple(terms[x] for x in output if x in shared),
             tuple(terms[x] for x in output if x in letters[0] and x not in shared),

@@ -10,16 +10,19 @@ from hyperclone_onnx.rules.registry import relates
 @relates("If")
 def if_(op: Op) -> None:
     """out = then_branch() or else_branch(): what both make of an axis is the same dimension"""
-    names = ("then_branch", "else_branch")
+    names = ["then_branch", "else_branch"]
     if any(name not in op.node.attributes for name in names):
         raise CannotTell("If without both branches")
+    condition = op.ints(0)
+    if condition is not None:  # the other branch never runs
+        names = names[:1] if condition[0] else names[1:]
     branches = [op.node.attributes[name].as_graph() for name in names]
     place = op.space.place
     for branch in branches:
         walk(op.dimensions, branch)
     op.space.place = place
     for index, values in enumerate(zip(*(branch.outputs for branch in branches), strict=True)):
-        one, other = (op.dimensions.axes.get(value) for value in values)
+        one, other = (op.dimensions.axes.get(value) for value in (values[0], values[-1]))
         if one is None or other is None or len(one) != len(other):
             for term in (*(one or ()), *(other or ())):
                 op.pin(term, "made with another rank by the other branch")

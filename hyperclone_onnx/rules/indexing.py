@@ -11,11 +11,11 @@ from hyperclone_onnx.known import Known
 from hyperclone_onnx.rules.registry import edits, relates
 
 
-def _index(op: Op, term: Term) -> None:
-    """An axis indexed by the values of another input."""
+def index_by(op: Op, term: Term, indices: int) -> None:
+    """State that an axis is indexed by the values of input `indices`."""
     op.pin(term, "indexed by values")
     op.fact(Fact.INDEXED, term)
-    op.dimensions.index_tables.append((op.value(1), term))
+    op.dimensions.index_tables.append((op.value(indices), term))
 
 
 @relates("Gather")
@@ -25,7 +25,7 @@ def gather(op: Op) -> None:
     axis = op.axis(op.integer("axis", 0), len(axes))
     picked = _cut_run(op, axes[axis])
     if picked is None:
-        _index(op, axes[axis])
+        index_by(op, axes[axis], 1)
         if op.is_constant(0) and not op.is_constant(1):
             for term in (*axes[:axis], *axes[axis + 1 :]):
                 op.fact(Fact.EMBEDDING, term)
@@ -93,7 +93,7 @@ def gather_elements(op: Op) -> None:
     """out[.., i, ..] = x[.., indices[.., i, ..], ..] along `axis`"""
     axes, where = op.axes(0), op.axes(1)
     axis = op.axis(op.integer("axis", 0), len(axes))
-    _index(op, axes[axis])
+    index_by(op, axes[axis], 1)
     _same_or_pinned(op, axes, where, skip=axis)
     op.out(where)
 
@@ -117,7 +117,7 @@ def scatter_elements(op: Op) -> None:
     """out = x with out[.., indices[.., i, ..], ..] = updates[.., i, ..] along `axis`"""
     axes, where, updates = op.axes(0), op.axes(1), op.axes(2)
     axis = op.axis(op.integer("axis", 0), len(axes))
-    _index(op, axes[axis])
+    index_by(op, axes[axis], 1)
     _same_or_pinned(op, axes, where, skip=axis)
     for one, other in zip(where, updates, strict=True):
         op.unify(one, other)
@@ -146,7 +146,7 @@ def gather_nd(op: Op) -> None:
         op.out((*_spread(op, picked, where[:-1]), *axes[1:]))
         return
     for term in axes[batch : batch + depth]:
-        _index(op, term)
+        index_by(op, term, 1)
     op.out((*where[:-1], *axes[batch + depth :]))
 
 
@@ -165,7 +165,7 @@ def scatter_nd(op: Op) -> None:
     """out = x with out[indices[i, :], rest] = updates[i, rest]"""
     axes, where, depth = op.axes(0), op.axes(1), _depth(op)
     for term in axes[:depth]:
-        _index(op, term)
+        index_by(op, term, 1)
     for one, other in zip(op.axes(2), (*where[:-1], *axes[depth:]), strict=True):
         op.unify(one, other)
     op.out(axes)
