@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.dims import Term
 from hyperclone_onnx.inference import Dimensions
-from hyperclone_onnx.maps import Maps, index_axis
+from hyperclone_onnx.maps import Maps, presented
 from hyperclone_onnx.plan import Interface
 from hyperclone_onnx.sizes import Size
 from hyperclone_onnx.sizing import source_input
@@ -116,8 +116,6 @@ def grown(values: Feeds, interfaces: tuple[Interface, ...], maps: Maps) -> Feeds
             continue
         for axis, factors in enumerate(interface.axes):
             if factors is not None and array.shape[axis] > 0:
-                index = index_axis([(factor, False) for factor in factors], maps)
-                if index.grown != index.source_size:
-                    array = np.take(array, index.source, axis=axis)
+                array = np.take(array, presented(factors, maps), axis=axis)
         result[interface.name] = array
     return result

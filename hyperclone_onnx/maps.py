@@ -212,6 +212,19 @@ def index_axis(factors: Sequence[tuple[Axis, bool]], maps: Maps) -> AxisIndex:
     return total
 
 
+def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
+    """The source index of each index of an axis on the graph's interface, shape (grown,).
+
+    Where every index is repeated equally often the interface is tiled (numpy.tile order), whatever the order
+    inside: nobody outside needs to know how a head is cut into rotary halves. Otherwise it is the order inside.
+    """
+    index = index_axis([(factor, False) for factor in factors], maps)
+    counts = np.bincount(index.source, minlength=index.source_size)
+    if counts.min() != counts.max():
+        return index.source
+    return np.tile(np.arange(index.source_size, dtype=np.int64), int(counts[0]))
+
+
 def _index_kept(size: int) -> AxisIndex:
     source = np.arange(size, dtype=np.int64)
     zero, one = np.zeros(size, dtype=np.int64), np.ones(size, dtype=np.int64)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.grown_tensor import GrownTensor
-from hyperclone_onnx.maps import grown_size, index_axis
+from hyperclone_onnx.maps import index_axis, presented
 from hyperclone_onnx.plan import (
     METADATA_KEY,
     Edit,
@@ -181,13 +181,20 @@ class _Rewriter:
         _graph_of(node).insert_before(node, made)
         node.replace_input_with(slot, made[-1].outputs[0])
 
-    def _after(self, value: ir.Value, steps: Sequence[_Step]) -> ir.Value:
-        """Insert steps behind a value; the result takes over its name and its readers. Returns the result."""
+    def _after(self, value: ir.Value, steps: Sequence[_Step], leaving: bool = False) -> ir.Value:
+        """Insert steps behind a value; the result takes over its name and its readers. Returns the result.
+
+        With `leaving` only the graph's output reads the result; the graph's own nodes read the value as before.
+        """
         result = ir.Value(name=value.name, type=value.type)
         producer = value.producer()
         if producer is None:  # a graph input keeps its name
             result.name = self._fresh(f"{value.name}.grown")
-        value.replace_all_uses_with(result, replace_graph_outputs=True)
+        if leaving:
+            outputs = self.graph.outputs
+            outputs[outputs.index(value)] = result
+        else:
+            value.replace_all_uses_with(result, replace_graph_outputs=True)
         if producer is not None:
             value.name = self._fresh(f"{value.name}.source")
         made = self._chain(value, steps, result)
@@ -225,39 +232,40 @@ class _Rewriter:
     # -- interface ----------------------------------------------------------------------------------------
 
     def _set_interface(self, interface: Interface, value: ir.Value) -> None:
-        if not self.plan.keep_interface:
-            old = list(value.shape.dims) if value.shape is not None else [None] * len(interface.axes)
-            value.shape = ir.Shape(
-                [
-                    dim if factors is None or not isinstance(dim, int) else _grown(factors, self.maps)
-                    for dim, factors in zip(old, interface.axes, strict=True)
-                ]
-            )
-            return
+        """Give a graph input or output its outer shape, and a Gather where its order inside is another."""
         entering = value.is_graph_input()
+        outer: list[int | None] = []
         steps: list[_Step] = []
         for axis, factors in enumerate(interface.axes):
             if factors is None:
+                outer.append(None)
                 continue
-            source = index_axis([(factor, False) for factor in factors], self.maps).source
-            first = np.unique(source, return_index=True)[1]
-            index = source if entering else first
-            if len(source) != len(first):
-                steps.append(self._gather(f"{interface.name}.map", index.astype(np.int64), axis))
-        shape = value.shape
-        result = self._after(value, steps)
-        if not entering:
-            result.shape, value.shape = shape, None
+            inside = index_axis([(factor, False) for factor in factors], self.maps).source
+            outside = np.unique(inside) if self.plan.keep_interface else presented(factors, self.maps)
+            outer.append(len(outside))
+            if not np.array_equal(inside, outside):
+                there, here = (outside, inside) if entering else (inside, outside)
+                steps.append(self._gather(f"{interface.name}.map", _first_index(there)[here], axis))
+        declared = list(value.shape.dims) if value.shape is not None else [None] * len(outer)
+        shape = [
+            dim if size is None or not isinstance(dim, int) else size for dim, size in zip(declared, outer, strict=True)
+        ]
+        if steps:
+            result = self._after(value, steps, leaving=not entering)
+            if not entering:
+                value.shape, value = None, result
+        value.shape = ir.Shape(shape)
+
+
+def _first_index(source: Array) -> Array:
+    """For each source index, the first grown index that repeats it."""
+    return np.asarray(np.unique(source, return_index=True)[1], dtype=np.int64)
 
 
 def _graph_of(node: ir.Node) -> ir.Graph:
     graph = node.graph
     assert isinstance(graph, ir.Graph), "functions are inlined"
     return graph
-
-
-def _grown(factors: Sequence[Any], maps: Any) -> int:
-    return int(np.prod([grown_size(factor, maps) for factor in factors], dtype=np.int64))
 
 
 def _integer_type(value: ir.Value | None) -> Any:
