@@ -11,17 +11,17 @@ $(BIN)/python:
 
 $(VENV)/.package: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
-	touch $@
+	@touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
-	touch $@ $(VENV)/.package
+	@touch $@ $(VENV)/.package
 
 # torch comes first and alone, at the pinned version: whatever needs it must find it there.
 $(VENV)/.models: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -r models/requirements.txt
-	touch $@
+	@touch $@
 
 demo: $(VENV)/.package  ## install the package alone, grow the committed model, show that it is equal
 	$(BIN)/python models/demo.py

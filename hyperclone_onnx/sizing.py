@@ -188,11 +188,12 @@ def _check_request(
 ) -> None:
     if factor < 1:
         raise BadRequest(f"the factor is {factor}: give a whole number, 2 or more to grow")
-    names = {each.name for each in named} | {each.role for each in named}
+    roles = sorted({each.role for each in named} - {"other"})
+    names = {each.name for each in named if each.role != "other"} | set(roles)
     for name in (*requests, *maps):
         if name not in names:
             near = difflib.get_close_matches(name, sorted(names), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names)) or 'none'}"
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(roles) or 'none'}"
             raise BadRequest(f"this model has no dimension {name!r}{hint} (`inspect` lists them)")
     for name, times in requests.items():
         if times < 1:

@@ -4,9 +4,9 @@
     python models/zoo.py --check             only say what changed; exits with 1 if anything did
     python models/zoo.py --only gpt2,llama   those families alone
 
-Each family comes in two sizings. In `distinct` every size differs from every other, so that a mix-up cannot go
-unseen; in `collide` hidden, feed-forward, vocabulary and positions are all 96 where the family allows, so that
-nothing can be told by its size.
+Each family comes in two sizings. In `distinct` the sizes differ from one another, so that no mix-up goes
+unseen; in `collide` hidden, feed-forward, vocabulary and positions are all 96 where the family allows, so
+that nothing can be told by its size.
 Needs torch and transformers. Models are built from configurations alone: nothing is downloaded.
 """
 
@@ -133,7 +133,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "roberta": Family("RobertaForMaskedLM", {"pad_token_id": 1}),
     "distilbert": Family("DistilBertForMaskedLM"),
-    # ALBERT projects embeddings even where they are as wide as hidden; ELECTRA would leave the projection out.
+    # ALBERT projects embeddings even where they are as wide as hidden; ELECTRA would leave that out.
     "albert": Family("AlbertForMaskedLM", distinct={"embedding_size": 32}, collide={"embedding_size": 96}),
     "electra": Family(
         "ElectraModel",
@@ -152,7 +152,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def build(family: str, sizing: str) -> tuple[transformers.PreTrainedModel, dict[str, Distribution]]:
-    """The family's model at that sizing, in evaluation mode, and the distribution each parameter is drawn from.
+    """The family's model at that sizing, in evaluation mode, and the distribution of each parameter.
 
     It is the same at each call.
     """
@@ -221,7 +221,8 @@ def export(family: str, sizing: str) -> onnx.ModelProto:
         kwargs=examples,
         dynamo=True,
         dynamic_shapes={
-            name: {0: batch} if value.ndim > 2 else {0: batch, 1: sequence} for name, value in examples.items()
+            name: {0: batch} if value.ndim > 2 else {0: batch, 1: sequence}
+            for name, value in examples.items()
         },
         output_names=[row.output],
         optimize=False,
@@ -230,8 +231,8 @@ def export(family: str, sizing: str) -> onnx.ModelProto:
     assert program is not None
     InlinePass()(program.model)
     derived = folded(program.model.graph, known)
-    # The exporter's own optimisation, but with the limit on folding as far below these matrices as the default
-    # is below real ones: otherwise a tied or reused weight falls apart into copies, as no real one does.
+    # The exporter's own optimisation, but with the limit on folding as far below these matrices as the
+    # default is below real ones: otherwise a tied or reused weight falls apart into copies here alone.
     optimize_ir(program.model, input_size_limit=128)
     onnx_fusions.fuse(program.model)
     proto = ir.to_proto(program.model)
@@ -246,7 +247,7 @@ def export(family: str, sizing: str) -> onnx.ModelProto:
 
 
 def folded(graph: ir.Graph, parameters: Iterable[str]) -> set[str]:
-    """The values computed from parameters and constants alone: folded, they are parameters in another form."""
+    """The values computed from parameters and constants alone: folded, they are parameters still."""
     found = set(parameters)
     constant = set(graph.initializers) | found
     for node in graph:
@@ -263,10 +264,14 @@ def changes(old: onnx.ModelProto, new: onnx.ModelProto) -> list[str]:
     """What differs between two stripped graphs, a line each."""
     before, after = features(old), features(new)
     lines = [
-        f"{what}: {before[what]} -> {after[what]}" for what in sorted(before | after) if before[what] != after[what]
+        f"{what}: {before[what]} -> {after[what]}"
+        for what in sorted(before | after)
+        if before[what] != after[what]
     ]
     if not lines and old != new:
-        lines.append("the same nodes, initializers and interface by count; order, names, attributes or values differ")
+        lines.append(
+            "the same nodes, initializers and interface by count; order, names, attributes or values differ"
+        )
     return lines
 
 
@@ -325,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in (f"{family}.{sizing}" for family in wanted for sizing in SIZINGS):
         try:
             changed += [name] * refresh(name, options.check)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - report every family
             failed.append(name)
             print(f"{name}: FAILED\n    {type(error).__name__}: {error}", flush=True)
     stray = [] if options.only else [name for name in zoo_store.names() if name.split(".")[0] not in FAMILIES]

@@ -1,7 +1,8 @@
 """The zoo's graphs: committed without their parameters, filled again from a seed.
 
-A stripped graph keeps everything about a model but the values of its parameters. Which tensors those are, and the
-mean and standard deviation of each, is a metadata entry of the file: a seed alone gives the same model everywhere.
+A stripped graph keeps everything about a model but the values of its parameters. Which tensors those are, and
+the mean and standard deviation of each, is a metadata entry of the file: a seed alone gives the same model
+everywhere.
 
     python models/zoo_store.py write DIR [NAME...]     writes filled graphs, ready to run, into DIR
     python models/zoo_store.py list                    prints the names
@@ -82,7 +83,7 @@ def distributions(model: onnx.ModelProto) -> dict[str, Distribution]:
 
 
 def fill(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
-    """Give every random tensor of the model its values, in place; they depend on its name and the seed alone."""
+    """Give every random tensor of the model its values, in place, by its name and the seed alone."""
     random = distributions(model)
     for tensor in model.graph.initializer:
         if tensor.name in random:
@@ -116,7 +117,9 @@ def strip(model: onnx.ModelProto, random: Mapping[str, Distribution]) -> onnx.Mo
         if tensor.name in random:
             bare = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
             tensor.CopyFrom(bare)
-    ordered = {tensor.name: random[tensor.name] for tensor in model.graph.initializer if tensor.name in random}
+    ordered = {
+        tensor.name: random[tensor.name] for tensor in model.graph.initializer if tensor.name in random
+    }
     stripped.metadata_props.add(key=METADATA_KEY, value=json.dumps(ordered, separators=(",", ":")))
     return stripped
 

@@ -1,0 +1,140 @@
+"""What the tests share: models to grow, and the command run inside this process or in one of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+# Pytest puts only the folder of this file on the path; `models` lies beside it.
+sys.path.insert(0, str(ROOT))
+
+from models import zoo_store  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of the command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The last line on stderr: where an error stands."""
+        return self.stderr.strip().splitlines()[-1] if self.stderr.strip() else ""
+
+
+Command = Callable[..., Outcome]
+BuildModel = Callable[[str, Mapping[str, Array]], onnx.ModelProto]
+
+
+@pytest.fixture
+def cli() -> Iterator[Command]:
+    """Runs `hyperclone-onnx ARGUMENTS...` in this process."""
+    from hyperclone_onnx.cli import main
+
+    def run(*arguments: str | os.PathLike[str]) -> Outcome:
+        result = CliRunner().invoke(main, [os.fspath(each) for each in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Outcome(result.exit_code, result.stdout, result.stderr)
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def command_line(*arguments: str | os.PathLike[str]) -> list[str]:
+    """The command as a process of its own."""
+    return [sys.executable, "-m", "hyperclone_onnx", *(os.fspath(each) for each in arguments)]
+
+
+@pytest.fixture
+def cli_process() -> Command:
+    """Runs `hyperclone-onnx ARGUMENTS...` as a process: for what only shows there."""
+
+    def run(*arguments: str | os.PathLike[str], **options: Any) -> Outcome:
+        done = subprocess.run(
+            command_line(*arguments), capture_output=True, text=True, timeout=120, check=False, **options
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The file of a zoo graph with all its parameters, by `family.sizing`; written once."""
+    folder = tmp_path_factory.mktemp("zoo")
+
+    @cache
+    def path_of(name: str) -> Path:
+        return zoo_store.write(folder, [name])[0]
+
+    return path_of
+
+
+def build_model(graph: str, weights: Mapping[str, Array], opset: int = 20) -> onnx.ModelProto:
+    """A model from a graph in ONNX's textual syntax and the values of its stored tensors."""
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]>\n{graph}')
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+    return model
+
+
+def normal(seed: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Normal weights by name, such that what they make is of order one."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.standard_normal(shape) / np.sqrt(shape[0] if len(shape) > 1 else 1)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def perceptron(hidden: int = 12, ffn: int = 20, vocab: int = 31, layers: int = 2) -> onnx.ModelProto:
+    """The least that has every width of a transformer but its heads: residual layers between two tables."""
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (vocab, hidden), "head": (hidden, vocab), "gain": (hidden,)}
+    body = ["h0 = Gather (embedding, ids)"]
+    for i in range(layers):
+        shapes |= {f"up.{i}": (hidden, ffn), f"bias.{i}": (ffn,), f"down.{i}": (ffn, hidden)}
+        body += [
+            f"n{i} = LayerNormalization (h{i}, gain)",
+            f'u{i} = MatMul (n{i}, "up.{i}")',
+            f'b{i} = Add (u{i}, "bias.{i}")',
+            f"r{i} = Relu (b{i})",
+            f'd{i} = MatMul (r{i}, "down.{i}")',
+            f"h{i + 1} = Add (h{i}, d{i})",
+        ]
+    body += [f"last = LayerNormalization (h{layers}, gain)", "logits = MatMul (last, head)"]
+    graph = "\n".join(body)
+    return build_model(
+        f"g (int64[batch, sequence] ids) => (float[batch, sequence, {vocab}] logits) {{\n{graph}\n}}", normal(1, shapes)
+    )
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a small model; not to be written to."""
+    path = tmp_path_factory.mktemp("small") / "small.onnx"
+    onnx.save(perceptron(), path)
+    return path
+
+
+def names_in(folder: Path) -> set[str]:
+    """What lies in a folder, hidden files included."""
+    return {each.name for each in folder.iterdir()}
