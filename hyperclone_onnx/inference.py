@@ -198,10 +198,17 @@ class Op:
             return list(attribute.as_ints())
         if index is None or not self.has(index):
             return None
+        self.parameter(index)
         values = self.ints(index)
         if values is None:
             raise CannotTell(f"{name} computed at run time")
         return values
+
+    def parameter(self, index: int) -> None:
+        """State that an input's elements are parameters of the operator: its own axes keep their size."""
+        if self.has(index):
+            for term in self.dimensions.axes_of(self.node, index) or ():
+                self.pin(term, "its elements are parameters of an operator")
 
     # -- terms --------------------------------------------------------------------------------------------
 

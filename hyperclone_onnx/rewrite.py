@@ -216,7 +216,7 @@ class _Rewriter:
             if not last:
                 node.outputs[0].type = value.type
                 node.outputs[0].name = self._fresh(f"{value.name}.{step.op_type.lower()}")
-            node.name = node.outputs[0].name
+            node.name = self._fresh(f"{value.name}.{step.op_type}")
             made.append(node)
             value = node.outputs[0]
         return made

@@ -117,9 +117,7 @@ def strip(model: onnx.ModelProto, random: Mapping[str, Distribution]) -> onnx.Mo
         if tensor.name in random:
             bare = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
             tensor.CopyFrom(bare)
-    ordered = {
-        tensor.name: random[tensor.name] for tensor in model.graph.initializer if tensor.name in random
-    }
+    ordered = {tensor.name: random[tensor.name] for tensor in model.graph.initializer if tensor.name in random}
     stripped.metadata_props.add(key=METADATA_KEY, value=json.dumps(ordered, separators=(",", ":")))
     return stripped
 

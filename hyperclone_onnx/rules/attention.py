@@ -7,7 +7,7 @@ import math
 
 from hyperclone_onnx.dims import Concat, Product, Term
 from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import CannotTell, Fact, Op, Uniform
+from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op, Uniform
 from hyperclone_onnx.rules.indexing import index_by
 from hyperclone_onnx.rules.registry import edits, relates
 
@@ -47,15 +47,10 @@ def relate_scores(op: Op, depth: Term, value_depth: Term, total: Term) -> None:
     op.pin(total, "softmax runs over it")
 
 
-def relate_bias(op: Op, index: int, heads: Term) -> None:
-    """A mask or bias added to the scores, broadcast to (batch, heads, query, total)."""
-    if not op.has(index):
-        return
-    axes = op.axes(index)
-    for term in axes[-2:]:
-        op.pin(term, "positions of a mask")
-    if len(axes) >= 3:
-        op.merge([heads, axes[-3]])
+def relate_bias(op: Op, index: int, scores: tuple[Term, Term, Term, Term]) -> None:
+    """A mask or bias added to the scores, broadcast to their axes (batch, heads, query length, total length)."""
+    if op.has(index):
+        op.broadcast([scores, op.axes(index)])
 
 
 def total_length(op: Op, new: Term, past: Term | None) -> Term:
@@ -97,7 +92,7 @@ def attention(op: Op) -> None:
             for one, other in zip(op.axes(index), (batch, kv_heads, past or new, width), strict=True):
                 op.unify(one, other)
     relate_scores(op, depth, value_depth, total)
-    relate_bias(op, 3, heads)
+    relate_bias(op, 3, (batch, heads, length, total))
     packed = op.rank(0) == 3
     op.out((batch, length, Product((heads, value_depth))) if packed else (batch, heads, length, value_depth))
     op.out((batch, kv_heads, total, depth), index=1)
@@ -185,6 +180,13 @@ def rotate(op: Op, depth: Term, half: Term, rotary: int, interleaved: bool) -> N
     op.unify(depth, Concat((*turned, op.dim(rest)) if rest else turned))
 
 
+def _unify_all(op: Op, axes: Axes, wanted: Axes) -> None:
+    """Relate axes pairwise where they are as many; a single offset has none of them."""
+    if len(axes) == len(wanted):
+        for one, other in zip(axes, wanted, strict=True):
+            op.merge([one, other])
+
+
 @relates("RotaryEmbedding")
 @relates("RotaryEmbedding", domain=MICROSOFT)
 def rotary_embedding(op: Op) -> None:
@@ -195,9 +197,15 @@ def rotary_embedding(op: Op) -> None:
     half = op.axes(cosines)[-1]
     op.unify(op.axes(sines)[-1], half)
     rotate(op, depth, half, rotary, bool(op.integer("interleaved", 0)))
+    axes = op.axes(0)
+    places = (axes[0], axes[2 if len(axes) == 4 else 1])
     if op.has(positions):
         for index in (cosines, sines):
             index_by(op, op.axes(index)[0], positions)
+        _unify_all(op, op.axes(positions), places)
+    else:
+        for index in (cosines, sines):
+            _unify_all(op, op.axes(index)[:-1], places)
     op.out(op.axes(0))
 
 
@@ -246,6 +254,9 @@ def multi_head_attention(op: Op) -> None:
         kv_heads, key_depth = split_heads(op, key[2], count)
         value_heads, value_depth = split_heads(op, value[2], count)
         op.unify(value_heads, kv_heads)
+    op.unify(value[-2], key[-2])
+    for axes in (key, value):
+        op.unify(axes[0], query[0])
     op.unify(kv_heads, heads)
     op.unify(key_depth, depth)
     op.fact(Fact.BATCHED, heads)
@@ -255,8 +266,8 @@ def multi_head_attention(op: Op) -> None:
     if op.has(4):
         for term in op.axes(4)[1:]:
             op.pin(term, "positions of a mask")
-    relate_bias(op, 5, heads)
     total = _past_and_present(op, 6, query[0], heads, new, (depth, value_depth))
+    relate_bias(op, 5, (query[0], heads, query[1], total))
     relate_scores(op, depth, value_depth, total)
     op.out((*query[:2], Product((heads, value_depth))))
     op.out((query[0], heads, query[1], total), index=3)
@@ -291,16 +302,18 @@ def group_query_attention(op: Op) -> None:
         op.space.match([query[2]], [heads, depth])
         for index in (1, 2):
             op.space.match([op.axes(index)[2]], [kv_heads, depth])
+            for one, other in zip(op.axes(index)[:2], query[:2], strict=True):
+                op.unify(one, other)
     if op.integer("do_rotary", 0) and op.has(7) and op.has(8):
         half = op.axes(7)[1]
         op.unify(op.axes(8)[1], half)
         rotate(op, depth, half, 2 * (op.static(half) or 0), bool(op.integer("rotary_interleaved", 0)))
         for index in (7, 8):
             op.pin(op.axes(index)[0], "indexed by positions")
-    relate_bias(op, 10, heads)
     if op.has(11):
         op.unify(op.axes(11)[0], heads)
     total = _past_and_present(op, 3, query[0], kv_heads, query[1], (depth, depth))
+    relate_bias(op, 10, (query[0], heads, query[1], total))
     relate_scores(op, depth, depth, total)
     op.out((*query[:2], Product((heads, depth))))
 
@@ -337,8 +350,8 @@ def packed_attention(op: Op) -> None:
     if op.has(2):
         op.unify(op.axes(2)[0], w[1])
     op.fact(Fact.BATCHED, heads)
-    relate_bias(op, 5, heads)
-    relate_scores(op, depths[0], depths[1], op.pinned_dim(op.size(x[1]), "softmax runs over it"))
+    relate_bias(op, 5, (x[0], heads, x[1], x[1]))
+    relate_scores(op, depths[0], depths[1], x[1])
     op.out((*x[:2], Product((heads, depths[1]))))
 
 
@@ -352,8 +365,9 @@ def edit_packed_attention(op: GrownOp) -> None:
     size = op.static(whole) or 0
     bounds = [0, size // 3, 2 * size // 3, size] if widths is None else [0, widths[0], widths[0] + widths[1], size]
     moved = [op.offset(whole, bound) for bound in bounds]
-    if widths is not None:
-        op.set_attribute("qkv_hidden_sizes", [b - a for a, b in itertools.pairwise(moved)])
+    grown = [b - a for a, b in itertools.pairwise(moved)]
+    if widths is not None or len(set(grown)) > 1:
+        op.set_attribute("qkv_hidden_sizes", grown)
     edit_heads(op, "num_heads", heads)
     query = op.space.resolve(whole)
     first = query.segments[0] if isinstance(query, Concat) else query

@@ -9,7 +9,9 @@ from hyperclone_onnx.rules.registry import edits, relates
 
 
 def _spatial(op: Op, count: int) -> list[Term]:
-    """The output's spatial axes, as the file declares them."""
+    """The output's spatial axes, as the file declares them; the input's are pinned."""
+    for term in op.axes(0)[2:]:
+        op.pin(term, "a spatial axis")
     declared = op.declared(op.node.outputs[0])
     sizes = declared[2:] if declared is not None and len(declared) == count + 2 else [None] * count
     return [op.pinned_dim(size, "a spatial axis") for size in sizes]
@@ -59,6 +61,8 @@ def edit_conv(op: GrownOp) -> None:
 def channel_norm(op: Op) -> None:
     """Y[n, c, p] = scale[c] (X[n, c, p] - mean[c]) / sqrt(var[c] + eps) + B[c]; statistics are per channel"""
     x = op.axes(0)
+    for term in x[2:] if op.node.op_type == "InstanceNormalization" else ():
+        op.uniform(term)
     for index in range(1, op.count):
         op.unify(op.axes(index)[0], x[1])
     op.out(x)
@@ -81,4 +85,6 @@ def pool(op: Op) -> None:
 def global_pool(op: Op) -> None:
     """Y[n, c, 1...] pools X[n, c, all]"""
     x = op.axes(0)
+    for term in x[2:] if op.node.op_type == "GlobalAveragePool" else ():
+        op.uniform(term)
     op.out((x[0], x[1], *[ONE] * (len(x) - 2)))

@@ -175,6 +175,8 @@ def scatter_nd(op: Op) -> None:
 def one_hot(op: Op) -> None:
     """out[.., k, ..] = values[indices[..] == k]"""
     axes = list(op.axes(0))
+    op.parameter(1)
+    op.parameter(2)
     depth = op.known(1)
     axis = op.axis(op.integer("axis", -1), len(axes) + 1)
     axes.insert(axis, op.pinned_dim(None if depth is None else depth.item(), "numbered by OneHot"))
@@ -187,6 +189,7 @@ def top_k(op: Op) -> None:
     axes = list(op.axes(0))
     axis = op.axis(op.integer("axis", -1), len(axes))
     op.pin(axes[axis], "searched by TopK")
+    op.parameter(1)
     k = op.known(1)
     axes[axis] = op.pinned_dim(None if k is None else k.ravel()[0], "the k of TopK")
     op.out(axes)

@@ -63,6 +63,7 @@ def reshape(op: Op) -> None:
 
 def _shape_elements(op: Op, index: int) -> list[Size | None]:
     """The elements of a shape-like input; unknown ones where only its length is known."""
+    op.parameter(index)
     elements = op.known(index)
     if elements is not None:
         return list(elements.ravel())

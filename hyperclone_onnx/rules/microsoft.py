@@ -30,7 +30,6 @@ def _normalised(op: Op, operands: list[int]) -> None:
 
 
 @relates("SimplifiedLayerNormalization")
-@relates("SimplifiedLayerNormalization", domain=MICROSOFT)
 def simplified_layer_norm(op: Op) -> None:
     """Y = X / sqrt(mean X^2 + eps) * scale, over the axes from `axis` on"""
     axes = op.axes(0)
@@ -61,6 +60,8 @@ def embed_layer_norm(op: Op) -> None:
             index_by(op, op.axes(table)[0], indices if op.has(indices) else 0)
             op.fact(Fact.EMBEDDING, op.axes(table)[1])
             width.append(op.axes(table)[1])
+    if not op.has(8):
+        op.pin(ids[1], "its positions index a table")
     for index in (5, 6):
         width.append(op.axes(index)[0])
     hidden = op.merge(width)

@@ -29,7 +29,8 @@ def group_norm(op: Op) -> None:
         raise CannotTell("channels that its groups do not divide")
     group, channels = op.dim(groups), op.dim(size // groups)
     op.space.match([axes[1]], [group, channels])
-    op.uniform(channels)
+    for term in (channels, *axes[2:]):
+        op.uniform(term)
     for index in (1, 2):
         op.unify(op.axes(index)[0], axes[1] if op.opset >= 21 else group)
     op.out(axes)

@@ -80,6 +80,7 @@ def edit_range(op: GrownOp) -> None:
 @relates("ConstantOfShape")
 def constant_of_shape(op: Op) -> None:
     """out[j] = value"""
+    op.parameter(0)
     elements = op.known(0)
     if elements is None:
         raise CannotTell("a shape computed at run time")
