@@ -66,10 +66,18 @@ def name_dimensions(dimensions: Dimensions) -> list[NamedDim]:
 
 def _facts_by_atom(dimensions: Dimensions) -> dict[Dim, frozenset[Fact]]:
     found: dict[Dim, set[Fact]] = defaultdict(set)
+    space = dimensions.space
+    # A free axis belongs to a head only where heads batch the contraction (in a state-space model none do).
+    headed = {
+        node
+        for term, node in dimensions.facts[Fact.BATCHED]
+        if any(space.static(atom) is not None for atom in space.atoms(term))
+    }
     for kind, sightings in dimensions.facts.items():
-        for term, _ in sightings:
-            for atom in dimensions.space.atoms(term):
-                found[atom].add(kind)
+        for term, node in sightings:
+            if kind is not Fact.VALUE_AXIS or node in headed:
+                for atom in space.atoms(term):
+                    found[atom].add(kind)
     return {atom: frozenset(kinds) for atom, kinds in found.items()}
 
 

@@ -57,6 +57,8 @@ def total_length(op: Op, new: Term, past: Term | None) -> Term:
     """The length of past and new keys together."""
     if past is None:
         return new
+    for term in (new, past):
+        op.pin(term, "positions of a cache")
     return op.pinned_dim(op.size(new) + op.size(past), "positions of a cache")
 
 
