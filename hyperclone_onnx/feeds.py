@@ -102,6 +102,8 @@ def _fill(value: ir.Value, shape: tuple[int, ...], limit: int | None, rng: np.ra
         return rng.integers(0, limit, shape).astype(kind)
     # An integer that indexes nothing is a mask or a flag: ones, with some padding at the end.
     mask = np.ones(shape, dtype=kind)
+    if padded and dtype == ir.DataType.BOOL and mask.size == 1:
+        return np.zeros_like(mask)  # a switch, such as a merged decoder's use_cache_branch
     if padded and mask.ndim and mask.shape[-1] > 2 and mask.size > mask.shape[-1]:
         mask[-1, ..., -2:] = 0
     return mask

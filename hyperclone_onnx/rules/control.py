@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hyperclone_onnx.dims import Term
+from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import CannotTell, Op, walk
-from hyperclone_onnx.rules.registry import relates
+from hyperclone_onnx.rules.registry import edits, relates
 
 
 @relates("If")
@@ -29,6 +30,23 @@ def if_(op: Op) -> None:
             op.dimensions.axes[op.node.outputs[index]] = None
             continue
         op.out([_either(op, a, b) for a, b in zip(one, other, strict=True)], index=index)
+
+
+@relates("Constant")
+def constant(op: Op) -> None:
+    """out[j] = value[j]; only one that is itself a branch's result is left after constants were stored"""
+    attribute = op.node.attributes.get("value")
+    if attribute is None:
+        raise CannotTell("a Constant that is no tensor")
+    op.out([op.dim(int(size)) for size in attribute.as_tensor().shape.numpy()])
+
+
+@edits("Constant")
+def edit_constant(op: GrownOp) -> None:
+    """A grown constant is the source's, repeated."""
+    for axis, term in enumerate(op.out_axes(0)):
+        if op.grows(term):
+            op.gather_output(0, axis)
 
 
 def _either(op: Op, one: Term, other: Term) -> Term:

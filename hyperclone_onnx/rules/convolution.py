@@ -88,3 +88,42 @@ def global_pool(op: Op) -> None:
     for term in x[2:] if op.node.op_type == "GlobalAveragePool" else ():
         op.uniform(term)
     op.out((x[0], x[1], *[ONE] * (len(x) - 2)))
+
+
+@relates("Resize")
+def resize(op: Op) -> None:
+    """Y[n, c, p'] samples X[n, c, p]; axes whose scale is 1 are untouched"""
+    x = op.axes(0)
+    for index in (1, 2, 3):
+        op.parameter(index)
+    declared = op.declared(op.node.outputs[0])
+    listed = op.int_list("axes", None)
+    moved = set(range(2, len(x))) if listed is None else {op.axis(axis, len(x)) for axis in listed}
+    sizes = op.known(3)
+    if listed is None and sizes is not None:
+        moved |= {i for i in (0, 1) if sizes.ravel()[i] != op.size(x[i])}
+    elif listed is None and op.has(2) and not _unscaled(op, 2):
+        moved |= {0, 1}
+    for axis in moved:
+        op.pin(x[axis], "resized")
+    op.out(
+        [
+            op.pinned_dim(declared[i] if declared is not None and len(declared) == len(x) else None, "resized")
+            if i in moved
+            else term
+            for i, term in enumerate(x)
+        ]
+    )
+
+
+def _unscaled(op: Op, index: int) -> bool:
+    """Whether the stored scales of batch and channels are 1."""
+    tensor = op.value(index).const_value
+    return tensor is not None and tensor.size >= 2 and bool((tensor.numpy().ravel()[:2] == 1.0).all())
+
+
+@edits("Resize")
+def edit_resize(op: GrownOp) -> None:
+    """Asked-for sizes follow the untouched axes."""
+    if op.has(3) and "axes" not in op.node.attributes:
+        op.resize_input(3, op.out_axes(0), keep=())
