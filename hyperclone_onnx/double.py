@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.sessions import Runner
 
 Array = npt.NDArray[Any]
+_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 _NARROW = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -35,7 +37,68 @@ def to_double(model: ir.Model) -> ir.Model:
         tensor = node.attributes.get("value")
         if tensor is not None and node.op_type == "ConstantOfShape" and tensor.as_tensor().dtype in _NARROW:
             node.attributes["value"] = ir.AttrTensor("value", _widened(tensor.as_tensor()))
+    for node in list(model.graph.all_nodes()):
+        if not node.domain and node.op_type in (
+            "LayerNormalization",
+            "RMSNormalization",
+            "SimplifiedLayerNormalization",
+        ):
+            _write_out_norm(model, node)
     return model
+
+
+def _write_out_norm(model: ir.Model, node: ir.Node) -> None:
+    """Replace a normalisation by primitives: the fused kernels average in float32 whatever they are fed."""
+    graph = node.graph
+    x, scale = node.inputs[0], node.inputs[1]
+    if not isinstance(graph, ir.Graph) or x is None or scale is None:
+        return
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        return
+    attributes = node.attributes
+    axis = attributes["axis"].as_int() if "axis" in attributes else -1
+    epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
+    made: list[ir.Node] = []
+
+    def step(op_type: str, *inputs: ir.Value | None, **given: int) -> ir.Value:
+        made.append(ir.node(op_type, list(inputs), given))
+        result = made[-1].outputs[0]
+        result.type = ir.TensorType(ir.DataType.DOUBLE)
+        made[-1].name = result.name = f"{node.name}.{len(made)}"
+        return result
+
+    def stored(hint: str, array: Array) -> ir.Value:
+        tensor = ir.tensor(array, name=f"{node.name}.{hint}")
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        model.graph.register_initializer(value)
+        return value
+
+    if axis >= 0:
+        rank = None if x.shape is None else len(x.shape)
+        if rank is None:
+            return
+        axis -= rank
+    axes = np.arange(axis, 0, dtype=np.int64)
+    opset = model.graph.opset_imports.get("", 1)
+
+    def mean(value: ir.Value) -> ir.Value:
+        if opset >= 18:
+            return step("ReduceMean", value, stored(f"axes.{len(made)}", axes), keepdims=1)
+        made.append(ir.node("ReduceMean", [value], {"axes": axes.tolist(), "keepdims": 1}))
+        made[-1].name = made[-1].outputs[0].name = f"{node.name}.{len(made)}"
+        made[-1].outputs[0].type = ir.TensorType(ir.DataType.DOUBLE)
+        return made[-1].outputs[0]
+
+    centred = step("Sub", x, mean(x)) if node.op_type == "LayerNormalization" else x
+    variance = step("Add", mean(step("Mul", centred, centred)), stored("epsilon", np.float64(epsilon).reshape(1)))
+    result = step("Mul", step("Div", centred, step("Sqrt", variance)), scale)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        result = step("Add", result, node.inputs[2])
+    graph.insert_before(node, made)
+    name = node.outputs[0].name
+    node.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    result.name = name
 
 
 def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -63,7 +126,7 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
     import onnx.reference
 
     try:
-        evaluator = onnx.reference.ReferenceEvaluator(str(path))
+        evaluator = onnx.reference.ReferenceEvaluator(str(path), new_ops=_exact_operators())
     except Exception as problem:
         raise Refused(f"neither ONNX Runtime nor the reference evaluator runs it in float64 ({problem})") from problem
     names = list(evaluator.input_names)
@@ -76,3 +139,26 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
         return {name: np.asarray(value) for name, value in zip(evaluator.output_names, values, strict=True)}
 
     return run, "the ONNX reference evaluator"
+
+
+def _exact_operators() -> list[Any]:
+    """Operators that the reference evaluator rounds to float32, in double."""
+    from onnx.reference.op_run import OpRun
+
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+
+    class Erf(OpRun):
+        def _run(self, x: Array) -> tuple[Array]:
+            return (erf(x).astype(x.dtype) if x.size else x,)
+
+    class Gelu(OpRun):
+        op_domain = ""
+
+        def _run(self, x: Array, approximate: str = "none") -> tuple[Array]:
+            if approximate == "tanh":
+                inner = np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))
+            else:
+                inner = erf(x * math.sqrt(0.5)) if x.size else x
+            return (np.asarray(0.5 * x * (1.0 + inner), dtype=x.dtype),)
+
+    return [Erf, Gelu]

@@ -123,7 +123,7 @@ class GrownTensor:
             values = values / count.astype(values.dtype)
             amplitude = 1.0 / count
         if self.strategy.noisy and self._noise_scale > 0.0:
-            noise = self._zero_sum_noise(axes, number, count, draws)
+            noise = self._zero_sum_noise(axes, number, count, draws, values.dtype)
             values = values + noise * (amplitude * (self._noise_scale * math.sqrt(0.5))).astype(values.dtype)
         return values
 
@@ -138,7 +138,12 @@ class GrownTensor:
         return float(rms * 10.0 ** (-self.strategy.snr_db / 20.0))
 
     def _zero_sum_noise(
-        self, axes: Sequence[AxisIndex], number: Array, count: Array, draws: dict[tuple[int, int, int], Array]
+        self,
+        axes: Sequence[AxisIndex],
+        number: Array,
+        count: Array,
+        draws: dict[tuple[int, int, int], Array],
+        dtype: Any,
     ) -> Array:
         """Noise of variance 2 that sums to zero over the repeats of each source index.
 
@@ -157,8 +162,8 @@ class GrownTensor:
 
         following = np.where(number + 1 >= count, 0, number + 1)
         if number.size == following.size == 1:
-            return np.subtract(drawn(int(number.item())), drawn(int(following.item())))
-        noise = np.zeros([axis.grown for axis in axes], dtype=np.float32)
+            return np.subtract(drawn(int(number.item())), drawn(int(following.item())), dtype=dtype)
+        noise = np.zeros([axis.grown for axis in axes], dtype=dtype)
         for repeat in sorted({*np.unique(number).tolist(), *np.unique(following).tolist()}):
             sign = (number == repeat).astype(np.int8) - (following == repeat).astype(np.int8)
             noise += drawn(repeat) * sign

@@ -77,6 +77,14 @@ def test_shares_add_up_to_the_source(shape: str, maps: str, name: Any) -> None:
     np.testing.assert_allclose(*collapse(tensor, tensor.numpy()), atol=2e-6)
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("maps", MAPS)
+def test_in_double_the_noise_leaves_no_residue(maps: str, name: Any) -> None:
+    single = grown("rows", maps, Strategy(name, snr_db=0.0))
+    tensor = GrownTensor(single.source, single.recipe, MAPS[maps], single.strategy, ir.DataType.DOUBLE)
+    np.testing.assert_allclose(*collapse(tensor, tensor.numpy()), atol=1e-14)
+
+
 @given(st.sampled_from(sorted(SHAPES)), st.sampled_from(sorted(MAPS)), st.sampled_from(STRATEGIES), st.data())
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_a_slice_is_the_slice_of_the_whole(shape: str, maps: str, name: Any, data: st.DataObject) -> None:
