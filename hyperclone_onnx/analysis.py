@@ -9,10 +9,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from hyperclone_onnx import storage
-from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.inference import Dimensions, infer, pin_interface
 from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.sizing import NamedDim, name_dimensions
+
+OLDEST_OPSET = 7
+"""Before this, elementwise operators broadcast along an axis given as an attribute."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,15 @@ def analyse(path: str | os.PathLike[str]) -> Analysis:
 
     Raises:
         BadModel: the file is not a readable, complete ONNX model.
+        Refused: its opset is too old.
     """
     file = Path(path)
     model = storage.load(file)
+    opset = model.graph.opset_imports.get("", 1)
+    if opset < OLDEST_OPSET:
+        raise Refused(
+            f"{file}: opset {opset} is too old (before {OLDEST_OPSET}): convert it with onnx.version_converter"
+        )
     files = frozenset(storage.source_files(file, model))
     try:
         normalise(model)

@@ -136,6 +136,8 @@ def expand(
     say("reading")
     analysis = analyse(model)
     storage.check_output(out, set(analysis.files))
+    if plan_out is not None:
+        storage.check_output(Path(plan_out), {*analysis.files, out.resolve()})
     say("planning")
     plan = plan_expansion(analysis, factor, requests, maps, strategy, untie=untie, keep_interface=keep_interface)
     big = rewrite(analysis.model, plan)

@@ -150,6 +150,8 @@ class GrownTensor:
         Repeat r gets g_r - g_{r+1}, the last one wrapping to g_0, with g independent normal draws on the collapsed
         tensor; an index that is not repeated gets g_0 - g_0.
         """
+        if number.size == 0 or any(axis.grown == 0 for axis in axes):
+            return np.zeros([axis.grown for axis in axes], dtype=dtype)
         rows = axes[0].collapsed
         low, high = int(rows.min()), int(rows.max()) + 1
         where = [axis.collapsed - (low if i == 0 else 0) for i, axis in enumerate(axes)]
@@ -209,6 +211,8 @@ def _runs(axis: AxisIndex, most: int = 64) -> list[slice]:
 
 def _one_if_constant(array: Array) -> Array:
     """A single element in place of many equal ones; the rank stays."""
+    if array.size == 0:
+        return array
     first = array.reshape(-1)[0]
     return np.full((1,) * array.ndim, first) if (array == first).all() else array
 

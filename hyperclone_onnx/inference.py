@@ -307,6 +307,10 @@ class Op:
         sites = tuple((index, self.axis(axis, self.rank(index))) for index, axis in sites)
         for term in terms[1:]:
             self.unify(terms[0], term)
+        for index, _ in sites:
+            dtype = self.value(index).dtype
+            if dtype is not None and not dtype.is_floating_point():
+                self.pin(terms[0], "summed in integers, which no share divides")
         self.dimensions.sums.append(Sum(self.node, terms[0], tuple(sites), power))
         if len(sites) > 1:
             weighted = any(self.is_constant(index) for index, _ in sites)
@@ -395,7 +399,10 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
 def _is_constant(dimensions: Dimensions, node: ir.Node) -> bool:
     if not node.inputs or any(True for _ in captured_values(node)):
         return False
-    return all(value is None or value in dimensions.constants for value in node.inputs)
+    return all(
+        value is None or value in dimensions.constants or known.static_values(dimensions.known.get(value)) is not None
+        for value in node.inputs
+    )
 
 
 def _read_inputs(dimensions: Dimensions) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hyperclone_onnx.errors import BadModel
-from hyperclone_onnx.maps import Axis, SourceMap, axis_from_json, axis_to_json
+from hyperclone_onnx.maps import Axis, SourceMap, axis_from_json, axis_to_json, grown_size
 from hyperclone_onnx.strategies import Strategy
 
 VERSION = 1
@@ -200,7 +200,7 @@ class Plan:
         if data.get("version") != VERSION:
             raise BadModel(f"a plan of version {data.get('version')!r}; this release reads version {VERSION}")
         try:
-            return Plan(
+            plan = Plan(
                 dims={
                     name: GrownDim(dim["role"], SourceMap.from_json(dim["size"], dim))
                     for name, dim in data["dims"].items()
@@ -212,9 +212,14 @@ class Plan:
                 outputs=tuple(Interface.from_json(each) for each in data["outputs"]),
                 strategy=Strategy(**data["strategy"]),
                 keep_interface=data["keep_interface"],
-                source=data["source"],
+                source=dict(data["source"]),
             )
-        except (KeyError, TypeError, ValueError) as problem:
+            maps = plan.maps
+            for recipe in plan.tensors.values():
+                for factor in (factor for axis in recipe.axes for factor in axis):
+                    grown_size(factor, maps)  # a KeyError for a dimension that the plan has not
+            return plan
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
             raise BadModel(f"a malformed plan: {type(problem).__name__} {problem}") from problem
 
     @staticmethod
@@ -226,7 +231,7 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise BadModel(f"a plan that is not JSON: {problem}") from problem
         return Plan.from_json(data if isinstance(data, dict) else {})
 

@@ -230,7 +230,10 @@ class _Planner:
         """Fold a scalar into something that scales already; False when nothing does."""
         if node.op_type == "Gemm" and not node.domain:
             alpha = node.attributes.get("alpha")
-            self.edits.append(SetAttribute(node.name or "", "alpha", scale * (alpha.as_float() if alpha else 1.0)))
+            scaled = scale * (alpha.as_float() if alpha else 1.0)
+            if float(np.float32(scaled)) != scaled:  # an attribute is a float32: 1/3 would not be exact in a double
+                return False
+            self.edits.append(SetAttribute(node.name or "", "alpha", scaled))
             return True
         value = node.inputs[slot]
         producer = None if value is None else value.producer()
@@ -333,8 +336,11 @@ def _marks_before(planner: _Planner, node: ir.Node, marks: Marks) -> dict[int, M
     if node.domain:
         return None
     match node.op_type:
-        case "Identity" | "Cast" | "Neg":
+        case "Identity" | "Neg":
             return {0: marks}
+        case "Cast":
+            types = [value.dtype for value in (node.inputs[0], node.outputs[0]) if value is not None]
+            return {0: marks} if all(t is not None and t.is_floating_point() for t in types) else None
         case "Transpose":
             perm = node.attributes.get("perm")
             rank = len(planner.dimensions.axes_of(node, 0) or ())

@@ -78,6 +78,16 @@ def _facts_by_atom(dimensions: Dimensions) -> dict[Dim, frozenset[Fact]]:
             if kind is not Fact.VALUE_AXIS or node in headed:
                 for atom in space.atoms(term):
                     found[atom].add(kind)
+    # A residual stream that meets another one (a similarity of two encoders) is no head either.
+    inside = {
+        atom
+        for t, node in dimensions.facts[Fact.CONTRACTED_WITH_ACTIVATION]
+        if node in headed
+        for atom in space.atoms(t)
+    }
+    for atom, kinds in found.items():
+        if atom not in inside and {Fact.CONTRACTED_WITH_WEIGHT, Fact.NORMALISED} <= kinds:
+            kinds.discard(Fact.CONTRACTED_WITH_ACTIVATION)
     return {atom: frozenset(kinds) for atom, kinds in found.items()}
 
 
@@ -111,7 +121,7 @@ def _is_weighted(facts: frozenset[Fact]) -> bool:
 def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[Dim]) -> str:
     if Fact.INDEXED in facts:
         return "vocab" if atom in vocabulary else "positions"
-    if Fact.SOFTMAX in facts:
+    if Fact.SOFTMAX in facts and not _is_weighted(facts):
         return "positions"
     if _is_weighted(facts):
         if Fact.BATCHED in facts:
@@ -215,10 +225,14 @@ def _check_request(
 def _check_something_grows(growth: Growth, factor: int, requests: Mapping[str, int]) -> None:
     if growth.maps or (factor == 1 and all(times == 1 for times in requests.values())):
         return
-    pinned = [each for each in growth.named if each.dim.pin is not None]
+    unruled = growth.dimensions.unruled
+    if unruled:
+        listed = ", ".join(f"{name} x{len(nodes)}" for name, nodes in sorted(unruled.items()))
+        raise Refused(f"nothing in this model can grow: its weights are met by operators without a rule ({listed})")
+    pinned = [each for each in growth.named if each.dim.pin is not None and each.dim.pin.gap]
     if pinned:
         raise Refused(refusal(growth.dimensions, pinned[0], growth.named))
-    raise Refused("nothing in this model can grow: no weight is contracted with an activation")
+    raise Refused("nothing in this model can grow: no weight that may grow is contracted with an activation")
 
 
 def refusal(dimensions: Dimensions, each: NamedDim, named: list[NamedDim]) -> str:

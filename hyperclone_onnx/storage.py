@@ -31,14 +31,16 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if not file.is_file():
         raise BadModel(f"{file}: {'a folder, not a model file' if file.is_dir() else 'no such file'}")
     try:
-        model = ir.load(file)
+        model = ir.load(file.resolve())
     except PermissionError as problem:
         raise BadModel(f"{file}: cannot be read ({problem.strerror})") from problem
     except Exception as problem:  # protobuf raises several types for a broken file
         raise BadModel(f"{file}: not a readable ONNX model, or truncated ({_first_line(problem)})") from problem
     if len(model.graph) == 0 and not model.graph.outputs:
         raise BadModel(f"{file}: not an ONNX model: it has no graph")
-    _check_external_data(file, model)
+    if not model.graph.opset_imports:
+        raise BadModel(f"{file}: truncated, or not an ONNX model: it names no opset")
+    _check_tensors(file, model)
     return model
 
 
@@ -52,16 +54,22 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value.const_value
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.as_tensor()
 
 
-def _check_external_data(file: Path, model: ir.Model) -> None:
+def _check_tensors(file: Path, model: ir.Model) -> None:
     folder = file.resolve().parent
     for tensor in _tensors(model):
         if not isinstance(tensor, ir.ExternalTensor):
-            if isinstance(tensor, ir.TensorProtoTensor) and _is_short(tensor):
-                raise BadModel(f"{file}: tensor {tensor.name!r} has fewer bytes than its shape needs")
+            if isinstance(tensor, ir.TensorProtoTensor) and not _is_whole(tensor):
+                raise BadModel(f"{file}: tensor {tensor.name!r} has more or fewer bytes than its shape needs")
             continue
         data = Path(tensor.path).resolve()
+        if Path(tensor.path).is_symlink():
+            raise BadModel(f"{file}: its data file {tensor.location} is a link; put the file itself beside the model")
         if not data.is_relative_to(folder):
             raise BadModel(f"{file}: tensor {tensor.name!r} lies outside the model's folder ({tensor.location})")
         if not data.is_file():
@@ -75,9 +83,17 @@ def _check_external_data(file: Path, model: ir.Model) -> None:
             )
 
 
-def _is_short(tensor: ir.TensorProtoTensor) -> bool:
+def _is_whole(tensor: ir.TensorProtoTensor) -> bool:
+    """Whether a tensor stored in the model file has the elements that its shape needs."""
     raw = tensor.raw
-    return raw.HasField("raw_data") and len(raw.raw_data) != tensor.nbytes
+    if raw.HasField("raw_data"):
+        return len(raw.raw_data) == tensor.nbytes
+    if tensor.dtype == ir.DataType.STRING:
+        return len(raw.string_data) == tensor.size
+    try:
+        return tensor.numpy().size == tensor.size
+    except ValueError:
+        return False
 
 
 def source_files(path: Path, model: ir.Model) -> set[Path]:
@@ -99,8 +115,6 @@ def check_output(out: Path, sources: set[Path]) -> None:
         CannotWrite: the folder of OUT does not exist or cannot be written.
     """
     folder = out.parent if str(out.parent) else Path()
-    if out.is_dir():
-        raise BadRequest(f"{out}: a folder; name the file to write")
     if not folder.is_dir():
         raise CannotWrite(f"{out}: its folder {folder} does not exist")
     if not os.access(folder, os.W_OK):
@@ -108,6 +122,8 @@ def check_output(out: Path, sources: set[Path]) -> None:
     for target in (out, out.with_name(data_name(out))):
         if target.resolve() in sources:
             raise BadRequest(f"{out}: this would overwrite the source {target}; choose another output")
+        if target.is_dir():
+            raise BadRequest(f"{out}: {target} is a folder; choose another output")
 
 
 def save(model: ir.Model, path: Path, *, external: bool, progress: Progress | None = None) -> None:
@@ -167,9 +183,12 @@ def publication(out: Path) -> Iterator[Path]:
         raise CannotWrite(f"{out}: cannot be written ({problem.strerror or problem})") from problem
     try:
         written = folder / out.name
+        replaces = out.exists()
         yield written
-        for name in (data_name(out), out.name):
-            if (folder / name).exists():
-                os.replace(folder / name, out.with_name(name))
+        has_data = (folder / data_name(out)).exists()
+        for name in (data_name(out), out.name) if has_data else (out.name,):
+            os.replace(folder / name, out.with_name(name))
+        if replaces and not has_data:  # the data file of the model that was here
+            out.with_name(data_name(out)).unlink(missing_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -26,6 +26,10 @@ class Strategy:
     snr_db: float = 10.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.name not in STRATEGIES:
+            raise ValueError(f"no strategy {self.name!r}: it is one of {', '.join(STRATEGIES)}")
+
     @property
     def diagonal(self) -> bool:
         """Whether one repeat takes the whole weight."""

@@ -30,7 +30,10 @@ Array = npt.NDArray[Any]
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 SAFETY = 8.0
-"""How many standard deviations of accumulated rounding are still taken for rounding."""
+"""How many times the residue of the shared weights may show in an output."""
+
+WALKS = 4.0
+"""How many standard deviations of a random walk of rounding errors are still taken for rounding."""
 
 DOUBLE_TOLERANCE = 1e-12
 """A right graph agrees to this in float64, in every strategy and factor."""
@@ -271,15 +274,16 @@ def tolerance_of(dimensions: Dimensions, plan: Plan | None, tensors: TensorRepor
     """The relative error that rounding explains, and how it is made up.
 
     Each contraction of length K rounds like a random walk of K steps, so that a model's contractions together
-    leave about eps * sqrt(sum of K); the grown weights differ from exact shares by their residue.
+    leave about eps * sqrt(sum of K), of which `WALKS` are allowed;
+    the grown weights differ from exact shares by their residue.
     """
     dtype = _coarsest_type(dimensions.model)
     eps = 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
     growth = max([1.0, *(dim.map.grown / dim.map.size for dim in (plan.dims.values() if plan else ()))])
     lengths = [(dimensions.space.static(each.term) or 64) * growth for each in dimensions.sums if each.power == 1.0]
-    rounding = eps * math.sqrt(max(sum(lengths), 64.0))
+    rounding = WALKS * eps * math.sqrt(max(sum(lengths), 64.0))
     residue = tensors.residue * math.sqrt(len(dimensions.sums) or 1) if tensors is not None else 0.0
-    text = f"{dtype.name.lower()} eps {eps:.1e} x sqrt({sum(lengths):.0f} summands)"
+    text = f"{WALKS:.0f} x {dtype.name.lower()} eps {eps:.1e} x sqrt({sum(lengths):.0f} summands)"
     if tensors is not None:
         text += f" + {SAFETY:.0f} x residue {residue:.1e}"
     return rounding + SAFETY * residue, text

@@ -95,6 +95,8 @@ def attention(op: Op) -> None:
                 op.unify(one, other)
     relate_scores(op, depth, value_depth, total)
     relate_bias(op, 3, (batch, heads, length, total))
+    if op.integer("is_causal", 0):
+        op.pin(length, "a causal mask counts along it")
     packed = op.rank(0) == 3
     op.out((batch, length, Product((heads, value_depth))) if packed else (batch, heads, length, value_depth))
     op.out((batch, kv_heads, total, depth), index=1)
@@ -261,6 +263,10 @@ def multi_head_attention(op: Op) -> None:
         op.unify(axes[0], query[0])
     op.unify(kv_heads, heads)
     op.unify(key_depth, depth)
+    if len(key) == 4:
+        op.unify(key_depth, value_depth)
+    if op.integer("unidirectional", 0):
+        op.pin(query[1], "a causal mask counts along it")
     op.fact(Fact.BATCHED, heads)
     if op.has(3):
         packed = (Product((heads, depth)), Product((heads, depth)), Product((heads, value_depth)))
@@ -312,6 +318,9 @@ def group_query_attention(op: Op) -> None:
         rotate(op, depth, half, 2 * (op.static(half) or 0), bool(op.integer("rotary_interleaved", 0)))
         for index in (7, 8):
             op.pin(op.axes(index)[0], "indexed by positions")
+    op.pin(query[1], "a causal mask counts along it")
+    if op.has(5) and op.rank(5) == 1:
+        op.unify(op.axes(5)[0], query[0])
     if op.has(11):
         op.unify(op.axes(11)[0], heads)
     total = _past_and_present(op, 3, query[0], kv_heads, query[1], (depth, depth))

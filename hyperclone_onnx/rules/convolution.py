@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hyperclone_onnx.dims import ONE, Term
 from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import CannotTell, Fact, Op
+from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 
@@ -61,7 +61,11 @@ def edit_conv(op: GrownOp) -> None:
 def channel_norm(op: Op) -> None:
     """Y[n, c, p] = scale[c] (X[n, c, p] - mean[c]) / sqrt(var[c] + eps) + B[c]; statistics are per channel"""
     x = op.axes(0)
-    for term in x[2:] if op.node.op_type == "InstanceNormalization" else ():
+    if op.node.op_type == "InstanceNormalization":
+        averaged: Axes = x[2:]
+    else:
+        averaged = (x[0], *x[2:]) if op.integer("training_mode", 0) else ()
+    for term in averaged:
         op.uniform(term)
     for index in range(1, op.count):
         op.unify(op.axes(index)[0], x[1])
@@ -76,7 +80,8 @@ def pool(op: Op) -> None:
     x = op.axes(0)
     out = (x[0], x[1], *_spatial(op, len(x) - 2))
     if op.node.op_type == "MaxPool" and len(op.node.outputs) > 1:
-        op.pin(x[1], "MaxPool's flat indices count through it")
+        for term in x[:2]:
+            op.pin(term, "MaxPool's flat indices count through it")
     op.out(out)
     op.out(out, index=1)
 

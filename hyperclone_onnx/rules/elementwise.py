@@ -5,6 +5,8 @@ They keep the invariant by themselves, so a table of names is all they need.
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from hyperclone_onnx import known
 from hyperclone_onnx.inference import Op
 from hyperclone_onnx.known import Known
@@ -33,9 +35,21 @@ def unary(op: Op) -> None:
 
 def _unary_known(op: Op) -> Known | None:
     elements = op.known(0)
-    if elements is None or op.node.op_type in ("Identity", "Cast"):
+    if elements is None or op.node.op_type == "Identity":
         return elements
+    if op.node.op_type == "Cast":
+        return _cast_known(elements, ir.DataType(op.integer("to")))
     return known.unary(op.node.op_type, elements) if op.node.op_type in known.UNARY else None
+
+
+def _cast_known(elements: Known, to: ir.DataType) -> Known | None:
+    """What a conversion leaves known: truth for booleans, nothing for types too narrow for a size."""
+    if to == ir.DataType.BOOL:
+        return known.known(
+            [None if e is None or e.static is None else int(e.static != 0) for e in elements.ravel()]
+        ).reshape(elements.shape)
+    wide = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    return elements if to in wide else None
 
 
 @relates(*BROADCASTING)
@@ -51,7 +65,7 @@ def _broadcasting_known(op: Op) -> Known | None:
     first, *rest = [each for each in operands if each is not None]
     if op.node.op_type == "Where":
         return known.where(first, *rest)
-    if op.node.op_type not in known.BINARY or len(rest) != 1:
+    if op.node.op_type not in known.BINARY or len(rest) != 1 or op.integer("fmod", 0):
         return None
     dtype = op.value(0).dtype
     return known.binary(op.node.op_type, first, rest[0], integer=dtype is None or not dtype.is_floating_point())

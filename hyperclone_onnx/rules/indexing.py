@@ -24,7 +24,9 @@ def gather(op: Op) -> None:
     axes, where = op.axes(0), op.axes(1)
     axis = op.axis(op.integer("axis", 0), len(axes))
     picked = _cut_run(op, axes[axis])
-    if picked is None:
+    if picked is not None:
+        op.parameter(1)
+    else:
         index_by(op, axes[axis], 1)
         if op.is_constant(0) and not op.is_constant(1):
             for term in (*axes[:axis], *axes[axis + 1 :]):
@@ -121,7 +123,15 @@ def scatter_elements(op: Op) -> None:
     _same_or_pinned(op, axes, where, skip=axis)
     for one, other in zip(where, updates, strict=True):
         op.unify(one, other)
+    _once_each(op, where[axis : axis + 1])
     op.out(axes)
+
+
+def _once_each(op: Op, numbering: Axes) -> None:
+    """Updates that accumulate must come as often as in the source."""
+    if op.text("reduction", "none") in ("add", "mul"):
+        for term in numbering:
+            op.pin(term, "numbers updates that accumulate")
 
 
 def _depth(op: Op) -> int:
@@ -143,6 +153,7 @@ def gather_nd(op: Op) -> None:
         op.unify(one, other)
     picked = _cut_run(op, axes[0]) if batch == 0 and depth == 1 else None
     if picked is not None:
+        op.parameter(1)
         op.out((*_spread(op, picked, where[:-1]), *axes[1:]))
         return
     for term in axes[batch : batch + depth]:
@@ -168,6 +179,7 @@ def scatter_nd(op: Op) -> None:
         index_by(op, term, 1)
     for one, other in zip(op.axes(2), (*where[:-1], *axes[depth:]), strict=True):
         op.unify(one, other)
+    _once_each(op, where[:-1])
     op.out(axes)
 
 

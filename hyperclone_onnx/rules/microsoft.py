@@ -60,6 +60,10 @@ def embed_layer_norm(op: Op) -> None:
             index_by(op, op.axes(table)[0], indices if op.has(indices) else 0)
             op.fact(Fact.EMBEDDING, op.axes(table)[1])
             width.append(op.axes(table)[1])
+    for index in (1, 7, 8):
+        if op.has(index) and op.rank(index) == 2:
+            for one, other in zip(op.axes(index), ids, strict=True):
+                op.merge([one, other])
     if not op.has(8):
         op.pin(ids[1], "its positions index a table")
     for index in (5, 6):

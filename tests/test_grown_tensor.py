@@ -1,0 +1,58 @@
+"""Grown tensors of more than one block, in double precision, of odd shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from hyperclone_onnx import GrownTensor, Recipe, SourceMap, Strategy, grown_tensor
+from hyperclone_onnx.maps import Named
+from hyperclone_onnx.strategies import STRATEGIES
+
+A, B, C = Named("a"), Named("b"), Named("c")
+RECIPE = Recipe("w", ((A, C), (B,)), ((0, 0),))
+
+
+def grown(source: Any, strategy: Strategy, maps: dict[str, SourceMap], dtype: ir.DataType | None = None) -> GrownTensor:
+    return GrownTensor(ir.tensor(source), RECIPE, maps, strategy, dtype)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_blocks_and_slices_do_not_show(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of noise are cut where blocks of rows are not: any run of rows is the same run of the whole."""
+    monkeypatch.setattr(grown_tensor, "BLOCK", 16)
+    maps = {"a": SourceMap(5, index=(4, 0, 1, 1, 2, 3, 1, 4)), "b": SourceMap(3, repeat=2), "c": SourceMap(2, tile=3)}
+    tensor = grown(np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32), Strategy(name), maps)
+    whole = tensor.numpy()
+    assert whole.shape == tensor.shape == (48, 6)
+    for start in range(48):
+        for end in (start + 1, start + 7, 48):
+            np.testing.assert_array_equal(tensor[(slice(start, end), slice(1, 4))], whole[start:end, 1:4])
+    np.testing.assert_array_equal(tensor.as_lazy("w").numpy(), whole)
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+@pytest.mark.parametrize("name", ["noisy-symmetric", "noisy-diagonal"])
+def test_in_double_precision_noise_sums_to_zero(name: Any, repeats: int) -> None:
+    source = np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32)
+    maps = {"a": SourceMap(6, tile=repeats), "b": SourceMap(4, tile=2), "c": SourceMap(2, tile=1)}
+    tensor = grown(source, Strategy(name, snr_db=0.0), maps, ir.DataType.DOUBLE)
+    total = tensor.numpy().reshape(repeats, 12, 2, 4).sum(axis=0)
+    np.testing.assert_allclose(total, np.stack([source, source], axis=1), atol=1e-14)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("value", [0.0, 2.0**-140, 1e30])
+def test_extreme_magnitudes_stay_finite(name: Any, value: float) -> None:
+    maps = {"a": SourceMap(4, tile=2), "b": SourceMap(3, tile=2), "c": SourceMap(1, tile=1)}
+    found = grown(np.full((4, 3), value, np.float32), Strategy(name), maps).numpy()
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found.reshape(2, 4, 6).sum(axis=0), np.full((4, 6), np.float32(value)), rtol=1e-5)
+
+
+def test_a_shared_tensor_of_no_elements() -> None:
+    maps = {"a": SourceMap(2, tile=2), "b": SourceMap(0, tile=1), "c": SourceMap(3, tile=1)}
+    assert grown(np.zeros((6, 0), np.float32), Strategy(), maps).numpy().shape == (12, 0)

@@ -1,0 +1,419 @@
+"""Every family of the zoo, grown in every way, and compared by means that are the test's own."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from hyperclone_onnx import Expansion, Strategy, analyse, expand
+from hyperclone_onnx.report import inspection
+from hyperclone_onnx.strategies import STRATEGIES, StrategyName
+from models import zoo_store
+
+Array = np.ndarray[Any, Any]
+Zoo = Callable[[str], Path]
+
+TOLERANCE = 1e-5
+"""What float32 rounding stays under, as a part of the largest output; found are 1e-6 and less."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One way to grow, and the roles that it should grow where the model has them."""
+
+    label: str
+    factor: int = 1
+    requests: Mapping[str, int] = field(default_factory=dict)
+    strategy: StrategyName = "noisy-symmetric"
+    roles: frozenset[str] = frozenset(["hidden", "ffn", "heads"])
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def whole(factor: int, strategy: StrategyName) -> Growth:
+    return Growth(f"x{factor}-{strategy}", factor, {}, strategy)
+
+
+HEAD_DIM_TOO = Growth("x2-head_dim-too", 2, {"head_dim": 2}, roles=frozenset(["hidden", "ffn", "heads", "head_dim"]))
+HEAD_DIM_ALONE = Growth(
+    "head_dim-alone", 2, {"head_dim": 2, "heads": 1, "hidden": 1, "ffn": 1}, roles=frozenset(["head_dim"])
+)
+HEAD_DIM_BY_NAME = Growth(
+    "head_dim-by-name", 1, {"head_dim": 2, "heads": 1, "hidden": 1}, roles=frozenset(["head_dim"])
+)
+FFN_ALONE = Growth("ffn-alone", 1, {"ffn": 3}, roles=frozenset(["ffn"]))
+
+# Each family sees everything once; which sizing sees which is a matter of time only.
+GROWTHS: dict[str, tuple[Growth, ...]] = {
+    "distinct": (
+        whole(2, "noisy-symmetric"),
+        whole(2, "symmetric"),
+        whole(3, "noisy-diagonal"),
+        HEAD_DIM_TOO,
+        FFN_ALONE,
+    ),
+    "collide": (
+        whole(2, "noisy-diagonal"),
+        whole(3, "noisy-symmetric"),
+        whole(3, "diagonal"),
+        HEAD_DIM_ALONE,
+        HEAD_DIM_BY_NAME,
+    ),
+}
+
+CASES = [
+    pytest.param(name, growth, id=f"{name}-{growth}")
+    for name in zoo_store.names()
+    for growth in GROWTHS[name.split(".")[1]]
+]
+FAMILIES = zoo_store.families()
+
+
+# -- the independent comparison ---------------------------------------------------------------------------
+
+
+def session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 4
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def make_feeds(path: Path) -> Iterator[dict[str, Array]]:
+    """Feeds for a zoo graph: two lengths, and in the second the last tokens of a row are padding."""
+    rng = np.random.default_rng(5)
+    for batch, length, padding in ((2, 6, 0), (3, 9, 4)):
+        feeds: dict[str, Array] = {}
+        for value in onnx.load(path, load_external_data=False).graph.input:
+            if value.name == "pixel_values":
+                sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
+                feeds[value.name] = rng.standard_normal((batch, *sizes)).astype(np.float32)
+            elif value.name == "attention_mask":
+                mask = np.ones((batch, length), dtype=np.int64)
+                mask[0, length - padding :] = 0
+                feeds[value.name] = mask
+            else:
+                feeds[value.name] = rng.integers(3, 95, (batch, length)) % (2 if value.name == "token_type_ids" else 95)
+        yield feeds
+
+
+def tiled(array: Array, shape: tuple[int, ...]) -> Array:
+    """The array repeated along the axes that are longer in `shape`."""
+    assert len(shape) == array.ndim
+    assert all(wide % narrow == 0 for narrow, wide in zip(array.shape, shape, strict=True))
+    return np.tile(array, [wide // narrow for narrow, wide in zip(array.shape, shape, strict=True)])
+
+
+@pytest.fixture(scope="session")
+def expected(zoo: Zoo) -> Callable[[str], list[tuple[dict[str, Array], list[Array]]]]:
+    """Feeds of a zoo graph and what it makes of them, by name; run once."""
+    known: dict[str, list[tuple[dict[str, Array], list[Array]]]] = {}
+
+    def run(name: str) -> list[tuple[dict[str, Array], list[Array]]]:
+        if name not in known:
+            source = session(zoo(name))
+            known[name] = [(feeds, source.run(None, feeds)) for feeds in make_feeds(zoo(name))]
+        return known[name]
+
+    return run
+
+
+Expected = Callable[[str], list[tuple[dict[str, Array], list[Array]]]]
+
+
+def assert_computes_the_same(path: Path, cases: list[tuple[dict[str, Array], list[Array]]]) -> None:
+    grown = session(path)
+    for feeds, wanted in cases:
+        for want, got in zip(wanted, grown.run(None, feeds), strict=True):
+            assert np.isfinite(want).all() and float(want.std()) > 1e-3, "an output that could not show a difference"
+            error = float(np.abs(tiled(want, got.shape) - got).max() / np.abs(want).max())
+            assert error <= TOLERANCE
+
+
+def weights(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the floating-point tensors that a file stores."""
+    return {
+        tensor.name: tuple(tensor.dims)
+        for tensor in onnx.load(path).graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+
+
+def parameters(path: Path) -> int:
+    return sum(math.prod(shape) for shape in weights(path).values())
+
+
+# -- growth -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "growth"), CASES)
+def test_grown_models_compute_the_same(name: str, growth: Growth, zoo: Zoo, expected: Expected, tmp_path: Path) -> None:
+    source, out = zoo(name), tmp_path / "big.onnx"
+    result = expand(
+        source,
+        out,
+        growth.factor,
+        growth.requests,
+        strategy=Strategy(growth.strategy, seed=3),
+        device="cpu",
+        precision="float64",
+    )
+    assert_computes_the_same(out, expected(name))
+    assert_validation_says_so(result)
+    assert {dim.role for dim in result.plan.dims.values()} == growth.roles
+    assert not [each for each in result.kept if each.role in growth.roles], "a dimension stayed behind"
+    before, after = parameters(source), parameters(out)
+    if not growth.requests:
+        assert after > 0.72 * growth.factor**2 * before
+    else:
+        assert after > before
+    assert (result.parameters_before, result.parameters_after) == (before, after)
+
+
+def assert_validation_says_so(result: Expansion) -> None:
+    validation = result.validation
+    assert validation is not None and validation.equal and validation.problems == []
+    assert validation.tensors is not None and validation.tensors.checked > 0 and validation.tensors.wrong == []
+    assert validation.double, "the models were not run in float64"
+    assert all(each.max_relative <= 1e-12 for each in validation.double)
+    assert any(each.max_relative > 0 for each in validation.outputs), "two runs without any rounding are one run"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_noise_comes_from_the_seed_alone(strategy: StrategyName, zoo: Zoo, tmp_path: Path) -> None:
+    def grow(seed: int, name: str) -> bytes:
+        expand(zoo("gpt2.distinct"), tmp_path / name, 2, strategy=Strategy(strategy, seed=seed), check=False)
+        model = onnx.load(tmp_path / name)
+        return b"".join(tensor.raw_data for tensor in model.graph.initializer)
+
+    first, again, other = grow(1, "a.onnx"), grow(1, "b.onnx"), grow(2, "c.onnx")
+    assert first == again
+    assert (first != other) == strategy.startswith("noisy")
+
+
+# -- roles ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The sizes that a family's distinct sizing has in each role."""
+
+    hidden: frozenset[int] = frozenset([48])
+    ffn: frozenset[int] = frozenset([56])
+    heads: frozenset[int] = frozenset([6])
+    group: frozenset[int] = frozenset()
+    head_dim: frozenset[int] = frozenset([8])
+    vocab: frozenset[int] = frozenset([101])
+
+
+def roles(**sizes: int | tuple[int, ...]) -> Roles:
+    return Roles(**{role: frozenset([given] if isinstance(given, int) else given) for role, given in sizes.items()})
+
+
+# A rotated head is cut: in halves (4 of 8), or its rotated part in halves and the rest whole (2 + 2 + 12 of 16).
+ROTARY = (4, 8)
+QUARTER_ROTARY = (2, 12, 16)
+ROLES: dict[str, Roles] = {
+    "albert": roles(hidden=(32, 48)),
+    "bert": roles(vocab=(2, 101)),
+    "bloom": roles(ffn=192),
+    "cohere": roles(heads=2, group=3, head_dim=ROTARY),
+    "distilbert": roles(),
+    "electra": roles(hidden=(32, 48)),
+    "falcon_mq": roles(head_dim=4),
+    "falcon_new": roles(heads=2, group=3, head_dim=4),
+    "gemma": roles(heads=2, group=3, head_dim=(5, 10)),
+    "gemma2": roles(heads=2, group=3, head_dim=(5, 10)),
+    "gemma3": roles(heads=2, group=3, head_dim=(5, 10)),
+    "gpt2": roles(),
+    "gpt_neox": roles(heads=3, head_dim=QUARTER_ROTARY),
+    "gptj": roles(head_dim=(2, 4, 8)),
+    "granite": roles(heads=2, group=3, head_dim=ROTARY),
+    "llama": roles(heads=2, group=3, head_dim=ROTARY),
+    "llama_mha": roles(head_dim=ROTARY),
+    "mpt": roles(ffn=192),
+    "olmo": roles(head_dim=ROTARY),
+    "olmo2": roles(heads=2, group=3, head_dim=ROTARY),
+    "opt": roles(),
+    # What the last projection makes for the head is no hidden state: no norm and no residual touches it.
+    "opt_350m": roles(hidden=(32, 48), ffn=(32, 56)),
+    "phi": roles(head_dim=(2, 4, 8)),
+    "phi3": roles(heads=2, group=3, head_dim=ROTARY),
+    "qwen2": roles(heads=2, group=3, head_dim=ROTARY),
+    "qwen3": roles(heads=2, group=3, head_dim=(5, 10)),
+    "roberta": roles(),
+    "stablelm": roles(heads=3, head_dim=QUARTER_ROTARY),
+    "starcoder2": roles(heads=2, group=3, head_dim=ROTARY),
+    "vit": roles(heads=4, head_dim=12, vocab=()),
+}
+
+
+def test_every_family_has_its_roles_written_down() -> None:
+    assert sorted(ROLES) == FAMILIES
+
+
+def sizes_by_role(data: Mapping[str, Any], growable: bool | None = None) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = defaultdict(set)
+    for each in data["dimensions"]:
+        if growable is None or each["growable"] == growable:
+            found[each["role"]].add(each["size"])
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_roles_of_the_distinct_sizing(family: str, zoo: Zoo) -> None:
+    data = inspection(analyse(zoo(f"{family}.distinct")))
+    every, grows = sizes_by_role(data), sizes_by_role(data, growable=True)
+    for role, sizes in vars(ROLES[family]).items():
+        assert every[role] == sizes, role
+        assert grows[role] == (set() if role == "vocab" else sizes), role
+    assert data["operators_without_rule"] == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_that_collide_have_the_roles_of_sizes_that_do_not(family: str, zoo: Zoo) -> None:
+    """The same graph with other sizes has the same dimensions, as many in each role."""
+
+    def counts(sizing: str) -> dict[tuple[str, bool], int]:
+        found: dict[tuple[str, bool], int] = defaultdict(int)
+        for each in inspection(analyse(zoo(f"{family}.{sizing}")))["dimensions"]:
+            found[each["role"], each["growable"]] += 1
+        return found
+
+    assert counts("collide") == counts("distinct")
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "axes"),
+    [
+        (
+            "gpt2",
+            "transformer.h.0.attn.c_attn.weight",
+            "hidden (heads.0 head_dim.0 + heads.0 head_dim.0 + heads.0 head_dim.1)",
+        ),
+        ("gpt2", "transformer.wpe.weight", "positions hidden"),
+        ("bloom", "transformer.h.0.self_attention.query_key_value.bias", "(heads (1 + 1 + 1) head_dim.0)"),
+        ("albert", "predictions.decoder.weight", "vocab hidden.0"),
+        ("opt_350m", "lm_head.weight", "vocab hidden.0"),
+    ],
+)
+def test_axes_of_telling_tensors(family: str, tensor: str, axes: str, zoo: Zoo) -> None:
+    assert axes in inspection(analyse(zoo(f"{family}.distinct")))["tensors"][tensor]
+
+
+# -- interface --------------------------------------------------------------------------------------------
+
+
+def declared(path: Path) -> dict[str, list[int | str]]:
+    graph = onnx.load(path, load_external_data=False).graph
+    return {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+
+
+# What leaves the graph grown: a hidden state; logits keep their size.
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [("bert", {"last_hidden_state": 96}), ("electra", {"last_hidden_state": 96}), ("gpt2", {}), ("vit", {})],
+)
+def test_the_interface_grows_where_hidden_states_leave(
+    family: str, changed: dict[str, int], zoo: Zoo, tmp_path: Path
+) -> None:
+    expand(zoo(f"{family}.distinct"), tmp_path / "big.onnx", 2, check=False)
+    before, after = declared(zoo(f"{family}.distinct")), declared(tmp_path / "big.onnx")
+    assert {name: shape[-1] for name, shape in after.items() if shape != before[name]} == changed
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kept_interface_is_the_source_s(family: str, zoo: Zoo, expected: Expected, tmp_path: Path) -> None:
+    name, out = f"{family}.distinct", tmp_path / "big.onnx"
+    expand(zoo(name), out, 2, keep_interface=True, device="cpu", precision="float64")
+    assert declared(zoo(name)) == declared(out)
+    assert_computes_the_same(out, expected(name))
+    grown = session(out)
+    for feeds, wanted in expected(name):
+        assert [each.shape for each in grown.run(None, feeds)] == [each.shape for each in wanted]
+
+
+# -- shared storage ---------------------------------------------------------------------------------------
+
+
+TIED = {
+    "albert": "predictions.decoder.weight",
+    "distilbert": "vocab_projector.weight",
+    "roberta": "lm_head.decoder.weight",
+    **dict.fromkeys(
+        "bloom cohere falcon_mq falcon_new gemma gemma2 gemma3 gpt2 mpt opt opt_350m starcoder2".split(),
+        "lm_head.weight",
+    ),
+}
+
+
+def vocabularies(path: Path) -> set[str]:
+    """The matrices with a row (or a column) for each word."""
+    return {name for name, shape in weights(path).items() if len(shape) == 2 and 101 in shape}
+
+
+def test_tied_families_are_all_listed(zoo: Zoo) -> None:
+    once = {name for name in FAMILIES if len(vocabularies(zoo(f"{name}.distinct"))) == 1}
+    no_head = {"bert", "electra"}
+    assert once - no_head == set(TIED)
+
+
+@pytest.mark.parametrize("family", sorted(TIED))
+def test_a_tied_embedding_stays_one_tensor_unless_untied(
+    family: str, zoo: Zoo, expected: Expected, tmp_path: Path
+) -> None:
+    name, tied = f"{family}.distinct", TIED[family]
+    source, out = zoo(name), tmp_path / "big.onnx"
+    rows, width = weights(source)[tied]
+
+    def stored() -> list[str]:
+        return [name for name, shape in weights(out).items() if name.startswith(tied) and shape == (rows, 2 * width)]
+
+    assert expand(source, out, 2, device="cpu").separated == {}
+    assert stored() == [tied]
+    split = expand(source, out, 2, untie=True, device="cpu", precision="float64")
+    assert split.separated == {tied: [f"{tied}.1"]}
+    assert sorted(stored()) == [tied, f"{tied}.1"]
+    assert_computes_the_same(out, expected(name))
+
+
+@pytest.mark.parametrize("sizing", ["distinct", "collide"])
+@pytest.mark.parametrize("untie", [False, True])
+def test_layers_that_share_their_weights_still_do(sizing: str, untie: bool, zoo: Zoo, tmp_path: Path) -> None:
+    """ALBERT's two layers are one: each of their tensors is read twice, and stored once."""
+    source, out = zoo(f"albert.{sizing}"), tmp_path / "big.onnx"
+    expand(source, out, 3, untie=untie, device="cpu")
+
+    def layers(path: Path) -> set[str]:
+        return {name for name in weights(path) if "albert_layers" in name}
+
+    assert layers(out) == layers(source) != set()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_growing_by_one_changes_nothing(family: str, zoo: Zoo, expected: Expected, tmp_path: Path) -> None:
+    name = f"{family}.distinct"
+    result = expand(zoo(name), tmp_path / "same.onnx", 1, device="cpu")
+    assert result.plan.dims == {} and result.parameters_before == result.parameters_after
+    assert_computes_the_same(tmp_path / "same.onnx", expected(name))
+
+
+def test_growing_twice_is_growing_by_the_product(zoo: Zoo, expected: Expected, tmp_path: Path) -> None:
+    expand(zoo("llama.distinct"), tmp_path / "x2.onnx", 2, device="cpu")
+    twice = expand(tmp_path / "x2.onnx", tmp_path / "x4.onnx", 2, device="cpu", precision="float64")
+    assert twice.parameters_after > 0.72 * 16 * parameters(zoo("llama.distinct"))
+    assert_computes_the_same(tmp_path / "x4.onnx", expected("llama.distinct"))
