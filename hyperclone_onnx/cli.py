@@ -7,6 +7,7 @@ stdout (JSON with --json), progress and errors to stderr; no traceback reaches a
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -41,6 +42,11 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
+        except OSError as problem:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail(f"the result cannot be printed ({problem.strerror or problem})", 2)
+        except (MemoryError, OverflowError):
+            _fail("this needs more memory than there is: ask for a smaller factor", 3)
         except Exception as problem:
             if os.environ.get(DEBUG):
                 raise
@@ -78,8 +84,12 @@ def main() -> None:
 def _console() -> Any:
     from rich.console import Console
 
+    class Printer(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     # Piped output has no terminal's width: lines are not broken there.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return Printer(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 
 def _print_json(data: dict[str, Any]) -> None:
@@ -117,10 +127,16 @@ def _parse_requests(_context: click.Context, _option: click.Parameter, values: t
     requests: dict[str, int] = {}
     for text in values:
         name, equals, number = text.partition("=")
-        if not equals or not name or not number.isdigit() or int(number) < 1:
+        if not equals or not name or not (number.isascii() and number.isdigit()) or int(number) < 1:
             raise click.BadParameter(f"{text!r}: write ROLE=N, such as ffn=2 or head_dim=1, with N a whole number")
         requests[name] = int(number)
     return requests
+
+
+def _finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no level; give a number of decibels, such as 10")
+    return value
 
 
 @main.command()
@@ -147,7 +163,14 @@ def _parse_requests(_context: click.Context, _option: click.Parameter, values: t
     help="How the repeats share a weight. Without noise the repeats of a unit get equal gradients and, in a model "
     "trained without dropout, stay equal for ever: the added width is then dead weight.",
 )
-@click.option("--snr-db", type=float, default=10.0, show_default=True, help="Weight power over noise power, in dB.")
+@click.option(
+    "--snr-db",
+    type=click.FloatRange(-100, 200),
+    callback=_finite,
+    default=10.0,
+    show_default=True,
+    help="Weight power over noise power, in dB.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the noise.")
 @click.option("--untie", is_flag=True, help="Split a tied embedding instead of keeping it one tensor.")
 @click.option(

@@ -137,7 +137,9 @@ def expand(
     analysis = analyse(model)
     storage.check_output(out, set(analysis.files))
     if plan_out is not None:
-        storage.check_output(Path(plan_out), {*analysis.files, out.resolve()})
+        storage.check_output(
+            Path(plan_out), {*analysis.files, out.resolve(), out.with_name(storage.data_name(out)).resolve()}
+        )
     say("planning")
     plan = plan_expansion(analysis, factor, requests, maps, strategy, untie=untie, keep_interface=keep_interface)
     big = rewrite(analysis.model, plan)

@@ -21,6 +21,8 @@ REQUIRED = ("hidden", "ffn", "heads")
 """The roles whose pinning refuses a request by factor. A `width` refuses it only where the rules have a gap: an
 input's own width may keep its size in a grown model."""
 
+LARGEST_FACTOR = 1 << 20
+
 ROLES = (*GROWN_BY_FACTOR, "head_dim", "group", "vocab", "positions", "other")
 
 
@@ -207,6 +209,9 @@ def _check_request(
     if factor < 1:
         raise BadRequest(f"the factor is {factor}: give a whole number, 2 or more to grow")
     roles = sorted({each.role for each in named} - {"other"})
+    for name, times in (("--factor", factor), *requests.items()):
+        if times > LARGEST_FACTOR:
+            raise BadRequest(f"{name} {times}: no model grows that far; give a factor up to {LARGEST_FACTOR}")
     names = {each.name for each in named if each.role != "other"} | set(roles)
     for name in (*requests, *maps):
         if name not in names:

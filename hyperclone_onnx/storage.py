@@ -90,6 +90,9 @@ def _is_whole(tensor: ir.TensorProtoTensor) -> bool:
         return len(raw.raw_data) == tensor.nbytes
     if tensor.dtype == ir.DataType.STRING:
         return len(raw.string_data) == tensor.size
+    fields = (raw.float_data, raw.int32_data, raw.int64_data, raw.double_data, raw.uint64_data)
+    if tensor.size and not any(fields):
+        return False
     try:
         return tensor.numpy().size == tensor.size
     except ValueError:
@@ -115,6 +118,8 @@ def check_output(out: Path, sources: set[Path]) -> None:
         CannotWrite: the folder of OUT does not exist or cannot be written.
     """
     folder = out.parent if str(out.parent) else Path()
+    if out.is_dir():
+        raise BadRequest(f"{out}: a folder; name the file to write")
     if not folder.is_dir():
         raise CannotWrite(f"{out}: its folder {folder} does not exist")
     if not os.access(folder, os.W_OK):

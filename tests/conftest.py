@@ -41,7 +41,6 @@ class Outcome:
 
 
 Command = Callable[..., Outcome]
-BuildModel = Callable[[str, Mapping[str, Array]], onnx.ModelProto]
 
 
 @pytest.fixture
@@ -97,6 +96,10 @@ def build_model(graph: str, weights: Mapping[str, Array], opset: int = 20) -> on
     return model
 
 
+NUMPY_TYPES = {"float": np.float32, "float16": np.float16, "double": np.float64}
+"""What numpy calls the types of ONNX's textual syntax."""
+
+
 def normal(seed: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """Normal weights by name, such that what they make is of order one."""
     rng = np.random.default_rng(seed)
@@ -106,9 +109,22 @@ def normal(seed: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]
     }
 
 
-def perceptron(hidden: int = 12, ffn: int = 20, vocab: int = 31, layers: int = 2) -> onnx.ModelProto:
-    """The least that has every width of a transformer but its heads: residual layers between two tables."""
-    shapes: dict[str, tuple[int, ...]] = {"embedding": (vocab, hidden), "head": (hidden, vocab), "gain": (hidden,)}
+def perceptron(
+    hidden: int = 12,
+    ffn: int = 20,
+    vocab: int = 31,
+    layers: int = 2,
+    *,
+    tied: bool = False,
+    dtype: str = "float",
+) -> onnx.ModelProto:
+    """The least that has every width of a transformer but its heads: residual layers between two tables.
+
+    Tied, the two tables are one; the grown model then divides by a scalar of its own before the second.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (vocab, hidden), "gain": (hidden,)}
+    if not tied:
+        shapes["head"] = (hidden, vocab)
     body = ["h0 = Gather (embedding, ids)"]
     for i in range(layers):
         shapes |= {f"up.{i}": (hidden, ffn), f"bias.{i}": (ffn,), f"down.{i}": (ffn, hidden)}
@@ -120,10 +136,13 @@ def perceptron(hidden: int = 12, ffn: int = 20, vocab: int = 31, layers: int = 2
             f'd{i} = MatMul (r{i}, "down.{i}")',
             f"h{i + 1} = Add (h{i}, d{i})",
         ]
-    body += [f"last = LayerNormalization (h{layers}, gain)", "logits = MatMul (last, head)"]
+    body += [f"last = LayerNormalization (h{layers}, gain)"]
+    body += ["head = Transpose (embedding)"] if tied else []
+    body += ["logits = MatMul (last, head)"]
     graph = "\n".join(body)
+    weights = {name: array.astype(NUMPY_TYPES[dtype]) for name, array in normal(1, shapes).items()}
     return build_model(
-        f"g (int64[batch, sequence] ids) => (float[batch, sequence, {vocab}] logits) {{\n{graph}\n}}", normal(1, shapes)
+        f"g (int64[batch, sequence] ids) => ({dtype}[batch, sequence, {vocab}] logits) {{\n{graph}\n}}", weights
     )
 
 

@@ -87,14 +87,14 @@ ENDINGS: list[tuple[str, int, str]] = [
     # bad usage, as the model shows it
     (f"{GROW} --set hiden=2", 2, "no dimension 'hiden'; did you mean 'hidden'?"),
     (f"{GROW} --set ff=2", 2, "did you mean 'ffn'?"),
-    (f"{GROW} --set ffn.7=2", 2, "no dimension 'ffn.7'; did you mean 'ffn.0'?"),
+    (f"{GROW} --set ffn.7=2", 2, "no dimension 'ffn.7'; did you mean 'ffn."),
     (f"{GROW} --set xyzzy=2", 2, "no dimension 'xyzzy'; it has ffn, hidden, vocab (`inspect` lists them)"),
     ("expand small.onnx --factor 2 -o small.onnx", 2, "would overwrite the source small.onnx; choose another output"),
     ("expand small.onnx --factor 2 -o folder/../small.onnx", 2, "would overwrite the source"),
     ("expand small.onnx --factor 2 -o no/such/big.onnx", 2, "no/such/big.onnx: its folder no/such does not exist"),
     ("expand small.onnx --factor 2 -o folder", 2, "folder: a folder; name the file to write"),
-    (f"{GROW} --factor 2 --plan-out no/such/plan.json", 2, "no/such/plan.json: cannot be written"),
-    (f"{GROW} --factor 2 --plan-out folder", 2, "folder: cannot be written"),
+    (f"{GROW} --factor 2 --plan-out no/such/plan.json", 2, "its folder no/such does not exist"),
+    (f"{GROW} --factor 2 --plan-out folder", 2, "folder: a folder"),
     # refused
     (f"{GROW} --set vocab=2", 3, "vocab (size 31) cannot grow: indexed by values (at Gather 'Gather_0')"),
     (f"{GROW} --factor 2 --set vocab=3", 3, "To keep its size and grow the rest: --set vocab=1"),
@@ -226,14 +226,14 @@ def test_validate_json(cli: Command, place: Path, big: str, equal: bool) -> None
     assert data["equal"] is equal and bool(data["problems"]) is not equal
 
 
-@pytest.mark.parametrize("value", ["inf", pytest.param("nan", marks=pytest.mark.xfail(strict=True))])
-def test_json_holds_no_nan(cli: Command, place: Path, value: str) -> None:
-    """An infinite ratio could mean no noise; one that is no number means nothing. Both must be refused or be JSON."""
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_json_holds_nothing_but_numbers(cli: Command, place: Path, value: str) -> None:
     outcome = cli(*GROW.split(), "--factor", "2", "--snr-db", value, "--json", "--plan-out", "plan.json")
-    if value == "nan":
+    if outcome.code == 0:
+        parse(outcome.stdout)
+        parse((place / "plan.json").read_text())
+    else:
         assert outcome.code == 2
-    elif outcome.code == 0:
-        pytest.xfail("Infinity in JSON")
 
 
 # -- the plan ---------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ WORDS = st.one_of(
     st.sampled_from(
         "small.onnx text.onnx folder big.onnx inspect expand validate --factor --set --json -o --strategy --snr-db "
         "--seed --untie --interface --device --no-validate --plan-out --precision 2 3 hidden=2 ffn=1 vocab=2 cpu keep "
-        "diagonal float64 -5 1e3 -- = , ffn= =ffn ffn=2=3 ffn=2,hidden=2 hidden= heads=2 /dev/null".split()
+        "diagonal float64 -5 1e3 -- = , ffn= =ffn ffn=2=3 ffn=2,hidden=2 hidden= heads=2".split()
     ),
     st.text(st.characters(exclude_categories=["Cs", "Nd", "No"], exclude_characters="\0"), max_size=6),
 )
@@ -310,7 +310,6 @@ def test_no_arguments_cause_a_traceback(cli: Command, place: Path, command: str,
     assert not [name for name in names_in(place) if name.endswith(".partial")]
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="str.isdigit is true of digits that int() does not read")
 def test_a_digit_that_is_no_number(cli: Command, place: Path) -> None:
     assert cli(*GROW.split(), "--set", "ffn=²").code == 2
 
@@ -322,21 +321,18 @@ def test_a_digit_that_is_no_number(cli: Command, place: Path) -> None:
         f"{GROW} --set ffn=99999999999999999999",
     ],
 )
-@pytest.mark.xfail(strict=True, reason="a factor beyond all memory is called a defect, with exit 3")
 def test_a_factor_beyond_all_memory(cli: Command, place: Path, arguments: str) -> None:
     outcome = cli(*arguments.split())
     assert outcome.code in (2, 3) and "defect" not in outcome.error
     assert "big.onnx" not in names_in(place)
 
 
-@pytest.mark.xfail(strict=True, reason="the amplitude of the noise overflows, and numpy's warnings reach stderr")
 def test_noise_beyond_all_numbers(cli: Command, place: Path) -> None:
     outcome = cli(*GROW.split(), "--factor", "2", "--snr-db", "-1000")
     assert outcome.code in (1, 2)
-    assert set(outcome.stderr.splitlines()[:-1]) <= set(STAGES)
+    assert "RuntimeWarning" not in outcome.stderr and "--snr-db" in outcome.error
 
 
-@pytest.mark.xfail(strict=True, reason="paths are printed with rich's markup on")
 @pytest.mark.parametrize("name", ["model[final].onnx", "a[/b].onnx"])
 def test_names_with_brackets(cli: Command, place: Path, name: str) -> None:
     path = place / name
@@ -394,7 +390,15 @@ posix = pytest.mark.skipif(os.name == "nt", reason="pipes and signals are POSIX'
 
 
 @posix
-@pytest.mark.parametrize("arguments", ["inspect small.onnx", "inspect small.onnx --json", f"{GROW} --factor 2"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "inspect small.onnx --json",
+        "inspect small.onnx",
+        "validate small.onnx small.onnx",
+        f"{GROW} --factor 2",
+    ],
+)
 def test_a_reader_that_leaves(place: Path, arguments: str) -> None:
     """`| head -1`, and a reader that is gone before the first line."""
     with subprocess.Popen(
@@ -409,7 +413,6 @@ def test_a_reader_that_leaves(place: Path, arguments: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.xfail(strict=True, reason="a full stdout is called a defect, and a published model 'not written'")
 def test_a_full_stdout(place: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
