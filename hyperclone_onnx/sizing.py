@@ -23,8 +23,6 @@ input's own width may keep its size in a grown model."""
 
 LARGEST_FACTOR = 1 << 20
 
-ROLES = (*GROWN_BY_FACTOR, "head_dim", "group", "vocab", "positions", "other")
-
 
 @dataclass(frozen=True)
 class NamedDim:
