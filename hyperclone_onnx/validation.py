@@ -227,11 +227,13 @@ def _compare(report: OutputReport, want: Array, got: Array | None, logits: bool,
         return
     a, b = np.asarray(want, dtype=np.float64), np.asarray(got, dtype=np.float64)
     finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)):
-        report.problem = "not finite in other places than the source's"
+    if not (np.array_equal(finite, np.isfinite(b)) and np.array_equal(a[~finite], b[~finite], equal_nan=True)):
+        report.problem = "infinite, or not a number, in other places than the source's"
         return
-    error = np.abs(a - b)[finite]
+    error = np.abs(a[finite] - b[finite])
     if error.size == 0:
+        if a.size:
+            report.problem = "nothing was compared: the source gives no finite value"
         return
     largest = float(np.abs(a[finite]).max())
     report.max_absolute = max(report.max_absolute, float(error.max()))
@@ -250,8 +252,9 @@ def _kl_divergence(a: Array, b: Array) -> float:
         shifted = x - x.max(-1, keepdims=True)
         return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
-    p, q = log_softmax(a), log_softmax(b)
-    return float(np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0).max())
+    with np.errstate(invalid="ignore"):  # a word that cannot come adds nothing: 0 log 0
+        p, q = log_softmax(a), log_softmax(b)
+        return float(np.maximum(np.where(np.exp(p) > 0.0, np.exp(p) * (p - q), 0.0).sum(-1), 0.0).max())
 
 
 def logits_outputs(dimensions: Dimensions) -> set[str]:
@@ -362,11 +365,16 @@ def _tensor_error(made: GrownTensor, stored: ir.TensorProtocol) -> tuple[float, 
     worst, largest, total, power, count = 0.0, 0.0, 0.0, 0.0, 0
     for got, want, peak in _collapsed(made, array):
         error = np.abs(got - want)
-        worst, largest = max(worst, float(error.max())), max(largest, peak)
+        worst, largest = max(worst, _largest(error)), max(largest, peak)
         total, power, count = total + float((error**2).sum()), power + float((want**2).sum()), count + error.size
     repeats = max(int(np.prod([axis.count.max() for axis in made.axes])), 1)
     relative = math.sqrt(total / power) if power else 0.0
     return worst, repeats * eps * largest, relative
+
+
+def _largest(error: Array) -> float:
+    """The largest error; infinite where one is not a number."""
+    return float(np.nan_to_num(error, nan=math.inf).max()) if error.size else 0.0
 
 
 def _copy_error(made: GrownTensor, array: Array, eps: float) -> tuple[float, float, float]:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import build_model, normal
 
 from hyperclone_onnx import Expansion, Strategy, analyse, expand
 from hyperclone_onnx.report import inspection
@@ -110,8 +111,8 @@ def make_feeds(path: Path) -> Iterator[dict[str, Array]]:
 def tiled(array: Array, shape: tuple[int, ...]) -> Array:
     """The array repeated along the axes that are longer in `shape`."""
     assert len(shape) == array.ndim
-    assert all(wide % narrow == 0 for narrow, wide in zip(array.shape, shape, strict=True))
-    return np.tile(array, [wide // narrow for narrow, wide in zip(array.shape, shape, strict=True)])
+    assert all(wide == narrow or wide % narrow == 0 for narrow, wide in zip(array.shape, shape, strict=True))
+    return np.tile(array, [wide // max(narrow, 1) or 1 for narrow, wide in zip(array.shape, shape, strict=True)])
 
 
 @pytest.fixture(scope="session")
@@ -417,3 +418,79 @@ def test_growing_twice_is_growing_by_the_product(zoo: Zoo, expected: Expected, t
     twice = expand(tmp_path / "x2.onnx", tmp_path / "x4.onnx", 2, device="cpu", precision="float64")
     assert twice.parameters_after > 0.72 * 16 * parameters(zoo("llama.distinct"))
     assert_computes_the_same(tmp_path / "x4.onnx", expected("llama.distinct"))
+
+
+# -- caches -----------------------------------------------------------------------------------------------
+
+
+def decoder_with_cache() -> onnx.ModelProto:
+    """One layer of attention over what a cache holds and what is new; no graph of the zoo has a cache."""
+    heads = {
+        name: f"""{name}0 = MatMul (n, w{name})
+            {name}1 = Reshape ({name}0, split)
+            {name} = Transpose <perm = [0, 2, 1, 3]> ({name}1)"""
+        for name in "qkv"
+    }
+    return build_model(
+        f"""g (int64[batch, sequence] ids, float[batch, 3, past, 4] past_key, float[batch, 3, past, 4] past_value)
+            => (float[batch, sequence, 31] logits, float[batch, 3, total, 4] key, float[batch, 3, total, 4] value) {{
+            split = Constant <value_ints = [0, 0, 3, 4]> ()
+            join = Constant <value_ints = [0, 0, 12]> ()
+            half = Constant <value_float = 0.5> ()
+            h = Gather (table, ids)
+            n = LayerNormalization (h, gain)
+            {heads["q"]}
+            {heads["k"]}
+            {heads["v"]}
+            key = Concat <axis = 2> (past_key, k)
+            value = Concat <axis = 2> (past_value, v)
+            t = Transpose <perm = [0, 1, 3, 2]> (key)
+            a = MatMul (q, t)
+            s = Mul (a, half)
+            p = Softmax (s)
+            c = MatMul (p, value)
+            c1 = Transpose <perm = [0, 2, 1, 3]> (c)
+            c2 = Reshape (c1, join)
+            o = MatMul (c2, wo)
+            r = Add (h, o)
+            m = LayerNormalization (r, gain)
+            logits = MatMul (m, head)
+        }}""",
+        normal(
+            2,
+            {
+                "table": (31, 12),
+                "gain": (12,),
+                "head": (12, 31),
+                **dict.fromkeys(("wq", "wk", "wv", "wo"), (12, 12)),
+            },
+        ),
+    )
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["grow", "keep"])
+@pytest.mark.parametrize(
+    ("requests", "cache"),
+    [({}, (6, 4)), ({"head_dim": 2}, (6, 8)), ({"head_dim": 2, "heads": 1}, (3, 8)), ({"heads": 1}, (3, 4))],
+    ids=["heads", "both", "head_dim", "neither"],
+)
+def test_caches(requests: dict[str, int], cache: tuple[int, int], keep: bool, tmp_path: Path) -> None:
+    source, out = tmp_path / "model.onnx", tmp_path / "big.onnx"
+    onnx.save(decoder_with_cache(), source)
+    expand(source, out, 2, requests, keep_interface=keep, device="cpu", precision="float64")
+    heads, head_dim = (3, 4) if keep else cache
+    shapes = declared(out)
+    for name in ("past_key", "past_value", "key", "value"):
+        assert shapes[name][1] == heads and shapes[name][3] == head_dim
+    rng = np.random.default_rng(3)
+    small, big = session(source), session(out)
+    for past in (0, 5):
+        feeds: dict[str, Array] = {"ids": rng.integers(0, 31, (2, 3))}
+        for name in ("past_key", "past_value"):
+            feeds[name] = rng.standard_normal((2, 3, past, 4)).astype(np.float32)
+        wide = {
+            name: tiled(array, (2, heads, past, head_dim)) if array.ndim == 4 else array
+            for name, array in feeds.items()
+        }
+        for want, got in zip(small.run(None, feeds), big.run(None, wide), strict=True):
+            assert float(np.abs(tiled(want, got.shape) - got).max() / np.abs(want).max()) <= TOLERANCE
