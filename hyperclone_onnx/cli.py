@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import click
 
 from hyperclone_onnx.errors import HypercloneError
-from hyperclone_onnx.strategies import STRATEGIES, Strategy
+from hyperclone_onnx.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRATEGIES, Strategy
 
 DEBUG = "HYPERCLONE_DEBUG"
 
@@ -40,8 +40,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             _fail("interrupted; nothing was written", 130)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(0) from None
+            raise SystemExit(1) from None
         except OSError as problem:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _fail(f"the result cannot be printed ({problem.strerror or problem})", 2)
@@ -92,6 +91,16 @@ def _console() -> Any:
     return Printer(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Print a result; a reader that left (`| head`) changes nothing about how the command ends."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_json(data: dict[str, Any]) -> None:
     click.echo(json.dumps(data, indent=2))
 
@@ -117,10 +126,11 @@ def inspect(model: Path, as_json: bool) -> None:
     from hyperclone_onnx.analysis import analyse
 
     analysis = analyse(model)
-    if as_json:
-        _print_json(report.inspection(analysis))
-    else:
-        report.print_inspection(_console(), analysis)
+    with _printing():
+        if as_json:
+            _print_json(report.inspection(analysis))
+        else:
+            report.print_inspection(_console(), analysis)
 
 
 def _parse_requests(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
@@ -165,7 +175,7 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
 )
 @click.option(
     "--snr-db",
-    type=click.FloatRange(-100, 200),
+    type=click.FloatRange(LOWEST_SNR_DB, HIGHEST_SNR_DB),
     callback=_finite,
     default=10.0,
     show_default=True,
@@ -230,10 +240,16 @@ def expand(
             progress=progress,
             notify=notify,
         )
-    if as_json:
-        _print_json(result.to_json())
-    else:
-        report.print_expansion(_console(), result)
+    with _printing():
+        if as_json:
+            _print_json(result.to_json())
+        else:
+            report.print_expansion(_console(), result)
+
+
+def _say(stage: str) -> None:
+    with suppress(OSError):  # nobody reads stderr: go on
+        click.echo(f"{stage} ...", err=True)
 
 
 @contextmanager
@@ -244,7 +260,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield (lambda stage: click.echo(f"{stage} ...", err=True)), None
+        yield _say, None
         return
     columns = (
         SpinnerColumn(),
@@ -274,9 +290,10 @@ def validate(small: Path, big: Path, device: Any, seed: int, as_json: bool) -> N
     from hyperclone_onnx.expansion import validate_files
 
     result = validate_files(small, big, device, seed)
-    if as_json:
-        _print_json(result.to_json())
-    else:
-        report.print_validation(_console(), result)
+    with _printing():
+        if as_json:
+            _print_json(result.to_json())
+        else:
+            report.print_validation(_console(), result)
     if not result.equal:
         raise SystemExit(1)

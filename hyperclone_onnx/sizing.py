@@ -119,7 +119,8 @@ def _is_weighted(facts: frozenset[Fact]) -> bool:
 
 
 def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[Dim]) -> str:
-    if Fact.INDEXED in facts:
+    stream = Fact.CONTRACTED_WITH_WEIGHT in facts and not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING})
+    if Fact.INDEXED in facts and not stream:
         return "vocab" if atom in vocabulary else "positions"
     if Fact.SOFTMAX in facts and not _is_weighted(facts):
         return "positions"

@@ -174,6 +174,15 @@ def needs_data_file(model: ir.Model) -> bool:
     return sum(tensor.nbytes for tensor in _tensors(model)) > INLINE_LIMIT
 
 
+def _refers_to_data(out: Path) -> bool:
+    """Whether the model that OUT holds already has its weights in OUT's data file."""
+    try:
+        tensors = list(_tensors(ir.load(out)))
+    except Exception:  # whatever is there, it is no model whose data file this is
+        return False
+    return any(isinstance(t, ir.ExternalTensor) and str(t.location) == data_name(out) for t in tensors)
+
+
 @contextmanager
 def publication(out: Path) -> Iterator[Path]:
     """A place to write a model so that OUT appears only when all is right.
@@ -188,7 +197,7 @@ def publication(out: Path) -> Iterator[Path]:
         raise CannotWrite(f"{out}: cannot be written ({problem.strerror or problem})") from problem
     try:
         written = folder / out.name
-        replaces = out.exists()
+        replaces = _refers_to_data(out)
         yield written
         has_data = (folder / data_name(out)).exists()
         for name in (data_name(out), out.name) if has_data else (out.name,):

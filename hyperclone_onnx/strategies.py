@@ -14,6 +14,10 @@ StrategyName = Literal["symmetric", "diagonal", "noisy-symmetric", "noisy-diagon
 STRATEGIES: tuple[StrategyName, ...] = ("symmetric", "diagonal", "noisy-symmetric", "noisy-diagonal")
 
 
+LOWEST_SNR_DB, HIGHEST_SNR_DB = -10.0, 200.0
+"""Noise any stronger drowns the weights it is added to in rounding."""
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A way to share: symmetric gives each of n repeats 1/n; diagonal gives all of it to one repeat.
@@ -29,6 +33,8 @@ class Strategy:
     def __post_init__(self) -> None:
         if self.name not in STRATEGIES:
             raise ValueError(f"no strategy {self.name!r}: it is one of {', '.join(STRATEGIES)}")
+        if not LOWEST_SNR_DB <= self.snr_db <= HIGHEST_SNR_DB:
+            raise ValueError(f"an SNR of {self.snr_db} dB: it lies between {LOWEST_SNR_DB:g} and {HIGHEST_SNR_DB:g}")
 
     @property
     def diagonal(self) -> bool:

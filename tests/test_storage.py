@@ -378,7 +378,6 @@ def test_a_failing_run_leaves_everything_as_it_was(
     assert {name: (folder / name).read_bytes() for name in names_in(folder)} == before
 
 
-@pytest.mark.xfail(strict=True, reason="OUT.data is removed wherever OUT was there, whosever it is")
 def test_a_data_file_of_another_model_stays(cli: Command, split: Path) -> None:
     """That it is named as OUT's would be does not make it OUT's."""
     (split / "model.onnx").rename(split / "other.onnx")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from conftest import Command, build_model, perceptron
+from conftest import Command, build_model, names_in, perceptron
 from onnx import numpy_helper
 
-from hyperclone_onnx import BadRequest, expand, validate_files
-from hyperclone_onnx.plan import METADATA_KEY
-from hyperclone_onnx.sessions import providers
+from hyperclone_onnx import BadRequest, Plan, Strategy, expand, planning, validate_files
+from hyperclone_onnx.plan import METADATA_KEY, ScaleInput
+from hyperclone_onnx.sessions import Runner, providers
+from hyperclone_onnx.strategies import STRATEGIES
+from hyperclone_onnx.validation import DOUBLE_TOLERANCE
 
 Array = np.ndarray[Any, Any]
 
@@ -259,3 +262,243 @@ def test_on_cuda(name: str, zoo: Callable[[str], Path], cli: Command, tmp_path: 
     # Products rounded to 10 bits would be off by a thousand times as much.
     assert max(each["max_relative"] for each in json.loads(done.stdout)["validation"]["outputs"]) < 1e-5
     assert cli("validate", zoo(name), big, "--device", "cuda").code == 0
+
+
+# -- a model with a scale of its own ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> tuple[Path, Path]:
+    """A model with one table, and what grew from it: a scalar divides before the second use of the table."""
+    source, big = tmp_path / "tied.onnx", tmp_path / "grown.onnx"
+    onnx.save(perceptron(tied=True), source)
+    expand(source, big, 2, device="cpu")
+    return source, big
+
+
+def the_scale(model: onnx.ModelProto) -> onnx.TensorProto:
+    (scale,) = (each for each in model.graph.initializer if each.name.endswith(".scale"))
+    return scale
+
+
+def change_the_scale(model: onnx.ModelProto) -> None:
+    scale = the_scale(model)
+    scale.CopyFrom(numpy_helper.from_array(np.float32(1.0001) * numpy_helper.to_array(scale), scale.name))
+
+
+def drop_the_scale(model: onnx.ModelProto) -> None:
+    """Leave out the one inserted node that divides."""
+    node = next(node for node in model.graph.node if the_scale(model).name in node.input)
+    model.graph.node.remove(node)
+    for other in model.graph.node:
+        for index, name in enumerate(other.input):
+            if name == node.output[0]:
+                other.input[index] = node.input[0]
+
+
+def drop_a_layer(model: onnx.ModelProto) -> None:
+    """Let the last norm read the residual stream before its last layer."""
+    next(node for node in model.graph.node if node.output[0] == "last").input[0] = "h1"
+
+
+def rename_the_output(model: onnx.ModelProto) -> None:
+    model.graph.output[0].name = "scores"
+    next(node for node in model.graph.node if node.output[0] == "logits").output[0] = "scores"
+
+
+@pytest.mark.parametrize("with_plan", [True, False], ids=["plan", "no plan"])
+@pytest.mark.parametrize("spoil", [change_the_scale, drop_the_scale, drop_a_layer, rename_the_output])
+def test_a_changed_graph_is_noticed(
+    spoil: Callable[[onnx.ModelProto], None], with_plan: bool, cli: Command, tied: tuple[Path, Path]
+) -> None:
+    """Every tensor is right; only the outputs tell."""
+    model = onnx.load(tied[1])
+    spoil(model)
+    onnx.save(model, tied[1])
+    if not with_plan:
+        set_plan(tied[1], None)
+    done = cli("validate", *tied, "--device", "cpu", "--json")
+    data = json.loads(done.stdout)
+    assert (done.code, data["equal"]) == (1, False)
+    assert all(each.startswith("output logits") for each in data["problems"]), data["problems"]
+    assert bool(data["notes"]) != with_plan
+
+
+def test_weight_that_moves_between_repeats_is_no_error(cli: Command, pair: tuple[Path, Path]) -> None:
+    """Any shares that add up are right: the check is of the sum, not of the plan's own noise."""
+
+    def move(array: Array) -> Array:
+        array[0, 0] += 0.25
+        array[12, 0] -= 0.25
+        return array
+
+    edit(pair[1], "up.0", move)
+    assert cli("validate", *pair, "--device", "cpu").code == 0
+
+
+def test_a_tensor_in_no_recipe_must_be_the_source_s_own(
+    zoo: Callable[[str], Path], cli: Command, tmp_path: Path
+) -> None:
+    source, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
+    plan = expand(source, big, 2, check=False).plan
+    stored = {each.name for each in onnx.load(source).graph.initializer}
+    name = next(
+        each.name
+        for each in onnx.load(big).graph.initializer
+        if each.name in stored and each.name not in plan.tensors and each.data_type == onnx.TensorProto.FLOAT
+    )
+    edit(big, name, lambda array: np.asarray(array + np.float32(0.5)))
+    done = cli("validate", source, big, "--device", "cpu")
+    assert done.code == 1
+    assert f"DIFFERS: tensor {name}: it should be the source's own and differs" in done.stdout
+
+
+def test_a_tensor_that_the_plan_names_and_the_model_has_not(cli: Command, pair: tuple[Path, Path]) -> None:
+    model = onnx.load(pair[1])
+    next(each for each in model.graph.initializer if each.name == "up.0").name = "up.renamed"
+    node = next(node for node in model.graph.node if "up.0" in node.input)
+    node.input[list(node.input).index("up.0")] = "up.renamed"
+    onnx.save(model, pair[1])
+    done = cli("validate", *pair, "--device", "cpu")
+    assert (done.code, done.stdout) == (4, "")
+    assert "no tensor 'up.0', which the plan names" in done.error
+
+
+def test_another_seed_draws_other_inputs(cli: Command, pair: tuple[Path, Path]) -> None:
+    def outputs(seed: str) -> Any:
+        return json.loads(cli("validate", *pair, "--device", "cpu", "--json", "--seed", seed).stdout)["outputs"]
+
+    assert outputs("1") == outputs("1") != outputs("2")
+
+
+def test_a_source_that_does_not_run_is_refused(cli: Command, tmp_path: Path) -> None:
+    """What cannot be run cannot be compared, and is not published."""
+    model = perceptron()
+    node = next(node for node in model.graph.node if node.op_type == "Relu")
+    node.op_type, node.domain = "Twist", "my.domain"
+    model.opset_import.append(onnx.helper.make_opsetid("my.domain", 1))
+    onnx.save(model, tmp_path / "model.onnx")
+    done = cli("expand", tmp_path / "model.onnx", "--factor", "2", "--set", "hidden=1", "-o", tmp_path / "big.onnx")
+    assert (done.code, done.stdout) == (3, "")
+    assert names_in(tmp_path) == {"model.onnx"}
+
+
+# -- types and noise --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "eps"), [("float", "f4", "1.2e-07"), ("float16", "f2", "9.8e-04"), ("double", "f8", "2.2e-16")]
+)
+@pytest.mark.parametrize("factor", [2, 3])
+def test_the_tolerance_is_the_type_s_and_is_printed(
+    dtype: str, kind: str, eps: str, factor: int, cli: Command, tmp_path: Path
+) -> None:
+    source, big = tmp_path / "model.onnx", tmp_path / "big.onnx"
+    onnx.save(perceptron(dtype=dtype, tied=True), source)
+    arguments = ("expand", source, "--factor", str(factor), "-o", big, "--device", "cpu", "--precision", "float64")
+    done = cli(*arguments, "--json")
+    assert done.code == 0, done.error
+    data = json.loads(done.stdout)["validation"]
+    reason = data["tolerance_reason"]
+    assert re.search(rf"{dtype} eps {eps} x sqrt\(\d+ summands\) \+ \d+ x residue \d\.\de-\d+", reason)
+    assert 8 < data["tolerance"] / np.finfo(kind).eps < 1000
+    assert all(each["max_relative"] <= data["tolerance"] for each in data["outputs"])
+    assert all(0 < each["max_relative"] <= DOUBLE_TOLERANCE for each in data["double"])
+    assert names_in(tmp_path) == {"model.onnx", "big.onnx"}
+    assert f"tolerance {data['tolerance']:.1e} = {reason}" in cli("validate", source, big, "--device", "cpu").stdout
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("snr_db", [0.0, 20.0, 60.0])
+def test_noise_of_any_usual_strength(strategy: Any, snr_db: float, tied: tuple[Path, Path]) -> None:
+    result = expand(*tied, 3, strategy=Strategy(strategy, snr_db), device="cpu", precision="float64").validation
+    assert result is not None and result.equal
+
+
+@pytest.mark.parametrize("strategy", ["noisy-symmetric", "noisy-diagonal"])
+def test_noise_that_drowns_the_weights_is_no_strategy(strategy: Any) -> None:
+    with pytest.raises(ValueError, match="between -10 and 200"):
+        Strategy(strategy, -20.0)
+
+
+def test_float64_shows_what_half_precision_hides(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 a division that is off by a part in 10,000 is lost in the rounding; in float64 nothing is."""
+
+    def make_plan(*arguments: Any, **options: Any) -> Plan:
+        plan = planning.make_plan(*arguments, **options)
+        edits = tuple(
+            replace(each, power=each.power * 1.0001) if isinstance(each, ScaleInput) else each for each in plan.edits
+        )
+        assert edits != plan.edits
+        return replace(plan, edits=edits)
+
+    monkeypatch.setattr("hyperclone_onnx.expansion.make_plan", make_plan)
+    onnx.save(perceptron(dtype="float16", tied=True), tmp_path / "model.onnx")
+    arguments = ("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
+    assert cli(*arguments).code == 0
+    (tmp_path / "big.onnx").unlink()
+    done = cli(*arguments, "--precision", "float64")
+    assert (done.code, done.stdout) == (1, "")
+    assert re.search(r"output logits in float64: relative error \d\.\de-05 > 1e-12", done.error)
+    assert names_in(tmp_path) == {"model.onnx"}
+
+
+# -- what starts ------------------------------------------------------------------------------------------
+
+
+class Session:
+    """A session of ONNX Runtime that starts with those of the providers asked for that work."""
+
+    working: tuple[str, ...] = ()
+    asked: tuple[Any, ...] = ()
+
+    def __init__(self, path: str, options: Any, providers: list[Any], **_: Any) -> None:
+        Session.asked = tuple(providers)
+        names = [each if isinstance(each, str) else each[0] for each in providers]
+        self.started = [name for name in names if name in self.working]
+
+    def get_providers(self) -> list[str]:
+        return self.started
+
+    def get_inputs(self) -> list[Any]:
+        return []
+
+    get_outputs = get_inputs
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "working", "ran"),
+    [
+        ("auto", [CUDA, CPU], (CUDA, CPU), CUDA),
+        ("auto", [CUDA, CPU], (CPU,), CPU),
+        ("auto", [CPU], (CPU,), CPU),
+        ("cpu", [CUDA, CPU], (CUDA, CPU), CPU),
+        ("cuda", [CUDA, CPU], (CUDA, CPU), CUDA),
+        ("cuda", [CUDA, CPU], (CPU,), None),
+        ("cuda", [CPU], (CPU,), None),
+    ],
+)
+def test_what_runs_is_what_started(
+    device: Any,
+    available: list[str],
+    working: tuple[str, ...],
+    ran: str | None,
+    cli: Command,
+    pair: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(Session, "working", working)
+    if ran is not None:
+        assert Runner(pair[0], device).provider == ran
+        assert (EXACT_CUDA in Session.asked) == (device != "cpu" and CUDA in available)
+        return
+    out = pair[1].with_name("other.onnx")
+    for arguments in (("validate", *pair), ("expand", pair[0], "--factor", "2", "-o", out)):
+        done = cli(*arguments, "--device", device)
+        assert (done.code, done.stdout) == (2, "")
+        assert re.search(r"--device cuda: .*install hyperclone-onnx\[cuda\].*--device cpu", done.error)
+    assert names_in(out.parent) == {pair[1].name}
