@@ -383,11 +383,15 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
             dimensions.constants.update(node.outputs)
         rule = registry.relation(node.domain, node.op_type)
         op = Op(dimensions, node, opsets.get(node.domain, 1))
+        purpose = registry.pin_reason(node.domain, node.op_type)
         try:
-            if rule is None:
+            if purpose is not None:
+                _pin_node(op, f"{registry.name(node)}: {purpose}", gap=False)
+            elif rule is None:
                 dimensions.unruled[registry.name(node)].append(node.name or "")
                 raise CannotTell(f"{registry.name(node)} has no rule")
-            rule(op)
+            else:
+                rule(op)
         except CannotTell as problem:
             _pin_node(op, str(problem))
         for value in node.outputs:
@@ -440,21 +444,21 @@ def _read_initializer_uses(dimensions: Dimensions, node: ir.Node) -> None:
             dimensions.use_axes[node, index] = tuple(dimensions.space.dim(size) for size in sizes)
 
 
-def _pin_node(op: Op, reason: str) -> None:
+def _pin_node(op: Op, reason: str, gap: bool = True) -> None:
     """Pin every axis the node touches, captured values of its subgraphs included."""
     for index, value in enumerate(op.node.inputs):
         axes = op.dimensions.axes_of(op.node, index) if value is not None else None
-        op.space.pin(Product(axes or ()), reason, gap=True)
+        op.space.pin(Product(axes or ()), reason, gap)
     for value in captured_values(op.node):
-        op.space.pin(Product(op.dimensions.axes.get(value) or ()), reason, gap=True)
+        op.space.pin(Product(op.dimensions.axes.get(value) or ()), reason, gap)
     for output in op.node.outputs:
-        _declare_pinned(op, output, reason)
+        _declare_pinned(op, output, reason, gap)
 
 
-def _declare_pinned(op: Op, value: ir.Value, reason: str) -> None:
+def _declare_pinned(op: Op, value: ir.Value, reason: str, gap: bool = True) -> None:
     shape = declared_shape(value)
     axes = None if shape is None else tuple(op.dim(size) for size in shape)
-    op.space.pin(Product(axes or ()), reason, gap=True)
+    op.space.pin(Product(axes or ()), reason, gap)
     op.dimensions.axes[value] = axes
 
 

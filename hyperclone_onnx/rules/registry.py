@@ -3,6 +3,7 @@
 A rule is one function that relates the axes of an operator's operands and results (`relates`) and, only where
 the operator carries sizes in attributes or integer inputs, one that edits them for the grown model (`edits`).
 Contractions and reductions need no edit of their own: what they sum over is compensated by the plan.
+An operator of which no axis may grow is `pinned` on purpose, with the reason; any other has a gap.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Edit = Callable[["GrownOp"], None]
 
 _relations: dict[tuple[str, str], Relation] = {}
 _edits: dict[tuple[str, str], Edit] = {}
+_pinned: dict[tuple[str, str], str] = {}
 
 
 def relates(*op_types: str, domain: str = "") -> Callable[[Relation], Relation]:
@@ -28,7 +30,7 @@ def relates(*op_types: str, domain: str = "") -> Callable[[Relation], Relation]:
 
     def register(function: Relation) -> Relation:
         for op_type in op_types:
-            if (domain, op_type) in _relations:
+            if (domain, op_type) in _relations or (domain, op_type) in _pinned:
                 raise ValueError(f"{op_type} has a rule already")
             _relations[domain, op_type] = function
         return function
@@ -49,6 +51,14 @@ def edits(*op_types: str, domain: str = "") -> Callable[[Edit], Edit]:
     return register
 
 
+def pinned(reason: str, *op_types: str, domain: str = "") -> None:
+    """Say that operators keep the size of every axis they touch, and why: no scale or repetition undoes a growth."""
+    for op_type in op_types:
+        if (domain, op_type) in _relations or (domain, op_type) in _pinned:
+            raise ValueError(f"{op_type} has a rule already")
+        _pinned[domain, op_type] = reason
+
+
 def _domain(domain: str) -> str:
     return "" if domain == "ai.onnx" else domain
 
@@ -61,6 +71,16 @@ def relation(domain: str, op_type: str) -> Relation | None:
 def edit(domain: str, op_type: str) -> Edit | None:
     """The edit of an operator, None when it needs none."""
     return _edits.get((_domain(domain), op_type))
+
+
+def pin_reason(domain: str, op_type: str) -> str | None:
+    """Why an operator is pinned on purpose, None when it is not."""
+    return _pinned.get((_domain(domain), op_type))
+
+
+def pinned_operators() -> dict[tuple[str, str], str]:
+    """Every (domain, operator) that is pinned on purpose, with the reason."""
+    return dict(sorted(_pinned.items()))
 
 
 def ruled() -> list[tuple[str, str]]:

@@ -1,0 +1,29 @@
+"""One row or more for every registered rule; importing this package registers them."""
+
+from rule_rows import (
+    attention,
+    contractions,
+    control,
+    convolution,
+    elementwise,
+    indexing,
+    layout,
+    microsoft,
+    normalisation,
+    reductions,
+    shapes,
+)
+
+__all__ = [
+    "attention",
+    "contractions",
+    "control",
+    "convolution",
+    "elementwise",
+    "indexing",
+    "layout",
+    "microsoft",
+    "normalisation",
+    "reductions",
+    "shapes",
+]

@@ -1,0 +1,166 @@
+"""Rows for the rules of `hyperclone_onnx.rules.attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rule_rows.harness import MICROSOFT, Model, activation, narrow, row
+
+
+@row("Attention", seeds=30)
+def attention(m: Model) -> None:
+    m.opset, m.equal = 23, True
+    b, s, t, kv, group, d, e = 2, m.size(), m.size(), m.size(1, 3), m.size(1, 2), m.size(), m.size()
+    heads = kv * group
+    four = m.coin()
+    q = activation(m, (b, heads, s, d) if four else (b, s, heads * d))
+    k = activation(m, (b, kv, t, d) if four else (b, t, kv * d))
+    v = activation(m, (b, kv, t, e) if four else (b, t, kv * e))
+    attributes: dict[str, Any] = {} if four else {"q_num_heads": heads, "kv_num_heads": kv}
+    if m.coin():
+        attributes["scale"] = 0.3
+    inputs = [q, k, v]
+    past = m.coin(0.3)
+    total = t + (3 if past else 0)
+    if m.coin():
+        inputs.append(m.operand(m.pick((s, total), (b, heads, s, total), (1, 1, s, total), (b, 1, s, total))))
+    if past:
+        inputs += [""] * (4 - len(inputs))
+        inputs += [m.operand((b, kv, 3, d), stored=False), m.operand((b, kv, 3, e), stored=False)]
+    if m.coin(0.2):
+        attributes["softcap"] = 2.0
+    narrow(m)
+    m.node("Attention", *inputs, outputs=3 if past else 1, **attributes)
+
+
+@row("Attention", seeds=6)
+def causal_attention(m: Model) -> None:
+    m.opset, m.equal = 23, True
+    s, d = m.size(), m.size()
+    q, k, v = (activation(m, (2, 2, n, d), "..p." if n == s else "") for n in (s, s + 1, s + 1))
+    narrow(m)
+    m.node("Attention", q, k, v, is_causal=1)
+
+
+def rotary_row(m: Model, domain: str) -> None:
+    b, s, h, half = 2, m.size(), m.size(1, 3), m.size(2, 3)
+    partial = m.coin(0.3)
+    d = 2 * half + (2 if partial else 0)
+    four = m.coin()
+    x = activation(m, (b, h, s, d) if four else (b, s, h * d))
+    attributes: dict[str, Any] = {"interleaved": m.size(0, 1)} if m.coin() else {}
+    if partial:
+        attributes["rotary_embedding_dim"] = 2 * half
+    if not four or partial:
+        attributes["num_heads"] = h
+    positions = m.coin() or domain != ""
+    table = (32, half) if positions else (b, s, half)
+    cosines, sines = m.operand(table), m.operand(table)
+    narrow(m)
+    ids = [m.operand(m.rng.integers(0, 7, (b, s)), stored=False)] if positions else []
+    inputs = [x, *ids, cosines, sines] if domain else [x, cosines, sines, *ids]
+    m.node("RotaryEmbedding", *inputs, domain=domain, **attributes)
+
+
+@row("RotaryEmbedding", seeds=16)
+def rotary(m: Model) -> None:
+    m.opset = 23
+    rotary_row(m, "")
+
+
+@row("RotaryEmbedding", domain=MICROSOFT, seeds=12)
+def microsoft_rotary(m: Model) -> None:
+    m.opset = 17
+    rotary_row(m, MICROSOFT)
+
+
+@row("MultiHeadAttention", domain=MICROSOFT, seeds=20)
+def multi_head_attention(m: Model) -> None:
+    multi_head_row(m, four=False)
+
+
+@row("MultiHeadAttention", domain=MICROSOFT, seeds=8)
+def cross_attention(m: Model) -> None:
+    multi_head_row(m, four=True)
+
+
+def multi_head_row(m: Model, four: bool) -> None:
+    m.opset, m.equal = 17, True
+    b, s, t, h, d, e = 2, m.size(), m.size(), m.size(1, 3), m.size(), m.size()
+    q = activation(m, (b, s, h * d))
+    k = activation(m, (b, h, t, d) if four else (b, t, h * d))
+    v = activation(m, (b, h, t, d) if four else (b, t, h * e))
+    inputs = [q, k, v]
+    if not four and m.coin():
+        inputs.append(m.operand((2 * h * d + h * e,)))
+    if m.coin():
+        inputs += [""] * (5 - len(inputs))
+        inputs.append(m.operand(m.pick((b, h, s, t), (1, 1, s, t), (b, 1, s, t), (1, h, s, t))))
+    narrow(m)
+    attributes = {"scale": 0.3} if m.coin() else {}
+    m.node("MultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=h, **attributes)
+
+
+@row("GroupQueryAttention", domain=MICROSOFT, seeds=16)
+def group_query_attention(m: Model) -> None:
+    group_query_row(m, 1, 1)
+
+
+@row("GroupQueryAttention", domain=MICROSOFT, seeds=6)
+def group_query_attention_of_a_batch(m: Model) -> None:
+    group_query_row(m, 2, 1)
+
+
+@row("GroupQueryAttention", domain=MICROSOFT, seeds=6)
+def group_query_attention_of_a_prompt(m: Model) -> None:
+    group_query_row(m, 1, 3)
+
+
+def group_query_row(m: Model, b: int, s: int) -> None:
+    m.opset, m.equal = 17, True
+    kv, group, d = m.size(1, 3), m.size(1, 2), 16
+    heads, past = kv * group, 2
+    packed = m.coin(0.3)
+    if packed:
+        inputs = [activation(m, (b, s, (heads + 2 * kv) * d)), "", ""]
+    else:
+        inputs = [activation(m, (b, s, n * d)) for n in (heads, kv, kv)]
+    inputs += [m.operand((b, kv, past, d), stored=False) for _ in range(2)]
+    total = s + past
+    inputs += [
+        m.operand(np.full((b,), total - 1, np.int32), stored=True),
+        m.operand(np.asarray(total, np.int32), stored=True),
+    ]
+    attributes: dict[str, Any] = {}
+    if m.coin():
+        attributes["do_rotary"] = 1
+        inputs += [m.operand((16, d // 2)), m.operand((16, d // 2))]
+    narrow(m)
+    m.node(
+        "GroupQueryAttention",
+        *inputs,
+        outputs=3,
+        domain=MICROSOFT,
+        num_heads=heads,
+        kv_num_heads=kv,
+        **attributes,
+    )
+
+
+@row("Attention", domain=MICROSOFT, seeds=12)
+def packed_attention(m: Model) -> None:
+    m.opset, m.equal = 17, True
+    b, s, n, h, d, e = 2, m.size(), m.size(), m.size(1, 3), m.size(), m.size()
+    named = m.coin()
+    if not named:
+        e = d
+    inputs = [
+        activation(m, (b, s, n), "..g"),
+        m.operand((n, h * (2 * d + e)), "gg"),
+        m.operand((h * (2 * d + e),), "g"),
+    ]
+    narrow(m)
+    attributes: dict[str, Any] = {"qkv_hidden_sizes": [h * d, h * d, h * e]} if named else {}
+    m.node("Attention", *inputs, domain=MICROSOFT, num_heads=h, **attributes)

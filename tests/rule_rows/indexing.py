@@ -1,0 +1,153 @@
+"""Rows for the rules of `hyperclone_onnx.rules.indexing`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rule_rows.harness import Model, indices, narrow, row
+
+
+@row("Gather", seeds=24)
+def gather(m: Model) -> None:
+    """By values, which pins; the axes of the indices may grow, and so may all other axes."""
+    shape = m.shape(1, 3)
+    axis = m.size(0, len(shape) - 1)
+    attributes: dict[str, Any] = {"axis": axis - m.pick(0, len(shape))} if axis or m.coin() else {}
+    where = m.shape(0, 2)
+    run = m.coin(0.3)
+    if run:
+        picked = m.rng.integers(0, shape[axis], ())
+        index = m.ints(m.pick(np.reshape(picked, ()), np.reshape(picked, (1,)), np.reshape(picked, (1, 1))))
+        where = m.stored[index].shape
+    else:
+        index = indices(m, where, shape[axis], stored=None if np.prod(where) > 2 else False)
+    want = "".join(("." if run else "p") if i == axis else "g" for i in range(len(shape)))
+    x = m.operand(shape, want)
+    if x in m.stored and index in m.stored:
+        m.inputs[x] = m.stored.pop(x)
+    m.node("Gather", x, index, **attributes)
+
+
+@row("Gather", seeds=12)
+def gather_a_run(m: Model) -> None:
+    """Known neighbours are a cut."""
+    n = m.size(3, 6)
+    first = m.size(0, n - 2)
+    last = m.size(first + 2, n)
+    run = np.arange(first, last) - m.pick(0, n)
+    shape = m.pick((-1,), (1, -1), (-1, 1))
+    m.node("Gather", m.operand((m.size(), n), "gg", stored=False), m.ints(run.reshape(shape)), axis=1)
+
+
+@row("GatherElements", "ScatterElements", "Scatter", seeds=16)
+def elements(m: Model, op: str) -> None:
+    shape = m.shape(1, 3)
+    axis = m.size(0, len(shape) - 1)
+    where = [m.size(1, n) if m.coin(0.3) and i != axis else n for i, n in enumerate(shape)]
+    where[axis] = m.size(1, shape[axis])
+    attributes: dict[str, Any] = {"axis": axis - m.pick(0, len(shape))} if axis or m.coin() else {}
+    index = np.broadcast_to(
+        m.rng.permutation(shape[axis])[: where[axis]].reshape([-1 if i == axis else 1 for i in range(len(shape))]),
+        where,
+    ).copy()
+    want = "".join("p" if i == axis or n != k else "g" for i, (n, k) in enumerate(zip(shape, where, strict=True)))
+    operands = [m.operand(shape, want, stored=False), m.operand(index)]
+    if op != "GatherElements":
+        operands.append(m.operand(tuple(where)))
+        if op == "Scatter":
+            m.opset = 10
+    if op != "ScatterElements" or tuple(where) != shape:
+        narrow(m)
+    m.node(op, *operands, **attributes)
+
+
+@row("ScatterElements", "ScatterND", seeds=10)
+def scatter_with_a_reduction(m: Model, op: str) -> None:
+    m.opset = m.pick(18, 21)
+    n, k, d = m.size(), m.size(), m.size()
+    x, updates = m.operand((n, d), "p.", stored=False), m.operand((k, d))
+    index = m.rng.integers(0, n, (k, 1))
+    if op == "ScatterElements":
+        index = np.broadcast_to(index, (k, d)).copy()
+    m.node(op, x, m.operand(index, stored=False), updates, reduction=m.pick("add", "mul"))
+
+
+@row("GatherND", seeds=20)
+def gather_nd(m: Model) -> None:
+    shape = m.shape(1, 4)
+    batch = m.size(0, len(shape) - 1)
+    depth = m.size(1, len(shape) - batch)
+    where = (*shape[:batch], *m.shape(1 if batch == 0 else 0, 2))
+    index = np.stack([m.rng.integers(0, n, where) for n in shape[batch : batch + depth]], axis=-1)
+    want = "".join("p" if batch <= i < batch + depth else "g" for i in range(len(shape)))
+    attributes = {"batch_dims": batch} if batch or m.coin() else {}
+    m.node("GatherND", m.operand(shape, want, stored=False), m.operand(index, stored=False), **attributes)
+
+
+@row("GatherND", seeds=20)
+def gather_nd_run(m: Model) -> None:
+    n = m.size(3, 6)
+    first = m.size(0, n - 2)
+    run = np.arange(first, m.size(first + 2, n))
+    m.node("GatherND", m.operand((n, m.size()), "gg", stored=False), m.ints(run.reshape(m.pick((-1, 1), (1, -1, 1)))))
+
+
+@row("ScatterND", seeds=12)
+def scatter_nd(m: Model) -> None:
+    shape = m.shape(1, 3)
+    depth = m.size(1, len(shape))
+    every = m.rng.permutation(np.array(list(np.ndindex(*shape[:depth]))))
+    index = every[: m.size(1, min(3, len(every)))]
+    want = "".join("p" if i < depth else "g" for i in range(len(shape)))
+    updates = m.operand((len(index), *shape[depth:]))
+    m.node("ScatterND", m.operand(shape, want, stored=False), m.operand(index, stored=m.coin()), updates)
+
+
+@row("OneHot", seeds=8)
+def one_hot(m: Model) -> None:
+    where = m.shape(1, 2)
+    attributes: dict[str, Any] = {"axis": m.size(-len(where) - 1, len(where))} if m.coin() else {}
+    inputs = [indices(m, where, 4, "g" * len(where), stored=False), m.ints(m.pick(4, [4])), m.operand((2,))]
+    narrow(m)
+    m.node("OneHot", *inputs, **attributes)
+
+
+@row("TopK", seeds=8)
+def top_k(m: Model) -> None:
+    shape = m.shape(1, 3)
+    axis = m.size(0, len(shape) - 1)
+    want = "".join("p" if i == axis else "g" for i in range(len(shape)))
+    x = m.operand(shape, want, stored=False)
+    k = m.ints([m.size(1, 2)])
+    m.node("TopK", x, k, outputs=2, want=want, axis=axis - m.pick(0, len(shape)), largest=m.size(0, 1))
+
+
+@row("CumSum", seeds=8)
+def cum_sum(m: Model) -> None:
+    shape = m.shape(1, 3)
+    axis = m.size(0, len(shape) - 1)
+    want = "".join("p" if i == axis else "g" for i in range(len(shape)))
+    m.node("CumSum", m.operand(shape, want, stored=False), m.ints(axis - m.pick(0, len(shape))), want=want)
+
+
+@row("Trilu", seeds=8)
+def trilu(m: Model) -> None:
+    m.opset = max(m.opset, 14)
+    shape = m.shape(2, 4)
+    want = "g" * (len(shape) - 2) + "pp"
+    diagonal = [m.ints(m.size(-1, 1))] if m.coin() else []
+    attributes = {"upper": m.size(0, 1)} if m.coin() else {}
+    m.node("Trilu", m.operand(shape, want, stored=False), *diagonal, want=want, **attributes)
+
+
+@row("EyeLike", seeds=3)
+def eye_like(m: Model) -> None:
+    m.node("EyeLike", m.operand((m.size(), m.size()), "pp", stored=False), want="pp", k=1)
+
+
+@row("NonZero", seeds=3)
+def non_zero(m: Model) -> None:
+    shape = m.shape(1, 3)
+    m.node("NonZero", m.operand(shape, "p" * len(shape), stored=False, kind=np.bool_))
