@@ -39,6 +39,7 @@ class Fact(enum.Enum):
     EMBEDDING = "width of an embedding table"
     EXPANDED = "made by repetition"
     SOFTMAX = "axis of a softmax"
+    GROUPED = "numbers groups of channels that are convolved or normalised apart"
 
 
 @dataclass(frozen=True)
@@ -433,8 +434,13 @@ def _read_known(dimensions: Dimensions, value: ir.Value) -> None:
     tensor = value.const_value
     if tensor is None or tensor.size > known.LIMIT:
         return
-    if tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
+    if tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL) or _is_whole_number(tensor):
         dimensions.known[value] = known.known(tensor.numpy())
+
+
+def _is_whole_number(tensor: ir.TensorProtocol) -> bool:
+    single = tensor.size == 1 and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    return single and float(tensor.numpy().item()).is_integer()
 
 
 def _read_initializer_uses(dimensions: Dimensions, node: ir.Node) -> None:

@@ -3,17 +3,22 @@
 Exporters compute shapes at run time from `Shape`, `Gather`, `Concat` and arithmetic. Each element of such a
 tensor is followed here as an exact `Size`, or None when it is unknown. All elements speak of the *source*
 model's sizes, in the grown graph too (see `docs/design.md`, "Sizes stay the source's").
+
+What no polynomial expresses (a rounded quotient, a maximum) is a symbol named by its expression, so that two
+ways to compute one size are seen to be one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hyperclone_onnx.sizes import Size
+from hyperclone_onnx.sizes import FRACTION, Size, function
 
 Known = npt.NDArray[np.object_]
 """An array of `Size | None` with the tensor's own shape."""
@@ -22,6 +27,11 @@ LIMIT = 1024
 """Tensors with more elements than this are data, not shapes."""
 
 Element = Size | None
+
+
+def truncated(elements: Known) -> Known:
+    """The elements of a conversion to integers: a fraction is rounded towards zero."""
+    return _mapped(lambda item: None if item is None else UNARY["Floor"](item), elements)
 
 
 def known(values: Any) -> Known:
@@ -77,13 +87,64 @@ def _divide(a: Size, b: Size) -> Element:
     if a.static is not None and b.static:
         quotient = abs(a.static) // abs(b.static)  # ONNX Div truncates towards zero
         return Size.of(quotient if (a.static < 0) == (b.static < 0) else -quotient)
-    return None
+    return floor_of(a, b)
+
+
+def floor_of(a: Size, b: int | Size) -> Element:
+    """The quotient of two lengths, rounded down; None where one of them may be negative, or is a fraction."""
+    divisor = Size.of(b)
+    exact = a.divided_by(divisor)
+    if exact is not None:
+        return exact
+    if a.static is not None and divisor.static:
+        return Size.of(a.static // divisor.static)
+    return function("floor", a, divisor) if _are_whole_lengths(a, divisor) else None
+
+
+def ceil_of(a: Size, b: int | Size) -> Element:
+    """The quotient of two lengths, rounded up; None where one of them may be negative, or is a fraction."""
+    divisor = Size.of(b)
+    if a.static is not None and divisor.static:
+        return Size.of(-(-a.static // divisor.static))
+    exact = a.divided_by(divisor)
+    if exact is not None:
+        return exact
+    return function("ceil", a, divisor) if _are_whole_lengths(a, divisor) else None
+
+
+def _are_whole_lengths(*sizes: Size) -> bool:
+    return all(size.is_length and size.is_whole for size in sizes)
+
+
+def _quotient(a: Size, b: Size) -> Element:
+    """The quotient in floating point; what is not whole is kept for the rounding that follows."""
+    exact = a.divided_by(b)
+    if exact is not None or b == Size.of(0) or not _are_whole_lengths(a, b):
+        return exact
+    return Size.symbol(f"{FRACTION}{a}{FRACTION}{b}")
+
+
+def _rounded(name: str, rounding: Callable[[Fraction], int]) -> Callable[[Size], Element]:
+    def rounded(size: Size) -> Element:
+        if size.is_whole:
+            return size
+        symbol = size.lone_symbol
+        if symbol is None or not symbol.startswith(FRACTION):
+            return None
+        above, below = symbol[len(FRACTION) :].split(FRACTION)
+        if above.isdigit() and below.isdigit():
+            return Size.of(rounding(Fraction(int(above), int(below))))
+        return Size.symbol(f"{name}({above}, {below})")
+
+    return rounded
 
 
 def _modulo(a: Size, b: Size) -> Element:
     if a.divided_by(b) is not None:
         return Size.of(0)
-    return Size.of(a.static % b.static) if a.static is not None and b.static else None
+    if a.static is not None and b.static:
+        return Size.of(a.static % b.static)
+    return function("mod", a, b) if _are_whole_lengths(a, b) else None
 
 
 def _extreme(pick_larger: bool) -> Callable[[Size, Size], Element]:
@@ -91,7 +152,11 @@ def _extreme(pick_larger: bool) -> Callable[[Size, Size], Element]:
         if a == b:
             return a
         sign = _sign(a - b)
-        return None if not sign else (a if (sign > 0) == pick_larger else b)
+        if sign:
+            return a if (sign > 0) == pick_larger else b
+        if not _are_whole_lengths(a, b):
+            return None
+        return function("max" if pick_larger else "min", *sorted((a, b), key=str))
 
     return extreme
 
@@ -125,9 +190,9 @@ UNARY: dict[str, Callable[[Size], Element]] = {
     "Neg": lambda a: -a,
     "Abs": lambda a: None if _sign(a) is None else (-a if _sign(a) == -1 else a),
     "Not": lambda a: None if a.static is None else Size.of(int(not a.static)),
-    "Floor": lambda a: a,
-    "Ceil": lambda a: a,
-    "Round": lambda a: a,
+    "Floor": _rounded("floor", math.floor),
+    "Ceil": _rounded("ceil", math.ceil),
+    "Round": _rounded("round", round),
 }
 
 
@@ -139,7 +204,7 @@ def unary(op_type: str, operand: Known) -> Known:
 
 def binary(op_type: str, left: Known, right: Known, integer: bool = True) -> Known:
     """The elements of a broadcasting binary operator's output; division truncates only for integer types."""
-    function = BINARY[op_type] if integer or op_type != "Div" else Size.divided_by
+    function = BINARY[op_type] if integer or op_type != "Div" else _quotient
     return _mapped(lambda a, b: None if a is None or b is None else function(a, b), left, right)
 
 

@@ -8,6 +8,19 @@ Monomial = tuple[str, ...]
 """Symbol names with repetition, sorted: ``("batch", "sequence")`` is batch * sequence; ``()`` is 1."""
 
 
+FRACTION = "="
+"""The first character of a symbol that stands for a quotient, not for an integer."""
+
+
+def function(name: str, *operands: Size) -> Size:
+    """The symbol for a function of sizes that no polynomial is; equal functions of equal sizes are equal.
+
+    >>> function("floor", Size.symbol("width"), Size.of(2)) == function("floor", Size.symbol("width"), Size.of(2))
+    True
+    """
+    return Size.symbol(f"{name}({', '.join(map(str, operands))})")
+
+
 @dataclass(frozen=True)
 class Size:
     """A polynomial with integer coefficients; immutable, hashable, compared exactly.
@@ -58,6 +71,17 @@ class Size:
             if coefficient == 1 and len(monomial) == 1:
                 return monomial[0]
         return None
+
+    @property
+    def is_length(self) -> bool:
+        """Whether this can be the length of an axis: symbols stand for lengths, and none is subtracted."""
+        symbolic = [coefficient for monomial, coefficient in self.terms if monomial]
+        return all(c > 0 for c in symbolic) if symbolic else self.static_or(0) >= 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is an integer for certain: no symbol stands for a quotient that has a remainder."""
+        return not any(name.startswith(FRACTION) for name in self.symbols)
 
     @property
     def symbols(self) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -186,11 +186,12 @@ def size(
     explicit = dict(maps or {})
     _check_request(named, factor, wanted, explicit)
     growth = Growth(dimensions, named)
+    kept = _kept_beside_others(dimensions, named, wanted.keys() | explicit.keys())
     for each in named:
         asked = wanted.get(each.name, wanted.get(each.role))
         times = asked if asked is not None else factor if each.role in GROWN_BY_FACTOR else 1
         chosen = explicit.get(each.name) or SourceMap(each.size, tile=times)
-        if chosen.grown == each.size:
+        if chosen.grown == each.size or each.dim in kept:
             continue
         if not each.dim.growable:
             gap = each.dim.pin is not None and each.dim.pin.gap
@@ -200,6 +201,44 @@ def size(
         growth.maps[each.dim] = (each.name, chosen)
     _check_something_grows(growth, factor, wanted)
     return growth
+
+
+WIDTHS = (Fact.CONTRACTED_WITH_WEIGHT, Fact.WEIGHT_OUTPUT, Fact.NORMALISED, Fact.EMBEDDING, Fact.BATCHED)
+"""What is seen to happen to a whole axis, however many factors it has."""
+
+
+def _kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested: Set[str]) -> set[Dim]:
+    """The dimensions that keep their size because another factor of the same axis grows.
+
+    A width that is reshaped (into groups of channels, windows, two factors) is still one width: a request for its
+    role makes it `factor` times as wide, not once for each factor. The factor that grows is one that somewhere
+    is a whole width by itself, else the outermost that does not number groups. Dimensions named one by one, and
+    factors that are asked for as different roles, grow as asked.
+    """
+    space = dimensions.space
+    keys = {
+        each.dim: each.role if each.role in requested else ""
+        for each in named
+        if each.name not in requested and (each.role in requested or each.role in GROWN_BY_FACTOR)
+    }
+    grouped = {atom for term, _ in dimensions.facts[Fact.GROUPED] for atom in space.atoms(term)}
+    composites: dict[tuple[frozenset[Dim], ...], None] = {}
+    for kind in WIDTHS:
+        for term, _ in dimensions.facts[kind]:
+            factors = [frozenset(atom for atom in space.atoms(f) if atom in keys) for f in space.factors(term)]
+            for key in {keys[atom] for factor in factors for atom in factor}:
+                same = (frozenset(atom for atom in factor if keys[atom] == key) for factor in factors)
+                composites.setdefault(tuple(factor for factor in same if factor))
+    grows: set[Dim] = set()
+    kept: set[Dim] = set()
+    for composite in sorted(composites, key=len):
+        if len(composite) > 1 and not any(grows & factor for factor in composite):
+            apart = [factor for factor in composite if not factor & grouped] or list(composite)
+            grows |= apart[0]
+        elif len(composite) == 1:
+            grows |= composite[0]
+        kept |= {atom for factor in composite for atom in factor}
+    return kept - grows
 
 
 def _check_request(

@@ -13,7 +13,7 @@ from hyperclone_onnx import SourceMap
 from hyperclone_onnx.dims import ONE, Concat, Dim, Product, Space, Term
 from hyperclone_onnx.growth import GrownTerms
 from hyperclone_onnx.inference import Dimensions, parse_size
-from hyperclone_onnx.known import binary, known, static_values, where
+from hyperclone_onnx.known import binary, known, static_values, truncated, unary, where
 from hyperclone_onnx.maps import index_axis
 from hyperclone_onnx.sizes import Size
 from hyperclone_onnx.sizing import Growth
@@ -215,3 +215,35 @@ def test_known_elements_follow_shape_arithmetic() -> None:
     assert where(known([1, 0, 1]), known([7, 7, 7]), sizes).tolist() == [Size.of(7), Size.of(12), Size.of(7)]
     assert static_values(binary("Div", known([-7]), known([2]))) == [-3]
     assert binary("Div", known([-7]), known([2]), integer=False).tolist() == [None]
+
+
+S2, ODD = S + 1, Size.symbol("sequence") * 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("op_type", "left", "right", "wanted"),
+    [
+        ("Div", ODD, 2, "floor(3*sequence + 1, 2)"),
+        ("Div", 7, 2, "3"),
+        ("Div", -7, 2, "-3"),
+        ("Mod", ODD, 2, "mod(3*sequence + 1, 2)"),
+        ("Max", S, 4, "max(4, sequence)"),
+        ("Min", 4, S, "min(4, sequence)"),
+        ("Max", S, S2, "sequence + 1"),
+        ("Div", -S, 2, "None"),
+    ],
+)
+def test_what_no_polynomial_is_becomes_a_symbol(op_type: str, left: int | Size, right: int | Size, wanted: str) -> None:
+    again = [binary(op_type, known(left), known(right)).item() for _ in range(2)]
+    assert str(again[0]) == wanted
+    assert again[0] == again[1]
+
+
+@pytest.mark.parametrize(("op_type", "wanted"), [("Floor", "floor(batch, 2)"), ("Ceil", "ceil(batch, 2)")])
+def test_a_quotient_in_floating_point_is_rounded_later(op_type: str, wanted: str) -> None:
+    quotient = binary("Div", known(B), known(2), integer=False)
+    assert not quotient.item().is_whole
+    assert str(unary(op_type, quotient).item()) == wanted
+    assert truncated(quotient).item() == unary("Floor", quotient).item() == binary("Div", known(B), known(2)).item()
+    five = binary("Div", known(5), known(2), integer=False)
+    assert unary("Ceil", five).item() == Size.of(3)

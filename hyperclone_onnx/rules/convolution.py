@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from hyperclone_onnx import known
 from hyperclone_onnx.dims import ONE, Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.registry import edits, relates
+from hyperclone_onnx.sizes import Size
 
 
-def _spatial(op: Op, count: int) -> list[Term]:
-    """The output's spatial axes, as the file declares them; the input's are pinned."""
-    for term in op.axes(0)[2:]:
+def _spatial(op: Op, kernel: Sequence[int | None]) -> list[Term]:
+    """The output's spatial axes, from the input's, which are pinned, and the window that runs over them.
+
+    Where that is not known before running, the file's own word is taken.
+    """
+    inner = op.axes(0)[2:]
+    for term in inner:
         op.pin(term, "a spatial axis")
     declared = op.declared(op.node.outputs[0])
-    sizes = declared[2:] if declared is not None and len(declared) == count + 2 else [None] * count
-    return [op.pinned_dim(size, "a spatial axis") for size in sizes]
+    sizes: Sequence[Size | None] = [None] * len(inner)
+    if declared is not None and len(declared) == len(inner) + 2:
+        sizes = declared[2:]
+    made = [_window_count(op, axis, op.size(term), kernel[axis]) for axis, term in enumerate(inner)]
+    return [
+        op.pinned_dim(found if found is not None else size, "a spatial axis")
+        for found, size in zip(made, sizes, strict=True)
+    ]
+
+
+def _window_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | None:
+    """How many windows fit along a spatial axis; None where that is not known."""
+    count = op.rank(0) - 2
+    stride = (op.int_list("strides", None) or [1] * count)[axis]
+    dilation = (op.int_list("dilations", None) or [1] * count)[axis]
+    pads = op.int_list("pads", None) or [0] * (2 * count)
+    padding = op.text("auto_pad", "NOTSET")
+    if kernel is None or op.integer("ceil_mode", 0):
+        return None
+    if padding in ("SAME_UPPER", "SAME_LOWER"):
+        return known.ceil_of(size, stride)
+    padded = size if padding == "VALID" else size + pads[axis] + pads[axis + count]
+    windows = known.floor_of(padded - dilation * (kernel - 1) - 1, stride)
+    return None if windows is None else windows + 1
 
 
 def _grouped(op: Op, term: Term, group: int) -> tuple[Term, Term]:
@@ -39,6 +69,7 @@ def conv(op: Op) -> None:
     groups, channels = _grouped(op, x[1], group)
     out_groups, _ = _grouped(op, w[0], group)
     op.unify(groups, out_groups)
+    op.fact(Fact.GROUPED, groups)
     op.unify(channels, w[1])
     op.sum_over((1, 1))
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, w[1])
@@ -47,7 +78,7 @@ def conv(op: Op) -> None:
         op.pin(x[1], "the channels of an input")
     if op.has(2):
         op.unify(op.axes(2)[0], w[0])
-    op.out((x[0], w[0], *_spatial(op, len(x) - 2)))
+    op.out((x[0], w[0], *_spatial(op, [op.static(term) for term in w[2:]])))
 
 
 @edits("Conv")
@@ -78,7 +109,7 @@ def channel_norm(op: Op) -> None:
 def pool(op: Op) -> None:
     """Y[n, c, p] pools X[n, c, window of p]"""
     x = op.axes(0)
-    out = (x[0], x[1], *_spatial(op, len(x) - 2))
+    out = (x[0], x[1], *_spatial(op, op.int_list("kernel_shape", None) or [None] * (len(x) - 2)))
     if op.node.op_type == "MaxPool" and len(op.node.outputs) > 1:
         for term in x[:2]:
             op.pin(term, "MaxPool's flat indices count through it")

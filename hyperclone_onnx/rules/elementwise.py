@@ -48,8 +48,9 @@ def _cast_known(elements: Known, to: ir.DataType) -> Known | None:
         return known.known(
             [None if e is None or e.static is None else int(e.static != 0) for e in elements.ravel()]
         ).reshape(elements.shape)
-    wide = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.DOUBLE)
-    return elements if to in wide else None
+    if to in (ir.DataType.INT64, ir.DataType.INT32):
+        return known.truncated(elements)
+    return elements if to in (ir.DataType.FLOAT, ir.DataType.DOUBLE) else None
 
 
 @relates(*BROADCASTING)

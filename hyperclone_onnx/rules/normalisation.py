@@ -29,6 +29,7 @@ def group_norm(op: Op) -> None:
         raise CannotTell("channels that its groups do not divide")
     group, channels = op.dim(groups), op.dim(size // groups)
     op.space.match([axes[1]], [group, channels])
+    op.fact(Fact.GROUPED, group)
     for term in (channels, *axes[2:]):
         op.uniform(term)
     for index in (1, 2):

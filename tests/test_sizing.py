@@ -1,0 +1,70 @@
+"""How much each dimension grows when an axis is made of several, and what sizes the algebra follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import build_model, normal
+
+from hyperclone_onnx import analyse, expand, plan_expansion
+
+
+def regrouped(middle: str) -> onnx.ModelProto:
+    """A residual stream of 36 whose second half reads it as `middle` leaves it."""
+    weights = normal(0, {"table": (31, 36), "gain": (36,), "up": (36, 20), "down": (20, 36), "head": (36, 31)})
+    weights |= {"kernel": normal(1, {"k": (36, 9, 1)})["k"], "merge": normal(2, {"m": (72, 36)})["m"]}
+    shapes = {"six": [0, 0, 6, 6], "flat": [0, 0, 36], "pairs": [0, -1, 2, 36], "wide": [0, -1, 72]}
+    weights |= {name: np.asarray(shape) for name, shape in shapes.items()}  # type: ignore[misc]
+    return build_model(
+        f"""g (int64[batch, 8] ids) => (float[batch, rows, 31] logits) {{
+            h = Gather (table, ids)
+            n = LayerNormalization (h, gain)
+            {middle}
+            u = MatMul (x, up)
+            r = Relu (u)
+            d = MatMul (r, down)
+            logits = MatMul (d, head)
+        }}""",
+        weights,
+    )
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        pytest.param("s = Reshape (n, six)  a = Relu (s)  x = Reshape (a, flat)", id="six by six"),
+        pytest.param(
+            "t = Transpose <perm = [0, 2, 1]> (n)  c = Conv <group = 4, kernel_shape = [1]> (t, kernel)"
+            "x = Transpose <perm = [0, 2, 1]> (c)",
+            id="grouped convolution",
+        ),
+        pytest.param(
+            "p = Reshape (n, pairs)  q = Transpose <perm = [0, 1, 2, 3]> (p)  w = Reshape (q, wide)"
+            "x = MatMul (w, merge)",
+            id="neighbours merged",
+        ),
+    ],
+)
+def test_an_axis_of_several_factors_grows_once(tmp_path: Path, middle: str) -> None:
+    model = tmp_path / "model.onnx"
+    onnx.save(regrouped(middle), model)
+    expand(model, tmp_path / "big.onnx", 2, device="cpu", precision="float64")
+    grown = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    assert grown["table"] == (31, 72)
+    assert grown["up"] == (72, 40)
+    if "kernel" in grown:
+        assert grown["kernel"] == (72, 18, 1), "the groups stay, their channels grow"
+    if "merge" in grown:
+        assert grown["merge"] == (144, 72)
+
+
+def test_a_factor_asked_for_by_name_grows_beside_another(tmp_path: Path) -> None:
+    model = tmp_path / "model.onnx"
+    onnx.save(regrouped("s = Reshape (n, six)  a = Relu (s)  x = Reshape (a, flat)"), model)
+    analysis = analyse(model)
+    both = [each.name for each in analysis.named if each.size == 6]
+    plan = plan_expansion(analysis, requests=dict.fromkeys(both, 2))
+    assert sorted(plan.dims) == sorted(both)
