@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.maps import AxisIndex, Indices, Maps, index_axis
+from hyperclone_onnx.packing import pack, packed_width, unpack
 from hyperclone_onnx.plan import Recipe
 from hyperclone_onnx.strategies import Strategy
 
@@ -62,6 +63,22 @@ class GrownTensor:
         return tuple(axis.grown for axis in self.axes)
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the file, which differs from `shape` where several numbers are packed in a byte."""
+        if self.recipe.bits is None:
+            return self.shape
+        *rows, width = self.shape
+        packed = (*rows, packed_width(width, self.recipe.bits))
+        return packed if len(self.source.shape) == len(packed) else (math.prod(packed),)
+
+    def stored(self) -> Array:
+        """The whole tensor as it stands in the file, of shape `stored_shape`."""
+        array = self.numpy()
+        if self.recipe.bits is None:
+            return array
+        return pack(array, self.recipe.bits).reshape(self.stored_shape)
+
+    @property
     def is_shared(self) -> bool:
         """Whether any repeats divide the weight among them."""
         return bool(self.recipe.shared)
@@ -87,6 +104,8 @@ class GrownTensor:
         values = _take(self._values, [axis.source for axis in axes])
         if not self.is_shared and self.recipe.scale == 1.0:
             return np.asarray(values, dtype=self.dtype.numpy())
+        if not self.dtype.is_floating_point():  # biases in units of a scale that shrinks: whole multiples
+            return (values.astype(np.int64) * round(self.recipe.scale)).astype(self.dtype.numpy())
         work = np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32
         result = np.asarray(values, dtype=work)
         if self.is_shared:
@@ -97,7 +116,10 @@ class GrownTensor:
 
     @cached_property
     def _values(self) -> Array:
-        return self.source.numpy()
+        array = self.source.numpy()
+        if self.recipe.bits is None:
+            return array
+        return unpack(array, [axis.source_size for axis in self.axes], self.recipe.bits)
 
     # -- sharing ------------------------------------------------------------------------------------------
 
@@ -193,9 +215,9 @@ class GrownTensor:
     def as_lazy(self, name: str) -> ir.LazyTensor:
         """This tensor for an ONNX graph; computed when it is written."""
         return ir.LazyTensor(
-            lambda: ir.Tensor(self.numpy(), dtype=self.dtype, name=name),
+            lambda: ir.Tensor(self.stored(), dtype=self.dtype, name=name),
             dtype=self.dtype,
-            shape=ir.Shape(self.shape),
+            shape=ir.Shape(self.stored_shape),
             name=name,
         )
 

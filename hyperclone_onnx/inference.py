@@ -46,13 +46,18 @@ class Fact(enum.Enum):
 class Sum:
     """Operand axes that one operator multiplies and sums over, all of them the same `term`.
 
-    `power` is 1 where the sum enters linearly, 0.5 where it enters squared (ReduceL2).
+    `power` is 1 where the sum enters linearly, 0.5 where it enters squared (ReduceL2). Quantised operators sum
+    `integers`; any one of the inputs `scales` multiplies what comes out, the inputs `biases` (in units of that
+    scale) included.
     """
 
     node: ir.Node
     term: Term
     sites: tuple[tuple[int, int], ...]
     power: float = 1.0
+    integers: bool = False
+    scales: tuple[int, ...] = ()
+    biases: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Dimensions:
     uniform: list[Uniform] = field(default_factory=list)
     facts: dict[Fact, list[tuple[Term, ir.Node]]] = field(default_factory=lambda: defaultdict(list))
     index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
+    packed: dict[Use, int] = field(default_factory=dict)
+    """The uses that hold several numbers in a byte, with the bits of each number."""
     unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     walked: list[ir.Node] = field(default_factory=list)
     """Every node that was related, those of subgraphs that a rule walks into included, in order."""
@@ -299,24 +306,45 @@ class Op:
         self.fact(Fact.NORMALISED, term)
         self.dimensions.uniform.append(Uniform(self.node, term))
 
-    def sum_over(self, *sites: tuple[int, int], power: float = 1.0) -> None:
+    def sum_over(
+        self,
+        *sites: tuple[int, int],
+        power: float = 1.0,
+        integers: bool = False,
+        scales: tuple[int, ...] = (),
+        biases: tuple[int, ...] = (),
+    ) -> None:
         """State that this node multiplies and sums over these (input, axis) sites, which are one axis.
 
-        It also records who takes part: a weight, or activations only.
+        It also records who takes part: a weight, or activations only. See `Sum` for the rest.
         """
         terms = [self.axes(index)[axis] for index, axis in sites]
         sites = tuple((index, self.axis(axis, self.rank(index))) for index, axis in sites)
         for term in terms[1:]:
             self.unify(terms[0], term)
-        for index, _ in sites:
+        for index, _ in sites if not integers else ():
             dtype = self.value(index).dtype
-            if dtype is not None and not dtype.is_floating_point():
+            if dtype is not None and not dtype.is_floating_point() and not scales:
                 self.pin(terms[0], "summed in integers, which no share divides")
-        self.dimensions.sums.append(Sum(self.node, terms[0], tuple(sites), power))
+        given = (tuple(index for index in slots if self.has(index)) for slots in (scales, biases))
+        self.dimensions.sums.append(Sum(self.node, terms[0], sites, power, integers, *given))
         if len(sites) > 1:
             weighted = any(self.is_constant(index) for index, _ in sites)
             kind = Fact.CONTRACTED_WITH_WEIGHT if weighted else Fact.CONTRACTED_WITH_ACTIVATION
             self.fact(kind, terms[0])
+
+    def packed(self, index: int, axes: Axes, bits: int) -> None:
+        """State that an input holds numbers of `bits` bits in bytes, its last axis padded row by row to whole bytes.
+
+        `axes` are those of the numbers. Only a stored input can be packed again.
+
+        Raises:
+            CannotTell: it is computed.
+        """
+        if not is_initializer(self.value(index)):
+            raise CannotTell("packed numbers that are computed")
+        self.dimensions.use_axes[self.node, index] = tuple(axes)
+        self.dimensions.packed[self.node, index] = bits
 
     def declared(self, output: ir.Value) -> list[Size | None] | None:
         """The shape that the file declares for an output, None when it declares none."""

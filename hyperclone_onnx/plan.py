@@ -25,13 +25,15 @@ class Recipe:
     """How one grown tensor is made from one source tensor.
 
     `axes[a]` lists the factors of axis a, outermost first. `shared` names the (axis, factor) pairs whose repeats
-    divide the weight among them; every other repeat copies it. `scale` multiplies the result.
+    divide the weight among them; every other repeat copies it. `scale` multiplies the result. With `bits`, the
+    stored tensor holds numbers of so many bits packed in bytes, and `axes` are those of the numbers.
     """
 
     source: str
     axes: tuple[tuple[Axis, ...], ...]
     shared: tuple[tuple[int, int], ...] = ()
     scale: float = 1.0
+    bits: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain data."""
@@ -43,6 +45,8 @@ class Recipe:
             data["shared"] = [list(pair) for pair in self.shared]
         if self.scale != 1.0:
             data["scale"] = self.scale
+        if self.bits is not None:
+            data["bits"] = self.bits
         return data
 
     @staticmethod
@@ -53,6 +57,7 @@ class Recipe:
             tuple(tuple(axis_from_json(factor) for factor in axis) for axis in data["axes"]),
             tuple((axis, factor) for axis, factor in data.get("shared", ())),
             data.get("scale", 1.0),
+            data.get("bits"),
         )
 
 
@@ -110,6 +115,15 @@ class ScaleInput:
 
 
 @dataclass(frozen=True)
+class DivideOutput:
+    """Divide a node's integer output, a sum of equal repeats, by their number."""
+
+    node: str
+    output: int
+    divisor: int
+
+
+@dataclass(frozen=True)
 class GatherOutput:
     """Repeat a node's output along an axis that the node itself can only make in the source's size."""
 
@@ -119,8 +133,10 @@ class GatherOutput:
     factors: tuple[Axis, ...]
 
 
-Edit = SetAttribute | SetInput | ResizeVector | ScaleInput | GatherOutput
-_EDITS = {kind.__name__: kind for kind in (SetAttribute, SetInput, ResizeVector, ScaleInput, GatherOutput)}
+Edit = SetAttribute | SetInput | ResizeVector | ScaleInput | DivideOutput | GatherOutput
+_EDITS = {
+    kind.__name__: kind for kind in (SetAttribute, SetInput, ResizeVector, ScaleInput, DivideOutput, GatherOutput)
+}
 
 
 @dataclass(frozen=True)

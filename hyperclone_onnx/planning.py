@@ -7,6 +7,7 @@ scale, a norm's gain, Gemm's alpha, or one inserted multiplication.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from hyperclone_onnx.growth import GrownOp, GrownTerms
 from hyperclone_onnx.inference import Axes, Dimensions, Sum, Use, describe, is_initializer
 from hyperclone_onnx.maps import Axis, Kept, canonical_axis, index_axis
 from hyperclone_onnx.plan import (
+    DivideOutput,
     Edit,
     Feed,
     GrownDim,
@@ -34,6 +36,22 @@ from hyperclone_onnx.strategies import Strategy
 
 Marks = frozenset[int]
 """The axes of a value over which a contraction sums."""
+
+LARGEST_SUM, LARGEST_PRODUCT = 2**31 - 1, 255 * 255
+"""Products of bytes are added up in 32 bits."""
+
+
+@dataclass
+class Carriers:
+    """The stored tensors that divide a sum: weights that share it along some axes, scales that shrink."""
+
+    marks: dict[Use, Marks] = field(default_factory=dict)
+    scales: dict[Use, float] = field(default_factory=dict)
+
+    def add(self, other: Carriers) -> None:
+        """Take in what divides another part of the operand."""
+        self.marks.update(other.marks)
+        self.scales.update(other.scales)
 
 
 def make_plan(
@@ -98,7 +116,7 @@ class _Planner:
     growth: Growth
     untie: bool
     edits: list[Edit] = field(default_factory=list)
-    carried: dict[ir.Node, dict[Use, Marks]] = field(default_factory=dict)
+    carried: dict[ir.Node, Carriers] = field(default_factory=dict)
     scales: dict[Use, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -139,14 +157,20 @@ class _Planner:
             if carriers is not None:
                 self.carried[node] = carriers
         self._keep_ties()
+        for carriers in self.carried.values():
+            for use, scale in carriers.scales.items():
+                self._rescale(use, scale)
         for node, sums in by_node.items():
             if node not in self.carried:
                 for each in sums:
                     self._scale(each)
 
-    def _weights_that_carry(self, node: ir.Node, sums: list[Sum]) -> dict[Use, Marks] | None:
+    def _rescale(self, use: Use, scale: float) -> None:
+        self.scales[use] = self.scales.get(use, 1.0) * scale
+
+    def _weights_that_carry(self, node: ir.Node, sums: list[Sum]) -> Carriers | None:
         """The stored tensors behind one operand that has all the summed axes, or None."""
-        if any(each.power != 1.0 for each in sums):
+        if any(each.power != 1.0 or each.integers or each.scales for each in sums):
             return None
         for index in range(len(node.inputs)):
             value = node.inputs[index]
@@ -159,7 +183,7 @@ class _Planner:
                     return found
         return None
 
-    def _trace(self, node: ir.Node, index: int, marks: Marks) -> dict[Use, Marks] | None:
+    def _trace(self, node: ir.Node, index: int, marks: Marks) -> Carriers | None:
         """Follow summed axes of an operand back to the stored tensors, through linear operators."""
         value = node.inputs[index]
         axes = self.dimensions.axes_of(node, index)
@@ -167,20 +191,40 @@ class _Planner:
             return None
         if is_initializer(value):
             tensor = value.const_value
-            return {(node, index): marks} if tensor is not None and tensor.dtype.is_floating_point() else None
+            return Carriers({(node, index): marks}) if tensor is not None and tensor.dtype in _SHARING else None
         producer = value.producer()
         if producer is None or len(value.uses()) > 1 or value.is_graph_output():
             return None
+        if producer.op_type == "DequantizeLinear":
+            return self._trace_codes(producer, axes, marks)
         inner = _marks_before(self, producer, marks)
         if inner is None:
             return None
-        found: dict[Use, Marks] = {}
+        found = Carriers()
         for slot, before in inner.items():
             part = self._trace(producer, slot, before)
             if part is None:
                 return None
-            found.update(part)
+            found.add(part)
         return found
+
+    def _trace_codes(self, node: ir.Node, axes: Axes, marks: Marks) -> Carriers | None:
+        """A quantised weight repeats its codes; its scale shrinks, where every code is repeated equally often."""
+        scale = node.inputs[1]
+        if scale is None or not is_initializer(scale):
+            return None
+        repeats = [self._repeats(axes[axis]) for axis in marks if self.terms.grows(axes[axis])]
+        if None in repeats:
+            return None
+        return Carriers(scales={(node, 1): 1.0 / math.prod(count or 1 for count in repeats)})
+
+    def _repeats(self, term: Term) -> int | None:
+        """How often every index of an axis is repeated; None where that differs, or is not known."""
+        factors = self.terms.factors(term)
+        if factors is None:
+            return None
+        counts = index_axis([(factor, True) for factor in factors], self.terms.maps).count
+        return int(counts[0]) if counts.min() == counts.max() else None
 
     def _keep_ties(self) -> None:
         """Where uses of one tensor would come out unlike only in what they divide, let scalars divide."""
@@ -198,30 +242,101 @@ class _Planner:
                     continue
                 if len({self._marks(use) for use, _ in group}) > 1:
                     members = {use for use, _ in group}
-                    for node in [n for n, found in self.carried.items() if members & found.keys()]:
+                    for node in [n for n, found in self.carried.items() if members & found.marks.keys()]:
                         del self.carried[node]
                         changed = True
 
     def _marks(self, use: Use) -> Marks:
         for found in self.carried.values():
-            if use in found:
-                return frozenset(a for a in found[use] if self.terms.grows(self.dimensions.use_axes[use][a]))
+            if use in found.marks:
+                return frozenset(a for a in found.marks[use] if self.terms.grows(self.dimensions.use_axes[use][a]))
         return frozenset()
 
     def _scale(self, each: Sum) -> None:
         """Divide by a scalar, or by a vector where the repeats are unequal."""
+        if each.integers or each.scales:
+            self._scale_quantised(each)
+            return
         node = each.node
         slot, axis = next((site for site in each.sites if not self._constant(node, site[0])), each.sites[0])
         operand = self.dimensions.axes_of(node, slot)
         factors = self.terms.factors(each.term)
         if operand is None or factors is None:
             raise Refused(f"{describe(node)} sums over an axis that is not known before running")
-        counts = index_axis([(factor, True) for factor in factors], self.terms.maps).count
-        if counts.min() == counts.max():
-            scale = float(counts[0]) ** -each.power
-            if self._fold(node, slot, scale):
-                return
+        repeats = self._repeats(each.term)
+        if repeats is not None and self._fold(node, slot, float(repeats) ** -each.power):
+            return
         self.edits.append(ScaleInput(node.name or "", slot, ((axis - len(operand), factors),), each.power))
+
+    def _scale_quantised(self, each: Sum) -> None:
+        """Divide by a quantisation scale; a sum that has none is divided itself, or by a factor further on.
+
+        Raises:
+            Refused: no one number divides the sum, or it would no longer fit its integers.
+        """
+        node, repeats = each.node, self._repeats(each.term)
+        if repeats is None:
+            raise Refused(
+                f"{describe(node)} sums quantised values over an axis whose parts would not grow equally "
+                f"({self._written(each.term)}): give its parts one factor with --set"
+            )
+        if each.integers:
+            self._check_range(each)
+        if not each.scales:
+            if not self._fold_behind(node.outputs[0], 1.0 / repeats):
+                self.edits.append(DivideOutput(node.name or "", 0, repeats))
+            return
+        stored = [slot for slot in each.scales if is_initializer(node.inputs[slot])]  # type: ignore[arg-type]
+        self._rescale_input(each, stored[0] if stored else each.scales[0], 1.0 / repeats)
+        for slot in each.biases:
+            self._rescale_input(each, slot, float(repeats))
+
+    def _rescale_input(self, each: Sum, slot: int, scale: float) -> None:
+        value = each.node.inputs[slot]
+        assert value is not None
+        if is_initializer(value):
+            self._rescale((each.node, slot), scale)
+            return
+        factors = self.terms.factors(each.term)
+        assert factors is not None
+        self.edits.append(ScaleInput(each.node.name or "", slot, ((-1, factors),), 1.0 if scale < 1.0 else -1.0))
+
+    def _check_range(self, each: Sum) -> None:
+        """Sums of products of bytes must fit 32 bits, as they did before."""
+        slot, _ = each.sites[-1]
+        kernel = (self.dimensions.axes_of(each.node, slot) or ())[2:] if "Conv" in each.node.op_type else ()
+        products = math.prod(self.space.static(term) or 1 for term in kernel) * LARGEST_PRODUCT
+        before, after = self.space.static(each.term) or 0, self.terms.grown(each.term)
+        if before * products <= LARGEST_SUM < after * products:
+            raise Refused(
+                f"{describe(each.node)} would add up {after} products of bytes, too many for 32 bits: "
+                "grow the model before it is quantised"
+            )
+
+    def _fold_behind(self, value: ir.Value, scale: float) -> bool:
+        """Fold a scalar into a stored factor of the only product that reads a value; False when there is none."""
+        while len(value.uses()) == 1 and not value.is_graph_output():
+            use = next(iter(value.uses()))
+            node = use.node
+            if node.op_type == "Mul" and not node.domain:
+                return self._fold_into_factor(node, 1 - use.idx, scale)
+            if node.domain or use.idx or node.op_type not in (_LAYOUT | {"Cast"}):
+                return False
+            value = node.outputs[0]
+        return False
+
+    def _fold_into_factor(self, node: ir.Node, slot: int, scale: float) -> bool:
+        """Scale a factor of a product: a stored one, or a stored factor of a product that only this one reads."""
+        if self._may_scale(node, slot):
+            self._rescale((node, slot), scale)
+            return True
+        value = node.inputs[slot]
+        producer = None if value is None else value.producer()
+        if value is None or producer is None or len(value.uses()) > 1 or value.is_graph_output():
+            return False
+        if producer.domain or producer.op_type != "Mul":
+            return False
+        return any(self._fold_into_factor(producer, inner, scale) for inner in (0, 1))
 
     def _constant(self, node: ir.Node, slot: int) -> bool:
         return node.inputs[slot] in self.dimensions.constants
@@ -253,8 +368,7 @@ class _Planner:
                 return False
             for index in stored:
                 inverse = producer.op_type == "Div" and index == 1
-                old = self.scales.get((producer, index), 1.0)
-                self.scales[producer, index] = old / scale if inverse else old * scale
+                self._rescale((producer, index), 1.0 / scale if inverse else scale)
             return bool(stored)
         return False
 
@@ -291,8 +405,10 @@ class _Planner:
                 for position, factor in enumerate(factors[axis])
                 if not isinstance(factor, Kept)
             )
-            recipe = Recipe(value.name or "", factors, shared, self.scales.get(use, 1.0))
-            key = (self._canonical(factors), shared, recipe.scale)
+            recipe = Recipe(
+                value.name or "", factors, shared, self.scales.get(use, 1.0), self.dimensions.packed.get(use)
+            )
+            key = (self._canonical(factors), shared, recipe.scale, recipe.bits)
             recipes[recipe.source].setdefault(key, (recipe, []))[1].append(use)
         tensors: dict[str, Recipe] = {}
         feeds: list[Feed] = []
@@ -327,6 +443,9 @@ class _Planner:
             if any(self.terms.grows(term) for term in axes):
                 yield Interface(value.name or "", tuple(self.terms.factors(term) for term in axes))
 
+
+_SHARING = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""The element types that can hold a share of a weight."""
 
 _LAYOUT = frozenset(["Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Neg"])
 

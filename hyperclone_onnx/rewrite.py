@@ -14,6 +14,7 @@ from hyperclone_onnx.grown_tensor import GrownTensor
 from hyperclone_onnx.maps import index_axis, presented
 from hyperclone_onnx.plan import (
     METADATA_KEY,
+    DivideOutput,
     Edit,
     GatherOutput,
     Interface,
@@ -128,6 +129,9 @@ class _Rewriter:
                 self._resize(node, edit)
             case ScaleInput():
                 self._before(node, edit.input, self._scale_steps(node, edit))
+            case DivideOutput(_, slot, divisor):
+                array = np.asarray(divisor, dtype=np.int32)
+                self._after(node.outputs[slot], [_Step("Div", ((1, self._constant(f"{node.name}.repeats", array)),))])
             case GatherOutput(_, slot, axis, factors):
                 source = index_axis([(factor, False) for factor in factors], self.maps).source
                 self._after(node.outputs[slot], [self._gather(f"{node.name}.map", source, axis)])

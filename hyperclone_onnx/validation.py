@@ -354,11 +354,11 @@ def _bytes(tensor: ir.TensorProtocol) -> Array:
 
 def _tensor_error(made: GrownTensor, stored: ir.TensorProtocol) -> tuple[float, float, float]:
     """(largest error of a sum of repeats, its rounding bound, rms error relative to the source's rms)."""
-    if tuple(stored.shape.numpy()) != made.shape or stored.dtype != made.dtype:
+    if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
         return math.inf, 0.0, math.inf
     array = stored.numpy()
     if not made.dtype.is_floating_point():
-        return (0.0 if np.array_equal(array, made.numpy()) else math.inf), 0.0, 0.0
+        return (0.0 if np.array_equal(array, made.stored()) else math.inf), 0.0, 0.0
     eps = 2.0**-7 if made.dtype == ir.DataType.BFLOAT16 else float(np.finfo(made.dtype.numpy()).eps)
     if not made.is_shared:
         return _copy_error(made, array, eps)

@@ -10,6 +10,7 @@ from hyperclone_onnx.rules import (
     layout,
     microsoft,
     normalisation,
+    quantised,
     reductions,
     shapes,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "layout",
     "microsoft",
     "normalisation",
+    "quantised",
     "reductions",
     "shapes",
 ]

@@ -12,10 +12,10 @@ from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.registry import relates
 
 
-def note_roles(op: Op, batch: Axes, left_free: Axes, right_free: Axes) -> None:
-    """Record what the free and batch axes of a two-operand contraction are seen to be."""
-    if op.is_constant(0) or op.is_constant(1):
-        for index, free in ((0, left_free), (1, right_free)):
+def note_roles(op: Op, batch: Axes, left_free: Axes, right_free: Axes, slots: tuple[int, int] = (0, 1)) -> None:
+    """Record what the free and batch axes of a contraction of two inputs, at `slots`, are seen to be."""
+    if any(op.is_constant(index) for index in slots):
+        for index, free in zip(slots, (left_free, right_free), strict=True):
             if op.is_constant(index):
                 for term in free:
                     op.fact(Fact.WEIGHT_OUTPUT, term)
@@ -26,21 +26,28 @@ def note_roles(op: Op, batch: Axes, left_free: Axes, right_free: Axes) -> None:
         op.fact(Fact.VALUE_AXIS, term)
 
 
-@relates("MatMul")
-def matmul(op: Op) -> None:
-    """C[.., m, n] = sum_k A[.., m, k] B[.., k, n]; a vector operand has no free axis"""
-    left, right = op.axes(0), op.axes(1)
+def relate_matmul(
+    op: Op, a: int, b: int, *, integers: bool = False, scales: tuple[int, ...] = (), biases: tuple[int, ...] = ()
+) -> None:
+    """Relate a product of the inputs `a` and `b`; see `Op.sum_over` for the rest."""
+    left, right = op.axes(a), op.axes(b)
     if not left or not right:
         raise CannotTell("MatMul of a scalar")
-    op.sum_over((0, len(left) - 1), (1, max(len(right) - 2, 0)))
+    op.sum_over((a, len(left) - 1), (b, max(len(right) - 2, 0)), integers=integers, scales=scales, biases=biases)
     left_free, right_free = left[-2:-1], right[-1:] if len(right) > 1 else ()
     batch = op.broadcast([left[:-2], right[:-2]])
     for one, other in zip(reversed(left[:-2]), reversed(right[:-2]), strict=False):
         for narrow, wide in ((one, other), (other, one)):
             if op.is_one(narrow) and not op.is_one(wide):
                 op.fact(Fact.EXPANDED, wide)
-    note_roles(op, batch, left_free, right_free)
+    note_roles(op, batch, left_free, right_free, (a, b))
     op.out((*batch, *left_free, *right_free))
+
+
+@relates("MatMul")
+def matmul(op: Op) -> None:
+    """C[.., m, n] = sum_k A[.., m, k] B[.., k, n]; a vector operand has no free axis"""
+    relate_matmul(op, 0, 1)
 
 
 @relates("Gemm")

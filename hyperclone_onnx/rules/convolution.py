@@ -59,10 +59,17 @@ def _grouped(op: Op, term: Term, group: int) -> tuple[Term, Term]:
     return parts
 
 
-@relates("Conv")
-def conv(op: Op) -> None:
-    """Y[n, (g m), p] = sum_{c, k} X[n, (g c), p + k] W[(g m), c, k] + B[(g m)]"""
-    x, w = op.axes(0), op.axes(1)
+def relate_conv(
+    op: Op,
+    data: int,
+    weight: int,
+    *,
+    integers: bool = False,
+    scales: tuple[int, ...] = (),
+    biases: tuple[int, ...] = (),
+) -> None:
+    """Relate a convolution of input `data` with input `weight`; see `Op.sum_over` for the rest."""
+    x, w = op.axes(data), op.axes(weight)
     group = op.integer("group", 1)
     for term in w[2:]:
         op.pin(term, "a convolution's kernel")
@@ -71,14 +78,20 @@ def conv(op: Op) -> None:
     op.unify(groups, out_groups)
     op.fact(Fact.GROUPED, groups)
     op.unify(channels, w[1])
-    op.sum_over((1, 1))
+    op.sum_over((weight, 1), integers=integers, scales=scales, biases=biases)
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, w[1])
     op.fact(Fact.WEIGHT_OUTPUT, w[0])
-    if op.value(0).is_graph_input():
+    if op.value(data).is_graph_input():
         op.pin(x[1], "the channels of an input")
-    if op.has(2):
-        op.unify(op.axes(2)[0], w[0])
     op.out((x[0], w[0], *_spatial(op, [op.static(term) for term in w[2:]])))
+
+
+@relates("Conv")
+def conv(op: Op) -> None:
+    """Y[n, (g m), p] = sum_{c, k} X[n, (g c), p + k] W[(g m), c, k] + B[(g m)]"""
+    relate_conv(op, 0, 1)
+    if op.has(2):
+        op.unify(op.axes(2)[0], op.axes(1)[0])
 
 
 @edits("Conv")

@@ -50,6 +50,8 @@ class Model:
     stored: dict[str, Array] = field(default_factory=dict)
     declared: dict[str, tuple[int, ...]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
+    kinds: dict[str, int] = field(default_factory=dict)
+    """The element types of outputs that ONNX's own inference does not know."""
     expected: dict[str, str] = field(default_factory=dict)
     uses: list[tuple[int, str]] = field(default_factory=list)
     equal: bool = False
@@ -58,6 +60,8 @@ class Model:
     """Noise and attributes are single precision."""
     runtime: bool = False
     """Run in ONNX Runtime, for what the reference has not."""
+    domain: str = ""
+    """The operator's own, where one row serves several."""
 
     # -- choices ------------------------------------------------------------------------------------------
 
@@ -102,12 +106,21 @@ class Model:
         return self.operand(np.asarray(values, dtype=np.int64), stored=stored)
 
     def node(
-        self, op_type: str, *inputs: str, outputs: int = 1, want: str = "", inner: bool = False, **attributes: Any
+        self,
+        op_type: str,
+        *inputs: str,
+        outputs: int = 1,
+        want: str = "",
+        inner: bool = False,
+        kind: Any = None,
+        **attributes: Any,
     ) -> Any:
         names = [f"{op_type.lower()}{len(self.nodes)}_{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(op_type, list(inputs), names, name=f"n{len(self.nodes)}", **attributes))
         if not inner:
             self.outputs += names
+        if kind is not None:
+            self.kinds[names[0]] = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
         if want:
             self.expected[names[0]] = want
         return names[0] if outputs == 1 else names
@@ -128,7 +141,8 @@ class Model:
         typed = onnx.shape_inference.infer_shapes(model)
         for info in typed.graph.output:
             if not info.type.HasField("tensor_type"):
-                info.type.tensor_type.elem_type = TensorProto.FLOAT if self.runtime else TensorProto.DOUBLE
+                usual = TensorProto.FLOAT if self.runtime else TensorProto.DOUBLE
+                info.type.tensor_type.elem_type = self.kinds.get(info.name, usual)
             if info.name in self.declared:
                 info.CopyFrom(
                     helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, self.declared[info.name])
@@ -221,7 +235,7 @@ def grow(m: Model, dimensions: Dimensions, strategy: Strategy, everything: bool)
 def check(key: tuple[str, str], build: Build, seed: int) -> bool:
     """Build one model and grow it; whether anything could grow."""
     rng = np.random.default_rng([zlib.crc32(f"{key}{build.__name__}".encode()), seed])
-    m = Model(rng, int(rng.choice(OPSETS)))
+    m = Model(rng, int(rng.choice(OPSETS)), domain=key[0])
     build(*(m, key[1])[: build.__code__.co_argcount])
     source = m.proto()
     assert f'"{key[1]}"' in str(source.graph)

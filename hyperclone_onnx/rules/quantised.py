@@ -1,0 +1,487 @@
+"""Operators on quantised values: codes repeat as they are, and what a sum over repeats grows by goes into the scales.
+
+A quantised weight is (codes - zero point) * scale. Codes cannot share a weight without new rounding; their scale can:
+divided by the number of repeats it undoes the sum exactly, since every repeat holds the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hyperclone_onnx.dims import ONE, Concat, Product, Term
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.contractions import relate_matmul
+from hyperclone_onnx.rules.convolution import relate_conv
+from hyperclone_onnx.rules.indexing import index_by
+from hyperclone_onnx.rules.registry import edits, relates
+
+MICROSOFT = "com.microsoft"
+BLOCK = "elements of a block share one scale"
+
+
+def parameters(op: Op, *indices: int) -> None:
+    """Scales and zero points of whole tensors, whose own axes keep their size."""
+    for index in indices:
+        op.parameter(index)
+
+
+def per_channel(op: Op, index: int, channels: Term) -> None:
+    """A scale or zero point that is one number, or a vector with one for each channel."""
+    if op.has(index) and op.rank(index) == 1:
+        op.merge([op.axes(index)[0], channels])
+    elif op.has(index) and op.rank(index) > 1:
+        raise CannotTell("scales of more than one axis")
+
+
+def blocks_of(op: Op, term: Term, blocks: Term, size: int) -> None:
+    """An axis is (blocks, elements of a block): blocks grow, for a block's elements share one scale.
+
+    Raises:
+        CannotTell: the last block is not full.
+    """
+    count, length = op.static(blocks), op.static(term)
+    if count is None or length is None or count * size != length:
+        raise CannotTell(f"blocks of {size} that do not fill an axis of {op.size(term)}")
+    op.space.match([term], [blocks, op.pinned_dim(size, BLOCK)])
+
+
+# -- conversions ------------------------------------------------------------------------------------------
+
+
+@relates("DequantizeLinear", "QuantizeLinear")
+@relates("DequantizeLinear", "QuantizeLinear", domain=MICROSOFT)
+def linear(op: Op) -> None:
+    """y[j] = (x[j] - zero_point[j]) scale[j], or its inverse; scales are one number, per channel or per block"""
+    x, scale = op.axes(0), op.axes(1)
+    for index in (1, 2):
+        if op.has(index):
+            _relate_scale(op, x, op.axes(index), len(scale))
+    op.out(x)
+
+
+def _relate_scale(op: Op, x: Axes, scale: Axes, rank: int) -> None:
+    if len(scale) != rank:
+        raise CannotTell("a zero point of another rank than its scale")
+    if all(op.is_one(term) for term in scale):
+        return
+    axis = op.axis(op.integer("axis", 1), len(x)) if len(x) > 1 else 0
+    if len(scale) == 1 and not op.integer("block_size", 0):
+        op.unify(scale[0], x[axis])
+        return
+    if len(scale) != len(x):
+        raise CannotTell("scales of another rank than their values")
+    for position, (one, other) in enumerate(zip(scale, x, strict=True)):
+        if position != axis:
+            op.unify(one, other)
+    blocks_of(op, x[axis], scale[axis], op.integer("block_size"))
+
+
+@relates("DynamicQuantizeLinear")
+def dynamic_linear(op: Op) -> None:
+    """y[j] = round(x[j] / scale) + zero_point, both from the least and the largest x: repeats do not move them"""
+    op.out(op.axes(0))
+    op.out((), index=1)
+    op.out((), index=2)
+
+
+# -- sums of products of integers -------------------------------------------------------------------------
+
+
+def _rows_and_columns(op: Op, index: int, rows: Sequence[int], columns: Sequence[int]) -> None:
+    """Scales and zero points of a product's operands: one number, a vector for rows or columns, or of full rank."""
+    out = op.dimensions.axes[op.node.outputs[0]] or ()
+    for slots, axis in ((rows, -2), (columns, -1)):
+        for slot in slots:
+            if not op.has(slot) or op.rank(slot) == 0:
+                continue
+            if op.rank(slot) == 1:
+                if not op.is_one(op.axes(slot)[0]):
+                    op.unify(op.axes(slot)[0], out[axis])
+            else:
+                op.broadcast([out, op.axes(slot)])
+
+
+@relates("MatMulInteger")
+@relates("MatMulInteger16", domain=MICROSOFT)
+def matmul_integer(op: Op) -> None:
+    """C[.., m, n] = sum_k (A[.., m, k] - a_zero[m]) (B[.., k, n] - b_zero[n]), in integers"""
+    relate_matmul(op, 0, 1, integers=True)
+    _rows_and_columns(op, 0, (2,), (3,))
+
+
+@relates("MatMulIntegerToFloat", domain=MICROSOFT)
+def matmul_integer_to_float(op: Op) -> None:
+    """Y[.., m, n] = a_scale b_scale[n] sum_k (A[.., m, k] - a_zero) (B[.., k, n] - b_zero[n]) + bias[n]"""
+    relate_matmul(op, 0, 1, integers=True, scales=(3, 2))
+    _rows_and_columns(op, 0, (2, 4), (3, 5, 6))
+
+
+@relates("DynamicQuantizeMatMul", domain=MICROSOFT)
+def dynamic_quantize_matmul(op: Op) -> None:
+    """Y[.., m, n] = b_scale[n] sum_k A[.., m, k] (B[.., k, n] - b_zero[n]) + bias[n], A being quantised on the way"""
+    relate_matmul(op, 0, 1, scales=(2,))
+    _rows_and_columns(op, 0, (), (2, 3, 4))
+
+
+@relates("QLinearMatMul")
+def qlinear_matmul(op: Op) -> None:
+    """Y[.., m, n] = quantised a_scale b_scale sum_k (A[.., m, k] - a_zero) (B[.., k, n] - b_zero), over y_scale"""
+    relate_matmul(op, 0, 3, integers=True, scales=(4, 1))
+    _rows_and_columns(op, 0, (1, 2, 6, 7), (4, 5))
+
+
+@relates("QGemm", domain=MICROSOFT)
+def qgemm(op: Op) -> None:
+    """Y[m, n] = alpha a_scale b_scale[n] (sum_k A'[m, k] B'[k, n] + C[m, n]), quantised where y_scale is given"""
+    a, b = op.axes(0), op.axes(3)
+    trans_a, trans_b = op.integer("transA", 0), op.integer("transB", 0)
+    op.sum_over((0, 0 if trans_a else 1), (3, 1 if trans_b else 0), integers=True, scales=(4, 1), biases=(6,))
+    m, n = a[1 if trans_a else 0], b[0 if trans_b else 1]
+    op.fact(Fact.WEIGHT_OUTPUT, n)
+    out: Axes = (m, n)
+    if op.has(6):
+        out = op.broadcast([out, op.axes(6)])
+    op.out(out)
+    parameters(op, 1, 2, 7, 8)
+    for index in (4, 5):
+        per_channel(op, index, n)
+
+
+@relates("ConvInteger")
+def conv_integer(op: Op) -> None:
+    """Y[n, (g m), p] = sum_{c, k} (X[n, (g c), p + k] - x_zero) (W[(g m), c, k] - w_zero[(g m)]), in integers"""
+    relate_conv(op, 0, 1, integers=True)
+    parameters(op, 2)
+    per_channel(op, 3, op.axes(1)[0])
+
+
+@relates("QLinearConv")
+def qlinear_conv(op: Op) -> None:
+    """Conv of (x - x_zero) and (w - w_zero[m]) plus B[m], times x_scale w_scale[m], quantised by y_scale"""
+    relate_conv(op, 0, 3, integers=True, scales=(4, 1), biases=(8,))
+    parameters(op, 1, 2, 6, 7)
+    for index in (4, 5):
+        per_channel(op, index, op.axes(3)[0])
+    if op.has(8):
+        op.unify(op.axes(8)[0], op.axes(3)[0])
+
+
+@relates("QLinearConv", domain=MICROSOFT)
+def microsoft_qlinear_conv(op: Op) -> None:
+    """QLinearConv, whose channels may come last"""
+    if op.integer("channels_last", 0):
+        raise CannotTell("channels that come last")
+    qlinear_conv(op)
+
+
+@edits("ConvInteger", "QLinearConv")
+@edits("QLinearConv", domain=MICROSOFT)
+def edit_integer_conv(op: GrownOp) -> None:
+    """The group attribute is the channels over the channels of a group."""
+    if op.integer("group", 1) > 1:
+        weight = 1 if op.node.op_type == "ConvInteger" else 3
+        op.set_attribute("group", op.grown(op.axes(0)[1]) // op.grown(op.axes(weight)[1]))
+
+
+# -- weights in blocks of few bits ------------------------------------------------------------------------
+
+
+def relate_packed_zeros(op: Op, index: int, rows: Axes, blocks: Term, bits: int) -> None:
+    """Zero points of blocks: numbers of `bits` bits packed in bytes, row by row, or numbers as wide as the scales."""
+    if not op.has(index):
+        return
+    packed = op.value(index).dtype is not None and not op.value(index).dtype.is_floating_point()  # type: ignore[union-attr]
+    if packed and bits < 8:
+        op.packed(index, (*rows, blocks), bits)
+    elif op.rank(index) == 1:
+        op.space.match(op.axes(index), [*rows, blocks])
+    else:
+        _unify_each(op, op.axes(index), (*rows, blocks))
+
+
+def _unify_each(op: Op, axes: Axes, wanted: Axes) -> None:
+    if len(axes) != len(wanted):
+        raise CannotTell("block scales of another rank than their blocks")
+    for one, other in zip(axes, wanted, strict=True):
+        op.unify(one, other)
+
+
+def relate_blocks(op: Op, columns: Term, width: Term, codes: int, scales: int, zeros: int | None) -> None:
+    """Codes B[n, block, byte], scales[n, block] and zero_points[n, block] of a weight W[n, (block, within)]."""
+    size, bits = op.integer("block_size"), op.integer("bits", 4)
+    b = op.axes(codes)
+    if len(b) != 3:
+        raise CannotTell("codes that are not (columns, blocks, bytes)")
+    op.pin(b[2], BLOCK)
+    op.unify(b[0], columns)
+    blocks_of(op, width, b[1], size)
+    if op.rank(scales) == 1:
+        op.space.match(op.axes(scales), [columns, b[1]])
+    else:
+        _unify_each(op, op.axes(scales), (columns, b[1]))
+    if zeros is not None:
+        relate_packed_zeros(op, zeros, (columns,), b[1], bits)
+
+
+@relates("MatMulNBits", domain=MICROSOFT)
+def matmul_nbits(op: Op) -> None:
+    """Y[.., n] = sum_k A[.., k] scales[n, block of k] (B[n, k] - zero_points[n, block of k]) + bias[n]"""
+    a = op.axes(0)
+    if op.has(4):
+        raise CannotTell("columns in an order of their own (g_idx)")
+    if op.integer("weight_prepacked", 0):
+        raise CannotTell("codes that are laid out for one device")
+    columns = op.dim(op.integer("N"))
+    relate_blocks(op, columns, a[-1], 1, 2, 3)
+    op.sum_over((0, -1), scales=(2,))
+    op.fact(Fact.CONTRACTED_WITH_WEIGHT, a[-1])
+    op.fact(Fact.WEIGHT_OUTPUT, columns)
+    if op.has(5):
+        op.unify(op.axes(5)[0], columns)
+    op.out((*a[:-1], columns))
+
+
+@edits("MatMulNBits", domain=MICROSOFT)
+def edit_matmul_nbits(op: GrownOp) -> None:
+    """The lengths that the packed codes no longer tell."""
+    for name, term in (("K", op.axes(0)[-1]), ("N", op.out_axes(0)[-1])):
+        if op.grows(term):
+            op.set_attribute(name, op.grown(term))
+
+
+@relates("MatMulNBitsMlp", domain=MICROSOFT)
+def matmul_nbits_mlp(op: Op) -> None:
+    """Y[.., n] = f(gate(x))[n] up(x)[n], both MatMulNBits of x = A, norm(A) or norm(A + skip)"""
+    a = op.axes(0)
+    columns = op.dim(op.integer("N"))
+    _normed(op, a)
+    _projections(op, a[-1], ((3, 4, 5, columns), (6, 7, 8, columns)))
+    op.out((*a[:-1], columns))
+    op.out(a, index=1)
+
+
+@relates("MatMulNBitsQkv", domain=MICROSOFT)
+def matmul_nbits_qkv(op: Op) -> None:
+    """Queries, keys and values as MatMulNBits of norm(A) or norm(A + skip)"""
+    a = op.axes(0)
+    queries, keys, values = op.dim(op.integer("Nq")), op.dim(op.integer("Nkv")), op.dim(op.integer("Nkv"))
+    _normed(op, a)
+    _projections(op, a[-1], ((3, 4, 5, queries), (6, 7, 8, keys), (9, 10, 11, values)))
+    for index, columns in enumerate((queries, keys, values)):
+        op.out((*a[:-1], columns), index=index)
+    op.out(a, index=3)
+
+
+def _normed(op: Op, a: Axes) -> None:
+    """The normalisation before the projections, and the residual stream that is added to A."""
+    if op.has(1):
+        op.broadcast([a, op.axes(1)])
+    if op.has(2):
+        op.unify(op.axes(2)[0], a[-1])
+        op.uniform(a[-1])
+
+
+def _projections(op: Op, width: Term, each: Sequence[tuple[int, int, int, Term]]) -> None:
+    op.fact(Fact.CONTRACTED_WITH_WEIGHT, width)
+    for codes, scales, bias, columns in each:
+        relate_blocks(op, columns, width, codes, scales, None)
+        op.fact(Fact.WEIGHT_OUTPUT, columns)
+        if op.has(bias):
+            op.unify(op.axes(bias)[0], columns)
+    for _, scales, _, _ in each:
+        op.sum_over((0, -1), scales=(scales,))
+
+
+@edits("MatMulNBitsMlp", domain=MICROSOFT)
+def edit_matmul_nbits_mlp(op: GrownOp) -> None:
+    """The lengths that the packed codes no longer tell."""
+    edit_matmul_nbits(op)
+
+
+@edits("MatMulNBitsQkv", domain=MICROSOFT)
+def edit_matmul_nbits_qkv(op: GrownOp) -> None:
+    """The lengths that the packed codes no longer tell."""
+    for name, term in (("K", op.axes(0)[-1]), ("Nq", op.out_axes(0)[-1]), ("Nkv", op.out_axes(1)[-1])):
+        if op.grows(term):
+            op.set_attribute(name, op.grown(term))
+
+
+@relates("MatMulBlockQuantizedFp8Weight", domain=MICROSOFT)
+def matmul_fp8(op: Op) -> None:
+    """Y[.., n] = sum_k A[.., k] b_scale[n, block of k] B[n, k] + bias[n]"""
+    a, b = op.axes(0), op.axes(1)
+    op.unify(b[1], a[-1])
+    op.unify(op.axes(2)[0], b[0])
+    blocks_of(op, b[1], op.axes(2)[1], op.integer("block_size"))
+    parameters(op, 3)
+    op.sum_over((0, -1), scales=(2,))
+    op.fact(Fact.CONTRACTED_WITH_WEIGHT, a[-1])
+    op.fact(Fact.WEIGHT_OUTPUT, b[0])
+    if op.has(4):
+        op.unify(op.axes(4)[0], b[0])
+    op.out((*a[:-1], b[0]))
+
+
+@relates("MatMulBlockQuantizedFp4Weight", domain=MICROSOFT)
+def matmul_fp4(op: Op) -> None:
+    """Y[.., n] = weight_scale_2 sum_k A[.., k] weight_scale[n, block of k] B[n, k] + bias[n], two codes to a byte"""
+    a, b, size = op.axes(0), op.axes(1), op.integer("block_size", 16)
+    op.unify(op.axes(2)[0], b[0])
+    blocks = op.axes(2)[1]
+    blocks_of(op, a[-1], blocks, size)
+    blocks_of(op, b[1], blocks, size // 2)
+    parameters(op, 3, 4)
+    op.sum_over((0, -1), scales=(3,))
+    op.fact(Fact.CONTRACTED_WITH_WEIGHT, a[-1])
+    op.fact(Fact.WEIGHT_OUTPUT, b[0])
+    if op.has(5):
+        op.unify(op.axes(5)[0], b[0])
+    op.out((*a[:-1], b[0]))
+
+
+@relates("MatMulBnb4", domain=MICROSOFT)
+def matmul_bnb4(op: Op) -> None:
+    """Y[.., n] = sum_k A[.., k] absmax[block of (n, k)] B[(n, k)], whose blocks run through the flat weight"""
+    a, size = op.axes(0), op.integer("block_size")
+    rows, width = op.integer("N"), op.integer("K")
+    if width % size:
+        raise CannotTell("blocks that run over the end of a row")
+    transposed = op.integer("transB", 1)
+    n, blocks = op.dim(rows), op.dim(width // size)
+    k = Product((blocks, op.pinned_dim(size, BLOCK)))
+    op.space.match(op.axes(1), [n, blocks, op.pinned_dim(size // 2, BLOCK)])
+    op.space.match(op.axes(2), [n, blocks])
+    op.space.match([a[-1]], [k if transposed else n])
+    op.sum_over((0, -1), scales=(2,))
+    op.fact(Fact.CONTRACTED_WITH_WEIGHT, a[-1])
+    out = n if transposed else k
+    op.fact(Fact.WEIGHT_OUTPUT, out)
+    op.out((*a[:-1], out))
+
+
+@edits("MatMulBnb4", domain=MICROSOFT)
+def edit_matmul_bnb4(op: GrownOp) -> None:
+    """The lengths that the flat codes do not tell."""
+    a, out = op.axes(0)[-1], op.out_axes(0)[-1]
+    for name, term in (("K", a), ("N", out)) if op.integer("transB", 1) else (("N", a), ("K", out)):
+        if op.grows(term):
+            op.set_attribute(name, op.grown(term))
+
+
+@relates("GatherBlockQuantized", domain=MICROSOFT)
+def gather_block_quantized(op: Op) -> None:
+    """out[i, .., k] = scales[indices[i], .., block of k] (data[indices[i], .., k] - zero_points[..])"""
+    data, where, scale = op.axes(0), op.axes(1), op.axes(2)
+    rank = len(data)
+    picked, along = op.axis(op.integer("gather_axis", 0), rank), op.axis(op.integer("quantize_axis", 1), rank)
+    dtype = op.value(0).dtype
+    bits = op.integer("bits", 4) if dtype is not None and dtype.name == "UINT8" else 8
+    size = op.integer("block_size", 128)
+    if picked == along or not size or (bits < 8 and along != rank - 1):
+        raise CannotTell("blocks along another axis than the last")
+    index_by(op, data[picked], 1)
+    for axis in range(rank):
+        if axis != along:
+            op.merge([data[axis], scale[axis]])
+            if axis != picked:
+                op.fact(Fact.EMBEDDING, data[axis])
+    blocks = scale[along]
+    blocks_of(op, data[along], blocks, size * bits // 8)
+    width = Product((blocks, op.pinned_dim(size, BLOCK)))
+    op.fact(Fact.EMBEDDING, width)
+    if op.has(3):
+        if bits < 8:
+            op.packed(3, (*data[:along], blocks), bits)
+        else:
+            _unify_each(op, op.axes(3), scale)
+    whole = (*data[:along], width, *data[along + 1 :])
+    op.out((*whole[:picked], *where, *whole[picked + 1 :]))
+
+
+# -- quantised elementwise operators, poolings and joins ---------------------------------------------------
+
+
+@relates("QLinearAdd", "QLinearMul", domain=MICROSOFT)
+def qlinear_binary(op: Op) -> None:
+    """C[j] = quantised f(dequantised A[j], dequantised B[j]), axes aligned at the right"""
+    parameters(op, 1, 2, 4, 5, 6, 7)
+    op.out(op.broadcast([op.axes(0), op.axes(3)]))
+
+
+@relates("MulInteger", domain=MICROSOFT)
+def mul_integer(op: Op) -> None:
+    """C[j] = (A[j] - a_zero) (B[j] - b_zero), axes aligned at the right"""
+    parameters(op, 1, 3)
+    op.out(op.broadcast([op.axes(0), op.axes(2)]))
+
+
+@relates("QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT)
+def qlinear_unary(op: Op) -> None:
+    """Y[j] = quantised f(dequantised X[j])"""
+    parameters(op, 1, 2, 3, 4)
+    op.out(op.axes(0))
+
+
+@relates("QLinearWhere", domain=MICROSOFT)
+def qlinear_where(op: Op) -> None:
+    """Z[j] = X[j] where condition[j], else Y[j], each quantised by scales of its own"""
+    parameters(op, 2, 3, 5, 6, 7, 8)
+    op.out(op.broadcast([op.axes(0), op.axes(1), op.axes(4)]))
+
+
+@relates("QLinearSoftmax", domain=MICROSOFT)
+def qlinear_softmax(op: Op) -> None:
+    """Y[j] = quantised exp x[j] / sum_k exp x[k]: repeats would take each other's share"""
+    axes = op.axes(0)
+    axis = op.axis(op.integer("axis", -1), len(axes))
+    parameters(op, 1, 2, 3, 4)
+    for term in axes[axis:] if op.integer("opset") < 13 else axes[axis : axis + 1]:
+        op.fact(Fact.SOFTMAX, term)
+        op.pin(term, "QLinearSoftmax runs over it")
+    op.out(axes)
+
+
+@relates("QLinearReduceMean", domain=MICROSOFT)
+def qlinear_reduce_mean(op: Op) -> None:
+    """Y[j] = quantised mean_k of dequantised X[j, k]"""
+    axes = op.axes(0)
+    parameters(op, 1, 2, 3, 4)
+    listed = op.int_list("axes", None)
+    reduced = {op.axis(a, len(axes)) for a in listed} if listed is not None else set(range(len(axes)))
+    for axis in sorted(reduced):
+        op.uniform(axes[axis])
+    keep = op.integer("keepdims", 1)
+    op.out([ONE if i in reduced else term for i, term in enumerate(axes) if keep or i not in reduced])
+
+
+@relates("QLinearGlobalAveragePool", domain=MICROSOFT)
+def qlinear_global_pool(op: Op) -> None:
+    """Y[n, c, 1...] pools X[n, c, all]; channels may come last"""
+    axes = op.axes(0)
+    parameters(op, 1, 2, 3, 4)
+    last = op.integer("channels_last", 0)
+    for term in axes[1:-1] if last else axes[2:]:
+        op.uniform(term)
+    ones = [ONE] * (len(axes) - 2)
+    op.out((axes[0], *ones, axes[-1]) if last else (*axes[:2], *ones))
+
+
+@relates("QLinearConcat", domain=MICROSOFT)
+def qlinear_concat(op: Op) -> None:
+    """Y = operands side by side along one axis, each requantised to one scale"""
+    parameters(op, 0, 1, *(i for start in range(2, op.count, 3) for i in (start + 1, start + 2)))
+    operands = [op.axes(start) for start in range(2, op.count, 3)]
+    axis = op.axis(op.integer("axis"), len(operands[0]))
+    out: list[Term] = []
+    for position in range(len(operands[0])):
+        column = [axes[position] for axes in operands]
+        if position == axis:
+            if any(op.static(term) is None for term in column):
+                raise CannotTell("joined parts whose size is not known before running")
+            out.append(Concat(tuple(column)))
+        else:
+            for term in column[1:]:
+                op.unify(column[0], term)
+            out.append(column[0])
+    op.out(out)

@@ -1,0 +1,317 @@
+"""Rows for the rules of `hyperclone_onnx.rules.quantised`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+
+from hyperclone_onnx.packing import pack
+from rule_rows.harness import MICROSOFT, Array, Model, activation, row
+
+BLOCK = 16
+
+
+def codes(m: Model, shape: tuple[int, ...], kind: Any, bits: int = 8) -> Array:
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if np.dtype(kind).kind == "i" else (0, 2**bits)
+    return m.rng.integers(low, high, shape).astype(kind)
+
+
+def scale_for(m: Model, *shape: int) -> Array:
+    """Powers of two, so that products of codes are exact."""
+    return np.asarray(2.0 ** m.rng.integers(-8, -4, shape), dtype=np.float32)
+
+
+def single(m: Model, shape: tuple[int, ...], want: str = "") -> str:
+    """A computed float value."""
+    return activation(m, shape, want, kind=np.float32)
+
+
+@row("DequantizeLinear", seeds=24)
+@row("DequantizeLinear", domain=MICROSOFT, seeds=6)
+def dequantised_weight(m: Model, op: str) -> None:
+    """A weight of codes, contracted: its scale takes the division."""
+    m.runtime, m.tolerance, m.equal, m.opset = True, 3e-6, True, 21
+    contrib = "microsoft" in m.domain
+    kind = m.pick(np.int8, np.uint8)
+    k, n = m.size() * m.pick(1, 2), m.size()
+    layout = "one" if contrib and m.coin() else m.pick("one", "channel", "other", "block")
+    layout = "channel" if contrib and layout == "block" else layout
+    shape: tuple[int, ...] = {"one": (), "channel": (n,), "other": (k,), "block": (k // 2, n)}[
+        layout if layout != "block" or k % 2 == 0 else "one"
+    ]
+    attributes: dict[str, Any] = {"axis": 0} if layout in ("other", "block") and shape else {"axis": 1}
+    if len(shape) == 2:
+        attributes["block_size"] = 2
+    operands = [m.operand(codes(m, (k, n), kind), stored=True), m.operand(scale_for(m, *shape), stored=True)]
+    if m.coin():
+        operands.append(m.operand(codes(m, shape, kind), stored=True))
+    w = m.node(op, *operands, inner=True, domain=m.domain, want="gg" if len(shape) < 2 else ".g", **attributes)
+    m.node("MatMul", single(m, (2, k)), w, want="gg")
+
+
+@row("DequantizeLinear", seeds=4)
+def dequantised_activation(m: Model, op: str) -> None:
+    m.runtime, m.opset = True, 21
+    x = m.node("QuantizeLinear", single(m, (3, 4), "gg"), m.operand(scale_for(m, 4)), inner=True, axis=1)
+    m.node(op, x, m.operand(scale_for(m)), want="gg")
+
+
+@row("QuantizeLinear", seeds=6)
+@row("QuantizeLinear", domain=MICROSOFT, seeds=3)
+def quantised(m: Model, op: str) -> None:
+    m.runtime, m.opset = True, 21
+    operands = [single(m, (3, 4), "gg"), m.operand(scale_for(m, *m.pick((), (4,))))]
+    shape = np.shape((m.stored | m.inputs)[operands[1]])
+    operands.append(m.operand(codes(m, shape, np.uint8)))
+    m.node(op, *operands, axis=1, domain=m.domain, want="gg", kind=np.uint8)
+
+
+@row("DynamicQuantizeLinear", seeds=3)
+def dynamic(m: Model) -> None:
+    m.runtime = True
+    m.node("DynamicQuantizeLinear", single(m, m.shape(1, 3)), outputs=3)
+
+
+def zero(m: Model, kind: Any, *shape: int) -> str:
+    return m.operand(codes(m, shape, kind), stored=True) if m.coin(0.7) else ""
+
+
+@row("MatMulInteger", seeds=12)
+def matmul_integer(m: Model) -> None:
+    m.runtime, m.equal = True, True
+    k, n = m.size(), m.size()
+    b = m.pick(np.int8, np.uint8)
+    x = m.node("Identity", m.operand(codes(m, (2, 3, k), np.uint8), stored=False), inner=True)
+    w = m.operand(codes(m, (k, n), b), stored=m.coin(0.7))
+    m.node("MatMulInteger", x, w, zero(m, np.uint8), zero(m, b, *m.pick((), (n,))), want="ggg")
+
+
+@row("MatMulInteger", seeds=8)
+def matmul_integer_scaled_behind(m: Model) -> None:
+    """The way of ONNX Runtime's dynamic quantisation: a scale further on takes the division."""
+    m.runtime, m.equal, m.tolerance = True, True, 1e-6
+    k, n = m.size(), m.size()
+    x, scale, zero_point = m.node("DynamicQuantizeLinear", single(m, (2, k)), inner=True, outputs=3)
+    product = m.node("MatMulInteger", x, m.operand(codes(m, (k, n), np.int8), stored=True), zero_point, inner=True)
+    real = m.node("Cast", product, to=TensorProto.FLOAT, inner=True)
+    both = m.node("Mul", scale, m.operand(scale_for(m, *m.pick((), (n,))), stored=m.coin(0.8)), inner=True)
+    m.node("Mul", *m.pick((real, both), (both, real)), want="gg")
+
+
+@row("MatMulInteger16", domain=MICROSOFT, seeds=3)
+def matmul_integer16(m: Model) -> None:
+    m.runtime, m.equal = True, True
+    k, n = m.size(), m.size()
+    x, w = (m.operand(codes(m, shape, np.int16, 8), stored=False) for shape in ((2, k), (k, n)))
+    m.node("MatMulInteger16", x, w, domain=MICROSOFT, kind=np.int32, want="gg")
+
+
+@row("QLinearMatMul", seeds=10)
+def qlinear_matmul(m: Model) -> None:
+    m.runtime, m.equal = True, True
+    k, n = m.size(), m.size()
+    kind = np.uint8
+    x = m.node("Identity", m.operand(codes(m, (3, k), kind), stored=False), inner=True)
+    per = m.pick((), (n,))
+    weight = [
+        m.operand(codes(m, (k, n), kind), stored=True),
+        m.operand(scale_for(m, *per), stored=m.coin(0.7)),
+        m.operand(codes(m, per, kind), stored=True),
+    ]
+    first = [m.operand(scale_for(m)), m.operand(codes(m, (), kind), stored=True)]
+    m.node("QLinearMatMul", x, *first, *weight, m.operand(scale_for(m)), m.operand(codes(m, (), kind)), want="gg")
+
+
+@row("MatMulIntegerToFloat", domain=MICROSOFT, seeds=8)
+def matmul_integer_to_float(m: Model) -> None:
+    m.runtime, m.equal, m.tolerance = True, True, 1e-6
+    k, n = m.size(), m.size()
+    x = m.node("Identity", m.operand(codes(m, (2, 3, k), np.uint8), stored=False), inner=True)
+    w, per = m.operand(codes(m, (k, n), np.int8), stored=True), m.pick((), (n,))
+    scales = [m.operand(scale_for(m), stored=False), m.operand(scale_for(m, *per), stored=m.coin(0.7))]
+    bias = m.operand(scale_for(m, n)) if m.coin() else ""
+    zeros = [zero(m, np.uint8), zero(m, np.int8, *per)]
+    m.node("MatMulIntegerToFloat", x, w, *scales, *zeros, bias, domain=MICROSOFT, want="ggg")
+
+
+@row("DynamicQuantizeMatMul", domain=MICROSOFT, seeds=6)
+def dynamic_quantize_matmul(m: Model) -> None:
+    m.runtime, m.equal, m.tolerance = True, True, 1e-6
+    k, n = m.size(), m.size()
+    per = m.pick((1,), (n,))
+    operands = [single(m, (2, k)), m.operand(codes(m, (k, n), np.int8), stored=True), m.operand(scale_for(m, *per))]
+    zeros = [zero(m, np.int8, *per), m.operand(scale_for(m, n)) if m.coin() else ""]
+    m.node("DynamicQuantizeMatMul", *operands, *zeros, domain=MICROSOFT, want="gg")
+
+
+@row("QGemm", domain=MICROSOFT, seeds=10)
+def qgemm(m: Model) -> None:
+    m.runtime, m.equal, m.tolerance = True, True, 1e-6
+    k, n, kind = m.size(), m.size(), np.uint8
+    a, b = m.coin(), m.coin()
+    x = m.node("Identity", m.operand(codes(m, (k, 3) if a else (3, k), kind), stored=False), inner=True)
+    per = m.pick((), (n,))
+    operands = [x, m.operand(scale_for(m), stored=True), m.operand(codes(m, (), kind), stored=True)]
+    operands += [m.operand(codes(m, (n, k) if b else (k, n), kind), stored=True), m.operand(scale_for(m, *per))]
+    operands += [m.operand(codes(m, per, kind), stored=True)]
+    operands += [m.operand(codes(m, (n,), np.int32), stored=m.coin(0.7)) if m.coin() else ""]
+    if m.coin():
+        operands += [m.operand(scale_for(m), stored=True), m.operand(codes(m, (), kind), stored=True)]
+    result = kind if len(operands) > 7 else np.float32
+    m.node("QGemm", *operands, domain=MICROSOFT, transA=a, transB=b, want="gg", kind=result)
+
+
+@row("ConvInteger", seeds=6)
+def conv_integer(m: Model) -> None:
+    m.runtime, m.equal = True, True
+    group, c, o = m.pick(1, 2), m.size(1, 3), m.size(1, 3)
+    x = m.node("Identity", m.operand(codes(m, (1, group * c, 5, 4), np.uint8), stored=False), inner=True)
+    w = m.operand(codes(m, (group * o, c, 2, 2), np.uint8), stored=True)
+    m.node("ConvInteger", x, w, zero(m, np.uint8), zero(m, np.uint8), group=group)
+
+
+@row("QLinearConv", seeds=8)
+@row("QLinearConv", domain=MICROSOFT, seeds=3)
+def qlinear_conv(m: Model, op: str) -> None:
+    m.runtime, m.equal = True, True
+    group, c, o, kind = m.pick(1, 2), m.size(1, 3), m.size(1, 3), np.uint8
+    x = m.node("Identity", m.operand(codes(m, (1, group * c, 5, 4), kind), stored=False), inner=True)
+    w, per = m.operand(codes(m, (group * o, c, 2, 2), kind), stored=True), m.pick((), (group * o,))
+    first = [m.operand(scale_for(m)), m.operand(codes(m, (), kind), stored=True)]
+    own = [m.operand(scale_for(m, *per), stored=True), m.operand(np.full(per, 7, kind), stored=True)]
+    bias = [m.operand(codes(m, (group * o,), np.int32), stored=True)] if m.coin() else []
+    result = [m.operand(scale_for(m) * 64), m.operand(codes(m, (), kind), stored=True)]
+    m.node(op, x, *first, w, *own, *result, *bias, group=group, domain=m.domain, kind=np.uint8)
+
+
+# -- weights in blocks of few bits ------------------------------------------------------------------------------
+
+
+def blocked(m: Model, n: int, count: int, bits: int) -> tuple[str, str, str]:
+    """The names of a blocked weight's codes, scales and zero points."""
+    flat = m.coin()
+    words = m.operand(codes(m, (n, count, BLOCK * bits // 8), np.uint8), stored=True)
+    scales = scale_for(m, n, count)
+    zeros = codes(m, (n, count), np.uint8, bits)
+    stored = pack(zeros, bits) if m.coin(0.8) else zeros.astype(np.float32)
+    names = [m.operand(each.reshape(-1) if flat else each, stored=True) for each in (scales, stored)]
+    return words, names[0], names[1] if m.coin(0.8) else ""
+
+
+@row("MatMulNBits", domain=MICROSOFT, seeds=20)
+def matmul_nbits(m: Model) -> None:
+    m.runtime, m.equal, m.tolerance = True, True, 3e-5
+    n, count, bits = m.size(), m.size(1, 4), m.pick(4, 4, 8)
+    k = count * BLOCK
+    names = blocked(m, n, count, bits)
+    bias = m.operand(scale_for(m, n), stored=True) if m.coin() else ""
+    attributes = {"K": k, "N": n, "bits": bits, "block_size": BLOCK}
+    x = single(m, (2, 3, k))
+    m.node("MatMulNBits", x, *names, "", bias, domain=MICROSOFT, want="ggg", **attributes)
+
+
+@row("GatherBlockQuantized", domain=MICROSOFT, seeds=10)
+def gather_block_quantized(m: Model) -> None:
+    m.runtime, m.tolerance = True, 1e-6
+    count, bits = m.size(2, 4), m.pick(4, 8)
+    rows = 5
+    words = m.operand(codes(m, (rows, count * BLOCK * bits // 8), np.uint8), stored=True)
+    operands = [words, m.operand(m.rng.integers(0, rows, (2, 3)), stored=False), m.operand(scale_for(m, rows, count))]
+    m.stored.update({operands[2]: (m.stored | m.inputs)[operands[2]]})
+    m.inputs.pop(operands[2], None)
+    if m.coin():
+        operands.append(m.operand(pack(codes(m, (rows, count), np.uint8, bits), bits), stored=True))
+    attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+    m.node("GatherBlockQuantized", *operands, domain=MICROSOFT, want="ggg", **attributes)
+
+
+@row("MatMulBnb4", domain=MICROSOFT, seeds=6)
+def matmul_bnb4(m: Model) -> None:
+    m.runtime, m.equal, m.tolerance = True, True, 3e-5
+    n, count = m.size(), m.size(2, 4)
+    k = count * BLOCK
+    words = m.operand(codes(m, (n * k // 2,), np.uint8), stored=True)
+    scales = m.operand(scale_for(m, n * count), stored=True)
+    attributes = {"K": k, "N": n, "block_size": BLOCK, "quant_type": m.pick(0, 1)}
+    m.node("MatMulBnb4", single(m, (3, k)), words, scales, domain=MICROSOFT, want="gg", **attributes)
+
+
+# -- elementwise operators, poolings and joins ------------------------------------------------------------------
+
+
+def tensor(m: Model, shape: tuple[int, ...]) -> list[str]:
+    """Codes with a scale and a zero point for all of them."""
+    x = m.node("Identity", m.operand(codes(m, shape, np.uint8), stored=False), inner=True)
+    return [x, *parameters(m)]
+
+
+def parameters(m: Model) -> list[str]:
+    return [m.operand(scale_for(m), stored=True), m.operand(codes(m, (), np.uint8), stored=True)]
+
+
+@row("QLinearAdd", "QLinearMul", domain=MICROSOFT, seeds=4)
+def qlinear_binary(m: Model, op: str) -> None:
+    m.runtime = True
+    n = m.size()
+    m.node(
+        op,
+        *tensor(m, (3, n)),
+        *tensor(m, m.pick((3, n), (n,))),
+        *parameters(m),
+        domain=MICROSOFT,
+        kind=np.uint8,
+        want="gg",
+    )
+
+
+@row("QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT, seeds=3)
+def qlinear_unary(m: Model, op: str) -> None:
+    m.runtime = True
+    m.node(op, *tensor(m, (3, m.size())), *parameters(m), domain=MICROSOFT, kind=np.uint8, want="gg")
+
+
+@row("QLinearWhere", domain=MICROSOFT, seeds=3)
+def qlinear_where(m: Model) -> None:
+    m.runtime = True
+    test = m.operand(m.values((3, 4), np.bool_), stored=False)
+    m.node(
+        "QLinearWhere",
+        test,
+        *tensor(m, (3, 4)),
+        *tensor(m, (3, 4)),
+        *parameters(m),
+        domain=MICROSOFT,
+        kind=np.uint8,
+        want="gg",
+    )
+
+
+@row("QLinearSoftmax", domain=MICROSOFT, seeds=3)
+def qlinear_softmax(m: Model) -> None:
+    m.runtime = True
+    x = tensor(m, (2, 3, 4))
+    m.node("QLinearSoftmax", *x, *parameters(m), domain=MICROSOFT, kind=np.uint8, axis=m.pick(-1, 1), opset=13)
+
+
+@row("QLinearConcat", domain=MICROSOFT, seeds=4)
+def qlinear_concat(m: Model) -> None:
+    m.runtime = True
+    parts = [name for n in (3, 2) for name in tensor(m, (2, n))]
+    m.node("QLinearConcat", *parameters(m), *parts, domain=MICROSOFT, kind=np.uint8, axis=m.pick(1, -1), want="gg")
+
+
+@row("QLinearGlobalAveragePool", domain=MICROSOFT, seeds=4)
+def qlinear_global_pool(m: Model) -> None:
+    m.runtime, m.equal = True, True
+    last = m.coin()
+    shape = (2, 3, 4, 5)
+    m.node(
+        "QLinearGlobalAveragePool",
+        *tensor(m, shape),
+        *parameters(m),
+        domain=MICROSOFT,
+        kind=np.uint8,
+        channels_last=last,
+    )
