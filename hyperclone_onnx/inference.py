@@ -78,10 +78,14 @@ class Dimensions:
     use_axes: dict[Use, Axes] = field(default_factory=dict)
     known: dict[ir.Value, Known] = field(default_factory=dict)
     constants: set[ir.Value] = field(default_factory=set)
+    picked: set[ir.Value] = field(default_factory=set)
+    """Values that hold weights picked from stored tensors, such as the experts that a token is sent to."""
     sums: list[Sum] = field(default_factory=list)
     uniform: list[Uniform] = field(default_factory=list)
     facts: dict[Fact, list[tuple[Term, ir.Node]]] = field(default_factory=lambda: defaultdict(list))
     index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
+    lost: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)
+    """Why the rank of a value is not known, and the node to blame."""
     packed: dict[Use, int] = field(default_factory=dict)
     """The uses that hold several numbers in a byte, with the bits of each number."""
     unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -96,6 +100,10 @@ class Dimensions:
         if is_initializer(value):
             return self.use_axes.get((node, index))
         return self.axes.get(value)
+
+    def is_weight(self, value: ir.Value | None) -> bool:
+        """Whether a value is stored, or picked from what is stored by indices."""
+        return value in self.constants or value in self.picked
 
     def initializer_uses(self) -> Iterator[tuple[ir.Value, Use, Axes]]:
         """Every use of an initializer by a node of the main graph, in graph order."""
@@ -117,7 +125,14 @@ def describe(node: ir.Node) -> str:
 
 
 class CannotTell(Exception):
-    """Raised inside a rule when it cannot relate this node's axes; the engine then pins them."""
+    """Raised inside a rule when it cannot relate this node's axes; the engine then pins them.
+
+    `place` is the node to blame, where it is not this one.
+    """
+
+    def __init__(self, reason: str, place: str = "") -> None:
+        super().__init__(reason)
+        self.place = place
 
 
 class Op:
@@ -153,10 +168,10 @@ class Op:
         Raises:
             CannotTell: its rank is unknown.
         """
-        self.value(index)
+        value = self.value(index)
         axes = self.dimensions.axes_of(self.node, index)
         if axes is None:
-            raise CannotTell("an operand of unknown rank")
+            raise CannotTell(*self.dimensions.lost.get(value, ("an operand of unknown rank", "")))
         return axes
 
     def rank(self, index: int) -> int:
@@ -174,6 +189,14 @@ class Op:
     def is_constant(self, index: int) -> bool:
         """Whether an input is computed from initializers alone."""
         return self.value(index) in self.dimensions.constants
+
+    def is_weight(self, index: int) -> bool:
+        """Whether an input is stored, or picked from what is stored by indices (the experts of a token)."""
+        return self.dimensions.is_weight(self.value(index))
+
+    def picked(self) -> None:
+        """State that the first output holds whole weights, picked from a stored tensor."""
+        self.dimensions.picked.add(self.node.outputs[0])
 
     # -- attributes ---------------------------------------------------------------------------------------
 
@@ -329,7 +352,7 @@ class Op:
         given = (tuple(index for index in slots if self.has(index)) for slots in (scales, biases))
         self.dimensions.sums.append(Sum(self.node, terms[0], sites, power, integers, *given))
         if len(sites) > 1:
-            weighted = any(self.is_constant(index) for index, _ in sites)
+            weighted = any(self.is_weight(index) for index, _ in sites)
             kind = Fact.CONTRACTED_WITH_WEIGHT if weighted else Fact.CONTRACTED_WITH_ACTIVATION
             self.fact(kind, terms[0])
 
@@ -395,8 +418,31 @@ def infer(model: ir.Model) -> Dimensions:
         dimensions.constants.add(value)
         _read_known(dimensions, value)
     walk(dimensions, model.graph)
+    _unify_measured_uses(dimensions)
     dimensions.space.place = ""
     return dimensions
+
+
+def _unify_measured_uses(dimensions: Dimensions) -> None:
+    """A use of a stored tensor of which only the size is read has the axes of another use.
+
+    Optimizers leave such nodes behind (a lookup of which Shape alone reads the result); with axes of their own they
+    would need a copy of the tensor that does not grow.
+    """
+    measured: list[Use] = []
+    others: dict[ir.Value, Axes] = {}
+    for value, use, axes in dimensions.initializer_uses():
+        readers = [reader for output in use[0].outputs for reader in output.uses()]
+        if readers and all(reader.node.op_type in ("Shape", "Size") for reader in readers):
+            measured.append(use)
+        else:
+            others.setdefault(value, axes)
+    for node, index in measured:
+        read = node.inputs[index]
+        dimensions.space.place = describe(node)
+        if read is not None and read in others:
+            for one, other in zip(dimensions.use_axes[node, index], others[read], strict=True):
+                dimensions.space.unify(one, other)
 
 
 def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
@@ -410,6 +456,8 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
         _read_initializer_uses(dimensions, node)
         if _is_constant(dimensions, node):
             dimensions.constants.update(node.outputs)
+        elif node.op_type in _STILL_WEIGHTS and node.inputs and node.inputs[0] in dimensions.picked:
+            dimensions.picked.update(node.outputs)
         rule = registry.relation(node.domain, node.op_type)
         op = Op(dimensions, node, opsets.get(node.domain, 1))
         purpose = registry.pin_reason(node.domain, node.op_type)
@@ -422,11 +470,16 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
             else:
                 rule(op)
         except CannotTell as problem:
+            dimensions.space.place = problem.place or dimensions.space.place
             _pin_node(op, str(problem))
         for value in node.outputs:
             if value not in dimensions.axes:
                 _declare_pinned(op, value, "an output no rule describes")
-    _pin_stored_outputs(dimensions, graph)
+
+
+_STILL_WEIGHTS = frozenset(
+    "Cast DequantizeLinear Flatten Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split()
+)
 
 
 def _is_constant(dimensions: Dimensions, node: ir.Node) -> bool:
@@ -492,6 +545,8 @@ def _pin_node(op: Op, reason: str, gap: bool = True) -> None:
 def _declare_pinned(op: Op, value: ir.Value, reason: str, gap: bool = True) -> None:
     shape = declared_shape(value)
     axes = None if shape is None else tuple(op.dim(size) for size in shape)
+    if axes is None:
+        op.dimensions.lost[value] = (reason, op.space.place)
     op.space.pin(Product(axes or ()), reason, gap)
     op.dimensions.axes[value] = axes
 
@@ -510,17 +565,6 @@ def captured_values(node: ir.Node) -> Iterator[ir.Value]:
             for each in inner:
                 yield from (v for v in each.inputs if v is not None and v not in own)
             yield from (v for v in graph.outputs if v is not None and v not in own)
-
-
-def _pin_stored_outputs(dimensions: Dimensions, graph: ir.Graph) -> None:
-    """An initializer that is itself a graph output keeps its shape: there is no node to give it another."""
-    for value in graph.outputs:
-        if is_initializer(value):
-            dimensions.axes[value] = tuple(
-                dimensions.space.dim(size)
-                for size in value.const_value.shape.numpy()  # type: ignore[union-attr]
-            )
-            dimensions.space.pin(Product(dimensions.axes[value] or ()), "a stored tensor that is an output")
 
 
 def pin_interface(dimensions: Dimensions) -> None:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from hyperclone_onnx.inference import is_initializer
+from hyperclone_onnx.reblock import reblock
 
 _MOVERS = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 
@@ -15,6 +16,9 @@ def normalise(model: ir.Model) -> ir.Model:
 
     The model is changed in place and returned; what it computes stays the same.
     """
+    _import_domains(model)
+    for graph in (model.graph, *model.graph.subgraphs()):
+        _compute_stored_outputs(graph)
     ir.passes.Sequential(
         passes.InlinePass(),
         passes.RemoveInitializersFromInputsPass(),
@@ -23,10 +27,32 @@ def normalise(model: ir.Model) -> ir.Model:
         passes.RemoveUnusedNodesPass(),
         passes.TopologicalSortPass(),
     )(model)
+    reblock(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
     _name_nodes(model.graph)
     _unshare_moved_weights(model.graph)
     _fill_types(model)
     return model
+
+
+def _import_domains(model: ir.Model) -> None:
+    """Import what ONNX Runtime's optimizer forgets to: the domains of the nodes that it made."""
+    for node in model.graph.all_nodes():
+        model.graph.opset_imports.setdefault(node.domain, 1)
+
+
+def _compute_stored_outputs(graph: ir.Graph) -> None:
+    """Put an Identity between a stored tensor, or a Constant, and the graph's output that it is."""
+    for position, value in enumerate(graph.outputs):
+        producer = value.producer()
+        if not is_initializer(value) and (producer is None or producer.op_type != "Constant"):
+            continue
+        name, value.name = value.name, f"{value.name}.stored"
+        node = ir.node("Identity", [value])
+        result = node.outputs[0]
+        result.name, result.type, result.shape = name, value.type, value.shape
+        graph.append(node)
+        graph.outputs[position] = result
 
 
 def _name_nodes(graph: ir.Graph) -> None:

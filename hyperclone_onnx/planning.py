@@ -174,7 +174,7 @@ class _Planner:
             return None
         for index in range(len(node.inputs)):
             value = node.inputs[index]
-            if value is None or value not in self.dimensions.constants:
+            if not self.dimensions.is_weight(value):
                 continue
             marks = {axis for each in sums for slot, axis in each.sites if slot == index}
             if len(marks) == len(sums):
@@ -283,7 +283,9 @@ class _Planner:
         if each.integers:
             self._check_range(each)
         if not each.scales:
-            if not self._fold_behind(node.outputs[0], 1.0 / repeats):
+            # A factor of floats takes only what it can hold exactly: what is rounded to integers again must not move.
+            exact = repeats & (repeats - 1) == 0
+            if not (exact and self._fold_behind(node.outputs[0], 1.0 / repeats)):
                 self.edits.append(DivideOutput(node.name or "", 0, repeats))
             return
         stored = [slot for slot in each.scales if is_initializer(node.inputs[slot])]  # type: ignore[arg-type]
@@ -465,6 +467,8 @@ def _marks_before(planner: _Planner, node: ir.Node, marks: Marks) -> dict[int, M
             rank = len(planner.dimensions.axes_of(node, 0) or ())
             order = list(perm.as_ints()) if perm is not None else list(reversed(range(rank)))
             return {0: frozenset(order[axis] for axis in marks)}
+        case "Gather":
+            return _marks_before_gather(planner, node, marks)
         case "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten":
             return _marks_before_reshape(planner, node, marks)
         case "Mul" | "Div":
@@ -495,10 +499,23 @@ def _marks_before_reshape(planner: _Planner, node: ir.Node, marks: Marks) -> dic
     return None if found & split else {0: frozenset(found)}
 
 
+def _marks_before_gather(planner: _Planner, node: ir.Node, marks: Marks) -> dict[int, Marks] | None:
+    """Whole slices of the data are picked: every axis but the one that is indexed passes."""
+    data, where = planner.dimensions.axes_of(node, 0), planner.dimensions.axes_of(node, 1)
+    if data is None or where is None:
+        return None
+    attribute = node.attributes.get("axis")
+    axis = (0 if attribute is None else attribute.as_int()) % len(data)
+    end = axis + len(where)
+    if any(axis <= mark < end for mark in marks):
+        return None
+    return {0: frozenset(mark if mark < axis else mark - len(where) + 1 for mark in marks)}
+
+
 def _marks_before_product(planner: _Planner, node: ir.Node, marks: Marks) -> dict[int, Marks] | None:
     for index in (0, 1) if node.op_type == "Mul" else (0,):
         moved = _aligned(planner, node, index, marks)
-        if moved is not None and node.inputs[index] in planner.dimensions.constants:
+        if moved is not None and planner.dimensions.is_weight(node.inputs[index]):
             return {index: moved}
     return None
 

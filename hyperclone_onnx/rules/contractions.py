@@ -14,9 +14,9 @@ from hyperclone_onnx.rules.registry import relates
 
 def note_roles(op: Op, batch: Axes, left_free: Axes, right_free: Axes, slots: tuple[int, int] = (0, 1)) -> None:
     """Record what the free and batch axes of a contraction of two inputs, at `slots`, are seen to be."""
-    if any(op.is_constant(index) for index in slots):
+    if any(op.is_weight(index) for index in slots):
         for index, free in zip(slots, (left_free, right_free), strict=True):
-            if op.is_constant(index):
+            if op.is_weight(index):
                 for term in free:
                     op.fact(Fact.WEIGHT_OUTPUT, term)
         return

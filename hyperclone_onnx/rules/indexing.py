@@ -29,8 +29,12 @@ def gather(op: Op) -> None:
     else:
         index_by(op, axes[axis], 1)
         if op.is_constant(0) and not op.is_constant(1):
-            for term in (*axes[:axis], *axes[axis + 1 :]):
-                op.fact(Fact.EMBEDDING, term)
+            rest = (*axes[:axis], *axes[axis + 1 :])
+            if sum(not op.is_one(term) for term in rest) > 1:
+                op.picked()
+            else:
+                for term in rest:
+                    op.fact(Fact.EMBEDDING, term)
     middle = where if picked is None else _spread(op, picked, where)
     op.out((*axes[:axis], *middle, *axes[axis + 1 :]), _gathered(op, axis))
 

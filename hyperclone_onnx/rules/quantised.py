@@ -35,14 +35,12 @@ def per_channel(op: Op, index: int, channels: Term) -> None:
 
 
 def blocks_of(op: Op, term: Term, blocks: Term, size: int) -> None:
-    """An axis is (blocks, elements of a block): blocks grow, for a block's elements share one scale.
-
-    Raises:
-        CannotTell: the last block is not full.
-    """
+    """An axis is (blocks, elements of a block): blocks grow, for a block's elements share one scale."""
     count, length = op.static(blocks), op.static(term)
     if count is None or length is None or count * size != length:
-        raise CannotTell(f"blocks of {size} that do not fill an axis of {op.size(term)}")
+        for each in (term, blocks):
+            op.pin(each, f"blocks of {size} share a scale, and do not fill it")
+        return
     op.space.match([term], [blocks, op.pinned_dim(size, BLOCK)])
 
 
@@ -53,16 +51,14 @@ def blocks_of(op: Op, term: Term, blocks: Term, size: int) -> None:
 @relates("DequantizeLinear", "QuantizeLinear", domain=MICROSOFT)
 def linear(op: Op) -> None:
     """y[j] = (x[j] - zero_point[j]) scale[j], or its inverse; scales are one number, per channel or per block"""
-    x, scale = op.axes(0), op.axes(1)
+    x = op.axes(0)
     for index in (1, 2):
         if op.has(index):
-            _relate_scale(op, x, op.axes(index), len(scale))
+            _relate_scale(op, x, op.axes(index))
     op.out(x)
 
 
-def _relate_scale(op: Op, x: Axes, scale: Axes, rank: int) -> None:
-    if len(scale) != rank:
-        raise CannotTell("a zero point of another rank than its scale")
+def _relate_scale(op: Op, x: Axes, scale: Axes) -> None:
     if all(op.is_one(term) for term in scale):
         return
     axis = op.axis(op.integer("axis", 1), len(x)) if len(x) > 1 else 0
@@ -388,7 +384,8 @@ def gather_block_quantized(op: Op) -> None:
                 op.fact(Fact.EMBEDDING, data[axis])
     blocks = scale[along]
     blocks_of(op, data[along], blocks, size * bits // 8)
-    width = Product((blocks, op.pinned_dim(size, BLOCK)))
+    width = op.dim((op.static(data[along]) or 0) * 8 // bits)
+    blocks_of(op, width, blocks, size)
     op.fact(Fact.EMBEDDING, width)
     if op.has(3):
         if bits < 8:
