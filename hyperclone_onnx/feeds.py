@@ -64,7 +64,7 @@ def _limits(dimensions: Dimensions) -> dict[ir.Value, int]:
     """For each integer input, the smallest table that its values index."""
     limits: dict[ir.Value, int] = {}
     for indices, term in dimensions.index_tables:
-        origin = source_input(indices)
+        origin = source_input(dimensions, indices)
         size = dimensions.space.static(term)
         if origin is not None and size is not None:
             limits[origin] = min(size, limits.get(origin, size))

@@ -70,6 +70,8 @@ class _Rewriter:
         for node in self.graph.all_nodes():
             for value in node.outputs:
                 value.shape = value.shape if value in interface else None
+        for value in (value for inner in self.graph.subgraphs() for value in inner.inputs if value.shape is not None):
+            value.shape = ir.Shape([dim if dim == 1 else None for dim in value.shape.dims])  # type: ignore[union-attr]
         for side, values in ((self.plan.inputs, self.graph.inputs), (self.plan.outputs, self.graph.outputs)):
             named = {value.name: value for value in values}
             for each in side:

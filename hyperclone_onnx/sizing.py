@@ -142,14 +142,14 @@ def _vocabulary(dimensions: Dimensions) -> set[Dim]:
     return {
         atom
         for indices, term in dimensions.index_tables
-        if source_input(indices) is not None
+        if source_input(dimensions, indices) is not None
         for atom in dimensions.space.atoms(term)
     }
 
 
-def source_input(value: ir.Value) -> ir.Value | None:
+def source_input(dimensions: Dimensions, value: ir.Value) -> ir.Value | None:
     """The graph input whose very elements a value holds, None when it is computed from them."""
-    while not value.is_graph_input():
+    while not (value.is_graph_input() and value in dimensions.model.graph.inputs):
         producer = value.producer()
         if producer is None or producer.domain or producer.op_type not in _MOVERS:
             return None

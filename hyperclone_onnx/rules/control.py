@@ -1,11 +1,18 @@
-"""Control flow: the walk goes into the bodies."""
+"""Control flow: the walk goes into the bodies.
+
+A body is one graph that is run many times, so what it carries around has the same dimensions before and after it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
 from hyperclone_onnx.dims import Term
-from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import CannotTell, Op, walk
-from hyperclone_onnx.rules.registry import edits, relates
+from hyperclone_onnx.inference import Axes, CannotTell, Op, walk
+from hyperclone_onnx.known import static_values
+from hyperclone_onnx.rules.registry import pinned, relates
 
 
 @relates("If")
@@ -32,21 +39,7 @@ def if_(op: Op) -> None:
         op.out([_either(op, a, b) for a, b in zip(one, other, strict=True)], index=index)
 
 
-@relates("Constant")
-def constant(op: Op) -> None:
-    """out[j] = value[j]; only one that is itself a branch's result is left after constants were stored"""
-    attribute = op.node.attributes.get("value")
-    if attribute is None:
-        raise CannotTell("a Constant that is no tensor")
-    op.out([op.dim(int(size)) for size in attribute.as_tensor().shape.numpy()])
-
-
-@edits("Constant")
-def edit_constant(op: GrownOp) -> None:
-    """A grown constant is the source's, repeated."""
-    for axis, term in enumerate(op.out_axes(0)):
-        if op.grows(term):
-            op.gather_output(0, axis)
+pinned("a tensor that is sparse or no number; any other is stored before the analysis", "Constant")
 
 
 def _either(op: Op, one: Term, other: Term) -> Term:
@@ -56,3 +49,108 @@ def _either(op: Op, one: Term, other: Term) -> Term:
     for term in (one, other):
         op.pin(term, "made in another size by the other branch")
     return op.dim(None)
+
+
+@relates("Loop")
+def loop(op: Op) -> None:
+    """(carried, stacked) = body(i, condition, carried) for i = 0, 1, ...: what is carried keeps its dimensions"""
+    body = op.node.attributes["body"].as_graph()
+    for index in (0, 1):
+        op.parameter(index)
+    carried = _enter(op, body.inputs[2:], range(2, op.count))
+    for value in body.inputs[:2]:
+        op.dimensions.axes[value] = ()
+    _walk_body(op, body)
+    trips = op.known(0)
+    endless = not op.has(1) or op.ints(1) == [1]
+    stays = op.dimensions.known.get(body.outputs[0])
+    stays_true = body.outputs[0] is body.inputs[1] or static_values(stays) == [1]
+    count = trips.ravel()[0] if trips is not None and endless and stays_true else None
+    _leave(
+        op, body.outputs[1:], carried, [(0, op.pinned_dim(count, "numbers the turns of a loop"))] * len(body.outputs)
+    )
+
+
+@relates("Scan")
+def scan(op: Op) -> None:
+    """(carried, stacked) = body(carried, x[.., t, ..]) for t = 0, 1, ... along an axis of each scanned operand"""
+    if op.opset < 9:
+        raise CannotTell("Scan over a batch (opset 8)")
+    body = op.node.attributes["body"].as_graph()
+    scanned = op.integer("num_scan_inputs")
+    states = op.count - scanned
+    carried = _enter(op, body.inputs[:states], range(states))
+    axes_in = op.int_list("scan_input_axes", None) or [0] * scanned
+    steps: list[Term] = []
+    for value, index, axis in zip(body.inputs[states:], range(states, op.count), axes_in, strict=True):
+        axes = list(op.axes(index))
+        steps.append(axes.pop(op.axis(axis, len(axes))))
+        op.pin(steps[-1], "numbers the steps of a scan")
+        op.dimensions.axes[value] = tuple(axes)
+    for step in steps[1:]:
+        op.unify(steps[0], step)
+    _walk_body(op, body)
+    axes_out = op.int_list("scan_output_axes", None) or [0] * (len(body.outputs) - states)
+    _leave(op, body.outputs, carried, [(axis, steps[0]) for axis in axes_out])
+
+
+def _enter(op: Op, inner: Sequence[ir.Value], indices: Sequence[int]) -> list[Axes]:
+    """Give a body's carried inputs the axes of what they begin with; a length that may change is a new one."""
+    carried: list[Axes] = []
+    for value, index in zip(inner, indices, strict=True):
+        axes = tuple(op.dim(None) if op.static(term) in (None, 0) else term for term in op.axes(index))
+        for term, begins in zip(axes, op.axes(index), strict=True):
+            if term is not begins:
+                for each in (term, begins):
+                    op.pin(each, "a length that a loop may change")
+        carried.append(axes)
+        op.dimensions.axes[value] = axes
+    return carried
+
+
+def _walk_body(op: Op, body: ir.Graph) -> None:
+    place = op.space.place
+    walk(op.dimensions, body)
+    op.space.place = place
+
+
+def _leave(op: Op, made: Sequence[ir.Value], carried: list[Axes], stacked: Sequence[tuple[int, Term]]) -> None:
+    """Relate what a body carried around with what it began with, and set the node's outputs.
+
+    Raises:
+        CannotTell: a carried value comes back in another shape, so that the body was read with a wrong one.
+    """
+    for index, value in enumerate(made):
+        axes = op.dimensions.axes.get(value)
+        if axes is None:
+            raise CannotTell(*op.dimensions.lost.get(value, ("a body that makes a value of unknown rank", "")))
+        if index >= len(carried):
+            axis, turns = stacked[index - len(carried)]
+            whole = list(axes)
+            whole.insert(op.axis(axis, len(axes) + 1), turns)
+            op.out(whole, index=index)
+            continue
+        before = carried[index]
+        if len(before) != len(axes):
+            _distrust(op, "a loop that changes the rank of what it carries")
+        for one, other in zip(before, axes, strict=True):
+            if op.static(one) is None:
+                op.pin(other, "a length that a loop may change")
+            elif op.size(one) != op.size(other):
+                _distrust(op, "a loop that changes the shape of what it carries")
+            else:
+                op.unify(one, other)
+        op.out(before, index=index)
+
+
+def _distrust(op: Op, reason: str) -> None:
+    """Pin all that a body touches: it was read with shapes that it does not keep."""
+    for attribute in op.node.attributes.values():
+        for node in attribute.as_graph().all_nodes() if attribute.type == ir.AttributeType.GRAPH else ():
+            for index in range(len(node.inputs)):
+                for term in (op.dimensions.axes_of(node, index) if node.inputs[index] is not None else None) or ():
+                    op.space.pin(term, reason, gap=True)
+            for value in node.outputs:
+                for term in op.dimensions.axes.get(value) or ():
+                    op.space.pin(term, reason, gap=True)
+    raise CannotTell(reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from rule_rows.harness import Model, row
@@ -46,7 +47,7 @@ def if_with_weights_of_its_own(m: Model) -> None:
     m.node("If", condition, then_branch=branches[0], else_branch=branches[1])
 
 
-@row("Constant", seeds=4)
+@row("If", seeds=4)
 def constant_of_a_branch(m: Model) -> None:
     """All that a branch does is to return a stored tensor."""
     n, k = m.size(), m.size()
@@ -59,3 +60,79 @@ def constant_of_a_branch(m: Model) -> None:
         for node in made
     ]
     m.node("If", condition, then_branch=branches[0], else_branch=branches[1], want="gg")
+
+
+def carried(name: str) -> onnx.ValueInfoProto:
+    """A body's input or output whose shape the file does not tell."""
+    return helper.make_tensor_value_info(name, TensorProto.DOUBLE, None)
+
+
+COUNTER = [
+    helper.make_tensor_value_info("turn", TensorProto.INT64, ()),
+    helper.make_tensor_value_info("go", TensorProto.BOOL, ()),
+]
+
+
+@row("Loop", seeds=10)
+def loop(m: Model) -> None:
+    """h = tanh(h W[turn] + x), with experts picked by the turn's number; each h is stacked."""
+    n, k, turns = m.size(), m.size(), m.size(2, 3)
+    x = m.operand((n, k), "gg", stored=False)
+    weights = m.operand((turns, k, k), "pgg", stored=True)
+    start = m.operand((n, k), "gg", stored=m.coin(0.3))
+    nodes = [
+        helper.make_node("Gather", [weights, "turn"], ["w"], name="pick", axis=0),
+        helper.make_node("MatMul", ["h", "w"], ["product"], name="product"),
+        helper.make_node("Add", ["product", x], ["sum"], name="sum"),
+        helper.make_node("Tanh", ["sum"], ["h_out"], name="h_out"),
+        helper.make_node("Identity", ["go"], ["go_out"], name="go_out"),
+        helper.make_node("Exp", ["h_out"], ["stacked"], name="stacked"),
+    ]
+    results = [helper.make_tensor_value_info("go_out", TensorProto.BOOL, ()), carried("h_out"), carried("stacked")]
+    body = helper.make_graph(nodes, "body", [*COUNTER, carried("h")], results)
+    count = m.ints(np.asarray(turns))
+    condition = m.operand(np.asarray(True), stored=True) if m.coin() else ""
+    _, stacked = m.node("Loop", count, condition, start, outputs=2, want="gg", body=body)
+    m.expected[stacked] = "pgg"
+
+
+@row("Loop", seeds=3)
+def loop_that_lengthens(m: Model) -> None:
+    """A value that grows at each turn keeps its dimensions' sizes; what it is joined from may not grow there either."""
+    k = m.size()
+    x = m.operand((1, k), stored=False)
+    nodes = [
+        helper.make_node("Concat", ["h", x], ["h_out"], name="h_out", axis=0),
+        helper.make_node("Identity", ["go"], ["go_out"], name="go_out"),
+    ]
+    results = [helper.make_tensor_value_info("go_out", TensorProto.BOOL, ()), carried("h_out")]
+    body = helper.make_graph(nodes, "body", [*COUNTER, carried("h")], results)
+    start = m.operand((m.pick(0, 1, 2), k), stored=False)
+    m.node("Loop", m.ints(np.asarray(2)), "", start, body=body, want="..")
+
+
+@row("Scan", seeds=10)
+def scan(m: Model) -> None:
+    """A linear recurrence: h = a[t] h + b[t] W, y[t] = h."""
+    m.opset = max(m.opset, 13)
+    t, n, k, p = m.size(), m.size(), m.size(), m.size()
+    axis, out = m.size(0, 2), m.size(0, 2)
+    decay = m.operand(np.asarray(m.values((t, n, p))), stored=False)
+    shape = [n, k]
+    shape.insert(axis, t)
+    b = m.operand(tuple(shape), stored=False)
+    weight = m.operand((k, p), "gg", stored=True)
+    start = m.operand((n, p), "gg", stored=False)
+    nodes = [
+        helper.make_node("MatMul", ["now", weight], ["product"], name="product"),
+        helper.make_node("Mul", ["decay", "h"], ["kept"], name="kept"),
+        helper.make_node("Add", ["kept", "product"], ["h_out"], name="h_out"),
+        helper.make_node("Identity", ["h_out"], ["y"], name="y"),
+    ]
+    inputs, results = ["h", "decay", "now"], ["h_out", "y"]
+    body = helper.make_graph(nodes, "body", [carried(i) for i in inputs], [carried(o) for o in results])
+    given = {"num_scan_inputs": 2, "scan_input_axes": [0, axis], "scan_output_axes": [out]}
+    _, y = m.node("Scan", start, decay, b, outputs=2, want="gg", body=body, **given)
+    letters = ["g", "g"]
+    letters.insert(out, "p")
+    m.expected[y] = "".join(letters)
