@@ -6,12 +6,17 @@ from hyperclone_onnx.rules import (
     control,
     convolution,
     elementwise,
+    flex_attention,
     indexing,
     layout,
     microsoft,
     normalisation,
+    pinned,
+    recurrent,
     reductions,
     shapes,
+    spatial,
+    transforms,
 )
 
 __all__ = [
@@ -20,10 +25,15 @@ __all__ = [
     "control",
     "convolution",
     "elementwise",
+    "flex_attention",
     "indexing",
     "layout",
     "microsoft",
     "normalisation",
+    "pinned",
+    "recurrent",
     "reductions",
     "shapes",
+    "spatial",
+    "transforms",
 ]

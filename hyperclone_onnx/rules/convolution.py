@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import ONE, Term
+from hyperclone_onnx.dims import ONE, Term, product
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.registry import edits, relates
@@ -29,9 +29,7 @@ def _grouped(op: Op, term: Term, group: int) -> tuple[Term, Term]:
     return parts
 
 
-@relates("Conv")
-def conv(op: Op) -> None:
-    """Y[n, (g m), p] = sum_{c, k} X[n, (g c), p + k] W[(g m), c, k] + B[(g m)]"""
+def _convolve(op: Op, bias: int) -> None:
     x, w = op.axes(0), op.axes(1)
     group = op.integer("group", 1)
     for term in w[2:]:
@@ -45,12 +43,62 @@ def conv(op: Op) -> None:
     op.fact(Fact.WEIGHT_OUTPUT, w[0])
     if op.value(0).is_graph_input():
         op.pin(x[1], "the channels of an input")
-    if op.has(2):
-        op.unify(op.axes(2)[0], w[0])
+    if op.has(bias):
+        op.unify(op.axes(bias)[0], w[0])
     op.out((x[0], w[0], *_spatial(op, len(x) - 2)))
 
 
-@edits("Conv")
+@relates("Conv")
+def conv(op: Op) -> None:
+    """Y[n, (g m), p] = sum_{c, k} X[n, (g c), p + k] W[(g m), c, k] + B[(g m)]"""
+    _convolve(op, bias=2)
+
+
+@relates("DeformConv")
+def deform_conv(op: Op) -> None:
+    """Conv that reads X[n, (f c), p + k + offset[n, (f k), p]] mask[n, (f k), p]"""
+    _convolve(op, bias=3)
+    x = op.axes(0)
+    op.pin(_grouped(op, x[1], op.integer("offset_group", 1))[0], "channels that move together")
+    for index in (2, 4):
+        if op.has(index):
+            batch, kernel, *space = op.axes(index)
+            op.unify(batch, x[0])
+            for term in (kernel, *space):
+                op.pin(term, "a convolution's kernel or a spatial axis")
+
+
+@relates("ConvTranspose")
+def conv_transpose(op: Op) -> None:
+    """Y[n, (g m), q] = sum_{c, p, k: p + k = q} X[n, (g c), p] W[(g c), m, k] + B[(g m)]"""
+    x, w = op.axes(0), op.axes(1)
+    group = op.integer("group", 1)
+    for term in w[2:]:
+        op.pin(term, "a convolution's kernel")
+    op.unify(x[1], w[0])
+    groups, channels = _grouped(op, w[0], group)
+    if not op.is_one(channels):
+        op.pin(groups, "groups beside the channels that are summed")
+        op.sum_over((0, 1), (1, 0))
+    out = product(groups, w[1])
+    op.fact(Fact.CONTRACTED_WITH_WEIGHT, channels)
+    op.fact(Fact.WEIGHT_OUTPUT, out)
+    if op.value(0).is_graph_input():
+        op.pin(x[1], "the channels of an input")
+    if op.has(2):
+        op.unify(op.axes(2)[0], out)
+    op.out((x[0], out, *_spatial(op, len(x) - 2)))
+
+
+@edits("ConvTranspose")
+def edit_conv_transpose(op: GrownOp) -> None:
+    """As many groups as channels grow with them; others stay."""
+    channels = op.axes(1)[0]
+    if op.integer("group", 1) > 1 and op.static(channels) == op.integer("group"):
+        op.set_attribute("group", op.grown(channels))
+
+
+@edits("Conv", "DeformConv")
 def edit_conv(op: GrownOp) -> None:
     """The group attribute is the channels over the channels of a group."""
     if op.integer("group", 1) > 1:
@@ -86,13 +134,42 @@ def pool(op: Op) -> None:
     op.out(out, index=1)
 
 
-@relates("GlobalAveragePool", "GlobalMaxPool")
+@relates("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def global_pool(op: Op) -> None:
-    """Y[n, c, 1...] pools X[n, c, all]"""
+    """Y[n, c, 1...] pools X[n, c, all]: its mean, its largest, or (sum |X|^p)^(1/p)"""
     x = op.axes(0)
-    for term in x[2:] if op.node.op_type == "GlobalAveragePool" else ():
-        op.uniform(term)
+    for axis in range(2, len(x)):
+        match op.node.op_type:
+            case "GlobalAveragePool":
+                op.uniform(x[axis])
+            case "GlobalLpPool":
+                op.sum_over((0, axis), power=1.0 / op.integer("p", 2))
     op.out((x[0], x[1], *[ONE] * (len(x) - 2)))
+
+
+@relates("LRN")
+def local_response_norm(op: Op) -> None:
+    """Y[n, c, p] = X[n, c, p] / (bias + alpha / size sum_{|i - c| < size / 2} X[n, i, p]^2)^beta"""
+    op.pin(op.axes(0)[1], "a window moves along it")
+    op.out(op.axes(0))
+
+
+@relates("Upsample")
+def upsample(op: Op) -> None:
+    """Y[n, c, p'] samples X[n, c, p]; axes whose scale is 1 are untouched"""
+    x = op.axes(0)
+    op.parameter(1)
+    attribute = op.node.attributes.get("scales")
+    scales: list[float] | None = None if attribute is None else list(attribute.as_floats())
+    if op.has(1) and (tensor := op.value(1).const_value) is not None:
+        scales = tensor.numpy().ravel().tolist()
+    declared = op.declared(op.node.outputs[0]) or [None] * len(x)
+    out = list(x)
+    for axis, size in enumerate(declared):
+        if scales is None or scales[axis] != 1.0:
+            op.pin(x[axis], "resized")
+            out[axis] = op.pinned_dim(size, "resized")
+    op.out(out)
 
 
 @relates("Resize")

@@ -6,12 +6,16 @@ from rule_rows import (
     control,
     convolution,
     elementwise,
+    flex_attention,
     indexing,
     layout,
     microsoft,
     normalisation,
+    recurrent,
     reductions,
     shapes,
+    spatial,
+    transforms,
 )
 
 __all__ = [
@@ -20,10 +24,14 @@ __all__ = [
     "control",
     "convolution",
     "elementwise",
+    "flex_attention",
     "indexing",
     "layout",
     "microsoft",
     "normalisation",
+    "recurrent",
     "reductions",
     "shapes",
+    "spatial",
+    "transforms",
 ]
