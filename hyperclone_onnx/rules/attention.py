@@ -86,17 +86,22 @@ def edit_scale(op: GrownOp, depth: Term) -> None:
 def divide_scores(op: GrownOp, depth: Term, given: float | None) -> None:
     """Divide a sum over head_dim by its repeats, exactly: in `scale`, else in the queries (input 0).
 
-    An attribute is a float32: where the new scale is none, the source's stays, and the queries are divided. The
-    default, 1 / sqrt(head_dim), has then shrunk by the square root of what is asked.
+    An attribute is a float32, and so is the square root that kernels take of it: where these are not exact the
+    source's scale stays, and the queries are divided. The default, 1 / sqrt(head_dim), has then shrunk by the
+    square root of what is asked.
     """
     ratio = op.growth(depth)
     if ratio == 1:
         return
     scale = float((1.0 / math.sqrt(op.static(depth) or 1) if given is None else given) / ratio)
-    if float(np.float32(scale)) == scale:
+    if _has_exact_root(scale) and (given is None or _has_exact_root(given)):
         op.set_attribute("scale", scale)
     else:
         op.divide_input(0, depth, 0.5 if given is None else 1.0)
+
+
+def _has_exact_root(scale: float) -> bool:
+    return scale >= 0 and float(np.float32(scale)) == scale == float(np.float32(math.sqrt(scale))) ** 2
 
 
 def edit_heads(op: GrownOp, name: str, heads: Term) -> None:

@@ -142,6 +142,8 @@ def global_pool(op: Op) -> None:
         match op.node.op_type:
             case "GlobalAveragePool":
                 op.uniform(x[axis])
+            case "GlobalLpPool" if op.is_constant(0):
+                op.pin(x[axis], "the sizes of a weight's shares do not add up to its own")
             case "GlobalLpPool":
                 op.sum_over((0, axis), power=1.0 / op.integer("p", 2))
     op.out((x[0], x[1], *[ONE] * (len(x) - 2)))

@@ -57,7 +57,7 @@ def conv_transpose(m: Model) -> None:
     operands = [x, m.operand((group * c, o, *kernel), grows + letters((o,)) + "p" * len(space))]
     if m.coin():
         operands.append(m.operand((group * o,), widens))
-    if group > 1:  # the reference's groups and biases do not go together
+    if group > 1:  # the reference writes one channel for each group
         narrow(m)
     m.node("ConvTranspose", *operands, want="." + widens + "p" * len(space), **attributes)
 
