@@ -39,6 +39,7 @@ class Fact(enum.Enum):
     EMBEDDING = "width of an embedding table"
     EXPANDED = "made by repetition"
     SOFTMAX = "axis of a softmax"
+    STATE = "carried from step to step by a recurrence"
 
 
 @dataclass(frozen=True)

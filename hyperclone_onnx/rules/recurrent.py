@@ -42,6 +42,7 @@ def recurrent(op: Op) -> None:
     op.sum_over((2, 2))
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, hidden)
     op.fact(Fact.WEIGHT_OUTPUT, hidden)
+    op.fact(Fact.STATE, hidden)
 
     every_gate = Concat((hidden,) * gates)
     state = (batch, directions, hidden) if batch_first else (directions, batch, hidden)
