@@ -69,6 +69,9 @@ class _Rewriter:
         for node in self.graph.all_nodes():
             for value in node.outputs:
                 value.shape = value.shape if value in interface else None
+        for graph in self.graph.subgraphs():
+            for value in graph.inputs:
+                value.shape = None
         for side, values in ((self.plan.inputs, self.graph.inputs), (self.plan.outputs, self.graph.outputs)):
             named = {value.name: value for value in values}
             for each in side:
