@@ -55,6 +55,16 @@ def recurrent_row(m: Model, op: str, direction: str, layout: int, full: bool = F
     m.node(op, *inputs, outputs=3 if op == "LSTM" else 2, want=want, **attributes)
 
 
+@row("RNN", seeds=8)
+def recurrent_of_one_tensor(m: Model) -> None:
+    """Inputs and state meet one stored tensor; what reads it besides lets scalars divide."""
+    n = m.size()
+    w = m.operand((1, n, n), "pgg", stored=True)
+    m.node("RNN", activation(m, (m.size(), m.size(), n)), w, w, want="ppgg", hidden_size=n, outputs=2)
+    if m.coin():
+        m.node("MatMul", m.operand((m.size(), n), stored=False), w)
+
+
 @row("LSTM", "GRU", seeds=6)
 def recurrent_layers(m: Model, op: str) -> None:
     """Two layers, as exporters write them: the directions side by side are one axis of the second's input."""
