@@ -148,6 +148,7 @@ def global_pool(m: Model, op: str) -> None:
 
 @row("GlobalLpPool", seeds=10)
 def global_norm(m: Model) -> None:
+    m.opset = m.pick(13, 21)
     shape = (m.size(), m.size(), *m.shape(1, 2))
     p = m.pick(None, 1, 2, 3)
     x = activation(m, shape)

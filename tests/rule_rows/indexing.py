@@ -138,7 +138,7 @@ def compress(m: Model) -> None:
     shape = m.shape(1, 3)
     axis = m.size(0, len(shape) - 1)
     if m.coin(0.3):
-        chosen = m.operand((m.size(),), "p", kind=np.bool_)
+        chosen = m.operand((min(m.size(), int(np.prod(shape))),), "p", kind=np.bool_)
         m.node("Compress", m.operand(shape, "p" * len(shape), stored=False), chosen)
         return
     want = "".join("p" if i == axis else "g" for i in range(len(shape)))

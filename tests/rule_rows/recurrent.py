@@ -71,14 +71,14 @@ def recurrent_layers(m: Model, op: str) -> None:
     m.opset = 14
     length, batch, n, hidden, gates = m.size(), m.size(), m.size(), m.size(), GATES[op]
     x = activation(m, (length, batch, n), "pgg")
-    for width in (n, 2 * hidden):
+    for layer, width in enumerate((n, 2 * hidden)):
         shapes = ((2, gates * hidden, width), (2, gates * hidden, hidden), (2, 2 * gates * hidden))
         weights = [m.operand(shape, "p" + "g" * (len(shape) - 1), stored=True) for shape in shapes]
         made = m.node(
             op, x, *weights, outputs=2, inner=True, want="ppgg", hidden_size=hidden, direction="bidirectional"
         )
         moved = m.node("Transpose", made[0], perm=[0, 2, 1, 3], inner=True)
-        x = m.node("Reshape", moved, m.ints([0, 0, -1]), inner=width == n, want="pgg")
+        x = m.node("Reshape", moved, m.ints([0, 0, -1]), inner=layer == 0, want="pgg")
     narrow(m)
 
 

@@ -50,13 +50,11 @@ def center_crop_pad(m: Model) -> None:
 
 @row("GridSample", seeds=8)
 def grid_sample(m: Model) -> None:
-    m.opset = m.pick(16, 20, 22)
+    m.opset = m.pick(20, 22)
     n, c = m.size(), m.size()
     x = activation(m, (n, c, 4, 5), "ggpp")
     grid = activation(m, (n, m.size(), m.size(), 2), "gggp")
-    named = {"bilinear": "linear"} if m.opset >= 20 else {}
-    chosen = m.pick("bilinear", "nearest")
-    m.node("GridSample", x, grid, want="gggg", mode=named.get(chosen, chosen), align_corners=m.size(0, 1))
+    m.node("GridSample", x, grid, want="gggg", mode=m.pick("linear", "nearest"), align_corners=m.size(0, 1))
 
 
 @row("RoiAlign", seeds=8)
