@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from hyperclone_onnx.dims import ONE, Concat, Product, Term
+from hyperclone_onnx.dims import Concat, Product, Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op, Uniform
 from hyperclone_onnx.rules.indexing import index_by
@@ -56,11 +56,9 @@ def relate_bias(op: Op, index: int, scores: tuple[Term, Term, Term, Term]) -> No
     """
     if not op.has(index):
         return
-    *rest, last = op.axes(index)
-    if op.static(last) is not None and op.static(last) != op.static(scores[3]):
-        op.pin(last, "a mask of the first keys")
-        last = ONE
-    op.broadcast([scores, (*rest, last)])
+    if op.static(op.axes(index)[-1]) != op.static(scores[3]):
+        op.pin(op.axes(index)[-1], "a mask of the first keys")
+    op.broadcast([scores, op.axes(index)])
 
 
 def total_length(op: Op, new: Term, past: Term | None) -> Term:

@@ -213,8 +213,9 @@ def cumulative(op: Op) -> None:
     """out[.., j, ..] = sum_{k <= j} x[.., k, ..], or their product"""
     axes = op.axes(0)
     axis = op.ints(1)
+    done = "summed" if op.node.op_type == "CumSum" else "multiplied"
     for term in axes if axis is None else [axes[op.axis(axis[0], len(axes))]]:
-        op.pin(term, f"accumulated step by step by {op.node.op_type}")
+        op.pin(term, f"{done} step by step by {op.node.op_type}")
     op.out(axes)
 
 
