@@ -67,11 +67,18 @@ def operators_page() -> str:
         equation = re.sub(r"\s+", " ", (relation.__doc__ or "").strip()).replace("|", "\\|")
         edited = "yes" if registry.edit(domain, op_type) else ""
         rows.append(f"| {f'{domain}.' if domain else ''}{op_type} | {equation} | {edited} |")
+    pinned: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (domain, op_type), reason in registry.pinned_operators().items():
+        pinned[domain, reason].append(op_type)
+    kept = [f"| {', '.join(names)} | {domain} | {reason} |" for (domain, reason), names in pinned.items()]
     return (
         "# The operators that have a rule\n\n"
         "Written by `make docs` from the registry. *edited* marks operators whose attributes or integer inputs\n"
         "change when their axes grow. Any other operator keeps the size of everything it touches.\n\n"
-        "| operator | how its axes relate | edited |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        "| operator | how its axes relate | edited |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        "## Operators that are pinned on purpose\n\n"
+        "No scale or repetition undoes a growth of what these touch.\n\n"
+        "| operators | domain | why |\n|---|---|---|\n" + "\n".join(kept) + "\n"
     )
 
 

@@ -8,11 +8,11 @@ from fractions import Fraction
 import numpy as np
 import onnx_ir as ir
 
-from hyperclone_onnx.dims import Concat, Dim, Product, Term
+from hyperclone_onnx.dims import Concat, Dim, Product, Term, product
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.inference import Axes, Op, describe
 from hyperclone_onnx.maps import Axis, ConcatOf, Kept, Named, ProductOf, grown_size
-from hyperclone_onnx.plan import Edit, GatherOutput, ResizeVector, SetAttribute, SetInput
+from hyperclone_onnx.plan import Edit, GatherOutput, ResizeVector, ScaleInput, SetAttribute, SetInput
 from hyperclone_onnx.sizing import Growth
 
 
@@ -124,6 +124,26 @@ class GrownOp(Op):
         """Where source boundary `at` lies in the grown axis."""
         return self.terms.offset(term, at)
 
+    def factored(self, term: Term, inner: int) -> tuple[Term, Term]:
+        """An axis as (outer, inner of source size `inner`); of segments, their outer parts side by side.
+
+        Raises:
+            Refused: its parts do not end in one inner part of that size.
+        """
+        resolved = self.space.resolve(term)
+        if isinstance(resolved, Concat) and self.static(resolved) != inner:
+            parts = [self.factored(segment, inner) for segment in resolved.segments]
+            if len({within for _, within in parts}) == 1:
+                return Concat(tuple(outer for outer, _ in parts)), parts[0][1]
+        else:
+            outer = list(self.space.factors(resolved))
+            within: Term = Product(())
+            while outer and (self.static(within) or 0) < inner:
+                within = product(outer.pop(), *self.space.factors(within))
+            if self.static(within) == inner:
+                return Product(tuple(outer)), within
+        raise self.refuse(f"an axis of {self.size(resolved)} does not end in one part of {inner}")
+
     def refuse(self, why: str) -> Refused:
         """The error for an edit that cannot be made."""
         return Refused(f"{describe(self.node)} cannot be edited: {why}")
@@ -133,6 +153,12 @@ class GrownOp(Op):
     def set_attribute(self, name: str, value: float | Sequence[int]) -> None:
         """Give an attribute another value."""
         self.edits.append(SetAttribute(self.name, name, value if isinstance(value, int | float) else tuple(value)))
+
+    def divide_input(self, index: int, term: Term, power: float = 1.0) -> None:
+        """Divide an input by (the number of repeats of each index of `term`) ** power, the same for all of them."""
+        factors = self.terms.factors(term)
+        assert factors is not None
+        self.edits.append(ScaleInput(self.name, index, ((-1, factors),), power))
 
     def remove_attribute(self, name: str) -> None:
         """Drop an attribute, if the node has it."""

@@ -40,6 +40,7 @@ class Fact(enum.Enum):
     EXPANDED = "made by repetition"
     SOFTMAX = "axis of a softmax"
     GROUPED = "numbers groups of channels that are convolved or normalised apart"
+    STATE = "carried from step to step by a recurrence"
 
 
 @dataclass(frozen=True)

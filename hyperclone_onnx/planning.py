@@ -36,6 +36,8 @@ from hyperclone_onnx.strategies import Strategy
 
 Marks = frozenset[int]
 """The axes of a value over which a contraction sums."""
+Group = tuple[Sum, ...]
+"""Sums of one node that one operand must carry together: those that share operands."""
 
 LARGEST_SUM, LARGEST_PRODUCT = 2**31 - 1, 255 * 255
 """Products of bytes are added up in 32 bits."""
@@ -116,7 +118,7 @@ class _Planner:
     growth: Growth
     untie: bool
     edits: list[Edit] = field(default_factory=list)
-    carried: dict[ir.Node, Carriers] = field(default_factory=dict)
+    carried: dict[Group, Carriers] = field(default_factory=dict)
     scales: dict[Use, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -148,28 +150,26 @@ class _Planner:
 
     def share_sums(self) -> None:
         """Decide, for each node that sums over a grown axis, who divides."""
-        by_node: dict[ir.Node, list[Sum]] = defaultdict(list)
-        for each in self.dimensions.sums:
-            if self.terms.grows(each.term):
-                by_node[each.node].append(each)
-        for node, sums in by_node.items():
-            carriers = self._weights_that_carry(node, sums)
+        groups = _independent([each for each in self.dimensions.sums if self.terms.grows(each.term)])
+        for group in groups:
+            carriers = self._weights_that_carry(group)
             if carriers is not None:
-                self.carried[node] = carriers
+                self.carried[group] = carriers
         self._keep_ties()
         for carriers in self.carried.values():
             for use, scale in carriers.scales.items():
                 self._rescale(use, scale)
-        for node, sums in by_node.items():
-            if node not in self.carried:
-                for each in sums:
+        for group in groups:
+            if group not in self.carried:
+                for each in group:
                     self._scale(each)
 
     def _rescale(self, use: Use, scale: float) -> None:
         self.scales[use] = self.scales.get(use, 1.0) * scale
 
-    def _weights_that_carry(self, node: ir.Node, sums: list[Sum]) -> Carriers | None:
+    def _weights_that_carry(self, sums: Group) -> Carriers | None:
         """The stored tensors behind one operand that has all the summed axes, or None."""
+        node = sums[0].node
         if any(each.power != 1.0 or each.integers or each.scales for each in sums):
             return None
         for index in range(len(node.inputs)):
@@ -242,8 +242,8 @@ class _Planner:
                     continue
                 if len({self._marks(use) for use, _ in group}) > 1:
                     members = {use for use, _ in group}
-                    for node in [n for n, found in self.carried.items() if members & found.marks.keys()]:
-                        del self.carried[node]
+                    for each in [each for each, found in self.carried.items() if members & found.marks.keys()]:
+                        del self.carried[each]
                         changed = True
 
     def _marks(self, use: Use) -> Marks:
@@ -355,7 +355,7 @@ class _Planner:
         value = node.inputs[slot]
         producer = None if value is None else value.producer()
         while producer is not None and value is not None and len(value.uses()) == 1 and not value.is_graph_output():
-            if producer.domain or producer in self.carried:
+            if producer.domain or any(producer is sums[0].node for sums in self.carried):
                 return False
             if producer.op_type in _LAYOUT:
                 value = producer.inputs[0]
@@ -448,6 +448,23 @@ class _Planner:
 
 _SHARING = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """The element types that can hold a share of a weight."""
+
+
+def _independent(sums: Iterable[Sum]) -> list[Group]:
+    """Sums by node, those apart that share no operand (a recurrent layer sums its inputs and its state).
+
+    What carries one of two sums over a common operand may vary along the other; sums over operands of their own
+    are each right by themselves.
+    """
+    by_node: dict[ir.Node, list[Group]] = defaultdict(list)
+    for each in sums:
+        groups = by_node[each.node]
+        slots = {slot for slot, _ in each.sites}
+        met = [group for group in groups if any(slot in slots for other in group for slot, _ in other.sites)]
+        groups[:] = [group for group in groups if group not in met]
+        groups.append((*(other for group in met for other in group), each))
+    return [group for groups in by_node.values() for group in groups]
+
 
 _LAYOUT = frozenset(["Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Neg"])
 

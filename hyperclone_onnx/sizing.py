@@ -130,7 +130,7 @@ def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[D
         if not facts.isdisjoint({Fact.CONTRACTED_WITH_ACTIVATION, Fact.VALUE_AXIS}):
             return "head_dim"
     if Fact.CONTRACTED_WITH_WEIGHT in facts:
-        if not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING}):
+        if not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING, Fact.STATE}):
             return "hidden"
         return "ffn" if Fact.WEIGHT_OUTPUT in facts else "width"
     lost = Fact.WEIGHT_OUTPUT in facts and atom.pin is not None and atom.pin.gap

@@ -47,7 +47,7 @@ class Obstacle:
 
 
 OBSTACLES = [
-    Obstacle("no rule", "e = RandomNormalLike (d)  x = Add (d, e)", "RandomNormalLike", "no rule", runs=False),
+    Obstacle("drawn", "e = RandomNormalLike (d)  x = Add (d, e)", "RandomNormalLike", "what it draws", runs=False),
     Obstacle(
         "foreign operator",
         f"x = {DOMAIN}.Twist (d)",

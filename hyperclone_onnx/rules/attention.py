@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
+
 from hyperclone_onnx.dims import Concat, Product, Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op, Uniform
@@ -48,9 +50,15 @@ def relate_scores(op: Op, depth: Term, value_depth: Term, total: Term) -> None:
 
 
 def relate_bias(op: Op, index: int, scores: tuple[Term, Term, Term, Term]) -> None:
-    """A mask or bias added to the scores, broadcast to their axes (batch, heads, query length, total length)."""
-    if op.has(index):
-        op.broadcast([scores, op.axes(index)])
+    """A mask or bias added to the scores, broadcast to their axes (batch, heads, query length, total length).
+
+    It may end before the keys do: the rest is masked.
+    """
+    if not op.has(index):
+        return
+    if op.static(op.axes(index)[-1]) != op.static(scores[3]):
+        op.pin(op.axes(index)[-1], "a mask of the first keys")
+    op.broadcast([scores, op.axes(index)])
 
 
 def total_length(op: Op, new: Term, past: Term | None) -> Term:
@@ -71,6 +79,27 @@ def edit_scale(op: GrownOp, depth: Term) -> None:
     scale = attribute.as_float() if attribute is not None else 0.0
     size = op.static(depth) or 1
     op.set_attribute("scale", float((scale or 1.0 / math.sqrt(size)) / ratio))
+
+
+def divide_scores(op: GrownOp, depth: Term, given: float | None) -> None:
+    """Divide a sum over head_dim by its repeats, exactly: in `scale`, else in the queries (input 0).
+
+    An attribute is a float32, and so is the square root that kernels take of it: where these are not exact the
+    source's scale stays, and the queries are divided. The default, 1 / sqrt(head_dim), has then shrunk by the
+    square root of what is asked.
+    """
+    ratio = op.growth(depth)
+    if ratio == 1:
+        return
+    scale = float((1.0 / math.sqrt(op.static(depth) or 1) if given is None else given) / ratio)
+    if _has_exact_root(scale) and (given is None or _has_exact_root(given)):
+        op.set_attribute("scale", scale)
+    else:
+        op.divide_input(0, depth, 0.5 if given is None else 1.0)
+
+
+def _has_exact_root(scale: float) -> bool:
+    return scale >= 0 and float(np.float32(scale)) == scale == float(np.float32(math.sqrt(scale))) ** 2
 
 
 def edit_heads(op: GrownOp, name: str, heads: Term) -> None:
@@ -95,8 +124,10 @@ def attention(op: Op) -> None:
                 op.unify(one, other)
     relate_scores(op, depth, value_depth, total)
     relate_bias(op, 3, (batch, heads, length, total))
-    if op.integer("is_causal", 0):
-        op.pin(length, "a causal mask counts along it")
+    if op.integer("is_causal", 0) or any(op.integer(f"{side}_window_size", -1) >= 0 for side in ("left", "right")):
+        op.pin(length, "a mask counts along it")
+    if op.has(6):
+        op.unify(op.axes(6)[0], batch)
     packed = op.rank(0) == 3
     op.out((batch, length, Product((heads, value_depth))) if packed else (batch, heads, length, value_depth))
     op.out((batch, kv_heads, total, depth), index=1)
@@ -107,6 +138,8 @@ def attention(op: Op) -> None:
 def _operands(op: Op) -> tuple[tuple[Term, Term, Term, Term], tuple[Term, Term, Term]]:
     """((batch, heads, query length, head_dim), (key/value heads, key length, value head_dim))."""
     query, key, value = op.axes(0), op.axes(1), op.axes(2)
+    if not len(query) == len(key) == len(value) in (3, 4):
+        raise CannotTell("Attention of operands of different ranks")
     if len(query) == 4:
         batch, heads, length, depth = query
         kv_heads, new, value_depth = key[1], key[2], value[3]
@@ -132,14 +165,8 @@ def _heads_of(op: GrownOp, index: int, name: str) -> tuple[Term, Term]:
 
 
 def head_terms(op: GrownOp, term: Term, heads: int) -> tuple[Term, Term]:
-    """The factors of a packed axis that make up its heads, and the rest."""
-    outer: list[Term] = []
-    inner = list(op.space.factors(term))
-    count = 1
-    while count < heads:
-        outer.append(inner.pop(0))
-        count *= op.static(outer[-1]) or 1
-    return Product(tuple(outer)), Product(tuple(inner))
+    """A packed axis as (heads, head_dim)."""
+    return op.factored(term, (op.static(term) or 0) // heads)
 
 
 @edits("Attention")
@@ -149,7 +176,8 @@ def edit_attention(op: GrownOp) -> None:
     kv_heads, _ = _heads_of(op, 1, "kv_num_heads")
     edit_heads(op, "q_num_heads", heads)
     edit_heads(op, "kv_num_heads", kv_heads)
-    edit_scale(op, depth)
+    attribute = op.node.attributes.get("scale")
+    divide_scores(op, depth, None if attribute is None else attribute.as_float())
 
 
 # -- rotary embedding -------------------------------------------------------------------------------------

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hyperclone_onnx import known
-from hyperclone_onnx.dims import ONE, Term
+from hyperclone_onnx.dims import ONE, Term, product
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.registry import edits, relates
 from hyperclone_onnx.sizes import Size
 
 
-def _spatial(op: Op, kernel: Sequence[int | None]) -> list[Term]:
+def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = None) -> list[Term]:
     """The output's spatial axes, from the input's, which are pinned, and the window that runs over them.
 
     Where that is not known before running, the file's own word is taken.
@@ -24,11 +24,15 @@ def _spatial(op: Op, kernel: Sequence[int | None]) -> list[Term]:
     sizes: Sequence[Size | None] = [None] * len(inner)
     if declared is not None and len(declared) == len(inner) + 2:
         sizes = declared[2:]
-    made = [_window_count(op, axis, op.size(term), kernel[axis]) for axis, term in enumerate(inner)]
+    made = [(count or _window_count)(op, axis, op.size(term), kernel[axis]) for axis, term in enumerate(inner)]
     return [
         op.pinned_dim(found if found is not None else size, "a spatial axis")
         for found, size in zip(made, sizes, strict=True)
     ]
+
+
+WindowCount = Callable[[Op, int, Size, int | None], Size | None]
+"""(operator, spatial axis, its size, the kernel's) to the size of the output's axis, None where it is not known."""
 
 
 def _window_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | None:
@@ -47,6 +51,20 @@ def _window_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | N
     return None if windows is None else windows + 1
 
 
+def _spread_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | None:
+    """How far the windows of a transposed convolution reach along a spatial axis."""
+    count = op.rank(0) - 2
+    asked = op.int_list("output_shape", None)
+    if asked is not None:
+        return Size.of(asked[-count:][axis])
+    if kernel is None or op.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    stride, dilation = ((op.int_list(name, None) or [1] * count)[axis] for name in ("strides", "dilations"))
+    more = (op.int_list("output_padding", None) or [0] * count)[axis]
+    pads = op.int_list("pads", None) or [0] * (2 * count)
+    return (size - 1) * stride + more + dilation * (kernel - 1) + 1 - pads[axis] - pads[axis + count]
+
+
 def _grouped(op: Op, term: Term, group: int) -> tuple[Term, Term]:
     """An axis as (group, channels of a group)."""
     size = op.static(term)
@@ -63,6 +81,7 @@ def relate_conv(
     op: Op,
     data: int,
     weight: int,
+    bias: int,
     *,
     integers: bool = False,
     scales: tuple[int, ...] = (),
@@ -83,18 +102,62 @@ def relate_conv(
     op.fact(Fact.WEIGHT_OUTPUT, w[0])
     if op.value(data).is_graph_input():
         op.pin(x[1], "the channels of an input")
+    if op.has(bias):
+        op.unify(op.axes(bias)[0], w[0])
     op.out((x[0], w[0], *_spatial(op, [op.static(term) for term in w[2:]])))
 
 
 @relates("Conv")
 def conv(op: Op) -> None:
     """Y[n, (g m), p] = sum_{c, k} X[n, (g c), p + k] W[(g m), c, k] + B[(g m)]"""
-    relate_conv(op, 0, 1)
+    relate_conv(op, 0, 1, 2)
+
+
+@relates("DeformConv")
+def deform_conv(op: Op) -> None:
+    """Conv that reads X[n, (f c), p + k + offset[n, (f k), p]] mask[n, (f k), p]"""
+    relate_conv(op, 0, 1, 3)
+    x = op.axes(0)
+    op.pin(_grouped(op, x[1], op.integer("offset_group", 1))[0], "channels that move together")
+    for index in (2, 4):
+        if op.has(index):
+            batch, kernel, *space = op.axes(index)
+            op.unify(batch, x[0])
+            for term in (kernel, *space):
+                op.pin(term, "a convolution's kernel or a spatial axis")
+
+
+@relates("ConvTranspose")
+def conv_transpose(op: Op) -> None:
+    """Y[n, (g m), q] = sum_{c, p, k: p + k = q} X[n, (g c), p] W[(g c), m, k] + B[(g m)]"""
+    x, w = op.axes(0), op.axes(1)
+    group = op.integer("group", 1)
+    for term in w[2:]:
+        op.pin(term, "a convolution's kernel")
+    op.unify(x[1], w[0])
+    groups, channels = _grouped(op, w[0], group)
+    if not op.is_one(channels):
+        op.pin(groups, "groups beside the channels that are summed")
+        op.sum_over((0, 1), (1, 0))
+    out = product(groups, w[1])
+    op.fact(Fact.CONTRACTED_WITH_WEIGHT, channels)
+    op.fact(Fact.WEIGHT_OUTPUT, out)
+    if op.value(0).is_graph_input():
+        op.pin(x[1], "the channels of an input")
     if op.has(2):
-        op.unify(op.axes(2)[0], op.axes(1)[0])
+        op.unify(op.axes(2)[0], out)
+    op.out((x[0], out, *_spatial(op, [op.static(term) for term in w[2:]], _spread_count)))
 
 
-@edits("Conv")
+@edits("ConvTranspose")
+def edit_conv_transpose(op: GrownOp) -> None:
+    """As many groups as channels grow with them; others stay."""
+    channels = op.axes(1)[0]
+    if op.integer("group", 1) > 1 and op.static(channels) == op.integer("group"):
+        op.set_attribute("group", op.grown(channels))
+
+
+@edits("Conv", "DeformConv")
 def edit_conv(op: GrownOp) -> None:
     """The group attribute is the channels over the channels of a group."""
     if op.integer("group", 1) > 1:
@@ -130,13 +193,44 @@ def pool(op: Op) -> None:
     op.out(out, index=1)
 
 
-@relates("GlobalAveragePool", "GlobalMaxPool")
+@relates("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def global_pool(op: Op) -> None:
-    """Y[n, c, 1...] pools X[n, c, all]"""
+    """Y[n, c, 1...] pools X[n, c, all]: its mean, its largest, or (sum |X|^p)^(1/p)"""
     x = op.axes(0)
-    for term in x[2:] if op.node.op_type == "GlobalAveragePool" else ():
-        op.uniform(term)
+    for axis in range(2, len(x)):
+        match op.node.op_type:
+            case "GlobalAveragePool":
+                op.uniform(x[axis])
+            case "GlobalLpPool" if op.is_constant(0):
+                op.pin(x[axis], "the sizes of a weight's shares do not add up to its own")
+            case "GlobalLpPool":
+                op.sum_over((0, axis), power=1.0 / op.integer("p", 2))
     op.out((x[0], x[1], *[ONE] * (len(x) - 2)))
+
+
+@relates("LRN")
+def local_response_norm(op: Op) -> None:
+    """Y[n, c, p] = X[n, c, p] / (bias + alpha / size sum_{|i - c| < size / 2} X[n, i, p]^2)^beta"""
+    op.pin(op.axes(0)[1], "a window moves along it")
+    op.out(op.axes(0))
+
+
+@relates("Upsample")
+def upsample(op: Op) -> None:
+    """Y[n, c, p'] samples X[n, c, p]; axes whose scale is 1 are untouched"""
+    x = op.axes(0)
+    op.parameter(1)
+    attribute = op.node.attributes.get("scales")
+    scales: list[float] | None = None if attribute is None else list(attribute.as_floats())
+    if op.has(1) and (tensor := op.value(1).const_value) is not None:
+        scales = tensor.numpy().ravel().tolist()
+    declared = op.declared(op.node.outputs[0]) or [None] * len(x)
+    out = list(x)
+    for axis, size in enumerate(declared):
+        if scales is None or scales[axis] != 1.0:
+            op.pin(x[axis], "resized")
+            out[axis] = op.pinned_dim(size, "resized")
+    op.out(out)
 
 
 @relates("Resize")

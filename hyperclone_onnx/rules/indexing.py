@@ -212,14 +212,58 @@ def top_k(op: Op) -> None:
     op.out(axes, index=1)
 
 
-@relates("CumSum")
-def cum_sum(op: Op) -> None:
-    """out[.., j, ..] = sum_{k <= j} x[.., k, ..]"""
+@relates("CumSum", "CumProd")
+def cumulative(op: Op) -> None:
+    """out[.., j, ..] = sum_{k <= j} x[.., k, ..], or their product"""
     axes = op.axes(0)
     axis = op.ints(1)
+    done = "summed" if op.node.op_type == "CumSum" else "multiplied"
     for term in axes if axis is None else [axes[op.axis(axis[0], len(axes))]]:
-        op.pin(term, "summed step by step by CumSum")
+        op.pin(term, f"{done} step by step by {op.node.op_type}")
     op.out(axes)
+
+
+@relates("Compress")
+def compress(op: Op) -> None:
+    """out = those x[.., k, ..] for which condition[k] holds"""
+    axes = list(op.axes(0))
+    op.pin(op.axes(1)[0], "chosen by Compress")
+    if "axis" not in op.node.attributes:
+        for term in axes:
+            op.pin(term, "chosen by Compress")
+        op.out([op.pinned_dim(None, "chosen by Compress")])
+        return
+    axis = op.axis(op.integer("axis"), len(axes))
+    op.pin(axes[axis], "chosen by Compress")
+    axes[axis] = op.pinned_dim(None, "chosen by Compress")
+    op.out(axes)
+
+
+@relates("ReverseSequence")
+def reverse_sequence(op: Op) -> None:
+    """out[t, b] = x[lengths[b] - 1 - t, b] for t < lengths[b], else x[t, b]"""
+    axes = op.axes(0)
+    op.pin(axes[op.integer("time_axis", 0)], "reversed by ReverseSequence")
+    op.unify(op.axes(1)[0], axes[op.integer("batch_axis", 1)])
+    op.out(axes)
+
+
+@relates("TensorScatter")
+def tensor_scatter(op: Op) -> None:
+    """out = cache with out[b, .., starts[b] + s, ..] = update[b, .., s, ..] along `axis`"""
+    cache, update = op.axes(0), op.axes(1)
+    axis = op.axis(op.integer("axis", -2), len(cache))
+    if len(update) != len(cache) or axis == 0:
+        raise CannotTell("an update that does not fit its cache")
+    for position, (one, other) in enumerate(zip(cache, update, strict=True)):
+        if position == axis:
+            for term in (one, other):
+                op.pin(term, "positions of a cache")
+        else:
+            op.unify(one, other)
+    if op.has(2):
+        op.unify(op.axes(2)[0], cache[0])
+    op.out(cache)
 
 
 @relates("Trilu")

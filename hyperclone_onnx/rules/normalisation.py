@@ -41,14 +41,7 @@ def group_norm(op: Op) -> None:
 def edit_group_norm(op: GrownOp) -> None:
     """The number of groups grows by what the channels grow and a group does not."""
     groups, channels = op.integer("num_groups"), op.axes(0)[1]
-    inner = op.space.factors(channels)
-    position, count = 0, 1
-    while count < groups:
-        count *= op.static(inner[position]) or 1
-        position += 1
-    grown = 1
-    for factor in inner[:position]:
-        grown *= op.grown(factor)
+    grown = op.grown(op.factored(channels, (op.static(channels) or 0) // groups)[0])
     if grown != groups:
         op.set_attribute("num_groups", grown)
 

@@ -147,7 +147,7 @@ def qgemm(op: Op) -> None:
 @relates("ConvInteger")
 def conv_integer(op: Op) -> None:
     """Y[n, (g m), p] = sum_{c, k} (X[n, (g c), p + k] - x_zero) (W[(g m), c, k] - w_zero[(g m)]), in integers"""
-    relate_conv(op, 0, 1, integers=True)
+    relate_conv(op, 0, 1, 4, integers=True)
     parameters(op, 2)
     per_channel(op, 3, op.axes(1)[0])
 
@@ -155,12 +155,10 @@ def conv_integer(op: Op) -> None:
 @relates("QLinearConv")
 def qlinear_conv(op: Op) -> None:
     """Conv of (x - x_zero) and (w - w_zero[m]) plus B[m], times x_scale w_scale[m], quantised by y_scale"""
-    relate_conv(op, 0, 3, integers=True, scales=(4, 1), biases=(8,))
+    relate_conv(op, 0, 3, 8, integers=True, scales=(4, 1), biases=(8,))
     parameters(op, 1, 2, 6, 7)
     for index in (4, 5):
         per_channel(op, index, op.axes(3)[0])
-    if op.has(8):
-        op.unify(op.axes(8)[0], op.axes(3)[0])
 
 
 @relates("QLinearConv", domain=MICROSOFT)

@@ -28,6 +28,9 @@ def _out(op: Op, reduced: list[int]) -> None:
 def summing(op: Op) -> None:
     """out[j] = f(sum_k g(x[j, k])), with f and g such that a power of the repeats' number undoes the growth"""
     reduced = _reduced_axes(op)
+    if op.node.op_type == "ReduceL1" and op.is_constant(0):
+        for axis in reduced:
+            op.pin(op.axes(0)[axis], "the sizes of a weight's shares do not add up to its own")
     for axis in reduced:
         op.sum_over((0, axis), power=POWERS[op.node.op_type])
     _out(op, reduced)

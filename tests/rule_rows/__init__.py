@@ -6,13 +6,17 @@ from rule_rows import (
     control,
     convolution,
     elementwise,
+    flex_attention,
     indexing,
     layout,
     microsoft,
     normalisation,
     quantised,
+    recurrent,
     reductions,
     shapes,
+    spatial,
+    transforms,
 )
 
 __all__ = [
@@ -21,11 +25,15 @@ __all__ = [
     "control",
     "convolution",
     "elementwise",
+    "flex_attention",
     "indexing",
     "layout",
     "microsoft",
     "normalisation",
     "quantised",
+    "recurrent",
     "reductions",
     "shapes",
+    "spatial",
+    "transforms",
 ]

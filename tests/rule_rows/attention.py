@@ -44,6 +44,40 @@ def causal_attention(m: Model) -> None:
     m.node("Attention", q, k, v, is_causal=1)
 
 
+@row("Attention", seeds=12)
+def exactly_scaled_attention(m: Model) -> None:
+    """In double precision: most scales are no float32, so that the queries are divided."""
+    m.opset, m.equal, m.tolerance = 23, True, 1e-12
+    b, s, t, h, d = 2, m.size(), m.size(), m.size(1, 3), m.pick(2, 3, 4, 5)
+    four = m.coin()
+    q, k, v = (activation(m, (b, h, n, d) if four else (b, n, h * d)) for n in (s, t, t))
+    attributes: dict[str, Any] = m.pick({}, {"scale": 0.3}, {"scale": 0.25})
+    attributes |= {} if four else {"q_num_heads": h, "kv_num_heads": h}
+    m.node("Attention", q, k, v, want="g.gg" if four and h > 1 else "", **attributes)
+
+
+@row("Attention", seeds=12)
+def attention_of_a_cache(m: Model) -> None:
+    """The cache is longer than what is valid of it, and its mask may be shorter than the cache."""
+    m.opset, m.equal = m.pick(24, 25), True
+    b, s, t, h, d = 2, 2, 5, m.size(1, 3), m.size()
+    q, k, v = (activation(m, (b, h, n, d)) for n in (s, t, t))
+    valid = m.operand(m.rng.integers(2, t, (b,)), "g")
+    mask = m.operand((s, m.pick(t - 1, t)), ".p") if m.coin() else ""
+    counted = m.pick({}, {"is_causal": 1}, *([{"left_window_size": 1, "right_window_size": 1}] * (m.opset == 25)))
+    m.node("Attention", q, k, v, mask, "", "", valid, want=("g.pg" if counted else "g.gg") if h > 1 else "", **counted)
+
+
+@row("Attention", seeds=6)
+def attention_of_joined_heads(m: Model) -> None:
+    """A packed axis that is itself joined: its heads lie in segments."""
+    m.opset, m.equal = 23, True
+    s, d, few = m.size(), m.size(), m.size(1, 2)
+    heads = [few, m.size(2, 3)]
+    q, k, v = (m.node("Concat", *(activation(m, (2, s, h * d)) for h in heads), axis=2, inner=True) for _ in range(3))
+    m.node("Attention", q, k, v, q_num_heads=sum(heads), kv_num_heads=sum(heads))
+
+
 def rotary_row(m: Model, domain: str) -> None:
     b, s, h, half = 2, m.size(), m.size(1, 3), m.size(2, 3)
     partial = m.coin(0.3)

@@ -36,6 +36,57 @@ def conv_of_an_input(m: Model) -> None:
     m.node("Conv", x, m.operand((4, 3, 2, 2), "gppp"), want="pgpp")
 
 
+@row("ConvTranspose", seeds=24)
+def conv_transpose(m: Model) -> None:
+    """Groups grow only where each is one channel; otherwise their channels do."""
+    space = tuple(m.size(3, 5) for _ in range(m.size(1, 2)))
+    group, c, o = m.pick(1, 1, 2, 3), m.size(1, 3), m.size(1, 3)
+    kernel = tuple(m.size(1, 2) for _ in space)
+    attributes: dict[str, Any] = {"group": group} if group > 1 or m.coin() else {}
+    if m.coin():
+        attributes["kernel_shape"] = kernel
+    if m.coin():
+        attributes["strides"] = (2,) * len(space)
+        attributes |= {"output_padding": (1,) * len(space)} if m.coin() else {}
+    if m.coin(0.3):
+        attributes |= {"output_shape": tuple(2 * n for n in space), "strides": (2,) * len(space)}
+        attributes.pop("output_padding", None)
+    grows = "g" if c > 1 or group > 1 else "p"
+    widens = "g" if o > 1 or (c == 1 and group > 1) else "p"
+    x = activation(m, (m.size(1, 2), group * c, *space), "." + grows + "p" * len(space))
+    operands = [x, m.operand((group * c, o, *kernel), grows + letters((o,)) + "p" * len(space))]
+    if m.coin():
+        operands.append(m.operand((group * o,), widens))
+    if group > 1:  # the reference writes one channel for each group
+        narrow(m)
+    m.node("ConvTranspose", *operands, want="." + widens + "p" * len(space), **attributes)
+
+
+@row("ConvTranspose", seeds=4)
+def conv_transpose_of_an_input(m: Model) -> None:
+    x = m.operand((1, 3, 4, 4), "pppp", stored=False)
+    m.node("ConvTranspose", x, m.operand((3, 4, 2, 2), "pgpp"), want="pgpp")
+
+
+@row("DeformConv", seeds=16)
+def deform_conv(m: Model) -> None:
+    m.opset = m.pick(19, 22)
+    group, together = m.pick((1, 1), (1, 2), (2, 1), (2, 4), (3, 3))
+    per = m.size(1, 2) * (together // group if together > group else 1)
+    o, n = m.size(1, 3), m.size(1, 2)
+    operands = [
+        activation(m, (n, group * per, 4, 4), "..pp"),
+        m.operand((group * o, per, 2, 2), "..pp"),
+        activation(m, (n, together * 8, 3, 3), ".ppp"),
+    ]
+    if m.coin():
+        operands.append(m.operand((group * o,)) if m.coin() else "")
+    if m.coin():
+        operands += [""] * (4 - len(operands))
+        operands.append(activation(m, (n, together * 4, 3, 3), ".ppp"))
+    m.node("DeformConv", *operands, want="..pp", group=group, offset_group=together)
+
+
 @row("BatchNormalization", seeds=6)
 def batch_norm(m: Model) -> None:
     m.opset = m.pick(14, 15, 21)
@@ -93,6 +144,34 @@ def global_pool(m: Model, op: str) -> None:
     shape = (m.size(), m.size(), *m.shape(1, 2))
     m.runtime, m.tolerance = True, 1e-6
     m.node(op, activation(m, shape, kind=np.float32), want="gg" + "p" * (len(shape) - 2))
+
+
+@row("GlobalLpPool", seeds=10)
+def global_norm(m: Model) -> None:
+    m.opset = m.pick(13, 21)
+    shape = (m.size(), m.size(), *m.shape(1, 2))
+    p = m.pick(None, 1, 2, 3)
+    x = activation(m, shape)
+    narrow(m)
+    m.node("GlobalLpPool", x, want="gg" + "p" * (len(shape) - 2), **({} if p is None else {"p": p}))
+
+
+@row("LRN", seeds=6)
+def local_response_norm(m: Model) -> None:
+    x = activation(m, (m.size(), m.size(3), m.size(), m.size()), "gpgg")
+    narrow(m)
+    m.node("LRN", x, want="gpgg", size=m.pick(1, 3), alpha=0.5)
+
+
+@row("Upsample", seeds=8)
+def upsample(m: Model) -> None:
+    m.opset = m.pick(8, 9)
+    x = activation(m, (m.size(), m.size(), 2, 3), "ggpp")
+    narrow(m)
+    if m.opset < 9:
+        m.node("Upsample", x, want="ggpp", scales=[1.0, 1.0, 2.0, 2.0])
+    else:
+        m.node("Upsample", x, m.operand(np.array([1, 1, 2, 2], np.float32), stored=True), want="ggpp")
 
 
 @row("Resize", seeds=16)

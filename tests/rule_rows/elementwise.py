@@ -19,9 +19,11 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "LeakyRelu": {"alpha": 0.2},
     "Shrink": {"lambd": 0.4, "bias": 0.1},
     "ThresholdedRelu": {"alpha": 0.4},
+    "BitCast": {"to": TensorProto.INT64},
     "BitShift": {"direction": "LEFT"},
+    "SwiGLU": {"alpha": 0.7},
 }
-NEEDS_OPSET = {"Mish": 18, "Gelu": 20, "Swish": 24, "HardSwish": 14, "CastLike": 15}
+NEEDS_OPSET = {"Mish": 18, "Gelu": 20, "Swish": 24, "HardSwish": 14, "CastLike": 15, "BitCast": 26, "SwiGLU": 28}
 NEEDS_OPSET |= dict.fromkeys(BITWISE, 18)
 
 
@@ -40,7 +42,7 @@ def broadcasting(m: Model, op: str) -> None:
     m.opset = max(m.opset, NEEDS_OPSET.get(op, 0))
     whole = m.shape()
     count = m.size(1, 4) if op in ("Max", "Mean", "Min", "Sum") else 3 if op == "Where" else 2
-    shapes = [m.stretched(whole) for _ in range(count)]
+    shapes = [whole if op == "SwiGLU" else m.stretched(whole) for _ in range(count)]
     # The reference adds in place, so its first operand has the whole shape.
     shapes[0 if op in ("Mean", "PRelu") else m.size(0, count - 1)] = whole
     if op in LOGICAL and op != "Where":

@@ -32,6 +32,7 @@ assert hyperclone_onnx.rules  # importing it registers the rules
 Array = np.ndarray[Any, Any]
 OPSETS = (13, 17, 18, 21, 23)
 MICROSOFT = "com.microsoft"
+PREVIEW = "ai.onnx.preview"
 
 
 @dataclass
@@ -136,7 +137,7 @@ class Model:
         graph = helper.make_graph(
             self.nodes, "g", infos, results, [numpy_helper.from_array(a, n) for n, a in self.stored.items()]
         )
-        imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
+        imports = [helper.make_opsetid(*each) for each in (("", self.opset), (MICROSOFT, 1), (PREVIEW, 1))]
         model = helper.make_model(graph, opset_imports=imports, ir_version=10)
         typed = onnx.shape_inference.infer_shapes(model)
         for info in typed.graph.output:

@@ -124,12 +124,55 @@ def top_k(m: Model) -> None:
     m.node("TopK", x, k, outputs=2, want=want, axis=axis - m.pick(0, len(shape)), largest=m.size(0, 1))
 
 
-@row("CumSum", seeds=8)
-def cum_sum(m: Model) -> None:
+@row("CumSum", "CumProd", seeds=8)
+def cumulative(m: Model, op: str) -> None:
+    m.opset = 26 if op == "CumProd" else m.opset
     shape = m.shape(1, 3)
     axis = m.size(0, len(shape) - 1)
     want = "".join("p" if i == axis else "g" for i in range(len(shape)))
-    m.node("CumSum", m.operand(shape, want, stored=False), m.ints(axis - m.pick(0, len(shape))), want=want)
+    m.node(op, m.operand(shape, want, stored=False), m.ints(axis - m.pick(0, len(shape))), want=want)
+
+
+@row("Compress", seeds=8)
+def compress(m: Model) -> None:
+    shape = m.shape(1, 3)
+    axis = m.size(0, len(shape) - 1)
+    if m.coin(0.3):
+        chosen = m.operand((min(m.size(), int(np.prod(shape))),), "p", kind=np.bool_)
+        m.node("Compress", m.operand(shape, "p" * len(shape), stored=False), chosen)
+        return
+    want = "".join("p" if i == axis else "g" for i in range(len(shape)))
+    chosen = m.operand((shape[axis],), "p", kind=np.bool_)
+    m.node("Compress", m.operand(shape, want, stored=False), chosen, want=want, axis=axis - m.pick(0, len(shape)))
+
+
+@row("ReverseSequence", seeds=8)
+def reverse_sequence(m: Model) -> None:
+    steps, batch = m.size(), m.size()
+    first = m.coin()
+    shape = ((batch, steps) if first else (steps, batch)) + m.shape(1, 2)
+    want = ("gp" if first else "pg") + "g" * (len(shape) - 2)
+    lengths = m.operand(m.rng.integers(1, steps + 1, (batch,)), "g")
+    attributes = {"time_axis": 1, "batch_axis": 0} if first else {}
+    m.node("ReverseSequence", m.operand(shape, want, stored=False), lengths, want=want, **attributes)
+
+
+@row("TensorScatter", seeds=12)
+def tensor_scatter(m: Model) -> None:
+    m.opset = 24
+    rank = m.size(3, 4)
+    axis = m.size(1, rank - 1)
+    whole, part = 6, m.size(1, 3)
+    sizes = [m.size() for _ in range(rank)]
+    cache, update = (tuple(n if i == axis else size for i, size in enumerate(sizes)) for n in (whole, part))
+    want = "".join("p" if i == axis else "g" for i in range(rank))
+    attributes: dict[str, Any] = {} if axis == rank - 2 and m.coin() else {"axis": axis - m.pick(0, rank)}
+    inputs = [m.operand(cache, want, stored=False), m.operand(update, want)]
+    if m.coin(0.7):
+        circular = m.coin()
+        attributes |= {"mode": "circular"} if circular else {}
+        inputs.append(m.operand(m.rng.integers(0, whole if circular else whole - part + 1, (sizes[0],)), "g"))
+    m.node("TensorScatter", *inputs, want=want, **attributes)
 
 
 @row("Trilu", seeds=8)

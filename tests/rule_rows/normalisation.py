@@ -39,6 +39,15 @@ def group_norm(m: Model) -> None:
     )
 
 
+@row("GroupNormalization", seeds=6)
+def group_norm_of_joined_channels(m: Model) -> None:
+    m.equal, m.opset, m.tolerance = True, 21, 1e-4
+    c, groups = m.size(), [m.size(1, 2), m.size(1, 3)]
+    x = m.node("Concat", *(activation(m, (2, n * c, 3)) for n in groups), axis=1, inner=True)
+    scale, bias = m.operand((sum(groups) * c,), ".", stored=True), m.operand((sum(groups) * c,), ".", stored=True)
+    m.node("GroupNormalization", x, scale, bias, num_groups=sum(groups))
+
+
 @row("MeanVarianceNormalization", seeds=8)
 def mean_variance_norm(m: Model) -> None:
     m.equal = True

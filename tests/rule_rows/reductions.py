@@ -37,6 +37,15 @@ def reduced(m: Model, op: str) -> None:
     reduction(m, op, "g")
 
 
+@row("ReduceSum", "ReduceL1", "ReduceL2", seeds=9)
+def reduced_weight(m: Model, op: str) -> None:
+    """Only a plain sum of a weight may be shared: noise changes signs."""
+    m.opset = 18
+    w = m.operand(m.values((m.size(), m.size())) * 1e-3, "g" + ("p" if op == "ReduceL1" else "g"), stored=True)
+    x = m.operand((m.size(), 1), stored=False)
+    m.node("Add", x, m.node(op, w, m.ints([1]), keepdims=0, inner=True))
+
+
 @row("ReduceMean", seeds=10)
 def averaged(m: Model, op: str) -> None:
     m.equal, m.opset = True, m.pick(13, 18, 21)

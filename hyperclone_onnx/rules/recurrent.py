@@ -1,0 +1,127 @@
+"""Layers that carry a state from step to step. Steps are counted, so that the sequence keeps its length."""
+
+from __future__ import annotations
+
+from hyperclone_onnx.dims import Concat, Product, Term
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op, Uniform
+from hyperclone_onnx.rules.attention import divide_scores, edit_heads, head_terms, relate_heads, split_heads
+from hyperclone_onnx.rules.registry import edits, relates
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+PEEPHOLES = 3
+
+
+def _unify_all(op: Op, index: int, wanted: Axes) -> None:
+    """Relate the axes of an optional input."""
+    if not op.has(index):
+        return
+    axes = op.axes(index)
+    if len(axes) != len(wanted):
+        raise CannotTell(f"input {index} has {len(axes)} axes, not {len(wanted)}")
+    for one, other in zip(axes, wanted, strict=True):
+        op.unify(one, other)
+
+
+# -- RNN, GRU, LSTM ---------------------------------------------------------------------------------------
+
+
+@relates(*GATES)
+def recurrent(op: Op) -> None:
+    """H[t, h] = f(sum_i X[t, i] W[(gate h), i], sum_k H[t-1, k] R[(gate h), k], B, H[t-1, h]), f elementwise in h"""
+    x, r = op.axes(0), op.axes(2)
+    gates = GATES[op.node.op_type]
+    directions, hidden = r[0], r[2]
+    if op.static(hidden) is None:
+        raise CannotTell("a state of unknown width")
+    batch_first = bool(op.integer("layout", 0))
+    length, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
+    op.pin(length, "a recurrence steps along it")
+    op.pin(directions, "the directions of a recurrence")
+    op.sum_over((0, 2), (1, 2))
+    op.sum_over((2, 2))
+    op.fact(Fact.CONTRACTED_WITH_WEIGHT, hidden)
+    op.fact(Fact.WEIGHT_OUTPUT, hidden)
+    op.fact(Fact.STATE, hidden)
+
+    every_gate = Concat((hidden,) * gates)
+    state = (batch, directions, hidden) if batch_first else (directions, batch, hidden)
+    _unify_all(op, 1, (directions, every_gate, x[2]))
+    _unify_all(op, 2, (directions, every_gate, hidden))
+    _unify_all(op, 3, (directions, Concat((every_gate, every_gate))))
+    _unify_all(op, 4, (batch,))
+    _unify_all(op, 5, state)
+    _unify_all(op, 6, state)
+    _unify_all(op, 7, (directions, Concat((hidden,) * PEEPHOLES)))
+    op.out((batch, length, directions, hidden) if batch_first else (length, directions, batch, hidden))
+    for index in range(1, len(op.node.outputs)):
+        op.out(state, index=index)
+
+
+@edits(*GATES)
+def edit_recurrent(op: GrownOp) -> None:
+    """The width of the state."""
+    if "hidden_size" in op.node.attributes:
+        op.set_attribute("hidden_size", op.grown(op.axes(2)[2]))
+
+
+# -- linear attention -------------------------------------------------------------------------------------
+
+
+@relates("LinearAttention")
+def linear_attention(op: Op) -> None:
+    """Y[t, (h e)] = scale sum_d Q[t, (h d)] S[t, h', d, e], S[t] = decay S[t-1] + K[t, (h' d)] (x) V[t, (h' e)]"""
+    batch, length, width = op.axes(0)
+    many, few = op.integer("q_num_heads"), op.integer("kv_num_heads")
+    heads, depth = split_heads(op, width, many)
+    kv_heads, key_depth = split_heads(op, op.axes(1)[2], few)
+    value_heads, value_depth = split_heads(op, op.axes(2)[2], few)
+    op.unify(key_depth, depth)
+    op.unify(value_heads, kv_heads)
+    relate_heads(op, heads, kv_heads)
+    op.pin(length, "a recurrence steps along it")
+    for index in (1, 2):
+        for one, other in zip(op.axes(index)[:2], (batch, length), strict=True):
+            op.unify(one, other)
+
+    state = (batch, kv_heads, depth, value_depth)
+    _unify_all(op, 3, state)
+    if op.has(4):
+        one_for_each_head = op.static(op.axes(4)[2]) == few
+        _unify_all(op, 4, (batch, length, kv_heads if one_for_each_head else Product((kv_heads, depth))))
+    if op.has(5):
+        one_for_all_heads = op.is_one(op.axes(5)[2])
+        _unify_all(op, 5, (batch, length, op.axes(5)[2] if one_for_all_heads else kv_heads))
+    op.fact(Fact.CONTRACTED_WITH_ACTIVATION, depth)
+    op.fact(Fact.VALUE_AXIS, value_depth)
+    op.dimensions.uniform.append(Uniform(op.node, depth))
+    if op.text("update_rule", "gated_delta") in ("delta", "gated_delta"):
+        op.pin(depth, "a delta rule sums along it into the state that it keeps")
+    op.out((batch, length, Product((heads, value_depth))))
+    op.out(state, index=1)
+
+
+@edits("LinearAttention")
+def edit_linear_attention(op: GrownOp) -> None:
+    """The counts of heads, and the scale of what is read from the state; its default is written as 0."""
+    heads, depth = head_terms(op, op.axes(0)[2], op.integer("q_num_heads"))
+    edit_heads(op, "q_num_heads", heads)
+    edit_heads(op, "kv_num_heads", head_terms(op, op.axes(1)[2], op.integer("kv_num_heads"))[0])
+    attribute = op.node.attributes.get("scale")
+    divide_scores(op, depth, (None if attribute is None else attribute.as_float()) or None)
+
+
+@relates("CausalConvWithState")
+def causal_conv(op: Op) -> None:
+    """Y[b, c, t] = f(sum_k X[b, c, t - k] W[c, 1, k] + B[c]), past steps from the state: each channel by itself"""
+    batch, channels, length = op.axes(0)
+    kernel = op.axes(1)[2]
+    op.pin(length, "a convolution's kernel moves along it")
+    op.pin(kernel, "a convolution's kernel")
+    op.unify(op.axes(1)[0], channels)
+    _unify_all(op, 2, (channels,))
+    past: Term = op.axes(3)[2] if op.has(3) else op.dim(None if (k := op.static(kernel)) is None else k - 1)
+    op.pin(past, "the steps that a state holds")
+    _unify_all(op, 3, (batch, channels, past))
+    op.out((batch, channels, length))
+    op.out((batch, channels, past), index=1)

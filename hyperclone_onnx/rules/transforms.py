@@ -1,0 +1,71 @@
+"""Operators that mix a whole axis in a way that no repetition commutes with; the other axes pass through them."""
+
+from __future__ import annotations
+
+from hyperclone_onnx.inference import CannotTell, Op
+from hyperclone_onnx.rules.registry import relates
+from hyperclone_onnx.sizes import Size
+
+
+@relates("DFT")
+def dft(op: Op) -> None:
+    """Y[.., k, .., :] = sum_n exp(-2 pi i k n / N) X[.., n, .., :]: a repeated signal has another spectrum"""
+    axes = list(op.axes(0))
+    op.parameter(1)
+    axis = _dft_axis(op, len(axes))
+    for which in (axis, -1):
+        op.pin(axes[which], "transformed by DFT")
+    axes[axis] = op.pinned_dim(_dft_length(op, axis), "transformed by DFT")
+    back_to_real = op.integer("onesided", 0) and op.integer("inverse", 0)
+    axes[-1] = op.pinned_dim(1 if back_to_real else 2, "a complex number")
+    op.out(axes)
+
+
+def _dft_axis(op: Op, rank: int) -> int:
+    if op.opset < 20:
+        return op.axis(op.integer("axis", 1), rank)
+    given = [-2]
+    if op.has(2):
+        op.parameter(2)
+        values = op.ints(2)
+        if values is None:
+            raise CannotTell("an axis computed at run time")
+        given = values
+    return op.axis(given[0], rank)
+
+
+def _dft_length(op: Op, axis: int) -> Size | None:
+    """The output's length along the transformed axis, where the file declares it or nothing changes it."""
+    declared = op.declared(op.node.outputs[0])
+    if declared is not None:
+        return declared[axis]
+    return None if op.has(1) or op.integer("onesided", 0) else op.size(op.axes(0)[axis])
+
+
+@relates("STFT")
+def stft(op: Op) -> None:
+    """Y[b, f, k, :] = sum_n exp(-2 pi i k n / N) window[n] X[b, step f + n, :]"""
+    batch, *rest = op.axes(0)
+    for index in range(1, op.count):
+        op.parameter(index)
+    for term in rest:
+        op.pin(term, "transformed by STFT")
+    declared = op.declared(op.node.outputs[0]) or [None, None, None, Size.of(2)]
+    op.out((batch, *(op.pinned_dim(size, "transformed by STFT") for size in declared[1:])))
+
+
+@relates("Det")
+def det(op: Op) -> None:
+    """Y[..] = the determinant of X[.., :, :]: equal rows make it 0"""
+    axes = op.axes(0)
+    for term in axes[-2:]:
+        op.pin(term, "the rows and columns of a determinant")
+    op.out(axes[:-2])
+
+
+@relates("LpNormalization")
+def lp_normalisation(op: Op) -> None:
+    """Y[.., j, ..] = X[.., j, ..] / (sum_k |X[.., k, ..]|^p)^(1/p): no scale of X changes Y"""
+    axes = op.axes(0)
+    op.pin(axes[op.axis(op.integer("axis", -1), len(axes))], "divided by its norm, of which no input carries a share")
+    op.out(axes)

@@ -1,0 +1,56 @@
+"""Every operator of the installed ONNX's own domains has a rule, or is pinned on purpose."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+import hyperclone_onnx.rules
+from hyperclone_onnx.inference import infer
+from hyperclone_onnx.normalise import normalise
+from hyperclone_onnx.rules import registry
+
+assert hyperclone_onnx.rules  # importing it registers the rules
+
+NOT_YET = {
+    ("", op_type)
+    for op_type in (
+        "ConcatFromSequence ConvInteger DequantizeLinear DynamicQuantizeLinear Loop MatMulInteger Optional "
+        "OptionalGetElement OptionalHasElement QLinearConv QLinearMatMul QuantizeLinear Scan SequenceAt "
+        "SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap SplitToSequence"
+    ).split()
+}
+"""Operators that still pin what they touch for want of a rule."""
+
+
+def test_every_standard_operator_is_ruled_or_pinned() -> None:
+    known = {*registry.ruled(), *registry.pinned_operators()}
+    standard = {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas()}
+    assert standard - known == NOT_YET & standard, "a new operator needs a rule, or a reason to pin it"
+    assert not NOT_YET & known, "it has a rule now"
+
+
+def test_every_pinned_operator_exists() -> None:
+    every = {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas()}
+    assert {key for key in registry.pinned_operators() if key[0] != "com.microsoft"} <= every
+
+
+@pytest.mark.parametrize(("domain", "op_type"), list(registry.pinned_operators()))
+def test_pinned_operator_keeps_every_axis(domain: str, op_type: str) -> None:
+    """What it touches keeps its size, for a reason that is no gap in the rules."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, (4, 6))
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, (4, 6))
+    weight = onnx.numpy_helper.from_array(np.ones((6, 6), np.float32), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node(op_type, ["h"], ["y"], domain=domain)]
+    imports = [helper.make_opsetid(name, 1) for name in {domain} - {""}]
+    graph = helper.make_graph(nodes, "g", [x], [y], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), *imports])
+    dimensions = infer(normalise(ir.from_proto(model)))
+    touched = dimensions.axes[dimensions.model.graph.node(1).inputs[0]] or ()
+    pins = [atom.pin for term in touched for atom in dimensions.space.atoms(term)]
+    assert len(pins) == 2
+    assert all(pin is not None and not pin.gap for pin in pins)
+    assert not dimensions.unruled
