@@ -220,7 +220,7 @@ def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
     """
     index = index_axis([(factor, False) for factor in factors], maps)
     counts = np.bincount(index.source, minlength=index.source_size)
-    if counts.min() != counts.max():
+    if index.source_size == 0 or counts.min() != counts.max():
         return index.source
     return np.tile(np.arange(index.source_size, dtype=np.int64), int(counts[0]))
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from hyperclone_onnx.dims import Term
+from hyperclone_onnx.dims import Product, Term
 from hyperclone_onnx.inference import Axes, CannotTell, Op, walk
 from hyperclone_onnx.known import static_values
 from hyperclone_onnx.rules.registry import pinned, relates
@@ -115,11 +115,7 @@ def _walk_body(op: Op, body: ir.Graph) -> None:
 
 
 def _leave(op: Op, made: Sequence[ir.Value], carried: list[Axes], stacked: Sequence[tuple[int, Term]]) -> None:
-    """Relate what a body carried around with what it began with, and set the node's outputs.
-
-    Raises:
-        CannotTell: a carried value comes back in another shape, so that the body was read with a wrong one.
-    """
+    """Relate what a body carried around with what it began with, and set the node's outputs."""
     for index, value in enumerate(made):
         axes = op.dimensions.axes.get(value)
         if axes is None:
@@ -131,26 +127,33 @@ def _leave(op: Op, made: Sequence[ir.Value], carried: list[Axes], stacked: Seque
             op.out(whole, index=index)
             continue
         before = carried[index]
-        if len(before) != len(axes):
-            _distrust(op, "a loop that changes the rank of what it carries")
-        for one, other in zip(before, axes, strict=True):
-            if op.static(one) is None:
-                op.pin(other, "a length that a loop may change")
-            elif op.size(one) != op.size(other):
-                _distrust(op, "a loop that changes the shape of what it carries")
-            else:
-                op.unify(one, other)
-        op.out(before, index=index)
+        if _comes_back(op, before, axes):
+            op.out(before, index=index)
+        else:
+            _distrust(op)
+            op.out([op.pinned_dim(None, CHANGED) for _ in axes], index=index)
 
 
-def _distrust(op: Op, reason: str) -> None:
+CHANGED = "a loop that changes the shape of what it carries"
+
+
+def _comes_back(op: Op, before: Axes, after: Axes) -> bool:
+    """Relate a carried value at the end of a turn with the same at its beginning; False when the shape is another."""
+    if len(before) != len(after):
+        return False
+    for one, other in zip(before, after, strict=True):
+        if op.static(one) is None:
+            op.pin(other, "a length that a loop may change")
+        elif op.size(one) != op.size(other):
+            return False
+        else:
+            op.unify(one, other)
+    return True
+
+
+def _distrust(op: Op) -> None:
     """Pin all that a body touches: it was read with shapes that it does not keep."""
-    for attribute in op.node.attributes.values():
-        for node in attribute.as_graph().all_nodes() if attribute.type == ir.AttributeType.GRAPH else ():
-            for index in range(len(node.inputs)):
-                for term in (op.dimensions.axes_of(node, index) if node.inputs[index] is not None else None) or ():
-                    op.space.pin(term, reason, gap=True)
-            for value in node.outputs:
-                for term in op.dimensions.axes.get(value) or ():
-                    op.space.pin(term, reason, gap=True)
-    raise CannotTell(reason)
+    for node in op.node.attributes["body"].as_graph().all_nodes():
+        given = (op.dimensions.axes_of(node, i) for i, value in enumerate(node.inputs) if value is not None)
+        for axes in (*given, *(op.dimensions.axes.get(value) for value in node.outputs)):
+            op.space.pin(Product(axes or ()), CHANGED, gap=True)

@@ -76,6 +76,7 @@ COUNTER = [
 @row("Loop", seeds=10)
 def loop(m: Model) -> None:
     """h = tanh(h W[turn] + x), with experts picked by the turn's number; each h is stacked."""
+    m.runtime = True
     n, k, turns = m.size(), m.size(), m.size(2, 3)
     x = m.operand((n, k), "gg", stored=False)
     weights = m.operand((turns, k, k), "pgg", stored=True)
@@ -93,12 +94,14 @@ def loop(m: Model) -> None:
     count = m.ints(np.asarray(turns))
     condition = m.operand(np.asarray(True), stored=True) if m.coin() else ""
     _, stacked = m.node("Loop", count, condition, start, outputs=2, want="gg", body=body)
+    m.kinds |= dict.fromkeys(m.outputs, TensorProto.DOUBLE)
     m.expected[stacked] = "pgg"
 
 
 @row("Loop", seeds=3)
 def loop_that_lengthens(m: Model) -> None:
     """A value that grows at each turn keeps its dimensions' sizes; what it is joined from may not grow there either."""
+    m.runtime = True
     k = m.size()
     x = m.operand((1, k), stored=False)
     nodes = [
@@ -108,13 +111,13 @@ def loop_that_lengthens(m: Model) -> None:
     results = [helper.make_tensor_value_info("go_out", TensorProto.BOOL, ()), carried("h_out")]
     body = helper.make_graph(nodes, "body", [*COUNTER, carried("h")], results)
     start = m.operand((m.pick(0, 1, 2), k), stored=False)
-    m.node("Loop", m.ints(np.asarray(2)), "", start, body=body, want="..")
+    m.node("Loop", m.ints(np.asarray(2)), "", start, body=body, want="..", kind=np.float64)
 
 
 @row("Scan", seeds=10)
 def scan(m: Model) -> None:
     """A linear recurrence: h = a[t] h + b[t] W, y[t] = h."""
-    m.opset = max(m.opset, 13)
+    m.runtime = True
     t, n, k, p = m.size(), m.size(), m.size(), m.size()
     axis, out = m.size(0, 2), m.size(0, 2)
     decay = m.operand(np.asarray(m.values((t, n, p))), stored=False)
@@ -133,6 +136,7 @@ def scan(m: Model) -> None:
     body = helper.make_graph(nodes, "body", [carried(i) for i in inputs], [carried(o) for o in results])
     given = {"num_scan_inputs": 2, "scan_input_axes": [0, axis], "scan_output_axes": [out]}
     _, y = m.node("Scan", start, decay, b, outputs=2, want="gg", body=body, **given)
+    m.kinds |= dict.fromkeys(m.outputs, TensorProto.DOUBLE)
     letters = ["g", "g"]
     letters.insert(out, "p")
     m.expected[y] = "".join(letters)
