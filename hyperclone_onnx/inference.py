@@ -85,6 +85,8 @@ class Dimensions:
     uniform: list[Uniform] = field(default_factory=list)
     facts: dict[Fact, list[tuple[Term, ir.Node]]] = field(default_factory=lambda: defaultdict(list))
     index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
+    sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)
+    """The axes of each element of a sequence of tensors, where their number is known."""
     lost: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)
     """Why the rank of a value is not known, and the node to blame."""
     packed: dict[Use, int] = field(default_factory=dict)
@@ -536,7 +538,9 @@ def _pin_node(op: Op, reason: str, gap: bool = True) -> None:
     """Pin every axis the node touches, captured values of its subgraphs included."""
     for index, value in enumerate(op.node.inputs):
         axes = op.dimensions.axes_of(op.node, index) if value is not None else None
-        op.space.pin(Product(axes or ()), reason, gap)
+        elements = op.dimensions.sequences.get(value, ()) if value is not None else ()
+        for each in (axes or (), *elements):
+            op.space.pin(Product(each), reason, gap)
     for value in captured_values(op.node):
         op.space.pin(Product(op.dimensions.axes.get(value) or ()), reason, gap)
     for output in op.node.outputs:

@@ -1,0 +1,177 @@
+"""Sequences of tensors: an element has axes of its own, and joining them relates those.
+
+A sequence whose length is known before running is a list of elements; of any other, all elements share their axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hyperclone_onnx.dims import Concat, Term
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import Axes, CannotTell, Op, walk
+from hyperclone_onnx.known import known
+from hyperclone_onnx.rules.registry import edits, pinned, relates
+
+Elements = list[Axes]
+
+pinned("an element that may be absent", "Optional", "OptionalGetElement", "OptionalHasElement")
+
+
+def _elements(op: Op, index: int) -> Elements:
+    """The elements of a sequence of known length."""
+    value = op.value(index)
+    found = op.dimensions.sequences.get(value)
+    if found is None:
+        raise CannotTell(*op.dimensions.lost.get(value, ("a sequence whose length is known only when running", "")))
+    return list(found)
+
+
+def _set(op: Op, elements: Sequence[Axes], index: int = 0) -> None:
+    op.dimensions.sequences[op.node.outputs[index]] = tuple(elements)
+    op.dimensions.axes[op.node.outputs[index]] = None
+
+
+def _position(op: Op, index: int, count: int) -> int:
+    position = op.ints(index)
+    op.parameter(index)
+    if position is None:
+        raise CannotTell("an element whose position is known only when running")
+    return op.axis(position[0], count)
+
+
+@relates("SequenceEmpty")
+def empty(op: Op) -> None:
+    """out = []"""
+    _set(op, [])
+
+
+@relates("SequenceConstruct")
+def construct(op: Op) -> None:
+    """out = [a, b, ...]"""
+    _set(op, [op.axes(i) for i in range(op.count)])
+
+
+@relates("SequenceInsert")
+def insert(op: Op) -> None:
+    """out = the elements with one more, at the end or at a position"""
+    elements = _elements(op, 0)
+    at = _position(op, 2, len(elements) + 1) if op.has(2) else len(elements)
+    elements.insert(at, op.axes(1))
+    _set(op, elements)
+
+
+@relates("SequenceErase")
+def erase(op: Op) -> None:
+    """out = the elements without the last, or without one at a position"""
+    elements = _elements(op, 0)
+    del elements[_position(op, 1, len(elements)) if op.has(1) else -1]
+    _set(op, elements)
+
+
+@relates("SequenceAt")
+def at(op: Op) -> None:
+    """out = the element at a position; one chosen while running has what all of them share"""
+    elements = _elements(op, 0)
+    if op.ints(1) is not None:
+        op.out(elements[_position(op, 1, len(elements))])
+        return
+    op.parameter(1)
+    op.out(_alike(op, elements))
+
+
+def _alike(op: Op, elements: Elements) -> Axes:
+    """The axes that all elements share.
+
+    Raises:
+        CannotTell: they are of different shapes, or there is none.
+    """
+    if not elements or any(len(axes) != len(elements[0]) for axes in elements):
+        raise CannotTell("elements of different ranks")
+    for axes in elements[1:]:
+        for one, other in zip(elements[0], axes, strict=True):
+            if op.size(one) != op.size(other):
+                raise CannotTell("elements of different sizes")
+            op.unify(one, other)
+    return elements[0]
+
+
+@relates("SequenceLength")
+def length(op: Op) -> None:
+    """out = how many elements there are"""
+    op.out((), known(len(_elements(op, 0))))
+
+
+@relates("SplitToSequence")
+def split(op: Op) -> None:
+    """out = pieces of x side by side along one axis; single indices lose that axis where `keepdims` is 0"""
+    axes = list(op.axes(0))
+    axis = op.axis(op.integer("axis", 0), len(axes))
+    total, sizes = op.static(axes[axis]), op.ints(1) if op.has(1) else [1]
+    op.parameter(1)
+    if total is None or sizes is None:
+        raise CannotTell("pieces whose number is known only when running")
+    if not op.has(1) or op.rank(1) == 0:
+        sizes = [min(sizes[0], total - start) for start in range(0, total, max(sizes[0], 1))]
+    parts = op.space.segments(axes[axis], sizes)
+    if parts is None:
+        op.pin(axes[axis], "split where it cannot be cut")
+        parts = [op.pinned_dim(size, "a piece of an axis that keeps its size") for size in sizes]
+    if not op.has(1) and not op.integer("keepdims", 1):
+        _set(op, [(*axes[:axis], *axes[axis + 1 :]) for _ in parts])
+    else:
+        _set(op, [(*axes[:axis], part, *axes[axis + 1 :]) for part in parts])
+
+
+@edits("SplitToSequence")
+def edit_split(op: GrownOp) -> None:
+    """The pieces' sizes are written out, since equal pieces may grow unequally."""
+    axis = op.integer("axis", 0) % len(op.axes(0))
+    if op.grows(op.axes(0)[axis]):
+        pieces = [axes[axis] for axes in op.dimensions.sequences[op.node.outputs[0]]]
+        op.set_input(1, [op.grown(piece) for piece in pieces])
+
+
+@relates("ConcatFromSequence")
+def join(op: Op) -> None:
+    """out = the elements side by side along one axis, or along a new one"""
+    elements = _elements(op, 0)
+    new = op.integer("new_axis", 0)
+    axis = op.axis(op.integer("axis"), len(elements[0]) + new) if elements else 0
+    if not elements or any(len(axes) != len(elements[0]) for axes in elements):
+        raise CannotTell("elements of different ranks")
+    if new:
+        whole = list(_alike(op, elements))
+        whole.insert(axis, op.pinned_dim(len(elements), "numbers the elements of a sequence"))
+        op.out(whole)
+        return
+    out: list[Term] = []
+    for position, column in enumerate(zip(*elements, strict=True)):
+        if position == axis and any(op.static(term) is None for term in column):
+            raise CannotTell("joined parts whose size is not known before running")
+        if position == axis:
+            out.append(Concat(tuple(term for term in column if op.static(term) != 0)))
+        else:
+            for term in column[1:]:
+                op.unify(column[0], term)
+            out.append(column[0])
+    op.out(out)
+
+
+@relates("SequenceMap")
+def sequence_map(op: Op) -> None:
+    """out[i] = body(x[i], y[i], shared): the body is walked once, for all elements share their axes"""
+    body = op.node.attributes["body"].as_graph()
+    count = len(_elements(op, 0))
+    for index, value in enumerate(body.inputs):
+        given = op.dimensions.sequences.get(op.value(index))
+        axes = op.axes(index) if given is None else _alike(op, list(given))
+        op.dimensions.axes[value] = axes
+    place = op.space.place
+    walk(op.dimensions, body)
+    op.space.place = place
+    for index, value in enumerate(body.outputs):
+        made = op.dimensions.axes.get(value)
+        if made is None:
+            raise CannotTell("a body that makes a value of unknown rank")
+        _set(op, [made] * count, index)
