@@ -141,7 +141,8 @@ class _Planner:
         self._keep_ties()
         for node, sums in by_node.items():
             if node not in self.carried:
-                for each in sums:
+                # One operand in several products (an input of two weights) is divided once.
+                for each in {self._site(each): each for each in sums}.values():
                     self._scale(each)
 
     def _weights_that_carry(self, node: ir.Node, sums: list[Sum]) -> dict[Use, Marks] | None:
@@ -157,7 +158,24 @@ class _Planner:
                 found = self._trace(node, index, frozenset(marks))
                 if found is not None:
                     return found
-        return None
+        return self._weights_of_products(node, sums)
+
+    def _weights_of_products(self, node: ir.Node, sums: list[Sum]) -> dict[Use, Marks] | None:
+        """The stored tensors behind several operands, where each of a node's sums has a weight of its own."""
+        marks: dict[int, set[int]] = defaultdict(set)
+        for each in sums:
+            sites = [(slot, axis) for slot, axis in each.sites if self._constant(node, slot)]
+            site = next((s for s in sites if self._trace(node, s[0], frozenset({s[1]})) is not None), None)
+            if site is None:
+                return None
+            marks[site[0]].add(site[1])
+        carriers: dict[Use, Marks] = {}
+        for index, axes in marks.items():
+            found = self._trace(node, index, frozenset(axes))
+            if found is None:
+                return None
+            carriers.update(found)
+        return carriers
 
     def _trace(self, node: ir.Node, index: int, marks: Marks) -> dict[Use, Marks] | None:
         """Follow summed axes of an operand back to the stored tensors, through linear operators."""
@@ -211,7 +229,7 @@ class _Planner:
     def _scale(self, each: Sum) -> None:
         """Divide by a scalar, or by a vector where the repeats are unequal."""
         node = each.node
-        slot, axis = next((site for site in each.sites if not self._constant(node, site[0])), each.sites[0])
+        slot, axis = self._site(each)
         operand = self.dimensions.axes_of(node, slot)
         factors = self.terms.factors(each.term)
         if operand is None or factors is None:
@@ -222,6 +240,10 @@ class _Planner:
             if self._fold(node, slot, scale):
                 return
         self.edits.append(ScaleInput(node.name or "", slot, ((axis - len(operand), factors),), each.power))
+
+    def _site(self, each: Sum) -> tuple[int, int]:
+        """The operand and the axis that a scalar divides: an activation where there is one."""
+        return next((site for site in each.sites if not self._constant(each.node, site[0])), each.sites[0])
 
     def _constant(self, node: ir.Node, slot: int) -> bool:
         return node.inputs[slot] in self.dimensions.constants
