@@ -1,4 +1,4 @@
-"""ONNX Runtime's own attention operators."""
+"""ONNX Runtime's own attention operators whose queries, keys and values have the same heads."""
 
 from __future__ import annotations
 
@@ -13,157 +13,296 @@ from hyperclone_onnx.rules.attention import (
     edit_scale,
     head_terms,
     relate_bias,
-    relate_heads,
     relate_scores,
-    rotate,
     split_heads,
     total_length,
 )
 from hyperclone_onnx.rules.registry import edits, relates
 
+FIXED_SCALE = "scores are divided by the root of its size, which no attribute changes"
+INNER_ANGLES = "rotary angles are made inside from its size"
 
-def _past_and_present(op: Op, past_index: int, batch: Term, heads: Term, new: Term, widths: tuple[Term, Term]) -> Term:
-    """Relate key and value caches at `past_index` and after, set the present ones (outputs 1, 2)."""
-    past = op.axes(past_index)[2] if op.has(past_index) else None
-    total = total_length(op, new, past)
+
+def relate_mask(op: Op, index: int, batch: Term, length: Term) -> None:
+    """A padding mask: lengths (batch), or places (batch, keys), (batch, queries, keys), (batch, 1, keys, keys)."""
+    if not op.has(index):
+        return
+    axes = op.axes(index)
+    if len(axes) > 1 or op.size(axes[0]) == op.size(batch):
+        op.unify(axes[0], batch)
+    else:  # (2 * batch) or (3 * batch + 2): ends and starts one after the other
+        for term in (axes[0], batch):
+            op.pin(term, "a mask lists the ends and starts of a batch")
+    for term in (*axes[1:], *([length] if len(axes) > 2 else [])):
+        op.pin(term, "positions of a mask")
+
+
+def relate_beams(op: Op, index: int, batch: Term) -> None:
+    """Which beam each cached token came from: the batch counts beams."""
+    if op.has(index):
+        for term in (batch, *op.axes(index)):
+            op.pin(term, "counted by beams")
+
+
+def relate_caches(
+    op: Op, index: int, batch: Term, heads: Term, new: Term, widths: tuple[Term, Term], shared: bool = False
+) -> Term:
+    """Key and value caches (batch, heads, length, width) at `index` and after, present ones on outputs 1 and 2.
+
+    Returns the length of all keys, which a shared buffer need not fill.
+    """
+    past = op.axes(index)[2] if op.has(index) else None
+    if shared:
+        op.pin(new, "positions of a cache")
+        total = op.pinned_dim(None, "positions of a cache")
+        kept = total if past is None else past
+        op.pin(kept, "positions of a cache")
+    else:
+        kept = total = total_length(op, new, past)
     for offset, width in enumerate(widths):
-        if op.has(past_index + offset):
-            for one, other in zip(op.axes(past_index + offset), (batch, heads, past or new, width), strict=True):
+        if op.has(index + offset):
+            for one, other in zip(op.axes(index + offset), (batch, heads, past or new, width), strict=True):
                 op.unify(one, other)
-        op.out((batch, heads, total, width), index=1 + offset)
+        op.out((batch, heads, kept, width), index=1 + offset)
     return total
+
+
+def relate_joint_caches(
+    op: Op, index: int, batch: Term, heads: Term, new: Term, widths: tuple[Term, Term], shared: bool
+) -> Term:
+    """A cache of keys and values in one (2, batch, heads, length, width), the present one on output 1."""
+    past = op.axes(index)[3] if op.has(index) else None
+    pair = op.pinned_dim(2, "keys and values")
+    if past is not None or len(op.node.outputs) > 1:
+        op.unify(*widths)
+    if shared:
+        op.pin(new, "positions of a cache")
+        total = op.pinned_dim(None, "positions of a cache")
+        kept = total if past is None else past
+        op.pin(kept, "positions of a cache")
+    else:
+        kept = total = total_length(op, new, past)
+    if past is not None:
+        for one, other in zip(op.axes(index), (pair, batch, heads, past, widths[0]), strict=True):
+            op.unify(one, other)
+    op.out((pair, batch, heads, kept, widths[0]), index=1)
+    return total
+
+
+def relate_bias_of_three(op: Op, index: int, heads: Term, depth: Term, value_depth: Term) -> None:
+    """A bias of queries, keys and values side by side."""
+    if op.has(index):
+        parts = (Product((heads, depth)), Product((heads, depth)), Product((heads, value_depth)))
+        op.unify(op.axes(index)[0], Concat(parts))
+
+
+# -- queries, keys and values given -----------------------------------------------------------------------
+
+
+def _keys_and_values(op: Op, batch: Term, heads: Term, depth: Term) -> tuple[Term, Term]:
+    """(key length, value head_dim) of inputs 1 and 2: packed, one after the other, or both in one."""
+    key, count = op.axes(1), op.integer("num_heads")
+    op.unify(key[0], batch)
+    if len(key) == 5:  # (batch, length, heads, 2, head_dim)
+        op.unify(key[2], heads)
+        op.pin(key[3], "keys and values side by side")
+        op.unify(key[4], depth)
+        return key[1], depth
+    value = op.axes(2)
+    op.unify(value[0], batch)
+    op.unify(value[-2], key[-2])
+    if len(key) == 4:  # (batch, heads, length, head_dim): keys and values of a cross attention
+        for axes in (key, value):
+            op.unify(axes[1], heads)
+            op.unify(axes[3], depth)
+        return key[2], depth
+    kv_heads, key_depth = split_heads(op, key[2], count)
+    value_heads, value_depth = split_heads(op, value[2], count)
+    for one, other in ((kv_heads, heads), (value_heads, heads), (key_depth, depth)):
+        op.unify(one, other)
+    return key[1], value_depth
 
 
 @relates("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(op: Op) -> None:
     """Y[b, s, (h e)] = sum_t softmax_t(scale sum_d Q[b, s, (h d)] K[b, t, (h d)] + bias) V[b, t, (h e)]"""
     query = op.axes(0)
-    if len(query) != 3 or not op.has(1) or not op.has(2) or op.has(8) or op.has(9):
-        raise CannotTell("MultiHeadAttention with packed operands or beams")
-    count = op.integer("num_heads")
-    heads, depth = split_heads(op, query[2], count)
-    key, value = op.axes(1), op.axes(2)
-    if len(key) == 4:  # (batch, heads, length, head_dim): keys and values of a cross attention
-        kv_heads, new, key_depth, value_depth = key[1], key[2], key[3], value[3]
-        op.unify(value[1], kv_heads)
+    batch, length = query[:2]
+    if len(query) == 5:  # (batch, length, heads, 3, head_dim)
+        heads, depth, new, value_depth = query[2], query[4], length, query[4]
+        op.pin(query[3], "queries, keys and values side by side")
     else:
-        new = key[1]
-        kv_heads, key_depth = split_heads(op, key[2], count)
-        value_heads, value_depth = split_heads(op, value[2], count)
-        op.unify(value_heads, kv_heads)
-    op.unify(value[-2], key[-2])
-    for axes in (key, value):
-        op.unify(axes[0], query[0])
-    op.unify(kv_heads, heads)
-    op.unify(key_depth, depth)
-    if len(key) == 4:
-        op.unify(key_depth, value_depth)
+        heads, depth = split_heads(op, query[2], op.integer("num_heads"))
+        new, value_depth = _keys_and_values(op, batch, heads, depth)
     if op.integer("unidirectional", 0):
-        op.pin(query[1], "a causal mask counts along it")
+        op.pin(length, "a causal mask counts along it")
     op.fact(Fact.BATCHED, heads)
-    if op.has(3):
-        packed = (Product((heads, depth)), Product((heads, depth)), Product((heads, value_depth)))
-        op.unify(op.axes(3)[0], Concat(packed))
-    if op.has(4):
-        for term in op.axes(4)[1:]:
-            op.pin(term, "positions of a mask")
-    total = _past_and_present(op, 6, query[0], heads, new, (depth, value_depth))
-    relate_bias(op, 5, (query[0], heads, query[1], total))
+    relate_bias_of_three(op, 3, heads, depth, value_depth)
+    relate_mask(op, 4, batch, length)
+    relate_beams(op, 9, batch)
+    total = relate_caches(op, 6, batch, heads, new, (depth, value_depth), shared=op.has(8))
+    relate_bias(op, 5, (batch, heads, length, total))
     relate_scores(op, depth, value_depth, total)
-    op.out((*query[:2], Product((heads, value_depth))))
-    op.out((query[0], heads, query[1], total), index=3)
+    op.out((batch, length, Product((heads, value_depth))))
+    op.out((batch, heads, length, total), index=3)
 
 
-@edits("MultiHeadAttention", domain=MICROSOFT)
+@edits("MultiHeadAttention", "PackedMultiHeadAttention", domain=MICROSOFT)
 def edit_multi_head_attention(op: GrownOp) -> None:
     """The count of heads and the scale of the scores."""
-    heads, depth = head_terms(op, op.axes(0)[2], op.integer("num_heads"))
-    edit_heads(op, "num_heads", heads)
-    edit_scale(op, depth)
-
-
-@relates("GroupQueryAttention", domain=MICROSOFT)
-def group_query_attention(op: Op) -> None:
-    """MultiHeadAttention whose query heads are (key/value heads, group), causal, with rotary angles inside"""
     query = op.axes(0)
-    many, few = op.integer("num_heads"), op.integer("kv_num_heads")
-    if len(query) != 3 or any(op.has(index) for index in range(12, op.count)):
-        raise CannotTell("GroupQueryAttention with quantised caches")
-    packed = not op.has(1)
-    width = op.static(query[2])
-    if width is None:
-        raise CannotTell("a width known only when running")
-    depth = op.dim(width // (many + 2 * few if packed else many))
-    heads, kv_heads = op.dim(many), op.dim(few)
-    relate_heads(op, heads, kv_heads)
-    keys = Product((kv_heads, depth))
-    if packed:
-        op.unify(query[2], Concat((Product((heads, depth)), keys, keys)))
+    if len(query) > 3:  # (.., heads, 3, head_dim)
+        heads, depth = query[-3], query[-1]
     else:
-        op.space.match([query[2]], [heads, depth])
-        for index in (1, 2):
-            op.space.match([op.axes(index)[2]], [kv_heads, depth])
-            for one, other in zip(op.axes(index)[:2], query[:2], strict=True):
-                op.unify(one, other)
-    if op.integer("do_rotary", 0) and op.has(7) and op.has(8):
-        half = op.axes(7)[1]
-        op.unify(op.axes(8)[1], half)
-        rotate(op, depth, half, 2 * (op.static(half) or 0), bool(op.integer("rotary_interleaved", 0)))
-        for index in (7, 8):
-            op.pin(op.axes(index)[0], "indexed by positions")
-    op.pin(query[1], "a causal mask counts along it")
-    if op.has(5) and op.rank(5) == 1:
-        op.unify(op.axes(5)[0], query[0])
-    if op.has(11):
-        op.unify(op.axes(11)[0], heads)
-    total = _past_and_present(op, 3, query[0], kv_heads, query[1], (depth, depth))
-    relate_bias(op, 10, (query[0], heads, query[1], total))
-    relate_scores(op, depth, depth, total)
-    op.out((*query[:2], Product((heads, depth))))
-
-
-@edits("GroupQueryAttention", domain=MICROSOFT)
-def edit_group_query_attention(op: GrownOp) -> None:
-    """The counts of heads and the scale of the scores."""
-    heads, depth = head_terms(op, op.out_axes(0)[2], op.integer("num_heads"))
-    count = op.integer("kv_num_heads")
-    kv_heads = head_terms(op, op.axes(1)[2] if op.has(1) else heads, count)[0]
+        heads, depth = head_terms(op, query[-1], op.integer("num_heads"))
     edit_heads(op, "num_heads", heads)
-    edit_heads(op, "kv_num_heads", kv_heads)
     edit_scale(op, depth)
 
 
-@relates("Attention", domain=MICROSOFT)
-def packed_attention(op: Op) -> None:
-    """MultiHeadAttention of X W + B, where W's columns are queries, keys and values side by side"""
-    x, w = op.axes(0), op.axes(1)
-    if op.has(4) or op.integer("do_rotary", 0) or op.integer("past_present_share_buffer", 0):
-        raise CannotTell("Attention with a packed cache or rotary angles inside")
-    count = op.integer("num_heads")
+@relates("PackedMultiHeadAttention", domain=MICROSOFT)
+def packed_multi_head_attention(op: Op) -> None:
+    """MultiHeadAttention of tokens without padding: Y[n, (h e)] attends within its sequence"""
+    query, count = op.axes(0), op.integer("num_heads")
+    if len(query) == 4:  # (tokens, heads, 3, head_dim)
+        heads, depth, value_depth = query[1], query[3], query[3]
+        op.pin(query[2], "queries, keys and values side by side")
+    else:
+        heads, depth = split_heads(op, query[1], count)
+        kv_heads, key_depth = split_heads(op, op.axes(1)[1], count)
+        value_heads, value_depth = split_heads(op, op.axes(2)[1], count)
+        for one, other in ((kv_heads, heads), (value_heads, heads), (key_depth, depth)):
+            op.unify(one, other)
+        for index in (1, 2):
+            op.unify(op.axes(index)[0], query[0])
+    relate_bias_of_three(op, 3, heads, depth, value_depth)
+    _attend_tokens(op, 4, query[0], heads, depth, value_depth)
+
+
+def _attend_tokens(op: Op, offsets: int, tokens: Term, heads: Term, depth: Term, value_depth: Term) -> None:
+    """Attention over tokens that inputs `offsets` (batch, length) and the next (batch + 1) divide into sequences."""
+    op.pin(tokens, "tokens of several sequences")
+    for index in (offsets, offsets + 1):
+        op.parameter(index)
+    batch, length = op.axes(offsets)
+    relate_bias(op, offsets + 2, (batch, heads, length, length))
+    op.fact(Fact.BATCHED, heads)
+    relate_scores(op, depth, value_depth, length)
+    op.out((tokens, Product((heads, value_depth))))
+
+
+@relates("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
+def decoder_masked_multi_head_attention(op: Op) -> None:
+    """MultiHeadAttention of one new query, with its caches"""
+    query, count = op.axes(0), op.integer("num_heads")
+    batch, length = query[:2]
+    shared = bool(op.integer("past_present_share_buffer", 0))
+    if op.has(1):
+        heads, depth = split_heads(op, query[2], count)
+        new, value_depth = _keys_and_values(op, batch, heads, depth)
+    else:
+        width = op.static(query[2])
+        value_width = op.static(op.axes(6)[3]) if op.has(6) else None if width is None else width // (3 * count)
+        if width is None or value_width is None or (width - count * value_width) % (2 * count):
+            raise CannotTell("packed queries, keys and values of unknown widths")
+        heads, value_depth = op.dim(count), op.dim(value_width)
+        depth, new = op.dim((width - count * value_width) // (2 * count)), length
+        parts = (Product((heads, depth)), Product((heads, depth)), Product((heads, value_depth)))
+        op.unify(query[2], Concat(parts))
+    if shared:
+        op.pin(depth, "a shared buffer orders its keys by pieces of it")
+    op.fact(Fact.BATCHED, heads)
+    relate_mask(op, 3, batch, length)
+    relate_beams(op, 9, batch)
+    relate_bias_of_three(op, 10, heads, depth, value_depth)
+    total = relate_caches(op, 5, batch, heads, new, (depth, value_depth), shared)
+    relate_bias(op, 4, (batch, heads, length, total))
+    relate_scores(op, depth, value_depth, total)
+    op.out((batch, length, Product((heads, value_depth))))
+    op.out((batch, heads, length, total), index=3)
+
+
+@edits("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
+def edit_decoder_masked_multi_head_attention(op: GrownOp) -> None:
+    """The count of heads and the scale of the scores."""
+    query, count = op.space.resolve(op.axes(0)[2]), op.integer("num_heads")
+    first = query.segments[0] if isinstance(query, Concat) and not op.has(1) else query
+    heads, depth = head_terms(op, first, count)
+    edit_heads(op, "num_heads", heads)
+    edit_scale(op, depth)
+
+
+# -- one projection inside --------------------------------------------------------------------------------
+
+
+def _project(op: Op, weight: int, bias: int) -> tuple[Term, Term, Term]:
+    """(heads, head_dim, value head_dim) of X W + B, W's columns queries, keys and values side by side."""
+    w, count = op.axes(weight), op.integer("num_heads")
     sizes = op.int_list("qkv_hidden_sizes", None)
     total = op.static(w[1])
     if sizes is None:
         if total is None or total % 3:
             raise CannotTell("packed queries, keys and values of unknown widths")
         sizes = [total // 3] * 3
-    op.sum_over((0, 2), (1, 0))
+    if any(size % count for size in sizes):
+        raise CannotTell("a width that its heads do not divide")
+    op.sum_over((0, -1), (weight, 0))
     op.fact(Fact.WEIGHT_OUTPUT, w[1])
-    heads = op.dim(count)
-    depths = [op.dim(size // count) for size in (sizes[0], sizes[2])]
-    op.unify(w[1], Concat(tuple(Product((heads, depths[i])) for i in (0, 0, 1))))
-    if op.has(2):
-        op.unify(op.axes(2)[0], w[1])
+    heads, depth, value_depth = op.dim(count), op.dim(sizes[0] // count), op.dim(sizes[2] // count)
+    op.unify(w[1], Concat(tuple(Product((heads, each)) for each in (depth, depth, value_depth))))
+    if op.has(bias):
+        op.unify(op.axes(bias)[0], w[1])
     op.fact(Fact.BATCHED, heads)
-    relate_bias(op, 5, (x[0], heads, x[1], x[1]))
-    relate_scores(op, depths[0], depths[1], x[1])
-    op.out((*x[:2], Product((heads, depths[1]))))
+    return heads, depth, value_depth
 
 
-@edits("Attention", domain=MICROSOFT)
-def edit_packed_attention(op: GrownOp) -> None:
+@relates("Attention", domain=MICROSOFT)
+def projected_attention(op: Op) -> None:
+    """MultiHeadAttention of X W + B, where W's columns are queries, keys and values side by side"""
+    batch, length = op.axes(0)[:2]
+    heads, depth, value_depth = _project(op, 1, 2)
+    if op.integer("do_rotary", 0):
+        op.pin(depth, INNER_ANGLES)
+        op.pin(length, "its places are counted")
+    if op.integer("unidirectional", 0):
+        op.pin(length, "a causal mask counts along it")
+    shared = bool(op.integer("past_present_share_buffer", 0))
+    relate_mask(op, 3, batch, length)
+    total = relate_joint_caches(op, 4, batch, heads, length, (depth, value_depth), shared)
+    relate_bias(op, 5, (batch, heads, length, total))
+    relate_scores(op, depth, value_depth, total)
+    op.out((batch, length, Product((heads, value_depth))))
+
+
+@relates("DecoderMaskedSelfAttention", domain=MICROSOFT)
+def decoder_masked_self_attention(op: Op) -> None:
+    """Attention of X W + B for one new query, with its cache"""
+    batch, length = op.axes(0)[:2]
+    heads, depth, value_depth = _project(op, 1, 2)
+    shared = bool(op.integer("past_present_share_buffer", 0))
+    if op.integer("do_rotary", 0):
+        op.pin(depth, INNER_ANGLES)
+    if shared:
+        op.pin(depth, "a shared buffer orders its keys by pieces of it")
+    relate_mask(op, 3, batch, length)
+    relate_beams(op, 8, batch)
+    total = relate_joint_caches(op, 4, batch, heads, length, (depth, value_depth), shared)
+    relate_bias(op, 5, (batch, heads, length, total))
+    relate_scores(op, depth, value_depth, total)
+    op.out((batch, length, Product((heads, value_depth))))
+
+
+@relates("PackedAttention", domain=MICROSOFT)
+def packed_attention(op: Op) -> None:
+    """Attention of X W + B of tokens without padding: Y[n, (h e)] attends within its sequence"""
+    heads, depth, value_depth = _project(op, 1, 2)
+    _attend_tokens(op, 3, op.axes(0)[0], heads, depth, value_depth)
+
+
+@edits("Attention", "DecoderMaskedSelfAttention", "PackedAttention", domain=MICROSOFT)
+def edit_projected_attention(op: GrownOp) -> None:
     """The count of heads, the widths, and the scale of the scores."""
     count = op.integer("num_heads")
-    heads, _ = head_terms(op, op.out_axes(0)[2], count)
+    heads, _ = head_terms(op, op.out_axes(0)[-1], count)
     whole = op.axes(1)[1]
     widths = op.int_list("qkv_hidden_sizes", None)
     size = op.static(whole) or 0
@@ -173,6 +312,60 @@ def edit_packed_attention(op: GrownOp) -> None:
     if widths is not None or len(set(grown)) > 1:
         op.set_attribute("qkv_hidden_sizes", grown)
     edit_heads(op, "num_heads", heads)
-    query = op.space.resolve(whole)
-    first = query.segments[0] if isinstance(query, Concat) else query
+    columns = op.space.resolve(whole)
+    first = columns.segments[0] if isinstance(columns, Concat) else columns
     edit_scale(op, head_terms(op, first, count)[1])
+
+
+@relates("LongformerAttention", domain=MICROSOFT)
+def longformer_attention(op: Op) -> None:
+    """Attention of X W + B within a window, and of X W' + B' from and to the tokens that `global` marks"""
+    x = op.axes(0)
+    heads, depth, _ = _project(op, 1, 2)
+    for one, other in ((op.axes(4)[1], op.axes(1)[1]), (op.axes(5)[0], op.axes(2)[0])):
+        op.unify(one, other)
+    op.sum_over((0, 2), (4, 0))
+    op.space.match([x[2]], [heads, depth])
+    op.pin(depth, FIXED_SCALE)
+    for index in (3, 6):
+        for one, other in zip(op.axes(index), x[:2], strict=True):
+            op.unify(one, other)
+    op.pin(x[1], "a window runs along it")
+    op.out(x)
+
+
+@edits("LongformerAttention", "DecoderAttention", domain=MICROSOFT)
+def edit_fixed_attention(op: GrownOp) -> None:
+    """The count of heads."""
+    edit_heads(op, "num_heads", head_terms(op, op.axes(0)[2], op.integer("num_heads"))[0])
+
+
+@relates("DecoderAttention", domain=MICROSOFT)
+def decoder_attention(op: Op) -> None:
+    """Attention of (X Wq, Z Wkv) + B, length before batch, with caches that flags turn on and off"""
+    query, key = op.axes(0), op.axes(1)
+    heads, depth = split_heads(op, query[2], op.integer("num_heads"))
+    hidden = Product((heads, depth))
+    op.sum_over((0, 2), (2, 0))
+    op.sum_over((1, 2), (3, 0))
+    for index, axis, term in (
+        (1, 2, hidden),
+        (2, 1, hidden),
+        (3, 1, Concat((hidden, hidden))),
+        (4, 0, Concat((hidden, hidden, hidden))),
+    ):
+        op.unify(op.axes(index)[axis], term)
+    op.unify(key[1], query[1])
+    op.pin(depth, FIXED_SCALE)
+    for term in (query[0], key[0]):
+        op.pin(term, "positions of a cache")
+    relate_mask(op, 5, query[1], query[0])
+    length = op.pinned_dim(None, "positions of a cache")
+    for index in (6, 7):
+        if op.has(index):
+            for one, other in zip(op.axes(index), (query[1], heads, op.axes(index)[2], depth), strict=True):
+                op.unify(one, other)
+            op.pin(op.axes(index)[2], "positions of a cache")
+        op.out((query[1], heads, length, depth), index=index - 5)
+    op.fact(Fact.BATCHED, heads)
+    op.out(query)
