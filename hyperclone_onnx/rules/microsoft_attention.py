@@ -52,6 +52,8 @@ def relate_caches(
     Returns the length of all keys, which a shared buffer need not fill.
     """
     past = op.axes(index)[2] if op.has(index) else None
+    if past is not None:
+        op.unify(*widths)
     if shared:
         op.pin(new, "positions of a cache")
         total = op.pinned_dim(None, "positions of a cache")
@@ -224,11 +226,16 @@ def decoder_masked_multi_head_attention(op: Op) -> None:
 @edits("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
 def edit_decoder_masked_multi_head_attention(op: GrownOp) -> None:
     """The count of heads and the scale of the scores."""
-    query, count = op.space.resolve(op.axes(0)[2]), op.integer("num_heads")
-    first = query.segments[0] if isinstance(query, Concat) and not op.has(1) else query
-    heads, depth = head_terms(op, first, count)
+    query, count = op.axes(0)[2], op.integer("num_heads")
+    heads, depth = head_terms(op, query if op.has(1) else _first(op, query), count)
     edit_heads(op, "num_heads", heads)
     edit_scale(op, depth)
+
+
+def _first(op: GrownOp, term: Term) -> Term:
+    """The queries of queries, keys and values side by side."""
+    resolved = op.space.resolve(term)
+    return resolved.segments[0] if isinstance(resolved, Concat) else resolved
 
 
 # -- one projection inside --------------------------------------------------------------------------------
@@ -312,16 +319,15 @@ def edit_projected_attention(op: GrownOp) -> None:
     if widths is not None or len(set(grown)) > 1:
         op.set_attribute("qkv_hidden_sizes", grown)
     edit_heads(op, "num_heads", heads)
-    columns = op.space.resolve(whole)
-    first = columns.segments[0] if isinstance(columns, Concat) else columns
-    edit_scale(op, head_terms(op, first, count)[1])
+    edit_scale(op, head_terms(op, _first(op, whole), count)[1])
 
 
 @relates("LongformerAttention", domain=MICROSOFT)
 def longformer_attention(op: Op) -> None:
     """Attention of X W + B within a window, and of X W' + B' from and to the tokens that `global` marks"""
     x = op.axes(0)
-    heads, depth, _ = _project(op, 1, 2)
+    heads, depth, value_depth = _project(op, 1, 2)
+    op.unify(depth, value_depth)
     for one, other in ((op.axes(4)[1], op.axes(1)[1]), (op.axes(5)[0], op.axes(2)[0])):
         op.unify(one, other)
     op.sum_over((0, 2), (4, 0))
@@ -357,8 +363,8 @@ def decoder_attention(op: Op) -> None:
         op.unify(op.axes(index)[axis], term)
     op.unify(key[1], query[1])
     op.pin(depth, FIXED_SCALE)
-    for term in (query[0], key[0]):
-        op.pin(term, "positions of a cache")
+    for length in (query[0], key[0]):
+        op.pin(length, "positions of a cache")
     relate_mask(op, 5, query[1], query[0])
     length = op.pinned_dim(None, "positions of a cache")
     for index in (6, 7):

@@ -26,6 +26,7 @@ from hyperclone_onnx.planning import make_plan
 from hyperclone_onnx.rewrite import rewrite
 from hyperclone_onnx.sizing import Growth, name_dimensions
 from hyperclone_onnx.strategies import STRATEGIES, Strategy
+from rule_rows.references import REFERENCES
 
 assert hyperclone_onnx.rules  # importing it registers the rules
 
@@ -145,7 +146,7 @@ class Model:
                     model.SerializeToString(), options, providers=["CPUExecutionProvider"]
                 )
             else:
-                session = ReferenceEvaluator(model)
+                session = ReferenceEvaluator(model, new_ops=REFERENCES)
             return dict(zip(self.outputs, session.run(None, values), strict=True))
 
 
@@ -213,7 +214,7 @@ def grow(m: Model, dimensions: Dimensions, strategy: Strategy, everything: bool)
         plan = make_plan(Growth(dimensions, named, maps), strategy)
     except Refused:
         assert m.equal, "refused though nothing averages"
-        maps = {dim: (name, SourceMap(chosen.size, repeat=2)) for dim, (name, chosen) in maps.items()}
+        maps = {e.dim: (e.name, SourceMap(e.size, repeat=2)) for e in named if e.dim.growable and e.size > 0}
         plan = make_plan(Growth(dimensions, named, maps), strategy)
     return plan, rewrite(dimensions.model, plan)
 

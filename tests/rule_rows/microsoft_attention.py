@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from rule_rows.harness import MICROSOFT, Model, activation, narrow, row
+
+
+def scores_bias(m: Model, b: int, h: int, s: int, t: int) -> str:
+    return m.operand(m.pick((b, h, s, t), (1, 1, s, t), (b, 1, s, t), (1, h, s, t)))
+
+
+def fixed(m: Model, values: Any, kind: Any = np.int32) -> str:
+    """Integers that an operator reads: lengths, offsets, tables."""
+    return m.operand(np.asarray(values, dtype=kind), stored=m.coin())
+
+
+def place(inputs: list[str], index: int, name: str) -> None:
+    """Give an optional input, empty names before it."""
+    inputs += [""] * (index - len(inputs))
+    inputs.append(name)
+
+
+def scaled(m: Model) -> dict[str, Any]:
+    return {"scale": 0.25} if m.coin() else {}
+
+
+# -- queries, keys and values given -----------------------------------------------------------------------
 
 
 @row("MultiHeadAttention", domain=MICROSOFT, seeds=20)
@@ -22,68 +45,121 @@ def cross_attention(m: Model) -> None:
 def multi_head_row(m: Model, four: bool) -> None:
     m.opset, m.equal = 17, True
     b, s, t, h, d, e = 2, m.size(), m.size(), m.size(1, 3), m.size(), m.size()
-    q = activation(m, (b, s, h * d))
+    past = 0
+    if not four and m.coin():
+        past, e = 2, d
+    q = activation(m, (b, s, h * d), "g.g")
     k = activation(m, (b, h, t, d) if four else (b, t, h * d))
     v = activation(m, (b, h, t, d) if four else (b, t, h * e))
     inputs = [q, k, v]
     if not four and m.coin():
         inputs.append(m.operand((2 * h * d + h * e,)))
+    if m.coin(0.3):
+        place(inputs, 4, fixed(m, m.rng.integers(0, 2, (b, t + past))))
     if m.coin():
-        inputs += [""] * (5 - len(inputs))
-        inputs.append(m.operand(m.pick((b, h, s, t), (1, 1, s, t), (b, 1, s, t), (1, h, s, t))))
+        place(inputs, 5, scores_bias(m, b, h, s, t + past))
+    if past:
+        place(inputs, 6, m.operand((b, h, past, d), "g.pg", stored=False))
+        place(inputs, 7, m.operand((b, h, past, e), "g.pg", stored=False))
     narrow(m)
-    attributes = {"scale": 0.3} if m.coin() else {}
-    m.node("MultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=h, **attributes)
+    m.node("MultiHeadAttention", *inputs, outputs=3 if past else 1, domain=MICROSOFT, num_heads=h, **scaled(m))
 
 
-@row("GroupQueryAttention", domain=MICROSOFT, seeds=16)
-def group_query_attention(m: Model) -> None:
-    group_query_row(m, 1, 1)
-
-
-@row("GroupQueryAttention", domain=MICROSOFT, seeds=6)
-def group_query_attention_of_a_batch(m: Model) -> None:
-    group_query_row(m, 2, 1)
-
-
-@row("GroupQueryAttention", domain=MICROSOFT, seeds=6)
-def group_query_attention_of_a_prompt(m: Model) -> None:
-    group_query_row(m, 1, 3)
-
-
-def group_query_row(m: Model, b: int, s: int) -> None:
+@row("MultiHeadAttention", domain=MICROSOFT, seeds=6)
+def causal_multi_head_attention(m: Model) -> None:
     m.opset, m.equal = 17, True
-    kv, group, d = m.size(1, 3), m.size(1, 2), 16
-    heads, past = kv * group, 2
-    packed = m.coin(0.3)
-    if packed:
-        inputs = [activation(m, (b, s, (heads + 2 * kv) * d)), "", ""]
-    else:
-        inputs = [activation(m, (b, s, n * d)) for n in (heads, kv, kv)]
-    inputs += [m.operand((b, kv, past, d), stored=False) for _ in range(2)]
-    total = s + past
-    inputs += [
-        m.operand(np.full((b,), total - 1, np.int32), stored=True),
-        m.operand(np.asarray(total, np.int32), stored=True),
-    ]
-    attributes: dict[str, Any] = {}
-    if m.coin():
-        attributes["do_rotary"] = 1
-        inputs += [m.operand((16, d // 2)), m.operand((16, d // 2))]
+    s, h, d = m.size(), m.size(1, 3), m.size()
+    inputs = [activation(m, (2, s, h * d), "gpg") for _ in range(3)]
     narrow(m)
-    m.node(
-        "GroupQueryAttention",
-        *inputs,
-        outputs=3,
-        domain=MICROSOFT,
-        num_heads=heads,
-        kv_num_heads=kv,
-        **attributes,
-    )
+    m.node("MultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=h, unidirectional=1)
 
 
-@row("Attention", domain=MICROSOFT, seeds=12)
-def packed_attention(m: Model) -> None:
+@row("MultiHeadAttention", domain=MICROSOFT, seeds=12)
+def packed_operands(m: Model) -> None:
+    m.equal, m.tolerance = True, 2e-6
+    b, s, t, h, d = 2, m.size(), m.size(), m.size(2, 3), m.size()
+    if m.coin():
+        inputs, t = [activation(m, (b, s, h, 3, d), "gpgpg")], s
+    else:
+        inputs = [activation(m, (b, s, h * d), "ggg"), activation(m, (b, t, h, 2, d), "gpgpg")]
+    if m.coin():
+        place(inputs, 5, scores_bias(m, b, h, s, t))
+    m.node("MultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=h, **scaled(m))
+
+
+def sequences(m: Model, count: int = 2) -> tuple[list[int], list[int]]:
+    """(lengths, where they begin and the end)."""
+    lengths = [m.size(1, 3) for _ in range(count)]
+    return lengths, [0, *np.cumsum(lengths).tolist()]
+
+
+def offsets(lengths: Sequence[int]) -> Any:
+    longest = max(lengths)
+    real = [b * longest + i for b, length in enumerate(lengths) for i in range(length)]
+    rest = [i for i in range(len(lengths) * longest) if i not in real]
+    return np.asarray(real + rest, np.int32).reshape(len(lengths), longest)
+
+
+@row("PackedMultiHeadAttention", domain=MICROSOFT, seeds=12)
+def packed_multi_head_attention(m: Model) -> None:
+    m.equal, m.tolerance = True, 2e-6
+    h, d, e = m.size(2, 3), m.size(), m.size()
+    lengths, ends = sequences(m)
+    n = ends[-1]
+    if m.coin(0.3):
+        inputs, e = [activation(m, (n, h, 3, d), "pgpg"), "", ""], d
+    else:
+        inputs = [activation(m, (n, h * width), "pg") for width in (d, d, e)]
+    inputs.append(m.operand((h * (2 * d + e),), "g") if m.coin() else "")
+    inputs += [fixed(m, offsets(lengths)), fixed(m, ends)]
+    if m.coin():
+        inputs.append(m.operand(m.pick((1, h), (1, 1), (2, h)) + (max(lengths),) * 2))
+    m.node("PackedMultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=h, want="pg", **scaled(m))
+
+
+@row("DecoderMaskedMultiHeadAttention", domain=MICROSOFT, seeds=16)
+def decoder_masked_multi_head_attention(m: Model) -> None:
+    """Its keys in the order of the source; the CPU knows none but the shared buffer."""
+    m.equal, m.tolerance = True, 2e-6
+    b, h, d, past = 2, m.size(1, 3), m.size(), m.size()
+    crossed = m.coin(0.3)
+    if crossed:
+        inputs = [activation(m, (b, 1, h * d)), *(activation(m, (b, h, past, d)) for _ in range(2))]
+        total = past
+    else:
+        inputs = [activation(m, (b, 1, h * d), "gpg") for _ in range(3)]
+        total = past + 1
+    if m.coin():
+        place(inputs, 3, fixed(m, np.ones((b, total))))
+    if m.coin():
+        place(inputs, 4, m.operand((1, m.pick(1, h), 1, total)))
+    if not crossed:
+        for index in (5, 6):
+            place(inputs, index, m.operand((b, h, past, d), stored=False))
+    if m.coin() and not crossed:
+        place(inputs, 10, m.operand((3 * h * d,)))
+    outputs = 1 if crossed else 3
+    m.node("DecoderMaskedMultiHeadAttention", *inputs, outputs=outputs, domain=MICROSOFT, num_heads=h, **scaled(m))
+
+
+@row("DecoderMaskedMultiHeadAttention", domain=MICROSOFT, seeds=8)
+def decoder_masked_multi_head_attention_of_a_buffer(m: Model) -> None:
+    m.opset, m.equal = 17, True
+    b, h, d, past, capacity = 2, m.size(2, 3), m.size(), 2, 4
+    inputs = [activation(m, (b, 1, h * d), "gpg") for _ in range(3)]
+    inputs += ["", m.operand((1, m.pick(1, h), 1, past + 1)) if m.coin() else ""]
+    inputs += [m.operand(np.zeros((b, h, capacity, d)), "ggpp", stored=False) for _ in range(2)]
+    inputs.append(fixed(m, [past]))
+    narrow(m)
+    attributes = {"num_heads": h, "past_present_share_buffer": 1, **scaled(m)}
+    m.node("DecoderMaskedMultiHeadAttention", *inputs, outputs=3, domain=MICROSOFT, **attributes)
+
+
+# -- one projection inside --------------------------------------------------------------------------------
+
+
+@row("Attention", domain=MICROSOFT, seeds=16)
+def projected_attention(m: Model) -> None:
     m.opset, m.equal = 17, True
     b, s, n, h, d, e = 2, m.size(), m.size(), m.size(1, 3), m.size(), m.size()
     named = m.coin()
@@ -94,6 +170,68 @@ def packed_attention(m: Model) -> None:
         m.operand((n, h * (2 * d + e)), "gg"),
         m.operand((h * (2 * d + e),), "g"),
     ]
+    past = 0 if named else m.pick(0, 2)
+    mask = m.pick(None, (b, s + past), (b, s, s + past), (b,))
+    if mask is not None:
+        place(inputs, 3, fixed(m, np.full(mask, s) if len(mask) == 1 else m.rng.integers(0, 2, mask)))
+    if past:
+        place(inputs, 4, m.operand((2, b, h, past, d), "p..pg", stored=False))
+    if m.coin():
+        place(inputs, 5, scores_bias(m, b, h, s, s + past))
     narrow(m)
     attributes: dict[str, Any] = {"qkv_hidden_sizes": [h * d, h * d, h * e]} if named else {}
-    m.node("Attention", *inputs, domain=MICROSOFT, num_heads=h, **attributes)
+    attributes["unidirectional"] = m.size(0, 1)
+    outputs = 2 if past else 1
+    m.node("Attention", *inputs, outputs=outputs, domain=MICROSOFT, num_heads=h, **attributes, **scaled(m))
+
+
+@row("PackedAttention", domain=MICROSOFT, seeds=12)
+def packed_attention(m: Model) -> None:
+    m.equal, m.tolerance = True, 2e-6
+    n, h, d, e = m.size(), m.size(2, 3), m.size(), m.size()
+    named = m.coin()
+    e = e if named else d
+    lengths, ends = sequences(m)
+    width = h * (2 * d + e)
+    inputs = [activation(m, (ends[-1], n), "pg"), m.operand((n, width), "gg"), m.operand((width,), "g")]
+    inputs += [fixed(m, offsets(lengths)), fixed(m, ends)]
+    if m.coin():
+        inputs.append(m.operand(m.pick((1, h), (1, 1), (2, h)) + (max(lengths),) * 2))
+    attributes: dict[str, Any] = {"qkv_hidden_sizes": [h * d, h * d, h * e]} if named else {}
+    m.node("PackedAttention", *inputs, domain=MICROSOFT, num_heads=h, want="pg", **attributes, **scaled(m))
+
+
+@row("DecoderMaskedSelfAttention", domain=MICROSOFT, seeds=12)
+def decoder_masked_self_attention(m: Model) -> None:
+    m.equal, m.tolerance = True, 2e-6
+    b, n, h, d, past = 2, m.size(), m.size(2, 3), m.size(), m.size()
+    inputs = [activation(m, (b, 1, n), "gpg"), m.operand((n, 3 * h * d), "gg"), m.operand((3 * h * d,), "g")]
+    inputs.append(fixed(m, m.rng.integers(0, 2, (b, past + 1))) if m.coin() else "")
+    inputs.append(m.operand((2, b, h, past, d), "pggpg", stored=False))
+    inputs.append(m.operand((1, m.pick(1, h), 1, past + 1)) if m.coin() else "")
+    inputs.append(fixed(m, [past]))
+    m.node("DecoderMaskedSelfAttention", *inputs, outputs=2, domain=MICROSOFT, num_heads=h, **scaled(m))
+
+
+@row("LongformerAttention", domain=MICROSOFT, seeds=12)
+def longformer_attention(m: Model) -> None:
+    b, s, h, d, window = 2, 8, m.size(2, 3), m.size(), 2
+    x = activation(m, (b, s, h * d), "gpg")
+    inputs = [x, m.operand((h * d, 3 * h * d), "gg"), m.operand((3 * h * d,), "g"), m.operand((b, s), "gp")]
+    inputs += [m.operand((h * d, 3 * h * d), "gg"), m.operand((3 * h * d,), "g")]
+    flags = np.zeros((b, s), np.int32)
+    flags[:, 0] = 1
+    inputs.append(m.operand(flags, "gp"))
+    m.node("LongformerAttention", *inputs, domain=MICROSOFT, num_heads=h, window=window, want="gpg")
+
+
+@row("DecoderAttention", domain=MICROSOFT, seeds=12)
+def decoder_attention(m: Model) -> None:
+    b, s, h, d, past = 2, m.size(), m.size(2, 3), m.size(), m.size()
+    n = h * d
+    x = activation(m, (s, b, n), "pgg")
+    y = x if m.coin() else activation(m, (m.size(), b, n), "pgg")
+    inputs = [x, y, m.operand((n, n), "gg"), m.operand((n, 2 * n), "gg"), m.operand((3 * n,), "g"), ""]
+    inputs += [m.operand((b, h, past, d), "ggpp", stored=False) for _ in range(2)]
+    inputs += [fixed(m, [flag], np.bool_) for flag in (False, m.coin(), True, False)]
+    m.node("DecoderAttention", *inputs, outputs=3, domain=MICROSOFT, num_heads=h, want="pgg")
