@@ -2,6 +2,7 @@
 
 from rule_rows import (
     attention,
+    branches,
     contractions,
     control,
     convolution,
@@ -9,8 +10,13 @@ from rule_rows import (
     grouped_attention,
     indexing,
     layout,
+    linear_attention,
     microsoft,
     microsoft_attention,
+    microsoft_convolution,
+    microsoft_layout,
+    microsoft_positions,
+    mixture,
     normalisation,
     reductions,
     shapes,
@@ -18,6 +24,7 @@ from rule_rows import (
 
 __all__ = [
     "attention",
+    "branches",
     "contractions",
     "control",
     "convolution",
@@ -25,8 +32,13 @@ __all__ = [
     "grouped_attention",
     "indexing",
     "layout",
+    "linear_attention",
     "microsoft",
     "microsoft_attention",
+    "microsoft_convolution",
+    "microsoft_layout",
+    "microsoft_positions",
+    "mixture",
     "normalisation",
     "reductions",
     "shapes",

@@ -59,6 +59,8 @@ class Model:
     """Noise and attributes are single precision."""
     runtime: bool = False
     """Run in ONNX Runtime, for what the reference has not."""
+    kind: int | None = None
+    """The type of outputs that shape inference does not type, where they are not floating-point."""
 
     # -- choices ------------------------------------------------------------------------------------------
 
@@ -129,7 +131,8 @@ class Model:
         typed = onnx.shape_inference.infer_shapes(model)
         for info in typed.graph.output:
             if not info.type.HasField("tensor_type"):
-                info.type.tensor_type.elem_type = TensorProto.FLOAT if self.runtime else TensorProto.DOUBLE
+                floating = TensorProto.FLOAT if self.runtime else TensorProto.DOUBLE
+                info.type.tensor_type.elem_type = self.kind or floating
             if info.name in self.declared:
                 info.CopyFrom(
                     helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, self.declared[info.name])

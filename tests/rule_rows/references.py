@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -570,6 +570,94 @@ def gated_relative_position_bias(
 # -- recurrences ------------------------------------------------------------------------------------------
 
 
+def recurrence(
+    q: Array, k: Array, v: Array, decay: Any, beta: Any, s: Array, rule: str, scale: float
+) -> tuple[Array, list[Array]]:
+    """The outputs (batch, length, heads, e) and the state (batch, heads, e, d) after each token."""
+    outs, states = [], []
+    for t in range(q.shape[1]):
+        if rule.startswith("gated"):
+            g = np.exp(decay[:, t])
+            s = s * (g[:, :, None, :] if g.ndim == 3 else g[:, :, None, None])
+        new = v[:, t]
+        if rule.endswith("delta"):
+            new = beta[:, t, :, None] * (new - np.einsum("bhed,bhd->bhe", s, k[:, t]))
+        s = s + np.einsum("bhe,bhd->bhed", new, k[:, t])
+        outs.append((scale or 1 / math.sqrt(q.shape[3])) * np.einsum("bhed,bhd->bhe", s, q[:, t]))
+        states.append(s)
+    return np.stack(outs, 1), states
+
+
+def windowed(states: Sequence[Array], window: int) -> Array:
+    """The last states, zeros before the first."""
+    if not window:
+        return states[-1]
+    none = [np.zeros_like(states[-1])] * max(window - len(states), 0)
+    return np.stack([*none, *states[-window:]])
+
+
+@reference("LinearAttention")
+def linear_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    past: Any = None,
+    decay: Any = None,
+    beta: Any = None,
+    *,
+    q_num_heads: int,
+    kv_num_heads: int,
+    update_rule: str = "gated_delta",
+    scale: float = 0.0,
+    state_window: int = 0,
+) -> tuple[Array, Array]:
+    many = max(q_num_heads, kv_num_heads)
+    q, k, v = (
+        x.reshape(*x.shape[:2], n, -1) for x, n in ((query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads))
+    )
+    spread = [np.repeat(x, many // x.shape[2], axis=2) for x in (q, k, v)]
+    if decay is not None:
+        decay = decay.reshape(*decay.shape[:2], kv_num_heads, -1)
+        decay = np.repeat(np.broadcast_to(decay, k.shape), many // kv_num_heads, axis=2)
+    if beta is not None:
+        beta = np.repeat(np.broadcast_to(beta, k.shape[:3]), many // kv_num_heads, axis=2)
+    state = np.zeros((len(q), kv_num_heads, k.shape[3], v.shape[3])) if past is None else past
+    state = state[-1] if state.ndim == 5 else state
+    first = np.swapaxes(np.repeat(state, many // kv_num_heads, axis=1), -1, -2)
+    out, states = recurrence(*spread, decay, beta, first, update_rule, scale)
+    own = [np.swapaxes(s[:, :: many // kv_num_heads], -1, -2) for s in states]
+    return out.reshape(*out.shape[:2], -1), windowed(own, state_window)
+
+
+@reference("CausalConvWithState")
+def causal_convolution(
+    x: Array,
+    w: Array,
+    bias: Any = None,
+    past: Any = None,
+    *,
+    activation: str = "none",
+    dilation: int = 1,
+    channels_last: int = 0,
+    state_window: int = 0,
+) -> tuple[Array, Array]:
+    shape = x.shape
+    flat = x.reshape(*shape[:2], -1) if channels_last else np.swapaxes(x, 1, 2)
+    count, length, rows = (w.shape[2] - 1) * dilation, flat.shape[1], len(flat)
+    before = np.zeros((rows, count, flat.shape[2]))
+    if past is not None:
+        last = past[-1] if state_window else past
+        before = last.reshape(rows, count, -1) if channels_last else np.swapaxes(last, 1, 2)
+    whole = np.concatenate([before, flat], 1)
+    made = sum(w[:, 0, j] * whole[:, j * dilation : j * dilation + length] for j in range(w.shape[2]))
+    made = ACTIVATIONS[activation](made + (0 if bias is None else bias))
+    states = [whole[:, t + 1 : t + 1 + count] for t in range(length)]
+    if channels_last:
+        states = [s.reshape(rows, count, *shape[2:]) for s in states]
+        return made.reshape(shape), windowed(states, state_window)
+    return np.swapaxes(made, 1, 2), windowed([np.swapaxes(s, 1, 2) for s in states], state_window)
+
+
 @reference("GatedDeltaNet")
 def gated_delta_net(
     q: Array,
@@ -615,18 +703,9 @@ def gated_delta_net(
         decay = -np.exp(a_log) * np.log1p(np.exp(decay + dt_bias))
     if beta_activation == "sigmoid":
         beta = sigmoid(beta)
-    s = np.zeros((len(q), many, v.shape[3], width)) if state is None else state
-    outs = []
-    for t in range(q.shape[1]):
-        if update_rule.startswith("gated"):
-            g = np.exp(decay[:, t])
-            s = s * (g[:, :, None, :] if g.ndim == 3 else g[:, :, None, None])
-        new = v[:, t]
-        if update_rule.endswith("delta"):
-            new = beta[:, t, :, None] * (new - np.einsum("bhed,bhd->bhe", s, k[:, t]))
-        s = s + np.einsum("bhe,bhd->bhed", new, k[:, t])
-        outs.append((scale or 1 / math.sqrt(width)) * np.einsum("bhed,bhd->bhe", s, q[:, t]))
-    return np.stack(outs, 1), s
+    first = np.zeros((len(q), many, v.shape[3], width)) if state is None else state
+    out, states = recurrence(q, k, v, decay, beta, first, update_rule, scale)
+    return out, states[-1]
 
 
 @reference("VarlenCausalConvWithState")
