@@ -102,11 +102,9 @@ def operator_row(domain: str, op_type: str, versions: list[int]) -> tuple[str, s
 
 
 def operators_page() -> str:
-    """A table for each domain: every operator, its status, and the equation that its rule reads or why it is pinned."""
-    tables, header = (
-        [],
-        "| operator | status | since | how its axes relate, or why it is pinned | edited |\n" + "|---" * 5,
-    )
+    """A table for each domain: every operator, its status, and its rule's equation or why it is pinned."""
+    header = "| operator | status | since | how its axes relate, or why it is pinned | edited |\n" + "|---" * 5
+    tables = []
     versions = operator_versions()
     for domain in sorted(versions, key=lambda each: list(DOMAINS).index(each) if each in DOMAINS else len(DOMAINS)):
         rows = [operator_row(domain, op_type, since) for op_type, since in sorted(versions[domain].items())]

@@ -205,6 +205,8 @@ def rotary_embedding(op: Op) -> None:
     if op.has(positions):
         for index in (cosines, sines):
             index_by(op, op.axes(index)[0], positions)
+        if op.rank(positions) == 1:
+            op.pin(places[1], "counted from one offset")
         _unify_all(op, op.axes(positions), places)
     else:
         for index in (cosines, sines):

@@ -58,6 +58,8 @@ def rotary_row(m: Model, domain: str) -> None:
     cosines, sines = m.operand(table), m.operand(table)
     narrow(m)
     ids = [m.operand(m.rng.integers(0, 7, (b, s)), stored=False)] if positions else []
+    if domain and m.coin(0.3):
+        ids = [m.ints([3])]
     inputs = [x, *ids, cosines, sines] if domain else [x, cosines, sines, *ids]
     m.node("RotaryEmbedding", *inputs, domain=domain, **attributes)
 
