@@ -97,8 +97,8 @@ def sparse_attention(m: Model) -> None:
     total = past + s
     inputs = operands(m, (b, s), heads, kv, d)
     inputs += [m.operand((b, kv, capacity, d), "..pg", stored=False) for _ in range(2)]
-    inputs.append(fixed(m, [[0, 1, 3]] * layouts))
-    inputs.append(fixed(m, [[0, 0, 1]] * layouts))
+    inputs.append(fixed(m, [[0, 1, 3], [0, 1, 2]][:layouts]))
+    inputs.append(fixed(m, [[0, 0, 1], [0, 1, -1]][:layouts]))
     inputs += [fixed(m, [total]), fixed(m, [total] * b)]
     if m.coin():
         inputs += [m.operand((64, d // 2)), m.operand((64, d // 2))]
