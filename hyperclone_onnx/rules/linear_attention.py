@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import Product, Term
+from hyperclone_onnx.dims import Concat, Product, Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op, Uniform
 from hyperclone_onnx.rules.attention import MICROSOFT, edit_heads, edit_scale, head_terms, relate_heads, split_heads
@@ -78,15 +78,16 @@ def edit_linear_attention(op: GrownOp) -> None:
 @relates("GatedDeltaNet", domain=MICROSOFT)
 def gated_delta_net(op: Op) -> None:
     """LinearAttention token by token, heads on an axis of their own: o[n, v, e] = scale sum_d q[n, h, d] S[v, e, d]"""
-    if not op.has(1) or not op.has(2):
-        raise CannotTell("packed queries, keys and values")
     if op.integer("state_update_capacity", 0):
         raise CannotTell("transitions of several kinds in one row")
-    query, key, value = op.axes(0), op.axes(1), op.axes(2)
-    tokens, (heads, depth), (many, value_depth) = query[:-2], query[-2:], value[-2:]
-    for axes, last in ((key, (heads, depth)), (value, (many, value_depth))):
-        for one, other in zip(axes, (*tokens, *last), strict=True):
-            op.unify(one, other)
+    query = op.axes(0)
+    if op.has(1):
+        tokens, (heads, depth), (many, value_depth) = query[:-2], query[-2:], op.axes(2)[-2:]
+        _unify_all(op, 1, (*tokens, heads, depth))
+        _unify_all(op, 2, (*tokens, many, value_depth))
+    else:
+        tokens, (many, value_depth, depth) = query[:-1], op.axes(6)[1:]
+        heads = _packed_heads(op, many, value_depth, depth)
     _relate_state(op, depth, value_depth, many, heads)
     if op.integer("qk_l2_norm", 0):
         op.pin(depth, "its keys are normalised inside and kept in a state")
@@ -105,6 +106,17 @@ def gated_delta_net(op: Op) -> None:
     op.out(state, index=1)
 
 
+def _packed_heads(op: Op, many: Term, value_depth: Term, depth: Term) -> Term:
+    """The query heads of queries, keys and values side by side, of which the state tells all other sizes."""
+    width, values, size = op.static(op.axes(0)[-1]), op.static(Product((many, value_depth))), op.static(depth)
+    if width is None or values is None or not size or width <= values or (width - values) % (2 * size):
+        raise CannotTell("packed queries, keys and values of unknown widths")
+    heads = op.dim((width - values) // (2 * size))
+    keys = Product((heads, depth))
+    op.unify(op.axes(0)[-1], Concat((keys, keys, Product((many, value_depth)))))
+    return heads
+
+
 def _batch(op: Op, tokens: Axes) -> Term:
     """The sequences: an axis of the tokens, or what the state and the offsets tell."""
     if len(tokens) == 2:
@@ -117,7 +129,7 @@ def _batch(op: Op, tokens: Axes) -> Term:
 @edits("GatedDeltaNet", domain=MICROSOFT)
 def edit_gated_delta_net(op: GrownOp) -> None:
     """The scale of the output."""
-    edit_scale(op, op.axes(0)[-1])
+    edit_scale(op, op.axes(0)[-1] if op.has(1) else op.axes(6)[3])
 
 
 @relates("LinearAttentionGate", domain=MICROSOFT)

@@ -61,6 +61,7 @@ def gated_delta_net(m: Model) -> None:
     many, normalised = h * group, m.size(0, 1)
     free = "p" if normalised or rule.endswith("delta") else "g"
     inputs: list[str] = []
+    packed = m.coin(0.3)
     if m.coin():
         tokens: tuple[int, ...] = (2, m.size())
     else:
@@ -68,8 +69,11 @@ def gated_delta_net(m: Model) -> None:
         tokens = (ends[-1],)
         place(inputs, 3, fixed(m, ends))
     letters = "gp" if len(tokens) == 2 else "p"
-    first = [activation(m, (*tokens, h, d), letters + "g" + free) for _ in range(2)]
-    inputs[:3] = [*first, activation(m, (*tokens, many, e), letters + "gg")]
+    if packed:
+        inputs[:3] = [activation(m, (*tokens, 2 * h * d + many * e), letters + "g"), "", ""]
+    else:
+        first = [activation(m, (*tokens, h, d), letters + "g" + free) for _ in range(2)]
+        inputs[:3] = [*first, activation(m, (*tokens, many, e), letters + "gg")]
     attributes: dict[str, Any] = {"update_rule": rule, "qk_l2_norm": normalised}
     if rule.startswith("gated"):
         wide = m.coin(0.3)
@@ -77,7 +81,7 @@ def gated_delta_net(m: Model) -> None:
     if rule.endswith("delta"):
         place(inputs, 5, m.operand((*tokens, many), letters + "g"))
         attributes["beta_activation"] = m.pick("none", "sigmoid")
-    if m.coin():
+    if packed or m.coin():
         place(inputs, 6, m.operand((2, many, e, d), letters[0] + "gg" + free, stored=False))
     if rule.startswith("gated") and m.coin() and not wide:
         attributes["gate_activation"] = "qwen"

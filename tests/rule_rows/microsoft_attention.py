@@ -74,6 +74,22 @@ def causal_multi_head_attention(m: Model) -> None:
     m.node("MultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=h, unidirectional=1)
 
 
+@row("MultiHeadAttention", domain=MICROSOFT, seeds=8)
+def multi_head_attention_of_a_buffer(m: Model) -> None:
+    m.equal, m.tolerance = True, 2e-6
+    b, s, h, d, past, capacity = 2, m.size(1, 2), m.size(2, 3), m.size(), 2, 5
+    beams = m.coin()
+    inputs = [activation(m, (b, s, h * d), ("p" if beams else "g") + "." + "g") for _ in range(3)]
+    if m.coin():
+        place(inputs, 5, scores_bias(m, b, h, s, past + s))
+    for index in (6, 7):
+        place(inputs, index, m.operand((b, h, capacity, d), ".gpg", stored=False))
+    place(inputs, 8, fixed(m, [past]))
+    if beams:
+        place(inputs, 9, fixed(m, np.zeros((b, 1, capacity))))
+    m.node("MultiHeadAttention", *inputs, outputs=3, domain=MICROSOFT, num_heads=h, **scaled(m))
+
+
 @row("MultiHeadAttention", domain=MICROSOFT, seeds=12)
 def packed_operands(m: Model) -> None:
     m.equal, m.tolerance = True, 2e-6

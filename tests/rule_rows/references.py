@@ -120,6 +120,8 @@ def multi_head_attention(
     scores: Any = None,
     past_key: Any = None,
     past_value: Any = None,
+    length: Any = None,
+    beams: Any = None,
     *,
     num_heads: int,
     scale: float = 0.0,
@@ -128,15 +130,24 @@ def multi_head_attention(
     assert mask is None and bias is None
     if query.ndim == 5:
         q, k, v = (np.swapaxes(query[..., i, :], 1, 2) for i in range(3))
+    elif key.ndim == 3:
+        q, k, v = (split(x, num_heads) for x in (query, key, value))
     else:
         q = split(query, num_heads)
         k, v = (np.swapaxes(key[..., i, :], 1, 2) for i in range(2))
-    if past_key is not None:
+    if length is not None:
+        whole = int(length[0]) + k.shape[-2]
+        past_key, past_value = past_key.copy(), past_value.copy()
+        for buffer, new in ((past_key, k), (past_value, v)):
+            buffer[:, :, int(length[0]) : whole] = new
+        k, v = past_key[:, :, :whole], past_value[:, :, :whole]
+    elif past_key is not None:
         k, v = np.concatenate([past_key, k], -2), np.concatenate([past_value, v], -2)
     extra = 0.0 if scores is None else scores
     if unidirectional:
         extra = extra + np.triu(np.full((q.shape[-2], k.shape[-2]), -1e9), 1 + k.shape[-2] - q.shape[-2])
-    return join(attend(q, k, v, scale, extra)), k, v
+    kept = (k, v) if length is None else (past_key, past_value)
+    return join(attend(q, k, v, scale, extra)), *kept
 
 
 def _within(cumulative: Array, q: Array, k: Array, v: Array, heads: int, scale: float, bias: Any) -> Array:
@@ -676,6 +687,13 @@ def gated_delta_net(
     beta_activation: str = "none",
     qk_l2_norm: int = 0,
 ) -> tuple[Array, Array]:
+    if k is None:
+        many, wide, width = state.shape[1:]
+        keys = (q.shape[-1] - many * wide) // 2
+        q, k, v = (
+            x.reshape(*x.shape[:-1], -1, n)
+            for x, n in zip(np.split(q, [keys, 2 * keys], axis=-1), (width, width, wide), strict=True)
+        )
     if q.ndim == 3:
         ends = cumulative if cumulative is not None else np.linspace(0, len(q), len(state) + 1).astype(int)
         made = [
