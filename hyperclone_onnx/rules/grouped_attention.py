@@ -75,11 +75,9 @@ def _sink(op: Op, index: int, heads: Term) -> None:
 
 
 def _caches(op: Op, index: int, axes: tuple[Term, ...], capacity: Term | None = None) -> None:
-    """Caches of keys and values (batch, heads, length, width), the present ones of another length unless told."""
+    """Caches of keys and values (batch, heads, length, width), the present ones as long as told or declared."""
     if capacity is None:
-        declared = op.declared(op.node.outputs[1]) if len(op.node.outputs) > 1 else None
-        size = declared[2] if declared is not None and len(declared) == 4 else None
-        capacity = op.pinned_dim(size, "positions of a cache")
+        capacity = _present(op, index)
     for offset in (0, 1):
         if op.has(index + offset):
             past = op.axes(index + offset)
@@ -87,6 +85,17 @@ def _caches(op: Op, index: int, axes: tuple[Term, ...], capacity: Term | None = 
             for one, other in zip(past, (*axes[:2], past[2], axes[2]), strict=True):
                 op.unify(one, other)
         op.out((*axes[:2], capacity, axes[2]), index=1 + offset)
+
+
+def _present(op: Op, past: int) -> Term:
+    """The length of present caches: that of a buffer, or the past and the new one's together."""
+    declared = op.declared(op.node.outputs[1]) if len(op.node.outputs) > 1 else None
+    size = declared[2] if declared is not None and len(declared) == 4 else None
+    length = op.pinned_dim(size, "positions of a cache")
+    if op.has(past) and size is not None and size.static is None and size != op.size(op.axes(past)[2]):
+        # Two names for the lengths: no buffer is shared, so one follows from the other.
+        op.unify(length, op.pinned_dim(op.size(op.axes(past)[2]) + op.size(op.axes(0)[1]), "positions of a cache"))
+    return length
 
 
 def _refuse_codes(op: Op, cache: int, scales: int) -> None:
