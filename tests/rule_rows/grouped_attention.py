@@ -59,11 +59,12 @@ def group_query_row(m: Model, b: int, s: int) -> None:
     if m.coin(0.3):
         place(inputs, 11, m.operand((heads,), "." if heads == 1 else "g"))
     attributes |= m.pick({}, {"softcap": 4.0}, {"local_window_size": 2}, {"smooth_softmax": 1})
+    attributes |= m.pick({}, {}, {"qk_output": 1}, {"qk_output": 2})
     narrow(m)
     m.node(
         "GroupQueryAttention",
         *inputs,
-        outputs=3,
+        outputs=4 if "qk_output" in attributes else 3,
         domain=MICROSOFT,
         num_heads=heads,
         kv_num_heads=kv,

@@ -55,14 +55,17 @@ def multi_head_row(m: Model, four: bool) -> None:
     if not four and m.coin():
         inputs.append(m.operand((2 * h * d + h * e,)))
     if m.coin(0.3):
-        place(inputs, 4, fixed(m, m.rng.integers(0, 2, (b, t + past))))
+        mask = m.pick((b, t + past), (b, s, t + past))
+        place(inputs, 4, fixed(m, m.rng.integers(0, 2, mask)))
     if m.coin():
         place(inputs, 5, scores_bias(m, b, h, s, t + past))
     if past:
         place(inputs, 6, m.operand((b, h, past, d), "g.pg", stored=False))
         place(inputs, 7, m.operand((b, h, past, e), "g.pg", stored=False))
     narrow(m)
-    m.node("MultiHeadAttention", *inputs, outputs=3 if past else 1, domain=MICROSOFT, num_heads=h, **scaled(m))
+    m.node(
+        "MultiHeadAttention", *inputs, outputs=m.pick(3, 4) if past else 1, domain=MICROSOFT, num_heads=h, **scaled(m)
+    )
 
 
 @row("MultiHeadAttention", domain=MICROSOFT, seeds=6)
