@@ -195,8 +195,8 @@ def projected_attention(m: Model) -> None:
         place(inputs, 3, fixed(m, np.full(mask, s) if len(mask) == 1 else m.rng.integers(0, 2, mask)))
     if past:
         place(inputs, 4, m.operand((2, b, h, past, d), "p..pg", stored=False))
-    if m.coin():
-        place(inputs, 5, scores_bias(m, b, h, s, s + past))
+    elif m.coin():  # the CPU has no bias beside a cache
+        place(inputs, 5, scores_bias(m, b, h, s, s))
     narrow(m)
     attributes: dict[str, Any] = {"qkv_hidden_sizes": [h * d, h * d, h * e]} if named else {}
     attributes["unidirectional"] = m.size(0, 1)
