@@ -19,6 +19,7 @@ from hyperclone_onnx.rules import (
     microsoft_positions,
     mixture,
     normalisation,
+    projected_attention,
     reductions,
     shapes,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "microsoft_positions",
     "mixture",
     "normalisation",
+    "projected_attention",
     "reductions",
     "shapes",
 ]

@@ -18,6 +18,7 @@ from rule_rows import (
     microsoft_positions,
     mixture,
     normalisation,
+    projected_attention,
     reductions,
     shapes,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "microsoft_positions",
     "mixture",
     "normalisation",
+    "projected_attention",
     "reductions",
     "shapes",
 ]
