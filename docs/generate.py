@@ -1,6 +1,7 @@
 """Write the generated pages of docs/: `python docs/generate.py [--check]`.
 
-zoo.md: what each family's dimensions came out as. operators.md: how each ruled operator's axes relate.
+zoo.md: what each family's dimensions came out as. operators.md: how each operator's axes relate, or why they keep
+their size.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import argparse
 import re
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import onnx
+import onnxruntime
+import onnxruntime.capi.onnxruntime_pybind11_state as runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -59,26 +62,66 @@ def zoo_page() -> str:
     )
 
 
+DOMAINS = {
+    "": "ONNX",
+    "ai.onnx.ml": "ONNX, classical machine learning",
+    "ai.onnx.preview": "ONNX, previews",
+    "ai.onnx.preview.training": "ONNX, training previews",
+    "com.microsoft": "ONNX Runtime",
+}
+
+
+def operator_versions() -> dict[str, dict[str, list[int]]]:
+    """The versions in which each operator of the installed onnx and of ONNX Runtime's own domain came or changed."""
+    versions: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for schema in onnx.defs.get_all_schemas_with_history():
+        versions[schema.domain][schema.name].append(schema.since_version)
+    ruled = {*registry.ruled(), *registry.pinned_operators()}
+    for schema in runtime.get_all_operator_schema():
+        own = schema.domain == "com.microsoft" or (schema.domain, schema.name) in ruled
+        if own and schema.since_version not in versions[schema.domain][schema.name]:
+            versions[schema.domain][schema.name].append(schema.since_version)
+    for domain, op_type in ruled:
+        versions[domain].setdefault(op_type, [])
+    return versions
+
+
+def operator_row(domain: str, op_type: str, versions: list[int]) -> tuple[str, str]:
+    """An operator's status and its row of the table."""
+    relation, reason = registry.relation(domain, op_type), registry.pin_reason(domain, op_type)
+    if reason is not None:
+        status, text = "pinned on purpose", reason
+    elif relation is None:
+        status, text = "no rule yet", ""
+    else:
+        status = "elementwise" if relation.__module__.endswith(".elementwise") else "ruled"
+        text = (relation.__doc__ or "").strip().split("\n\n")[0]
+    text = re.sub(r"\s+", " ", text).replace("|", "\\|")
+    edited = "yes" if registry.edit(domain, op_type) else ""
+    return status, f"| {op_type} | {status} | {' '.join(map(str, sorted(versions)))} | {text} | {edited} |"
+
+
 def operators_page() -> str:
-    """A row for each ruled operator: the equation that its rule reads."""
-    rows = []
-    for domain, op_type in registry.ruled():
-        relation = registry.relation(domain, op_type)
-        equation = re.sub(r"\s+", " ", (relation.__doc__ or "").strip()).replace("|", "\\|")
-        edited = "yes" if registry.edit(domain, op_type) else ""
-        rows.append(f"| {f'{domain}.' if domain else ''}{op_type} | {equation} | {edited} |")
-    pinned: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for (domain, op_type), reason in registry.pinned_operators().items():
-        pinned[domain, reason].append(op_type)
-    kept = [f"| {', '.join(names)} | {domain} | {reason} |" for (domain, reason), names in pinned.items()]
+    """A table for each domain: every operator, its status, and its rule's equation or why it is pinned."""
+    header = "| operator | status | since | how its axes relate, or why it is pinned | edited |\n" + "|---" * 5
+    tables = []
+    versions = operator_versions()
+    for domain in sorted(versions, key=lambda each: list(DOMAINS).index(each) if each in DOMAINS else len(DOMAINS)):
+        rows = [operator_row(domain, op_type, since) for op_type, since in sorted(versions[domain].items())]
+        counts = Counter(status for status, _ in rows)
+        told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+        title = f"## {DOMAINS.get(domain, domain)} (`{domain or 'ai.onnx'}`)"
+        tables.append(f"{title}\n\n{told}.\n\n{header}|\n" + "\n".join(row for _, row in rows) + "\n")
     return (
-        "# The operators that have a rule\n\n"
-        "Written by `make docs` from the registry. *edited* marks operators whose attributes or integer inputs\n"
-        "change when their axes grow. Any other operator keeps the size of everything it touches.\n\n"
-        "| operator | how its axes relate | edited |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        "## Operators that are pinned on purpose\n\n"
-        "No scale or repetition undoes a growth of what these touch.\n\n"
-        "| operators | domain | why |\n|---|---|---|\n" + "\n".join(kept) + "\n"
+        "# The operators\n\n"
+        f"Written by `make docs` from the registry, for every operator of onnx {onnx.__version__} and of\n"
+        f"ONNX Runtime {onnxruntime.__version__}.\n\n"
+        "* *ruled*: the rule says how the axes of its operands and results relate;\n"
+        "* *elementwise*: each element by itself, a row in a table of names;\n"
+        "* *pinned on purpose*: every axis that it touches keeps its size, for the reason given;\n"
+        "* *no rule yet*: the same, but for want of a rule, and the report says so.\n\n"
+        "*since* lists the opset versions in which an operator came or changed. *edited* marks operators whose\n"
+        "attributes or integer inputs change when their axes grow.\n\n" + "\n".join(tables)
     )
 
 

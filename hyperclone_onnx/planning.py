@@ -161,7 +161,10 @@ class _Planner:
                 self._rescale(use, scale)
         for group in groups:
             if group not in self.carried:
-                for each in group:
+                quantised = [each for each in group if each.integers or each.scales]
+                # One operand in several products (an input of two weights) is divided once.
+                plain = {self._site(each): each for each in group if each not in quantised}
+                for each in (*plain.values(), *quantised):
                     self._scale(each)
 
     def _rescale(self, use: Use, scale: float) -> None:
@@ -181,7 +184,24 @@ class _Planner:
                 found = self._trace(node, index, frozenset(marks))
                 if found is not None:
                     return found
-        return None
+        return self._weights_of_products(node, sums)
+
+    def _weights_of_products(self, node: ir.Node, sums: Group) -> Carriers | None:
+        """The stored tensors behind several operands, where each of a node's sums has a weight of its own."""
+        marks: dict[int, set[int]] = defaultdict(set)
+        for each in sums:
+            sites = [(slot, axis) for slot, axis in each.sites if self._constant(node, slot)]
+            site = next((s for s in sites if self._trace(node, s[0], frozenset({s[1]})) is not None), None)
+            if site is None:
+                return None
+            marks[site[0]].add(site[1])
+        carriers = Carriers()
+        for index, axes in marks.items():
+            found = self._trace(node, index, frozenset(axes))
+            if found is None:
+                return None
+            carriers.add(found)
+        return carriers
 
     def _trace(self, node: ir.Node, index: int, marks: Marks) -> Carriers | None:
         """Follow summed axes of an operand back to the stored tensors, through linear operators."""
@@ -258,7 +278,7 @@ class _Planner:
             self._scale_quantised(each)
             return
         node = each.node
-        slot, axis = next((site for site in each.sites if not self._constant(node, site[0])), each.sites[0])
+        slot, axis = self._site(each)
         operand = self.dimensions.axes_of(node, slot)
         factors = self.terms.factors(each.term)
         if operand is None or factors is None:
@@ -339,6 +359,10 @@ class _Planner:
         if producer.domain or producer.op_type != "Mul":
             return False
         return any(self._fold_into_factor(producer, inner, scale) for inner in (0, 1))
+
+    def _site(self, each: Sum) -> tuple[int, int]:
+        """The operand and the axis that a scalar divides: an activation where there is one."""
+        return next((site for site in each.sites if not self._constant(each.node, site[0])), each.sites[0])
 
     def _constant(self, node: ir.Node, slot: int) -> bool:
         return node.inputs[slot] in self.dimensions.constants

@@ -1,10 +1,11 @@
-"""Every operator of the installed ONNX's own domains has a rule, or is pinned on purpose."""
+"""Every operator of the installed ONNX and ONNX Runtime has a rule, or is pinned on purpose."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime.capi.onnxruntime_pybind11_state as runtime
 import pytest
 from onnx import TensorProto, helper
 
@@ -43,3 +44,10 @@ def test_pinned_operator_keeps_every_axis(domain: str, op_type: str) -> None:
     assert len(pins) == 2
     assert all(pin is not None and not pin.gap for pin in pins)
     assert not dimensions.unruled
+
+
+def test_contrib_operators_are_ruled_or_pinned() -> None:
+    domain = "com.microsoft"
+    every = {schema.name for schema in runtime.get_all_operator_schema() if schema.domain == domain}
+    told = {name for name in every if registry.relation(domain, name) or registry.pin_reason(domain, name)}
+    assert not every - told, "a new operator needs a rule, or a reason to pin it"

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import rule_rows
-from rule_rows.harness import COVERED, ROWS, Build, check
+from rule_rows.harness import COVERED, MICROSOFT, ROWS, Build, Model, activation, check
 
+from hyperclone_onnx.inference import infer
+from hyperclone_onnx.maps import SourceMap
+from hyperclone_onnx.normalise import normalise
+from hyperclone_onnx.plan import ScaleInput
+from hyperclone_onnx.planning import make_plan
 from hyperclone_onnx.rules import registry
+from hyperclone_onnx.sizing import Growth, name_dimensions
 
 assert rule_rows  # importing it registers the rows
 
@@ -19,3 +27,22 @@ def test_every_rule_has_a_row() -> None:
 def test_grown_operator_computes_the_same(key: tuple[str, str], build: Build, seeds: int) -> None:
     for seed in range(seeds):
         check(key, build, seed)
+
+
+def test_each_product_of_a_node_has_a_weight_of_its_own() -> None:
+    """Projections of one input share their columns each; where one of them is computed, the input is scaled, once."""
+    m = Model(np.random.default_rng(0))
+    x, router = activation(m, (3, 4)), activation(m, (3, 2))
+    first, second, gate = (m.operand(shape, stored=True) for shape in ((2, 5, 4), (2, 4, 5), (2, 5, 4)))
+    m.node("MoE", x, router, first, "", second, "", gate, domain=MICROSOFT, activation_type="silu")
+    for stored, scaled in ((True, 0), (False, 1)):
+        if not stored:
+            m.inputs[gate] = m.stored.pop(gate)
+        dimensions = infer(normalise(ir.from_proto(m.proto())))
+        named = name_dimensions(dimensions)
+        maps = {e.dim: (e.name, SourceMap(e.size, tile=2)) for e in named if e.dim.growable and e.size in (4, 5)}
+        plan = make_plan(Growth(dimensions, named, maps))
+        assert sorted(name for name, recipe in plan.tensors.items() if recipe.shared) == (
+            sorted([first, second, gate]) if stored else [second]
+        )
+        assert sum(isinstance(edit, ScaleInput) and edit.input == 0 for edit in plan.edits) == scaled

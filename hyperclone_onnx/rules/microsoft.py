@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import ONE, Term
-from hyperclone_onnx.inference import CannotTell, Fact, Op
-from hyperclone_onnx.rules.contractions import note_roles
+from hyperclone_onnx.dims import ONE, Concat, Term
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.contractions import gemm, note_roles
 from hyperclone_onnx.rules.indexing import index_by
-from hyperclone_onnx.rules.registry import relates
+from hyperclone_onnx.rules.registry import edits, relates
 
 MICROSOFT = "com.microsoft"
 
 
-@relates("Gelu", "QuickGelu", domain=MICROSOFT)
+@relates("Gelu", "QuickGelu", "ScaledSiLU", "MurmurHash3", "SampleOp", domain=MICROSOFT)
 def activation(op: Op) -> None:
     """out[j] = f(x[j])"""
     op.out(op.axes(0))
@@ -23,10 +24,106 @@ def biased_activation(op: Op) -> None:
     op.out(op.broadcast([op.axes(i) for i in range(op.count) if op.has(i)]))
 
 
+@relates("BiasAdd", domain=MICROSOFT)
+def biased_addition(op: Op) -> None:
+    """out[.., j] = x[.., j] + bias[j] + skip[.., j]"""
+    op.out(op.broadcast([op.axes(index) for index in range(3)]))
+
+
+@relates("BiasSplitGelu", domain=MICROSOFT)
+def split_activation(op: Op) -> None:
+    """out[.., j] = (x + bias)[.., j] gelu((x + bias)[.., J + j])"""
+    axes = op.axes(0)
+    size = op.static(axes[-1])
+    if size is None or size % 2:
+        raise CannotTell("a width that does not divide into halves")
+    half = op.dim(size // 2)
+    op.unify(axes[-1], Concat((half, half)))
+    op.unify(op.axes(1)[0], axes[-1])
+    op.out((*axes[:-1], half))
+
+
+@relates("BiasDropout", "BitmaskDropout", "BitmaskBiasDropout", domain=MICROSOFT)
+def biased_dropout(op: Op) -> None:
+    """out[j] = dropout(x[j] + bias[j]) + residual[j]; a mask of bits numbers all elements"""
+    biased = op.node.op_type != "BitmaskDropout"
+    axes = op.broadcast([op.axes(index) for index in ((0, 1, 2) if biased else (0,)) if op.has(index)])
+    op.out(axes)
+    if op.node.op_type == "BiasDropout":
+        op.out(axes, index=1)
+    elif len(op.node.outputs) > 1:
+        for term in axes:
+            op.pin(term, "numbered by a mask of bits")
+        op.out((op.pinned_dim(None, "a mask of bits"),), index=1)
+
+
+@relates("BiasSoftmax", domain=MICROSOFT)
+def biased_softmax(op: Op) -> None:
+    """out[j] = softmax_k(x[j, k] + bias[j, k]) over all axes from `axis` on"""
+    axes = op.axes(0)
+    for term in axes[op.axis(op.integer("axis", 1), len(axes)) :]:
+        op.fact(Fact.SOFTMAX, term)
+        op.pin(term, "BiasSoftmax runs over it")
+    op.broadcast([axes, op.axes(1)])
+    op.out(axes)
+
+
 def _normalised(op: Op, operands: list[int]) -> None:
     axes = op.broadcast([op.axes(i) for i in operands if op.has(i)])
     op.uniform(axes[-1])
     op.out(axes)
+
+
+def _group_norm(op: Op, axes: Axes) -> None:
+    """Relate the channels as (group, channels of a group), normalised together with the space."""
+    last = bool(op.integer("channels_last", 1))
+    channels, space = (axes[-1], axes[1:-1]) if last else (axes[1], axes[2:])
+    groups, size = op.integer("groups"), op.static(channels)
+    if size is None or size % groups:
+        raise CannotTell("channels that its groups do not divide")
+    group, inner = op.dim(groups), op.dim(size // groups)
+    op.space.match([channels], [group, inner])
+    op.fact(Fact.GROUPED, group)
+    for term in (inner, *space):
+        op.uniform(term)
+    for index in (1, 2, 4):
+        if op.has(index):
+            op.unify(op.axes(index)[0], channels)
+    op.out(axes)
+
+
+@relates("GroupNorm", domain=MICROSOFT)
+def group_norm(op: Op) -> None:
+    """Y[n, p, (g c)] is X normalised over p and c for each group g, times gamma, plus beta, activated"""
+    _group_norm(op, op.axes(0))
+
+
+@relates("SkipGroupNorm", domain=MICROSOFT)
+def skip_group_norm(op: Op) -> None:
+    """Y = GroupNorm(X + skip + bias); the last output is X + skip + bias"""
+    axes, skip = op.axes(0), op.axes(3)
+    if len(skip) == 2:
+        last = bool(op.integer("channels_last", 1))
+        op.unify(skip[0], axes[0])
+        op.unify(skip[1], axes[-1 if last else 1])
+    else:
+        op.broadcast([axes, skip])
+    _group_norm(op, axes)
+    op.out(axes, index=1)
+
+
+@edits("GroupNorm", "SkipGroupNorm", domain=MICROSOFT)
+def edit_group_norm(op: GrownOp) -> None:
+    """The number of groups grows by what the channels grow and a group does not."""
+    groups, last = op.integer("groups"), bool(op.integer("channels_last", 1))
+    grown, count = 1, 1
+    for factor in op.space.factors(op.axes(0)[-1 if last else 1]):
+        if count == groups:
+            break
+        count *= op.static(factor) or 1
+        grown *= op.grown(factor)
+    if grown != groups:
+        op.set_attribute("groups", grown)
 
 
 @relates("SimplifiedLayerNormalization")
@@ -75,15 +172,39 @@ def embed_layer_norm(op: Op) -> None:
     op.out((*ids, hidden), index=2)
 
 
-@relates("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
-def fused_matmul(op: Op) -> None:
-    """C[.., m, n] = alpha sum_k A'[.., m, k] B'[.., k, n], with A', B' transposed as asked"""
+relates("FusedGemm", domain=MICROSOFT)(gemm)
+
+
+@relates("GemmFastGelu", domain=MICROSOFT)
+def gemm_activation(op: Op) -> None:
+    """Y[.., m, n] = f(sum_k X[.., m, k] W[k, n] + bias[n])"""
     left, right = op.axes(0), op.axes(1)
-    if op.integer("transBatchA", 0) or op.integer("transBatchB", 0) or min(len(left), len(right)) < 2:
-        raise CannotTell("FusedMatMul with transposed batches")
-    trans_a, trans_b = op.integer("transA", 0), op.integer("transB", 0)
-    op.sum_over((0, -2 if trans_a else -1), (1, -1 if trans_b else -2))
-    m, n = left[-1 if trans_a else -2], right[-2 if trans_b else -1]
-    batch = op.broadcast([left[:-2], right[:-2]])
-    note_roles(op, batch, (m,), (n,))
-    op.out((*batch, m, n))
+    op.sum_over((0, -1), (1, -2))
+    note_roles(op, (), left[:-1], right[-1:])
+    if op.has(2):
+        op.unify(op.axes(2)[0], right[-1])
+    op.out((*left[:-1], *right[-1:]))
+
+
+@relates("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul", domain=MICROSOFT)
+def fused_matmul(op: Op) -> None:
+    """C[.., m, n] = f(alpha sum_k A'[.., m, k] B'[.., k, n]), with A', B' transposed as asked"""
+    left, right = _matrix(op, 0, "A"), _matrix(op, 1, "B")
+    op.sum_over((0, left[-1]), (1, right[-2] if len(right) > 1 else right[0]))
+    m, n = ([op.axes(0)[left[-2]]] if len(left) > 1 else []), ([op.axes(1)[right[-1]]] if len(right) > 1 else [])
+    batch = op.broadcast([tuple(op.axes(i)[axis] for axis in order[:-2]) for i, order in ((0, left), (1, right))])
+    note_roles(op, batch, tuple(m), tuple(n))
+    out = (*batch, *m, *n)
+    if op.text("activation", "") in ("Softmax", "LogSoftmax", "Hardmax"):
+        op.pin(out[op.axis(op.integer("activation_axis", -1), len(out))], "a softmax runs over it")
+    op.out(out)
+
+
+def _matrix(op: Op, index: int, letter: str) -> list[int]:
+    """The axes of an operand in the order (.., rows, columns) in which it is multiplied."""
+    order = list(range(op.rank(index)))
+    if len(order) > 1 and op.integer(f"transBatch{letter}", 0):  # (rows, .., columns)
+        order = [*order[1:-1], order[0], order[-1]]
+    if len(order) > 1 and op.integer(f"trans{letter}", 0):
+        order[-2:] = reversed(order[-2:])
+    return order

@@ -26,6 +26,7 @@ from hyperclone_onnx.planning import make_plan
 from hyperclone_onnx.rewrite import rewrite
 from hyperclone_onnx.sizing import Growth, name_dimensions
 from hyperclone_onnx.strategies import STRATEGIES, Strategy
+from rule_rows.references import REFERENCES
 
 assert hyperclone_onnx.rules  # importing it registers the rules
 
@@ -63,6 +64,8 @@ class Model:
     """Run in ONNX Runtime, for what the reference has not."""
     domain: str = ""
     """The operator's own, where one row serves several."""
+    kind: int | None = None
+    """The type of outputs that shape inference does not type, where they are not floating-point."""
 
     # -- choices ------------------------------------------------------------------------------------------
 
@@ -142,7 +145,7 @@ class Model:
         typed = onnx.shape_inference.infer_shapes(model)
         for info in typed.graph.output:
             if not info.type.HasField("tensor_type"):
-                usual = TensorProto.FLOAT if self.runtime else TensorProto.DOUBLE
+                usual = self.kind or (TensorProto.FLOAT if self.runtime else TensorProto.DOUBLE)
                 info.type.tensor_type.elem_type = self.kinds.get(info.name, usual)
             if info.name in self.declared:
                 info.CopyFrom(
@@ -160,7 +163,7 @@ class Model:
                     model.SerializeToString(), options, providers=["CPUExecutionProvider"]
                 )
             else:
-                session = ReferenceEvaluator(model)
+                session = ReferenceEvaluator(model, new_ops=REFERENCES)
             return dict(zip(self.outputs, session.run(None, values), strict=True))
 
 
@@ -228,7 +231,7 @@ def grow(m: Model, dimensions: Dimensions, strategy: Strategy, everything: bool)
         plan = make_plan(Growth(dimensions, named, maps), strategy)
     except Refused:
         assert m.equal, "refused though nothing averages"
-        maps = {dim: (name, SourceMap(chosen.size, repeat=2)) for dim, (name, chosen) in maps.items()}
+        maps = {e.dim: (e.name, SourceMap(e.size, repeat=2)) for e in named if e.dim.growable and e.size > 0}
         plan = make_plan(Growth(dimensions, named, maps), strategy)
     return plan, rewrite(dimensions.model, plan)
 

@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from hyperclone_onnx.packing import pack
 from rule_rows.harness import MICROSOFT, Array, Model, activation, row
-
-BLOCK = 16
 
 
 def codes(m: Model, shape: tuple[int, ...], kind: Any, bits: int = 8) -> Array:
@@ -186,58 +183,6 @@ def qlinear_conv(m: Model, op: str) -> None:
     m.node(op, x, *first, w, *own, *result, *bias, group=group, domain=m.domain, kind=np.uint8)
 
 
-# -- weights in blocks of few bits ------------------------------------------------------------------------------
-
-
-def blocked(m: Model, n: int, count: int, bits: int) -> tuple[str, str, str]:
-    """The names of a blocked weight's codes, scales and zero points."""
-    flat = m.coin()
-    words = m.operand(codes(m, (n, count, BLOCK * bits // 8), np.uint8), stored=True)
-    scales = scale_for(m, n, count)
-    zeros = codes(m, (n, count), np.uint8, bits)
-    stored = pack(zeros, bits) if m.coin(0.8) else zeros.astype(np.float32)
-    names = [m.operand(each.reshape(-1) if flat else each, stored=True) for each in (scales, stored)]
-    return words, names[0], names[1] if m.coin(0.8) else ""
-
-
-@row("MatMulNBits", domain=MICROSOFT, seeds=20)
-def matmul_nbits(m: Model) -> None:
-    m.runtime, m.equal, m.tolerance = True, True, 3e-5
-    n, count, bits = m.size(), m.size(1, 4), m.pick(4, 4, 8)
-    k = count * BLOCK
-    names = blocked(m, n, count, bits)
-    bias = m.operand(scale_for(m, n), stored=True) if m.coin() else ""
-    attributes = {"K": k, "N": n, "bits": bits, "block_size": BLOCK}
-    x = single(m, (2, 3, k))
-    m.node("MatMulNBits", x, *names, "", bias, domain=MICROSOFT, want="ggg", **attributes)
-
-
-@row("GatherBlockQuantized", domain=MICROSOFT, seeds=10)
-def gather_block_quantized(m: Model) -> None:
-    m.runtime, m.tolerance = True, 1e-6
-    count, bits = m.size(2, 4), m.pick(4, 8)
-    rows = 5
-    words = m.operand(codes(m, (rows, count * BLOCK * bits // 8), np.uint8), stored=True)
-    operands = [words, m.operand(m.rng.integers(0, rows, (2, 3)), stored=False), m.operand(scale_for(m, rows, count))]
-    m.stored.update({operands[2]: (m.stored | m.inputs)[operands[2]]})
-    m.inputs.pop(operands[2], None)
-    if m.coin():
-        operands.append(m.operand(pack(codes(m, (rows, count), np.uint8, bits), bits), stored=True))
-    attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-    m.node("GatherBlockQuantized", *operands, domain=MICROSOFT, want="ggg", **attributes)
-
-
-@row("MatMulBnb4", domain=MICROSOFT, seeds=6)
-def matmul_bnb4(m: Model) -> None:
-    m.runtime, m.equal, m.tolerance = True, True, 3e-5
-    n, count = m.size(), m.size(2, 4)
-    k = count * BLOCK
-    words = m.operand(codes(m, (n * k // 2,), np.uint8), stored=True)
-    scales = m.operand(scale_for(m, n * count), stored=True)
-    attributes = {"K": k, "N": n, "block_size": BLOCK, "quant_type": m.pick(0, 1)}
-    m.node("MatMulBnb4", single(m, (3, k)), words, scales, domain=MICROSOFT, want="gg", **attributes)
-
-
 # -- elementwise operators, poolings and joins ------------------------------------------------------------------
 
 
@@ -315,3 +260,57 @@ def qlinear_global_pool(m: Model) -> None:
         kind=np.uint8,
         channels_last=last,
     )
+
+
+@row("QLinearAveragePool", domain=MICROSOFT, seeds=4)
+def qlinear_average_pool(m: Model) -> None:
+    m.runtime = True
+    given = {"kernel_shape": [2, 2], "strides": [m.size(1, 2)] * 2, "kind": np.uint8}
+    m.node("QLinearAveragePool", *tensor(m, (2, 3, 4, 5)), *parameters(m), domain=MICROSOFT, want="ggpp", **given)
+
+
+@row("QLinearReduceMean", domain=MICROSOFT, seeds=4)
+def qlinear_reduce_mean(m: Model) -> None:
+    m.equal = True
+    axes, keep = m.pick([1], [-1], [0, 2]), m.coin()
+    m.node("QLinearReduceMean", *tensor(m, (2, 3, 4)), *parameters(m), domain=MICROSOFT, axes=axes, keepdims=keep)
+
+
+@row("ReduceSumInteger", domain=MICROSOFT, seeds=6)
+def reduce_sum_integer(m: Model) -> None:
+    m.equal = True
+    x = m.node("Identity", m.operand(codes(m, (2, 3, 4), np.int8), stored=False), inner=True)
+    axes, keep = m.pick([1], [-1]), m.coin()
+    m.node("ReduceSumInteger", x, domain=MICROSOFT, axes=axes, keepdims=keep, kind=np.int32)
+
+
+@row("MulInteger", domain=MICROSOFT, seeds=4)
+def mul_integer(m: Model) -> None:
+    a, b = (m.operand(codes(m, shape, np.uint8), stored=False) for shape in ((3, 4), m.pick((3, 4), (4,))))
+    zeros = [m.operand(codes(m, (), np.uint8), stored=True) for _ in "ab"]
+    m.node("MulInteger", a, zeros[0], b, zeros[1], domain=MICROSOFT, want="gg", kind=np.int32)
+
+
+@row("QAttention", domain=MICROSOFT, seeds=12)
+def qattention(m: Model) -> None:
+    m.runtime, m.equal, m.tolerance = True, True, 3e-5
+    heads, depth, k, s = m.size(1, 3), m.size(), m.size(), m.size()
+    width = 3 * heads * depth
+    x = m.node("Identity", m.operand(codes(m, (2, s, k), np.uint8), stored=False), inner=True)
+    w, per = m.operand(codes(m, (k, width), np.int8), stored=True), m.pick((), (width,))
+    operands = [x, w, m.operand(scale_for(m, width), stored=True), m.operand(scale_for(m), stored=m.coin())]
+    operands += [m.operand(scale_for(m, *per), stored=m.coin(0.7)), "", zero(m, np.uint8), zero(m, np.int8)]
+    given = {"num_heads": heads} | ({"unidirectional": 1} if m.coin() else {})
+    m.node("QAttention", *operands, domain=MICROSOFT, want="..g", **given)
+
+
+@row("QEmbedLayerNormalization", domain=MICROSOFT, seeds=6)
+def qembed_layer_norm(m: Model) -> None:
+    m.runtime, m.equal, m.tolerance = True, True, 3e-5
+    n, s, kind = m.size(), 3, np.uint8
+    ids = [m.operand(m.rng.integers(0, 2, (2, s)).astype(np.int32), stored=False) for _ in range(2)]
+    tables = [m.operand(codes(m, shape, kind), stored=True) for shape in ((5, n), (4, n), (2, n), (n,), (n,))]
+    scales = [m.operand(scale_for(m), stored=True) for _ in tables]
+    zeros = [m.operand(codes(m, (), kind), stored=True) for _ in tables]
+    m.node("QEmbedLayerNormalization", *ids, *tables, "", *scales, *zeros, outputs=2, domain=MICROSOFT, want="gpg")
+    m.kinds[m.outputs[1]] = TensorProto.INT32

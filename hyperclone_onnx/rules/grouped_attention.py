@@ -1,0 +1,235 @@
+"""ONNX Runtime's own attention operators whose query heads share key/value heads in groups."""
+
+from __future__ import annotations
+
+from hyperclone_onnx.dims import Concat, Product, Term
+from hyperclone_onnx.growth import GrownOp
+from hyperclone_onnx.inference import CannotTell, Op
+from hyperclone_onnx.rules.attention import (
+    MICROSOFT,
+    edit_heads,
+    edit_scale,
+    head_terms,
+    relate_heads,
+    relate_scores,
+    rotate,
+)
+from hyperclone_onnx.rules.registry import edits, relates
+
+
+def _operands(op: Op) -> tuple[Term, Term, Term]:
+    """(query heads, key/value heads, head_dim) of packed queries, keys and values, or all three side by side."""
+    query, many, few = op.axes(0), op.integer("num_heads"), op.integer("kv_num_heads")
+    packed = not op.has(1)
+    if not packed and not op.has(2):
+        raise CannotTell("values that are a part of the keys")
+    width, parts = op.static(query[-1]), many + 2 * few if packed else many
+    if width is None or width % parts:
+        raise CannotTell("a width that its heads do not divide")
+    heads, kv_heads, depth = op.dim(many), op.dim(few), op.dim(width // parts)
+    relate_heads(op, heads, kv_heads)
+    keys = Product((kv_heads, depth))
+    if packed:
+        op.unify(query[-1], Concat((Product((heads, depth)), keys, keys)))
+    else:
+        op.space.match([query[-1]], [heads, depth])
+        for index in (1, 2):
+            op.space.match([op.axes(index)[-1]], [kv_heads, depth])
+            if len(query) == 3:
+                op.unify(op.axes(index)[0], query[0])
+            op.pin(op.axes(index)[-2], "positions of a cache")
+    op.pin(query[-2], "a causal mask counts along it")
+    return heads, kv_heads, depth
+
+
+def _rotate(op: Op, cosines: int, depth: Term) -> None:
+    """Queries and keys turn by the angles at inputs `cosines` and the next, from channel `rotary_offset` on."""
+    if not op.integer("do_rotary", 0) or not op.has(cosines):
+        return
+    half = op.axes(cosines)[1]
+    op.unify(op.axes(cosines + 1)[1], half)
+    for index in (cosines, cosines + 1):
+        op.pin(op.axes(index)[0], "indexed by positions")
+    interleaved = bool(op.integer("rotary_interleaved", 0))
+    turned, size, offset = 2 * (op.static(half) or 0), op.static(depth), op.integer("rotary_offset", 0)
+    if not offset:
+        rotate(op, depth, half, turned, interleaved)
+        return
+    parts = op.space.segments(depth, [offset, (size or 0) - offset])
+    if parts is None:
+        raise CannotTell("a rotated part that cannot be cut out")
+    rotate(op, parts[1], half, turned, interleaved)
+
+
+def _norms(op: Op, first: int, depth: Term) -> None:
+    """The gains of the norms of each query head and each key head."""
+    for index in (first, first + 1):
+        if op.has(index):
+            op.unify(op.axes(index)[0], depth)
+
+
+def _sink(op: Op, index: int, heads: Term) -> None:
+    """A logit of its own for each head, in the softmax's denominator only."""
+    if op.has(index):
+        op.unify(op.axes(index)[0], heads)
+
+
+def _caches(op: Op, index: int, axes: tuple[Term, ...], capacity: Term | None = None) -> None:
+    """Caches of keys and values (batch, heads, length, width), the present ones as long as told or declared."""
+    if capacity is None:
+        capacity = _present(op, index)
+    for offset in (0, 1):
+        if op.has(index + offset):
+            past = op.axes(index + offset)
+            op.pin(past[2], "positions of a cache")
+            for one, other in zip(past, (*axes[:2], past[2], axes[2]), strict=True):
+                op.unify(one, other)
+        op.out((*axes[:2], capacity, axes[2]), index=1 + offset)
+
+
+def _present(op: Op, past: int) -> Term:
+    """The length of present caches: that of a buffer, or the past and the new one's together."""
+    declared = op.declared(op.node.outputs[1]) if len(op.node.outputs) > 1 else None
+    size = declared[2] if declared is not None and len(declared) == 4 else None
+    length = op.pinned_dim(size, "positions of a cache")
+    if op.has(past) and size is not None and size.static is None and size != op.size(op.axes(past)[2]):
+        # Two names for the lengths: no buffer is shared, so one follows from the other.
+        op.unify(length, op.pinned_dim(op.size(op.axes(past)[2]) + op.size(op.axes(0)[1]), "positions of a cache"))
+    return length
+
+
+def _refuse_codes(op: Op, cache: int, scales: int) -> None:
+    """Caches of codes with scales are another operator in all but name."""
+    kinds = [op.text(name, "NONE") for name in ("k_quant_type", "v_quant_type")]
+    types = [op.value(index).dtype for index in (0, cache) if op.has(index)]
+    known = [each for each in types if each is not None]
+    if any(kind != "NONE" for kind in kinds) or op.has(scales) or op.has(scales + 1) or len(set(known)) > 1:
+        raise CannotTell(f"{op.node.op_type} with quantised caches")
+
+
+@relates("GroupQueryAttention", domain=MICROSOFT)
+def group_query_attention(op: Op) -> None:
+    """MultiHeadAttention whose query heads are (key/value heads, group), causal, with rotary angles inside"""
+    _refuse_codes(op, 3, 12)
+    batch, length = op.axes(0)[:2]
+    heads, kv_heads, depth = _operands(op)
+    _rotate(op, 7, depth)
+    _norms(op, 14, depth)
+    _sink(op, 11, heads)
+    if op.has(5):
+        op.unify(op.axes(5)[0], batch) if op.rank(5) == 1 else op.parameter(5)
+    op.parameter(6)
+    if op.has(9):
+        op.pin(batch, "the first prompt's place serves all")
+        op.parameter(9)
+    if op.has(10):
+        bias = op.axes(10)
+        op.merge([bias[0], batch])
+        op.merge([bias[1], heads])
+        for term in bias[2:]:
+            op.pin(term, "positions")
+    _caches(op, 3, (batch, kv_heads, depth))
+    total = op.pinned_dim(None, "positions of a cache")
+    relate_scores(op, depth, depth, total)
+    op.out((batch, length, Product((heads, depth))))
+    op.out((batch, heads, length, total), index=3)
+
+
+@edits(
+    "GroupQueryAttention",
+    *("SparseAttention", "PagedAttention", "SparsePagedAttention", "DynamicSparseAttention"),
+    domain=MICROSOFT,
+)
+def edit_grouped_attention(op: GrownOp) -> None:
+    """The counts of heads, the rotated part's offset and the scale of the scores."""
+    heads, depth = head_terms(op, op.out_axes(0)[-1], op.integer("num_heads"))
+    count = op.integer("kv_num_heads")
+    kv_heads = head_terms(op, op.axes(1)[-1] if op.has(1) else heads, count)[0]
+    edit_heads(op, "num_heads", heads)
+    edit_heads(op, "kv_num_heads", kv_heads)
+    offset = op.integer("rotary_offset", 0)
+    if offset and op.grows(depth):
+        op.set_attribute("rotary_offset", op.offset(depth, offset))
+    edit_scale(op, depth)
+
+
+@relates("SparseAttention", domain=MICROSOFT)
+def sparse_attention(op: Op) -> None:
+    """GroupQueryAttention within the blocks of keys that its layouts list, head h reading layout h % layouts"""
+    batch, length = op.axes(0)[:2]
+    heads, kv_heads, depth = _operands(op)
+    _rotate(op, 9, depth)
+    for index in (5, 6, 7):
+        op.parameter(index)
+    if op.static(op.axes(5)[0]) != 1:
+        op.pin(heads, "layouts take turns along it")
+    op.unify(op.axes(8)[0], batch)
+    _caches(op, 3, (batch, kv_heads, depth), capacity=op.axes(3)[2])
+    relate_scores(op, depth, depth, op.axes(3)[2])
+    op.out((batch, length, Product((heads, depth))))
+
+
+@relates("PagedAttention", domain=MICROSOFT)
+def paged_attention(op: Op) -> None:
+    """GroupQueryAttention of tokens of several sequences, whose caches lie in blocks that a table lists"""
+    _refuse_codes(op, 3, 14)
+    if op.text("kv_cache_layout", "SEPARATE") != "SEPARATE":
+        raise CannotTell("values that are a part of the keys")
+    _sequences(op, rotary=8, sink=11, norms=12, places=(5, 6, 7, 10, 16))
+
+
+@relates("SparsePagedAttention", domain=MICROSOFT)
+def sparse_paged_attention(op: Op) -> None:
+    """PagedAttention to the keys that another operator selected, of its own caches or of auxiliary ones"""
+    _refuse_codes(op, 3, 19)
+    kv_heads, depth = _sequences(op, rotary=14, sink=16, norms=17, places=(5, 6, 7, 8, 9, 10, 13, 21))
+    for index in (11, 12):
+        if op.has(index):
+            auxiliary = op.axes(index)
+            for term in auxiliary[:2]:
+                op.pin(term, "positions of a cache")
+            op.merge([auxiliary[2], kv_heads])
+            op.unify(auxiliary[3], depth)
+
+
+def _sequences(op: Op, rotary: int, sink: int, norms: int, places: tuple[int, ...]) -> tuple[Term, Term]:
+    """Tokens of several sequences, caches (blocks, block, key/value heads, head_dim): (key/value heads, head_dim)."""
+    tokens = op.axes(0)[0]
+    heads, kv_heads, depth = _operands(op)
+    _rotate(op, rotary, depth)
+    _sink(op, sink, heads)
+    _norms(op, norms, depth)
+    for index in places:
+        op.parameter(index)
+    for index in (3, 4):
+        cache = op.axes(index)
+        for term in cache[:2]:
+            op.pin(term, "positions of a cache")
+        op.unify(cache[2], kv_heads)
+        op.unify(cache[3], depth)
+        op.out(cache, index=index - 2)
+    relate_scores(op, depth, depth, tokens)
+    op.out((tokens, Product((heads, depth))))
+    return kv_heads, depth
+
+
+@relates("DynamicSparseAttention", domain=MICROSOFT)
+def dynamic_sparse_attention(op: Op) -> None:
+    """GroupQueryAttention to the keys that another operator selected, of its own caches or of auxiliary ones"""
+    batch, length = op.axes(0)[:2]
+    heads, kv_heads, depth = _operands(op)
+    _rotate(op, 11, depth)
+    _norms(op, 14, depth)
+    _sink(op, 16, heads)
+    op.pin(batch, "its places are numbered together with those of the sequence")
+    for index in (7, 8, 9, 10, 13):
+        op.parameter(index)
+    for index in (5, 6):
+        if op.has(index):
+            places = op.axes(index)[2]
+            op.pin(places, "positions of a cache")
+            for one, other in zip(op.axes(index), (batch, kv_heads, places, depth), strict=True):
+                op.unify(one, other)
+    _caches(op, 3, (batch, kv_heads, depth))
+    relate_scores(op, depth, depth, length)
+    op.out((batch, length, Product((heads, depth))))
