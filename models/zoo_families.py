@@ -156,7 +156,8 @@ FAMILIES: dict[str, Family] = {
         inputs=("pixel_values",),
     ),
     "gpt_neo": Family("GPTNeoForCausalLM", {"attention_types": [[["global", "local"], 1]], "window_size": 3}),
-    "codegen": Family("CodeGenForCausalLM", {"rotary_dim": 4}, distinct={"heads": 4}, collide={"heads": 8}),
+    # Eight heads stand in four shards of two.
+    "codegen": Family("CodeGenForCausalLM", {"rotary_dim": 4, "heads": 8}),
     "smollm3": Family("SmolLM3ForCausalLM", GROUPED | {"no_rope_layers": [1, 0]}),
     "nemotron": Family("NemotronForCausalLM", GROUPED | {"head_dim": 12}),
     "mamba": Family(
@@ -168,7 +169,7 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(
         "ModernBertForMaskedLM", {"local_attention": 4, "layer_types": ["full_attention", "sliding_attention"]}
     ),
-    "deberta": Family("DebertaModel", DISENTANGLED, output="last_hidden_state"),
+    "deberta": Family("DebertaModel", DISENTANGLED, output="last_hidden_state", sizings=("distinct",)),
     "deberta_v2": Family(
         "DebertaV2Model",
         DISENTANGLED | {"position_buckets": 4, "norm_rel_ebd": "layer_norm", "share_att_key": True},

@@ -164,7 +164,8 @@ def shorten(model: onnx.ModelProto) -> onnx.ModelProto:
             for attribute in node.attribute:
                 if attribute.type == onnx.AttributeProto.GRAPH:
                     rename(attribute.g, new)
-        del graph.value_info[:]
+        for value in graph.value_info:
+            value.name = new.get(value.name, value.name)
 
     rename(model.graph, {})
     return model
