@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 
 from models.built.common import HIDDEN, gated, linear, silu
-from models.built.graph import Graph, unique
+from models.built.graph import Graph
 
 EXPERTS, CHOSEN, EXPERT_FFN = 5, 3, 20
 
@@ -59,15 +59,14 @@ def experts_looped(g: Graph, x: str, gates: str, name: str) -> str:
     stacks = stacked(g, name)
     inner = Graph(g)
     number = inner.input("expert", "int64", ())
-    inner.inputs.append(onnx.helper.make_tensor_value_info("go_in", onnx.TensorProto.BOOL, ()))
+    go_on = inner.input("go_in", "bool", ())
     total = inner.input("total_in", "float")
     gate, up, down = (inner.Gather(each, number, axis=0) for each in stacks)
     y = inner.MatMul(inner.Mul(silu(inner, inner.MatMul(x, gate)), inner.MatMul(x, up)), down)
     weight = inner.Unsqueeze(inner.Gather(gates, number, axis=1), [1])
-    inner.nodes.append(onnx.helper.make_node("Identity", ["go_in"], ["go_out"]))
-    inner.outputs.append(onnx.helper.make_tensor_value_info("go_out", onnx.TensorProto.BOOL, ()))
+    inner.output(go_on, "go_out", "bool", ())
     inner.output(inner.Add(total, inner.Mul(y, weight)), "total_out", "float")
-    return g.Loop(EXPERTS, None, g.Mul(x, 0.0), body=unique(inner, name))
+    return g.Loop(EXPERTS, None, g.Mul(x, 0.0), body=inner.body(name))
 
 
 def experts_gathered(g: Graph, x: str, weights: str, chosen: str, name: str) -> str:

@@ -15,7 +15,7 @@ from models import zoo_store
 from models.zoo_store import Distribution
 
 MICROSOFT = "com.microsoft"
-DTYPES = {"float": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64, "int32": onnx.TensorProto.INT32}
+DTYPES = {"float": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64, "bool": onnx.TensorProto.BOOL}
 """The element types that interfaces use, as ONNX's textual syntax calls them."""
 
 
@@ -85,23 +85,18 @@ class Graph:
         self.outputs.append(helper.make_tensor_value_info(name, DTYPES[dtype], shape))
 
     def body(self, name: str) -> onnx.GraphProto:
-        """The collected nodes as the body of a Loop, a Scan or an If."""
-        return helper.make_graph(self.nodes, name, self.inputs, self.outputs)
+        """The collected nodes as the body of a Loop or a Scan, its interface named after the block it belongs to."""
+        body = helper.make_graph(self.nodes, name, self.inputs, self.outputs)
+        names = {value.name for value in (*body.input, *body.output)}
+        for node in body.node:
+            node.input[:] = [f"{name}.{each}" if each in names else each for each in node.input]
+            node.output[:] = [f"{name}.{each}" if each in names else each for each in node.output]
+        for value in (*body.input, *body.output):
+            value.name = f"{name}.{value.name}"
+        return body
 
     def model(self, opset: int, *domains: str) -> onnx.ModelProto:
         """The collected nodes as a stripped model."""
         graph = helper.make_graph(self.nodes, "main", self.inputs, self.outputs, list(self.stored.values()))
         opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
         return zoo_store.strip(helper.make_model(graph, opset_imports=opsets, ir_version=11), self.random)
-
-
-def unique(inner: Graph, name: str) -> onnx.GraphProto:
-    """The body, its interface named after the block that it belongs to."""
-    body = inner.body(name)
-    names = {value.name for value in (*body.input, *body.output)}
-    for node in body.node:
-        node.input[:] = [f"{name}.{each}" if each in names else each for each in node.input]
-        node.output[:] = [f"{name}.{each}" if each in names else each for each in node.output]
-    for value in (*body.input, *body.output):
-        value.name = f"{name}.{value.name}"
-    return body

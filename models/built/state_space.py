@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import onnx
-
 from models.built.common import HIDDEN, length, linear, rms_norm, silu
-from models.built.graph import Graph, unique
+from models.built.graph import Graph
 
 INNER, STATE, STEP_RANK, KERNEL = 80, 9, 7, 4
 
@@ -42,7 +40,7 @@ def scanned(g: Graph, past: str, over: tuple[str, ...], decay: str, name: str) -
         past,
         *over,
         outputs=2,
-        body=unique(inner, name),
+        body=inner.body(name),
         num_scan_inputs=4,
         scan_input_axes=[1] * 4,
         scan_output_axes=[1],
@@ -53,14 +51,13 @@ def looped(g: Graph, past: str, over: tuple[str, ...], decay: str, name: str) ->
     """The recurrence as a Loop over the times, each taken from its sequence by the iteration's number."""
     inner = Graph(g)
     time = inner.input("time", "int64", ())
-    inner.inputs.append(onnx.helper.make_tensor_value_info("go_in", onnx.TensorProto.BOOL, ()))
+    go_on = inner.input("go_in", "bool", ())
     state = inner.input("state_in", "float")
     new, y = advance(inner, state, *(inner.Gather(each, time, axis=1) for each in over), decay)
-    inner.nodes.append(onnx.helper.make_node("Identity", ["go_in"], ["go_out"]))
-    inner.outputs.append(onnx.helper.make_tensor_value_info("go_out", onnx.TensorProto.BOOL, ()))
+    inner.output(go_on, "go_out", "bool", ())
     inner.output(new, "state_out", "float")
     inner.output(y, "y_now", "float")
-    last, ys = g.Loop(length(g, over[0], 1), None, past, outputs=2, body=unique(inner, name))
+    last, ys = g.Loop(length(g, over[0], 1), None, past, outputs=2, body=inner.body(name))
     return last, g.Transpose(ys, perm=[1, 0, 2])
 
 
