@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint zoo models-check gpu-check docs clean
+.PHONY: demo test lint zoo zoo-optimum models-check gpu-check docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,18 @@ lint: $(VENV)/.test
 
 zoo: $(VENV)/.models  ## export the zoo's graphs afresh and say what changed
 	$(BIN)/python models/zoo.py
+	$(BIN)/python models/zoo_built.py
+	$(BIN)/python models/zoo_fused.py
+
+# optimum's exporter needs an older transformers, hence an environment of its own.
+$(VENV)-optimum/.done: models/requirements-optimum.txt
+	$(PYTHON) -m venv $(VENV)-optimum
+	$(VENV)-optimum/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-optimum/bin/python -m pip install --quiet --disable-pip-version-check -r models/requirements-optimum.txt
+	@touch $@
+
+zoo-optimum: $(VENV)-optimum/.done  ## the same for the graphs of optimum's exporter; `make zoo` then fuses some
+	$(VENV)-optimum/bin/python models/zoo_optimum.py
 
 models-check: $(VENV)/.models  ## grow real pretrained models: minutes and gigabytes
 	$(BIN)/python -m pytest -m models -s tests/test_models.py
@@ -48,4 +60,4 @@ docs: $(VENV)/.package  ## write the generated pages of docs/
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VENV)-optimum out

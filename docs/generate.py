@@ -29,33 +29,42 @@ COLUMNS = ("hidden", "heads", "group", "head_dim", "ffn", "width", "vocab", "pos
 
 
 def zoo_page() -> str:
-    """A row for each family of the distinct sizing, then its tensors' axes."""
-    rows, details = [], []
+    """A row for each graph but the second sizings, then the axes of the families' tensors."""
+    rows, others, details = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for name in (each for each in zoo_store.names() if each.endswith(".distinct")):
+        for name in (each for each in zoo_store.names() if not each.endswith(".collide")):
             path = Path(folder) / f"{name}.onnx"
             onnx.save(zoo_store.load(name), path)
             analysis = analyse(path)
             sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
             for each in analysis.named:
                 sizes[each.role][f"{each.size}{'' if each.dim.growable else ' kept'}"] += 1
-            cells = [
+            cells = " | ".join(
                 ", ".join(f"{size} x{count}" if count > 1 else size for size, count in sizes[role].items())
                 for role in COLUMNS
-            ]
+            )
+            if not name.endswith(".distinct"):
+                others.append(f"| {name} | {cells} |")
+                continue
             family = name.removesuffix(".distinct")
-            rows.append(f"| {family} | {' | '.join(cells)} |")
+            rows.append(f"| {family} | {cells} |")
             lines = report.grouped_tensors(report.tensor_axes(analysis))
             named = [line for line in lines if not line.startswith(("val_", "permute", "t_"))]
             details.append(f"### {family}\n\n```text\n" + "\n".join(named) + "\n```\n")
-    header = f"| family | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}"
+    headers = [f"| {kind} | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}" for kind in ("family", "graph")]
     return (
         "# What the zoo's dimensions came out as\n\n"
         "Written by `make docs`. Each graph is a small random model exported by `torch.onnx.export(dynamo=True)`;\n"
         "the sizes were found from the graph's structure alone. A size followed by *x2* occurs as two dimensions\n"
         "(one for each layer, say); *kept* means that it cannot grow: what is indexed by values, and what a softmax\n"
         "runs over. `group` is the number of query heads for each key/value head.\n\n"
-        + "\n".join([header, *rows])
+        + "\n".join([headers[0], *rows])
+        + "\n\n## From other exporters, fused, built by hand\n\n"
+        "`cached` and `torchscript` are optimum's exports with and without key/value caches, `fused` and `extended`\n"
+        "what ONNX Runtime's transformers optimizer and its sessions make of such exports, `built` graphs written\n"
+        "by hand (routed experts, state spaces, latent attention, operators of opsets 23 and 24, ONNX Runtime's own).\n"
+        "Where an operator has no rule yet, more is *kept* than need be.\n\n"
+        + "\n".join([headers[1], *others])
         + "\n\n## The axes of the named tensors\n\n"
         "`a.*.b x2` stands for two layers that are alike; brackets compose factors, outermost first; `+` joins\n"
         "segments; *and* separates the uses of a tensor that is stored once.\n\n" + "\n".join(details)

@@ -4,9 +4,9 @@
     python models/zoo.py --check             only say what changed; exits with 1 if anything did
     python models/zoo.py --only gpt2,llama   those families alone
 
-Each family comes in two sizings. In `distinct` the sizes differ from one another, so that no mix-up goes
-unseen; in `collide` hidden, feed-forward, vocabulary and positions are all 96 where the family allows, so
-that nothing can be told by its size.
+A graph is called `family.variant`. This script makes the variants `distinct` and `collide`, which are the two
+sizings of zoo_families.py; zoo_optimum.py makes `cached` and `torchscript`, zoo_built.py `built`, and
+zoo_fused.py `fused` and `extended`.
 Needs torch and transformers. Models are built from configurations alone: nothing is downloaded.
 """
 
@@ -18,9 +18,7 @@ import math
 import os
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,126 +34,15 @@ from onnxscript.rewriter import onnx_fusions
 # Run as a script, a module finds its own folder alone.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import zoo_store
+from models.zoo_changes import refresh
+from models.zoo_families import COMMON, FAMILIES, FIELDS, SIZINGS
 from models.zoo_store import Distribution
 
-SIZINGS: dict[str, dict[str, int]] = {
-    "distinct": {"hidden": 48, "heads": 6, "ffn": 56, "vocab": 101, "positions": 44, "layers": 2},
-    "collide": {"hidden": 96, "heads": 8, "ffn": 96, "vocab": 96, "positions": 96, "layers": 2},
-}
 
-FIELDS: dict[str, tuple[str, ...]] = {
-    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
-    "heads": ("num_attention_heads", "n_head", "n_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
-    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"),
-    "vocab": ("vocab_size",),
-    "positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
-    "layers": ("num_hidden_layers", "n_layer", "n_layers"),
-}
-"""What configurations call each size; a family whose configuration has none of the names has no such size."""
-
-COMMON: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
-TOKENS = ("input_ids", "attention_mask")
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row: the model's class in transformers, its settings, and what it is fed.
-
-    Settings are named as in `FIELDS` or as in the model's own configuration.
-    """
-
-    model: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    distinct: Mapping[str, Any] = field(default_factory=dict)
-    collide: Mapping[str, Any] = field(default_factory=dict)
-    inputs: tuple[str, ...] = TOKENS
-    output: str = "logits"
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-Part = dict[str, Any]
-GROUPED: Part = {"kv_heads": 2}
-# Heads wider than hidden / heads, and in `collide` key/value heads as wide together as hidden.
-OWN_HEAD: Part = {"settings": GROUPED, "distinct": {"head_dim": 10}, "collide": {"head_dim": 48}}
-SLIDING: Part = {
-    "settings": GROUPED | {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
-    "distinct": {"head_dim": 10, "query_pre_attn_scalar": 10},
-    "collide": {"head_dim": 48, "query_pre_attn_scalar": 48},
-}
-# A quarter of a head is rotated, and that quarter must still halve.
-QUARTER_ROTARY: Part = {"distinct": {"heads": 3}, "collide": {"heads": 6}}
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family("GPT2LMHeadModel"),
-    # OPT's table of positions has two rows more than its configuration says.
-    "opt": Family("OPTForCausalLM", {"pad_token_id": 1}, collide={"positions": 94}),
-    "opt_350m": Family(
-        "OPTForCausalLM",
-        {"pad_token_id": 1, "do_layer_norm_before": False},
-        distinct={"word_embed_proj_dim": 32},
-        collide={"word_embed_proj_dim": 48, "positions": 94},
-    ),
-    "gpt_neox": Family("GPTNeoXForCausalLM", **QUARTER_ROTARY),
-    "llama": Family("LlamaForCausalLM", GROUPED),
-    "llama_mha": Family("LlamaForCausalLM"),
-    "olmo": Family("OlmoForCausalLM"),
-    "olmo2": Family("Olmo2ForCausalLM", GROUPED),
-    "gemma": Family("GemmaForCausalLM", **OWN_HEAD),
-    "gemma2": Family("Gemma2ForCausalLM", **SLIDING),
-    "gemma3": Family("Gemma3ForCausalLM", **SLIDING),
-    "qwen2": Family("Qwen2ForCausalLM", GROUPED),
-    "qwen3": Family("Qwen3ForCausalLM", **OWN_HEAD),
-    "phi": Family("PhiForCausalLM"),
-    "phi3": Family("Phi3ForCausalLM", GROUPED),
-    "bloom": Family("BloomForCausalLM"),
-    "falcon_mq": Family("FalconForCausalLM", {"multi_query": True, "parallel_attn": True, "kv_heads": 1}),
-    "falcon_new": Family("FalconForCausalLM", {"new_decoder_architecture": True, "kv_heads": 2}),
-    "mpt": Family("MptForCausalLM"),
-    "gptj": Family("GPTJForCausalLM", {"rotary_dim": 4}),
-    "stablelm": Family("StableLmForCausalLM", {"use_qkv_bias": True}, **QUARTER_ROTARY),
-    "starcoder2": Family("Starcoder2ForCausalLM", GROUPED),
-    "cohere": Family("CohereForCausalLM", GROUPED | {"logit_scale": 0.25}),
-    "granite": Family(
-        "GraniteForCausalLM",
-        GROUPED
-        | {
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.3,
-            "residual_multiplier": 0.4,
-            "logits_scaling": 2.0,
-        },
-    ),
-    "bert": Family(
-        "BertModel",
-        inputs=(*TOKENS, "token_type_ids"),
-        output="last_hidden_state",
-        arguments={"add_pooling_layer": False},
-    ),
-    "roberta": Family("RobertaForMaskedLM", {"pad_token_id": 1}),
-    "distilbert": Family("DistilBertForMaskedLM"),
-    # ALBERT projects embeddings even where they are as wide as hidden; ELECTRA would leave that out.
-    "albert": Family("AlbertForMaskedLM", distinct={"embedding_size": 32}, collide={"embedding_size": 96}),
-    "electra": Family(
-        "ElectraModel",
-        distinct={"embedding_size": 32},
-        collide={"embedding_size": 48},
-        output="last_hidden_state",
-    ),
-    # Positions are the patches and a class token: 4 * 4 + 1, and 5 * 19 + 1 to make 96.
-    "vit": Family(
-        "ViTForImageClassification",
-        distinct={"heads": 4, "image_size": 32, "patch_size": 8, "num_labels": 11},
-        collide={"image_size": (20, 76), "patch_size": 4, "num_labels": 96},
-        inputs=("pixel_values",),
-    ),
-}
-
-
-def build(family: str, sizing: str) -> tuple[transformers.PreTrainedModel, dict[str, Distribution]]:
+def build(family: str, sizing: str, seed: int = 0) -> tuple[transformers.PreTrainedModel, dict[str, Distribution]]:
     """The family's model at that sizing, in evaluation mode, and the distribution of each parameter.
 
-    It is the same at each call.
+    It is the same at each call with the same seed.
     """
     row = FAMILIES[family]
     model_class = getattr(transformers, row.model)
@@ -166,10 +53,12 @@ def build(family: str, sizing: str) -> tuple[transformers.PreTrainedModel, dict[
     chosen.setdefault("kv_heads", chosen["heads"])
     for name, value in chosen.items():
         if name in FIELDS:
-            settings |= {key: value for key in FIELDS[name] if key in fields}
+            # A family whose sizes follow from others has none of its own.
+            if value is not None:
+                settings |= {key: value for key in FIELDS[name] if key in fields}
         else:
             settings[name] = value
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = model_class(model_class.config_class(**settings), **row.arguments).eval()
     distributions = parameter_distributions(model)
     for name, parameter in model.named_parameters():
@@ -203,10 +92,12 @@ def parameter_distributions(model: torch.nn.Module) -> dict[str, Distribution]:
 def example(name: str, config: transformers.PretrainedConfig) -> torch.Tensor:
     """A small input of that name, to trace with."""
     if name == "pixel_values":
-        height, width = np.broadcast_to(config.image_size, 2).tolist()
+        height, width = np.broadcast_to(getattr(config, "image_size", 32), 2).tolist()
         return torch.randn(2, config.num_channels, height, width)
-    if name == "input_ids":
-        return torch.randint(3, 95, (2, 6))
+    if name == "input_features":
+        return torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)
+    if name.endswith("input_ids"):
+        return torch.randint(3, 95, (2, 6 if name == "input_ids" else 5))
     return (torch.ones if name == "attention_mask" else torch.zeros)((2, 6), dtype=torch.int64)
 
 
@@ -215,14 +106,15 @@ def export(family: str, sizing: str) -> onnx.ModelProto:
     row = FAMILIES[family]
     model, known = build(family, sizing)
     examples = {name: example(name, model.config) for name in row.inputs}
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    batch, sequence, target = (torch.export.Dim(name) for name in ("batch", "sequence", "target"))
     program = torch.onnx.export(
         model,
         (),
         kwargs=examples,
         dynamo=True,
         dynamic_shapes={
-            name: {0: batch} if value.ndim > 2 else {0: batch, 1: sequence} for name, value in examples.items()
+            name: {0: batch} if value.ndim > 2 else {0: batch, 1: target if name.startswith("decoder") else sequence}
+            for name, value in examples.items()
         },
         output_names=[row.output],
         optimize=False,
@@ -260,76 +152,29 @@ def folded(graph: ir.Graph, parameters: Iterable[str]) -> set[str]:
     return found
 
 
-def changes(old: onnx.ModelProto, new: onnx.ModelProto) -> list[str]:
-    """What differs between two stripped graphs, a line each."""
-    before, after = features(old), features(new)
-    lines = [
-        f"{what}: {before[what]} -> {after[what]}" for what in sorted(before | after) if before[what] != after[what]
-    ]
-    if not lines and old != new:
-        lines.append("the same nodes, initializers and interface by count; order, names, attributes or values differ")
-    return lines
-
-
-def features(model: onnx.ModelProto) -> Counter[str]:
-    """How often the graph has each operator, opset, initializer and interface value.
-
-    Initializers the exporter only numbered are counted by their shapes: those numbers shift at every change.
-    """
-    random = zoo_store.distributions(model)
-    found = Counter(f"node {node.op_type}" for node in model.graph.node)
-    found.update(f"opset {opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import)
-    for tensor in model.graph.initializer:
-        name = tensor.name if "." in tensor.name else "(unnamed)"
-        kind = "random" if tensor.name in random else "constant"
-        found[f"initializer {name} {_shaped(tensor.data_type, tensor.dims)} {kind}"] += 1
-    for role, values in (("input", model.graph.input), ("output", model.graph.output)):
-        for value in values:
-            of = value.type.tensor_type
-            shape = [dim.dim_param or dim.dim_value for dim in of.shape.dim]
-            found[f"{role} {value.name} {_shaped(of.elem_type, shape)}"] += 1
-    return found
-
-
-def _shaped(dtype: int, shape: Iterable[int | str]) -> str:
-    return f"{onnx.TensorProto.DataType.Name(dtype)}[{', '.join(map(str, shape))}]"
-
-
-def refresh(name: str, check: bool) -> bool:
-    """Export that graph afresh, print how it differs from the committed one, replace it unless only checking.
-
-    Returns whether it differs.
-    """
-    path = zoo_store.path_of(name)
-    new = export(*name.split("."))
-    data = new.SerializeToString(deterministic=True)
-    lines = changes(onnx.load(path), new) if path.exists() else ["new"]
-    print("\n    ".join([f"{name}: {len(data) / 1024:.0f} KB", *(lines or ["unchanged"])]), flush=True)
-    if lines and not check:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return bool(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Export the zoo afresh and say what changed.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if anything changed")
     parser.add_argument("--only", metavar="FAMILY,...", help="these families alone")
     options = parser.parse_args(arguments)
-    wanted = options.only.split(",") if options.only else list(FAMILIES)
-    unknown = [family for family in wanted if family not in FAMILIES]
+    known = [family for family, row in FAMILIES.items() if row.sizings]
+    wanted = options.only.split(",") if options.only else known
+    unknown = [family for family in wanted if family not in known]
     if unknown:
-        parser.error(f"no such family: {', '.join(unknown)}; the zoo has {', '.join(FAMILIES)}")
+        parser.error(f"no such family: {', '.join(unknown)}; those exported here are {', '.join(known)}")
     quiet()
     changed, failed = [], []
-    for name in (f"{family}.{sizing}" for family in wanted for sizing in SIZINGS):
+    names = [f"{family}.{sizing}" for family in wanted for sizing in FAMILIES[family].sizings]
+    for name in names:
         try:
-            changed += [name] * refresh(name, options.check)
+            changed += [name] * refresh(name, export(*name.split(".")), options.check)
         except Exception as error:
             failed.append(name)
             print(f"{name}: FAILED\n    {type(error).__name__}: {error}", flush=True)
-    stray = [] if options.only else [name for name in zoo_store.names() if name.split(".")[0] not in FAMILIES]
+    stray = [
+        name for name in zoo_store.names() if not options.only and name.split(".")[1] in SIZINGS and name not in names
+    ]
     print(f"{len(changed)} changed, {len(failed)} failed, {len(stray)} committed without a row", *stray)
     return 1 if failed or stray or (options.check and changed) else 0
 

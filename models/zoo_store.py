@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ Distribution = tuple[float, float]
 
 
 def names() -> list[str]:
-    """Every committed graph, as `family.sizing`, sorted."""
+    """Every committed graph, as `family.variant`, sorted."""
     return sorted(path.name.removesuffix(".onnx") for path in FOLDER.glob("*.onnx"))
 
 
@@ -44,7 +45,7 @@ def path_of(name: str) -> Path:
 
 
 def select(wanted: Sequence[str]) -> list[str]:
-    """The names meant by names and by families (all of a family's sizings); all names when nothing is wanted.
+    """The names meant by names and by families (all of a family's variants); all names when nothing is wanted.
 
     Raises:
         ValueError: there is no such name or family.
@@ -64,7 +65,7 @@ def select(wanted: Sequence[str]) -> list[str]:
 
 
 def load(name: str, seed: int = 0) -> onnx.ModelProto:
-    """The graph of that name (`family.sizing`) with all its parameters drawn from the seed.
+    """The graph of that name (`family.variant`) with all its parameters drawn from the seed.
 
     Raises:
         ValueError: the zoo has no graph of that name.
@@ -122,6 +123,61 @@ def strip(model: onnx.ModelProto, random: Mapping[str, Distribution]) -> onnx.Mo
     return stripped
 
 
+def strip_alike(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelProto:
+    """Strip the values in which two graphs of one model with different parameters differ.
+
+    So parameters are found whatever was done to them: transposed, joined, folded into one another. What is
+    stripped is shortened, too.
+
+    Raises:
+        ValueError: the graphs differ in more than values.
+    """
+    firsts, seconds = ({tensor.name: tensor for tensor in each.graph.initializer} for each in (first, second))
+    if firsts.keys() != seconds.keys():
+        raise ValueError(f"initializers of one alone: {', '.join(sorted(firsts.keys() ^ seconds.keys()))}")
+    random = {}
+    for name in firsts:
+        one, other = (onnx.numpy_helper.to_array(each[name]) for each in (firsts, seconds))
+        if one.dtype.kind == "f" and not np.array_equal(one, other):
+            random[name] = (float(one.mean().round()) + 0.0, float(f"{one.std():.2g}"))
+    return strip(shorten(first), random)
+
+
+def shorten(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Rename the inner values after their operators and drop the nodes' names, in place.
+
+    The names of modules, in every value's name, are most of such a file.
+    """
+    used = {name for message in _messages(model.graph) for name in _names(message)}
+    numbers = itertools.count()
+
+    def rename(graph: onnx.GraphProto, outer: Mapping[str, str]) -> None:
+        keep = {each.name for each in (*graph.input, *graph.output, *graph.initializer)}
+        new = {old: name for old, name in outer.items() if old not in keep}
+        for node in graph.node:
+            node.ClearField("name")
+            node.input[:] = [new.get(name, name) for name in node.input]
+            for index, name in enumerate(node.output):
+                if name and name not in keep:
+                    new[name] = next(each for each in (f"{node.op_type}_{n}" for n in numbers) if each not in used)
+                    node.output[index] = new[name]
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    rename(attribute.g, new)
+        for value in graph.value_info:
+            value.name = new.get(value.name, value.name)
+
+    rename(model.graph, {})
+    return model
+
+
+def _names(message: Any) -> Sequence[str]:
+    """The names of values that the protobuf message itself holds."""
+    if isinstance(message, onnx.NodeProto):
+        return [*message.input, *message.output]
+    return [message.name] if isinstance(message, onnx.ValueInfoProto | onnx.TensorProto) else []
+
+
 def write(folder: Path, wanted: Sequence[str] = (), seed: int = 0) -> list[Path]:
     """Write the filled graphs of the wanted names or families (all when empty) into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     writing = commands.add_parser("write", help="write filled graphs into a folder")
     writing.add_argument("folder", type=Path, metavar="DIR")
-    writing.add_argument("names", nargs="*", metavar="NAME", help="family.sizing, or a family; default all")
+    writing.add_argument("names", nargs="*", metavar="NAME", help="family.variant, or a family; default all")
     writing.add_argument("--seed", type=int, default=0)
     commands.add_parser("list", help="print the names")
     options = parser.parse_args(arguments)

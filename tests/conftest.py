@@ -79,7 +79,7 @@ def cli_process() -> Command:
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The file of a zoo graph with all its parameters, by `family.sizing`; written once."""
+    """The file of a zoo graph with all its parameters, by `family.variant`; written once."""
     folder = tmp_path_factory.mktemp("zoo")
 
     @cache
@@ -87,6 +87,19 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return zoo_store.write(folder, [name])[0]
 
     return path_of
+
+
+@pytest.fixture(scope="session")
+def expected(zoo: Callable[[str], Path]) -> Callable[[str], list[tuple[dict[str, Array], list[Array]]]]:
+    """Feeds of a zoo graph and what it makes of them, by name; run once."""
+    from zoo_harness import make_feeds, session
+
+    @cache
+    def run(name: str) -> list[tuple[dict[str, Array], list[Array]]]:
+        source = session(zoo(name))
+        return [(feeds, source.run(None, feeds)) for feeds in make_feeds(zoo(name))]
+
+    return run
 
 
 def build_model(graph: str, weights: Mapping[str, Array], opset: int = 20) -> onnx.ModelProto:

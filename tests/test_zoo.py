@@ -1,30 +1,35 @@
-"""Every family of the zoo, grown in every way, and compared by means that are the test's own."""
+"""Every family of the zoo in both sizings, grown in every way, and compared by means that are the test's own."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from conftest import build_model, normal
+from zoo_harness import (
+    TOLERANCE,
+    Expected,
+    Zoo,
+    assert_computes_the_same,
+    assert_validation_says_so,
+    parameters,
+    session,
+    tiled,
+    weights,
+)
 
-from hyperclone_onnx import Expansion, Strategy, analyse, expand
+from hyperclone_onnx import Strategy, analyse, expand
 from hyperclone_onnx.report import inspection
 from hyperclone_onnx.strategies import STRATEGIES, StrategyName
 from models import zoo_store
 
 Array = np.ndarray[Any, Any]
-Zoo = Callable[[str], Path]
-
-TOLERANCE = 1e-5
-"""What float32 rounding stays under, as a part of the largest output; found are 1e-6 and less."""
 
 
 @dataclass(frozen=True)
@@ -72,86 +77,14 @@ GROWTHS: dict[str, tuple[Growth, ...]] = {
     ),
 }
 
+# Those in both sizings; test_zoo_variants.py has every other graph.
+FAMILIES = [name.removesuffix(".collide") for name in zoo_store.names() if name.endswith(".collide")]
 CASES = [
     pytest.param(name, growth, id=f"{name}-{growth}")
     for name in zoo_store.names()
-    for growth in GROWTHS[name.split(".")[1]]
+    for growth in GROWTHS.get(name.split(".")[1], ())
+    if name.split(".")[0] in FAMILIES
 ]
-FAMILIES = zoo_store.families()
-
-
-# -- the independent comparison ---------------------------------------------------------------------------
-
-
-def session(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 4
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def make_feeds(path: Path) -> Iterator[dict[str, Array]]:
-    """Feeds for a zoo graph: two lengths, and in the second the last tokens of a row are padding."""
-    rng = np.random.default_rng(5)
-    for batch, length, padding in ((2, 6, 0), (3, 9, 4)):
-        feeds: dict[str, Array] = {}
-        for value in onnx.load(path, load_external_data=False).graph.input:
-            if value.name == "pixel_values":
-                sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
-                feeds[value.name] = rng.standard_normal((batch, *sizes)).astype(np.float32)
-            elif value.name == "attention_mask":
-                mask = np.ones((batch, length), dtype=np.int64)
-                mask[0, length - padding :] = 0
-                feeds[value.name] = mask
-            else:
-                feeds[value.name] = rng.integers(3, 95, (batch, length)) % (2 if value.name == "token_type_ids" else 95)
-        yield feeds
-
-
-def tiled(array: Array, shape: tuple[int, ...]) -> Array:
-    """The array repeated along the axes that are longer in `shape`."""
-    assert len(shape) == array.ndim
-    assert all(wide == narrow or wide % narrow == 0 for narrow, wide in zip(array.shape, shape, strict=True))
-    return np.tile(array, [wide // max(narrow, 1) or 1 for narrow, wide in zip(array.shape, shape, strict=True)])
-
-
-@pytest.fixture(scope="session")
-def expected(zoo: Zoo) -> Callable[[str], list[tuple[dict[str, Array], list[Array]]]]:
-    """Feeds of a zoo graph and what it makes of them, by name; run once."""
-    known: dict[str, list[tuple[dict[str, Array], list[Array]]]] = {}
-
-    def run(name: str) -> list[tuple[dict[str, Array], list[Array]]]:
-        if name not in known:
-            source = session(zoo(name))
-            known[name] = [(feeds, source.run(None, feeds)) for feeds in make_feeds(zoo(name))]
-        return known[name]
-
-    return run
-
-
-Expected = Callable[[str], list[tuple[dict[str, Array], list[Array]]]]
-
-
-def assert_computes_the_same(path: Path, cases: list[tuple[dict[str, Array], list[Array]]]) -> None:
-    grown = session(path)
-    for feeds, wanted in cases:
-        for want, got in zip(wanted, grown.run(None, feeds), strict=True):
-            assert np.isfinite(want).all() and float(want.std()) > 1e-3, "an output that could not show a difference"
-            error = float(np.abs(tiled(want, got.shape) - got).max() / np.abs(want).max())
-            assert error <= TOLERANCE
-
-
-def weights(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the floating-point tensors that a file stores."""
-    return {
-        tensor.name: tuple(tensor.dims)
-        for tensor in onnx.load(path).graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT
-    }
-
-
-def parameters(path: Path) -> int:
-    return sum(math.prod(shape) for shape in weights(path).values())
 
 
 # -- growth -----------------------------------------------------------------------------------------------
@@ -179,15 +112,6 @@ def test_grown_models_compute_the_same(name: str, growth: Growth, zoo: Zoo, expe
     else:
         assert after > before
     assert (result.parameters_before, result.parameters_after) == (before, after)
-
-
-def assert_validation_says_so(result: Expansion) -> None:
-    validation = result.validation
-    assert validation is not None and validation.equal and validation.problems == []
-    assert validation.tensors is not None and validation.tensors.checked > 0 and validation.tensors.wrong == []
-    assert validation.double, "the models were not run in float64"
-    assert all(each.max_relative <= 1e-12 for each in validation.double)
-    assert any(each.max_relative > 0 for each in validation.outputs), "two runs without any rounding are one run"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -226,8 +150,11 @@ ROTARY = (4, 8)
 QUARTER_ROTARY = (2, 12, 16)
 ROLES: dict[str, Roles] = {
     "albert": roles(hidden=(32, 48)),
+    "bart": roles(),
     "bert": roles(vocab=(2, 101)),
     "bloom": roles(ffn=192),
+    # Four shards of two heads each; 4 of a head's 6 are rotated, in pairs.
+    "codegen": roles(heads=(2, 4), head_dim=(2, 6)),
     "cohere": roles(heads=2, group=3, head_dim=ROTARY),
     "distilbert": roles(),
     "electra": roles(hidden=(32, 48)),
@@ -237,12 +164,15 @@ ROLES: dict[str, Roles] = {
     "gemma2": roles(heads=2, group=3, head_dim=(5, 10)),
     "gemma3": roles(heads=2, group=3, head_dim=(5, 10)),
     "gpt2": roles(),
+    "gpt_neo": roles(),
     "gpt_neox": roles(heads=3, head_dim=QUARTER_ROTARY),
     "gptj": roles(head_dim=(2, 4, 8)),
     "granite": roles(heads=2, group=3, head_dim=ROTARY),
     "llama": roles(heads=2, group=3, head_dim=ROTARY),
     "llama_mha": roles(head_dim=ROTARY),
+    "modernbert": roles(head_dim=4),
     "mpt": roles(ffn=192),
+    "nemotron": roles(heads=2, group=3, head_dim=(3, 6, 12)),
     "olmo": roles(head_dim=ROTARY),
     "olmo2": roles(heads=2, group=3, head_dim=ROTARY),
     "opt": roles(),
@@ -253,6 +183,7 @@ ROLES: dict[str, Roles] = {
     "qwen2": roles(heads=2, group=3, head_dim=ROTARY),
     "qwen3": roles(heads=2, group=3, head_dim=(5, 10)),
     "roberta": roles(),
+    "smollm3": roles(heads=2, group=3, head_dim=ROTARY),
     "stablelm": roles(heads=3, head_dim=QUARTER_ROTARY),
     "starcoder2": roles(heads=2, group=3, head_dim=ROTARY),
     "vit": roles(heads=4, head_dim=12, vocab=()),
@@ -354,9 +285,11 @@ def test_a_kept_interface_is_the_source_s(family: str, zoo: Zoo, expected: Expec
 TIED = {
     "albert": "predictions.decoder.weight",
     "distilbert": "vocab_projector.weight",
+    "modernbert": "decoder.weight",
     "roberta": "lm_head.decoder.weight",
     **dict.fromkeys(
-        "bloom cohere falcon_mq falcon_new gemma gemma2 gemma3 gpt2 mpt opt opt_350m starcoder2".split(),
+        "bart bloom cohere falcon_mq falcon_new gemma gemma2 gemma3 gpt2 gpt_neo".split()
+        + "mpt opt opt_350m smollm3 starcoder2".split(),
         "lm_head.weight",
     ),
 }
@@ -364,7 +297,7 @@ TIED = {
 
 def vocabularies(path: Path) -> set[str]:
     """The matrices with a row (or a column) for each word."""
-    return {name for name, shape in weights(path).items() if len(shape) == 2 and 101 in shape}
+    return {name for name, shape in weights(path).items() if len(shape) == 2 and 101 in shape and 1 not in shape}
 
 
 def test_tied_families_are_all_listed(zoo: Zoo) -> None:
