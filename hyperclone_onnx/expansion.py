@@ -13,13 +13,14 @@ import onnx_ir as ir
 
 from hyperclone_onnx import storage
 from hyperclone_onnx.analysis import Analysis, analyse, count_parameters
+from hyperclone_onnx.dims import Dim
 from hyperclone_onnx.errors import ModelsDiffer
 from hyperclone_onnx.maps import SourceMap
 from hyperclone_onnx.plan import METADATA_KEY, Plan
 from hyperclone_onnx.planning import make_plan
 from hyperclone_onnx.rewrite import rewrite
 from hyperclone_onnx.sessions import Device
-from hyperclone_onnx.sizing import explain, size
+from hyperclone_onnx.sizing import Growth, explain, size
 from hyperclone_onnx.strategies import Strategy
 from hyperclone_onnx.validation import Validation, validate, validate_double
 
@@ -141,9 +142,10 @@ def expand(
             Path(plan_out), {*analysis.files, out.resolve(), out.with_name(storage.data_name(out)).resolve()}
         )
     say("planning")
-    plan = plan_expansion(analysis, factor, requests, maps, strategy, untie=untie, keep_interface=keep_interface)
+    growth = size(analysis.dimensions, factor, requests, maps)
+    plan = make_plan(growth, strategy, untie=untie, keep_interface=keep_interface)
     big = rewrite(analysis.model, plan)
-    result = _report(analysis, out, plan, big)
+    result = _report(analysis, out, growth, plan, big)
     clock.lap(result, "plan")
     external = storage.needs_data_file(big) or len(analysis.files) > 1
     with storage.publication(out) as written:
@@ -180,15 +182,10 @@ def _differs(out: Path, validation: Validation) -> str:
     return f"{out} was not written: the grown model differs from its source: {first}{more}"
 
 
-def _report(analysis: Analysis, out: Path, plan: Plan, big: ir.Model) -> Expansion:
+def _report(analysis: Analysis, out: Path, growth: Growth, plan: Plan, big: ir.Model) -> Expansion:
     kept = [
-        Kept(
-            each.name,
-            each.role,
-            each.size,
-            explain(analysis.dimensions, each.dim) if each.dim.pin is not None else "not asked to grow",
-        )
-        for each in analysis.named
+        Kept(each.name, each.role, each.size, _why_kept(growth, each.dim))
+        for each in growth.named
         if each.name not in plan.dims and each.role != "other"
     ]
     variants: dict[str, list[str]] = {}
@@ -198,6 +195,12 @@ def _report(analysis: Analysis, out: Path, plan: Plan, big: ir.Model) -> Expansi
     return Expansion(
         str(analysis.path), str(out), plan, kept, count_parameters(analysis.model), count_parameters(big), variants
     )
+
+
+def _why_kept(growth: Growth, dim: Dim) -> str:
+    if dim in growth.beside:
+        return "another factor of the same width grows"
+    return explain(growth.dimensions, dim) if dim.pin is not None else "not asked to grow"
 
 
 class _Clock:

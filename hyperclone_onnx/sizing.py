@@ -45,6 +45,8 @@ class Growth:
     dimensions: Dimensions
     named: list[NamedDim]
     maps: dict[Dim, tuple[str, SourceMap]] = field(default_factory=dict)
+    beside: set[Dim] = field(default_factory=set)
+    """Dimensions that keep their size because another factor of the same width grows."""
 
 
 def name_dimensions(dimensions: Dimensions) -> list[NamedDim]:
@@ -191,7 +193,10 @@ def size(
         asked = wanted.get(each.name, wanted.get(each.role))
         times = asked if asked is not None else factor if each.role in GROWN_BY_FACTOR else 1
         chosen = explicit.get(each.name) or SourceMap(each.size, tile=times)
-        if chosen.grown == each.size or each.dim in kept:
+        if chosen.grown == each.size:
+            continue
+        if each.dim in kept:
+            growth.beside.add(each.dim)
             continue
         if not each.dim.growable:
             gap = each.dim.pin is not None and each.dim.pin.gap
