@@ -58,9 +58,11 @@ def analyse(path: str | os.PathLike[str]) -> Analysis:
 
 
 def count_parameters(model: ir.Model) -> int:
-    """The number of stored floating-point elements."""
-    return sum(
-        value.const_value.size
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.dtype.is_floating_point()
-    )
+    """The number of stored elements that are weights: floating-point ones, and codes of up to 8 bits."""
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    return sum(tensor.size for tensor in tensors if tensor.dtype.is_floating_point() or is_code(tensor.dtype))
+
+
+def is_code(dtype: ir.DataType) -> bool:
+    """Whether a type holds the codes of quantised weights."""
+    return dtype.is_integer() and dtype.bitwidth <= 8

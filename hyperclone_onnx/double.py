@@ -1,4 +1,4 @@
-"""Models in float64, so that rounding cannot hide a wrong graph."""
+"""Models in wider types than their own, so that rounding cannot hide a wrong graph."""
 
 from __future__ import annotations
 
@@ -24,29 +24,41 @@ _NARROW = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 def to_double(model: ir.Model) -> ir.Model:
     """The model with every floating-point value and tensor in float64, changed in place and returned."""
-    for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.dtype in _NARROW:
-            value.const_value = _widened(value.const_value)
-            value.type = ir.TensorType(ir.DataType.DOUBLE)
-    for value in (*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)):
-        if value.dtype in _NARROW:
-            value.type = ir.TensorType(ir.DataType.DOUBLE)
+    _widen(model, ir.DataType.DOUBLE)
+    for node in list(model.graph.all_nodes()):
+        if not node.domain and node.op_type in _NORMS:
+            _write_out_norm(model, node)
+    return model
+
+
+def save_wide(model: ir.Model, path: Path, dtype: ir.DataType) -> None:
+    """Write the model, changed in place, with every narrower floating-point value and tensor in `dtype`."""
+    _widen(model, dtype)
+    storage.save(model, path, external=storage.needs_data_file(model))
+
+
+def _widen(model: ir.Model, dtype: ir.DataType) -> None:
+    narrow = [each for each in _NARROW if each != dtype]
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is not None and value.const_value.dtype in narrow:
+                value.const_value = _widened(value.const_value, dtype)
+                value.type = ir.TensorType(dtype)
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+            if value.dtype in narrow:
+                value.type = ir.TensorType(dtype)
     for node in model.graph.all_nodes():
         for name in ("to", "dtype", "output_dtype", "softmax_precision"):
             attribute = node.attributes.get(name)
-            if attribute is not None and attribute.as_int() in [int(each) for each in _NARROW]:
-                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.DOUBLE))
+            if attribute is not None and attribute.as_int() in [int(each) for each in narrow]:
+                node.attributes[name] = ir.AttrInt64(name, int(dtype))
         tensor = node.attributes.get("value")
-        if tensor is not None and node.op_type == "ConstantOfShape" and tensor.as_tensor().dtype in _NARROW:
-            node.attributes["value"] = ir.AttrTensor("value", _widened(tensor.as_tensor()))
-    for node in list(model.graph.all_nodes()):
-        if not node.domain and node.op_type in (
-            "LayerNormalization",
-            "RMSNormalization",
-            "SimplifiedLayerNormalization",
+        if (
+            tensor is not None
+            and node.op_type in ("Constant", "ConstantOfShape")
+            and tensor.as_tensor().dtype in narrow
         ):
-            _write_out_norm(model, node)
-    return model
+            node.attributes["value"] = ir.AttrTensor("value", _widened(tensor.as_tensor(), dtype))
 
 
 def _write_out_norm(model: ir.Model, node: ir.Node) -> None:
@@ -103,10 +115,10 @@ def _write_out_norm(model: ir.Model, node: ir.Node) -> None:
     result.name = name
 
 
-def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def _widened(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
     return ir.LazyTensor(
-        lambda: ir.Tensor(tensor.numpy().astype(np.float64), name=tensor.name),
-        dtype=ir.DataType.DOUBLE,
+        lambda: ir.Tensor(tensor.numpy().astype(dtype.numpy()), name=tensor.name),
+        dtype=dtype,
         shape=ir.Shape(tensor.shape.numpy()),
         name=tensor.name,
     )

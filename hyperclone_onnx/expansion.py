@@ -12,9 +12,10 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from hyperclone_onnx import storage
-from hyperclone_onnx.analysis import Analysis, analyse, count_parameters
+from hyperclone_onnx.analysis import Analysis, analyse, count_parameters, is_code
 from hyperclone_onnx.dims import Dim
 from hyperclone_onnx.errors import ModelsDiffer
+from hyperclone_onnx.maps import Kept as Fixed
 from hyperclone_onnx.maps import SourceMap
 from hyperclone_onnx.plan import METADATA_KEY, Plan
 from hyperclone_onnx.planning import make_plan
@@ -50,6 +51,8 @@ class Expansion:
     parameters_after: int
     separated: dict[str, list[str]] = field(default_factory=dict)
     """Tensors that the source stores once and the grown model more than once."""
+    quantised: int = 0
+    """Weights whose codes are repeated; their scales take the division, so that they get no noise."""
     validation: Validation | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -67,6 +70,7 @@ class Expansion:
             "kept": [asdict(each) for each in self.kept],
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "separated": self.separated,
+            "quantised": self.quantised,
             "validation": None if self.validation is None else self.validation.to_json(),
             "seconds": self.seconds,
         }
@@ -192,8 +196,17 @@ def _report(analysis: Analysis, out: Path, growth: Growth, plan: Plan, big: ir.M
     for name, recipe in plan.tensors.items():
         if name != recipe.source and analysis.model.graph.initializers[recipe.source].const_value.size > 1:  # type: ignore[union-attr]
             variants.setdefault(recipe.source, []).append(name)
+    stored = analysis.model.graph.initializers
+    codes = [each for each in plan.tensors.values() if is_code(stored[each.source].const_value.dtype)]  # type: ignore[union-attr]
     return Expansion(
-        str(analysis.path), str(out), plan, kept, count_parameters(analysis.model), count_parameters(big), variants
+        str(analysis.path),
+        str(out),
+        plan,
+        kept,
+        count_parameters(analysis.model),
+        count_parameters(big),
+        variants,
+        sum(any(not isinstance(part, Fixed) for axis in each.axes for part in axis) for each in codes),
     )
 
 

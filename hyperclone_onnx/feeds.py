@@ -24,6 +24,9 @@ LENGTHS: tuple[tuple[int, ...], ...] = ((2, 7, 3, 5), (1, 5, 2, 9), (3, 11, 1, 1
 """Lengths for a model's symbols, in order of appearance (the first is mostly the batch). The last rows serve
 models that want round numbers (images); a row on which the source does not run is passed over."""
 
+ONE_STEP = (2, 1, 6, 7)
+"""One new token for each of several sequences, where there is a cache."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -37,7 +40,8 @@ def cases(dimensions: Dimensions, seed: int = 0) -> Iterator[Case]:
     """Input sets with odd lengths: all-ones and padded masks, indices within their tables, empty caches too."""
     symbols = _symbols(dimensions)
     limits = _limits(dimensions)
-    for number, lengths in enumerate(LENGTHS):
+    rows = LENGTHS if len(symbols) < 3 else (*LENGTHS[:2], ONE_STEP, *LENGTHS[2:])
+    for number, lengths in enumerate(rows):
         values = {name: lengths[min(i, 3)] + 2 * max(0, i - 3) for i, name in enumerate(symbols)}
         rng = np.random.default_rng([seed, number])
         yield Case(_label(values), _make(dimensions, values, limits, rng, padded=number % 2 == 1))

@@ -24,6 +24,9 @@ from hyperclone_onnx.strategies import Strategy
 
 Array = npt.NDArray[Any]
 
+_PRECISION = {ir.DataType.FLOAT16: (11, -24), ir.DataType.BFLOAT16: (8, -133)}
+"""The bits of a significand, and the exponent of the least number, of types in which rounding shares would show."""
+
 BLOCK = 1 << 18
 """Noise is drawn, and tensors are computed, in blocks of about this many elements."""
 
@@ -108,10 +111,10 @@ class GrownTensor:
             return (values.astype(np.int64) * round(self.recipe.scale)).astype(self.dtype.numpy())
         work = np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32
         result = np.asarray(values, dtype=work)
-        if self.is_shared:
-            result = self._shared(result, axes)
         if self.recipe.scale != 1.0:
             result = np.multiply(result, self.recipe.scale, dtype=work)
+        if self.is_shared:
+            result = self._shared(result, axes)
         return result.astype(self.dtype.numpy())
 
     @cached_property
@@ -137,6 +140,28 @@ class GrownTensor:
     ) -> Array:
         count = _one_if_constant(_outer(axes, "count", np.multiply))
         number = _one_if_constant(_mixed_radix([(axis.number, axis.count) for axis in axes]))
+        if self.dtype not in _PRECISION or number.size > 1 or count.size > 1 or count.item() == 1:
+            return self._share(values, axes, number, count, draws)
+        # In few bits shares would not add up any more. Whole units in the last place of the weight do, and the last
+        # repeat takes what they leave.
+        unit = _unit(values, self.dtype)
+        if number.item() < count.item() - 1:
+            return _whole_units(self._share(values, axes, number, count, draws), unit, self.dtype)
+        rest = values
+        for repeat in range(int(number.item())):
+            share = self._share(values, axes, np.full_like(number, repeat), count, draws)
+            rest = rest - _whole_units(share, unit, self.dtype)
+        return rest
+
+    def _share(
+        self,
+        values: Array,
+        axes: Sequence[AxisIndex],
+        number: Array,
+        count: Array,
+        draws: dict[tuple[int, int, int], Array],
+    ) -> Array:
+        """What the repeats of these numbers, out of `count`, take of the values."""
         if self.strategy.diagonal:
             other = _mixed_radix([(axis.other_number, axis.other_count) for axis in axes])
             values = values * (number == other % count)
@@ -146,7 +171,8 @@ class GrownTensor:
             amplitude = 1.0 / count
         if self.strategy.noisy and self._noise_scale > 0.0:
             noise = self._zero_sum_noise(axes, number, count, draws, values.dtype)
-            values = values + noise * (amplitude * (self._noise_scale * math.sqrt(0.5))).astype(values.dtype)
+            spread = self._noise_scale * abs(self.recipe.scale) * math.sqrt(0.5)
+            values = values + noise * (amplitude * spread).astype(values.dtype)
         return values
 
     @cached_property
@@ -220,6 +246,16 @@ class GrownTensor:
             shape=ir.Shape(self.stored_shape),
             name=name,
         )
+
+
+def _unit(values: Array, dtype: ir.DataType) -> Array:
+    """The unit in the last place of each value in a type of few bits."""
+    bits, least = _PRECISION[dtype]
+    return np.asarray(np.ldexp(np.ones_like(values), np.maximum(np.frexp(values)[1] - bits, least)))
+
+
+def _whole_units(share: Array, unit: Array, dtype: ir.DataType) -> Array:
+    return np.asarray((np.rint(share / unit) * unit).astype(dtype.numpy()).astype(share.dtype))
 
 
 def _runs(axis: AxisIndex, most: int = 64) -> list[slice]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from hyperclone_onnx.dims import Concat, Dim, Product, Term, product
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.inference import Axes, Op, describe
-from hyperclone_onnx.maps import Axis, ConcatOf, Kept, Named, ProductOf, grown_size
+from hyperclone_onnx.maps import Axis, ConcatOf, Kept, Named, ProductOf, canonical_axis, grown_size
 from hyperclone_onnx.plan import Edit, GatherOutput, ResizeVector, ScaleInput, SetAttribute, SetInput
 from hyperclone_onnx.sizing import Growth
 
@@ -47,6 +47,26 @@ class GrownTerms:
         """The axis as a sequence of factors, outermost first; None when a factor is symbolic."""
         expressions = tuple(self.expression(factor) for factor in self.space.factors(term))
         return None if None in expressions else expressions  # type: ignore[return-value]
+
+    def recipe_axes(self, axes: Axes) -> tuple[tuple[Axis, ...], ...]:
+        """The axes of a stored tensor as a recipe has them: factors, or one number for an axis that is kept."""
+        made: list[tuple[Axis, ...]] = []
+        for term in axes:
+            factors = self.factors(term)
+            assert factors is not None, "an initializer's axis is static"
+            made.append(factors if self.grows(term) else (Kept(self.space.static(term) or 0),))
+        return tuple(made)
+
+    def canonical(self, axes: tuple[tuple[Axis, ...], ...]) -> tuple[object, ...]:
+        """Recipe axes with each dimension's name replaced by its map: equal where the tensors come out equal."""
+        return tuple(canonical_axis(factor, self.maps) for axis in axes for factor in (*axis, Kept(0)))
+
+    def written(self, term: Term) -> str:
+        """The parts of an axis and what each grows by, for messages."""
+        return ", ".join(
+            f"{self.named[atom][0]} x{self.growth(atom)}" if atom in self.named else str(atom)
+            for atom in self.space.atoms(term)
+        )
 
     def grown(self, term: Term) -> int:
         """The length of a static axis in the grown model."""

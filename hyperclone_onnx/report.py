@@ -146,6 +146,12 @@ def print_expansion(console: Console, result: Expansion) -> None:
         table.add_row(names[0] if len(names) == 1 else f"{role} x{len(names)}", str(before), str(after))
     console.print(table)
     _print_kept(console, result)
+    if result.quantised and result.plan.strategy.name != "symmetric":
+        console.print(
+            f"{result.quantised} quantised tensors repeat their codes, their scales divided: their shares are equal, "
+            "and without noise",
+            soft_wrap=True,
+        )
     for name, copies in result.separated.items():
         console.print(f"{name} is stored once in the source, and separately here: {', '.join(copies)}", markup=False)
     ratio = result.parameters_after / max(result.parameters_before, 1)
@@ -185,6 +191,10 @@ def print_validation(console: Console, validation: Validation) -> None:
             f"{tensors.checked} tensors checked, {len(tensors.wrong)} wrong; rounding residue of the shared weights "
             f"{tensors.residue:.1e}"
         )
+    if validation.wide is not None:
+        steps = " and without rounding activations" if validation.rounds else ""
+        console.print(f"in float32{steps} (tolerance {validation.wide_tolerance:.1e}):")
+        _print_outputs(console, validation.wide, validation.wide_tolerance)
     if validation.double is not None:
         console.print(f"in float64, by {validation.double_by}:")
         _print_outputs(console, validation.double, DOUBLE_TOLERANCE)

@@ -1,15 +1,17 @@
 """Is the grown model equal? Two independent checks, each with a tolerance that says where it comes from.
 
-*Tensors*: the repeats of each grown tensor are added up and compared with the source tensor. One weight that is
-off by a part in a thousand stands out here, however little it moves an output. *Outputs*: both models run on
-random inputs in ONNX Runtime and every output is compared with the source's, repeated where it grew.
+*Tensors* (`tensor_check.py`): the repeats of each grown tensor are added up and compared with the source tensor.
+*Outputs*: both models run on random inputs in ONNX Runtime and every output is compared with the source's, repeated
+where it grew. Where the model itself computes coarsely (in float16, or on activations rounded to 8 bits), both are
+compared once more in float32 and without that rounding, so that nothing hides in it.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx import feeds as inputs
-from hyperclone_onnx.errors import BadModel, Refused
-from hyperclone_onnx.grown_tensor import GrownTensor
+from hyperclone_onnx.double import save_wide
+from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.inference import Dimensions
-from hyperclone_onnx.maps import AxisIndex
 from hyperclone_onnx.plan import Interface, Plan
 from hyperclone_onnx.sessions import Device, Runner
+from hyperclone_onnx.tensor_check import TensorReport, check_tensors
+from hyperclone_onnx.unrounded import Unsupported, rounds, unrounded
 
 Array = npt.NDArray[Any]
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -37,6 +40,11 @@ WALKS = 4.0
 
 DOUBLE_TOLERANCE = 1e-12
 """A right graph agrees to this in float64, in every strategy and factor."""
+
+WIDEST = 4 << 30
+"""Coarse models with more bytes of weights than this are not compared in float32 besides."""
+
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass
@@ -52,19 +60,6 @@ class OutputReport:
 
 
 @dataclass
-class TensorReport:
-    """How the grown tensors compare with their sources."""
-
-    checked: int = 0
-    residue: float = 0.0
-    """Root mean square over tensors of: rms(sum of repeats - source) / rms(source). Rounding leaves it."""
-    worst: str = ""
-    worst_error: float = 0.0
-    """The largest error in units of its rounding bound; above 1 the tensor is wrong."""
-    wrong: list[str] = field(default_factory=list)
-
-
-@dataclass
 class Validation:
     """The outcome of a validation."""
 
@@ -74,6 +69,11 @@ class Validation:
     tensors: TensorReport | None
     tolerance: float
     tolerance_reason: str
+    wide: list[OutputReport] | None = None
+    """The outputs in float32, without the rounding of activations, where the model itself is coarser."""
+    wide_tolerance: float = 0.0
+    rounds: bool = False
+    """Whether the model rounds activations to few bits: a last bit may then move an output by whole steps."""
     double: list[OutputReport] | None = None
     double_by: str = ""
     notes: list[str] = field(default_factory=list)
@@ -82,15 +82,10 @@ class Validation:
     def problems(self) -> list[str]:
         """What differs, a line each; empty when the models are equal."""
         found = [f"tensor {text}" for text in (self.tensors.wrong if self.tensors else [])]
-        for each in self.outputs:
-            if each.problem:
-                found.append(f"output {each.name}: {each.problem}")
-            elif not each.max_relative <= self.tolerance:
-                found.append(f"output {each.name}: relative error {each.max_relative:.1e} > {self.tolerance:.1e}")
-        for each in self.double or []:
-            if each.problem or not each.max_relative <= DOUBLE_TOLERANCE:
-                why = each.problem or f"relative error {each.max_relative:.1e} > {DOUBLE_TOLERANCE:.0e}"
-                found.append(f"output {each.name} in float64: {why}")
+        steps = self.rounds and self.wide is not None
+        found += _problems(self.outputs, math.inf if steps else self.tolerance, "")
+        found += _problems(self.wide or [], self.wide_tolerance, " in float32")
+        found += _problems(self.double or [], DOUBLE_TOLERANCE, " in float64")
         return found
 
     @property
@@ -101,6 +96,15 @@ class Validation:
     def to_json(self) -> dict[str, Any]:
         """The outcome as plain data."""
         return {"equal": self.equal, "problems": self.problems, **asdict(self)}
+
+
+def _problems(outputs: list[OutputReport], tolerance: float, where: str) -> list[str]:
+    found = []
+    for each in outputs:
+        if each.problem or not each.max_relative <= tolerance:
+            why = each.problem or f"relative error {each.max_relative:.1e} > {tolerance:.1e}"
+            found.append(f"output {each.name}{where}: {why}")
+    return found
 
 
 def validate(
@@ -141,9 +145,55 @@ def validate(
         return start
 
     sides = _interfaces(dimensions, grown, plan)
-    outputs, labels = _compare_runs(dimensions, starter(small), starter(big), plan, sides, seed)
     tolerance, reason = tolerance_of(dimensions, plan, tensors)
-    return Validation(ran_on[-1], labels, outputs, tensors, tolerance, reason)
+    result = Validation("", [], [], tensors, tolerance, reason, rounds=rounds(dimensions.model))
+    narrow = _coarsest_type(dimensions.model) in HALVES
+    try:
+        result.outputs, result.cases = _compare_runs(dimensions, starter(small), starter(big), plan, sides, seed)
+        result.provider = ran_on[-1]
+    except Refused as problem:
+        if not narrow:
+            raise
+        result.notes.append(f"compared in float32 only: {problem}")
+    off = any(not each.max_relative <= tolerance for each in result.outputs)
+    if narrow or (result.rounds and off):
+        _validate_wide(result, dimensions, grown, plan, device, seed)
+    if result.rounds and off and result.wide is not None:
+        result.notes.append("activations are rounded to few bits, so that a last bit may move an output by whole steps")
+    return result
+
+
+def _validate_wide(
+    result: Validation, dimensions: Dimensions, grown: ir.Model, plan: Plan | None, device: Device, seed: int
+) -> None:
+    """Compare both models in float32 and without the rounding of activations."""
+    if sum(v.const_value.nbytes for v in grown.graph.initializers.values() if v.const_value is not None) > WIDEST:
+        result.notes.append("too large to be compared in float32 besides")
+        return
+    try:
+        models = [unrounded(dimensions.model), unrounded(grown)]
+    except Unsupported as problem:
+        result.notes.append(f"not compared without the rounding of activations: {problem}")
+        return
+    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+
+        def starter(model: ir.Model, name: str) -> Callable[[], Run]:
+            def start() -> Run:
+                save_wide(model, Path(folder) / name, ir.DataType.FLOAT)
+                runner = Runner(Path(folder) / name, device)
+                result.provider = result.provider or runner.provider
+                return lambda fed: runner.run({k: _in_float32(array) for k, array in fed.items()})
+
+            return start
+
+        starters = starter(models[0], "source.onnx"), starter(models[1], "grown.onnx")
+        result.wide, cases = _compare_runs(dimensions, *starters, plan, _interfaces(dimensions, grown, plan), seed)
+    result.cases = result.cases or cases
+    result.wide_tolerance, _ = tolerance_of(dimensions, plan, result.tensors, ir.DataType.FLOAT)
+
+
+def _in_float32(array: Array) -> Array:
+    return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iub" else array
 
 
 Sides = tuple[tuple[Interface, ...], tuple[Interface, ...], dict[str, Any]]
@@ -273,14 +323,16 @@ def logits_outputs(dimensions: Dimensions) -> set[str]:
 # -- tolerance --------------------------------------------------------------------------------------------
 
 
-def tolerance_of(dimensions: Dimensions, plan: Plan | None, tensors: TensorReport | None) -> tuple[float, str]:
-    """The relative error that rounding explains, and how it is made up.
+def tolerance_of(
+    dimensions: Dimensions, plan: Plan | None, tensors: TensorReport | None, dtype: ir.DataType | None = None
+) -> tuple[float, str]:
+    """The relative error that rounding explains when running in `dtype` (the model's own), and how it is made up.
 
     Each contraction of length K rounds like a random walk of K steps, so that a model's contractions together
     leave about eps * sqrt(sum of K), of which `WALKS` are allowed;
     the grown weights differ from exact shares by their residue.
     """
-    dtype = _coarsest_type(dimensions.model)
+    dtype = dtype or _coarsest_type(dimensions.model)
     eps = 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
     growth = max([1.0, *(dim.map.grown / dim.map.size for dim in (plan.dims.values() if plan else ()))])
     lengths = [(dimensions.space.static(each.term) or 64) * growth for each in dimensions.sums if each.power == 1.0]
@@ -302,138 +354,6 @@ def _coarsest_type(model: ir.Model) -> ir.DataType:
         if dtype in types:
             return dtype
     return ir.DataType.DOUBLE if ir.DataType.DOUBLE in types else ir.DataType.FLOAT
-
-
-# -- tensors ----------------------------------------------------------------------------------------------
-
-
-def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan) -> TensorReport:
-    """Add up the repeats of every grown tensor and compare with the source; other tensors must be unchanged.
-
-    Raises:
-        BadModel: a tensor that the plan names is missing.
-    """
-    report = TensorReport()
-    squares: list[float] = []
-    for name, recipe in plan.tensors.items():
-        made = GrownTensor(_stored(source, recipe.source), recipe, plan.maps, plan.strategy)
-        error, bound, relative = _tensor_error(made, _stored(grown, name))
-        report.checked += 1
-        if made.is_shared:
-            squares.append(relative**2)
-        excess = error / bound if bound else (math.inf if error else 0.0)
-        if not excess <= report.worst_error:
-            report.worst, report.worst_error = name, excess
-        if not excess <= 1.0:
-            report.wrong.append(f"{name}: the repeats differ from the source by {error:.1e} (rounding: {bound:.1e})")
-    report.residue = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
-    for name, value in source.graph.initializers.items():
-        if name in plan.tensors or name not in grown.graph.initializers or value.const_value is None:
-            continue
-        report.checked += 1
-        if not _identical(value.const_value, _stored(grown, name)):
-            report.wrong.append(f"{name}: it should be the source's own and differs")
-    return report
-
-
-def _stored(model: ir.Model, name: str) -> ir.TensorProtocol:
-    value = model.graph.initializers.get(name)
-    if value is None or value.const_value is None:
-        raise BadModel(f"the model has no tensor {name!r}, which the plan names: it was not grown by this plan")
-    return value.const_value
-
-
-def _identical(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: ir.TensorProtocol) -> Array:
-    array = np.ascontiguousarray(tensor.numpy())
-    return array.reshape(-1).view(np.uint8)
-
-
-def _tensor_error(made: GrownTensor, stored: ir.TensorProtocol) -> tuple[float, float, float]:
-    """(largest error of a sum of repeats, its rounding bound, rms error relative to the source's rms)."""
-    if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
-        return math.inf, 0.0, math.inf
-    array = stored.numpy()
-    if not made.dtype.is_floating_point():
-        return (0.0 if np.array_equal(array, made.stored()) else math.inf), 0.0, 0.0
-    eps = 2.0**-7 if made.dtype == ir.DataType.BFLOAT16 else float(np.finfo(made.dtype.numpy()).eps)
-    if not made.is_shared:
-        return _copy_error(made, array, eps)
-    worst, largest, total, power, count = 0.0, 0.0, 0.0, 0.0, 0
-    for got, want, peak in _collapsed(made, array):
-        error = np.abs(got - want)
-        worst, largest = max(worst, _largest(error)), max(largest, peak)
-        total, power, count = total + float((error**2).sum()), power + float((want**2).sum()), count + error.size
-    repeats = max(int(np.prod([axis.count.max() for axis in made.axes])), 1)
-    relative = math.sqrt(total / power) if power else 0.0
-    return worst, repeats * eps * largest, relative
-
-
-def _largest(error: Array) -> float:
-    """The largest error; infinite where one is not a number."""
-    return float(np.nan_to_num(error, nan=math.inf).max()) if error.size else 0.0
-
-
-def _copy_error(made: GrownTensor, array: Array, eps: float) -> tuple[float, float, float]:
-    worst = 0.0
-    for rows in _rows(made):
-        want = np.asarray(made[rows], dtype=np.float64)
-        got = np.asarray(array[rows], dtype=np.float64)
-        same = (got == want) | (np.isnan(got) & np.isnan(want))
-        if not same.all():
-            worst = max(worst, float(np.nan_to_num(np.abs(got - want), nan=math.inf).max()))
-    return worst, 0.0, 0.0
-
-
-def _rows(made: GrownTensor) -> Iterator[tuple[slice, ...]]:
-    if not made.shape:
-        yield ()
-        return
-    step = max(1, (1 << 20) // max(1, math.prod(made.shape[1:])))
-    for start in range(0, made.shape[0], step):
-        yield (slice(start, start + step),)
-
-
-def _collapsed(made: GrownTensor, array: Array) -> Iterator[tuple[Array, Array, float]]:
-    """(sum of repeats, source, largest stored magnitude), over blocks of the collapsed tensor's first axis."""
-    first = made.axes[0]
-    order = np.argsort(first.collapsed, kind="stable")
-    sorted_rows = first.collapsed[order]
-    source = made.source.numpy()
-    step = max(1, (1 << 20) // max(1, math.prod(made.shape[1:])))
-    for low in range(0, first.collapsed_size, step):
-        high = min(low + step, first.collapsed_size)
-        start, end = np.searchsorted(sorted_rows, [low, high])
-        rows = order[start:end]
-        block = np.asarray(array[rows], dtype=np.float64)
-        peak = float(np.abs(block).max()) if block.size else 0.0
-        total = np.zeros((high - low, *block.shape[1:]))
-        np.add.at(total, first.collapsed[rows] - low, block)
-        for axis, index in enumerate(made.axes[1:], 1):
-            total = _add_up(total, axis, index)
-        want = np.asarray(source[_sources(first)[low:high]], dtype=np.float64)
-        for axis, index in enumerate(made.axes[1:], 1):
-            want = np.take(want, _sources(index), axis=axis)
-        yield total, want * made.recipe.scale, peak
-
-
-def _add_up(array: Array, axis: int, index: AxisIndex) -> Array:
-    if index.collapsed_size == index.grown:
-        return array
-    moved = np.moveaxis(array, axis, 0)
-    total = np.zeros((index.collapsed_size, *moved.shape[1:]))
-    np.add.at(total, index.collapsed, moved)
-    return np.moveaxis(total, 0, axis)
-
-
-def _sources(index: AxisIndex) -> Array:
-    """The source index of each collapsed index."""
-    source = np.empty(index.collapsed_size, dtype=np.int64)
-    source[index.collapsed] = index.source
-    return source
 
 
 # -- float64 ----------------------------------------------------------------------------------------------

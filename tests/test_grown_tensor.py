@@ -56,3 +56,17 @@ def test_extreme_magnitudes_stay_finite(name: Any, value: float) -> None:
 def test_a_shared_tensor_of_no_elements() -> None:
     maps = {"a": SourceMap(2, tile=2), "b": SourceMap(0, tile=1), "c": SourceMap(3, tile=1)}
     assert grown(np.zeros((6, 0), np.float32), Strategy(), maps).numpy().shape == (12, 0)
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_shares_of_few_bits_add_up(name: Any, repeats: int, dtype: ir.DataType) -> None:
+    """Exactly, but where the noise is much larger than the weight."""
+    source = np.random.default_rng(1).standard_normal((12, 40)).astype(dtype.numpy())
+    maps = {"a": SourceMap(6, tile=repeats), "b": SourceMap(40, tile=1), "c": SourceMap(2, tile=1)}
+    found = grown(source, Strategy(name), maps, dtype).numpy().astype(np.float64)
+    error = np.abs(found.reshape(repeats, 12, 40).sum(axis=0) - source.astype(np.float64))
+    bits = {ir.DataType.FLOAT16: 11, ir.DataType.BFLOAT16: 8}[dtype]
+    assert float(np.mean(error == 0)) > (0.8 if "noisy" in name else 0.999)
+    assert float(error.max()) <= 2.0**-bits * float(np.abs(found).max())

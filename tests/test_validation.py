@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -15,10 +16,11 @@ import pytest
 from conftest import Command, build_model, names_in, perceptron
 from onnx import numpy_helper
 
-from hyperclone_onnx import BadRequest, Plan, Strategy, expand, planning, validate_files
+from hyperclone_onnx import BadRequest, Plan, Strategy, expand, planning, sharing, validate_files, validation
 from hyperclone_onnx.plan import METADATA_KEY, ScaleInput
 from hyperclone_onnx.sessions import Runner, providers
 from hyperclone_onnx.strategies import STRATEGIES
+from hyperclone_onnx.tensor_check import TensorReport
 from hyperclone_onnx.validation import DOUBLE_TOLERANCE
 
 Array = np.ndarray[Any, Any]
@@ -421,26 +423,86 @@ def test_noise_that_drowns_the_weights_is_no_strategy(strategy: Any) -> None:
         Strategy(strategy, -20.0)
 
 
-def test_float64_shows_what_half_precision_hides(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float16 a division that is off by a part in 10,000 is lost in the rounding; in float64 nothing is."""
+def blur_the_scales(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
+    """Make every division that a plan inserts wrong by a little."""
 
     def make_plan(*arguments: Any, **options: Any) -> Plan:
         plan = planning.make_plan(*arguments, **options)
         edits = tuple(
-            replace(each, power=each.power * 1.0001) if isinstance(each, ScaleInput) else each for each in plan.edits
+            replace(each, power=each.power * times) if isinstance(each, ScaleInput) else each for each in plan.edits
         )
         assert edits != plan.edits
         return replace(plan, edits=edits)
 
     monkeypatch.setattr("hyperclone_onnx.expansion.make_plan", make_plan)
+
+
+@pytest.mark.parametrize(
+    ("times", "precision", "found"),
+    [
+        (1.001, "stored", r"output logits in float32: relative error \d\.\de-04 > \d\.\de-06"),
+        (1.0001, "float64", r"output logits in float64: relative error \d\.\de-05 > 1.0e-12"),
+    ],
+)
+def test_wider_types_show_what_half_precision_hides(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, precision: str, found: str
+) -> None:
+    """In float16 a division that is off by a part in 1,000 is lost in the rounding; in float32 it is not."""
+    blur_the_scales(monkeypatch, times)
     onnx.save(perceptron(dtype="float16", tied=True), tmp_path / "model.onnx")
     arguments = ("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
-    assert cli(*arguments).code == 0
-    (tmp_path / "big.onnx").unlink()
-    done = cli(*arguments, "--precision", "float64")
+    done = cli(*arguments, "--precision", precision, "--strategy", "symmetric")
     assert (done.code, done.stdout) == (1, "")
-    assert re.search(r"output logits in float64: relative error \d\.\de-05 > 1e-12", done.error)
+    assert re.search(found, done.error)
+    assert "output logits:" not in done.error, "float16 itself shows nothing"
     assert names_in(tmp_path) == {"model.onnx"}
+
+
+def integer_model(path: Path) -> None:
+    """A perceptron with a residual stream whose weights are codes, and whose activations are rounded to 8 bits."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    onnx.save(perceptron(hidden=32, ffn=48, layers=3), path)
+    quantize_dynamic(path, path, weight_type=QuantType.QInt8)
+
+
+def test_steps_of_rounded_activations_are_no_difference(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last bit moves a code by a whole step; without the rounding nothing is left of it."""
+    model = tmp_path / "model.onnx"
+    integer_model(model)
+    compare, calls = validation._compare, itertools.count()
+
+    def with_a_step(report: Any, want: Any, got: Any, *rest: Any, **options: Any) -> None:
+        compare(report, want, got * (1.02 if next(calls) == 0 else 1.0), *rest, **options)
+
+    monkeypatch.setattr(validation, "_compare", with_a_step)
+    done = cli("expand", model, "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu", "--json")
+    assert done.code == 0, done.error
+    report = json.loads(done.stdout)["validation"]
+    assert report["outputs"][0]["max_relative"] > 0.01 > 1e-5 > report["wide"][0]["max_relative"]
+    assert any("rounded to few bits" in note for note in report["notes"])
+
+
+def test_a_wrong_scale_is_found_among_rounded_activations(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is off by a part in 100, one step of 8 bits, shows without the rounding."""
+    model = tmp_path / "model.onnx"
+    integer_model(model)
+    monkeypatch.setattr(sharing.Sharing, "_rescale", off_by_a_percent(sharing.Sharing._rescale))
+    monkeypatch.setattr(validation, "check_tensors", lambda *_: TensorReport())
+    done = cli("expand", model, "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
+    assert done.code == 1
+    assert re.search(r"output logits in float32: relative error", done.error)
+
+
+def off_by_a_percent(rescale: Any) -> Any:
+    def rescaled(self: Any, use: Any, scale: float) -> None:
+        rescale(self, use, scale * 1.01)
+
+    return rescaled
 
 
 # -- what starts ------------------------------------------------------------------------------------------
