@@ -7,6 +7,7 @@
 from hyperclone_onnx.analysis import Analysis, analyse
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, ModelsDiffer, Refused
 from hyperclone_onnx.expansion import Expansion, expand, plan_expansion, validate_files
+from hyperclone_onnx.folders import FolderExpansion, expand_folder
 from hyperclone_onnx.grown_tensor import GrownTensor
 from hyperclone_onnx.maps import SourceMap
 from hyperclone_onnx.plan import Plan, Recipe
@@ -22,6 +23,7 @@ __all__ = [
     "BadRequest",
     "CannotWrite",
     "Expansion",
+    "FolderExpansion",
     "GrownTensor",
     "HypercloneError",
     "ModelsDiffer",
@@ -33,6 +35,7 @@ __all__ = [
     "Validation",
     "analyse",
     "expand",
+    "expand_folder",
     "plan_expansion",
     "rewrite",
     "validate_files",

@@ -200,6 +200,12 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
     help="float64: also build and run both models in double precision, where rounding can hide nothing.",
 )
 @click.option("--plan-out", type=_model_path, help="Also write the plan, as JSON.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out files of a folder, such as 'onnx/*_q4.onnx'.",
+)
 @_json_option
 @_guarded
 def expand(
@@ -216,32 +222,42 @@ def expand(
     no_validate: bool,
     precision: Any,
     plan_out: Path | None,
+    exclude: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Grow MODEL into a larger model that computes the same, and write it only once that is proven."""
+    """Grow MODEL into a larger model that computes the same, and write it only once that is proven.
+
+    MODEL may be a folder: every .onnx file in it grows by itself, the other files are copied, and OUTPUT is the new
+    folder.
+    """
     if factor is None and not requests:
         raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2")
     from hyperclone_onnx import report
     from hyperclone_onnx.expansion import expand as run
+    from hyperclone_onnx.folders import expand_folder
 
+    options: dict[str, Any] = {
+        "strategy": Strategy(strategy, snr_db, seed),
+        "untie": untie,
+        "keep_interface": interface == "keep",
+        "device": device,
+        "check": not no_validate,
+        "precision": precision,
+    }
+    if not model.is_dir() and exclude:
+        raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
+    if model.is_dir() and plan_out is not None:
+        raise click.UsageError("--plan-out is for one model; each grown file carries its plan in its metadata")
     with _progress() as (notify, progress):
-        result = run(
-            model,
-            output,
-            factor or 1,
-            requests,
-            strategy=Strategy(strategy, snr_db, seed),
-            untie=untie,
-            keep_interface=interface == "keep",
-            device=device,
-            check=not no_validate,
-            precision=precision,
-            plan_out=plan_out,
-            progress=progress,
-            notify=notify,
-        )
+        options |= {"progress": progress, "notify": notify}
+        if model.is_dir():
+            grown = expand_folder(model, output, factor or 1, requests, exclude=exclude, **options)
+        else:
+            result = run(model, output, factor or 1, requests, plan_out=plan_out, **options)
     with _printing():
-        if as_json:
+        if model.is_dir():
+            _print_json(grown.to_json()) if as_json else report.print_folder(_console(), grown)
+        elif as_json:
             _print_json(result.to_json())
         else:
             report.print_expansion(_console(), result)

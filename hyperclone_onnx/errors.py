@@ -33,6 +33,10 @@ class Refused(HypercloneError):
     exit_code = 3
 
 
+class NothingGrows(Refused):
+    """No weight of this model may grow: it has none, or none that an activation is contracted with."""
+
+
 class BadModel(HypercloneError):
     """The input is not a readable, complete ONNX model."""
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from hyperclone_onnx.analysis import Analysis, count_parameters
 from hyperclone_onnx.dims import Dim, Product, Space, Term
 from hyperclone_onnx.expansion import Expansion
+from hyperclone_onnx.folders import FolderExpansion
 from hyperclone_onnx.inference import Dimensions
 from hyperclone_onnx.sizing import NamedDim, explain
 from hyperclone_onnx.validation import DOUBLE_TOLERANCE, OutputReport, Validation
@@ -174,6 +175,25 @@ def _print_kept(console: Console, result: Expansion) -> None:
     for (role, size, reason), count in rows.items():
         table.add_row(role if count == 1 else f"{role} x{count}", str(size), reason)
     console.print(table)
+
+
+def print_folder(console: Console, result: FolderExpansion) -> None:
+    """Print what became of each file of a folder."""
+    for name, each in result.models.items():
+        console.print(f"{name}", style="bold", markup=False)
+        print_expansion(console, each)
+        console.print()
+    if result.unchanged:
+        console.print(f"copied, for nothing in them can grow: {', '.join(result.unchanged)}", markup=False)
+    if result.copied:
+        console.print(
+            f"copied as they are: {', '.join(result.copied)} (a configuration that states sizes states the source's)",
+            markup=False,
+            soft_wrap=True,
+        )
+    validated = all(each.validation is not None for each in result.models.values())
+    how = "equal and fitting together" if validated else "fitting together, but not validated"
+    console.print(f"{len(result.models)} models grown, {how}: {result.output}", markup=False)
 
 
 def print_validation(console: Console, validation: Validation) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from hyperclone_onnx.dims import Dim
-from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.errors import BadRequest, NothingGrows, Refused
 from hyperclone_onnx.inference import Dimensions, Fact, atoms_in_order
 from hyperclone_onnx.maps import SourceMap
 
@@ -280,7 +280,7 @@ def _check_something_grows(growth: Growth, factor: int, requests: Mapping[str, i
     pinned = [each for each in growth.named if each.dim.pin is not None and each.dim.pin.gap]
     if pinned:
         raise Refused(refusal(growth.dimensions, pinned[0], growth.named))
-    raise Refused("nothing in this model can grow: no weight that may grow is contracted with an activation")
+    raise NothingGrows("nothing in this model can grow: no weight that may grow is contracted with an activation")
 
 
 def refusal(dimensions: Dimensions, each: NamedDim, named: list[NamedDim]) -> str:

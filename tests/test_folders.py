@@ -1,0 +1,176 @@
+"""A model that is several files grows as one: each file by itself, all of them fitting together afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import Command, build_model, names_in, normal, perceptron
+
+Zoo = Callable[[str], Path]
+
+
+def session(path: Path) -> ort.InferenceSession:
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture
+def parts(zoo: Zoo, tmp_path: Path) -> Path:
+    """T5 as its exporter leaves it: an encoder, a decoder, and what belongs to them."""
+    folder = tmp_path / "t5"
+    (folder / "onnx").mkdir(parents=True)
+    for part in ("encoder", "decoder"):
+        (folder / "onnx" / f"{part}_model.onnx").write_bytes(zoo(f"t5_{part}.torchscript").read_bytes())
+    (folder / "config.json").write_text('{"d_model": 48}')
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "lock").write_text("")
+    return folder
+
+
+def run_both(folder: Path) -> np.ndarray:
+    """What the decoder makes of what the encoder made."""
+    rng = np.random.default_rng(3)
+    encoder, decoder = (session(folder / "onnx" / f"{part}_model.onnx") for part in ("encoder", "decoder"))
+    ids = rng.integers(3, 95, (2, 7))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    made = dict(zip([o.name for o in encoder.get_outputs()], encoder.run(None, feeds), strict=True))
+    feeds = {
+        "input_ids": rng.integers(3, 95, (2, 4)),
+        "encoder_attention_mask": np.ones_like(ids),
+        "encoder_hidden_states": made["last_hidden_state"],
+    }
+    wanted = {each.name for each in decoder.get_inputs()}
+    return np.asarray(decoder.run(["logits"], {k: v for k, v in feeds.items() if k in wanted})[0])
+
+
+def test_an_encoder_and_its_decoder(cli: Command, parts: Path, tmp_path: Path) -> None:
+    done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--device", "cpu", "--json")
+    assert done.code == 0, done.error
+    report = json.loads(done.stdout)
+    assert sorted(report["models"]) == ["onnx/decoder_model.onnx", "onnx/encoder_model.onnx"]
+    assert report["copied"] == ["config.json"]
+    assert names_in(tmp_path / "big") == {"config.json", "onnx"}
+    assert names_in(tmp_path) == {"t5", "big"}
+    small, big = run_both(parts), run_both(tmp_path / "big")
+    np.testing.assert_allclose(big, small, atol=1e-5 * float(np.abs(small).max()))
+
+
+def test_the_report_in_words(cli: Command, parts: Path, tmp_path: Path) -> None:
+    done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate")
+    assert done.code == 0, done.error
+    assert "onnx/encoder_model.onnx" in done.stdout
+    assert "copied as they are: config.json" in done.stdout
+    assert f"2 models grown, fitting together, but not validated: {tmp_path / 'big'}" in done.stdout.replace("\n", "")
+
+
+def pair(tmp_path: Path, width: str) -> Path:
+    """A model whose output another reads: along a width that one of them cannot grow."""
+    folder = tmp_path / "pair"
+    folder.mkdir()
+    maker = perceptron(layers=1)
+    maker.graph.output[0].name = "encoder_hidden_states"
+    maker.graph.node[-1].output[0] = "encoder_hidden_states"
+    onnx.save(maker, folder / "encoder.onnx")
+    weights = normal(4, {"gain": (31,), "up": (31, 20), "down": (20, 31)})
+    reader = build_model(
+        f"""g (float[batch, sequence, 31] encoder_hidden_states) => (float[batch, sequence, 31] out) {{
+            n = LayerNormalization (encoder_hidden_states, gain)
+            u = MatMul (n, up)
+            r = Relu (u)
+            {width}
+        }}""",
+        weights,
+    )
+    onnx.save(reader, folder / "decoder.onnx")
+    return folder
+
+
+def test_files_that_would_no_longer_fit_are_refused(cli: Command, tmp_path: Path) -> None:
+    """The logits of one keep their size; the other would read them twice as wide."""
+    folder = pair(tmp_path, "out = MatMul (r, down)")
+    done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--device", "cpu")
+    assert (done.code, done.stdout) == (3, "")
+    assert "decoder.onnx would have 62 and encoder.onnx 31 along axis 2 of encoder_hidden_states" in done.error
+    assert "no longer fit together" in done.error
+    assert names_in(tmp_path) == {"pair"}
+
+
+def test_a_model_in_which_nothing_grows_is_copied(cli: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "pair"
+    folder.mkdir()
+    onnx.save(perceptron(), folder / "model.onnx")
+    onnx.save(build_model("g (float[n] x) => (float[n] y) { y = Relu (x) }", {}), folder / "detail.onnx")
+    done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--device", "cpu")
+    assert done.code == 0, done.error
+    assert "copied, for nothing in them can grow: detail.onnx" in done.stdout
+    assert (tmp_path / "big" / "detail.onnx").read_bytes() == (folder / "detail.onnx").read_bytes()
+
+
+def test_external_data_is_no_other_file(cli: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    onnx.save(
+        perceptron(), folder / "model.onnx", save_as_external_data=True, location="model.onnx_data", size_threshold=0
+    )
+    done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--device", "cpu", "--json")
+    assert done.code == 0, done.error
+    assert json.loads(done.stdout)["copied"] == []
+    assert names_in(tmp_path / "big") == {"model.onnx", "model.onnx.data"}
+
+
+def test_a_role_of_some_files_only(cli: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    folder.mkdir()
+    onnx.save(perceptron(), folder / "a.onnx")
+    weights = {"up": np.ones((4, 5), np.float32), "down": np.ones((5, 4), np.float32)}
+    onnx.save(
+        build_model(
+            "g (float[n, 4] x) => (float[n, 4] y) { u = MatMul (x, up) r = Relu (u) y = MatMul (r, down) }", weights
+        ),
+        folder / "b.onnx",
+    )
+    done = cli("expand", folder, "--set", "ffn=2", "--set", "hidden=1", "-o", tmp_path / "big", "--device", "cpu")
+    assert done.code == 0, done.error
+    done = cli("expand", folder, "--set", "fnn=2", "-o", tmp_path / "other")
+    assert done.code == 2 and "no model in" in done.error and "'fnn'" in done.error
+    done = cli("expand", folder, "--set", "ffn.0=2", "-o", tmp_path / "other")
+    assert done.code == 2 and "numbered dimensions are one file's own" in done.error
+
+
+def test_a_file_that_is_refused_is_named_and_can_be_left_out(cli: Command, parts: Path, tmp_path: Path) -> None:
+    weights = normal(0, {"table": (31, 12), "gain": (12,), "head": (12, 31)})
+    body = "h = Gather (table, ids) n = LayerNormalization (h, gain) s = Softmax <axis = -1> (n) y = MatMul (s, head)"
+    onnx.save(build_model(f"g (int64[b, s] ids) => (float[b, s, 31] y) {{ {body} }}", weights), parts / "odd.onnx")
+    done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate")
+    assert done.code == 3
+    assert done.error.startswith("error: odd.onnx: hidden") and done.error.endswith("--exclude odd.onnx")
+    assert names_in(tmp_path) == {"t5"}
+    done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate", "--exclude", "odd.onnx")
+    assert done.code == 0, done.error
+    assert "odd.onnx" not in names_in(tmp_path / "big")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["t5", "-o", "t5/big"], "lies in the source folder"),
+        (["t5", "-o", "there"], "exists already"),
+        (["t5", "-o", "no/big"], "does not exist"),
+        (["there/empty", "-o", "big"], "no .onnx file in this folder"),
+        (["t5", "-o", "big", "--plan-out", "plan.json"], "--plan-out is for one model"),
+        (["t5/onnx/encoder_model.onnx", "-o", "big.onnx", "--exclude", "a"], "MODEL is a file"),
+    ],
+)
+def test_wrong_folders(
+    cli: Command, parts: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], error: str
+) -> None:
+    monkeypatch.chdir(parts.parent)
+    Path("there/empty").mkdir(parents=True)
+    done = cli("expand", *arguments, "--factor", "2")
+    assert done.code in (2, 4) and error in done.stderr
+    assert names_in(Path()) == {"t5", "there"}
