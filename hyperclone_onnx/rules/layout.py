@@ -326,7 +326,9 @@ def _from_front(bound: Size | None, size: Size) -> Size | None:
 
 def _statically_sliced(op: Op, term: Term, total: int, first: int, last: int, step: int) -> Term:
     length = max(0, -(-(last - first) // step))
-    if step == 1 and length > 0:
+    if length == 0:
+        return op.dim(0)
+    if step == 1:
         sizes = [n for n in (first, length, total - first - length) if n]
         parts = op.space.segments(term, sizes)
         if parts is not None:
@@ -352,6 +354,10 @@ def edit_slice(op: GrownOp) -> None:
         if op.grows(term):
             first = _from_front(start, op.size(term))
             assert first is not None and first.static is not None
+            if op.static(out[axis]) == 0:
+                starts.append(0)
+                ends.append(0)
+                continue
             low = op.offset(term, first.static) if step == 1 else first.static
             high = low + op.grown(out[axis]) if step == 1 else op.grown(term)
         starts.append(low)
