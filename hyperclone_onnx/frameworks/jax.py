@@ -1,0 +1,77 @@
+"""A model file as a pure function and its parameters: ``apply, params = load("big.onnx")``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hyperclone_onnx.frameworks import MissingExtra
+from hyperclone_onnx.frameworks.handoff import PathLike, bind, read
+from hyperclone_onnx.frameworks.program import Program
+from hyperclone_onnx.frameworks.source import compiled, function_source
+
+try:
+    import jax
+
+    from hyperclone_onnx.frameworks.namespaces import jax as namespace
+except ImportError as problem:
+    raise MissingExtra("jax", problem) from problem
+
+Params = dict[str, Any]
+
+
+def load(
+    model: PathLike | Any, *, freeze: Sequence[str] = (), train: Sequence[str] = ()
+) -> tuple[Callable[..., Any], Params]:
+    """A model file (or an onnx_ir model) as ``apply(params, *inputs, **inputs)`` and ``params``.
+
+    `params` is a nested dict of the trainable tensors under their initializers' names, the dots as levels; what is not
+    trained is a constant of `apply`. `apply` is pure, takes the graph's inputs by position or by name, and returns the
+    one output, or a dict of them.
+
+    Raises:
+        BadModel: the file is not a readable, complete ONNX model.
+        BadRequest: a glob matches nothing.
+        Refused: an operator, or a form of one, is not covered.
+    """
+    handoff = read(model, freeze=freeze, train=train)
+    params: Params = {}
+    constants: dict[str, Any] = {}
+    for weight in handoff.program.weights:
+        array = jax.numpy.asarray(handoff.tensors[weight.initializer].numpy())
+        if weight.role == "trainable":
+            *folders, leaf = weight.path.split(".")
+            level = params
+            for name in folders:
+                level = level.setdefault(name, {})
+            level[leaf] = array
+        else:
+            constants[weight.path] = array
+    return _Apply(handoff.program, constants), params
+
+
+class _Apply:
+    """The graph as a pure function of its parameters and inputs."""
+
+    def __init__(self, program: Program, constants: dict[str, Any]) -> None:
+        self.program = program
+        trained = {each.path for each in program.weights if each.role == "trainable"}
+
+        def stored(path: str) -> str:
+            if path not in trained:
+                return f"constants[{path!r}]"
+            return "params" + "".join(f"[{part!r}]" for part in path.split("."))
+
+        self.constants = constants
+        self.code = function_source("apply", "constants, params", program.body, stored, stored)
+        self._function = compiled(self.code, "jax")
+
+    def __call__(self, params: Params, /, *inputs: Any, **named: Any) -> Any:
+        given = bind(self.program, inputs, named)
+        given = [
+            namespace.numbers(value) if each.host and not isinstance(value, int | tuple) else value
+            for each, value in zip(self.program.inputs, given, strict=True)
+        ]
+        values = self._function(self.constants, params, *given)
+        names = self.program.outputs
+        return values[0] if len(names) == 1 else dict(zip(names, values, strict=True))
