@@ -51,8 +51,8 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
         raise
     except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
         raise BadModel(f"{name}: a malformed graph ({type(problem).__name__}: {problem})") from problem
-    _fold(model)
     check(model, name)
+    _fold(model)
     fuse(model)
     passes.RemoveUnusedNodesPass()(model)
     return model
@@ -86,6 +86,9 @@ def _function_body(node: ir.Node, opset: int, overload: str) -> ir.Function | No
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
         return None
+    for name, attribute in schema.attributes.items():
+        if name not in node.attributes and attribute.default_value.type:
+            node.attributes[name] = ir.serde.deserialize_attribute(attribute.default_value)
     body = None
     if schema.has_function:
         body = schema.function_body
@@ -112,7 +115,11 @@ def check(model: ir.Model, name: str) -> None:
     """
     missing: Counter[str] = Counter()
     nodes: dict[str, str] = {}
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _check_type(name, value, "")
     for node in model.graph.all_nodes():
+        for output in node.outputs:
+            _check_type(name, output, f" (node {node.name!r})")
         if node.op_type == "If" and not node.domain:
             continue
         operator = registry.operator(node.domain, node.op_type)
@@ -131,6 +138,17 @@ def check(model: ir.Model, name: str) -> None:
     if missing:
         listed = ", ".join(f"{op} (node {nodes[op]!r}{f' and {n - 1} more' if n > 1 else ''})" for op, n in missing.items())
         raise Refused(f"{name}: no handoff for {listed}")
+
+
+TYPES = frozenset(
+    getattr(ir.DataType, name)
+    for name in "BOOL INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64 FLOAT16 BFLOAT16 FLOAT DOUBLE".split()
+)
+
+
+def _check_type(name: str, value: ir.Value, where: str) -> None:
+    if value.dtype is not None and value.dtype not in TYPES:
+        raise Refused(f"{name}: {value.name!r}{where} is of the type {value.dtype.name.lower()}, which has no handoff")
 
 
 def _fold(model: ir.Model) -> None:

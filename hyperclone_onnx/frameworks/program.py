@@ -154,8 +154,8 @@ def identifier(name: str, taken: set[str]) -> str:
     return found
 
 
-RESERVED = frozenset(["self", "params", "constants", "xp", "device", "inf", "nan"])
-"""Names that generated functions use for themselves."""
+RESERVED = frozenset("choose constants device device_of host inf lift nan params self xp".split())
+"""Names that generated functions use for themselves, besides those of the operators."""
 
 
 def compile_program(model: ir.Model, roles: Mapping[str, tuple[Role, str]], paths: Mapping[str, str]) -> Program:
@@ -178,7 +178,7 @@ class _Compiler:
         self.roles = roles
         self.paths = paths
         self.hosts = HostValues(model)
-        self.taken = set(RESERVED)
+        self.taken = {*RESERVED, *(op_type for _, op_type in registry.covered())}
         self.variables: dict[ir.Value, str] = {}
         self.used: dict[str, Weight] = {}
 

@@ -15,6 +15,7 @@ from hyperclone_onnx.frameworks.source import compiled, function_source
 try:
     import torch
 
+    from hyperclone_onnx.frameworks import fast_torch as _fast  # noqa: F401 - importing it fills the table
     from hyperclone_onnx.frameworks.namespaces import torch as namespace
 except ImportError as problem:
     raise MissingExtra("torch", problem) from problem

@@ -18,7 +18,7 @@ from hyperclone_onnx.frameworks.program import Role
 
 LAYOUT = frozenset(
     """
-    Cast Concat Expand Flatten GatherElements Identity Neg Reshape Slice Split Squeeze Tile Transpose Unsqueeze Cos Sin
+    Cast Concat Expand Flatten Identity Neg Reshape Slice Split Squeeze Tile Transpose Unsqueeze Cos Sin
     """.split()
 )
 """Operators whose result is still the tensor itself, laid out anew (or the angles that it holds)."""
@@ -110,12 +110,25 @@ class _Structure:
             return "constant", "meets no activation"
         tensor = value.const_value
         assert tensor is not None
+        if looked_up is None and self._is_position_bias(value):
+            return "constant", "a bias of positions, cut to the lengths and added to scores"
+        if len(uses) > 1 and _is_one_value(tensor):
+            return "constant", "one value everywhere, and used in several places"
         if met is not None and met.op_type in ("Add", "Where", "Min") and float(_lowest(tensor)) <= MASKED:
             return "constant", "a mask"
         if looked_up is not None:
             return "trainable", f"looked up by {looked_up.op_type} (node {looked_up.name!r})"
         assert met is not None
         return "trainable", f"meets activations in {met.op_type} (node {met.name!r})"
+
+    def _is_position_bias(self, value: ir.Value) -> bool:
+        """Whether a tensor is cut to sizes known only when running, and then only added to a softmax's operand."""
+        cut = any(
+            use.node.op_type == "Slice" and not all(v is None or is_constant(v) for v in use.node.inputs)
+            for each in self._laid_out(value)
+            for use in each.uses()
+        )
+        return cut and all(node.op_type == "Add" and _reaches_softmax(node) for node, _ in self._readers(value))
 
     # -- what depends on what -------------------------------------------------------------------------------
 
@@ -161,20 +174,20 @@ class _Structure:
     def _meets_activation(self, node: ir.Node) -> bool:
         return any(value is not None and value in self.sources for value in node.inputs)
 
+    def _laid_out(self, value: ir.Value, through_lookups: bool = False) -> list[ir.Value]:
+        """A stored tensor, and what is only that tensor laid out anew or made of stored tensors alone."""
+        found = [value]
+        for each in found:
+            for use in each.uses():
+                if self._is_passage(use.node) or (through_lookups and _is_lookup(use.node, use.idx)):
+                    found += [output for output in use.node.outputs if output not in found]
+        return found
+
     def _readers(self, value: ir.Value, through_lookups: bool = False) -> Iterator[tuple[ir.Node, int]]:
-        """The nodes that combine a stored tensor with something, and where: layouts and what is made of stored
-        tensors alone are passed through."""
-        pending, seen = [value], {value}
-        while pending:
-            for use in pending.pop().uses():
-                node = use.node
-                passed = through_lookups and _is_lookup(node, use.idx)
-                if passed or self._is_passage(node):
-                    fresh = [output for output in node.outputs if output not in seen]
-                    pending += fresh
-                    seen.update(fresh)
-                else:
-                    yield node, use.idx
+        """The nodes that combine a stored tensor with something, or look it up, and at which input."""
+        forms = self._laid_out(value, through_lookups)
+        for each in forms:
+            yield from ((use.node, use.idx) for use in each.uses() if use.node.outputs[0] not in forms)
 
     def _is_passage(self, node: ir.Node) -> bool:
         if _is_lookup(node, 0):
@@ -196,7 +209,7 @@ def _is_lookup(node: ir.Node, index: int) -> bool:
     """Whether an input is a table that this node looks rows up in, by indices that are not stored."""
     if node.op_type == "EmbedLayerNormalization":
         return index in (2, 3, 4)
-    if index != 0 or node.op_type != "Gather" or node.domain not in ("", "ai.onnx"):
+    if index != 0 or node.op_type not in ("Gather", "GatherElements") or node.domain not in ("", "ai.onnx"):
         return False
     return node.inputs[1] is not None and not _is_made_of_stored(node.inputs[1])
 
@@ -209,6 +222,19 @@ def _origin(value: ir.Value) -> ir.Value | None:
             return None
         value = producer.inputs[0]
     return value
+
+
+def _reaches_softmax(node: ir.Node) -> bool:
+    uses = node.outputs[0].uses()
+    return bool(uses) and all(
+        use.node.op_type == "Softmax" or (use.node.op_type in ("Add", "Where") and _reaches_softmax(use.node))
+        for use in uses
+    )
+
+
+def _is_one_value(tensor: ir.TensorProtocol) -> bool:
+    array = np.asarray(tensor.numpy())
+    return bool((array == array.ravel()[0]).all())
 
 
 def _is_floating(value: ir.Value) -> bool:

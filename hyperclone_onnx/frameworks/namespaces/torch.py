@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - everyone's name for it
 from array_api_compat.torch import *  # noqa: F403
 
 from hyperclone_onnx.frameworks.namespaces import dtype_name
+from hyperclone_onnx.frameworks.ops.attention import attend as _attend
 
 bool = torch.bool
 abs, all, any, max, min, round, sum, pow = (
@@ -32,8 +33,8 @@ def dtype_of(number: int) -> Any:
 
 
 def device_of(x: Any) -> Any:
-    """Where a tensor is."""
-    return x.device
+    """Where a tensor is; None leaves it to torch's default."""
+    return getattr(x, "device", None)
 
 
 def lift(value: Any, number: int, device: Any) -> Any:
@@ -72,6 +73,10 @@ def attend(
     query: Any, key: Any, value: Any, *biases: Any, scale: float, key_transposed: int = 0
 ) -> Any:
     """softmax(scale Q K^T + biases) V, by the fused kernels; a row that nothing is visible to is 0"""
+    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        import hyperclone_onnx.frameworks.namespaces.torch as xp
+
+        return _attend(xp, query, key, value, *biases, scale=scale, key_transposed=key_transposed)
     bias = None
     for each in biases:
         bias = each if bias is None else bias + each

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 from hyperclone_onnx.frameworks.registry import INTERNAL, Array, implements
 
 
 @implements("Attention", domain=INTERNAL)
+def recognised_attention(xp: Any, *operands: Array, scale: float) -> Array:
+    """softmax(scale Q K^T + biases) V, of Q, K^T, V and the biases"""
+    return xp.attend(*operands, scale=scale, key_transposed=1)
+
+
 def attend(
     xp: Any,
     query: Array,
@@ -56,13 +62,14 @@ def hidden_bias(xp: Any, visible: Array, like: Array, hidden: float | None = Non
     return xp.where(visible, zero, xp.full_like(zero, lowest))
 
 
-def causal(xp: Any, query: Array, total: Any, offset: Any = 0, window: int = -1) -> Array:
-    """Whether query i at place offset + i sees key t: t <= place, and no further back than the window"""
+def within(xp: Any, query: Array, total: Any, offset: Any, left: int, right: int) -> Array:
+    """Whether query i, at place p = offset + i, sees key t: p - left <= t <= p + right, below 0 without that bound"""
     device = xp.device_of(query)
     places = xp.expand_dims(xp.arange(query.shape[-2], device=device), axis=-1) + offset
     keys = xp.arange(total, device=device)
-    visible = keys <= places
-    return visible & (keys > places - window) if window > 0 else visible
+    sees = [keys <= places + right] if right >= 0 else []
+    sees += [keys >= places - left] if left >= 0 else []
+    return reduce(lambda a, b: a & b, sees)
 
 
 def soft_cap(xp: Any, scores: Array, softcap: float) -> Array:
@@ -94,6 +101,8 @@ def attention(
     *,
     is_causal: int = 0,
     kv_num_heads: int = 0,
+    left_window_size: int = -1,
+    right_window_size: int = -1,
     q_num_heads: int = 0,
     qk_matmul_output_mode: int = 0,
     scale: float | None = None,
@@ -116,8 +125,10 @@ def attention(
     total = key.shape[2]
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     biases = [] if mask is None else [_shape_bias(xp, mask, total, query)]
-    if is_causal:
-        biases.append(hidden_bias(xp, causal(xp, query, total, offset), query, -math.inf))
+    right = 0 if is_causal else right_window_size
+    if right >= 0 or left_window_size >= 0:
+        visible = within(xp, query, total, offset, left_window_size, right)
+        biases.append(hidden_bias(xp, visible, query, -math.inf))
     if lengths is not None:
         visible = xp.arange(total, device=xp.device_of(query)) < xp.reshape(lengths, (-1, 1, 1, 1))
         biases.append(hidden_bias(xp, visible, query, -math.inf))
@@ -136,7 +147,7 @@ def attention(
         weights = xp.softmax(broad, axis=-1)
         weights = xp.astype(xp.where(xp.isnan(weights), xp.zeros_like(weights), weights), query.dtype)
         out = xp.matmul(weights, value)
-        stages = (products, scores, capped, weights)
+        stages = (products, capped, scores, weights)
     out = join_heads(xp, out) if packed else out
     if outputs == 1:
         return out

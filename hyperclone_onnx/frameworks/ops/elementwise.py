@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from hyperclone_onnx.frameworks.registry import Array, implements
+from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.frameworks.registry import Array, Host, implements
 
 UNARY: dict[str, Callable[[Any, Array], Array]] = {
     "Abs": lambda xp, x: xp.abs(x),
@@ -192,12 +193,14 @@ def dropout(
     xp: Any,
     x: Array,
     ratio: Array | None = None,
-    training_mode: Array | None = None,
+    training_mode: Host | None = None,
     *,
     seed: int = 0,
     outputs: int = 1,
 ) -> Any:
     """x: a graph exported for inference drops nothing"""
+    if training_mode:
+        raise Refused("Dropout in training mode has no handoff: export the model for inference")
     return x if outputs == 1 else (x, xp.ones_like(x, dtype=xp.bool))
 
 

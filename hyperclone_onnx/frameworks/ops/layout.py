@@ -186,11 +186,10 @@ def depth_to_space(xp: Any, x: Array, *, blocksize: int, mode: str = "DCR") -> A
 
 
 @implements("SpaceToDepth")
-def space_to_depth(xp: Any, x: Array, *, blocksize: int) -> Array:
+def space_to_depth(xp: Any, x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
     """blocks laid out in channels"""
     n, channels, height, width = x.shape
     size = blocksize
     blocks = xp.reshape(x, (n, channels, height // size, size, width // size, size))
-    return xp.reshape(
-        xp.permute_dims(blocks, (0, 3, 5, 1, 2, 4)), (n, channels * size**2, height // size, width // size)
-    )
+    order = (0, 3, 5, 1, 2, 4) if mode == "DCR" else (0, 1, 3, 5, 2, 4)
+    return xp.reshape(xp.permute_dims(blocks, order), (n, channels * size**2, height // size, width // size))

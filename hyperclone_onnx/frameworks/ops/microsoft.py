@@ -8,13 +8,13 @@ from typing import Any
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.ops import elementwise
 from hyperclone_onnx.frameworks.ops.attention import (
-    causal,
     hidden_bias,
     join_heads,
     look_up,
     repeat_heads,
     rotate,
     split_heads,
+    within,
 )
 from hyperclone_onnx.frameworks.ops.normalisation import layer_norm, rms_norm
 from hyperclone_onnx.frameworks.registry import Array, implements
@@ -168,7 +168,7 @@ def multi_head_attention(
     if padding is not None:
         biases.append(_padding_bias(xp, padding, total, query, mask_filter_value))
     if unidirectional:
-        biases.append(hidden_bias(xp, causal(xp, query, total, offset), query))
+        biases.append(hidden_bias(xp, within(xp, query, total, offset, -1, 0), query))
     out = xp.attend(query, key, value, *biases, scale=scale or 1 / math.sqrt(query.shape[3]))
     out = join_heads(xp, out)
     return out if outputs == 1 else (out, key, value)[:outputs]
@@ -263,7 +263,7 @@ def group_query_attention(
         offset = xp.reshape(offset, (-1, 1, 1, 1))
     present = (key, value)
     groups = num_heads // kv_num_heads
-    visible = causal(xp, query, key.shape[2], offset, local_window_size)
+    visible = within(xp, query, key.shape[2], offset, max(local_window_size, 0) - 1, 0)
     biases = [hidden_bias(xp, visible, query)]
     if attention_bias is not None:
         biases.append(attention_bias)
