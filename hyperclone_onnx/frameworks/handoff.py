@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
+from hyperclone_onnx.frameworks.blocks import with_blocks
 from hyperclone_onnx.frameworks.naming import paths
 from hyperclone_onnx.frameworks.preparation import prepare, prepare_model
 from hyperclone_onnx.frameworks.program import Program, compile_program
@@ -37,7 +38,7 @@ def read(
     """
     prepared = prepare_model(model) if isinstance(model, ir.Model) else prepare(model)
     known = roles(prepared, freeze=freeze, train=train)
-    program = compile_program(prepared, known, paths(prepared.graph.initializers))
+    program = with_blocks(compile_program(prepared, known, paths(prepared.graph.initializers)))
     tensors = {
         name: value.const_value
         for name, value in prepared.graph.initializers.items()

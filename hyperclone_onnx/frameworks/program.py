@@ -154,7 +154,7 @@ def identifier(name: str, taken: set[str]) -> str:
     return found
 
 
-RESERVED = frozenset("choose constants device device_of host inf lift nan params self xp".split())
+RESERVED = frozenset("choose device device_of host inf lift nan partial self weights xp".split())
 """Names that generated functions use for themselves, besides those of the operators."""
 
 

@@ -6,7 +6,7 @@ import linecache
 import math
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -191,6 +191,7 @@ def _globals(framework: str) -> dict[str, Any]:
     return {
         "xp": xp,
         "host": host,
+        "partial": partial,
         "inf": math.inf,
         "nan": math.nan,
         **{name: getattr(xp, name) for name in ("device_of", "lift", "choose")},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from hyperclone_onnx.frameworks import MissingExtra
+from hyperclone_onnx.frameworks.blocks import block_paths
 from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, bind, read
 from hyperclone_onnx.frameworks.program import Body, Program
 from hyperclone_onnx.frameworks.source import compiled, function_source
@@ -57,7 +57,7 @@ class Block(torch.nn.Module):
         self._compile()
 
     def _compile(self) -> None:
-        self.code = function_source("block", "self", self.body, _attribute, _called)
+        self.code = function_source("block", "self", self.body, _attribute, _attribute)
         self._function = compiled(self.code, "torch")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,8 +101,6 @@ class OnnxModule(torch.nn.Module):
         return {each.path: each.initializer for each in self.program.weights if each.role != "constant"}
 
     def _add_blocks(self) -> None:
-        from hyperclone_onnx.frameworks.blocks import block_paths
-
         lists: dict[str, dict[int, Block]] = defaultdict(dict)
         for path, number in block_paths(self.program):
             parent, _, index = path.rpartition(".")
@@ -121,7 +119,7 @@ class OnnxModule(torch.nn.Module):
         return module, leaf
 
     def _compile(self) -> None:
-        self.code = function_source("forward", "self", self.program.body, _attribute, _called)
+        self.code = function_source("forward", "self", self.program.body, _attribute, _attribute)
         self._function = compiled(self.code, "torch")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,17 +146,9 @@ def _attribute(path: str) -> str:
     return "self" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
 
 
-def _called(path: str) -> str:
-    return _attribute(path)
-
-
 def tensor_from(tensor: Any, device: Any = None) -> Any:
     """A stored tensor as torch has it, in memory of its own."""
     array = tensor.numpy()
-    name = array.dtype.name
-    if array.dtype.kind == "V" or not hasattr(torch, name) or name in ("bfloat16",):
-        bits = {1: torch.uint8, 2: torch.int16}[array.dtype.itemsize]
-        raw = torch.from_numpy(array.view({1: "uint8", 2: "int16"}[array.dtype.itemsize]).copy())
-        assert raw.dtype == bits
-        return raw.view(getattr(torch, re.sub("_", "_", name))).to(device)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16).to(device)
     return torch.from_numpy(array.copy()).to(device)
