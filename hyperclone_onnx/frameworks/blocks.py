@@ -9,6 +9,7 @@ the program as it is.
 from __future__ import annotations
 
 import heapq
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -140,7 +141,7 @@ class _Layers:
             if name and self.readers[name] and self.readers[name][-1] >= places[-1][0]
         }
         cuts = []
-        for before, after in zip(places, places[1:], strict=False):
+        for before, after in itertools.pairwise(places):
             alive = [self._alive(passing, at) for at in range(before[-1], after[0])]
             cuts.append(list(dict.fromkeys(names[0] for names in alive if len(names) == 1)))
         return cuts
@@ -175,7 +176,7 @@ class _Layers:
         pending = [(later, earlier)]
         while pending:
             late, early = pending.pop()
-            if late == entry or late == early or late not in self.learned:
+            if late in (entry, early) or late not in self.learned:
                 if early in pairs.values or (late not in self.learned) != (early not in self.learned):
                     raise _NoBlocks
                 _agree(pairs.inputs, early, late)
@@ -219,16 +220,16 @@ class _Layers:
         if late.path == early.path or not any(inside):
             return True
         one, two = parts
-        return all(inside) and one is not None and two is not None and (
-            one["rest"] == two["rest"] and int(one["index"]) == int(two["index"]) + 1
+        return (
+            all(inside)
+            and one is not None
+            and two is not None
+            and (one["rest"] == two["rest"] and int(one["index"]) == int(two["index"]) + 1)
         )
 
     def _all_pairs(self, cuts: Sequence[str]) -> list[_Pairs]:
         """The pairs of layers (1, 0), (2, 1), ...; the last layer's end is where it matches the one before."""
-        found = [
-            self._paired(late, early, entry)
-            for early, late, entry in zip(cuts, cuts[1:], cuts, strict=False)
-        ]
+        found = [self._paired(late, early, entry) for early, late, entry in zip(cuts, cuts[1:], cuts, strict=False)]
         end = self._places(self.count - 1)[-1]
         for step in self.steps[end:]:
             for name in step.outputs:
@@ -253,13 +254,14 @@ class _Layers:
                 raise _NoBlocks
         template = [self.steps[i] for i in sorted(members[0])]
         owned = self._owned(weights, members)
-        results = [
-            name for step in template for name in step.outputs if name and self._leaves(name, layers, members)
-        ]
-        names = self._relative_names(template, [path for path in weights[0] if path in owned])
-        shared = {path: f"shared_{i}" for i, path in enumerate(path for path in weights[0] if path not in owned)}
+        read = [name for step in template for name in reads(step) if name in inputs[0]]
+        given = sorted(inputs[0], key=lambda name: (name not in self.learned, name in self.sizes, read.index(name)))
+        stored = list(dict.fromkeys(e.path for step in template for e in operands(step) if isinstance(e, Stored)))
+        results = [name for step in template for name in step.outputs if name and self._leaves(name, layers, members)]
+        names = self._relative_names(template, [path for path in stored if path in owned])
+        shared = {path: f"shared_{i}" for i, path in enumerate(path for path in stored if path not in owned)}
         body = Body(
-            (*inputs[0], *shared.values()),
+            (*given, *shared.values()),
             tuple(_renamed(step, names, shared) for step in template),
             tuple(Local(name) for name in results),
         )
@@ -267,7 +269,7 @@ class _Layers:
             BlockCall(
                 f"{self.prefix}.{index}",
                 len(self.program.blocks),
-                (*(Local(inputs[index][name]) for name in inputs[0]), *(Stored(weights[index][p]) for p in shared)),
+                (*(Local(inputs[index][name]) for name in given), *(Stored(weights[index][p]) for p in shared)),
                 tuple(self._result(layers[index][name], members[index]) for name in results),
             )
             for index in range(self.count)

@@ -211,7 +211,8 @@ def _gain(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
     output = node.outputs[0]
     if len(output.uses()) != 1 or output.is_graph_output():
         return None
-    product = output.uses()[0].node
+    (use,) = output.uses()
+    product = use.node
     if product.op_type != "Mul" or product.domain:
         return None
     scale = product.inputs[1] if product.inputs[0] is output else product.inputs[0]

@@ -28,9 +28,7 @@ class Handoff:
     """By initializer."""
 
 
-def read(
-    model: PathLike | ir.Model, *, freeze: Sequence[str] = (), train: Sequence[str] = ()
-) -> Handoff:
+def read(model: PathLike | ir.Model, *, freeze: Sequence[str] = (), train: Sequence[str] = ()) -> Handoff:
     """Compile a model file, or a model in memory (which is changed).
 
     Raises:
@@ -40,9 +38,7 @@ def read(
     known = roles(prepared, freeze=freeze, train=train)
     program = with_blocks(compile_program(prepared, known, paths(prepared.graph.initializers)))
     tensors = {
-        name: value.const_value
-        for name, value in prepared.graph.initializers.items()
-        if value.const_value is not None
+        name: value.const_value for name, value in prepared.graph.initializers.items() if value.const_value is not None
     }
     return Handoff(program, tensors)
 

@@ -27,9 +27,7 @@ def paths(names: Iterable[str]) -> dict[str, str]:
     {'model.layers.0.weight': 'model.layers.0.weight', 'onnx::MatMul_12': 'onnx__MatMul_12', 'a': 'a_', 'a.b': 'a.b'}
     """
     cleaned = {name: ".".join(_part(part) for part in name.split(".") if part) or "tensor" for name in names}
-    folders = {
-        path.rsplit(".", depth)[0] for path in cleaned.values() for depth in range(1, path.count(".") + 1)
-    }
+    folders = {path.rsplit(".", depth)[0] for path in cleaned.values() for depth in range(1, path.count(".") + 1)}
     found: dict[str, str] = {}
     taken: set[str] = set()
     for name, path in cleaned.items():

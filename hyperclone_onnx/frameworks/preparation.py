@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -83,7 +85,7 @@ def _inline_bodies(model: ir.Model) -> bool:
 
 def _function_body(node: ir.Node, opset: int, overload: str) -> ir.Function | None:
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+        schema: Any = onnx.defs.get_schema(node.op_type, opset, node.domain)  # its stubs lack the function bodies
     except onnx.defs.SchemaError:
         return None
     for name, attribute in schema.attributes.items():
@@ -132,11 +134,12 @@ def check(model: ir.Model, name: str) -> None:
         if not operator.variadic and given > len(operator.inputs):
             extra = [value for value in node.inputs[len(operator.inputs) :] if value is not None]
             if extra:
-                raise Refused(
-                    f"{name}: {registry_name(node)} (node {node.name!r}) has no handoff with its input {extra[0].name!r}"
-                )
+                where = f"{registry_name(node)} (node {node.name!r})"
+                raise Refused(f"{name}: {where} has no handoff with its input {extra[0].name!r}")
     if missing:
-        listed = ", ".join(f"{op} (node {nodes[op]!r}{f' and {n - 1} more' if n > 1 else ''})" for op, n in missing.items())
+        listed = ", ".join(
+            f"{op} (node {nodes[op]!r}{f' and {n - 1} more' if n > 1 else ''})" for op, n in missing.items()
+        )
         raise Refused(f"{name}: no handoff for {listed}")
 
 
@@ -185,10 +188,12 @@ def _is_whole(value: ir.Value) -> bool:
     return is_constant(value) and tensor is not None and tensor.size <= LARGEST and tensor.dtype.is_integer()
 
 
-def _store(model: ir.Model, node: ir.Node, array: np.ndarray) -> None:  # type: ignore[type-arg]
+def _store(model: ir.Model, node: ir.Node, array: npt.NDArray[Any]) -> None:
     output = node.outputs[0]
     tensor = ir.Tensor(array, name=output.name)
-    value = ir.Value(name=output.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=output.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     output.replace_all_uses_with(value)
     output.name = f"{output.name}.folded"
     model.graph.remove(node, safe=True)

@@ -10,7 +10,8 @@ import keyword
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal as OneOf
+from typing import Any
+from typing import Literal as OneOf
 
 import numpy as np
 import onnx_ir as ir
@@ -70,7 +71,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Choice:
-    """outputs = yes() if condition else no()"""
+    """Outputs = yes() if condition else no()."""
 
     node: str
     condition: Operand
@@ -154,7 +155,7 @@ def identifier(name: str, taken: set[str]) -> str:
     return found
 
 
-RESERVED = frozenset("choose device device_of host inf lift nan partial self weights xp".split())
+RESERVED = frozenset("branch device device_of host inf lift nan partial self weights xp".split())
 """Names that generated functions use for themselves, besides those of the operators."""
 
 
@@ -266,9 +267,7 @@ class _Compiler:
         attributes = bound_attributes(node, form, self.model.graph.opset_imports)
         domain = "" if node.domain == "ai.onnx" else node.domain
         creates = "device" in form.keywords
-        return Call(
-            node.name or "", domain, node.op_type, tuple(inputs), self.outputs(node), attributes, host, creates
-        )
+        return Call(node.name or "", domain, node.op_type, tuple(inputs), self.outputs(node), attributes, host, creates)
 
     def _has_array(self, node: ir.Node) -> bool:
         skip = 1 if node.op_type == "Where" else 0

@@ -62,9 +62,7 @@ def _describe(domain: str, op_type: str, function: Implementation, scalars: bool
     return Operator(domain, op_type, function, positional, variadic, host, keywords, scalars)
 
 
-def implements(
-    *op_types: str, domain: str = "", scalars: bool = False
-) -> Callable[[Implementation], Implementation]:
+def implements(*op_types: str, domain: str = "", scalars: bool = False) -> Callable[[Implementation], Implementation]:
     """Register what one or more operators compute."""
 
     def register(function: Implementation) -> Implementation:

@@ -136,7 +136,7 @@ class _Writer:
         keywords = [f"{name}={literal(value)}" for name, value in step.attributes]
         if step.creates:
             keywords.append("device=device")
-        single = len(targets) == 1 and not (step.op_type == "Split")
+        single = len(targets) == 1 and step.op_type != "Split"
         left = targets[0] if single else f"{', '.join(targets)},"
         if not any(step.outputs):
             return []
@@ -152,7 +152,7 @@ class _Writer:
             inner = self.body(body, outer=True)
             lines += [f"def {name}():", *(INDENT + line for line in inner)]
         targets = [name or "_" for name in step.outputs]
-        return [*lines, f"{', '.join(targets)}, = choose({self.operand(step.condition)}, yes_{number}, no_{number})"]
+        return [*lines, f"{', '.join(targets)}, = branch({self.operand(step.condition)}, yes_{number}, no_{number})"]
 
     def operand(self, operand: Operand | None) -> str:
         match operand:
@@ -194,7 +194,7 @@ def _globals(framework: str) -> dict[str, Any]:
         "partial": partial,
         "inf": math.inf,
         "nan": math.nan,
-        **{name: getattr(xp, name) for name in ("device_of", "lift", "choose")},
+        **{name: getattr(xp, name) for name in ("device_of", "lift", "branch")},
         **table,
     }
 
@@ -209,4 +209,3 @@ def compiled(source: str, framework: str) -> Callable[..., Any]:
     match = re.match(r"def (\w+)\(", source)
     assert match is not None
     return scope[match.group(1)]  # type: ignore[no-any-return]
-

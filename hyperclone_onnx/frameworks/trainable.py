@@ -114,7 +114,7 @@ class _Structure:
             return "constant", "a bias of positions, cut to the lengths and added to scores"
         if len(uses) > 1 and _is_one_value(tensor):
             return "constant", "one value everywhere, and used in several places"
-        if met is not None and met.op_type in ("Add", "Where", "Min") and float(_lowest(tensor)) <= MASKED:
+        if met is not None and met.op_type in ("Add", "Where", "Min") and _lowest(tensor) <= MASKED:
             return "constant", "a mask"
         if looked_up is not None:
             return "trainable", f"looked up by {looked_up.op_type} (node {looked_up.name!r})"
@@ -142,9 +142,7 @@ class _Structure:
             if node.op_type in ("Shape", "Size"):
                 continue
             reached = [self.sources[v] for v in node.inputs if v is not None and v in self.sources]
-            reached += [
-                self.sources[v] for graph in _branches(node) for v in graph.outputs if v in self.sources
-            ]
+            reached += [self.sources[v] for graph in _branches(node) for v in graph.outputs if v in self.sources]
             table = node.inputs[0] if node.inputs else None
             if table is not None and _is_lookup(node, 0):
                 stored = _origin(table)
@@ -162,7 +160,8 @@ class _Structure:
         """Whether all that is done with what is looked up is to multiply other activations."""
         readers = [node for node, index in self._readers(table, through_lookups=True)]
         return bool(readers) and all(
-            node.op_type == "Mul" and any(self.sources.get(v, frozenset()) - {table} for v in node.inputs if v)
+            node.op_type == "Mul"
+            and any(self.sources.get(v, frozenset()) - {table} for v in node.inputs if v)
             and not self._is_scaled(node, table)
             for node in readers
         )
@@ -194,7 +193,9 @@ class _Structure:
             return False
         if all(value is None or _is_made_of_stored(value) for value in node.inputs):
             return True
-        floats = [value for value in node.inputs if value is not None and value.dtype and value.dtype.is_floating_point()]
+        floats = [
+            value for value in node.inputs if value is not None and value.dtype and value.dtype.is_floating_point()
+        ]
         return node.op_type in LAYOUT and (len(floats) == 1 or not self._meets_activation(node))
 
 
@@ -241,8 +242,8 @@ def _is_floating(value: ir.Value) -> bool:
     return value.const_value is not None and value.const_value.dtype.is_floating_point()
 
 
-def _lowest(tensor: ir.TensorProtocol) -> np.floating:  # type: ignore[type-arg]
-    return np.asarray(tensor.numpy()).astype(np.float32).min()  # type: ignore[no-any-return]
+def _lowest(tensor: ir.TensorProtocol) -> float:
+    return float(np.asarray(tensor.numpy()).astype(np.float32).min())
 
 
 def _branches(node: ir.Node) -> Iterator[ir.Graph]:

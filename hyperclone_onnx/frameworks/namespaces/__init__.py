@@ -2,7 +2,7 @@
 
 A namespace is a module. Beyond the standard it has `attend`, `convolution`, `device_of`, `dtype_named`, `dtype_of`,
 `einsum`, `erf`, `expm1`, `lift`, `log_softmax`, `logsumexp`, `numbers`, `relu`, `scatter`, `sigmoid`, `softmax`,
-`softplus` and `choose`.
+`softplus` and `branch`.
 """
 
 from __future__ import annotations

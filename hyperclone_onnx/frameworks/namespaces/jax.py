@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as _standard
 import numpy as np
-from jax.numpy import *  # noqa: F403
+from jax.numpy import *
 
 from hyperclone_onnx.frameworks.namespaces import dtype_name
 from hyperclone_onnx.frameworks.ops.attention import attend as _attend
@@ -46,7 +46,7 @@ def numbers(array: Any) -> Any:
     return tuple(np.asarray(array).tolist()) if np.ndim(array) else np.asarray(array).item()
 
 
-def choose(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """What one of two branches gives; both must give the same shapes where the condition is traced."""
     if isinstance(condition, jax.core.Tracer):
         return jax.lax.cond(_standard.reshape(condition, ()), yes, no)

@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat.numpy as _standard
 import ml_dtypes
 import numpy as np
-from array_api_compat.numpy import *  # noqa: F403
+from array_api_compat.numpy import *
 
 from hyperclone_onnx.frameworks.namespaces import dtype_name
 from hyperclone_onnx.frameworks.ops.attention import attend as _attend
@@ -53,7 +53,7 @@ def numbers(array: Any) -> Any:
     return tuple(array.tolist()) if np.ndim(array) else np.asarray(array).item()
 
 
-def choose(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """What one of two branches gives."""
     return yes() if condition else no()
 
@@ -127,6 +127,7 @@ def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group
         for size, width, stride, dilation in zip(x.shape[2:], kernel, strides, dilations, strict=True)
     ]
     grouped = np.reshape(w, (group, w.shape[0] // group, *w.shape[1:]))
+    kernels: Any = np.moveaxis(grouped, range(3), range(-3, 0))
     out = np.zeros((x.shape[0], group, w.shape[0] // group, *sizes), x.dtype)
     for place in itertools.product(*map(range, kernel)):
         window = tuple(
@@ -135,5 +136,5 @@ def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group
         )
         part = x[(slice(None), slice(None), *window)]
         part = np.reshape(part, (x.shape[0], group, -1, *sizes))
-        out += np.einsum("ngc...,goc->ngo...", part, grouped[(..., *place)])
+        out += np.einsum("ngc...,goc->ngo...", part, kernels[place])
     return np.reshape(out, (x.shape[0], w.shape[0], *sizes))

@@ -9,7 +9,7 @@ from typing import Any
 import array_api_compat.torch as _standard
 import torch
 import torch.nn.functional as F  # noqa: N812 - everyone's name for it
-from array_api_compat.torch import *  # noqa: F403
+from array_api_compat.torch import *
 
 from hyperclone_onnx.frameworks.namespaces import dtype_name
 from hyperclone_onnx.frameworks.ops.attention import attend as _attend
@@ -18,7 +18,14 @@ bool = torch.bool
 abs, all, any, max, min, round, sum, pow = (
     getattr(_standard, name) for name in ("abs", "all", "any", "max", "min", "round", "sum", "pow")
 )
-erf, einsum, sigmoid, softplus, relu, expm1 = torch.erf, torch.einsum, torch.sigmoid, F.softplus, torch.relu, torch.expm1
+erf, einsum, sigmoid, softplus, relu, expm1 = (
+    torch.erf,
+    torch.einsum,
+    torch.sigmoid,
+    F.softplus,
+    torch.relu,
+    torch.expm1,
+)
 NAME = "torch"
 
 
@@ -49,7 +56,7 @@ def numbers(array: Any) -> Any:
     return tuple(array.tolist()) if array.ndim else array.item()
 
 
-def choose(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """What one of two branches gives."""
     return yes() if condition else no()
 
@@ -69,9 +76,7 @@ def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
     return torch.logsumexp(x, axis, keepdim=keepdims)
 
 
-def attend(
-    query: Any, key: Any, value: Any, *biases: Any, scale: float, key_transposed: int = 0
-) -> Any:
+def attend(query: Any, key: Any, value: Any, *biases: Any, scale: float, key_transposed: int = 0) -> Any:
     """softmax(scale Q K^T + biases) V, by the fused kernels; a row that nothing is visible to is 0"""
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         import hyperclone_onnx.frameworks.namespaces.torch as xp

@@ -195,5 +195,3 @@ def rotary_embedding(
     cos, sin = (xp.expand_dims(each, axis=1) for each in (cos, sin))
     out = rotate(xp, heads, cos, sin, interleaved)
     return join_heads(xp, out) if x.ndim == 3 else out
-
-

@@ -65,10 +65,10 @@ BINARY: dict[str, Callable[[Any, Array, Array], Array]] = {
 
 
 def _register() -> None:
-    for name, function in UNARY.items():
-        implements(name)(_unary(function))
-    for name, function in BINARY.items():
-        implements(name, scalars=True)(_binary(function))
+    for name, unary in UNARY.items():
+        implements(name)(_unary(unary))
+    for name, binary in BINARY.items():
+        implements(name, scalars=True)(_binary(binary))
 
 
 def _unary(function: Callable[[Any, Array], Array]) -> Callable[..., Array]:

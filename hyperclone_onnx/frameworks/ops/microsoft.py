@@ -255,11 +255,9 @@ def group_query_attention(
     if do_rotary:
         places = xp.expand_dims(xp.arange(length, device=device), axis=0) + offset if positions is None else positions
         angles = [xp.expand_dims(look_up(xp, each, places), axis=1) for each in (cos, sin)]
-        query, key = (rotate(xp, each, *angles, rotary_interleaved) for each in (query, key))
+        query, key = (rotate(xp, each, angles[0], angles[1], rotary_interleaved) for each in (query, key))
     if has_past:
-        key, value = (
-            _continued(xp, past, new, offset) for past, new in ((past_key, key), (past_value, value))
-        )
+        key, value = (_continued(xp, past, new, offset) for past, new in ((past_key, key), (past_value, value)))
         offset = xp.reshape(offset, (-1, 1, 1, 1))
     present = (key, value)
     groups = num_heads // kv_num_heads
@@ -283,6 +281,8 @@ def _continued(xp: Any, past: Array, new: Array, offset: Array) -> Array:
     before, length = past.shape[2], new.shape[2]
     both = xp.concat([past, new], axis=2)
     places = xp.expand_dims(xp.arange(before + length, device=xp.device_of(new)), axis=0)
-    source = xp.where(places < offset, places, xp.minimum(places - offset + before, xp.full_like(places, before + length - 1)))
+    source = xp.where(
+        places < offset, places, xp.minimum(places - offset + before, xp.full_like(places, before + length - 1))
+    )
     source = xp.reshape(source, (source.shape[0], 1, before + length, 1))
     return xp.take_along_axis(both, xp.broadcast_to(source, both.shape), axis=2)
