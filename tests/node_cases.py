@@ -1,6 +1,6 @@
 """ONNX's own backend node tests, run on each framework's namespace.
 
-`python tests/node_cases.py` writes the counts into docs/handoff.md.
+`python -m tests.node_cases` writes the counts into docs/handoff.md.
 """
 
 from __future__ import annotations
@@ -102,21 +102,26 @@ def _types(model: onnx.ModelProto) -> set[ir.DataType]:
 
 def check(case: Any, framework: str) -> None:
     """Run one case and compare; raises AssertionError when it differs, Refused when it has no handoff."""
+    for inputs, wanted in case.data_sets:
+        found = run(ir.from_proto(case.model), framework, [_array(each) for each in inputs])
+        for got, want in zip(found, map(_array, wanted), strict=True):
+            _compare(got, want, case.rtol, case.atol)
+
+
+def run(model: ir.Model, framework: str, inputs: list[Array]) -> list[Array]:
+    """What a model makes of its inputs in a framework, in 64 bits where the model says so."""
     from hyperclone_onnx.frameworks.handoff import read
     from hyperclone_onnx.frameworks.source import compiled, function_source
 
     with _wide(framework):
         xp = import_module(f"hyperclone_onnx.frameworks.namespaces.{framework}")
-        handoff = read(ir.from_proto(case.model))
+        handoff = read(model)
         program = handoff.program
         source = function_source("run", "weights", program.body, lambda path: f"weights[{path!r}]", str)
-        function = compiled(source, framework)
         weights = {w.path: _put(framework, handoff.tensors[w.initializer].numpy()) for w in program.weights}
-        for inputs, wanted in case.data_sets:
-            given = [_put(framework, _array(each)) for each in inputs]
-            given = [xp.numbers(v) if each.host else v for each, v in zip(program.inputs, given, strict=True)]
-            for got, want in zip(function(weights, *given), map(_array, wanted), strict=True):
-                _compare(_get(framework, got), want, case.rtol, case.atol)
+        given = [_put(framework, each) for each in inputs]
+        given = [xp.numbers(v) if each.host else v for each, v in zip(program.inputs, given, strict=True)]
+        return [_get(framework, each) for each in compiled(source, framework)(weights, *given)]
 
 
 def _compare(got: Array, want: Array, rtol: float, atol: float) -> None:

@@ -121,7 +121,9 @@ def test_autocast(llama: OnnxModule) -> None:
 def test_compile_sees_one_graph(family: str, zoo: Zoo) -> None:
     """With fullgraph a value that the tracer cannot follow is an error; a second length is no new graph."""
     model = load(zoo(f"{family}.distinct"))
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo import testing
+
+    counter = testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=family != "vit")
     for batch, length in ((2, 7), (3, 9), (4, 12)):
         given = tokens(batch, length) if family != "vit" else (torch.randn(batch, 3, 16, 16),)
@@ -213,7 +215,7 @@ REFUSED = {
         "g (float[n] x) => (float[m] y) {\n"
         "k = Constant <value = int64[1] {0}> ()\nt = ReduceMax <keepdims = 1> (x, k)\nc = Cast <to = 7> (t)\n"
         "y = Expand (x, c)\n}",
-        r"Expand \(node .*\) takes a size that ReduceMax \(node .*\) computes from data",
+        r"takes a size that ReduceMax \(node .*\) computes from data",
     ),
     "a type that is not covered": (
         "g (float[n] x) => (float8e5m2[n] y) {\ny = Cast <to = 19> (x)\n}",

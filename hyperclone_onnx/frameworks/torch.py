@@ -75,8 +75,8 @@ class Block(torch.nn.Module):
 class Folder(torch.nn.Module):
     """A level of names."""
 
-    def __getitem__(self, index: int) -> torch.nn.Module:
-        return self._modules[str(index)]
+    def __getitem__(self, index: int) -> Any:
+        return getattr(self, str(index))
 
 
 class OnnxModule(torch.nn.Module):

@@ -18,11 +18,10 @@ Value = Any
 
 def zipped(function: Callable[..., Any], *operands: Value) -> Value:
     """Apply a function elementwise; numbers and tuples of one element repeat."""
-    length = max((len(each) for each in operands if isinstance(each, tuple)), default=-1)
-    if any(isinstance(each, tuple) and len(each) == 0 for each in operands):
-        return ()
-    if length < 0:
+    lengths = [len(each) for each in operands if isinstance(each, tuple)]
+    if not lengths:
         return function(*operands)
+    length = 0 if 0 in lengths else max(lengths)
     rows = [each if isinstance(each, tuple) else (each,) for each in operands]
     return tuple(function(*(row[i if len(row) > 1 else 0] for row in rows)) for i in range(length))
 
