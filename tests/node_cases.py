@@ -80,7 +80,7 @@ def cases() -> tuple[Any, ...]:
 @cache
 def cases_by_operator() -> dict[str, list[Any]]:
     """The cases of covered operators: by operator, and under SEVERAL those of functions that are written out."""
-    from hyperclone_onnx.frameworks import registry
+    from hyperclone_onnx.frameworks import ops, registry  # noqa: F401 - importing the operators registers them
     from hyperclone_onnx.frameworks.preparation import TYPES
 
     found: dict[str, list[Any]] = defaultdict(list)

@@ -63,7 +63,7 @@ def _with_number(node: ir.Node) -> tuple[ir.Value, float] | None:
     return left, 1 / n if node.op_type == "Div" else n
 
 
-def _replace(node: ir.Node, new: ir.Node) -> None:
+def put_in_place(node: ir.Node, new: ir.Node) -> None:
     """Put a new node in the place of another, under its names."""
     graph = node.graph
     assert graph is not None
@@ -99,7 +99,7 @@ def _fuse_attention(softmax: ir.Node) -> None:
     if last is None or scores is None:
         return
     operands = [scores.query, scores.key_transposed, last.inputs[1], *scores.biases]
-    _replace(last, ir.node("Attention", operands, {"scale": scores.scale}, domain=INTERNAL))
+    put_in_place(last, ir.node("Attention", operands, {"scale": scores.scale}, domain=INTERNAL))
 
 
 def _after(weights: ir.Value) -> ir.Node | None:
@@ -162,10 +162,10 @@ def _fuse_norm(node: ir.Node) -> bool:
     x, epsilon = found
     gain = _gain(node)
     if gain is None:
-        _replace(node, ir.node("RootMeanSquare", [x], {"epsilon": epsilon}, domain=INTERNAL))
+        put_in_place(node, ir.node("RootMeanSquare", [x], {"epsilon": epsilon}, domain=INTERNAL))
     else:
         product, scale = gain
-        _replace(product, ir.node("RMSNormalization", [x, scale], {"epsilon": epsilon}))
+        put_in_place(product, ir.node("RMSNormalization", [x, scale], {"epsilon": epsilon}))
     return True
 
 
@@ -236,7 +236,7 @@ def _fuse_gelu(node: ir.Node) -> bool:
         approximate = "none" if inner.op_type == "Erf" else "tanh"
         matches = _is_erf_of(inner, x) if inner.op_type == "Erf" else _is_tanh_of(inner, x)
         if matches:
-            _replace(node, ir.node("Gelu", [x], {"approximate": approximate}))
+            put_in_place(node, ir.node("Gelu", [x], {"approximate": approximate}))
             return True
     return False
 

@@ -18,7 +18,7 @@ from hyperclone_onnx.analysis import OLDEST_OPSET
 from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.frameworks import ops as _table  # noqa: F401 - importing it fills the table
 from hyperclone_onnx.frameworks import registry
-from hyperclone_onnx.frameworks.fusions import fuse
+from hyperclone_onnx.frameworks.fusions import fuse, put_in_place
 from hyperclone_onnx.frameworks.host_values import LARGEST, is_constant
 from hyperclone_onnx.frameworks.program import bound_attributes, registry_name
 from hyperclone_onnx.normalise import normalise
@@ -49,8 +49,7 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
             if not _inline_bodies(model):
                 break
         normalise(model)
-    except Refused:
-        raise
+        _store_constant_outputs(model)
     except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
         raise BadModel(f"{name}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     check(model, name)
@@ -58,6 +57,20 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
     fuse(model)
     passes.RemoveUnusedNodesPass()(model)
     return model
+
+
+def _store_constant_outputs(model: ir.Model) -> None:
+    """Constants that are outputs of the graph, which normalising leaves alone, as stored tensors too."""
+    for node in list(model.graph.all_nodes()):
+        if node.op_type == "Constant" and "value" in node.attributes:
+            output = node.outputs[0]
+            tensor = node.attributes["value"].as_tensor()
+            name = f"{output.name}.value"
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=output.shape, const_value=tensor)
+            model.graph.register_initializer(value)
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].type, copy.name = value.type, node.name
+            put_in_place(node, copy)
 
 
 def _inline_bodies(model: ir.Model) -> bool:
