@@ -189,6 +189,14 @@ def test_freeze_and_train(zoo: Zoo) -> None:
         load(zoo("llama.distinct"), freeze=["decoder.*"])
 
 
+def test_names_do_not_depend_on_what_is_trained(zoo: Zoo) -> None:
+    path = zoo("llama.distinct")
+    names = set(load(path).initializers)
+    assert set(load(path, freeze=["*"]).initializers) == names
+    assert set(load(path, train=["*"]).initializers) == names | {"model.rotary_emb.inv_freq"}
+    assert set(load(path, train=["val_223"]).initializers) == names | {"val_223"}  # a number, asked for by its name
+
+
 def test_names_that_python_cannot_have(tmp_path: Path) -> None:
     text = "g (float[n, 4] x) => (float[n, 4] y) {\nh = Add (x, type)\ny = Mul (h, other)\n}"
     proto = build_model(text, normal(0, {"type": (4,), "other": (4,)}))

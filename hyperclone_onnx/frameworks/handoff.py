@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -13,8 +13,8 @@ from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.blocks import with_blocks
 from hyperclone_onnx.frameworks.naming import paths
 from hyperclone_onnx.frameworks.preparation import prepare, prepare_model
-from hyperclone_onnx.frameworks.program import Program, compile_program
-from hyperclone_onnx.frameworks.trainable import roles
+from hyperclone_onnx.frameworks.program import Program, Weight, compile_program
+from hyperclone_onnx.frameworks.trainable import Reasons, overridden, structural_roles
 
 PathLike = str | os.PathLike[str]
 
@@ -35,12 +35,20 @@ def read(model: PathLike | ir.Model, *, freeze: Sequence[str] = (), train: Seque
         BadModel, BadRequest, Refused: see `errors`.
     """
     prepared = prepare_model(model) if isinstance(model, ir.Model) else prepare(model)
-    known = roles(prepared, freeze=freeze, train=train)
-    program = with_blocks(compile_program(prepared, known, paths(prepared.graph.initializers)))
+    structural = structural_roles(prepared, train)
+    program = with_blocks(compile_program(prepared, structural, paths(prepared.graph.initializers)))
+    # What is asked for changes no name: a checkpoint fits however its tensors were trained.
+    asked = overridden(structural, freeze, train)
+    program = replace(program, weights=tuple(_with_role(each, asked) for each in program.weights))
     tensors = {
         name: value.const_value for name, value in prepared.graph.initializers.items() if value.const_value is not None
     }
     return Handoff(program, tensors)
+
+
+def _with_role(weight: Weight, asked: Reasons) -> Weight:
+    role, reason = asked.get(weight.initializer, (weight.role, weight.reason))
+    return replace(weight, role=role, reason=reason)
 
 
 def bind(program: Program, positional: Sequence[Any], named: dict[str, Any]) -> list[Any]:

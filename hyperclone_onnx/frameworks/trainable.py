@@ -41,12 +41,27 @@ def roles(model: ir.Model, *, freeze: Sequence[str] = (), train: Sequence[str] =
     Args:
         model: a normalised model.
         freeze: globs of initializer names that are not to be trained.
-        train: globs of initializer names that are, whatever the structure says; stronger than `freeze`.
+        train: globs of initializer names that are, whatever the structure says; stronger than `freeze`. A single
+            number is meant by its full name only.
 
     Raises:
         BadRequest: a glob matches no tensor.
     """
+    return overridden(structural_roles(model, train), freeze, train)
+
+
+def structural_roles(model: ir.Model, numbers: Sequence[str] = ()) -> Reasons:
+    """The roles by structure alone; single numbers that are named in full count as tensors."""
     found = _Structure(model).roles()
+    for name, value in model.graph.initializers.items():
+        if name in numbers and name not in found and _is_floating(value):
+            found[name] = ("constant", "a single number")
+    return found
+
+
+def overridden(found: Reasons, freeze: Sequence[str], train: Sequence[str]) -> Reasons:
+    """Roles with the globs of `roles` applied."""
+    found = dict(found)
     _must_match([*freeze, *train], found)
     for name in found:
         if _matches(name, train):
