@@ -15,6 +15,7 @@ from conftest import Command, names_in
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
+pytest.importorskip("array_api_compat")
 torch = pytest.importorskip("torch")
 
 from hyperclone_onnx.frameworks.absorb import absorb  # noqa: E402

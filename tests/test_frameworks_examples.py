@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
-for _needed in ("torch", "jax", "optax"):
+for _needed in ("array_api_compat", "torch", "jax", "optax"):
     pytest.importorskip(_needed)
 
 

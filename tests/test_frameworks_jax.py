@@ -13,6 +13,7 @@ from conftest import build_model, perceptron
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
+pytest.importorskip("array_api_compat")
 jax = pytest.importorskip("jax")
 
 from hyperclone_onnx.errors import BadRequest  # noqa: E402

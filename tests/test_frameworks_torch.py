@@ -15,6 +15,7 @@ from conftest import build_model, normal, perceptron
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
+pytest.importorskip("array_api_compat")
 torch = pytest.importorskip("torch")
 
 from hyperclone_onnx.errors import BadRequest, Refused  # noqa: E402

@@ -12,6 +12,7 @@ import pytest
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
+pytest.importorskip("array_api_compat")
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
