@@ -66,6 +66,12 @@ def gelu(xp: Any, x: Array, *, approximate: str = "none") -> Array:
     return F.gelu(x, approximate=approximate)
 
 
+@faster("torch", "Swish")
+def swish(xp: Any, x: Array, *, alpha: float = 1.0) -> Array:
+    """The framework's own."""
+    return F.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x)
+
+
 @faster("torch", "Gelu", domain="com.microsoft")
 def microsoft_gelu(xp: Any, x: Array) -> Array:
     """The framework's own."""

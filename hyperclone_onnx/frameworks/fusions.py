@@ -1,7 +1,7 @@
 """Patterns that one operator of a framework computes faster, recognised by structure.
 
-Attention, RMS norm and GELU are written out by exporters; each is put back together where nothing else reads what lies
-between.
+Attention, RMS norm, GELU and SiLU are written out by exporters; each is put back together where nothing else reads
+what lies between.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def fuse(model: ir.Model) -> None:
         if node.op_type == "Softmax":
             _fuse_attention(node)
         elif node.op_type in ("Mul", "Div"):
-            _fuse_norm(node) or _fuse_gelu(node)
+            _fuse_norm(node) or _fuse_gelu(node) or _fuse_silu(node)
     model.graph.opset_imports.setdefault(INTERNAL, 1)
 
 
@@ -237,6 +237,16 @@ def _fuse_gelu(node: ir.Node) -> bool:
         matches = _is_erf_of(inner, x) if inner.op_type == "Erf" else _is_tanh_of(inner, x)
         if matches:
             put_in_place(node, ir.node("Gelu", [x], {"approximate": approximate}))
+            return True
+    return False
+
+
+def _fuse_silu(node: ir.Node) -> bool:
+    """x sigmoid(x)"""
+    for x, gate in (node.inputs[:2], node.inputs[1::-1]):
+        sigmoid = only(gate, "Sigmoid")
+        if node.op_type == "Mul" and sigmoid is not None and x is not None and sigmoid.inputs[0] is x:
+            put_in_place(node, ir.node("Swish", [x]))
             return True
     return False
 
