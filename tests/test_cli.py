@@ -381,7 +381,8 @@ def test_the_public_names() -> None:
         sorted(hyperclone_onnx.__all__)
         == (
             "Analysis BadModel BadRequest CannotWrite Expansion FolderExpansion GrownTensor HypercloneError "
-            "ModelsDiffer Plan Recipe Refused SourceMap Strategy Validation analyse expand expand_folder plan_expansion rewrite "
+            "ModelsDiffer Plan Recipe Refused SourceMap Strategy Validation analyse expand expand_folder "
+            "plan_expansion rewrite "
             "validate_files"
         ).split()
     )
