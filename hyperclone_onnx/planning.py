@@ -131,10 +131,9 @@ class _Planner:
     def check_uniform(self) -> None:
         """An average over an axis is unchanged only when every index is repeated equally often."""
         for each in self.dimensions.uniform:
-            if not self.terms.grows(each.term):
-                continue
-            factors = self.terms.factors(each.term)
-            if factors is None or not _equal_counts(factors, self.terms):
+            # Where each factor of an axis repeats its indices equally often, so does the axis.
+            growing = [factor for factor in self.space.factors(each.term) if self.terms.grows(factor)]
+            if any(self._repeats(factor) is None for factor in growing):
                 raise Refused(
                     f"{describe(each.node)} averages over an axis whose parts would not grow equally "
                     f"({self._written(each.term)}): give its parts one factor with --set"
@@ -579,12 +578,6 @@ def _aligned(planner: _Planner, node: ir.Node, index: int, marks: Marks) -> Mark
     moved = frozenset(axis - (len(out) - len(operand)) for axis in marks)
     stretched = any(axis < 0 or planner.space.static(operand[axis]) == 1 for axis in moved)
     return None if stretched else moved
-
-
-def _equal_counts(factors: tuple[Axis, ...], terms: GrownTerms) -> bool:
-    index = index_axis([(factor, True) for factor in factors], terms.maps)
-    counts = np.bincount(index.source, minlength=index.source_size)
-    return bool(counts.min() == counts.max())
 
 
 def _is_trivial(recipe: Recipe) -> bool:

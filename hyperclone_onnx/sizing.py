@@ -126,6 +126,10 @@ def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[D
         return "vocab" if atom in vocabulary else "positions"
     if Fact.SOFTMAX in facts and not _is_weighted(facts):
         return "positions"
+    numbers = not facts.isdisjoint({Fact.SOFTMAX, Fact.NUMBERING}) and atom.pin is not None and not atom.pin.gap
+    if numbers and _is_weighted(facts):
+        # It numbers choices (the experts of a router) or places, so that it is no width of the model's own.
+        return "width"
     if _is_weighted(facts):
         if Fact.BATCHED in facts:
             return "group" if atom in groups else "heads"

@@ -313,7 +313,8 @@ def _from_front(bound: Size | None, size: Size) -> Size | None:
         return None
     value = bound.static
     if value is None:
-        return bound
+        # Symbols stand for lengths: what subtracts nothing but lengths counts from the back.
+        return size + bound if (-bound).is_length else bound
     if value >= END or (size.static is not None and value > size.static):
         return size
     if value >= 0:
