@@ -17,6 +17,8 @@ def normalise(model: ir.Model) -> ir.Model:
     The model is changed in place and returned; what it computes stays the same.
     """
     _import_domains(model)
+    while any([_run_stored_conditions(graph) for graph in (model.graph, *model.graph.subgraphs())]):
+        pass  # a branch may hold further ones
     for graph in (model.graph, *model.graph.subgraphs()):
         _compute_stored_outputs(graph)
     ir.passes.Sequential(
@@ -39,6 +41,42 @@ def _import_domains(model: ir.Model) -> None:
     """Import what ONNX Runtime's optimizer forgets to: the domains of the nodes that it made."""
     for node in model.graph.all_nodes():
         model.graph.opset_imports.setdefault(node.domain, 1)
+
+
+def _run_stored_conditions(graph: ir.Graph) -> bool:
+    """Put the branch that runs in the place of each If whose condition is stored; whether there was one.
+
+    The other branch would keep its sizes among grown ones, and ONNX Runtime infers the shapes of both.
+    """
+    found = False
+    for node in list(graph):
+        condition = node.inputs[0] if node.op_type == "If" and not node.domain else None
+        if condition is None or (stored := ir.convenience.get_const_tensor(condition)) is None:
+            continue
+        if not {"then_branch", "else_branch"} <= node.attributes.keys():
+            continue
+        branch = node.attributes["then_branch" if stored.numpy().item() else "else_branch"].as_graph()
+        found = True
+        prefix = f"{node.name or node.outputs[0].name}."
+        for value in list(branch.initializers.values()):
+            del branch.initializers[value.name or ""]
+            value.name = f"{prefix}{value.name}"
+            graph.register_initializer(value)
+        results = list(branch.outputs)
+        branch.outputs.clear()
+        for inner in list(branch):
+            branch.remove(inner)
+            for value in inner.outputs:
+                value.name = f"{prefix}{value.name}"
+            graph.insert_before(node, inner)
+        for output, result in zip(node.outputs, results, strict=True):
+            name, output.name = output.name, f"{prefix}{output.name}.chosen"
+            passed = ir.node("Identity", [result])
+            passed.outputs[0].name, passed.outputs[0].type, passed.outputs[0].shape = name, output.type, output.shape
+            graph.insert_before(node, passed)
+            ir.convenience.replace_all_uses_with(output, passed.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    return found
 
 
 def _compute_stored_outputs(graph: ir.Graph) -> None:
