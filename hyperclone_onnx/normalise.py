@@ -17,7 +17,7 @@ def normalise(model: ir.Model) -> ir.Model:
     The model is changed in place and returned; what it computes stays the same.
     """
     _import_domains(model)
-    while any([_run_stored_conditions(graph) for graph in (model.graph, *model.graph.subgraphs())]):
+    while any(_run_stored_conditions(graph) for graph in (model.graph, *model.graph.subgraphs())):
         pass  # a branch may hold further ones
     for graph in (model.graph, *model.graph.subgraphs()):
         _compute_stored_outputs(graph)

@@ -204,7 +204,7 @@ def pool(op: Op) -> None:
     x = op.axes(0)
     out = (x[0], x[1], *_spatial(op, op.int_list("kernel_shape", None) or [None] * (len(x) - 2)))
     if op.node.op_type == "MaxPool" and len(op.node.outputs) > 1:
-        for term in x[:2]:
+        for term in x:
             op.pin(term, "MaxPool's flat indices count through it")
     op.out(out)
     op.out(out, index=1)
@@ -277,8 +277,13 @@ def resize(op: Op) -> None:
 
 
 def _unscaled(op: Op, index: int) -> bool:
-    """Whether the stored scales of batch and channels are 1."""
-    tensor = op.value(index).const_value
+    """Whether the stored scales of batch and channels are 1, converted or not."""
+    value = op.value(index)
+    producer = value.producer()
+    while producer is not None and producer.op_type in ("Cast", "Identity") and producer.inputs[0] is not None:
+        value = producer.inputs[0]
+        producer = value.producer()
+    tensor = value.const_value
     return tensor is not None and tensor.size >= 2 and bool((tensor.numpy().ravel()[:2] == 1.0).all())
 
 

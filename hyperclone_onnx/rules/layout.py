@@ -214,8 +214,10 @@ def split(op: Op) -> None:
     axis = op.axis(op.integer("axis", 0), len(axes))
     total = op.static(axes[axis])
     count = len(op.node.outputs)
-    sizes = op.int_list("split", 1)
-    if sizes is None and total is not None:
+    computed = op.opset >= 13 and op.has(1) and op.ints(1) is None
+    op.parameter(1)
+    sizes = None if computed else op.int_list("split", 1)
+    if sizes is None and total is not None and not computed:
         chunk = -(-total // count)
         sizes = [min(chunk, total - chunk * i) for i in range(count)]
     parts = op.space.segments(axes[axis], sizes) if sizes is not None and total is not None else None
