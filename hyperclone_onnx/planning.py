@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.growth import GrownOp, GrownTerms
 from hyperclone_onnx.inference import Axes, Dimensions, Use, describe
-from hyperclone_onnx.maps import Axis, Kept, index_axis
+from hyperclone_onnx.maps import Kept
 from hyperclone_onnx.plan import Edit, Feed, GrownDim, Interface, Plan, Recipe
 from hyperclone_onnx.sharing import Sharing
 from hyperclone_onnx.sizing import Growth
 from hyperclone_onnx.strategies import Strategy
+from hyperclone_onnx.tracing import Tracer
 
 
 def make_plan(
@@ -79,21 +79,15 @@ def _touched(dimensions: Dimensions, terms: GrownTerms, node: ir.Node) -> bool:
 
 def _check_averages(dimensions: Dimensions, terms: GrownTerms) -> None:
     """An average over an axis is unchanged only when every index is repeated equally often."""
+    tracer = Tracer(dimensions, terms)
     for each in dimensions.uniform:
-        if not terms.grows(each.term):
-            continue
-        factors = terms.factors(each.term)
-        if factors is None or not _equal_counts(factors, terms):
+        # Where each factor of an axis repeats its indices equally often, so does the axis.
+        growing = [factor for factor in terms.space.factors(each.term) if terms.grows(factor)]
+        if any(tracer.repeats(factor) is None for factor in growing):
             raise Refused(
                 f"{describe(each.node)} averages over an axis whose parts would not grow equally "
                 f"({terms.written(each.term)}): give its parts one factor with --set"
             )
-
-
-def _equal_counts(factors: tuple[Axis, ...], terms: GrownTerms) -> bool:
-    index = index_axis([(factor, True) for factor in factors], terms.maps)
-    counts = np.bincount(index.source, minlength=index.source_size)
-    return bool(counts.min() == counts.max())
 
 
 def _tensors(sharing: Sharing) -> tuple[dict[str, Recipe], list[Feed]]:

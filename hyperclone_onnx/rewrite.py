@@ -133,7 +133,7 @@ class _Rewriter:
             case ScaleInput():
                 self._before(node, edit.input, self._scale_steps(node, edit))
             case TakeBranch(_, branch):
-                _take_branch(node, branch)
+                self._take_branch(node, branch)
             case DivideOutput(_, slot, divisor):
                 array = np.asarray(divisor, dtype=np.int32)
                 self._after(node.outputs[slot], [_Step("Div", ((1, self._constant(f"{node.name}.repeats", array)),))])
@@ -183,6 +183,23 @@ class _Rewriter:
 
     def _gather(self, hint: str, index: Array, axis: int) -> _Step:
         return _Step("Gather", ((1, self._constant(hint, index)),), axis=axis)
+
+    def _take_branch(self, node: ir.Node, name: str) -> None:
+        """Put the nodes of one branch in the place of an If; other branches may use the same names."""
+        branch, graph = node.attributes[name].as_graph(), _graph_of(node)
+        results, moved = list(branch.outputs), list(branch)
+        branch.outputs.clear()
+        branch.remove(moved)
+        for value in (value for inner in moved for value in inner.outputs):
+            value.name = self._fresh(f"{node.name}.{value.name}")
+        graph.insert_before(node, moved)
+        for output, result in zip(node.outputs, results, strict=True):
+            passed = ir.node("Identity", [result], name=self._fresh(f"{node.name}.Identity"))
+            passed.outputs[0].name, passed.outputs[0].type = output.name, output.type
+            output.name = self._fresh(f"{output.name}.branch")
+            graph.insert_before(node, passed)
+            output.replace_all_uses_with(passed.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
     # -- inserting ----------------------------------------------------------------------------------------
 
@@ -267,19 +284,6 @@ class _Rewriter:
             if not entering:
                 value.shape, value = None, result
         value.shape = ir.Shape(shape)
-
-
-def _take_branch(node: ir.Node, name: str) -> None:
-    branch, graph = node.attributes[name].as_graph(), _graph_of(node)
-    made, moved = list(branch.outputs), list(branch)
-    branch.outputs.clear()
-    branch.remove(moved)
-    graph.insert_before(node, moved)
-    for old, new in zip(node.outputs, made, strict=True):
-        name_of_result = old.name
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        old.name, new.name = f"{name_of_result}.branch", name_of_result
-    graph.remove(node, safe=True)
 
 
 def _first_index(source: Array) -> Array:

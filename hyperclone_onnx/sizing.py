@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from hyperclone_onnx.dims import Dim
+from hyperclone_onnx.dims import Concat, Dim, Space, Term
 from hyperclone_onnx.errors import BadRequest, NothingGrows, Refused
 from hyperclone_onnx.inference import Dimensions, Fact, atoms_in_order
 from hyperclone_onnx.maps import SourceMap
@@ -126,6 +127,10 @@ def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[D
         return "vocab" if atom in vocabulary else "positions"
     if Fact.SOFTMAX in facts and not _is_weighted(facts):
         return "positions"
+    numbers = not facts.isdisjoint({Fact.SOFTMAX, Fact.NUMBERING}) and atom.pin is not None and not atom.pin.gap
+    if numbers and _is_weighted(facts):
+        # It numbers choices (the experts of a router) or places, so that it is no width of the model's own.
+        return "width"
     if _is_weighted(facts):
         if Fact.BATCHED in facts:
             return "group" if atom in groups else "heads"
@@ -227,23 +232,35 @@ def _kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested
         if each.name not in requested and (each.role in requested or each.role in GROWN_BY_FACTOR)
     }
     grouped = {atom for term, _ in dimensions.facts[Fact.GROUPED] for atom in space.atoms(term)}
-    composites: dict[tuple[frozenset[Dim], ...], None] = {}
+    composites: dict[tuple[Dim, ...], None] = {}
     for kind in WIDTHS:
         for term, _ in dimensions.facts[kind]:
-            factors = [frozenset(atom for atom in space.atoms(f) if atom in keys) for f in space.factors(term)]
-            for key in {keys[atom] for factor in factors for atom in factor}:
-                same = (frozenset(atom for atom in factor if keys[atom] == key) for factor in factors)
-                composites.setdefault(tuple(factor for factor in same if factor))
+            for width in _widths(space, term):
+                for key in {keys[atom] for atom in width if atom in keys}:
+                    composites.setdefault(tuple(atom for atom in width if keys.get(atom) == key))
     grows: set[Dim] = set()
     kept: set[Dim] = set()
     for composite in sorted(composites, key=len):
-        if len(composite) > 1 and not any(grows & factor for factor in composite):
-            apart = [factor for factor in composite if not factor & grouped] or list(composite)
-            grows |= apart[0]
-        elif len(composite) == 1:
-            grows |= composite[0]
-        kept |= {atom for factor in composite for atom in factor}
+        if len(composite) == 1:
+            grows.add(composite[0])
+        elif grows.isdisjoint(composite):
+            grows.add(next((atom for atom in composite if atom not in grouped), composite[0]))
+        kept.update(composite)
     return kept - grows
+
+
+def _widths(space: Space, term: Term) -> dict[tuple[Dim, ...], None]:
+    """What lies side by side along an axis, each as its atoms, outermost first; equal ones once.
+
+    Of ``((a b) + c) d`` they are ``a b d`` and ``c d``.
+    """
+    resolved = space.resolve(term)
+    if isinstance(resolved, Dim):
+        return {(resolved,): None}
+    if isinstance(resolved, Concat):
+        return {width: None for segment in resolved.segments for width in _widths(space, segment)}
+    parts = [_widths(space, factor) for factor in resolved.factors]
+    return {tuple(itertools.chain(*chosen)): None for chosen in itertools.product(*parts)}
 
 
 def _check_request(

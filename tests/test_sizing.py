@@ -68,3 +68,28 @@ def test_a_factor_asked_for_by_name_grows_beside_another(tmp_path: Path) -> None
     both = [each.name for each in analysis.named if each.size == 6]
     plan = plan_expansion(analysis, requests=dict.fromkeys(both, 2))
     assert sorted(plan.dims) == sorted(both)
+
+
+def test_two_decided_branches_that_use_the_same_names(tmp_path: Path) -> None:
+    """What runs takes the place of each If."""
+    weights = normal(0, {"table": (31, 12), "gain": (12,), "up": (12, 20), "down": (20, 12), "head": (12, 31)})
+    model = build_model(
+        """g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) {
+            yes = Constant <value = bool {1}> ()
+            h = Gather (table, ids)
+            n = LayerNormalization (h, gain)
+            a = If (yes) <then_branch = one () => (float[x, y, z] out) { u = MatMul (n, up)  out = Relu (u) },
+                          else_branch = two () => (float[x, y, z] out) { out = MatMul (n, down) }>
+            b = If (yes) <then_branch = three () => (float[x, y, z] out) { u = MatMul (a, down)  out = Relu (u) },
+                          else_branch = four () => (float[x, y, z] out) { out = MatMul (a, up) }>
+            c = If (yes) <then_branch = five () => (float[x, y, z] out) { out = Identity (b) },
+                          else_branch = six () => (float[x, y, z] out) { out = Relu (b) }>
+            logits = MatMul (c, head)
+        }""",
+        weights,
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    expand(tmp_path / "model.onnx", tmp_path / "big.onnx", 2, device="cpu", precision="float64")
+    grown = onnx.load(tmp_path / "big.onnx").graph
+    assert "If" not in {node.op_type for node in grown.node}
+    assert {each.name: list(each.dims) for each in grown.initializer}["up"] == [24, 40]

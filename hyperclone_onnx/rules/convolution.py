@@ -12,23 +12,39 @@ from hyperclone_onnx.rules.registry import edits, relates
 from hyperclone_onnx.sizes import Size
 
 
-def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = None) -> list[Term]:
+def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = None, fixed: bool = True) -> list[Term]:
     """The output's spatial axes, from the input's, which are pinned, and the window that runs over them.
 
-    Where that is not known before running, the file's own word is taken.
+    Where that is not known before running, the file's own word is taken. An axis whose window is one element that
+    stays (`fixed`) in its place is no space: it passes.
     """
     inner = op.axes(0)[2:]
-    for term in inner:
-        op.pin(term, "a spatial axis")
+    passing = [fixed and _stays(op, axis, kernel[axis]) for axis in range(len(inner))]
+    for term, passes in zip(inner, passing, strict=True):
+        if not passes:
+            op.fact(Fact.NUMBERING, term)
+            op.pin(term, "a spatial axis")
     declared = op.declared(op.node.outputs[0])
     sizes: Sequence[Size | None] = [None] * len(inner)
     if declared is not None and len(declared) == len(inner) + 2:
         sizes = declared[2:]
     made = [(count or _window_count)(op, axis, op.size(term), kernel[axis]) for axis, term in enumerate(inner)]
-    return [
-        op.pinned_dim(found if found is not None else size, "a spatial axis")
-        for found, size in zip(made, sizes, strict=True)
-    ]
+    out: list[Term] = []
+    for term, passes, found, size in zip(inner, passing, made, sizes, strict=True):
+        out.append(term if passes else op.pinned_dim(found if found is not None else size, "a spatial axis"))
+        if not passes:
+            op.fact(Fact.NUMBERING, out[-1])
+    return out
+
+
+def _stays(op: Op, axis: int, kernel: int | None) -> bool:
+    """Whether output j is made of input j alone: a window of one, one step apart, without padding."""
+    count = op.rank(0) - 2
+    stride = (op.int_list("strides", None) or [1] * count)[axis]
+    pads = op.int_list("pads", None) or [0] * (2 * count)
+    more = (op.int_list("output_padding", None) or [0] * count)[axis]
+    whole = op.int_list("output_shape", None) is None and not pads[axis] and not pads[axis + count] and not more
+    return kernel == 1 and stride == 1 and whole
 
 
 WindowCount = Callable[[Op, int, Size, int | None], Size | None]
@@ -86,8 +102,9 @@ def relate_conv(
     integers: bool = False,
     scales: tuple[int, ...] = (),
     biases: tuple[int, ...] = (),
+    fixed: bool = True,
 ) -> None:
-    """Relate a convolution of input `data` with input `weight`; see `Op.sum_over` for the rest."""
+    """Relate a convolution of input `data` with input `weight`; see `_spatial` and `Op.sum_over` for the rest."""
     x, w = op.axes(data), op.axes(weight)
     group = op.integer("group", 1)
     for term in w[2:]:
@@ -104,7 +121,7 @@ def relate_conv(
         op.pin(x[1], "the channels of an input")
     if op.has(bias):
         op.unify(op.axes(bias)[0], w[0])
-    op.out((x[0], w[0], *_spatial(op, [op.static(term) for term in w[2:]])))
+    op.out((x[0], w[0], *_spatial(op, [op.static(term) for term in w[2:]], fixed=fixed)))
 
 
 @relates("Conv")
@@ -116,7 +133,7 @@ def conv(op: Op) -> None:
 @relates("DeformConv")
 def deform_conv(op: Op) -> None:
     """Conv that reads X[n, (f c), p + k + offset[n, (f k), p]] mask[n, (f k), p]"""
-    relate_conv(op, 0, 1, 3)
+    relate_conv(op, 0, 1, 3, fixed=False)
     x = op.axes(0)
     op.pin(_grouped(op, x[1], op.integer("offset_group", 1))[0], "channels that move together")
     for index in (2, 4):
@@ -187,7 +204,7 @@ def pool(op: Op) -> None:
     x = op.axes(0)
     out = (x[0], x[1], *_spatial(op, op.int_list("kernel_shape", None) or [None] * (len(x) - 2)))
     if op.node.op_type == "MaxPool" and len(op.node.outputs) > 1:
-        for term in x[:2]:
+        for term in x:
             op.pin(term, "MaxPool's flat indices count through it")
     op.out(out)
     op.out(out, index=1)
@@ -260,8 +277,13 @@ def resize(op: Op) -> None:
 
 
 def _unscaled(op: Op, index: int) -> bool:
-    """Whether the stored scales of batch and channels are 1."""
-    tensor = op.value(index).const_value
+    """Whether the stored scales of batch and channels are 1, converted or not."""
+    value = op.value(index)
+    producer = value.producer()
+    while producer is not None and producer.op_type in ("Cast", "Identity") and producer.inputs[0] is not None:
+        value = producer.inputs[0]
+        producer = value.producer()
+    tensor = value.const_value
     return tensor is not None and tensor.size >= 2 and bool((tensor.numpy().ravel()[:2] == 1.0).all())
 
 

@@ -23,6 +23,11 @@ def gather(op: Op) -> None:
     """out[a, i, b] = x[a, indices[i], b]; known neighbouring indices are a cut"""
     axes, where = op.axes(0), op.axes(1)
     axis = op.axis(op.integer("axis", 0), len(axes))
+    if _is_measured(op) and not where and not op.is_constant(0):
+        # Any index will do where nobody reads the elements.
+        op.parameter(1)
+        op.out((*axes[:axis], *axes[axis + 1 :]))
+        return
     picked = _cut_run(op, axes[axis])
     if picked is not None:
         op.parameter(1)
@@ -37,6 +42,13 @@ def gather(op: Op) -> None:
                     op.fact(Fact.EMBEDDING, term)
     middle = where if picked is None else _spread(op, picked, where)
     op.out((*axes[:axis], *middle, *axes[axis + 1 :]), _gathered(op, axis))
+
+
+def _is_measured(op: Op) -> bool:
+    """Whether only the size of the output is read."""
+    output = op.node.outputs[0]
+    readers = output.uses()
+    return bool(readers) and not output.is_graph_output() and all(each.node.op_type == "Shape" for each in readers)
 
 
 def _spread(op: Op, picked: Term, where: Axes) -> Axes:
@@ -84,7 +96,7 @@ def edit_gather(op: GrownOp) -> None:
     axes = op.axes(0)
     term = axes[op.integer("axis", 0) % len(axes)]
     run = _run(op, op.static(term))
-    if run is None or not op.grows(term):
+    if run is None or not op.grows(term) or (_is_measured(op) and not op.axes(1)):
         return
     _move_run(op, term, run, op.axes(1))
 
@@ -196,7 +208,19 @@ def one_hot(op: Op) -> None:
     depth = op.known(1)
     axis = op.axis(op.integer("axis", -1), len(axes) + 1)
     axes.insert(axis, op.pinned_dim(None if depth is None else depth.item(), "numbered by OneHot"))
-    op.out(axes)
+    op.fact(Fact.NUMBERING, axes[axis])
+    op.out(axes, _one_hot_known(op, axis))
+
+
+def _one_hot_known(op: Op, axis: int) -> Known | None:
+    elements, depths, values = op.known(0), op.ints(1), op.known(2)
+    indices = op.ints(0)
+    if elements is None or indices is None or depths is None or values is None:
+        return None
+    depth = depths[0]
+    where = np.asarray([i + depth if i < 0 else i for i in indices], dtype=np.int64).reshape(elements.shape)
+    hot = np.expand_dims(where, axis) == np.arange(depth).reshape([-1] + [1] * (elements.ndim - axis))
+    return np.asarray(values[hot.astype(np.int64)], dtype=object)
 
 
 @relates("TopK")
@@ -207,7 +231,9 @@ def top_k(op: Op) -> None:
     op.pin(axes[axis], "searched by TopK")
     op.parameter(1)
     k = op.known(1)
+    op.fact(Fact.NUMBERING, axes[axis])
     axes[axis] = op.pinned_dim(None if k is None else k.ravel()[0], "the k of TopK")
+    op.fact(Fact.NUMBERING, axes[axis])
     op.out(axes)
     op.out(axes, index=1)
 

@@ -214,8 +214,10 @@ def split(op: Op) -> None:
     axis = op.axis(op.integer("axis", 0), len(axes))
     total = op.static(axes[axis])
     count = len(op.node.outputs)
-    sizes = op.int_list("split", 1)
-    if sizes is None and total is not None:
+    computed = op.opset >= 13 and op.has(1) and op.ints(1) is None
+    op.parameter(1)
+    sizes = None if computed else op.int_list("split", 1)
+    if sizes is None and total is not None and not computed:
         chunk = -(-total // count)
         sizes = [min(chunk, total - chunk * i) for i in range(count)]
     parts = op.space.segments(axes[axis], sizes) if sizes is not None and total is not None else None
@@ -313,7 +315,8 @@ def _from_front(bound: Size | None, size: Size) -> Size | None:
         return None
     value = bound.static
     if value is None:
-        return bound
+        # Symbols stand for lengths: what subtracts nothing but lengths counts from the back.
+        return size + bound if (-bound).is_length else bound
     if value >= END or (size.static is not None and value > size.static):
         return size
     if value >= 0:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from rule_rows.harness import Model, activation, letters, narrow, row
+
+
+def windows(kernel: Sequence[int], attributes: dict[str, Any]) -> str:
+    """What becomes of spatial axes: a window of one that stays in its place lets them grow."""
+    moves = attributes.keys() & {"pads", "strides", "output_padding", "output_shape"}
+    return "".join("p" if moves or n > 1 else "g" for n in kernel)
 
 
 @row("Conv", seeds=24)
@@ -23,11 +30,11 @@ def conv(m: Model) -> None:
     if m.coin():
         attributes["strides"] = (2,) * len(space)
     channels, out = group * c, group * o
-    x = activation(m, (m.size(1, 2), channels, *space), "." + letters((channels,)) + "p" * len(space))
+    x = activation(m, (m.size(1, 2), channels, *space), "." + letters((channels,)) + windows(kernel, attributes))
     operands = [x, m.operand((out, c, *kernel), letters((out, c)) + "p" * len(space))]
     if m.coin():
         operands.append(m.operand((out,), letters((out,))))
-    m.node("Conv", *operands, want="." + letters((out,)) + "p" * len(space), **attributes)
+    m.node("Conv", *operands, want="." + letters((out,)) + windows(kernel, attributes), **attributes)
 
 
 @row("Conv", seeds=4)
@@ -53,13 +60,13 @@ def conv_transpose(m: Model) -> None:
         attributes.pop("output_padding", None)
     grows = "g" if c > 1 or group > 1 else "p"
     widens = "g" if o > 1 or (c == 1 and group > 1) else "p"
-    x = activation(m, (m.size(1, 2), group * c, *space), "." + grows + "p" * len(space))
+    x = activation(m, (m.size(1, 2), group * c, *space), "." + grows + windows(kernel, attributes))
     operands = [x, m.operand((group * c, o, *kernel), grows + letters((o,)) + "p" * len(space))]
     if m.coin():
         operands.append(m.operand((group * o,), widens))
     if group > 1:  # the reference writes one channel for each group
         narrow(m)
-    m.node("ConvTranspose", *operands, want="." + widens + "p" * len(space), **attributes)
+    m.node("ConvTranspose", *operands, want="." + widens + windows(kernel, attributes), **attributes)
 
 
 @row("ConvTranspose", seeds=4)
@@ -123,11 +130,12 @@ def instance_norm(m: Model) -> None:
 def pool(m: Model, op: str) -> None:
     m.opset = m.pick(13, 18) if op != "LpPool" else 18
     space = tuple(m.size(3, 5) for _ in range(m.size(1, 2)))
-    x = activation(m, (m.size(), m.size(), *space), "gg" + "p" * len(space))
-    attributes: dict[str, Any] = {"kernel_shape": (2,) * len(space)}
+    kernel = tuple(m.size(1, 2) for _ in space)
+    attributes: dict[str, Any] = {"kernel_shape": kernel}
     if m.coin():
         attributes["strides"] = (2,) * len(space)
-    m.node(op, x, want="gg" + "p" * len(space), **attributes)
+    x = activation(m, (m.size(), m.size(), *space), "gg" + windows(kernel, attributes))
+    m.node(op, x, want="gg" + windows(kernel, attributes), **attributes)
 
 
 @row("MaxPool", seeds=6)
@@ -135,7 +143,7 @@ def max_pool_with_indices(m: Model) -> None:
     """Its indices are flat over the whole tensor."""
     m.runtime, m.tolerance, m.opset = True, 1e-5, 12
     x = activation(m, (2, m.size(), 4, 4), kind=np.float32)
-    m.node("MaxPool", x, outputs=2, kernel_shape=(2, 2))
+    m.node("MaxPool", x, outputs=2, kernel_shape=m.pick((2, 2), (2, 1)))
 
 
 @row("GlobalAveragePool", "GlobalMaxPool", seeds=10)
@@ -185,7 +193,10 @@ def resize(m: Model) -> None:
     x = activation(m, shape, want)
     count = len(attributes.get("axes", shape))
     if m.coin():
-        inputs = [x, "", m.operand(np.array([1, 1, 2, 2], np.float32)[-count:], stored=True)]
+        scales = np.array([1, 1, 2, 2], np.float32)[-count:]
+        converted = m.coin()
+        stored = m.operand(scales.astype(np.float16) if converted else scales, stored=True)
+        inputs = [x, "", m.node("Cast", stored, to=1, inner=True) if converted else stored]
     else:
         inputs = [x, "", "", m.ints([*shape[:2], 6, 8][-count:])]
     narrow(m)

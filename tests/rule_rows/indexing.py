@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rule_rows.harness import Model, indices, narrow, row
+from rule_rows.harness import Model, activation, indices, narrow, row
 
 
 @row("Gather", seeds=24)
@@ -112,6 +112,28 @@ def one_hot(m: Model) -> None:
     inputs = [indices(m, where, 4, "g" * len(where), stored=False), m.ints(m.pick(4, [4])), m.operand((2,))]
     narrow(m)
     m.node("OneHot", *inputs, **attributes)
+
+
+@row("OneHot", seeds=4)
+def one_hot_among_sizes(m: Model) -> None:
+    """Repeats that are 1 but along one axis."""
+    n, d, times = m.size(), m.size(), m.size()
+    x = activation(m, (n, 1, d), "g.g")
+    pair = m.node("Concat", m.ints([1]), m.ints([times]), axis=0, inner=True)
+    repeats = m.node("OneHot", m.ints([1]), m.ints(3), pair, inner=True)
+    tiled = m.node("Tile", x, m.node("Reshape", repeats, m.ints([-1]), inner=True), want="ggg")
+    m.node("Add", tiled, m.operand((n, times, d)), want="ggg")
+
+
+@row("Gather", seeds=4)
+def gather_that_is_measured(m: Model) -> None:
+    """Of one element of a width only the shape is read: the width is not cut."""
+    m.equal, m.opset = True, m.pick(18, 21)
+    length, d = m.size(), m.size(3)
+    x = activation(m, (length, d), ".g")
+    element = m.node("Gather", x, m.ints(m.pick(-1, d - 1)), axis=1, inner=True)
+    m.node("Shape", element)
+    m.node("ReduceMean", x, m.ints([1]), keepdims=0, want=".")
 
 
 @row("TopK", seeds=8)

@@ -166,6 +166,15 @@ def split(m: Model) -> None:
     m.node("Split", m.operand(tuple(shape), want, stored=False), *inputs, outputs=len(sizes), **attributes)
 
 
+@row("Split", seeds=4)
+def split_at_run_time(m: Model) -> None:
+    """How many rows go where is computed: their width grows all the same."""
+    m.opset = m.pick(13, 18, 21)
+    x = m.operand((5, m.size()), "pg", stored=False)
+    sizes = m.operand(np.asarray([2, 3], np.int64), stored=False)
+    m.node("Split", x, sizes, outputs=2, axis=0)
+
+
 @row("Split", seeds=6)
 def split_with_a_shorter_end(m: Model) -> None:
     m.opset = m.pick(18, 21)
@@ -217,6 +226,20 @@ def halves(m: Model) -> None:
     low = m.node("Slice", x, bounds[0], bounds[1], bounds[3], want="gg")
     high = m.node("Slice", x, bounds[1], bounds[2], bounds[3], want="gg")
     m.node("Concat", m.node("Neg", high, inner=True), low, axis=1, want="gg")
+
+
+@row("Slice", seeds=4)
+def the_last_of_a_length(m: Model) -> None:
+    """A slice that begins a length before the end: all of it, here."""
+    length, d = m.size(), m.size()
+    x = m.operand((length, d), stored=False)
+    m.symbols[x] = ("length", d)
+    size = m.node("Gather", m.node("Shape", x, inner=True), m.ints([0]), axis=0, inner=True)
+    last = m.node("Slice", x, m.node("Neg", size, inner=True), m.ints([2**63 - 1]), m.ints([0]), want="pg")
+    measured = m.node("Gather", m.node("Shape", last, inner=True), m.ints([0]), axis=0, inner=True)
+    flat = m.node("Reshape", m.node("Tanh", x, inner=True), m.ints([-1]), inner=True)
+    shape = m.node("Concat", measured, m.ints([-1]), axis=0, inner=True)
+    m.node("Reshape", flat, shape, want="pg")
 
 
 @row("Slice", seeds=4)
