@@ -79,9 +79,9 @@ def test_two_decided_branches_that_use_the_same_names(tmp_path: Path) -> None:
             h = Gather (table, ids)
             n = LayerNormalization (h, gain)
             a = If (yes) <then_branch = one () => (float[x, y, z] out) { u = MatMul (n, up)  out = Relu (u) },
-                          else_branch = two () => (float[x, y, z] out) { out = MatMul (n, down) }>
+                          else_branch = two () => (float[x, y, z] out) { out = MatMul (n, up) }>
             b = If (yes) <then_branch = three () => (float[x, y, z] out) { u = MatMul (a, down)  out = Relu (u) },
-                          else_branch = four () => (float[x, y, z] out) { out = MatMul (a, up) }>
+                          else_branch = four () => (float[x, y, z] out) { out = MatMul (a, down) }>
             c = If (yes) <then_branch = five () => (float[x, y, z] out) { out = Identity (b) },
                           else_branch = six () => (float[x, y, z] out) { out = Relu (b) }>
             logits = MatMul (c, head)
