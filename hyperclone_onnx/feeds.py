@@ -24,8 +24,9 @@ LENGTHS: tuple[tuple[int, ...], ...] = ((2, 7, 3, 5), (1, 5, 2, 9), (3, 11, 1, 1
 """Lengths for a model's symbols, in order of appearance (the first is mostly the batch). The last rows serve
 models that want round numbers (images); a row on which the source does not run is passed over."""
 
-ONE_STEP = (2, 1, 6, 7)
-"""One new token for each of several sequences, where there is a cache."""
+CACHED: tuple[tuple[int, ...], ...] = ((2, 7, 3, 5), (3, 11, 4, 13), (2, 1, 6, 7), (1, 5, 2, 9))
+"""Lengths where there is a cache, which is empty in the second row: a prompt, one new token for each of several
+sequences, and several for one (ONNX Runtime's attention takes no more on the CPU)."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ def cases(dimensions: Dimensions, seed: int = 0) -> Iterator[Case]:
     """Input sets with odd lengths: all-ones and padded masks, indices within their tables, empty caches too."""
     symbols = _symbols(dimensions)
     limits = _limits(dimensions)
-    rows = LENGTHS if len(symbols) < 3 else (*LENGTHS[:2], ONE_STEP, *LENGTHS[2:])
-    for number, lengths in enumerate(rows):
+    cached = _cached(dimensions)
+    for number, lengths in enumerate((*CACHED, *LENGTHS[3:]) if cached else LENGTHS):
         values = {name: lengths[min(i, 3)] + 2 * max(0, i - 3) for i, name in enumerate(symbols)}
+        if number == 1:
+            values |= dict.fromkeys(cached, 0)
         rng = np.random.default_rng([seed, number])
         yield Case(_label(values), _make(dimensions, values, limits, rng, padded=number % 2 == 1))
         if not symbols:
@@ -62,6 +65,19 @@ def _symbols(dimensions: Dimensions) -> list[str]:
                 for name in monomial:
                     found.setdefault(name)
     return list(found)
+
+
+def _cached(dimensions: Dimensions) -> list[str]:
+    """The lengths of caches: on several inputs of four axes, of keys and of values, and on no other input alone."""
+    on: dict[str, list[bool]] = {}
+    for value in dimensions.model.graph.inputs:
+        axes = dimensions.axes.get(value) or ()
+        of_heads = len(axes) >= 4 and value.dtype is not None and value.dtype.is_floating_point()
+        for term in axes:
+            name = dimensions.space.size(term).lone_symbol
+            if name is not None:
+                on.setdefault(name, []).append(of_heads)
+    return [name for name, seen in on.items() if all(seen) and len(seen) > 1]
 
 
 def _limits(dimensions: Dimensions) -> dict[ir.Value, int]:

@@ -93,6 +93,8 @@ class Dimensions:
     packed: dict[Use, int] = field(default_factory=dict)
     """The uses that hold several numbers in a byte, with the bits of each number."""
     unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    idle: set[ir.Node] = field(default_factory=set)
+    """The nodes of branches that never run, which the grown graph has no more."""
     walked: list[ir.Node] = field(default_factory=list)
     """Every node that was related, those of subgraphs that a rule walks into included, in order."""
 

@@ -128,9 +128,9 @@ def _recipe(sharing: Sharing, source: str, use: Use, axes: Axes) -> Recipe:
 
 
 def _read_elsewhere(dimensions: Dimensions, name: str) -> bool:
-    """Whether a tensor is also read where no recipe reaches: a branch that never runs, the graph's outputs."""
-    value = dimensions.model.graph.initializers[name]
-    return value.is_graph_output() or any((use.node, use.idx) not in dimensions.use_axes for use in value.uses())
+    """Whether a tensor is also read where no recipe reaches: in the body of an operator without a rule."""
+    uses = [use for use in dimensions.model.graph.initializers[name].uses() if use.node not in dimensions.idle]
+    return any((use.node, use.idx) not in dimensions.use_axes for use in uses)
 
 
 def _is_trivial(recipe: Recipe) -> bool:

@@ -113,8 +113,17 @@ class _Form:
 
     def real(self, index: int) -> ir.Value:
         """An input in real numbers, as it is."""
-        array = self.array(index)
-        return self.constant(array) if array is not None else self.op("Cast", self.value(index), to=int(self.dtype))
+        value = self.value(index)
+        tensor = value.const_value if is_initializer(value) else None
+        if tensor is None:
+            return self.op("Cast", value, to=int(self.dtype))
+        codes, dtype, name = tensor, self.dtype, f"{self.node.name}.real.stored.{len(self.stored)}"
+        shape = ir.Shape(codes.shape.numpy())
+        lazy = ir.LazyTensor(
+            lambda: ir.Tensor(codes.numpy().astype(dtype.numpy()), name=name), dtype=dtype, shape=shape, name=name
+        )
+        self.stored.append(ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=lazy))
+        return self.stored[-1]
 
     def parameter(self, index: int, trailing: int) -> ir.Value:
         """A scale or zero point: one number, or a vector along the axis before the last `trailing` ones."""

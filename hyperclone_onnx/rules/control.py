@@ -25,7 +25,8 @@ def if_(op: Op) -> None:
         raise CannotTell("If without both branches")
     condition = op.ints(0)
     if condition is not None:  # the other branch never runs
-        names = names[:1] if condition[0] else names[1:]
+        names, idle = (names[:1], names[1]) if condition[0] else (names[1:], names[0])
+        op.dimensions.idle.update(op.node.attributes[idle].as_graph().all_nodes())
     branches = [op.node.attributes[name].as_graph() for name in names]
     place = op.space.place
     for branch in branches:
