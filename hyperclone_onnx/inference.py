@@ -39,7 +39,8 @@ class Fact(enum.Enum):
     EMBEDDING = "width of an embedding table"
     EXPANDED = "made by repetition"
     SOFTMAX = "axis of a softmax"
-    NUMBERING = "numbers places or choices"
+    SPATIAL = "numbers places, which a window moves along"
+    CHOSEN = "numbers what is chosen from"
     GROUPED = "numbers groups of channels that are convolved or normalised apart"
     STATE = "carried from step to step by a recurrence"
 

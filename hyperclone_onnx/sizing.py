@@ -127,9 +127,7 @@ def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[D
         return "vocab" if atom in vocabulary else "positions"
     if Fact.SOFTMAX in facts and not _is_weighted(facts):
         return "positions"
-    numbers = not facts.isdisjoint({Fact.SOFTMAX, Fact.NUMBERING}) and atom.pin is not None and not atom.pin.gap
-    if numbers and _is_weighted(facts):
-        # It numbers choices (the experts of a router) or places, so that it is no width of the model's own.
+    if _is_weighted(facts) and atom.pin is not None and not atom.pin.gap and _is_a_count(facts):
         return "width"
     if _is_weighted(facts):
         if Fact.BATCHED in facts:
@@ -142,6 +140,12 @@ def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[D
         return "ffn" if Fact.WEIGHT_OUTPUT in facts else "width"
     lost = Fact.WEIGHT_OUTPUT in facts and atom.pin is not None and atom.pin.gap
     return "width" if lost else "other"
+
+
+def _is_a_count(facts: frozenset[Fact]) -> bool:
+    """Whether an axis numbers places or choices (a router's experts), so that it is no width of the model's own."""
+    stream = not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING, Fact.STATE})
+    return Fact.SPATIAL in facts or (not stream and not facts.isdisjoint({Fact.SOFTMAX, Fact.CHOSEN}))
 
 
 def _vocabulary(dimensions: Dimensions) -> set[Dim]:

@@ -93,3 +93,70 @@ def test_two_decided_branches_that_use_the_same_names(tmp_path: Path) -> None:
     grown = onnx.load(tmp_path / "big.onnx").graph
     assert "If" not in {node.op_type for node in grown.node}
     assert {each.name: list(each.dims) for each in grown.initializer}["up"] == [24, 40]
+
+
+def test_groups_in_segments_side_by_side_grow_once(tmp_path: Path) -> None:
+    """Scale and shift of a normalisation of groups, made by one product: each half is (groups channels)."""
+    weights = normal(0, {"up": (10, 24), "both": (10, 48), "down": (24, 5)})
+    weights |= {"gain": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}
+    shapes = {"groups": [0, 4, 6], "flat": [0, 24]}
+    weights |= {name: np.asarray(shape) for name, shape in shapes.items()}  # type: ignore[misc]
+    model = tmp_path / "model.onnx"
+    graph = """g (float[batch, 10] x) => (float[batch, 5] y) {
+        h = MatMul (x, up)
+        r = Reshape (h, groups)
+        n = InstanceNormalization (r, gain, bias)
+        f = Reshape (n, flat)
+        t = MatMul (x, both)
+        a, b = Split <axis = 1, num_outputs = 2> (t)
+        m = Mul (f, a)
+        s = Add (m, b)
+        y = MatMul (s, down)
+    }"""
+    onnx.save(build_model(graph, weights), model)
+    expand(model, tmp_path / "big.onnx", 2, device="cpu", precision="float64")
+    grown = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    assert grown["both"][1] == 96
+
+
+def test_an_average_over_a_width_and_a_length(tmp_path: Path) -> None:
+    """The groups' channels and the sequence are averaged over together: one factor of the axis grows evenly."""
+    weights = normal(0, {"table": (31, 24), "gain": (4,), "bias": (4,), "head": (24, 31)})
+    weights |= {"groups": np.asarray([0, 4, -1])}  # type: ignore[dict-item]
+    model = tmp_path / "model.onnx"
+    graph = """g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) {
+        h = Gather (table, ids)
+        t = Transpose <perm = [0, 2, 1]> (h)
+        r = Reshape (t, groups)
+        n = InstanceNormalization (r, gain, bias)
+        z = Shape (t)
+        f = Reshape (n, z)
+        x = Transpose <perm = [0, 2, 1]> (f)
+        logits = MatMul (x, head)
+    }"""
+    onnx.save(build_model(graph, weights), model)
+    expand(model, tmp_path / "big.onnx", 2, device="cpu", precision="float64")
+    grown = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    assert grown["table"] == (31, 48)
+
+
+def test_the_experts_of_a_router_keep_their_number(tmp_path: Path) -> None:
+    weights = normal(0, {"table": (31, 12), "gain": (12,), "gate": (12, 3), "mix": (3, 12), "up": (12, 20)})
+    weights |= normal(1, {"down": (20, 12), "head": (12, 31)})
+    model = tmp_path / "model.onnx"
+    graph = """g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) {
+        h = Gather (table, ids)
+        n = LayerNormalization (h, gain)
+        g = MatMul (n, gate)
+        p = Softmax (g)
+        e = MatMul (p, mix)
+        u = MatMul (n, up)
+        r = Relu (u)
+        d = MatMul (r, down)
+        s = Add (e, d)
+        logits = MatMul (s, head)
+    }"""
+    onnx.save(build_model(graph, weights), model)
+    expand(model, tmp_path / "big.onnx", 2, device="cpu", precision="float64")
+    grown = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    assert (grown["gate"], grown["mix"], grown["up"]) == ((24, 3), (3, 24), (24, 40))

@@ -22,7 +22,7 @@ def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = N
     passing = [fixed and _stays(op, axis, kernel[axis]) for axis in range(len(inner))]
     for term, passes in zip(inner, passing, strict=True):
         if not passes:
-            op.fact(Fact.NUMBERING, term)
+            op.fact(Fact.SPATIAL, term)
             op.pin(term, "a spatial axis")
     declared = op.declared(op.node.outputs[0])
     sizes: Sequence[Size | None] = [None] * len(inner)
@@ -33,7 +33,7 @@ def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = N
     for term, passes, found, size in zip(inner, passing, made, sizes, strict=True):
         out.append(term if passes else op.pinned_dim(found if found is not None else size, "a spatial axis"))
         if not passes:
-            op.fact(Fact.NUMBERING, out[-1])
+            op.fact(Fact.SPATIAL, out[-1])
     return out
 
 

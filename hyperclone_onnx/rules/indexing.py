@@ -208,7 +208,7 @@ def one_hot(op: Op) -> None:
     depth = op.known(1)
     axis = op.axis(op.integer("axis", -1), len(axes) + 1)
     axes.insert(axis, op.pinned_dim(None if depth is None else depth.item(), "numbered by OneHot"))
-    op.fact(Fact.NUMBERING, axes[axis])
+    op.fact(Fact.CHOSEN, axes[axis])
     op.out(axes, _one_hot_known(op, axis))
 
 
@@ -231,9 +231,9 @@ def top_k(op: Op) -> None:
     op.pin(axes[axis], "searched by TopK")
     op.parameter(1)
     k = op.known(1)
-    op.fact(Fact.NUMBERING, axes[axis])
+    op.fact(Fact.CHOSEN, axes[axis])
     axes[axis] = op.pinned_dim(None if k is None else k.ravel()[0], "the k of TopK")
-    op.fact(Fact.NUMBERING, axes[axis])
+    op.fact(Fact.CHOSEN, axes[axis])
     op.out(axes)
     op.out(axes, index=1)
 
