@@ -34,7 +34,8 @@ def to_double(model: ir.Model) -> ir.Model:
 def save_wide(model: ir.Model, path: Path, dtype: ir.DataType) -> None:
     """Write the model, changed in place, with every narrower floating-point value and tensor in `dtype`."""
     _widen(model, dtype)
-    storage.save(model, path, external=storage.needs_data_file(model))
+    # Tensors that stay as they are may lie in the data file of another folder.
+    storage.save(model, path, external=True)
 
 
 def _widen(model: ir.Model, dtype: ir.DataType) -> None:
@@ -132,7 +133,8 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
     Raises:
         Refused: neither can run it.
     """
-    storage.save(model, path, external=storage.needs_data_file(model))
+    # Tensors that stay as they are may lie in the data file of another folder.
+    storage.save(model, path, external=True)
     if not any(not node.domain and node.op_type in _REFUSED_WHEN_RUN for node in model.graph.all_nodes()):
         try:
             return Runner(path, "cpu").run, "ONNX Runtime"
