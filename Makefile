@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint zoo zoo-optimum models-check gpu-check docs clean
+.PHONY: demo test lint zoo zoo-optimum models-check frameworks-check gpu-check docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,11 @@ $(VENV)/.models: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -r models/requirements.txt
 # Alone: it asks for onnxruntime, whose files are those of onnxruntime-gpu.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps onnxruntime-genai==0.18.0
+	@touch $@
+
+$(VENV)/.frameworks: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,torch,jax]' optax
 	@touch $@
 
 demo: $(VENV)/.package  ## install the package alone, grow the committed model, show that it is equal
@@ -53,6 +58,9 @@ zoo-optimum: $(VENV)-optimum/.done  ## the same for the graphs of optimum's expo
 
 models-check: $(VENV)/.models  ## grow real pretrained models: minutes and gigabytes
 	$(BIN)/python -m pytest -m models -s tests/test_models.py
+
+frameworks-check: $(VENV)/.frameworks  ## the handoff to PyTorch and JAX: installs both
+	$(BIN)/python -m pytest -n $(WORKERS) -m frameworks
 
 gpu-check: $(VENV)/.test  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[cuda]'

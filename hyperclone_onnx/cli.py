@@ -1,4 +1,4 @@
-"""The command line: ``hyperclone-onnx inspect | expand | validate``.
+"""The command line: ``hyperclone-onnx inspect | expand | validate | handoff | absorb``.
 
 Exit codes: 0 done and valid; 1 the models differ; 2 bad usage; 3 refused; 4 bad or unreadable input. Results go to
 stdout (JSON with --json), progress and errors to stderr; no traceback reaches a user.
@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -313,3 +314,44 @@ def validate(small: Path, big: Path, device: Any, seed: int, as_json: bool) -> N
             report.print_validation(_console(), result)
     if not result.equal:
         raise SystemExit(1)
+
+
+@main.command()
+@click.argument("model", type=_model_path)
+@click.option("--list", "listing", is_flag=True, help="Show each stored tensor: trained or not, and why.")
+@click.option("--freeze", multiple=True, metavar="GLOB", help="Tensors that are not to be trained, by name.")
+@click.option("--train", multiple=True, metavar="GLOB", help="Tensors that are to be trained; stronger than --freeze.")
+@_json_option
+@_guarded
+def handoff(model: Path, listing: bool, freeze: tuple[str, ...], train: tuple[str, ...], as_json: bool) -> None:
+    """Show what PyTorch and JAX make of MODEL; in Python, `hyperclone_onnx.frameworks.torch.load` hands it over."""
+    if not listing:
+        raise click.UsageError("say what to do: --list")
+    from hyperclone_onnx.frameworks.listing import print_weights, weights
+
+    found = weights(model, freeze=freeze, train=train)
+    with _printing():
+        if as_json:
+            _print_json({"model": str(model), "weights": found})
+        else:
+            print_weights(_console(), found)
+
+
+@main.command()
+@click.argument("model", type=_model_path)
+@click.argument("weights", type=_model_path)
+@click.option("-o", "--output", required=True, type=_model_path, help="The file to write, e.g. trained.onnx.")
+@click.option("--no-validate", is_flag=True, help="Do not compare ONNX Runtime with a framework before publishing.")
+@_json_option
+@_guarded
+def absorb(model: Path, weights: Path, output: Path, no_validate: bool, as_json: bool) -> None:
+    """Write MODEL anew with trained WEIGHTS, a state_dict in safetensors."""
+    from hyperclone_onnx.frameworks.absorb import absorb as run
+
+    result = run(model, weights, output, check=not no_validate)
+    with _printing():
+        if as_json:
+            _print_json(asdict(result))
+        else:
+            by = f", as {result.validated_by} computes it" if result.validated_by else ""
+            click.echo(f"{output}: {len(result.replaced)} tensors replaced, {len(result.kept)} kept{by}")

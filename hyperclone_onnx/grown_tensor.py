@@ -24,8 +24,9 @@ from hyperclone_onnx.strategies import Strategy
 
 Array = npt.NDArray[Any]
 
-_PRECISION = {ir.DataType.FLOAT16: (11, -24), ir.DataType.BFLOAT16: (8, -133)}
-"""The bits of a significand, and the exponent of the least number, of types in which rounding shares would show."""
+_PRECISION = {ir.DataType.FLOAT16: (11, -24, 65504.0), ir.DataType.BFLOAT16: (8, -133, 3.3895e38)}
+"""The bits of a significand, the exponent of the least number, and the largest one, of types in which rounding shares
+would show."""
 
 BLOCK = 1 << 18
 """Noise is drawn, and tensors are computed, in blocks of about this many elements."""
@@ -142,16 +143,17 @@ class GrownTensor:
         number = _one_if_constant(_mixed_radix([(axis.number, axis.count) for axis in axes]))
         if self.dtype not in _PRECISION or number.size > 1 or count.size > 1 or count.item() == 1:
             return self._share(values, axes, number, count, draws)
-        # In few bits shares would not add up any more. Whole units in the last place of the weight do, and the last
-        # repeat takes what they leave.
-        unit = _unit(values, self.dtype)
-        if number.item() < count.item() - 1:
-            return _whole_units(self._share(values, axes, number, count, draws), unit, self.dtype)
-        rest = values
-        for repeat in range(int(number.item())):
+        # In few bits shares would not add up any more. Whole units in the last place of the weight do, as long as all
+        # of them are near enough to it to have that unit; the last repeat takes what the others leave.
+        unit, most = _unit(values, self.dtype)
+        rest = np.rint(values / unit) * unit
+        for repeat in range(int(number.item()) + 1):
+            if repeat == count.item() - 1:
+                return np.asarray(rest)
             share = self._share(values, axes, np.full_like(number, repeat), count, draws)
-            rest = rest - _whole_units(share, unit, self.dtype)
-        return rest
+            share = np.clip(np.rint(share / unit) * unit, np.maximum(-most, rest - most), np.minimum(most, rest + most))
+            rest = rest - share
+        return np.asarray(share)
 
     def _share(
         self,
@@ -248,14 +250,11 @@ class GrownTensor:
         )
 
 
-def _unit(values: Array, dtype: ir.DataType) -> Array:
-    """The unit in the last place of each value in a type of few bits."""
-    bits, least = _PRECISION[dtype]
-    return np.asarray(np.ldexp(np.ones_like(values), np.maximum(np.frexp(values)[1] - bits, least)))
-
-
-def _whole_units(share: Array, unit: Array, dtype: ir.DataType) -> Array:
-    return np.asarray((np.rint(share / unit) * unit).astype(dtype.numpy()).astype(share.dtype))
+def _unit(values: Array, dtype: ir.DataType) -> tuple[Array, Array]:
+    """The unit in the last place of each value in a type of few bits, and the largest number that has it."""
+    bits, least, most = _PRECISION[dtype]
+    unit = np.ldexp(np.ones_like(values), np.maximum(np.frexp(values)[1] - bits, least))
+    return unit, np.minimum(unit * (2.0**bits - 1.0), most).astype(values.dtype)
 
 
 def _runs(axis: AxisIndex, most: int = 64) -> list[slice]:

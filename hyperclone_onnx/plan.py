@@ -124,6 +124,14 @@ class DivideOutput:
 
 
 @dataclass(frozen=True)
+class TakeBranch:
+    """Put the nodes of one branch in the place of an If whose condition is known: the other branch never runs."""
+
+    node: str
+    branch: str
+
+
+@dataclass(frozen=True)
 class GatherOutput:
     """Repeat a node's output along an axis that the node itself can only make in the source's size."""
 
@@ -133,9 +141,10 @@ class GatherOutput:
     factors: tuple[Axis, ...]
 
 
-Edit = SetAttribute | SetInput | ResizeVector | ScaleInput | DivideOutput | GatherOutput
+Edit = SetAttribute | SetInput | ResizeVector | ScaleInput | DivideOutput | TakeBranch | GatherOutput
 _EDITS = {
-    kind.__name__: kind for kind in (SetAttribute, SetInput, ResizeVector, ScaleInput, DivideOutput, GatherOutput)
+    kind.__name__: kind
+    for kind in (SetAttribute, SetInput, ResizeVector, ScaleInput, DivideOutput, TakeBranch, GatherOutput)
 }
 
 

@@ -73,7 +73,8 @@ def _node_edits(growth: Growth, terms: GrownTerms) -> Iterable[Edit]:
 def _touched(dimensions: Dimensions, terms: GrownTerms, node: ir.Node) -> bool:
     every: list[Axes | None] = [dimensions.axes_of(node, i) for i in range(len(node.inputs))]
     every += [dimensions.axes.get(output) for output in node.outputs]
-    return any(terms.grows(term) for axes in every if axes for term in axes)
+    has_body = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
+    return has_body or any(terms.grows(term) for axes in every if axes for term in axes)
 
 
 def _check_averages(dimensions: Dimensions, terms: GrownTerms) -> None:

@@ -23,6 +23,7 @@ from hyperclone_onnx.plan import (
     ScaleInput,
     SetAttribute,
     SetInput,
+    TakeBranch,
 )
 
 Array = npt.NDArray[Any]
@@ -64,7 +65,7 @@ class _Rewriter:
 
     def run(self) -> None:
         self._grow_tensors()
-        for edit in self.plan.edits:
+        for edit in sorted(self.plan.edits, key=lambda edit: isinstance(edit, TakeBranch)):
             self._apply(edit)
         interface = set(self.graph.outputs)
         for node in self.graph.all_nodes():
@@ -131,6 +132,8 @@ class _Rewriter:
                 self._resize(node, edit)
             case ScaleInput():
                 self._before(node, edit.input, self._scale_steps(node, edit))
+            case TakeBranch(_, branch):
+                _take_branch(node, branch)
             case DivideOutput(_, slot, divisor):
                 array = np.asarray(divisor, dtype=np.int32)
                 self._after(node.outputs[slot], [_Step("Div", ((1, self._constant(f"{node.name}.repeats", array)),))])
@@ -264,6 +267,19 @@ class _Rewriter:
             if not entering:
                 value.shape, value = None, result
         value.shape = ir.Shape(shape)
+
+
+def _take_branch(node: ir.Node, name: str) -> None:
+    branch, graph = node.attributes[name].as_graph(), _graph_of(node)
+    made, moved = list(branch.outputs), list(branch)
+    branch.outputs.clear()
+    branch.remove(moved)
+    graph.insert_before(node, moved)
+    for old, new in zip(node.outputs, made, strict=True):
+        name_of_result = old.name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name, new.name = f"{name_of_result}.branch", name_of_result
+    graph.remove(node, safe=True)
 
 
 def _first_index(source: Array) -> Array:

@@ -44,7 +44,7 @@ DOUBLE_TOLERANCE = 1e-12
 WIDEST = 4 << 30
 """Coarse models with more bytes of weights than this are not compared in float32 besides."""
 
-HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+HALVES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
 
 @dataclass
@@ -147,7 +147,7 @@ def validate(
     sides = _interfaces(dimensions, grown, plan)
     tolerance, reason = tolerance_of(dimensions, plan, tensors)
     result = Validation("", [], [], tensors, tolerance, reason, rounds=rounds(dimensions.model))
-    narrow = _coarsest_type(dimensions.model) in HALVES
+    narrow = _computed_type(dimensions) in HALVES
     try:
         result.outputs, result.cases = _compare_runs(dimensions, starter(small), starter(big), plan, sides, seed)
         result.provider = ran_on[-1]
@@ -332,7 +332,7 @@ def tolerance_of(
     leave about eps * sqrt(sum of K), of which `WALKS` are allowed;
     the grown weights differ from exact shares by their residue.
     """
-    dtype = dtype or _coarsest_type(dimensions.model)
+    dtype = dtype or _computed_type(dimensions)
     eps = 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
     growth = max([1.0, *(dim.map.grown / dim.map.size for dim in (plan.dims.values() if plan else ()))])
     lengths = [(dimensions.space.static(each.term) or 64) * growth for each in dimensions.sums if each.power == 1.0]
@@ -344,13 +344,13 @@ def tolerance_of(
     return rounding + SAFETY * residue, text
 
 
-def _coarsest_type(model: ir.Model) -> ir.DataType:
-    types = {
-        value.const_value.dtype
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.size > 1
-    }
-    for dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT):
+def _computed_type(dimensions: Dimensions) -> ir.DataType:
+    """The coarsest floating-point type that a contraction of the model computes in.
+
+    A type that weights are merely stored in shows in the residue of their shares instead.
+    """
+    types = {each.node.outputs[0].dtype for each in dimensions.sums}
+    for dtype in (*HALVES, ir.DataType.FLOAT):
         if dtype in types:
             return dtype
     return ir.DataType.DOUBLE if ir.DataType.DOUBLE in types else ir.DataType.FLOAT

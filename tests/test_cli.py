@@ -160,9 +160,10 @@ def test_a_defect_is_one_line_and_says_how_to_report_it(
 # -- JSON -------------------------------------------------------------------------------------------------
 
 INSPECTION_KEYS = "model parameters nodes opset dimensions inputs outputs tensors operators_without_rule".split()
-EXPANSION_KEYS = "source output strategy interface grown kept parameters separated validation seconds".split()
+EXPANSION_KEYS = "source output strategy interface grown kept parameters separated quantised validation seconds".split()
 VALIDATION_KEYS = (
-    "equal problems provider cases outputs tensors tolerance tolerance_reason double double_by notes".split()
+    "equal problems provider cases outputs tensors tolerance tolerance_reason wide wide_tolerance rounds double "
+    "double_by notes".split()
 )
 OUTPUT_KEYS = "name max_absolute max_relative top1_agreement kl_divergence problem".split()
 TENSORS_KEYS = "checked residue worst worst_error wrong".split()
@@ -379,8 +380,10 @@ def test_the_public_names() -> None:
     assert (
         sorted(hyperclone_onnx.__all__)
         == (
-            "Analysis BadModel BadRequest CannotWrite Expansion GrownTensor HypercloneError ModelsDiffer Plan Recipe "
-            "Refused SourceMap Strategy Validation analyse expand plan_expansion rewrite validate_files"
+            "Analysis BadModel BadRequest CannotWrite Expansion FolderExpansion GrownTensor HypercloneError "
+            "ModelsDiffer Plan Recipe Refused SourceMap Strategy Validation analyse expand expand_folder "
+            "plan_expansion rewrite "
+            "validate_files"
         ).split()
     )
     assert all(hasattr(hyperclone_onnx, name) for name in hyperclone_onnx.__all__)

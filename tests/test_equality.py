@@ -17,13 +17,13 @@ Edit = Callable[[np.ndarray], None]
 
 def test_a_wrong_plan_is_not_published(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An edit is dropped on the way: the graph is wrong, and no file appears."""
-    plan_expansion = expansion.plan_expansion
+    make_plan = expansion.make_plan
 
     def forgetful(*arguments: object, **options: object) -> Plan:
-        plan = plan_expansion(*arguments, **options)  # type: ignore[arg-type]
+        plan = make_plan(*arguments, **options)  # type: ignore[arg-type]
         return Plan(**{**vars(plan), "edits": plan.edits[1:]})
 
-    monkeypatch.setattr(expansion, "plan_expansion", forgetful)
+    monkeypatch.setattr(expansion, "make_plan", forgetful)
     with pytest.raises(ModelsDiffer):
         expand(zoo("llama.distinct"), tmp_path / "big.onnx", 2)
     assert list(tmp_path.iterdir()) == []
@@ -31,15 +31,15 @@ def test_a_wrong_plan_is_not_published(zoo: Zoo, tmp_path: Path, monkeypatch: py
 
 def test_double_precision_finds_what_single_hides(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A factor that is wrong by 1e-9 is rounding in float32, and an error in float64."""
-    plan_expansion = expansion.plan_expansion
+    make_plan = expansion.make_plan
 
     def scaled(*arguments: object, **options: object) -> Plan:
-        plan = plan_expansion(*arguments, **options)  # type: ignore[arg-type]
+        plan = make_plan(*arguments, **options)  # type: ignore[arg-type]
         name, recipe = next((n, r) for n, r in plan.tensors.items() if r.shared)
         wrong = type(recipe)(recipe.source, recipe.axes, recipe.shared, 1 + 1e-9)
         return Plan(**{**vars(plan), "tensors": {**plan.tensors, name: wrong}})
 
-    monkeypatch.setattr(expansion, "plan_expansion", scaled)
+    monkeypatch.setattr(expansion, "make_plan", scaled)
     source, out = zoo("llama.distinct"), tmp_path / "big.onnx"
     assert expand(source, out, 2, strategy=Strategy("noisy-diagonal", 0.0)).validation is not None
     with pytest.raises(ModelsDiffer, match="float64"):

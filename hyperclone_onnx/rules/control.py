@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from hyperclone_onnx.dims import Product, Term
+from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Op, walk
 from hyperclone_onnx.known import static_values
-from hyperclone_onnx.rules.registry import pinned, relates
+from hyperclone_onnx.plan import TakeBranch
+from hyperclone_onnx.rules.registry import edits, pinned, relates
 
 
 @relates("If")
@@ -37,6 +39,14 @@ def if_(op: Op) -> None:
             op.dimensions.axes[op.node.outputs[index]] = None
             continue
         op.out([_either(op, a, b) for a, b in zip(one, other, strict=True)], index=index)
+
+
+@edits("If")
+def edit_if(op: GrownOp) -> None:
+    """A branch that never runs was not walked, and would no longer fit what it reads: the other one takes its place."""
+    condition = op.ints(0)
+    if condition is not None:
+        op.edits.append(TakeBranch(op.name, "then_branch" if condition[0] else "else_branch"))
 
 
 pinned("a tensor that is sparse or no number; any other is stored before the analysis", "Constant")

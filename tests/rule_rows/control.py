@@ -47,6 +47,24 @@ def if_with_weights_of_its_own(m: Model) -> None:
     m.node("If", condition, then_branch=branches[0], else_branch=branches[1])
 
 
+@row("If", seeds=6)
+def if_that_is_decided(m: Model) -> None:
+    """The condition is stored: the branch that never runs reads the same weight, in a way that would not fit."""
+    n, k = m.size(), m.size()
+    x, weight = m.operand((n, k), "gg", stored=False), m.operand((k, k), "gg", stored=True)
+    chosen = m.coin()
+    runs = [
+        helper.make_node("MatMul", [x, weight], ["product"], name="product"),
+        helper.make_node("Tanh", ["product"], ["out"], name="out"),
+    ]
+    idle = [helper.make_node("MatMul", [weight, weight], ["out"], name="idle")]
+    info = [helper.make_tensor_value_info("out", TensorProto.DOUBLE, None)]
+    branches = [helper.make_graph(nodes, "b", [], info) for nodes in ((runs, idle) if chosen else (idle, runs))]
+    condition = m.operand(np.asarray(chosen), stored=True)
+    m.runtime = True
+    m.node("If", condition, then_branch=branches[0], else_branch=branches[1], want="gg", kind=np.float64)
+
+
 @row("If", seeds=4)
 def constant_of_a_branch(m: Model) -> None:
     """All that a branch does is to return a stored tensor."""

@@ -1,0 +1,39 @@
+"""Train a grown model in PyTorch, and take it back into ONNX.
+
+    python examples/train_torch.py [MODEL] [--steps 50]
+
+Writes into out/: the loss of each step, a checkpoint, and the trained model as ONNX.
+"""
+
+from __future__ import annotations
+
+import common
+import torch
+from rich.progress import track
+
+from hyperclone_onnx.frameworks.absorb import absorb
+from hyperclone_onnx.frameworks.torch import load
+
+
+def main() -> None:
+    options = common.arguments(__doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(options.model, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.0)
+    losses = []
+    for inputs, targets in track(list(common.batches(options)), "training"):
+        ids, wanted = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    common.write_losses(losses, options.output / "torch_losses.csv")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, options.output / "torch.pt")
+    result = absorb(options.model, model.state_dict(), options.output / "torch_trained.onnx")
+    print(f"{options.output / 'torch_trained.onnx'}: {len(result.replaced)} tensors replaced")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What every framework's `load` begins with: a file, compiled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadRequest
+from hyperclone_onnx.frameworks.blocks import with_blocks
+from hyperclone_onnx.frameworks.naming import paths
+from hyperclone_onnx.frameworks.preparation import prepare, prepare_model
+from hyperclone_onnx.frameworks.program import Program, Weight, compile_program
+from hyperclone_onnx.frameworks.trainable import Reasons, overridden, structural_roles
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """A program, and the stored tensors that it names; none is read before it is asked for."""
+
+    program: Program
+    tensors: dict[str, ir.TensorProtocol]
+    """By initializer."""
+
+
+def read(model: PathLike | ir.Model, *, freeze: Sequence[str] = (), train: Sequence[str] = ()) -> Handoff:
+    """Compile a model file, or a model in memory (which is changed).
+
+    Raises:
+        BadModel, BadRequest, Refused: see `errors`.
+    """
+    prepared = prepare_model(model) if isinstance(model, ir.Model) else prepare(model)
+    structural = structural_roles(prepared, train)
+    program = with_blocks(compile_program(prepared, structural, paths(prepared.graph.initializers)))
+    # What is asked for changes no name: a checkpoint fits however its tensors were trained.
+    asked = overridden(structural, freeze, train)
+    program = replace(program, weights=tuple(_with_role(each, asked) for each in program.weights))
+    tensors = {
+        name: value.const_value for name, value in prepared.graph.initializers.items() if value.const_value is not None
+    }
+    return Handoff(program, tensors)
+
+
+def _with_role(weight: Weight, asked: Reasons) -> Weight:
+    role, reason = asked.get(weight.initializer, (weight.role, weight.reason))
+    return replace(weight, role=role, reason=reason)
+
+
+def bind(program: Program, positional: Sequence[Any], named: dict[str, Any]) -> list[Any]:
+    """The inputs of a program in its order, given by position and by name.
+
+    Raises:
+        BadRequest: one is missing, unknown, or given twice.
+    """
+    names = [each.name for each in program.inputs]
+    if len(positional) > len(names):
+        raise BadRequest(f"{len(positional)} inputs given, the model has {len(names)}: {', '.join(names)}")
+    given = dict(zip(names, positional, strict=False))
+    for name, value in named.items():
+        if name not in names:
+            raise BadRequest(f"the model has no input {name!r}; it has {', '.join(names)}")
+        if name in given:
+            raise BadRequest(f"the input {name!r} is given twice")
+        given[name] = value
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise BadRequest(f"the model's inputs {', '.join(missing)} are missing")
+    return [given[name] for name in names]

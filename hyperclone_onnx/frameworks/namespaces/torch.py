@@ -1,0 +1,114 @@
+"""PyTorch, by array-api-compat."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat.torch as _standard
+import torch
+import torch.nn.functional as F  # noqa: N812 - everyone's name for it
+from array_api_compat.torch import *
+
+from hyperclone_onnx.frameworks.namespaces import dtype_name
+from hyperclone_onnx.frameworks.ops.attention import attend as _attend
+
+bool = torch.bool
+abs, all, any, max, min, round, sum, pow = (
+    getattr(_standard, name) for name in ("abs", "all", "any", "max", "min", "round", "sum", "pow")
+)
+erf, einsum, sigmoid, softplus, relu, expm1 = (
+    torch.erf,
+    torch.einsum,
+    torch.sigmoid,
+    F.softplus,
+    torch.relu,
+    torch.expm1,
+)
+NAME = "torch"
+
+
+def dtype_named(name: str) -> Any:
+    """The type of that name."""
+    return getattr(torch, name)
+
+
+def dtype_of(number: int) -> Any:
+    """The type of an ONNX element type."""
+    return getattr(torch, dtype_name(number))
+
+
+def device_of(x: Any) -> Any:
+    """Where a tensor is; None leaves it to torch's default."""
+    return getattr(x, "device", None)
+
+
+def lift(value: Any, number: int, device: Any) -> Any:
+    """Python numbers (or symbols) as a tensor."""
+    if isinstance(value, tuple):
+        return torch.tensor(value, dtype=dtype_of(number), device=device)
+    return torch.full((), value, dtype=dtype_of(number), device=device)
+
+
+def numbers(array: Any) -> Any:
+    """A tensor as Python numbers."""
+    return tuple(array.tolist()) if array.ndim else array.item()
+
+
+def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """What one of two branches gives."""
+    return yes() if condition else no()
+
+
+def softmax(x: Any, axis: int) -> Any:
+    """e^x / sum e^x"""
+    return torch.softmax(x, axis)
+
+
+def log_softmax(x: Any, axis: int) -> Any:
+    """x - log sum e^x"""
+    return torch.log_softmax(x, axis)
+
+
+def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
+    """log sum e^x"""
+    return torch.logsumexp(x, axis, keepdim=keepdims)
+
+
+def attend(query: Any, key: Any, value: Any, *biases: Any, scale: float, key_transposed: int = 0) -> Any:
+    """softmax(scale Q K^T + biases) V, by the fused kernels; a row that nothing is visible to is 0"""
+    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        import hyperclone_onnx.frameworks.namespaces.torch as xp
+
+        return _attend(xp, query, key, value, *biases, scale=scale, key_transposed=key_transposed)
+    bias = None
+    for each in biases:
+        bias = each if bias is None else bias + each
+    if bias is not None and bias.dtype != query.dtype:
+        bias = bias.to(query.dtype)
+    key = key.mT if key_transposed else key
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+
+
+_REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+
+
+def scatter(flat: Any, places: Any, updates: Any, reduction: str) -> Any:
+    """flat with updates put at places, or added, multiplied, ..."""
+    places, values = places.long(), updates.reshape(-1)
+    if reduction == "none":
+        return torch.scatter(flat, 0, places, values)
+    return torch.scatter_reduce(flat, 0, places, values, _REDUCTIONS[reduction], include_self=True)
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group: int) -> Any:
+    """The framework's own convolution."""
+    if builtins.any(before != after for before, after in around):
+        x = F.pad(x, [size for pair in reversed(around) for size in pair])
+        around = [(0, 0)] * len(around)
+    padding = [before for before, _ in around]
+    return _CONVOLUTIONS[w.ndim - 2](x, w, None, strides, padding, dilations, group)

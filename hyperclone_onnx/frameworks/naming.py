@@ -1,0 +1,47 @@
+"""Where each stored tensor lives: its initializer's name, the dots as levels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+MODULE_ATTRIBUTES = frozenset(
+    """
+    T add_module apply bfloat16 buffers call_super_init children code compile cpu cuda double dump_patches eval
+    extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half initializers ipu
+    load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters program
+    register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
+    register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook
+    register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook
+    register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory state_dict to to_empty
+    train training type xpu zero_grad
+    """.split()
+)
+"""What a torch.nn.Module has of its own."""
+
+
+def paths(names: Iterable[str]) -> dict[str, str]:
+    """A path for each initializer: parts that are identifiers or numbers, none of them a torch.nn.Module's own.
+
+    >>> paths(["model.layers.0.weight", "onnx::MatMul_12", "a", "a.b"])
+    {'model.layers.0.weight': 'model.layers.0.weight', 'onnx::MatMul_12': 'onnx__MatMul_12', 'a': 'a_', 'a.b': 'a.b'}
+    """
+    cleaned = {name: ".".join(_part(part) for part in name.split(".") if part) or "tensor" for name in names}
+    folders = {path.rsplit(".", depth)[0] for path in cleaned.values() for depth in range(1, path.count(".") + 1)}
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name, path in cleaned.items():
+        while path in taken or path in folders:
+            path += "_"
+        taken.add(path)
+        found[name] = path
+    return found
+
+
+def _part(text: str) -> str:
+    part = re.sub(r"\W", "_", text, flags=re.ASCII)
+    if part.isdigit():
+        return part
+    if part[0].isdigit() or part.startswith("_"):
+        part = f"v{part}" if part.startswith("_") else f"v_{part}"
+    return f"{part}_" if part in MODULE_ATTRIBUTES else part

@@ -1,0 +1,29 @@
+"""The table of operators, a module for each family; importing this fills it."""
+
+from hyperclone_onnx.frameworks.ops import (
+    attention,
+    contractions,
+    convolution,
+    elementwise,
+    host,
+    indexing,
+    layout,
+    microsoft,
+    normalisation,
+    reductions,
+    shapes,
+)
+
+__all__ = [
+    "attention",
+    "contractions",
+    "convolution",
+    "elementwise",
+    "host",
+    "indexing",
+    "layout",
+    "microsoft",
+    "normalisation",
+    "reductions",
+    "shapes",
+]

@@ -1,0 +1,92 @@
+"""What people do with a pure function and its parameters, done with a model that came from ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import build_model, perceptron
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+pytest.importorskip("array_api_compat")
+jax = pytest.importorskip("jax")
+
+from hyperclone_onnx.errors import BadRequest  # noqa: E402
+from hyperclone_onnx.frameworks.jax import load  # noqa: E402
+
+Zoo = Callable[[str], Path]
+
+
+def tokens(batch: int = 2, length: int = 7) -> tuple[Any, Any]:
+    ids = np.random.default_rng(0).integers(0, 95, (batch, length))
+    return ids, np.ones_like(ids)
+
+
+def test_params_are_nested_by_the_dots(zoo: Zoo) -> None:
+    apply, params = load(zoo("llama.distinct"))
+    assert params["model"]["layers"]["0"]["input_layernorm"]["weight"].shape == (48,)
+    assert "rotary_emb" not in params["model"]
+    ids, mask = tokens()
+    assert np.array_equal(apply(params, ids, mask), apply(params, attention_mask=mask, input_ids=ids))
+    with pytest.raises(BadRequest, match="attention_mask are missing"):
+        apply(params, ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_jit_and_vmap(family: str, zoo: Zoo) -> None:
+    apply, params = load(zoo(f"{family}.distinct"))
+    ids, mask = tokens(4)
+    want = apply(params, ids, mask)
+    assert np.allclose(jax.jit(apply)(params, ids, mask), want, atol=1e-5)
+    rows = jax.vmap(lambda one, two: apply(params, one[None], two[None])[0])(ids, mask)
+    assert np.allclose(rows, want, atol=1e-5)
+
+
+def test_frozen_tensors_are_no_params(zoo: Zoo) -> None:
+    apply, params = load(zoo("llama.distinct"), freeze=["model.layers.0.*"])
+    assert "input_layernorm" not in params["model"]["layers"]["0"]
+    whole, everything = load(zoo("llama.distinct"))
+    assert np.allclose(apply(params, *tokens()), whole(everything, *tokens()), atol=1e-6)
+
+
+def test_training_with_optax_lowers_the_loss(tmp_path: Path) -> None:
+    optax = pytest.importorskip("optax")
+    onnx.save(perceptron(), tmp_path / "model.onnx")
+    apply, params = load(tmp_path / "model.onnx")
+    optimizer = optax.adamw(1e-2)
+    ids = np.arange(24).reshape(2, 12) % 31
+
+    def loss_of(params: Any) -> Any:
+        logits = apply(params, ids)[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        loss, gradient = jax.value_and_grad(loss_of)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    state, losses = optimizer.init(params), []
+    for _ in range(20):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_branch_is_traced(tmp_path: Path) -> None:
+    text = """g (float[n, 4] x, bool flag) => (float[n, 4] y) {
+        two = Constant <value = float {2.0}> ()
+        y = If (flag) <then_branch = t () => (float[n, 4] a) { a = Mul (x, two) },
+                       else_branch = e () => (float[n, 4] b) { b = Neg (x) }>
+    }"""
+    onnx.save(build_model(text, {}), tmp_path / "model.onnx")
+    apply, params = load(tmp_path / "model.onnx")
+    x = np.ones((2, 4), np.float32)
+    for flag, want in ((True, 2 * x), (False, -x)):
+        assert np.array_equal(apply(params, x, np.asarray(flag)), want)
+        assert np.array_equal(jax.jit(apply)(params, x, np.asarray(flag)), want)

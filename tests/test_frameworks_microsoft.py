@@ -1,0 +1,175 @@
+"""ONNX Runtime's own operators compute what ONNX Runtime computes, in each framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+pytest.importorskip("array_api_compat")
+
+from hyperclone_onnx.frameworks import ops, registry  # noqa: E402, F401
+from hyperclone_onnx.frameworks.ops.microsoft import MICROSOFT  # noqa: E402
+from tests import node_cases  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+B, S, H, D = 2, 5, 4, 16
+"""Batch, length, heads, size of a head."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call: the operands by position (None: left out), the attributes, which outputs are
+    asked for, and how many of these are compared."""
+
+    op_type: str
+    operands: tuple[Array | None, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    outputs: tuple[bool, ...] = (True,)
+    compared: int = 9
+    label: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.op_type}{'-' if self.label else ''}{self.label}"
+
+
+RNG = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> Array:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def angles(length: int = 16) -> tuple[Array, Array]:
+    turn = np.arange(length)[:, None] / 100 ** (np.arange(D // 2) / (D // 2))
+    return np.cos(turn).astype(np.float32), np.sin(turn).astype(np.float32)
+
+
+PLACES = np.tile(np.arange(S), (B, 1))
+PADDED = np.array([[1] * S, [1] * 3 + [0] * 2], np.int32)
+GROUPED = {"num_heads": H, "kv_num_heads": 2}
+NO_PAST = np.zeros((B, 2, 0, D), np.float32)
+LAST, TOTAL = np.full(B, S - 1, np.int32), np.array(S, np.int32)
+
+ROWS = [
+    Row("Gelu", (floats(3, 4),)),
+    Row("QuickGelu", (floats(3, 4),), {"alpha": 1.5}),
+    Row("BiasGelu", (floats(3, 4), floats(4))),
+    Row("FastGelu", (floats(3, 4),)),
+    Row("FastGelu", (floats(3, 4), floats(4)), label="bias"),
+    Row("FusedMatMul", (floats(2, 4, 3), floats(2, 5, 4)), {"transA": 1, "transB": 1, "alpha": 0.5}),
+    Row("SkipLayerNormalization", (floats(B, S, 8), floats(B, S, 8), floats(8), floats(8), floats(8))),
+    Row("SkipLayerNormalization", (floats(B, S, 8),) * 2 + (floats(8),), {"epsilon": 1e-3}, label="bare"),
+    Row(
+        "SkipSimplifiedLayerNormalization",
+        (floats(B, S, 8), floats(B, S, 8), floats(8)),
+        {"epsilon": 1e-6},
+        (True, False, False, True),
+    ),
+    Row("RotaryEmbedding", (floats(B, S, H * D), PLACES, *angles())),
+    Row("RotaryEmbedding", (floats(B, H, S, D), PLACES, *angles()), {"interleaved": 1}, label="pairs"),
+    Row("RotaryEmbedding", (floats(B, S, H * D), np.array([3]), *angles()), label="offset"),
+    Row("MultiHeadAttention", (floats(B, S, H * D), floats(B, S, H * D), floats(B, S, H * D)), {"num_heads": H}),
+    Row(
+        "MultiHeadAttention",
+        (floats(B, S, H * D), floats(B, 7, H * D), floats(B, 7, H * D), floats(3 * H * D), None, floats(1, H, S, 7)),
+        {"num_heads": H, "scale": 0.3},
+        label="bias",
+    ),
+    Row(
+        "MultiHeadAttention",
+        (floats(B, S, H * D), floats(B, S, H * D), floats(B, S, H * D), None, PADDED),
+        {"num_heads": H},
+        label="padded",
+    ),
+    Row(
+        "MultiHeadAttention",
+        (floats(B, S, H * D), *[floats(B, S, H * D)] * 2, None, None, None, *[floats(B, H, 3, D)] * 2),
+        {"num_heads": H, "unidirectional": 1},
+        (True, True, True),
+        label="past",
+    ),
+    Row("Attention", (floats(B, S, 8), floats(8, 3 * H * D), floats(3 * H * D), PADDED), {"num_heads": H}),
+    Row(
+        "Attention",
+        (floats(B, S, 8), floats(8, 3 * H * D), floats(3 * H * D)),
+        {"num_heads": H, "unidirectional": 1},
+        label="causal",
+    ),
+    Row(
+        "GroupQueryAttention",
+        (floats(B, S, H * D), floats(B, S, 2 * D), floats(B, S, 2 * D), NO_PAST, NO_PAST, LAST, TOTAL),
+        GROUPED,
+        (True, True, True),
+    ),
+    Row(
+        "GroupQueryAttention",
+        (floats(B, S, (H + 4) * D), None, None, NO_PAST, NO_PAST, LAST, TOTAL, *angles()),
+        {**GROUPED, "do_rotary": 1, "local_window_size": 2, "scale": 0.2},
+        label="packed-rotary-window",
+    ),
+    *(
+        Row(
+            "GroupQueryAttention",
+            (floats(B, 1, H * D), *[floats(B, 1, 2 * D)] * 2, *[floats(B, 2, 4, D)] * 2, last, TOTAL, *angles()),
+            {**GROUPED, "do_rotary": 1},
+            (True, True, True),
+            compared,
+            label,
+        )
+        for last, compared, label in (
+            (np.array([4, 4], np.int32), 3, "past"),
+            # Behind the shorter row's end the caches hold whatever was there.
+            (np.array([4, 2], np.int32), 1, "pasts-of-two-lengths"),
+        )
+    ),
+]
+
+
+def model_of(row: Row) -> onnx.ModelProto:
+    """The graph of that one call."""
+    kinds = {np.dtype(np.float32): 1, np.dtype(np.int64): 7, np.dtype(np.int32): 6}
+    names = [f"x{i}" if each is not None else "" for i, each in enumerate(row.operands)]
+    outputs = [f"y{i}" if wanted else "" for i, wanted in enumerate(row.outputs)]
+    node = onnx.helper.make_node(row.op_type, names, outputs, name="node", domain=MICROSOFT, **row.attributes)
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [
+            onnx.helper.make_tensor_value_info(name, kinds[each.dtype], each.shape)
+            for name, each in zip(names, row.operands, strict=True)
+            if each is not None
+        ],
+        [onnx.helper.make_tensor_value_info(name, 1, None) for name in outputs if name],
+    )
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(MICROSOFT, 1)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+@pytest.mark.parametrize("framework", node_cases.FRAMEWORKS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_same_as_onnx_runtime(row: Row, framework: str) -> None:
+    if framework != "numpy":
+        pytest.importorskip(framework)
+    model = model_of(row)
+    feeds = {f"x{i}": each for i, each in enumerate(row.operands) if each is not None}
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    wanted = session.run(None, feeds)
+    found = node_cases.run(ir.from_proto(model), framework, list(feeds.values()))
+    for got, want in list(zip(found, wanted, strict=True))[: row.compared]:
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+
+
+def test_every_operator_has_a_row() -> None:
+    assert {row.op_type for row in ROWS} == {
+        op_type for domain, op_type in registry.covered() if domain == MICROSOFT
+    } - {"TransposeMatMul"}  # FusedMatMul by its old name

@@ -1,0 +1,275 @@
+"""What people do with a torch.nn.Module, done with a model that came from ONNX."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import build_model, normal, perceptron
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+pytest.importorskip("array_api_compat")
+torch = pytest.importorskip("torch")
+
+from hyperclone_onnx.errors import BadRequest, Refused  # noqa: E402
+from hyperclone_onnx.frameworks.torch import Block, OnnxModule, load  # noqa: E402
+
+Zoo = Callable[[str], Path]
+
+
+@pytest.fixture
+def llama(zoo: Zoo) -> OnnxModule:
+    return load(zoo("llama.distinct"))
+
+
+def tokens(batch: int = 2, length: int = 7) -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 95, (batch, length), generator=generator)
+    return ids, torch.ones_like(ids)
+
+
+def saved(model: onnx.ModelProto, folder: Path) -> Path:
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_parameters_have_the_names_of_their_initializers(llama: OnnxModule) -> None:
+    names = dict(llama.named_parameters())
+    assert "model.layers.0.input_layernorm.weight" in names and "model.embed_tokens.weight" in names
+    assert llama.model.layers[1].input_layernorm.weight is names["model.layers.1.input_layernorm.weight"]
+    assert llama.initializers["model.norm.weight"] == "model.norm.weight"
+    assert set(llama.initializers) == set(names)
+    assert {name for name, _ in llama.named_buffers()} == {"model.rotary_emb.inv_freq", "val_223", "val_224"}
+
+
+def test_inputs_are_given_by_position_or_by_name(llama: OnnxModule) -> None:
+    ids, mask = tokens()
+    assert torch.equal(llama(ids, mask), llama(attention_mask=mask, input_ids=ids))
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "message"),
+    [
+        (3, {}, "3 inputs given, the model has 2: input_ids, attention_mask"),
+        (1, {"mask": 0}, "no input 'mask'; it has input_ids, attention_mask"),
+        (1, {"input_ids": 0}, "'input_ids' is given twice"),
+        (1, {}, "inputs attention_mask are missing"),
+    ],
+)
+def test_wrong_inputs_are_named(llama: OnnxModule, positional: int, named: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        llama(*[tokens()[0]] * positional, **named)
+
+
+def test_a_tied_tensor_is_one_parameter(zoo: Zoo) -> None:
+    model = load(zoo("gpt2.distinct"))
+    tied = [name for name in model.initializers if name.endswith("wte.weight") or name.startswith("lm_head")]
+    assert len(tied) == 1
+    ids, mask = tokens()
+    model(ids, mask).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_blocks_are_one_class_and_equal_but_for_their_tensors(llama: OnnxModule) -> None:
+    first, second = llama.model.layers
+    assert isinstance(first, Block) and isinstance(second, Block)
+    assert first.code == second.code and first._function is second._function
+    shapes = [{name: tuple(each.shape) for name, each in layer.named_parameters()} for layer in (first, second)]
+    assert shapes[0] == shapes[1] and len(shapes[0]) == 9
+
+
+def test_copies_and_pickles_are_their_own(llama: OnnxModule) -> None:
+    given = tokens()
+    wanted = llama(*given)
+    for other in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+        assert torch.equal(other(*given), wanted)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert not torch.equal(other(*given), wanted)
+    assert torch.equal(llama(*given), wanted)
+
+
+def test_a_state_dict_comes_back(llama: OnnxModule, tmp_path: Path) -> None:
+    given = tokens()
+    wanted = llama(*given)
+    torch.save(llama.state_dict(), tmp_path / "weights.pt")
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.zero_()
+    llama.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(llama(*given), wanted)
+
+
+def test_autocast(llama: OnnxModule) -> None:
+    given = tokens()
+    wanted = llama(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = llama(*given)
+    got.float().sum().backward()
+    assert got.dtype == torch.bfloat16
+    assert ((got - wanted).abs().max() / wanted.abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gptj", "bloom", "vit"])
+def test_compile_sees_one_graph(family: str, zoo: Zoo) -> None:
+    """With fullgraph a value that the tracer cannot follow is an error; a second length is no new graph."""
+    model = load(zoo(f"{family}.distinct"))
+    from torch._dynamo import testing
+
+    counter = testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=family != "vit")
+    for batch, length in ((2, 7), (3, 9), (4, 12)):
+        given = tokens(batch, length) if family != "vit" else (torch.randn(batch, 3, 16, 16),)
+        if family == "vit":
+            sizes = [dim.dim_value for dim in onnx.load(zoo("vit.distinct")).graph.input[0].type.tensor_type.shape.dim]
+            given = (torch.randn(2, *sizes[1:]),)
+        named = {each.name: value for each, value in zip(model.program.inputs, given, strict=False)}
+        if family == "bert":
+            named["token_type_ids"] = torch.zeros_like(given[0])
+        got = compiled(**named)
+        wanted = model(**named)
+        assert (got - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+        got.sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_export_with_symbolic_sizes(llama: OnnxModule) -> None:
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    program = torch.export.export(llama, tokens(), dynamic_shapes={"inputs": (sizes, sizes)})
+    other = tokens(3, 11)
+    assert torch.allclose(program.module()(*other), llama(*other), atol=1e-5)
+
+
+def test_checkpointing_of_blocks(llama: OnnxModule) -> None:
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
+
+    given = tokens()
+    llama(*given).logsumexp(-1).sum().backward()
+    wanted = {name: each.grad.clone() for name, each in llama.named_parameters()}
+    llama.zero_grad()
+    wrapping.apply_activation_checkpointing(llama, check_fn=lambda module: isinstance(module, Block))
+    llama(*given).logsumexp(-1).sum().backward()
+    for name, each in llama.named_parameters():
+        assert torch.allclose(each.grad, wanted[name.replace("_checkpoint_wrapped_module.", "")], atol=1e-6)
+
+
+def test_fully_sharded_blocks(llama: OnnxModule, tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    given = tokens()
+    wanted = llama(*given).detach()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in llama.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(llama, mesh=mesh)
+        got = llama(*given)
+        got.sum().backward()
+        assert torch.allclose(got, wanted, atol=1e-6)
+        assert all(parameter.grad is not None for parameter in llama.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_freeze_and_train(zoo: Zoo) -> None:
+    model = load(zoo("llama.distinct"), freeze=["model.*"], train=["model.norm.*"])
+    learning = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert "model.norm.weight" in learning and "model.embed_tokens.weight" not in learning and "val_451" in learning
+    with pytest.raises(BadRequest, match="'decoder\\.\\*' matches no floating tensor"):
+        load(zoo("llama.distinct"), freeze=["decoder.*"])
+
+
+def test_names_do_not_depend_on_what_is_trained(zoo: Zoo) -> None:
+    path = zoo("llama.distinct")
+    names = set(load(path).initializers)
+    assert set(load(path, freeze=["*"]).initializers) == names
+    assert set(load(path, train=["*"]).initializers) == names | {"model.rotary_emb.inv_freq"}
+    assert set(load(path, train=["val_223"]).initializers) == names | {"val_223"}  # a number, asked for by its name
+
+
+def test_names_that_python_cannot_have(tmp_path: Path) -> None:
+    text = "g (float[n, 4] x) => (float[n, 4] y) {\nh = Add (x, type)\ny = Mul (h, other)\n}"
+    proto = build_model(text, normal(0, {"type": (4,), "other": (4,)}))
+    for tensor, node, name in ((0, 0, "onnx::Add_1/for"), (1, 1, "a.type.0w")):
+        proto.graph.initializer[tensor].name = name
+        proto.graph.node[node].input[1] = name
+    model = load(saved(proto, tmp_path))
+    assert set(model.initializers.values()) == {"onnx::Add_1/for", "a.type.0w"}
+    x = torch.randn(3, 4)
+    first, second = (torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in proto.graph.initializer)
+    assert torch.allclose(model(x), (x + first) * second)
+
+
+REFUSED = {
+    "an operator that is not in the table": (
+        "g (float[n] x) => (float[n] y) {\nh = Relu (x)\ny = HannLike (h)\n}",
+        r"no handoff for HannLike \(node 'HannLike_1'\)",
+    ),
+    "an attribute that is not described": (
+        "g (float[n] x) => (float[n] y) {\ny = Relu <steepness = 2> (x)\n}",
+        r"Relu \(node 'Relu_0'\) has no handoff with its attribute 'steepness'",
+    ),
+    "a size that depends on data": (
+        "g (float[n] x) => (float[m] y) {\n"
+        "k = Constant <value = int64[1] {0}> ()\nt = ReduceMax <keepdims = 1> (x, k)\nc = Cast <to = 7> (t)\n"
+        "y = Expand (x, c)\n}",
+        r"takes a size that ReduceMax \(node .*\) computes from data",
+    ),
+    "a type that is not covered": (
+        "g (float[n] x) => (float8e5m2[n] y) {\ny = Cast <to = 19> (x)\n}",
+        r"'y'.* is of the type float8e5m2, which has no handoff",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case: str, tmp_path: Path) -> None:
+    text, message = REFUSED[case]
+    with pytest.raises(Refused, match=message):
+        load(saved(build_model(text, {}), tmp_path))
+
+
+def test_a_branch_by_an_input_and_by_a_size(tmp_path: Path) -> None:
+    text = """g (float[n, 4] x, bool flag) => (float[n, 4] y) {
+        yes = Constant <value = float {2.0}> ()
+        h = If (flag) <then_branch = t () => (float[n, 4] a) { a = Mul (x, yes) },
+                       else_branch = e () => (float[n, 4] b) { b = Neg (x) }>
+        s = Shape (x)
+        zero = Constant <value = int64 {0}> ()
+        n = Gather (s, zero)
+        two = Constant <value = int64 {2}> ()
+        long = Greater (n, two)
+        y = If (long) <then_branch = t2 () => (float[n, 4] c) { c = Identity (h) },
+                       else_branch = e2 () => (float[n, 4] d) { d = Mul (h, h) }>
+    }"""
+    model = load(saved(build_model(text, {}), tmp_path))
+    for rows in (2, 3):
+        x = torch.randn(rows, 4)
+        for flag in (True, False):
+            h = 2 * x if flag else -x
+            assert torch.equal(model(x, torch.tensor(flag)), h if rows > 2 else h * h)
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    model = load(saved(perceptron(), tmp_path))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.from_numpy(np.arange(24).reshape(2, 12) % 31)
+    losses = []
+    for _ in range(20):
+        loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
