@@ -229,7 +229,6 @@ DIALECTS: Mapping[str, Dialect] = {
         "`MatMulNBitsQuantizer`, blocks of 32, asymmetric, `DequantizeLinear`", int4(32, symmetric=False, qdq=True)
     ),
     "genai-int4": Dialect("`onnxruntime_genai.models.builder -p int4`", genai("int4"), decoders_only=True),
-    "genai-float16": Dialect("`onnxruntime_genai.models.builder -p fp16`", genai("fp16"), decoders_only=True),
     "genai": Dialect("`onnxruntime_genai.models.builder -p fp32`", genai("fp32"), decoders_only=True),
 }
 """Every dialect, and what makes it."""

@@ -173,9 +173,9 @@ STEPS = 16
 ROUNDS = {"int8", "int8-fused", "genai-int4"}
 """Activations are rounded to 8 bits: a last bit may move an output by whole steps, as far as the rounding itself."""
 
-HALVES = {"float16", "bfloat16", "genai-float16"}
+HALVES = {"float16", "bfloat16"}
 
-COSTS = {"float16": 1e-2, "genai-float16": 1e-2, "bfloat16": 8e-2}
+COSTS = {"float16": 1e-2, "bfloat16": 8e-2}
 """What half precision may differ by from the float32 graph: some units in the last place, of 2^-11 and 2^-8."""
 
 QUANTISED = 1.0
