@@ -21,6 +21,8 @@ $(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 $(VENV)/.models: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -r models/requirements.txt
+# Alone: it asks for onnxruntime, whose files are those of onnxruntime-gpu.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps onnxruntime-genai==0.18.0
 	@touch $@
 
 $(VENV)/.frameworks: $(VENV)/.test
