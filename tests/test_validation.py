@@ -402,7 +402,7 @@ def test_the_tolerance_is_the_type_s_and_is_printed(
     assert done.code == 0, done.error
     data = json.loads(done.stdout)["validation"]
     reason = data["tolerance_reason"]
-    assert re.search(rf"{dtype} eps {eps} x sqrt\(\d+ summands\) \+ \d+ x residue \d\.\de-\d+", reason)
+    assert re.search(rf"{dtype} eps {eps} x sqrt\(\d+ summands\) \+ \d+ x residue \d\.\de[-+]\d+", reason)
     assert 8 < data["tolerance"] / np.finfo(kind).eps < 1000
     assert all(each["max_relative"] <= data["tolerance"] for each in data["outputs"])
     assert all(0 < each["max_relative"] <= DOUBLE_TOLERANCE for each in data["double"])
