@@ -84,7 +84,7 @@ def dynamic_linear(op: Op) -> None:
 # -- sums of products of integers -------------------------------------------------------------------------
 
 
-def _rows_and_columns(op: Op, index: int, rows: Sequence[int], columns: Sequence[int]) -> None:
+def _rows_and_columns(op: Op, rows: Sequence[int], columns: Sequence[int]) -> None:
     """Scales and zero points of a product's operands: one number, a vector for rows or columns, or of full rank."""
     out = op.dimensions.axes[op.node.outputs[0]] or ()
     for slots, axis in ((rows, -2), (columns, -1)):
@@ -103,28 +103,28 @@ def _rows_and_columns(op: Op, index: int, rows: Sequence[int], columns: Sequence
 def matmul_integer(op: Op) -> None:
     """C[.., m, n] = sum_k (A[.., m, k] - a_zero[m]) (B[.., k, n] - b_zero[n]), in integers"""
     relate_matmul(op, 0, 1, integers=True)
-    _rows_and_columns(op, 0, (2,), (3,))
+    _rows_and_columns(op, (2,), (3,))
 
 
 @relates("MatMulIntegerToFloat", domain=MICROSOFT)
 def matmul_integer_to_float(op: Op) -> None:
     """Y[.., m, n] = a_scale b_scale[n] sum_k (A[.., m, k] - a_zero) (B[.., k, n] - b_zero[n]) + bias[n]"""
     relate_matmul(op, 0, 1, integers=True, scales=(3, 2))
-    _rows_and_columns(op, 0, (2, 4), (3, 5, 6))
+    _rows_and_columns(op, (2, 4), (3, 5, 6))
 
 
 @relates("DynamicQuantizeMatMul", domain=MICROSOFT)
 def dynamic_quantize_matmul(op: Op) -> None:
     """Y[.., m, n] = b_scale[n] sum_k A[.., m, k] (B[.., k, n] - b_zero[n]) + bias[n], A being quantised on the way"""
     relate_matmul(op, 0, 1, scales=(2,))
-    _rows_and_columns(op, 0, (), (2, 3, 4))
+    _rows_and_columns(op, (), (2, 3, 4))
 
 
 @relates("QLinearMatMul")
 def qlinear_matmul(op: Op) -> None:
     """Y[.., m, n] = quantised a_scale b_scale sum_k (A[.., m, k] - a_zero) (B[.., k, n] - b_zero), over y_scale"""
     relate_matmul(op, 0, 3, integers=True, scales=(4, 1))
-    _rows_and_columns(op, 0, (1, 2, 6, 7), (4, 5))
+    _rows_and_columns(op, (1, 2, 6, 7), (4, 5))
 
 
 @relates("QGemm", domain=MICROSOFT)

@@ -249,6 +249,9 @@ def quantised_experts(op: Op) -> None:
         _relate_experts_codes(op, codes, scales, zeros, (experts, out), summed, width)
         if op.has(bias):
             op.unify(op.axes(bias)[1], out)
+    if op.has(14):
+        for one, other in zip(op.axes(14), op.axes(1), strict=True):
+            op.unify(one, other)
     op.out(x)
 
 
