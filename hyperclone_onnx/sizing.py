@@ -70,11 +70,18 @@ def name_dimensions(dimensions: Dimensions) -> list[NamedDim]:
 def _facts_by_atom(dimensions: Dimensions) -> dict[Dim, frozenset[Fact]]:
     found: dict[Dim, set[Fact]] = defaultdict(set)
     space = dimensions.space
-    # A free axis belongs to a head only where heads batch the contraction (in a state-space model none do).
+    # A free axis belongs to a head only where heads that weights make batch the contraction (in a state-space model
+    # none do, in whatever sizes its batch is fixed).
+    weighted = {
+        atom
+        for kind in (Fact.CONTRACTED_WITH_WEIGHT, Fact.WEIGHT_OUTPUT)
+        for term, _ in dimensions.facts[kind]
+        for atom in space.atoms(term)
+    }
     headed = {
         node
         for term, node in dimensions.facts[Fact.BATCHED]
-        if any(space.static(atom) is not None for atom in space.atoms(term))
+        if any(atom in weighted and space.static(atom) is not None for atom in space.atoms(term))
     }
     for kind, sightings in dimensions.facts.items():
         for term, node in sightings:

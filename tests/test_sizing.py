@@ -160,3 +160,19 @@ def test_the_experts_of_a_router_keep_their_number(tmp_path: Path) -> None:
     expand(model, tmp_path / "big.onnx", 2, device="cpu", precision="float64")
     grown = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}
     assert (grown["gate"], grown["mix"], grown["up"]) == ((24, 3), (3, 24), (24, 40))
+
+
+def test_a_width_beside_a_batch_of_fixed_size_is_no_head(tmp_path: Path) -> None:
+    """A batch of two products between activations makes no heads: what is free in them is a width like another."""
+    weights = normal(0, {"up": (24, 40), "keys": (24, 5), "down": (40, 24)})
+    graph = """g (float[2, 3, 24] x) => (float[2, 5, 24] y) {
+        u = MatMul (x, up)
+        t = Transpose <perm = [0, 2, 1]> (u)
+        k = MatMul (x, keys)
+        s = MatMul (t, k)
+        z = Transpose <perm = [0, 2, 1]> (s)
+        y = MatMul (z, down)
+    }"""
+    onnx.save(build_model(graph, weights), tmp_path / "model.onnx")
+    expand(tmp_path / "model.onnx", tmp_path / "big.onnx", 2, device="cpu", precision="float64")
+    assert {each.name: list(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}["up"][1] == 80
