@@ -15,7 +15,6 @@ from hyperclone_onnx import storage
 from hyperclone_onnx.analysis import Analysis, analyse, count_parameters, is_code
 from hyperclone_onnx.dims import Dim
 from hyperclone_onnx.errors import ModelsDiffer
-from hyperclone_onnx.maps import Kept as Fixed
 from hyperclone_onnx.maps import SourceMap
 from hyperclone_onnx.plan import METADATA_KEY, Plan
 from hyperclone_onnx.planning import make_plan
@@ -206,7 +205,7 @@ def _report(analysis: Analysis, out: Path, growth: Growth, plan: Plan, big: ir.M
         count_parameters(analysis.model),
         count_parameters(big),
         variants,
-        sum(any(not isinstance(part, Fixed) for axis in each.axes for part in axis) for each in codes),
+        sum(each.grows for each in codes),
     )
 
 

@@ -314,6 +314,13 @@ class Op:
             raise CannotTell(f"axis {axis} of a value of rank {rank}")
         return axis % rank
 
+    def walk(self, *bodies: ir.Graph) -> None:
+        """Relate the nodes of bodies whose inputs have their axes."""
+        place = self.space.place
+        for body in bodies:
+            walk(self.dimensions, body)
+        self.space.place = place
+
     # -- results ------------------------------------------------------------------------------------------
 
     def out(self, axes: Sequence[Term], elements: Known | None = None, index: int = 0) -> None:

@@ -24,11 +24,9 @@ def normalise(model: ir.Model) -> ir.Model:
         passes.RemoveInitializersFromInputsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
-        passes.RemoveUnusedNodesPass(),
-        passes.TopologicalSortPass(),
     )(model)
     reblock(model.graph)
-    passes.RemoveUnusedNodesPass()(model)
+    ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.TopologicalSortPass())(model)
     _name_nodes(model.graph)
     _unshare_moved_weights(model.graph)
     _fill_types(model)

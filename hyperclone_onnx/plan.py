@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hyperclone_onnx.errors import BadModel
-from hyperclone_onnx.maps import Axis, SourceMap, axis_from_json, axis_to_json, grown_size
+from hyperclone_onnx.maps import Axis, Kept, SourceMap, axis_from_json, axis_to_json, grown_size
 from hyperclone_onnx.strategies import Strategy
 
 VERSION = 1
@@ -34,6 +34,11 @@ class Recipe:
     shared: tuple[tuple[int, int], ...] = ()
     scale: float = 1.0
     bits: int | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Whether any axis is another than the source's."""
+        return any(not isinstance(factor, Kept) for axis in self.axes for factor in axis)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain data."""

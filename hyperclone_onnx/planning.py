@@ -134,8 +134,7 @@ def _read_elsewhere(dimensions: Dimensions, name: str) -> bool:
 
 
 def _is_trivial(recipe: Recipe) -> bool:
-    kept = all(isinstance(factor, Kept) for axis in recipe.axes for factor in axis)
-    return kept and recipe.scale == 1.0
+    return not recipe.grows and recipe.scale == 1.0
 
 
 def _interface(values: Iterable[ir.Value], sharing: Sharing) -> Iterable[Interface]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.dims import Product, Term
 from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import Axes, CannotTell, Op, walk
+from hyperclone_onnx.inference import Axes, CannotTell, Op
 from hyperclone_onnx.known import static_values
 from hyperclone_onnx.plan import TakeBranch
 from hyperclone_onnx.rules.registry import edits, pinned, relates
@@ -28,10 +28,7 @@ def if_(op: Op) -> None:
         names, idle = (names[:1], names[1]) if condition[0] else (names[1:], names[0])
         op.dimensions.idle.update(op.node.attributes[idle].as_graph().all_nodes())
     branches = [op.node.attributes[name].as_graph() for name in names]
-    place = op.space.place
-    for branch in branches:
-        walk(op.dimensions, branch)
-    op.space.place = place
+    op.walk(*branches)
     for index, values in enumerate(zip(*(branch.outputs for branch in branches), strict=True)):
         one, other = (op.dimensions.axes.get(value) for value in (values[0], values[-1]))
         if one is None or other is None or len(one) != len(other):
@@ -71,7 +68,7 @@ def loop(op: Op) -> None:
     carried = _enter(op, body.inputs[2:], range(2, op.count))
     for value in body.inputs[:2]:
         op.dimensions.axes[value] = ()
-    _walk_body(op, body)
+    op.walk(body)
     trips = op.known(0)
     endless = not op.has(1) or op.ints(1) == [1]
     stays = op.dimensions.known.get(body.outputs[0])
@@ -100,7 +97,7 @@ def scan(op: Op) -> None:
         op.dimensions.axes[value] = tuple(axes)
     for step in steps[1:]:
         op.unify(steps[0], step)
-    _walk_body(op, body)
+    op.walk(body)
     axes_out = op.int_list("scan_output_axes", None) or [0] * (len(body.outputs) - states)
     _leave(op, body.outputs, carried, [(axis, steps[0]) for axis in axes_out])
 
@@ -117,12 +114,6 @@ def _enter(op: Op, inner: Sequence[ir.Value], indices: Sequence[int]) -> list[Ax
         carried.append(axes)
         op.dimensions.axes[value] = axes
     return carried
-
-
-def _walk_body(op: Op, body: ir.Graph) -> None:
-    place = op.space.place
-    walk(op.dimensions, body)
-    op.space.place = place
 
 
 def _leave(op: Op, made: Sequence[ir.Value], carried: list[Axes], stacked: Sequence[tuple[int, Term]]) -> None:

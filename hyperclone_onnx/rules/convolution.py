@@ -177,8 +177,13 @@ def edit_conv_transpose(op: GrownOp) -> None:
 @edits("Conv", "DeformConv")
 def edit_conv(op: GrownOp) -> None:
     """The group attribute is the channels over the channels of a group."""
+    edit_groups(op, 1)
+
+
+def edit_groups(op: GrownOp, weight: int) -> None:
+    """Set the group attribute of a convolution with input `weight`."""
     if op.integer("group", 1) > 1:
-        op.set_attribute("group", op.grown(op.axes(0)[1]) // op.grown(op.axes(1)[1]))
+        op.set_attribute("group", op.grown(op.axes(0)[1]) // op.grown(op.axes(weight)[1]))
 
 
 @relates("BatchNormalization", "InstanceNormalization")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hyperclone_onnx.dims import Term
 from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import CannotTell, Op, walk
+from hyperclone_onnx.inference import CannotTell, Op
 from hyperclone_onnx.rules.attention import divide_scores, relate_heads, relate_scores
 from hyperclone_onnx.rules.registry import edits, relates
 
@@ -30,10 +30,8 @@ def flex_attention(op: Op) -> None:
 def _walk_modifier(op: Op, name: str, scores: tuple[Term, ...]) -> None:
     """Relate the nodes of a subgraph that maps scores to scores."""
     body = op.node.attributes[name].as_graph()
-    place = op.space.place
     op.dimensions.axes[body.inputs[0]] = scores
-    walk(op.dimensions, body)
-    op.space.place = place
+    op.walk(body)
     changed = op.dimensions.axes.get(body.outputs[0])
     if changed is None or len(changed) != len(scores):
         raise CannotTell(f"{name} gives scores of unknown axes")

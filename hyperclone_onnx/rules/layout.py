@@ -8,7 +8,7 @@ import numpy as np
 
 from hyperclone_onnx.dims import ONE, Concat, Product, Term
 from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import CannotTell, Fact, Op
+from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.known import Known, known
 from hyperclone_onnx.rules.registry import edits, relates
 from hyperclone_onnx.sizes import Size
@@ -169,10 +169,14 @@ def edit_tile(op: GrownOp) -> None:
 def concat(op: Op) -> None:
     """out = operands side by side along one axis"""
     operands = [op.axes(i) for i in range(op.count)]
-    rank = len(operands[0])
-    axis = op.axis(op.integer("axis"), rank)
+    axis = op.axis(op.integer("axis"), len(operands[0]))
+    op.out(side_by_side(op, operands, axis), _concatenated(op, axis))
+
+
+def side_by_side(op: Op, operands: Sequence[Axes], axis: int) -> list[Term]:
+    """The axes of operands joined along one of them; the others are the same in all."""
     out: list[Term] = []
-    for position in range(rank):
+    for position in range(len(operands[0])):
         column = [axes[position] for axes in operands]
         if position == axis:
             out.append(_joined(op, column))
@@ -180,7 +184,7 @@ def concat(op: Op) -> None:
             for term in column[1:]:
                 op.unify(column[0], term)
             out.append(column[0])
-    op.out(out, _concatenated(op, axis))
+    return out
 
 
 def _joined(op: Op, terms: list[Term]) -> Term:

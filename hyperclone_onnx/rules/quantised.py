@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hyperclone_onnx.dims import ONE, Concat, Term
+from hyperclone_onnx.dims import ONE, Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.contractions import relate_matmul
-from hyperclone_onnx.rules.convolution import pool, relate_conv
+from hyperclone_onnx.rules.convolution import edit_groups, pool, relate_conv
 from hyperclone_onnx.rules.indexing import index_by
+from hyperclone_onnx.rules.layout import side_by_side
+from hyperclone_onnx.rules.reductions import out_reduced
 from hyperclone_onnx.rules.registry import edits, relates
 
 MICROSOFT = "com.microsoft"
@@ -173,9 +175,7 @@ def microsoft_qlinear_conv(op: Op) -> None:
 @edits("QLinearConv", domain=MICROSOFT)
 def edit_integer_conv(op: GrownOp) -> None:
     """The group attribute is the channels over the channels of a group."""
-    if op.integer("group", 1) > 1:
-        weight = 1 if op.node.op_type == "ConvInteger" else 3
-        op.set_attribute("group", op.grown(op.axes(0)[1]) // op.grown(op.axes(weight)[1]))
+    edit_groups(op, 1 if op.node.op_type == "ConvInteger" else 3)
 
 
 # -- quantised elementwise operators, poolings and joins ---------------------------------------------------
@@ -230,8 +230,7 @@ def qlinear_reduce_mean(op: Op) -> None:
     reduced = {op.axis(a, len(axes)) for a in listed} if listed is not None else set(range(len(axes)))
     for axis in sorted(reduced):
         op.uniform(axes[axis])
-    keep = op.integer("keepdims", 1)
-    op.out([ONE if i in reduced else term for i, term in enumerate(axes) if keep or i not in reduced])
+    out_reduced(op, reduced)
 
 
 @relates("QLinearGlobalAveragePool", domain=MICROSOFT)
@@ -262,8 +261,7 @@ def reduce_sum_integer(op: Op) -> None:
     reduced = {op.axis(a, len(axes)) for a in op.int_list("axes", None) or []}
     for axis in sorted(reduced):
         op.sum_over((0, axis), integers=True)
-    keep = op.integer("keepdims", 1)
-    op.out([ONE if i in reduced else term for i, term in enumerate(axes) if keep or i not in reduced])
+    out_reduced(op, reduced)
 
 
 @relates("QEmbedLayerNormalization", domain=MICROSOFT)
@@ -293,15 +291,6 @@ def qlinear_concat(op: Op) -> None:
     parameters(op, 0, 1, *(i for start in range(2, op.count, 3) for i in (start + 1, start + 2)))
     operands = [op.axes(start) for start in range(2, op.count, 3)]
     axis = op.axis(op.integer("axis"), len(operands[0]))
-    out: list[Term] = []
-    for position in range(len(operands[0])):
-        column = [axes[position] for axes in operands]
-        if position == axis:
-            if any(op.static(term) is None for term in column):
-                raise CannotTell("joined parts whose size is not known before running")
-            out.append(Concat(tuple(column)))
-        else:
-            for term in column[1:]:
-                op.unify(column[0], term)
-            out.append(column[0])
-    op.out(out)
+    if any(op.static(axes[axis]) is None for axes in operands):
+        raise CannotTell("joined parts whose size is not known before running")
+    op.out(side_by_side(op, operands, axis))

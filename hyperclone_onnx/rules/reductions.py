@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from hyperclone_onnx.dims import ONE, Term
 from hyperclone_onnx.inference import Op
 from hyperclone_onnx.rules.registry import relates
@@ -18,7 +20,8 @@ def _reduced_axes(op: Op) -> list[int]:
     return sorted({op.axis(axis, rank) for axis in axes})
 
 
-def _out(op: Op, reduced: list[int]) -> None:
+def out_reduced(op: Op, reduced: Collection[int]) -> None:
+    """Set the output's axes: the reduced ones are 1, or gone."""
     keep = op.integer("keepdims", 1)
     out: list[Term] = [ONE if i in reduced else term for i, term in enumerate(op.axes(0)) if keep or i not in reduced]
     op.out(out)
@@ -33,7 +36,7 @@ def summing(op: Op) -> None:
             op.pin(op.axes(0)[axis], "the sizes of a weight's shares do not add up to its own")
     for axis in reduced:
         op.sum_over((0, axis), power=POWERS[op.node.op_type])
-    _out(op, reduced)
+    out_reduced(op, reduced)
 
 
 @relates("ReduceMean")
@@ -42,13 +45,13 @@ def averaging(op: Op) -> None:
     reduced = _reduced_axes(op)
     for axis in reduced:
         op.uniform(op.axes(0)[axis])
-    _out(op, reduced)
+    out_reduced(op, reduced)
 
 
 @relates("ReduceMax", "ReduceMin")
 def extreme(op: Op) -> None:
     """out[j] = max_k x[j, k]: a repeated index does not change it"""
-    _out(op, _reduced_axes(op))
+    out_reduced(op, _reduced_axes(op))
 
 
 @relates("ReduceProd", "ReduceLogSumExp")
@@ -57,7 +60,7 @@ def pinned_reduction(op: Op) -> None:
     reduced = _reduced_axes(op)
     for axis in reduced:
         op.pin(op.axes(0)[axis], f"reduced by {op.node.op_type}")
-    _out(op, reduced)
+    out_reduced(op, reduced)
 
 
 @relates("ArgMax", "ArgMin")
@@ -65,4 +68,4 @@ def arg_extreme(op: Op) -> None:
     """out[j] = the k at which x[j, k] is extreme: an index, so that the axis keeps its size"""
     axis = op.axis(op.integer("axis", 0), op.rank(0))
     op.pin(op.axes(0)[axis], f"searched by {op.node.op_type}")
-    _out(op, [axis])
+    out_reduced(op, [axis])

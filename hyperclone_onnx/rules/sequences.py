@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hyperclone_onnx.dims import Concat, Term
 from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import Axes, CannotTell, Op, walk
+from hyperclone_onnx.inference import Axes, CannotTell, Op
 from hyperclone_onnx.known import known
+from hyperclone_onnx.rules.layout import side_by_side
 from hyperclone_onnx.rules.registry import edits, pinned, relates
 
 Elements = list[Axes]
@@ -145,17 +145,9 @@ def join(op: Op) -> None:
         whole.insert(axis, op.pinned_dim(len(elements), "numbers the elements of a sequence"))
         op.out(whole)
         return
-    out: list[Term] = []
-    for position, column in enumerate(zip(*elements, strict=True)):
-        if position == axis and any(op.static(term) is None for term in column):
-            raise CannotTell("joined parts whose size is not known before running")
-        if position == axis:
-            out.append(Concat(tuple(term for term in column if op.static(term) != 0)))
-        else:
-            for term in column[1:]:
-                op.unify(column[0], term)
-            out.append(column[0])
-    op.out(out)
+    if any(op.static(axes[axis]) is None for axes in elements):
+        raise CannotTell("joined parts whose size is not known before running")
+    op.out(side_by_side(op, elements, axis))
 
 
 @relates("SequenceMap")
@@ -167,9 +159,7 @@ def sequence_map(op: Op) -> None:
         given = op.dimensions.sequences.get(op.value(index))
         axes = op.axes(index) if given is None else _alike(op, list(given))
         op.dimensions.axes[value] = axes
-    place = op.space.place
-    walk(op.dimensions, body)
-    op.space.place = place
+    op.walk(body)
     for index, value in enumerate(body.outputs):
         made = op.dimensions.axes.get(value)
         if made is None:
