@@ -240,14 +240,22 @@ class GrownTensor:
         digest = hashlib.blake2b(self.recipe.source.encode(), digest_size=8).digest()
         return [int.from_bytes(digest, "little"), self.strategy.seed & (2**64 - 1)]
 
-    def as_lazy(self, name: str) -> ir.LazyTensor:
+    def as_lazy(self, name: str) -> LazyGrownTensor:
         """This tensor for an ONNX graph; computed when it is written."""
-        return ir.LazyTensor(
-            lambda: ir.Tensor(self.stored(), dtype=self.dtype, name=name),
-            dtype=self.dtype,
-            shape=ir.Shape(self.stored_shape),
+        return LazyGrownTensor(self, name)
+
+
+class LazyGrownTensor(ir.LazyTensor):
+    """A grown tensor in an ONNX graph; `grown` answers slices of it."""
+
+    def __init__(self, grown: GrownTensor, name: str) -> None:
+        super().__init__(
+            lambda: ir.Tensor(grown.stored(), dtype=grown.dtype, name=name),
+            dtype=grown.dtype,
+            shape=ir.Shape(grown.stored_shape),
             name=name,
         )
+        self.grown = grown
 
 
 def _unit(values: Array, dtype: ir.DataType) -> tuple[Array, Array]:

@@ -6,6 +6,7 @@ over named dimensions (`Kept`, `Named`, `ProductOf`, `ConcatOf`); `index_axis` t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,9 +162,22 @@ def grown_size(axis: Axis, maps: Maps) -> int:
         case Named(name):
             return maps[name].grown
         case ProductOf(parts):
-            return int(np.prod([grown_size(part, maps) for part in parts], dtype=np.int64))
+            return math.prod(grown_size(part, maps) for part in parts)
         case ConcatOf(parts):
             return sum(grown_size(part, maps) for part in parts)
+
+
+def source_size(axis: Axis, maps: Maps) -> int:
+    """The length of an axis in the source model."""
+    match axis:
+        case Kept(size):
+            return size
+        case Named(name):
+            return maps[name].size
+        case ProductOf(parts):
+            return math.prod(source_size(part, maps) for part in parts)
+        case ConcatOf(parts):
+            return sum(source_size(part, maps) for part in parts)
 
 
 @dataclass(frozen=True)
