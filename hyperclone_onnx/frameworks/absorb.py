@@ -16,17 +16,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx import storage
-from hyperclone_onnx.analysis import analyse
-from hyperclone_onnx.errors import BadModel, BadRequest, ModelsDiffer, Refused
-from hyperclone_onnx.feeds import cases
+from hyperclone_onnx.errors import BadModel, BadRequest, Refused
 from hyperclone_onnx.frameworks.handoff import read
+from hyperclone_onnx.frameworks.parity import check_parity
 from hyperclone_onnx.frameworks.program import Program
-from hyperclone_onnx.sessions import Runner
 
 Array = npt.NDArray[Any]
-TOLERANCE = 1e-4
-"""What two runs of one file stay under in float32, as a part of an output's largest element."""
-
 PREFIXES = ("module.", "_orig_mod.", "model.module.")
 """What wrappers put before the names of a state_dict."""
 
@@ -75,7 +70,7 @@ def absorb(
     result = _replace(program, target, given)
     with storage.publication(out) as written:
         storage.save(target, written, external=external)
-        return replace(result, validated_by=_validate(written)) if check else result
+        return replace(result, validated_by=check_parity(written)) if check else result
 
 
 def _replace(program: Program, target: ir.Model, given: Mapping[str, Callable[[], Array]]) -> Absorption:
@@ -180,56 +175,3 @@ def _read_safetensors(path: Path) -> dict[str, Callable[[], Array]]:
             path, dtype, count, offset=offset
         ).reshape(shape)
     return found
-
-
-# -- whether it is right ----------------------------------------------------------------------------------------
-
-
-def _validate(path: Path) -> str:
-    """Run the written file in ONNX Runtime and in a framework; which framework it was.
-
-    Raises:
-        ModelsDiffer: they disagree.
-    """
-    name, run = _framework_runner(path)
-    runner = Runner(path, "cpu")
-    for case in cases(analyse(path).dimensions):
-        try:
-            wanted = runner.run(case.feeds)
-        except RuntimeError:
-            continue  # lengths that this model does not take
-        found = run(case.feeds)
-        for output, want in wanted.items():
-            got = found[output]
-            scale = float(np.abs(want).max(initial=0.0)) or 1.0
-            error = float(np.abs(got.astype(np.float64) - want).max(initial=0.0)) / scale
-            if got.shape != want.shape or not error <= TOLERANCE:
-                raise ModelsDiffer(f"ONNX Runtime and {name} disagree on {output!r} by {error:.1e} ({case.label})")
-        return name
-    raise Refused("no random inputs were found that ONNX Runtime takes: it cannot be validated")
-
-
-def _framework_runner(path: Path) -> tuple[str, Callable[[Mapping[str, Array]], dict[str, Array]]]:
-    try:
-        import torch
-
-        from hyperclone_onnx.frameworks.torch import load as load_module
-    except ImportError:
-        from hyperclone_onnx.frameworks.jax import load as load_function
-
-        apply, params = load_function(path)
-        program = read(path).program
-        return "JAX", lambda feeds: _named(program, apply(params, **feeds), np.asarray)
-    model = load_module(path)
-
-    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        with torch.no_grad():
-            result = model(**{name: torch.from_numpy(array) for name, array in feeds.items()})
-        return _named(model.program, result, lambda tensor: tensor.float().numpy())
-
-    return "PyTorch", run
-
-
-def _named(program: Program, result: Any, convert: Callable[[Any], Array]) -> dict[str, Array]:
-    outputs = result if isinstance(result, dict) else {program.outputs[0]: result}
-    return {name: convert(value) for name, value in outputs.items()}

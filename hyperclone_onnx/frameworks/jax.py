@@ -11,8 +11,9 @@ from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.blocks import block_paths
 from hyperclone_onnx.frameworks.handoff import PathLike, bind, read
+from hyperclone_onnx.frameworks.naming import nested
 from hyperclone_onnx.frameworks.program import Program, Weight
-from hyperclone_onnx.frameworks.slices import read_slice, shape_of
+from hyperclone_onnx.frameworks.slices import read_slice, read_whole
 from hyperclone_onnx.frameworks.source import compiled, function_source
 from hyperclone_onnx.plan import Plan
 
@@ -60,25 +61,18 @@ def load(
     """
     handoff = read(model, plan=plan, freeze=freeze, train=train)
     place = _over(shard) if isinstance(shard, jax.sharding.Mesh) else shard
-    params: Params = {}
-    constants: Params = {}
+    params: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
     for weight in handoff.program.weights:
         tensor = handoff.tensors[weight.initializer]
-        *folders, leaf = weight.path.split(".")
-        level = params if weight.role == "trainable" else constants
-        for name in folders:
-            level = level.setdefault(name, {})
+        kind = params if weight.role == "trainable" else constants
         if place is None:
-            level[leaf] = jax.numpy.asarray(_whole(tensor))
+            kind[weight.path] = jax.numpy.asarray(read_whole(tensor))
         elif weight.role == "constant":  # every process has its own, and tracing makes it a literal
-            level[leaf] = _whole(tensor)
+            kind[weight.path] = read_whole(tensor)
         else:
-            level[leaf] = _in_parts(tensor, place(weight.path, weight.shape), weight)
-    return _Apply(handoff.program, constants), params
-
-
-def _whole(tensor: ir.TensorProtocol) -> Any:
-    return read_slice(tensor, tuple(slice(0, size) for size in shape_of(tensor)))
+            kind[weight.path] = _in_parts(tensor, place(weight.path, weight.shape), weight)
+    return _Apply(handoff.program, nested(constants)), nested(params)
 
 
 def _in_parts(tensor: ir.TensorProtocol, sharding: Any, weight: Weight) -> Any:

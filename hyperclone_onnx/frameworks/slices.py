@@ -42,6 +42,11 @@ def read_slice(tensor: ir.TensorProtocol, windows: Windows) -> Array:
     return np.asarray(np.asarray(tensor.numpy())[windows])
 
 
+def read_whole(tensor: ir.TensorProtocol) -> Array:
+    """A whole stored tensor."""
+    return read_slice(tensor, tuple(slice(0, size) for size in shape_of(tensor)))
+
+
 def _read_rows(tensor: ir.ExternalTensor, rows: slice) -> Array:
     """Rows of a tensor in a file. They are read, not mapped: mapped pages would count as this process's memory."""
     shape, dtype = shape_of(tensor), np.dtype(tensor.dtype.numpy())
