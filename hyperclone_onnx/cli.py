@@ -21,7 +21,9 @@ from typing import Any, NoReturn
 
 import click
 
-from hyperclone_onnx.errors import HypercloneError
+from hyperclone_onnx import publication
+from hyperclone_onnx.errors import HypercloneError, printable
+from hyperclone_onnx.signals import STOPPING
 from hyperclone_onnx.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRATEGIES, Strategy
 
 DEBUG = "HYPERCLONE_DEBUG"
@@ -44,7 +46,8 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             raise SystemExit(1) from None
         except OSError as problem:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _fail(f"the result cannot be printed ({problem.strerror or problem})", 2)
+            there = f"{publication.finished()} is written and complete, but " if publication.finished() else ""
+            _fail(f"{there}the result cannot be printed ({problem.strerror or problem})", 2)
         except (MemoryError, OverflowError):
             _fail("this needs more memory than there is: ask for a smaller factor", 3)
         except Exception as problem:
@@ -61,13 +64,20 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_ending = False
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    global _ending
+    _ending = True
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     raise SystemExit(code)
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    """End the command, unless it ends already, or it is too late: what has been published is there, and is reported."""
+    if not _ending and publication.finished() is None:
+        raise KeyboardInterrupt
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,7 +88,12 @@ def main() -> None:
     The grown model is wider by whole factors and equal to its source: train on from there (HyperCloning,
     arXiv 2409.12903).
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    global _ending
+    _ending = False
+    publication.forget()
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, _stop)
 
 
 def _console() -> Any:
