@@ -161,7 +161,7 @@ def _parse_requests(_context: click.Context, _option: click.Parameter, values: t
 
 def _finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
     if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no level; give a number of decibels, such as 10")
+        raise click.BadParameter(f"{value} is no number; give one such as 10")
     return value
 
 
@@ -334,22 +334,81 @@ def validate(small: Path, big: Path, device: Any, seed: int, as_json: bool) -> N
 @main.command()
 @click.argument("model", type=_model_path)
 @click.option("--list", "listing", is_flag=True, help="Show each stored tensor: trained or not, and why.")
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["pytorch", "jax", "safetensors", "hf"]),
+    help="Write the weights as a checkpoint of torch.distributed.checkpoint or of Orbax, as safetensors, or as a "
+    "Hugging Face checkpoint.",
+)
+@click.option("-o", "--output", type=_model_path, help="The folder to make.")
+@click.option("--like", type=_model_path, help="For hf: the Hugging Face checkpoint of the small model.")
+@click.option("--source", type=_model_path, help="The small ONNX file, where names or tensors are told by it.")
+@click.option("--optimizer", type=_model_path, help="The small model's AdamW state, to grow beside the weights.")
 @click.option("--freeze", multiple=True, metavar="GLOB", help="Tensors that are not to be trained, by name.")
 @click.option("--train", multiple=True, metavar="GLOB", help="Tensors that are to be trained; stronger than --freeze.")
+@click.option(
+    "--max-shard-size",
+    type=click.FloatRange(min=0.0, min_open=True),
+    callback=_finite,
+    default=5.0,
+    show_default=True,
+    help="Gigabytes in one safetensors file; more are spread over several.",
+)
+@click.option("--no-validate", is_flag=True, help="Do not compare ONNX Runtime with the framework.")
 @_json_option
 @_guarded
-def handoff(model: Path, listing: bool, freeze: tuple[str, ...], train: tuple[str, ...], as_json: bool) -> None:
-    """Show what PyTorch and JAX make of MODEL; in Python, `hyperclone_onnx.frameworks.torch.load` hands it over."""
-    if not listing:
-        raise click.UsageError("say what to do: --list")
-    from hyperclone_onnx.frameworks.listing import print_weights, weights
+def handoff(
+    model: Path,
+    listing: bool,
+    target: Any,
+    output: Path | None,
+    like: Path | None,
+    source: Path | None,
+    optimizer: Path | None,
+    freeze: tuple[str, ...],
+    train: tuple[str, ...],
+    max_shard_size: float,
+    no_validate: bool,
+    as_json: bool,
+) -> None:
+    """Hand MODEL over to a trainer: list what it would train, or write a checkpoint (--to TARGET -o FOLDER).
 
-    found = weights(model, freeze=freeze, train=train)
+    In Python, `hyperclone_onnx.frameworks.torch.load` and `hyperclone_onnx.frameworks.jax.load` take the file itself.
+    """
+    if listing == (target is not None):
+        raise click.UsageError("say what to do: --list, or --to TARGET -o FOLDER")
+    if listing:
+        from hyperclone_onnx.frameworks.listing import print_weights, weights
+
+        found = weights(model, freeze=freeze, train=train)
+        with _printing():
+            if as_json:
+                _print_json({"model": str(model), "weights": found})
+            else:
+                print_weights(_console(), found)
+        return
+    if output is None:
+        raise click.UsageError("name the folder to make: -o FOLDER")
+    from hyperclone_onnx.frameworks.exports import hand_over
+    from hyperclone_onnx.frameworks.exports.report import print_handover
+
+    with _progress() as (notify, _):
+        result = hand_over(
+            model,
+            target,
+            output,
+            like=like,
+            source=source,
+            optimizer=optimizer,
+            freeze=freeze,
+            train=train,
+            largest_file=round(max_shard_size * 1e9),
+            check=not no_validate,
+            notify=notify,
+        )
     with _printing():
-        if as_json:
-            _print_json({"model": str(model), "weights": found})
-        else:
-            print_weights(_console(), found)
+        _print_json(result.to_json()) if as_json else print_handover(_console(), model, result)
 
 
 @main.command()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.frameworks import manifest
 from hyperclone_onnx.frameworks.stored_arrays import Array, StoredArray, read_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -26,8 +27,9 @@ def read_weights(path: Path) -> dict[str, StoredArray]:
 
     Args:
         path: a safetensors file, or the index of several, or a folder with either; an .npz file; a folder of
-            torch.distributed.checkpoint or of Orbax. None of them can run code: pickles are refused, and of
-            torch.distributed.checkpoint's metadata, which is one, only its own plain classes are accepted.
+            torch.distributed.checkpoint or of Orbax, or one that `handoff` wrote. None of them can run code: pickles
+            are refused, and of torch.distributed.checkpoint's metadata, which is one, only its own plain classes are
+            accepted.
 
     Raises:
         BadModel: it cannot be read, or is truncated.
@@ -48,6 +50,11 @@ def read_weights(path: Path) -> dict[str, StoredArray]:
 
 
 def _read_folder(path: Path) -> dict[str, StoredArray]:
+    if (path / manifest.NAME).is_file():
+        weights = path / manifest.Manifest.read(path).weights
+        if weights.resolve().parent != path.resolve():
+            raise BadModel(f"{path / manifest.NAME}: it names {weights}, which lies outside its folder")
+        return read_weights(weights)
     if (path / ".metadata").is_file():
         from hyperclone_onnx.frameworks.dcp import read_dcp
 

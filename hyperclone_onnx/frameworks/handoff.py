@@ -18,7 +18,7 @@ from hyperclone_onnx.frameworks.preparation import prepare, prepare_model
 from hyperclone_onnx.frameworks.program import Program, Weight, compile_program
 from hyperclone_onnx.frameworks.trainable import Reasons, overridden, structural_roles
 from hyperclone_onnx.normalise import normalise
-from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.plan import METADATA_KEY, Plan
 from hyperclone_onnx.rewrite import check_fits, rewrite
 
 PathLike = str | os.PathLike[str]
@@ -31,6 +31,12 @@ class Handoff:
     program: Program
     tensors: dict[str, ir.TensorProtocol]
     """By initializer."""
+    plan_text: str | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """How the model was grown, where it says so."""
+        return Plan.loads(self.plan_text) if self.plan_text else None
 
 
 def read(
@@ -61,7 +67,7 @@ def read(
     tensors = {
         name: value.const_value for name, value in prepared.graph.initializers.items() if value.const_value is not None
     }
-    return Handoff(program, tensors)
+    return Handoff(program, tensors, prepared.metadata_props.get(METADATA_KEY))
 
 
 def _grown(model: PathLike, plan: Plan | PathLike) -> ir.Model:

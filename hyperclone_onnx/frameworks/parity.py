@@ -1,7 +1,8 @@
-"""Do ONNX Runtime and a framework compute the same from a model file?"""
+"""Whether ONNX Runtime and a framework compute the same from a model file."""
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,10 @@ def _framework_runner(
         from hyperclone_onnx.frameworks.jax import load as load_function
 
         program = read(path).program
-        apply, params = load_function(path, train=["*"] if weights else ())
+        given = [glob.escape(each.initializer) for each in program.weights if each.path in (weights or {})]
+        apply, params = load_function(path, train=given)
         if weights is not None:
-            params = nested({name: array() for name, array in weights.items()})
+            params = nested({each: weights[each]() for each in weights})
         return "JAX", lambda feeds: _named(program, apply(params, **feeds), np.asarray)
     model = load_module(path)
     if weights is not None:
