@@ -101,7 +101,14 @@ def _found(checkpoint: Path, floating: list[Weight]) -> Given:
 
         by_initializer: Given = read_trained(checkpoint)
         return _matched(by_initializer, floating, str(checkpoint))
-    return _matched(read_weights(checkpoint), floating, str(checkpoint))
+    try:
+        return _matched(read_weights(checkpoint), floating, str(checkpoint))
+    except BadRequest as problem:
+        if not (checkpoint / "config.json").is_file():
+            raise
+        raise BadRequest(
+            f"{problem} (for a Hugging Face folder, copy {HUGGING_FACE} into it from the folder that was handed over)"
+        ) from problem
 
 
 def _matched(given: Given, floating: list[Weight], what: str) -> Given:
