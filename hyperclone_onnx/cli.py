@@ -419,7 +419,11 @@ def handoff(
 @_json_option
 @_guarded
 def absorb(model: Path, weights: Path, output: Path, no_validate: bool, as_json: bool) -> None:
-    """Write MODEL anew with trained WEIGHTS, a state_dict in safetensors."""
+    """Write MODEL anew with trained WEIGHTS.
+
+    WEIGHTS is a state_dict in safetensors (sharded ones with their index too), an .npz file, a folder of
+    torch.distributed.checkpoint or of Orbax, or a Hugging Face folder that handoff wrote.
+    """
     from hyperclone_onnx.frameworks.absorb import absorb as run
 
     result = run(model, weights, output, check=not no_validate)
@@ -428,4 +432,5 @@ def absorb(model: Path, weights: Path, output: Path, no_validate: bool, as_json:
             _print_json(asdict(result))
         else:
             by = f", as {result.validated_by} computes it" if result.validated_by else ""
-            click.echo(f"{output}: {len(result.replaced)} tensors replaced, {len(result.kept)} kept{by}")
+            cast = "".join(f", {count} cast {kind}" for kind, count in result.casts.items())
+            click.echo(f"{output}: {len(result.replaced)} tensors replaced, {len(result.kept)} kept{cast}{by}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("array_api_compat")
 torch = pytest.importorskip("torch")
 
+from training import SETTINGS, batches, train  # noqa: E402
 from zoo_harness import make_feeds  # noqa: E402
 
 from hyperclone_onnx import SourceMap, Strategy, analyse, expand  # noqa: E402
@@ -215,24 +216,6 @@ def test_any_slice_is_that_of_the_whole(zoo: Zoo, tmp_path: Path) -> None:
 
 
 # -- going on ---------------------------------------------------------------------------------------------------
-
-
-def batches(vocab: int, steps: int) -> Iterator[Any]:
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        yield torch.randint(0, vocab, (4, 9), generator=generator)
-
-
-def train(model: Any, optimizer: Any, ids: Any) -> float:
-    inputs = [ids[:, :-1], torch.ones_like(ids[:, :-1])][: len(model.program.inputs)]
-    loss = torch.nn.functional.cross_entropy(model(*inputs).flatten(0, 1), ids[:, 1:].flatten())
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss.item())
-
-
-SETTINGS = {"lr": 3e-3, "eps": 1e-6, "weight_decay": 0.1}
 
 
 def matched(model: Any, plan: Plan) -> Any:

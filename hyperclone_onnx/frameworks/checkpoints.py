@@ -157,7 +157,11 @@ def guarded(path: Path, name: str, read: Callable[[], Any]) -> Callable[[], Arra
         try:
             return np.asarray(read())
         except Exception as problem:
-            text = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
-            raise BadModel(f"{path}: {name!r} cannot be read, or is truncated ({text})") from problem
+            raise BadModel(f"{path}: {name!r} cannot be read, or is truncated ({first_line(problem)})") from problem
 
     return run
+
+
+def first_line(problem: BaseException) -> str:
+    """The beginning of what an error says."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]

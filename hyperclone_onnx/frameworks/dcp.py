@@ -16,7 +16,7 @@ from typing import Any
 
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.checkpoints import guarded
+from hyperclone_onnx.frameworks.checkpoints import first_line, guarded
 from hyperclone_onnx.frameworks.stored_arrays import StoredArray, torch_array, torch_dtype
 
 try:
@@ -47,7 +47,10 @@ def _read(reader: _Reader, name: str, shape: tuple[int, ...], kind: Any) -> Any:
     tensor = torch.empty(shape, dtype=kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
-        dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+        except dcp.CheckpointException as problem:  # no Exception, but what wraps those of the ranks
+            raise next(failure for failure, _ in problem.failures.values()) from None
     return torch_array(tensor, torch_dtype(kind))
 
 
@@ -63,7 +66,7 @@ class _Reader(filesystem.FileSystemReader):
         except BadModel:
             raise
         except Exception as problem:  # a broken pickle raises nearly anything
-            raise BadModel(f"{path}: its .metadata cannot be read ({type(problem).__name__}: {problem})") from problem
+            raise BadModel(f"{path}: its .metadata cannot be read ({first_line(problem)})") from problem
         if not isinstance(entries, dict):
             raise BadModel(f"{path}: its .metadata is that of no checkpoint")
 

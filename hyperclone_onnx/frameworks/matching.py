@@ -12,6 +12,10 @@ INFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 """What wrappers of a module put among the parts of its parameters' names."""
 
 
+MOMENTS = frozenset(["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu", "nu"])
+"""Levels at which an optimizer keeps arrays of its own by the names of the weights."""
+
+
 def bare(name: str) -> str:
     """A name without what wrappers of modules put into it.
 
@@ -72,7 +76,11 @@ def match(names: Iterable[str], known: Mapping[str, str], what: str) -> dict[str
 def _levels(name: str, known: Mapping[str, str]) -> list[str]:
     parts = name.split(".")
     starts = range(len(parts))
-    return [".".join(parts[:i]) + "." * bool(i) for i in starts if ".".join(parts[i:]) in known]
+    return [
+        ".".join(parts[:i]) + "." * bool(i)
+        for i in starts
+        if ".".join(parts[i:]) in known and not MOMENTS.intersection(parts[:i])
+    ]
 
 
 def _hint(name: str, level: str, known: Mapping[str, str]) -> str:

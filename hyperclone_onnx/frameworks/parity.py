@@ -17,6 +17,7 @@ from hyperclone_onnx.frameworks.handoff import read
 from hyperclone_onnx.frameworks.naming import nested
 from hyperclone_onnx.frameworks.program import Program
 from hyperclone_onnx.sessions import Runner
+from hyperclone_onnx.validation import tolerance_of
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, Callable[[], Array]]
@@ -42,7 +43,9 @@ def check_parity(path: Path, weights: Weights | None = None) -> str:
     """
     name, run = _framework_runner(path, weights)
     runner = Runner(path, "cpu")
-    for case in cases(analyse(path).dimensions):
+    dimensions = analyse(path).dimensions
+    tolerance = max(TOLERANCE, tolerance_of(dimensions, None, None)[0])
+    for case in cases(dimensions):
         try:
             wanted = runner.run(case.feeds)
         except RuntimeError:
@@ -52,7 +55,7 @@ def check_parity(path: Path, weights: Weights | None = None) -> str:
             got = found[output]
             scale = float(np.abs(want).max(initial=0.0)) or 1.0
             error = float(np.abs(got.astype(np.float64) - want).max(initial=0.0)) / scale
-            if got.shape != want.shape or not error <= TOLERANCE:
+            if got.shape != want.shape or not error <= tolerance:
                 raise ModelsDiffer(f"ONNX Runtime and {name} disagree on {output!r} by {error:.1e} ({case.label})")
         return name
     raise Refused("no random inputs were found that ONNX Runtime takes: it cannot be validated")
