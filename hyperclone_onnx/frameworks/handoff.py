@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.blocks import with_blocks
+from hyperclone_onnx.frameworks.compiler import compile_program
 from hyperclone_onnx.frameworks.naming import paths
 from hyperclone_onnx.frameworks.preparation import prepare, prepare_model
-from hyperclone_onnx.frameworks.program import Program, Weight, compile_program
+from hyperclone_onnx.frameworks.program import Program, Weight
 from hyperclone_onnx.frameworks.trainable import Reasons, overridden, structural_roles
 
 PathLike = str | os.PathLike[str]

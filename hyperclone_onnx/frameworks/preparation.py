@@ -18,9 +18,9 @@ from hyperclone_onnx.analysis import OLDEST_OPSET
 from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.frameworks import ops as _table  # noqa: F401 - importing it fills the table
 from hyperclone_onnx.frameworks import registry
+from hyperclone_onnx.frameworks.compiler import bound_attributes, registry_name
 from hyperclone_onnx.frameworks.fusions import fuse, put_in_place
 from hyperclone_onnx.frameworks.host_values import LARGEST, is_constant
-from hyperclone_onnx.frameworks.program import bound_attributes, registry_name
 from hyperclone_onnx.normalise import normalise
 
 DEEPEST = 8
@@ -28,7 +28,7 @@ DEEPEST = 8
 
 
 def prepare(path: str | os.PathLike[str]) -> ir.Model:
-    """Read a model and bring it into the form that `program.compile_program` reads.
+    """Read a model and bring it into the form that `compiler.compile_program` reads.
 
     Raises:
         BadModel: the file is not a readable, complete ONNX model.
