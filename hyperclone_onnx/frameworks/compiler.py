@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks import registry
-from hyperclone_onnx.frameworks.host_values import HostValues, is_constant
+from hyperclone_onnx.frameworks.host_values import HostValues, always_goes_on, is_constant
 from hyperclone_onnx.frameworks.program import (
     Body,
     Call,
@@ -23,9 +23,11 @@ from hyperclone_onnx.frameworks.program import (
     Number,
     Operand,
     Program,
+    Repeat,
     Role,
     Step,
     Stored,
+    Walk,
     Weight,
 )
 from hyperclone_onnx.frameworks.registry import Operator
@@ -44,7 +46,7 @@ def identifier(name: str, taken: set[str]) -> str:
     return found
 
 
-RESERVED = frozenset("branch device device_of host inf lift nan partial self weights xp".split())
+RESERVED = frozenset("branch device device_of host inf lift loop nan partial self walk weights xp".split())
 """Names that generated functions use for themselves, besides those of the operators."""
 
 
@@ -117,7 +119,18 @@ class _Compiler:
     # -- steps --------------------------------------------------------------------------------------------
 
     def steps(self, graph: ir.Graph) -> tuple[Step, ...]:
-        return tuple(self.choice(node) if node.op_type == "If" else self.call(node) for node in graph)
+        return tuple(self.step(node) for node in graph)
+
+    def step(self, node: ir.Node) -> Step:
+        if node.domain in ("", "ai.onnx"):
+            match node.op_type:
+                case "If":
+                    return self.choice(node)
+                case "Loop":
+                    return self.repeat(node)
+                case "Scan":
+                    return self.walk(node)
+        return self.call(node)
 
     def outputs(self, node: ir.Node) -> tuple[str | None, ...]:
         return tuple(
@@ -133,8 +146,61 @@ class _Compiler:
         bodies = [self.body(node.attributes[name].as_graph()) for name in ("then_branch", "else_branch")]
         return Choice(node.name or "", operand, bodies[0], bodies[1], self.outputs(node))
 
-    def body(self, graph: ir.Graph) -> Body:
-        return Body((), self.steps(graph), tuple(self.operand(value) for value in graph.outputs))
+    def repeat(self, node: ir.Node) -> Repeat:
+        trips, condition, *states = node.inputs
+        graph = node.attributes["body"].as_graph()
+        always = always_goes_on(node)
+        body = self.body(graph, outputs=graph.outputs[1:] if always else graph.outputs)
+        return Repeat(
+            node.name or "",
+            None if trips is None else self.known_or_array(trips),
+            None if always or condition is None else self.operand(condition),
+            tuple(self.as_state(value, given) for value, given in zip(states, graph.inputs[2:], strict=True)),
+            body,
+            self.outputs(node),
+            any(value in self.hosts.host for value in graph.inputs),
+        )
+
+    def as_state(self, value: ir.Value | None, given: ir.Value) -> Operand:
+        assert value is not None
+        return self.host_operand(value) if given in self.hosts.host else self.operand(value)
+
+    def known_or_array(self, value: ir.Value) -> Operand:
+        if not self.hosts.is_known(value):
+            return self.operand(value)
+        operand = self.host_operand(value)
+        if isinstance(operand, Number) and isinstance(operand.value, tuple):
+            return Number(operand.value[0])
+        return operand
+
+    def walk(self, node: ir.Node) -> Walk:
+        graph = node.attributes["body"].as_graph()
+        many = node.attributes["num_scan_inputs"].as_int()
+        first = len(node.inputs) - many
+        made = len(graph.outputs) - first
+
+        def listed(name: str, length: int) -> list[int]:
+            return list(node.attributes[name].as_ints()) if name in node.attributes else [0] * length
+
+        operands = [self.operand(value) for value in node.inputs if value is not None]
+        return Walk(
+            node.name or "",
+            tuple(operands[:first]),
+            tuple(operands[first:]),
+            self.body(graph),
+            self.outputs(node),
+            (*listed("scan_input_axes", many), *listed("scan_output_axes", made)),
+            (*listed("scan_input_directions", many), *listed("scan_output_directions", made)),
+        )
+
+    def body(self, graph: ir.Graph, outputs: Sequence[ir.Value] | None = None) -> Body:
+        inputs = tuple(self.variable(value) for value in graph.inputs)
+        steps = self.steps(graph)
+        return Body(inputs, steps, tuple(self.result(each) for each in (graph.outputs if outputs is None else outputs)))
+
+    def result(self, value: ir.Value) -> Operand:
+        """A body's output; where it is the next turn's state and that is a number, a number."""
+        return self.host_operand(value) if value in self.hosts.states else self.operand(value)
 
     def call(self, node: ir.Node) -> Call:
         host = self.hosts.runs_on_host(node)
@@ -154,9 +220,10 @@ class _Compiler:
         while inputs and inputs[-1] is None:
             inputs.pop()
         attributes = bound_attributes(node, form, self.model.graph.opset_imports)
+        outputs = self.outputs(node)[: dict(attributes).get("outputs", len(node.outputs))]
         domain = "" if node.domain == "ai.onnx" else node.domain
         creates = "device" in form.keywords
-        return Call(node.name or "", domain, node.op_type, tuple(inputs), self.outputs(node), attributes, host, creates)
+        return Call(node.name or "", domain, node.op_type, tuple(inputs), outputs, attributes, host, creates)
 
     def _has_array(self, node: ir.Node) -> bool:
         skip = 1 if node.op_type == "Where" else 0

@@ -70,6 +70,38 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """A Loop: states, made = turn(number, condition, *states), again and again."""
+
+    node: str
+    trips: Operand | None
+    """How often at most; None: until the condition fails."""
+    condition: Operand | None
+    """Whether to begin; None where it always holds, also after each turn."""
+    states: tuple[Operand, ...]
+    turn: Body
+    outputs: tuple[str | None, ...]
+    numbered: bool
+    """Whether the turn takes its number, or a state, as a Python number."""
+    creates: bool = True
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A Scan: states, made = turn(*states, *slices), along one axis of each scanned array."""
+
+    node: str
+    states: tuple[Operand, ...]
+    scanned: tuple[Operand, ...]
+    turn: Body
+    outputs: tuple[str | None, ...]
+    axes: tuple[int, ...]
+    """Of each scanned array, then of each made one."""
+    backwards: tuple[int, ...]
+    """The same, 1 where it runs from the end."""
+
+
+@dataclass(frozen=True)
 class BlockCall:
     """outputs = the block at `path`, called."""
 
@@ -79,7 +111,29 @@ class BlockCall:
     outputs: tuple[str | None, ...]
 
 
-Step = Call | Choice | BlockCall
+Step = Call | Choice | Repeat | Walk | BlockCall
+
+
+def bodies(step: Step) -> tuple[Body, ...]:
+    """The bodies within a step."""
+    match step:
+        case Choice():
+            return (step.yes, step.no)
+        case Repeat() | Walk():
+            return (step.turn,)
+    return ()
+
+
+def given(step: Step) -> tuple[Operand | None, ...]:
+    """What a step itself is given, its bodies aside."""
+    match step:
+        case Choice():
+            return (step.condition,)
+        case Repeat():
+            return (step.trips, step.condition, *step.states)
+        case Walk():
+            return (*step.states, *step.scanned)
+    return step.inputs
 
 
 @dataclass(frozen=True)
