@@ -50,9 +50,14 @@ def numbers(array: Any) -> Any:
 
 def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """What one of two branches gives; both must give the same shapes where the condition is traced."""
-    if isinstance(condition, jax.core.Tracer):
-        return jax.lax.cond(_standard.reshape(condition, ()), yes, no)
-    return yes() if condition else no()
+    if not isinstance(condition, jax.core.Tracer):
+        return yes() if condition else no()
+    shapes = [[(each.shape, each.dtype) for each in jax.eval_shape(way)] for way in (yes, no)]
+    if shapes[0] != shapes[1]:
+        raise Refused(
+            "the branches of an If make different shapes: its condition must be a value under jit, not traced"
+        )
+    return jax.lax.cond(_standard.reshape(condition, ()), yes, no)
 
 
 def nonzero(x: Any) -> Any:  # type: ignore[no-redef]

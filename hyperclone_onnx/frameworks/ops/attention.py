@@ -77,8 +77,9 @@ def with_sink(xp: Any, key: Array, value: Array, biases: list[Array], sink: Arra
     total: Any = 0
     for bias in biases:
         total = total + bias
+    total = xp.reshape(total, (*[1] * (4 - total.ndim), *total.shape))
     heads = xp.reshape(xp.astype(sink, key.dtype), (1, -1, 1, 1))
-    shape = (*total.shape[:-3], max(total.shape[-3], heads.shape[1]), total.shape[-2], 1)
+    shape = (total.shape[0], heads.shape[1], total.shape[2], 1)
     bias = xp.concat([xp.broadcast_to(total, (*shape[:-1], total.shape[-1])), xp.broadcast_to(heads, shape)], axis=-1)
     longer = [xp.concat([each, xp.zeros_like(each[..., :1, :])], axis=-2) for each in (key, value)]
     return longer[0], longer[1], [bias]
