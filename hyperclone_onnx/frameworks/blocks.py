@@ -195,8 +195,17 @@ class _Layers:
             if step.outputs.index(late) != twin.outputs.index(early):
                 raise _NoBlocks
             _agree(pairs.steps, other, number)
+            self._pair_outputs(step, twin, pairs)
             for one, two in zip(step.inputs, twin.inputs, strict=True):
                 pending += self._pair_operands(one, two, pairs)
+
+    def _pair_outputs(self, late: Call, early: Call, pairs: _Pairs) -> None:
+        """What else two calls make: a cache beside an activation."""
+        for one, two in zip(late.outputs, early.outputs, strict=True):
+            if (one is None) != (two is None):
+                raise _NoBlocks
+            if one is not None and two is not None:
+                _agree(pairs.values, two, one)
 
     def _pair_operands(self, late: Operand | None, early: Operand | None, pairs: _Pairs) -> list[tuple[str, str]]:
         if isinstance(late, Stored) and isinstance(early, Stored):

@@ -13,9 +13,10 @@ import onnx_ir as ir
 from hyperclone_onnx import storage
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.frameworks.blocks import with_blocks
+from hyperclone_onnx.frameworks.compiler import compile_program
 from hyperclone_onnx.frameworks.naming import paths
 from hyperclone_onnx.frameworks.preparation import prepare, prepare_model
-from hyperclone_onnx.frameworks.program import Program, Weight, compile_program
+from hyperclone_onnx.frameworks.program import Program, Weight
 from hyperclone_onnx.frameworks.trainable import Reasons, overridden, structural_roles
 from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.plan import METADATA_KEY, Plan

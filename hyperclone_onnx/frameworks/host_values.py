@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
@@ -43,6 +44,9 @@ class HostValues:
 
     def __init__(self, model: ir.Model) -> None:
         self.host: set[ir.Value] = set()
+        self.states: set[ir.Value] = set()
+        """What a Loop's body gives on as a Python number."""
+        self._loops: dict[ir.Value, tuple[ir.Node, int]] = {}
         self._demand(model.graph)
         self._follow(model.graph)
 
@@ -61,7 +65,11 @@ class HostValues:
     def _demand(self, graph: ir.Graph) -> None:
         for node in reversed(list(graph)):
             for inner in _subgraphs(node):
-                self._demand(inner)
+                self._loops |= {value: (node, place) for place, value in enumerate(inner.inputs)}
+                known = -1
+                while known != len(self.host):  # a state that is needed makes others needed
+                    known = len(self.host)
+                    self._demand(inner)
             if any(output in self.host for output in node.outputs):
                 self._needed_for_host(node)
                 continue
@@ -80,6 +88,9 @@ class HostValues:
     def _need(self, value: ir.Value, reader: ir.Node) -> None:
         if is_constant(value) or value in self.host:
             return
+        if value in self._loops:
+            self._need_in_turns(value, reader)
+            return
         producer = value.producer()
         if producer is not None and not _has_host_form(producer):
             raise Refused(
@@ -92,6 +103,24 @@ class HostValues:
                 "than one axis: it has no handoff"
             )
         self.host.add(value)
+
+    def _need_in_turns(self, value: ir.Value, reader: ir.Node) -> None:
+        """A Loop's number of a turn, or a state of it, which then is a number before and after every turn."""
+        node, place = self._loops[value]
+        if node.op_type != "Loop" or place == 1:
+            raise Refused(
+                f"{reader.op_type} (node {reader.name!r}) takes a size from what {node.op_type} (node {node.name!r}) "
+                "gives its body: it has no handoff"
+            )
+        self.host.add(value)
+        if place == 0:
+            return
+        after = node.attributes["body"].as_graph().outputs[place - 1]
+        self.states.add(after)
+        self.host.add(node.outputs[place - 2])
+        for each in (node.inputs[place], after):
+            assert each is not None
+            self._need(each, reader)
 
     # -- forwards: what comes of shapes alone ---------------------------------------------------------------
 
@@ -109,12 +138,29 @@ class HostValues:
             return True
         if not _has_host_form(node) or any(output.dtype not in _WHOLE for output in node.outputs):
             return False
+        if any(output.shape is not None and len(output.shape) > 1 for output in node.outputs):
+            return False
         if node.op_type in ("Range", "ConstantOfShape", "Expand", "Tile"):
             return False  # these make arrays; only a reader that needs numbers makes them numbers
         given = [value for value in node.inputs if value is not None]
         return any(value in self.host for value in given) and all(
             value in self.host or (is_constant(value) and _is_small(value)) for value in given
         )
+
+
+def always_goes_on(node: ir.Node) -> bool:
+    """Whether a Loop's condition holds before and after every turn."""
+    graph = node.attributes["body"].as_graph()
+    start = node.inputs[1] if len(node.inputs) > 1 else None
+    if start is not None and not (is_constant(start) and bool(np.asarray(start.const_value).all())):
+        return False
+    value: ir.Value | None = graph.outputs[0]
+    while value is not None and value is not graph.inputs[1]:
+        producer = value.producer()
+        if producer is None:
+            return is_constant(value) and bool(np.asarray(value.const_value).all())
+        value = producer.inputs[0] if producer.op_type == "Identity" else None
+    return value is not None
 
 
 def _is_small(value: ir.Value) -> bool:

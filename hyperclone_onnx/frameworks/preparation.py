@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,19 @@ from hyperclone_onnx.analysis import OLDEST_OPSET
 from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.frameworks import ops as _table  # noqa: F401 - importing it fills the table
 from hyperclone_onnx.frameworks import registry
+from hyperclone_onnx.frameworks.compiler import bound_attributes, registry_name
 from hyperclone_onnx.frameworks.fusions import fuse, put_in_place
 from hyperclone_onnx.frameworks.host_values import LARGEST, is_constant
-from hyperclone_onnx.frameworks.program import bound_attributes, registry_name
 from hyperclone_onnx.normalise import normalise
 
+CONTROL = ("If", "Loop", "Scan")
+"""Operators with bodies."""
 DEEPEST = 8
 """How deep function bodies may nest."""
 
 
 def prepare(path: str | os.PathLike[str]) -> ir.Model:
-    """Read a model and bring it into the form that `program.compile_program` reads.
+    """Read a model and bring it into the form that `compiler.compile_program` reads.
 
     Raises:
         BadModel: the file is not a readable, complete ONNX model.
@@ -44,11 +49,14 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
     if opset < OLDEST_OPSET:
         raise Refused(f"{name}: opset {opset} is too old (before {OLDEST_OPSET}): convert it first")
     try:
-        passes.InlinePass()(model)
-        for _ in range(DEEPEST):
-            if not _inline_bodies(model):
-                break
-        normalise(model)
+        for node in model.graph.all_nodes():  # ONNX Runtime's optimiser forgets to import its own domain
+            model.graph.opset_imports.setdefault(node.domain, 1)
+        with _quiet_inference():
+            passes.InlinePass()(model)
+            for _ in range(DEEPEST):
+                if not _inline_bodies(model):
+                    break
+            normalise(model)
         _store_constant_outputs(model)
     except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
         raise BadModel(f"{name}: a malformed graph ({type(problem).__name__}: {problem})") from problem
@@ -57,6 +65,17 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
     fuse(model)
     passes.RemoveUnusedNodesPass()(model)
     return model
+
+
+@contextlib.contextmanager
+def _quiet_inference() -> Iterator[None]:
+    """Keep to itself that ONNX cannot infer what operators of other domains make: types are a help, not a need."""
+    logger = logging.getLogger(passes.ShapeInferencePass.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _store_constant_outputs(model: ir.Model) -> None:
@@ -78,7 +97,7 @@ def _inline_bodies(model: ir.Model) -> bool:
     missing = [
         node
         for node in model.graph.all_nodes()
-        if registry.operator(node.domain, node.op_type) is None and node.op_type not in ("If", "Constant")
+        if registry.operator(node.domain, node.op_type) is None and node.op_type not in (*CONTROL, "Constant")
     ]
     if not missing:
         return False
@@ -135,7 +154,7 @@ def check(model: ir.Model, name: str) -> None:
     for node in model.graph.all_nodes():
         for output in node.outputs:
             _check_type(name, output, f" (node {node.name!r})")
-        if node.op_type == "If" and not node.domain:
+        if node.op_type in CONTROL and not node.domain:
             continue
         operator = registry.operator(node.domain, node.op_type)
         if operator is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hyperclone_onnx.frameworks import ops as _table  # noqa: F401 - importing it fills the table
 from hyperclone_onnx.frameworks import registry
+from hyperclone_onnx.frameworks.ops.control import walk
 from hyperclone_onnx.frameworks.program import (
     BlockCall,
     Body,
@@ -21,8 +22,12 @@ from hyperclone_onnx.frameworks.program import (
     Local,
     Number,
     Operand,
+    Repeat,
     Step,
     Stored,
+    Walk,
+    bodies,
+    given,
 )
 
 INDENT = "    "
@@ -45,10 +50,8 @@ def needs_device(body: Body) -> bool:
 
 
 def _creates(step: Step) -> bool:
-    if isinstance(step, Choice):
-        return isinstance(step.condition, Lifted) or needs_device(step.yes) or needs_device(step.no)
-    lifts = any(isinstance(each, Lifted) for each in step.inputs)
-    return lifts or (isinstance(step, Call) and step.creates)
+    lifts = any(isinstance(each, Lifted) for each in given(step))
+    return lifts or (isinstance(step, Call | Repeat) and step.creates) or any(map(needs_device, bodies(step)))
 
 
 def _first_array(body: Body, stored: Spell) -> str:
@@ -67,6 +70,8 @@ def host_variables(body: Body) -> set[str]:
     """The variables of a body that are read as Python numbers."""
     found: set[str] = set()
     for step in body.steps:
+        for inner in bodies(step):
+            found |= host_variables(inner)
         if isinstance(step, Call):
             operator = registry.operator(step.domain, step.op_type)
             for position, operand in enumerate(step.inputs):
@@ -79,15 +84,12 @@ def host_variables(body: Body) -> set[str]:
 
 
 def operands(step: Step) -> Iterator[Operand]:
-    """What a step reads, in its branches too."""
-    if isinstance(step, Choice):
-        yield step.condition
-        for body in (step.yes, step.no):
-            for inner in body.steps:
-                yield from operands(inner)
-            yield from body.outputs
-        return
-    yield from (each for each in step.inputs if each is not None)
+    """What a step reads, in its bodies too."""
+    yield from (each for each in given(step) if each is not None)
+    for body in bodies(step):
+        for inner in body.steps:
+            yield from operands(inner)
+        yield from body.outputs
 
 
 def reads(step: Step) -> Iterator[str]:
@@ -107,7 +109,7 @@ class _Writer:
     def __init__(self, stored: Spell, block: Spell) -> None:
         self.stored = stored
         self.block = block
-        self.branches = 0
+        self.bodies = 0
 
     def body(self, body: Body, outer: bool = False) -> list[str]:
         """The lines of a body; each variable is let go after its last reader, so that memory is free again."""
@@ -127,8 +129,13 @@ class _Writer:
         return lines
 
     def step(self, step: Step) -> list[str]:
-        if isinstance(step, Choice):
-            return self.choice(step)
+        match step:
+            case Choice():
+                return self.choice(step)
+            case Repeat():
+                return self.repeat(step)
+            case Walk():
+                return self.walk(step)
         given = [self.operand(each) for each in step.inputs]
         targets = [name or "_" for name in step.outputs]
         if isinstance(step, BlockCall):
@@ -145,14 +152,29 @@ class _Writer:
         return [f"{left} = {function_name(step.domain, step.op_type)}({', '.join(['xp', *given, *keywords])})"]
 
     def choice(self, step: Choice) -> list[str]:
-        self.branches += 1
-        number = self.branches
-        lines = []
-        for name, body in ((f"yes_{number}", step.yes), (f"no_{number}", step.no)):
-            inner = self.body(body, outer=True)
-            lines += [f"def {name}():", *(INDENT + line for line in inner)]
-        targets = [name or "_" for name in step.outputs]
-        return [*lines, f"{', '.join(targets)}, = branch({self.operand(step.condition)}, yes_{number}, no_{number})"]
+        yes, one = self.inner("yes", step.yes)
+        no, other = self.inner("no", step.no)
+        return [*one, *other, f"{_targets(step)} = branch({self.operand(step.condition)}, {yes}, {no})"]
+
+    def repeat(self, step: Repeat) -> list[str]:
+        name, lines = self.inner("turn", step.turn)
+        states = ", ".join([*map(self.operand, step.states), ""])
+        trips, condition = self.operand(step.trips), self.operand(step.condition)
+        call = f"loop({name}, {trips}, {condition}, ({states.strip()}), numbered={step.numbered}, device=device)"
+        return [*lines, f"{_targets(step)} = {call}"]
+
+    def walk(self, step: Walk) -> list[str]:
+        name, lines = self.inner("turn", step.turn)
+        states, scanned = (", ".join([*map(self.operand, each), ""]).strip() for each in (step.states, step.scanned))
+        call = f"walk({name}, ({states}), ({scanned}), {step.axes!r}, {step.backwards!r})"
+        return [*lines, f"{_targets(step)} = {call}"]
+
+    def inner(self, kind: str, body: Body) -> tuple[str, list[str]]:
+        """A body as a function within this one: its name and its lines."""
+        self.bodies += 1
+        name = f"{kind}_{self.bodies}"
+        inner = self.body(body, outer=True)
+        return name, [f"def {name}({', '.join(body.inputs)}):", *(INDENT + line for line in inner)]
 
     def operand(self, operand: Operand | None) -> str:
         match operand:
@@ -167,6 +189,10 @@ class _Writer:
             case Lifted(value, element_type):
                 return f"lift({self.operand(value)}, {element_type}, device)"
         raise AssertionError(operand)
+
+
+def _targets(step: Choice | Repeat | Walk) -> str:
+    return "".join(f"{name or '_'}, " for name in step.outputs).strip()
 
 
 def literal(value: Any) -> str:
@@ -194,7 +220,8 @@ def _globals(framework: str) -> dict[str, Any]:
         "partial": partial,
         "inf": math.inf,
         "nan": math.nan,
-        **{name: getattr(xp, name) for name in ("device_of", "lift", "branch")},
+        **{name: getattr(xp, name) for name in ("device_of", "lift", "branch", "loop")},
+        "walk": partial(walk, xp),
         **table,
     }
 

@@ -153,11 +153,18 @@ class _Structure:
             for value in self.model.graph.inputs
             if value.dtype is not None and value.dtype.is_floating_point()
         }
-        for node in self.nodes:
+        self._follow_graph(self.model.graph)
+
+    def _follow_graph(self, graph: ir.Graph) -> None:
+        for node in graph:
             if node.op_type in ("Shape", "Size"):
                 continue
+            for _ in range(2 if node.op_type in ("Loop", "Scan") else 1):  # a state may become an activation in a turn
+                for inner in _branches(node):
+                    self._enter(node, inner)
+                    self._follow_graph(inner)
             reached = [self.sources[v] for v in node.inputs if v is not None and v in self.sources]
-            reached += [self.sources[v] for graph in _branches(node) for v in graph.outputs if v in self.sources]
+            reached += [self.sources[v] for inner in _branches(node) for v in inner.outputs if v in self.sources]
             table = node.inputs[0] if node.inputs else None
             if table is not None and _is_lookup(node, 0):
                 stored = _origin(table)
@@ -166,6 +173,16 @@ class _Structure:
             if reached:
                 for output in node.outputs:
                     self.sources[output] = frozenset().union(*reached)
+
+    def _enter(self, node: ir.Node, body: ir.Graph) -> None:
+        """What a body is given: what its node is, and for states what it gave itself before."""
+        carried = node.inputs if node.op_type == "Scan" else (None, None, *node.inputs[2:])
+        before = body.outputs if node.op_type == "Scan" else (None, *body.outputs)
+        for i, value in enumerate(body.inputs):
+            given = [each[i] for each in (carried, before) if i < len(each)]
+            found = [self.sources[each] for each in given if each is not None and each in self.sources]
+            if found and value.dtype is not None and value.dtype.is_floating_point():
+                self.sources[value] = frozenset().union(*found)
 
     def _tables(self) -> set[ir.Value]:
         origins = (_origin(node.inputs[0]) for node in self.nodes if _is_lookup(node, 0) and node.inputs[0] is not None)

@@ -1,8 +1,8 @@
 """An array namespace for each framework: the Python array API standard and what else the operators need.
 
 A namespace is a module. Beyond the standard it has `attend`, `convolution`, `device_of`, `dtype_named`, `dtype_of`,
-`einsum`, `erf`, `expm1`, `lift`, `log_softmax`, `logsumexp`, `numbers`, `relu`, `scatter`, `sigmoid`, `softmax`,
-`softplus` and `branch`.
+`einsum`, `erf`, `expm1`, `lift`, `log_softmax`, `logsumexp`, `loop`, `numbers`, `relu`, `scan`, `scatter`, `sigmoid`,
+`softmax`, `softplus` and `branch`.
 """
 
 from __future__ import annotations

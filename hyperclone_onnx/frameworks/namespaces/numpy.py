@@ -13,6 +13,7 @@ import numpy as np
 from array_api_compat.numpy import *
 
 from hyperclone_onnx.frameworks.namespaces import dtype_name
+from hyperclone_onnx.frameworks.ops import control as _control
 from hyperclone_onnx.frameworks.ops.attention import attend as _attend
 
 bool = _standard.bool  # the star leaves out what hides a builtin
@@ -98,6 +99,20 @@ def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
 def log_softmax(x: Any, axis: int) -> Any:
     """x - log sum e^x"""
     return x - logsumexp(x, axis, True)
+
+
+def scan(step: Any, carry: Any, slices: Any, length: Any) -> Any:
+    """carry, made = step(carry, slices[i]) for each i"""
+    import hyperclone_onnx.frameworks.namespaces.numpy as xp
+
+    return _control.scan_in_turns(xp, step, carry, slices, length)
+
+
+def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, device: Any) -> Any:
+    """ONNX's Loop"""
+    import hyperclone_onnx.frameworks.namespaces.numpy as xp
+
+    return _control.loop_in_turns(xp, turn, trips, condition, states, numbered=numbered, device=device)
 
 
 def attend(*operands: Any, **options: Any) -> Any:

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - everyone's name for it
 from array_api_compat.torch import *
 
 from hyperclone_onnx.frameworks.namespaces import dtype_name
+from hyperclone_onnx.frameworks.ops import control as _control
 from hyperclone_onnx.frameworks.ops.attention import attend as _attend
 
 bool = torch.bool
@@ -74,6 +75,20 @@ def log_softmax(x: Any, axis: int) -> Any:
 def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
     """log sum e^x"""
     return torch.logsumexp(x, axis, keepdim=keepdims)
+
+
+def scan(step: Any, carry: Any, slices: Any, length: Any) -> Any:
+    """carry, made = step(carry, slices[i]) for each i"""
+    import hyperclone_onnx.frameworks.namespaces.torch as xp
+
+    return _control.scan_in_turns(xp, step, carry, slices, length)
+
+
+def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, device: Any) -> Any:
+    """ONNX's Loop"""
+    import hyperclone_onnx.frameworks.namespaces.torch as xp
+
+    return _control.loop_in_turns(xp, turn, trips, condition, states, numbered=numbered, device=device)
 
 
 def attend(query: Any, key: Any, value: Any, *biases: Any, scale: float, key_transposed: int = 0) -> Any:

@@ -9,7 +9,11 @@ from hyperclone_onnx.frameworks.ops import (
     indexing,
     layout,
     microsoft,
+    microsoft_attention,
+    mixture,
     normalisation,
+    pooling,
+    recurrence,
     reductions,
     shapes,
 )
@@ -23,7 +27,11 @@ __all__ = [
     "indexing",
     "layout",
     "microsoft",
+    "microsoft_attention",
+    "mixture",
     "normalisation",
+    "pooling",
+    "recurrence",
     "reductions",
     "shapes",
 ]

@@ -72,6 +72,19 @@ def within(xp: Any, query: Array, total: Any, offset: Any, left: int, right: int
     return reduce(lambda a, b: a & b, sees)
 
 
+def with_sink(xp: Any, key: Array, value: Array, biases: list[Array], sink: Array) -> tuple[Array, Array, list[Array]]:
+    """Keys, values and biases with one key more, whose score is the sink of its head and whose value is 0."""
+    total: Any = 0
+    for bias in biases:
+        total = total + bias
+    total = xp.reshape(total, (*[1] * (4 - total.ndim), *total.shape))
+    heads = xp.reshape(xp.astype(sink, key.dtype), (1, -1, 1, 1))
+    shape = (total.shape[0], heads.shape[1], total.shape[2], 1)
+    bias = xp.concat([xp.broadcast_to(total, (*shape[:-1], total.shape[-1])), xp.broadcast_to(heads, shape)], axis=-1)
+    longer = [xp.concat([each, xp.zeros_like(each[..., :1, :])], axis=-2) for each in (key, value)]
+    return longer[0], longer[1], [bias]
+
+
 def soft_cap(xp: Any, scores: Array, softcap: float) -> Array:
     """softcap tanh(scores / softcap), or the scores themselves when there is none"""
     return softcap * xp.tanh(scores / softcap) if softcap else scores

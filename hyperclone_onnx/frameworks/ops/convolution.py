@@ -1,4 +1,4 @@
-"""Convolutions and pooling, as image encoders use them."""
+"""Convolutions, as image encoders use them."""
 
 from __future__ import annotations
 
@@ -44,15 +44,3 @@ def conv(
     around = spatial_pads(auto_pad, pads, x.shape[2:], w.shape[2:], strides, dilations)
     out = xp.convolution(x, w, tuple(strides), tuple(dilations), around, group)
     return out if b is None else out + xp.reshape(b, (-1, *[1] * rank))
-
-
-@implements("GlobalAveragePool")
-def global_average_pool(xp: Any, x: Array) -> Array:
-    """the mean over all spatial axes"""
-    return xp.mean(x, axis=tuple(range(2, x.ndim)), keepdims=True)
-
-
-@implements("GlobalMaxPool")
-def global_max_pool(xp: Any, x: Array) -> Array:
-    """the largest over all spatial axes"""
-    return xp.max(x, axis=tuple(range(2, x.ndim)), keepdims=True)

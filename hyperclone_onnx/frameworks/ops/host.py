@@ -1,4 +1,4 @@
-"""The arithmetic of sizes, in Python numbers: a value is a number, or a tuple of numbers.
+"""The arithmetic of sizes, in Python numbers: a value is a number, a tuple of numbers, or a tuple of such tuples.
 
 Sizes may be a tracing framework's symbols; so nothing here asks what they are, where it can be helped.
 """
@@ -147,11 +147,25 @@ def unsqueeze(x: Value, axes: Value) -> Value:
 
 @on_host("Reshape")
 def reshape(x: Value, shape: Value, *, allowzero: int = 0) -> Value:
-    """a number, or a tuple"""
-    if len(shape) > 1:
-        raise ValueError("sizes in more than one axis")
-    flat = x if isinstance(x, tuple) else (x,)
+    """a number, or tuples of them"""
+    flat = _flat(x)
+    if len(shape) > 2:
+        raise ValueError("sizes in more than two axes")
+    for size in reversed(shape[1:]):
+        size = len(flat) // math.prod(shape[:1]) if size == -1 else size
+        flat = tuple(flat[i : i + size] for i in range(0, len(flat), size))
     return flat if shape else flat[0]
+
+
+def _flat(x: Value) -> tuple[Any, ...]:
+    """The numbers of a value in a row."""
+    return tuple(number for each in x for number in _flat(each)) if isinstance(x, tuple) else (x,)
+
+
+@on_host("Transpose")
+def transpose(x: Value, *, perm: tuple[int, ...] | None = None) -> Value:
+    """rows as columns"""
+    return tuple(zip(*x, strict=True)) if x and isinstance(x[0], tuple) else x
 
 
 @on_host("Split")
@@ -205,6 +219,18 @@ def reduce_sum(x: Value, axes: Value = None, *, keepdims: int = 1, noop_with_emp
     """the sum of all elements"""
     whole = sum(x)
     return (whole,) if keepdims else whole
+
+
+@on_host("ReduceMax")
+def reduce_max(x: Value, axes: Value = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Value:
+    """the largest of all elements"""
+    return (max(x),) if keepdims else max(x)
+
+
+@on_host("ReduceMin")
+def reduce_min(x: Value, axes: Value = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Value:
+    """the smallest of all elements"""
+    return (min(x),) if keepdims else min(x)
 
 
 @on_host("Size")

@@ -125,3 +125,28 @@ def arg_max(xp: Any, x: Array, *, axis: int = 0, keepdims: int = 1, select_last_
 def arg_min(xp: Any, x: Array, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Array:
     """where the smallest along an axis is"""
     return _extreme_place(xp, xp.argmin, x, axis, keepdims, select_last_index)
+
+
+@implements("NonZero")
+def non_zero(xp: Any, x: Array) -> Array:
+    """out[axis, n] = where along the axis the n-th element lies that is not 0"""
+    return xp.stack(xp.nonzero(x), axis=0)
+
+
+@implements("TensorScatter")
+def tensor_scatter(
+    xp: Any, past: Array, update: Array, starts: Array | None = None, *, axis: int = -2, mode: str = "linear"
+) -> Array:
+    """past with out[b, .., starts[b] + i, ..] = update[b, .., i, ..]"""
+    axis %= past.ndim
+    size, length = past.shape[axis], update.shape[axis]
+    along = xp.arange(size, dtype=xp.dtype_of(7), device=xp.device_of(past))
+    along = xp.reshape(along, tuple(-1 if i == axis else 1 for i in range(past.ndim)))
+    if starts is not None:
+        along = along - xp.reshape(starts, (-1, *[1] * (past.ndim - 1)))
+    along = along % size if mode == "circular" else along
+    source = xp.clip(along, 0, length - 1)
+    rows = tuple(source.shape[i] if i in (0, axis) else n for i, n in enumerate(past.shape))
+    source = xp.broadcast_to(source, (past.shape[0], *rows[1:]))
+    taken = xp.take_along_axis(update, source, axis=axis)
+    return xp.where((along >= 0) & (along < length), taken, past)

@@ -1,21 +1,14 @@
-"""ONNX Runtime's own operators, as its optimiser and its model builder write them."""
+"""ONNX Runtime's own operators, as its optimiser writes them."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
-from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.ops import elementwise
-from hyperclone_onnx.frameworks.ops.attention import (
-    hidden_bias,
-    join_heads,
-    look_up,
-    repeat_heads,
-    rotate,
-    split_heads,
-    within,
-)
+from hyperclone_onnx.frameworks.ops.attention import look_up
+from hyperclone_onnx.frameworks.ops.contractions import gemm
+from hyperclone_onnx.frameworks.ops.convolution import conv
 from hyperclone_onnx.frameworks.ops.normalisation import layer_norm, rms_norm
 from hyperclone_onnx.frameworks.registry import Array, implements
 
@@ -55,10 +48,18 @@ def fused_matmul(
     alpha: float = 1.0,
     transA: int = 0,  # noqa: N803 - the operator's own names
     transB: int = 0,  # noqa: N803
+    transBatchA: int = 0,  # noqa: N803
+    transBatchB: int = 0,  # noqa: N803
 ) -> Array:
-    """alpha a' b', the last two axes transposed as asked"""
+    """alpha a' b', after the first axis was brought in front of the last and the last two were transposed, as asked"""
+    a, b = (_batch_inside(xp, x) if asked else x for x, asked in ((a, transBatchA), (b, transBatchB)))
     product = xp.matmul(a.mT if transA else a, b.mT if transB else b)
     return product if alpha == 1 else alpha * product
+
+
+def _batch_inside(xp: Any, x: Array) -> Array:
+    """(m, batch.., k) as (batch.., m, k)"""
+    return xp.permute_dims(x, (*range(1, x.ndim - 1), 0, x.ndim - 1))
 
 
 def _sum(x: Array, skip: Array, bias: Array | None) -> Array:
@@ -100,189 +101,86 @@ def skip_rms_norm(
     return out if outputs == 1 else (out, None, None, total)[:outputs]
 
 
-@implements("RotaryEmbedding", domain=MICROSOFT)
-def rotary_embedding(
+@implements("EmbedLayerNormalization", domain=MICROSOFT)
+def embed_layer_norm(
     xp: Any,
-    x: Array,
-    positions: Array,
-    cos: Array,
-    sin: Array,
-    *,
-    interleaved: int = 0,
-    num_heads: int = 0,
-    rotary_embedding_dim: int = 0,
-    scale: float = 1.0,
-) -> Array:
-    """each head's pairs turned by the angles of their places; one position is that of the first token"""
-    size = 2 * cos.shape[1]
-    heads = split_heads(xp, x, num_heads or (x.shape[-1] // size if x.ndim == 3 else 0))
-    if positions.ndim == 1:
-        positions = positions + xp.arange(heads.shape[2], dtype=positions.dtype, device=xp.device_of(x))
-        positions = xp.expand_dims(positions, axis=0)
-    cos, sin = (xp.expand_dims(look_up(xp, each, positions), axis=1) for each in (cos, sin))
-    out = rotate(xp, heads, cos, sin, interleaved)
-    return join_heads(xp, out) if x.ndim == 3 else out
-
-
-def _padding_bias(xp: Any, mask: Array, total: Any, like: Array, hidden: float) -> Array:
-    """A mask of 0 and 1 over keys, or the count of keys to see, as an addend."""
-    if mask.ndim == 1:
-        if mask.shape[0] != like.shape[0]:
-            raise Refused("an attention mask of start and end positions: it has no handoff")
-        mask = xp.arange(total, device=xp.device_of(like)) < xp.expand_dims(mask, axis=-1)
-    visible = mask != 0 if not xp.isdtype(mask.dtype, "bool") else mask
-    shape = (mask.shape[0], 1, 1 if mask.ndim == 2 else mask.shape[-2], mask.shape[-1])
-    return hidden_bias(xp, xp.reshape(visible, shape), like, hidden)
-
-
-@implements("MultiHeadAttention", domain=MICROSOFT)
-def multi_head_attention(
-    xp: Any,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None = None,
-    padding: Array | None = None,
-    attention_bias: Array | None = None,
-    past_key: Array | None = None,
-    past_value: Array | None = None,
-    *,
-    num_heads: int,
-    mask_filter_value: float = -10000.0,
-    scale: float = 0.0,
-    unidirectional: int = 0,
-    outputs: int = 1,
-) -> Any:
-    """softmax(scale Q K^T + biases) V for each head, with keys and values of the past before the new ones"""
-    if bias is not None:
-        width, depth = query.shape[-1], value.shape[-1]
-        query = query + bias[:width]
-        key, value = key + bias[width : 2 * width], value + bias[2 * width : 2 * width + depth]
-    query, key, value = (split_heads(xp, each, num_heads) for each in (query, key, value))
-    offset: Any = 0
-    if past_key is not None:
-        offset = past_key.shape[2]
-        key, value = xp.concat([past_key, key], axis=2), xp.concat([past_value, value], axis=2)
-    total = key.shape[2]
-    biases = [] if attention_bias is None else [attention_bias]
-    if padding is not None:
-        biases.append(_padding_bias(xp, padding, total, query, mask_filter_value))
-    if unidirectional:
-        biases.append(hidden_bias(xp, within(xp, query, total, offset, -1, 0), query))
-    out = xp.attend(query, key, value, *biases, scale=scale or 1 / math.sqrt(query.shape[3]))
-    out = join_heads(xp, out)
-    return out if outputs == 1 else (out, key, value)[:outputs]
-
-
-@implements("Attention", domain=MICROSOFT)
-def packed_attention(
-    xp: Any,
-    x: Array,
-    weight: Array,
-    bias: Array | None = None,
+    ids: Array,
+    segments: Array | None,
+    words: Array,
+    places: Array,
+    kinds: Array | None,
+    gamma: Array,
+    beta: Array,
     mask: Array | None = None,
-    past: None = None,
-    attention_bias: Array | None = None,
-    *,
-    num_heads: int,
-    mask_filter_value: float = -10000.0,
-    qkv_hidden_sizes: tuple[int, ...] | None = None,
-    scale: float = 0.0,
-    unidirectional: int = 0,
-) -> Array:
-    """attention of x W + b, where W's columns are queries, keys and values side by side"""
-    if past is not None:
-        raise Refused("com.microsoft.Attention with a packed cache has no handoff")
-    packed = xp.matmul(x, weight) if bias is None else xp.matmul(x, weight) + bias
-    sizes = qkv_hidden_sizes or (packed.shape[-1] // 3,) * 3
-    first, second = sizes[0], sizes[0] + sizes[1]
-    query, key, value = packed[..., :first], packed[..., first:second], packed[..., second:]
-    return multi_head_attention(
-        xp,
-        query,
-        key,
-        value,
-        None,
-        mask,
-        attention_bias,
-        num_heads=num_heads,
-        mask_filter_value=mask_filter_value,
-        scale=scale,
-        unidirectional=unidirectional,
-    )
-
-
-@implements("GroupQueryAttention", domain=MICROSOFT)
-def group_query_attention(
-    xp: Any,
-    query: Array,
-    key: Array | None = None,
-    value: Array | None = None,
-    past_key: Array | None = None,
-    past_value: Array | None = None,
-    last: Array | None = None,
-    total_length: Array | None = None,
-    cos: Array | None = None,
-    sin: Array | None = None,
     positions: Array | None = None,
-    attention_bias: Array | None = None,
     *,
-    num_heads: int,
-    kv_num_heads: int,
-    do_rotary: int = 0,
-    local_window_size: int = -1,
-    rotary_interleaved: int = 0,
-    scale: float = 0.0,
-    softcap: float = 0.0,
-    smooth_softmax: int = 0,
+    epsilon: float = 1e-12,
+    mask_index_type: int = 0,
     outputs: int = 1,
 ) -> Any:
-    """causal attention whose query heads share key/value heads in groups, with rotary angles inside
-
-    `last` is the place of each row's last token. Without a past a row begins at place 0.
-    """
-    if softcap or smooth_softmax == 1:
-        raise Refused("GroupQueryAttention with a soft cap or a smooth softmax has no handoff")
-    if key is None:
-        size = query.shape[-1] // (num_heads + 2 * kv_num_heads)
-        first, second = num_heads * size, (num_heads + kv_num_heads) * size
-        query, key, value = query[..., :first], query[..., first:second], query[..., second:]
-    query = split_heads(xp, query, num_heads)
-    key, value = split_heads(xp, key, kv_num_heads), split_heads(xp, value, kv_num_heads)
-    length, device = query.shape[2], xp.device_of(query)
-    has_past = past_key is not None and past_key.shape[2] != 0
-    offset: Any = xp.reshape(last, (-1, 1)) + 1 - length if has_past else 0
-    if do_rotary:
-        places = xp.expand_dims(xp.arange(length, device=device), axis=0) + offset if positions is None else positions
-        angles = [xp.expand_dims(look_up(xp, each, places), axis=1) for each in (cos, sin)]
-        query, key = (rotate(xp, each, angles[0], angles[1], rotary_interleaved) for each in (query, key))
-    if has_past:
-        key, value = (_continued(xp, past, new, offset) for past, new in ((past_key, key), (past_value, value)))
-        offset = xp.reshape(offset, (-1, 1, 1, 1))
-    present = (key, value)
-    groups = num_heads // kv_num_heads
-    visible = within(xp, query, key.shape[2], offset, max(local_window_size, 0) - 1, 0)
-    biases = [hidden_bias(xp, visible, query)]
-    if attention_bias is not None:
-        biases.append(attention_bias)
-    out = xp.attend(
-        query,
-        repeat_heads(xp, key, groups),
-        repeat_heads(xp, value, groups),
-        *biases,
-        scale=scale or 1 / math.sqrt(query.shape[3]),
-    )
-    out = join_heads(xp, out)
-    return out if outputs == 1 else (out, *present)[:outputs]
+    """norm(words[ids] + places[positions] + kinds[segments]) gamma + beta; then how many tokens each mask shows"""
+    length, device = ids.shape[1], xp.device_of(ids)
+    if positions is None:
+        positions = xp.expand_dims(xp.arange(length, dtype=ids.dtype, device=device), axis=0)
+    total = look_up(xp, words, ids) + look_up(xp, places, positions)
+    if segments is not None:
+        total = total + look_up(xp, kinds, segments)
+    out = layer_norm(xp, total, gamma, beta, epsilon=epsilon)
+    shown = xp.zeros(ids.shape, dtype=xp.dtype_of(6), device=device) if mask is None else mask
+    count = xp.sum(xp.astype(shown == 1, xp.dtype_of(6)), axis=1, dtype=xp.dtype_of(6))
+    return out if outputs == 1 else (out, count, total)[:outputs]
 
 
-def _continued(xp: Any, past: Array, new: Array, offset: Array) -> Array:
-    """Each row's past up to its own length, then the new keys; what lies behind is not looked at."""
-    before, length = past.shape[2], new.shape[2]
-    both = xp.concat([past, new], axis=2)
-    places = xp.expand_dims(xp.arange(before + length, device=xp.device_of(new)), axis=0)
-    source = xp.where(
-        places < offset, places, xp.minimum(places - offset + before, xp.full_like(places, before + length - 1))
-    )
-    source = xp.reshape(source, (source.shape[0], 1, before + length, 1))
-    return xp.take_along_axis(both, xp.broadcast_to(source, both.shape), axis=2)
+ACTIVATIONS: dict[str, Callable[..., Array]] = {
+    "Relu": lambda xp, x: xp.relu(x),
+    "Tanh": lambda xp, x: xp.tanh(x),
+    "Sigmoid": lambda xp, x: xp.sigmoid(x),
+    "LeakyRelu": lambda xp, x, alpha=0.01: elementwise.leaky_relu(xp, x, alpha=alpha),
+    "Clip": lambda xp, x, low, high: xp.clip(x, low, high),
+    "HardSigmoid": lambda xp, x, alpha=0.2, beta=0.5: elementwise.hard_sigmoid(xp, x, alpha=alpha, beta=beta),
+}
+
+
+@implements("FusedConv", domain=MICROSOFT)
+def fused_conv(
+    xp: Any,
+    x: Array,
+    w: Array,
+    b: Array | None = None,
+    z: Array | None = None,
+    *,
+    activation: str = "",
+    activation_params: tuple[float, ...] = (),
+    auto_pad: str = "NOTSET",
+    dilations: tuple[int, ...] | None = None,
+    group: int = 1,
+    kernel_shape: tuple[int, ...] | None = None,
+    pads: tuple[int, ...] | None = None,
+    strides: tuple[int, ...] | None = None,
+) -> Array:
+    """activation(conv(x, w) + b + z)"""
+    out = conv(xp, x, w, b, auto_pad=auto_pad, dilations=dilations, group=group, pads=pads, strides=strides)
+    out = out if z is None else out + z
+    return ACTIVATIONS[activation](xp, out, *activation_params) if activation else out
+
+
+@implements("FusedGemm", domain=MICROSOFT)
+def fused_gemm(
+    xp: Any,
+    a: Array,
+    b: Array,
+    c: Array | None = None,
+    *,
+    activation: str = "",
+    activation_alpha: float | None = None,
+    activation_beta: float | None = None,
+    activation_gamma: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,  # noqa: N803 - the operator's own names
+    transB: int = 0,  # noqa: N803
+) -> Array:
+    """activation(alpha a' b' + beta c)"""
+    out = gemm(xp, a, b, c, alpha=alpha, beta=beta, transA=transA, transB=transB)
+    given = [each for each in (activation_alpha, activation_beta, activation_gamma) if each is not None]
+    return ACTIVATIONS[activation](xp, out, *given) if activation else out
