@@ -166,6 +166,7 @@ def expand(
             clock.lap(result, "validate")
             if not result.validation.equal:
                 raise ModelsDiffer(_differs(out, result.validation))
+        storage.check_unchanged(analysis.stamps)
         say("publishing")
         if plan_out is not None:
             storage.write_text(Path(plan_out), plan.dumps(indent=1) + "\n")

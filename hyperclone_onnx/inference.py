@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx import known
 from hyperclone_onnx.dims import ONE, Dim, Product, Space, Term
-from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.errors import HypercloneError, Refused
 from hyperclone_onnx.known import Known
 from hyperclone_onnx.sizes import Size
 
@@ -486,6 +486,12 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
         except CannotTell as problem:
             dimensions.space.place = problem.place or dimensions.space.place
             _pin_node(op, str(problem))
+        except HypercloneError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as problem:
+            # A rule may take for granted what its operator's specification asks for.
+            reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
+            raise Refused(f"{describe(node)} does not fit the specification of its operator ({reason})") from problem
         for value in node.outputs:
             if value not in dimensions.axes:
                 _declare_pinned(op, value, "an output no rule describes")

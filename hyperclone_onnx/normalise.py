@@ -48,9 +48,18 @@ def _compute_stored_outputs(graph: ir.Graph) -> None:
         name, value.name = value.name, f"{value.name}.stored"
         node = ir.node("Identity", [value])
         result = node.outputs[0]
-        result.name, result.type, result.shape = name, value.type, value.shape
+        tensor = value.const_value if producer is None else _constant_tensor(producer)
+        # What the tensor is counts, not what the file declares.
+        kind = value.type if tensor is None else ir.TensorType(tensor.dtype)
+        shape = value.shape if tensor is None else ir.Shape(tensor.shape.numpy())
+        result.name, result.type, result.shape = name, kind, shape
         graph.append(node)
         graph.outputs[position] = result
+
+
+def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    value = node.attributes.get("value")
+    return None if value is None else value.as_tensor()
 
 
 def _name_nodes(graph: ir.Graph) -> None:

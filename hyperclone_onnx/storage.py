@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import CannotWrite
 from hyperclone_onnx.publication import check_output, data_name, publication, publication_folder, write_text
-from hyperclone_onnx.reading import load, source_files, tensors
+from hyperclone_onnx.reading import check_unchanged, load, source_files, stamps, tensors
 
 INLINE_LIMIT = 1_500_000_000
 """Models with more bytes of weights get a data file of their own: a protobuf ends at 2 GB."""
@@ -50,6 +50,7 @@ def needs_data_file(model: ir.Model) -> bool:
 __all__ = [
     "Progress",
     "check_output",
+    "check_unchanged",
     "data_name",
     "load",
     "needs_data_file",
@@ -57,5 +58,6 @@ __all__ = [
     "publication_folder",
     "save",
     "source_files",
+    "stamps",
     "write_text",
 ]
