@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +15,6 @@ from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite
 
 INLINE_LIMIT = 1_500_000_000
 """Models with more bytes of weights get a data file of their own: a protobuf ends at 2 GB."""
-
-Progress = Callable[[int, int], None]
-"""Called with (tensors written, tensors in all)."""
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -129,29 +126,6 @@ def check_output(out: Path, sources: set[Path]) -> None:
             raise BadRequest(f"{out}: this would overwrite the source {target}; choose another output")
         if target.is_dir():
             raise BadRequest(f"{out}: {target} is a folder; choose another output")
-
-
-def save(model: ir.Model, path: Path, *, external: bool, progress: Progress | None = None) -> None:
-    """Write a model, streaming its lazy tensors; with `external`, into a data file beside it."""
-    done = 0
-
-    def callback(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, info.total)
-
-    try:
-        if external:
-            workers = min(8, os.cpu_count() or 1)
-            data = data_name(path)
-            ir.save(
-                model, path, external_data=data, callback=callback, max_workers=workers, max_in_flight_bytes=1 << 29
-            )
-        else:
-            ir.save(model, path)
-    except OSError as problem:
-        raise CannotWrite(f"{path}: cannot be written ({problem.strerror or problem})") from problem
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
+from hyperclone_onnx import storage, writer
 from hyperclone_onnx.analysis import analyse
 from hyperclone_onnx.errors import BadModel, BadRequest, ModelsDiffer, Refused
 from hyperclone_onnx.feeds import cases
@@ -74,7 +74,7 @@ def absorb(
     external = storage.needs_data_file(target) or len(storage.source_files(Path(model), target)) > 1
     result = _replace(program, target, given)
     with storage.publication(out) as written:
-        storage.save(target, written, external=external)
+        writer.save(target, written, external=external)
         return replace(result, validated_by=_validate(written)) if check else result
 
 
