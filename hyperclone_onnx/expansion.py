@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
+from hyperclone_onnx import storage, writer
 from hyperclone_onnx.analysis import Analysis, analyse, count_parameters, is_code
 from hyperclone_onnx.dims import Dim
 from hyperclone_onnx.errors import ModelsDiffer
@@ -22,6 +22,7 @@ from hyperclone_onnx.rewrite import rewrite
 from hyperclone_onnx.sessions import Device
 from hyperclone_onnx.sizing import Growth, explain, size
 from hyperclone_onnx.strategies import Strategy
+from hyperclone_onnx.streaming import Progress
 from hyperclone_onnx.validation import Validation, validate, validate_double
 
 Precision = Literal["stored", "float64"]
@@ -109,7 +110,7 @@ def expand(
     check: bool = True,
     precision: Precision = "stored",
     plan_out: str | os.PathLike[str] | None = None,
-    progress: storage.Progress | None = None,
+    progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Expansion:
     """Grow a model file into another, which appears only when it has been validated.
@@ -153,7 +154,7 @@ def expand(
     external = storage.needs_data_file(big) or len(analysis.files) > 1
     with storage.publication(out) as written:
         say("writing")
-        storage.save(big, written, external=external, progress=progress)
+        writer.save(big, written, external=external, progress=progress)
         clock.lap(result, "write")
         if check:
             say("validating")

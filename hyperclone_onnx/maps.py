@@ -226,6 +226,16 @@ def index_axis(factors: Sequence[tuple[Axis, bool]], maps: Maps) -> AxisIndex:
     return total
 
 
+def join_axes(axes: Sequence[AxisIndex]) -> AxisIndex:
+    """Several axes as one, outermost first."""
+    if len(axes) == 1:
+        return axes[0]
+    total = _index_kept(1)
+    for axis in axes:
+        total = _times(total, axis)
+    return total
+
+
 def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
     """The source index of each index of an axis on the graph's interface, shape (grown,).
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
+from hyperclone_onnx import storage, writer
 from hyperclone_onnx.errors import BadRequest, HypercloneError, Refused
 from hyperclone_onnx.frameworks.checkpoints import read_weights
 from hyperclone_onnx.frameworks.handoff import read
@@ -87,7 +87,7 @@ def absorb(
     missing = sorted({each.initializer for each in floating if each.role != "constant"} - set(found))
     with storage.publication(out) as written:
         try:
-            storage.save(target, written, external=external)
+            writer.save(target, written, external=external)
         except Exception as problem:
             raise _cause(problem) from problem
         result = Absorption(sorted(found), missing, dict(casts))

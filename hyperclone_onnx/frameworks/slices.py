@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.grown_tensor import LazyGrownTensor
+from hyperclone_onnx.grown_tensor import LazyGrown
+from hyperclone_onnx.scratch import Scratch
+from hyperclone_onnx.stored_rows import StoredRows
 
 Array = npt.NDArray[Any]
 Windows = tuple[slice, ...]
@@ -35,7 +37,7 @@ def read_slice(tensor: ir.TensorProtocol, windows: Windows) -> Array:
     Returns:
         An array of the windows' shape in the tensor's own type; it may be a view.
     """
-    if isinstance(tensor, LazyGrownTensor) and tensor.grown.recipe.bits is None:
+    if isinstance(tensor, LazyGrown) and tensor.grown.recipe.bits is None:
         return np.asarray(tensor.grown[windows])
     if isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8 and windows:
         return _read_rows(tensor, windows[0])[(slice(None), *windows[1:])]
@@ -51,11 +53,11 @@ def _read_rows(tensor: ir.ExternalTensor, rows: slice) -> Array:
     """Rows of a tensor in a file. They are read, not mapped: mapped pages would count as this process's memory."""
     shape, dtype = shape_of(tensor), np.dtype(tensor.dtype.numpy())
     start, stop, _ = rows.indices(shape[0])
-    width = math.prod(shape[1:])
-    with open(tensor.path, "rb", buffering=0) as file:  # noqa: PTH123 - the path is a string
-        file.seek((tensor.offset or 0) + start * width * dtype.itemsize)
-        array = np.fromfile(file, dtype, (stop - start) * width)
-    return array.reshape(stop - start, *shape[1:])
+    stored = StoredRows(tensor, shape[0], math.prod(shape[1:]) * dtype.itemsize)
+    try:
+        return stored.read(start, stop - start, Scratch()).view(dtype).reshape(stop - start, *shape[1:])
+    finally:
+        stored.close()
 
 
 def blocks(shape: Sequence[int], itemsize: int) -> Iterator[Windows]:
