@@ -150,10 +150,13 @@ def _checked(model: PathLike, folder: Path, say: Notify) -> str:
 def _to_hugging_face(
     model: Path, like: Path, source: PathLike | None, folder: Path, output: PathLike, say: Notify
 ) -> HandedOver:
+    from hyperclone_onnx.frameworks.checkpoints import read_weights
     from hyperclone_onnx.frameworks.hugging_face import grow_checkpoint
 
     report = grow_checkpoint(model, like, folder, source=None if source is None else Path(source), notify=say)
-    return HandedOver("hf", os.fspath(output), report.tensors, report.parameters, hugging_face=report.to_json())
+    written = read_weights(folder)
+    size = sum(math.prod(each.shape) for each in written.values())
+    return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json())
 
 
 def _write(target: Kind, tensors: Tensors, folder: Path, largest_file: int) -> str:

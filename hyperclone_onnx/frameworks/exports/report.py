@@ -26,10 +26,18 @@ def print_handover(console: Any, model: Path, result: HandedOver) -> None:
 
 
 def _print_hugging_face(console: Any, report: dict[str, Any]) -> None:
-    for name, (before, after) in report.get("config", {}).items():
-        console.print(f"config: {name} {before} -> {after}")
-    for each in report.get("compensations", []):
-        console.print(f"compensated: {each}")
+    for name, (before, after) in report["config"].items():
+        console.print(f"config.json: {name} {before} -> {after}")
+    for name, what in report["compensations"].items():
+        console.print(f"compensated: {name}: {what}")
+    for name, why in report["repeated"].items():
+        console.print(f"repeated: {name}: {why}")
+    for note in report["notes"]:
+        console.print(f"note: {note}")
+    errors = [f"{report['error_to_file']:.1e} from the ONNX file"]
+    if report["error_to_source"] is not None:
+        errors.insert(0, f"{report['error_to_source']:.1e} from the source checkpoint")
+    console.print(f"validated: relative errors {', '.join(errors)} (tolerance {report['tolerance']:.1e})")
 
 
 def _print_optimizer(console: Any, state: dict[str, Any]) -> None:
@@ -55,5 +63,7 @@ def go_on(model: Path, result: HandedOver) -> Iterator[str]:
         path = str((folder / CHECKPOINT).resolve())
         yield f"params = orbax.checkpoint.StandardCheckpointer().restore({path!r}, params)"
     else:
-        for file in sorted(folder.glob("model*.safetensors")):
-            yield f"model.load_state_dict(safetensors.torch.load_file({str(file)!r}), strict=False)"
+        files = sorted(folder.glob("model*.safetensors"))
+        for file in files:
+            part = ", strict=False" if len(files) > 1 else ""
+            yield f"model.load_state_dict(safetensors.torch.load_file({str(file)!r}){part})"
