@@ -193,7 +193,7 @@ class _Countdown:
 
 def _write_piece(descriptor: int, base: int, piece: Piece, remaining: _Countdown, scratch: Scratch) -> None:
     for array, offsets in piece(scratch):
-        data = memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+        data = memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
         for offset in offsets:
             write_at(descriptor, data, base + offset)
     remaining.end()
