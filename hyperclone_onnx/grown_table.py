@@ -81,7 +81,7 @@ class Table:
         """The bytes of a row of the source ("source_size") or of the grown tensor ("grown")."""
         elements = self._elements(size)
         if self.recipe.bits is not None and self.axes:
-            last = getattr(self.axes[-1], size)
+            last = int(getattr(self.axes[-1], size))
             return elements // max(last, 1) * packed_width(last, self.recipe.bits)
         return elements * self.code_bits // 8 if self.code_bits is not None else elements * item
 
@@ -254,7 +254,10 @@ class _Level:
     def preparations(self) -> Iterator[Callable[[Scratch], None]]:
         """Add up the squares of each block."""
         for index in range(len(self.blocks)):
-            yield partial(self._add_up, index)
+            yield partial(self._do, index)
+
+    def _do(self, index: int, scratch: Scratch) -> None:
+        self._add_up(index, scratch)
 
     def _add_up(self, index: int, scratch: Scratch) -> tuple[float, int]:
         done = self.squares[index]
@@ -286,7 +289,7 @@ class _Level:
         rms = math.sqrt(sum(total for total, _ in sums) / counted)
         mantissa, exponent = math.frexp(rms)
         rounded = math.ldexp(round(mantissa * STEPS) / STEPS, exponent)
-        return rounded * 10.0 ** (-self.table.strategy.snr_db / 20.0)
+        return float(rounded * 10.0 ** (-self.table.strategy.snr_db / 20.0))
 
 
 def _split(shape: Sequence[int]) -> int:

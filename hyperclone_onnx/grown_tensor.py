@@ -1,7 +1,8 @@
 """Any slice of a grown tensor, computed from the source tensor and a recipe alone.
 
 The result of a slice does not depend on how the tensor is sliced, nor on who computes the other slices: all of it is
-elementwise, and noise is a function of its place (`noise.py`). What a file needs is made piece by piece (`grown_table.py`).
+elementwise, and noise is a function of its place (`noise.py`). What a file needs is made piece by
+piece (`grown_table.py`).
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class GrownTensor:
         return self.table.pieces()
 
     def preparations(self) -> Iterator[Callable[[Scratch], None]]:
-        """What is worth doing before `pieces`, in any order, by any number of workers; pieces do it when it is not done."""
+        """What is worth doing before `pieces`, in any order; the pieces do what is not done by then."""
         return self.table.preparations()
 
     def as_lazy(self, name: str) -> LazyGrown:

@@ -25,4 +25,5 @@ class Scratch:
         held = self._held.get(name)
         if held is None or held.size < size:
             held = self._held[name] = np.empty(size, dtype=np.uint8)
-        return held[:size].view(kind).reshape(shape)
+        array: Array = held[:size].view(kind).reshape(shape)
+        return array

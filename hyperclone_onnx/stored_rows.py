@@ -72,7 +72,7 @@ class StoredRows:
         return into
 
     def _pread(self, offset: int, into: Array) -> None:
-        view = memoryview(into.reshape(-1)) if into.size else memoryview(b"")
+        view = memoryview(into.reshape(-1).data) if into.size else memoryview(b"")
         path = self._external.path if self._external is not None else ""
         try:
             while len(view):

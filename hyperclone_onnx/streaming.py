@@ -8,6 +8,7 @@ the system calls let other threads run, so that two cores are used by two thread
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,11 +38,15 @@ CHUNK = 1 << 20
 Job = Callable[[Scratch], None]
 
 
+Streamed = Any
+"""A tensor of a model, or anything that has a shape, a numpy type and gives its rows as arrays."""
+
+
 @dataclass(frozen=True)
 class Placed:
     """A tensor and where its bytes belong."""
 
-    tensor: ir.TensorProtocol
+    tensor: Streamed
     file: Path
     offset: int
 
@@ -193,20 +198,22 @@ class _Countdown:
 
 def _write_piece(descriptor: int, base: int, piece: Piece, remaining: _Countdown, scratch: Scratch) -> None:
     for array, offsets in piece(scratch):
-        data = memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+        data = memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
         for offset in offsets:
             write_at(descriptor, data, base + offset)
     remaining.end()
 
 
-def prepared(tensor: ir.TensorProtocol) -> tuple[Iterator[Job], Iterator[Piece]]:
+def prepared(tensor: Streamed) -> tuple[Iterator[Job], Iterator[Piece]]:
     """What is worth doing before a tensor's pieces, and the pieces that make its bytes."""
     if isinstance(tensor, LazyGrown):
         grown: GrownTensor = tensor.grown.fresh()
         return grown.preparations(), grown.pieces()
     if isinstance(tensor, ir.ExternalTensor):
         return iter(()), _copied(tensor)
-    return iter(()), iter((partial(_whole, tensor),))
+    if isinstance(tensor, ir.TensorProtocol):
+        return iter(()), iter((partial(_whole, tensor),))
+    return iter(()), _by_rows(tensor)
 
 
 def _copied(tensor: ir.ExternalTensor) -> Iterator[Piece]:
@@ -222,3 +229,17 @@ def _copied(tensor: ir.ExternalTensor) -> Iterator[Piece]:
 def _whole(tensor: ir.TensorProtocol, _: Scratch) -> Iterator[tuple[Array, Sequence[int]]]:
     """A tensor that lies in memory, or that can only be computed whole."""
     yield np.frombuffer(tensor.tobytes(), dtype=np.uint8), [0]
+
+
+def _by_rows(tensor: Any) -> Iterator[Piece]:
+    shape = [int(size) for size in tensor.shape]
+    size = np.dtype(tensor.dtype).itemsize
+
+    def piece(start: int, end: int, _: Scratch) -> Iterator[tuple[Array, Sequence[int]]]:
+        rows = np.ascontiguousarray(tensor[start:end] if shape else np.asarray(tensor).reshape(1))
+        yield rows, [start * math.prod(shape[1:]) * size]
+
+    rows = shape[0] if shape else 1
+    step = max(1, CHUNK // max(1, math.prod(shape[1:]) * size))
+    for start in range(0, rows, step):
+        yield partial(piece, start, min(start + step, rows))

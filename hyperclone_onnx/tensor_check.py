@@ -25,8 +25,8 @@ from hyperclone_onnx.runs import Run, runs_of
 from hyperclone_onnx.scratch import Scratch
 from hyperclone_onnx.shares import Columns
 from hyperclone_onnx.stored_rows import StoredRows
-from hyperclone_onnx.streaming import CHUNK, Job, run
 from hyperclone_onnx.strategies import Strategy
+from hyperclone_onnx.streaming import CHUNK, Job, run
 
 Array = npt.NDArray[Any]
 Compare = Callable[[Scratch], "_Sums"]

@@ -154,9 +154,10 @@ def _in_their_place(tensors: dict[ir.Value, ir.TensorProtocol]) -> Iterator[None
             value.const_value = own
 
 
-def _checked(path: Path, proto: onnx.ModelProto) -> bytes:
+def _checked(path: Path, proto: onnx.ModelProto | onnx.GraphProto) -> bytes:
     try:
-        return proto.SerializeToString(deterministic=True)
+        text: bytes = proto.SerializeToString(deterministic=True)
+        return text
     except Exception as problem:  # protobuf's own error for a message that is too large
         raise CannotWrite(f"{path}: its graph does not fit in one protobuf message ({problem})") from problem
 
