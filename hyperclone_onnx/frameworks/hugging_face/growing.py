@@ -19,6 +19,7 @@ from hyperclone_onnx.frameworks.hugging_face import sources
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import (
     Checkpoint,
     Loaded,
+    first_line,
     load,
     quiet,
     read_checkpoint,
@@ -128,7 +129,7 @@ def grow_checkpoint(
         try:
             folded = _measured(checkpoint, attempt, assembly, stored, runs, grown)
         except Refused as problem:
-            last = last or problem
+            last = problem if last is None or isinstance(last, _DoesNotRun) else last
             continue
         break
     else:
@@ -228,7 +229,8 @@ def _check_matches(
             theirs = stored[initializer].array
             if array.size > 1 and sorted(sources.squeezed_shape(theirs)) == shape:
                 counts = (_differing(theirs, array), array.size)
-                raise BadModel(f"{hint}: {counts[0]} of the {counts[1]} elements of {name} differ from {initializer!r}")
+                raise BadModel(f"{hint}: {counts[0]} of the {counts[1]} elements of {name} differ from {initializer!r} "
+                    "(another checkpoint, or the exporter merged other tensors into it)")
 
 
 def _differing(theirs: Array, ours: Array) -> int:
@@ -360,6 +362,10 @@ def _orders(grown: Grown, matches: Matches) -> dict[tuple[int, int], Indices]:
     return {sizes: kept[counter.most_common(1)[0][0]] for sizes, counter in seen.items()}
 
 
+class _DoesNotRun(Refused):
+    """A model cannot run with the sizes that its configuration then has."""
+
+
 # -- measuring --------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +460,9 @@ def _measured(
     }
     try:
         found = compensations(model, runs.feeds, runs.steps, names, ratios)
+    except (RuntimeError, ValueError, IndexError, TypeError) as problem:
+        shown = ", ".join(f"{each.name}={each.after}" for each in changes)
+        raise _DoesNotRun(f"{checkpoint.folder}: its model does not run with {shown} ({first_line(problem)})") from problem
     finally:
         del model
         gc.collect()

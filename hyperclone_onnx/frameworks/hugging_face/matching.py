@@ -99,10 +99,9 @@ def _match_whole(
                 if not offset and abs(theirs.power - moments.power) > LOOSE * (moments.power + 1e-30):
                     continue
                 source = sources[initializer]
-                permutation = _permutation(source, array, scale, offset)
-                if permutation is not None:
-                    piece = Piece(initializer, permutation, None, scale, offset)
-                    found[name].append(Layout((piece,), array.shape))
+                layout = _whole(source, initializer, array, scale, offset)
+                if layout is not None:
+                    found[name].append(layout)
                     break
 
 
@@ -121,9 +120,9 @@ def _match_scaled(
             scale = float(np.sqrt(moments.power / theirs.power)) if theirs.power else 0.0
             if not scale or abs(theirs.mean * scale - moments.mean) > LOOSE * moments.largest:
                 continue
-            permutation = _permutation(source, array, scale, 0.0)
-            if permutation is not None:
-                found[name].append(Layout((Piece(initializer, permutation, None, scale),), array.shape))
+            layout = _whole(source, initializer, array, scale, 0.0)
+            if layout is not None:
+                found[name].append(layout)
 
 
 def _moments(array: Array) -> _Moments:
@@ -143,17 +142,34 @@ def _power(flat: Array) -> float:
     return total
 
 
-def _permutation(source: Source, array: Array, scale: float, offset: float) -> tuple[int, ...] | None:
-    """The order of the initializer's axes in which it is the checkpoint's tensor."""
+def _whole(source: Source, initializer: str, array: Array, scale: float, offset: float) -> Layout | None:
+    """The order of the initializer's axes in which it is the checkpoint's tensor, some of them perhaps merged."""
     theirs, ours = squeezed(source.array), squeezed(array)
-    if theirs.ndim != ours.ndim or theirs.ndim > 5:
+    if not ours.ndim <= theirs.ndim <= 5:
         return None
     for permutation in itertools.permutations(range(theirs.ndim)):
-        if tuple(theirs.shape[axis] for axis in permutation) == ours.shape and _equal(
-            theirs.transpose(permutation), ours, source.tolerance, scale, offset
-        ):
-            return permutation
+        shape = [theirs.shape[axis] for axis in permutation]
+        merged = _merging(shape, ours.shape)
+        if merged is None:
+            continue
+        if _equal(theirs.transpose(permutation).reshape(ours.shape), ours, source.tolerance, scale, offset):
+            piece = Piece(initializer, permutation, None, scale, offset)
+            return Layout((piece,), array.shape, 0, merged if max(merged, default=1) > 1 else None)
     return None
+
+
+def _merging(fine: Sequence[int], coarse: Sequence[int]) -> tuple[int, ...] | None:
+    """How many axes of the fine shape, in order, make each axis of the coarse one."""
+    rest, counts = list(fine), []
+    for size in coarse:
+        count, product = 0, 1
+        while product < size and rest:
+            product *= rest.pop(0)
+            count += 1
+        if product != size:
+            return None
+        counts.append(count)
+    return None if rest else tuple(counts)
 
 
 def _equal(theirs: Array, ours: Array, tolerance: float, scale: float = 1.0, offset: float = 0.0) -> bool:

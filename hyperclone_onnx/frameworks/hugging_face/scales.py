@@ -147,6 +147,7 @@ class _Walk:
         self.offsets: dict[str, set[float]] = {}
         self.inputs: set[int] = set()
         self.where: list[str] = []
+        self.labels = {id(each): name for name, each in model.named_buffers()}
         self.count = 0
         self.aligned: dict[int, int] | None = None
 
@@ -242,7 +243,7 @@ class _Walk:
         elif measured is None and tensor.is_floating_point():
             value.zero = bool((tensor == 0).all()) if tensor.numel() < 1 << 20 else False
         elif leaf is None and tensor.is_floating_point():
-            value.broken = self._story("a stored constant", tensor, step.leaves.get(position) if step else None)
+            value.broken = self._story(self.labels.get(id(tensor), "a constant"), tensor, step.leaves.get(position) if step else None)
         self.values[id(tensor)] = value
         self.alive.append(tensor)
         return value
@@ -376,7 +377,7 @@ class _Walk:
         return 0.0 if abs(log) < NEAR else self.grid(log)
 
     def _where(self, name: str) -> str:
-        return f"{name} in {self.where[-1] if self.where else 'the model'}"
+        return f"what {name} makes in {self.where[-1] if self.where else 'the model'}"
 
     def _story(self, where: str, tensor: Any, theirs: Signature | None) -> str:
         ours = signature(tensor)
@@ -386,7 +387,7 @@ class _Walk:
             if pairs:
                 shown = f" ({pairs[-1][0]:.4g} becomes {pairs[-1][1]:.4g})"
         return (
-            f"the model derives numbers from its sizes that are no repetition of the source's, at {where}{shown}: "
+            f"the model derives numbers from its sizes that are no repetition of the source's: {where}{shown}; "
             "grow other dimensions with --set"
         )
 

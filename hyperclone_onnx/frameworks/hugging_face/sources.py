@@ -68,8 +68,10 @@ class Grown:
         recipe, stored = self.recipe(name), self.tensors[name]
         if recipe is None:
             return source
-        tensor = ir.Tensor(np.ascontiguousarray(source.astype(stored.dtype.numpy())), dtype=stored.dtype)
-        return GrownTensor(tensor, recipe, self.plan.maps, self.plan.strategy).numpy()
+        maps = self.plan.maps
+        shape = [index_axis([(factor, False) for factor in axis], maps).source_size for axis in recipe.axes]
+        array = np.ascontiguousarray(source.astype(stored.dtype.numpy())).reshape(shape)
+        return GrownTensor(ir.Tensor(array, dtype=stored.dtype), recipe, maps, self.plan.strategy).numpy()
 
 
 def _kept(size: int) -> AxisIndex:
