@@ -49,9 +49,9 @@ class Checkpoint:
         for path in sorted(self.folder.rglob("*")):
             inside = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in inside.parts)
-            if path.is_file() and not hidden and inside.name != "hyperclone_onnx.json":
-                if str(inside) != "config.json" and not path.name.endswith(WEIGHTS):
-                    found.append(inside)
+            own = str(inside) in ("config.json", "hyperclone_onnx.json") or path.name.endswith(WEIGHTS)
+            if path.is_file() and not hidden and not own:
+                found.append(inside)
         return found
 
     def load(self) -> Loaded:
@@ -109,7 +109,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         except Exception as problem:  # whatever its reader raises, the configuration is not readable
             if "auto_map" in raw:
                 raise Refused(f"{folder}: this model needs code of its own (auto_map), which is not run") from problem
-            raise BadModel(f"{folder}: config.json is no configuration of a known model ({first_line(problem)})") from problem
+            raise BadModel(
+                f"{folder}: config.json is no configuration of a known model ({first_line(problem)})"
+            ) from problem
     for name in raw.get("architectures") or ():
         model_class = getattr(transformers, name, None)
         if model_class is not None:

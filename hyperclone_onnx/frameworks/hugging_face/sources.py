@@ -129,7 +129,9 @@ def from_file(grown: Grown, path: Path) -> dict[str, Source]:
             continue
         array = _wide(value.const_value.numpy())
         if recipe is not None and squeezed_shape(array) != tuple(each.source_size for each in grown.axes(name)):
-            raise BadModel(f"{path}: its tensor {recipe.source!r} is of another size: {grown.path} was not grown from it")
+            raise BadModel(
+                f"{path}: its tensor {recipe.source!r} is of another size: {grown.path} was not grown from it"
+            )
         found[name] = Source(array, _rounding(value.const_value) * _largest(array))
     return found
 
@@ -189,7 +191,7 @@ def _added(array: Array, index: AxisIndex) -> Array:
     for repeat in range(1, int(counts.max(initial=1))):
         some = np.flatnonzero(counts > repeat)
         total[some] += array[order[starts[some] + repeat]]
-    return total
+    return np.asarray(total)
 
 
 def _narrow(total: Array, like: Array) -> Array:
