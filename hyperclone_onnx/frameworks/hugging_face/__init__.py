@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 from hyperclone_onnx.frameworks.hugging_face.reading import MANIFEST, read_trained
 
 if TYPE_CHECKING:
-    from hyperclone_onnx.frameworks.hugging_face.growing import Report, grow_checkpoint
+    from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
+    from hyperclone_onnx.frameworks.hugging_face.report import Report
 
 __all__ = ["MANIFEST", "Report", "grow_checkpoint", "read_trained"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("grow_checkpoint", "Report"):
-        from hyperclone_onnx.frameworks.hugging_face import growing
+    if name == "grow_checkpoint":
+        from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
 
-        return getattr(growing, name)
+        return grow_checkpoint
+    if name == "Report":
+        from hyperclone_onnx.frameworks.hugging_face.report import Report
+
+        return Report
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Do three models agree: the grown checkpoint, its source, and the grown file in ONNX Runtime?"""
+"""Three models must agree: the grown checkpoint, its source, and the grown file in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def feeding(big: Path, model: Any) -> Feeding:
         if unknown:
             if any("past" in name or "cache" in name for name in unknown):
                 continue
-            raise Refused(f"{big}: its input {unknown[0]!r} is no argument of {type(model).__name__}: it cannot be compared")
+            raise Refused(
+                f"{big}: its input {unknown[0]!r} is no argument of {type(model).__name__}: it cannot be compared"
+            )
         found.append(case)
     return Feeding(analysis, tuple(found))
 
@@ -91,7 +93,9 @@ class Error:
         return max(errors, key=lambda each: math.inf if math.isnan(each.relative) else each.relative)
 
 
-def compare_with_source(got: Mapping[str, Array], want: Mapping[str, Array], orders: Mapping[tuple[int, int], Indices]) -> list[Error]:
+def compare_with_source(
+    got: Mapping[str, Array], want: Mapping[str, Array], orders: Mapping[tuple[int, int], Indices]
+) -> list[Error]:
     """Compare a grown model's outputs with its source's; axes that grew are taken back by their repeats."""
     errors = []
     for name, expected in want.items():
@@ -141,7 +145,9 @@ class FileRunner:
             named = [name] if name in got else [each for each, array in got.items() if array.ndim == expected.ndim]
             if not named or (name not in got and len(self.runner.outputs) > 1):
                 continue
-            errors.append(min((Error(each, self._error(name, expected, got[each])) for each in named), key=lambda e: e.relative))
+            errors.append(
+                min((Error(each, self._error(name, expected, got[each])) for each in named), key=lambda e: e.relative)
+            )
         if not errors:
             raise Refused("none of the file's outputs is one that the model in transformers has: it cannot be compared")
         return errors

@@ -49,9 +49,9 @@ class Checkpoint:
         for path in sorted(self.folder.rglob("*")):
             inside = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in inside.parts)
-            if path.is_file() and not hidden and inside.name != "hyperclone_onnx.json":
-                if str(inside) != "config.json" and not path.name.endswith(WEIGHTS):
-                    found.append(inside)
+            own = str(inside) in ("config.json", "hyperclone_onnx.json") or path.name.endswith(WEIGHTS)
+            if path.is_file() and not hidden and not own:
+                found.append(inside)
         return found
 
     def load(self) -> Loaded:
@@ -109,7 +109,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         except Exception as problem:  # whatever its reader raises, the configuration is not readable
             if "auto_map" in raw:
                 raise Refused(f"{folder}: this model needs code of its own (auto_map), which is not run") from problem
-            raise BadModel(f"{folder}: config.json is no configuration of a known model ({_line(problem)})") from problem
+            raise BadModel(
+                f"{folder}: config.json is no configuration of a known model ({first_line(problem)})"
+            ) from problem
     for name in raw.get("architectures") or ():
         model_class = getattr(transformers, name, None)
         if model_class is not None:
@@ -126,7 +128,7 @@ def _json(path: Path, otherwise: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
-        raise BadModel(f"{path}: not readable as JSON ({_line(problem)})") from problem
+        raise BadModel(f"{path}: not readable as JSON ({first_line(problem)})") from problem
     if not isinstance(data, dict):
         raise BadModel(f"{path}: not a JSON object")
     return data
@@ -166,10 +168,10 @@ def load(folder: Path, model_class: Any) -> Loaded:
                 output_loading_info=True,
             )
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as problem:
-            raise BadModel(f"{folder}: its weights cannot be loaded ({_line(problem)})") from problem
+            raise BadModel(f"{folder}: its weights cannot be loaded ({first_line(problem)})") from problem
     wrong = [*info.get("mismatched_keys", ()), *info.get("error_msgs", ())]
     if wrong:
-        raise BadModel(f"{folder}: weights and configuration do not fit together: {_line(wrong[0])}")
+        raise BadModel(f"{folder}: weights and configuration do not fit together: {first_line(wrong[0])}")
     return Loaded(model.eval(), frozenset(info.get("missing_keys", ())))
 
 
@@ -194,6 +196,7 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _line(problem: object) -> str:
+def first_line(problem: object) -> str:
+    """The first line of what an exception says."""
     lines = str(problem).strip().splitlines()
     return lines[0][:200] if lines else type(problem).__name__

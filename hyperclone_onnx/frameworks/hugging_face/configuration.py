@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -132,13 +132,12 @@ class Search:
         for extra in ({}, self._unusual()):
             offered = {**extra, **options} if not extra else _joined(options, extra)
             for start in (*self._starts(options), []):
-                found = self._descend(start, offered)
-                if self.wrong(found) == 0:
-                    return found
-                best = min(best, found, key=self.wrong)
-            found = self._exhaust(offered)
-            if self.wrong(found) == 0:
-                return found
+                best = min(best, self._descend(start, offered), key=self.wrong)
+                if self.wrong(best) == 0:
+                    return best
+            best = min(best, self._exhaust(offered), key=self.wrong)
+            if self.wrong(best) == 0:
+                return best
         raise Refused(self._none(best))
 
     def _starts(self, options: Mapping[Path, Sequence[int]]) -> Iterator[list[Change]]:
@@ -181,7 +180,7 @@ class Search:
         return best
 
     def _unusual(self) -> dict[Path, list[int]]:
-        """Values for fields that are not set, and whole multiples of those that are: a width as a multiple of another."""
+        """Values for fields that are not set, and whole multiples of those that are (a width in units of another)."""
         shapes = self.shapes(())
         differing: set[int] = set()
         for name, shape in self.wanted.items():
@@ -229,6 +228,7 @@ def changed_fields(fields: Mapping[str, Any], changes: Sequence[Change]) -> dict
     result = copy.deepcopy(dict(fields))
     for change in changes:
         place: Any = result
+        part: Any
         for part in change.path[:-1]:
             place = place[part] if isinstance(place, list) else place.setdefault(part, {})
         place[change.path[-1]] = change.after
@@ -263,14 +263,6 @@ def value_at(fields: Any, path: Path) -> Any:
     return fields
 
 
-@dataclass
-class Written:
-    """The configuration file of the grown model, and what changed in it."""
-
-    fields: dict[str, Any]
-    changes: list[Change] = field(default_factory=list)
-
-
 def written_config(checkpoint: Checkpoint, changes: Sequence[Change]) -> dict[str, Any]:
     """The configuration file of the grown model: the source's own, the changed fields under their own names."""
     raw = copy.deepcopy(dict(checkpoint.raw))
@@ -290,6 +282,7 @@ def written_config(checkpoint: Checkpoint, changes: Sequence[Change]) -> dict[st
 
 
 def _fill(raw: Any, full: Any, path: Path) -> None:
+    part: Any
     for part in path[:-1]:
         if isinstance(raw, dict) and part not in raw:
             raw[part] = copy.deepcopy(full[part])

@@ -6,6 +6,7 @@ its inverse. Axes of size one carry nothing and are dropped: an exporter adds an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,11 +74,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint tensor as pieces side by side along one axis; `shape` is the source's, ones included."""
+    """A checkpoint tensor as pieces side by side along one axis; `shape` is the source's, ones included.
+
+    `merged`, of a single piece, says of how many of the initializer's axes each of the tensor's axes is made.
+    """
 
     pieces: tuple[Piece, ...]
     shape: tuple[int, ...]
     axis: int = 0
+    merged: tuple[int, ...] | None = None
 
     def scaled(self, factor: float, offset: float = 0.0) -> Layout:
         """The layout of ``(tensor + offset) * factor - offset``."""
@@ -95,17 +100,21 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """The layout as plain data."""
-        return {
+        data: dict[str, Any] = {
             "shape": list(self.shape),
             "axis": self.axis,
             "pieces": [each.to_json() for each in self.pieces],
         }
+        if self.merged is not None:
+            data["merged"] = list(self.merged)
+        return data
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Layout:
         """The inverse of `to_json`."""
         pieces = tuple(Piece.from_json(each) for each in data["pieces"])
-        return Layout(pieces, tuple(data["shape"]), int(data["axis"]))
+        merged = data.get("merged")
+        return Layout(pieces, tuple(data["shape"]), int(data["axis"]), None if merged is None else tuple(merged))
 
 
 def squeezed(array: Array) -> Array:
@@ -117,7 +126,7 @@ def laid_out(layout: Layout, read: Callable[[str], Array], sources: Sources) -> 
     """The checkpoint's tensor, of the size that the initializers have."""
     parts = [_part(piece, squeezed(read(piece.initializer)), sources) for piece in layout.pieces]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=layout.axis)
-    return np.ascontiguousarray(whole).reshape(_with_ones(layout.shape, whole.shape))
+    return np.ascontiguousarray(whole).reshape(_with_ones(layout.shape, _merged(layout, whole.shape)))
 
 
 def grown_shape(layout: Layout, sources: Sources) -> tuple[int, ...]:
@@ -126,7 +135,7 @@ def grown_shape(layout: Layout, sources: Sources) -> tuple[int, ...]:
     total = list(shapes[0])
     for shape in shapes[1:]:
         total[layout.axis] += shape[layout.axis]
-    return _with_ones(layout.shape, total)
+    return _with_ones(layout.shape, _merged(layout, total))
 
 
 def put_back(layout: Layout, array: Array, initializer: str, into: Array, sources: Sources) -> int:
@@ -141,7 +150,11 @@ def put_back(layout: Layout, array: Array, initializer: str, into: Array, source
         shape = _shape(piece, sources)
         stop = start + (shape[layout.axis] if shape else 1)
         if piece.initializer == initializer:
-            part = flat[(slice(None),) * layout.axis + (slice(start, stop),)] if shape else flat
+            part = flat
+            if layout.merged is not None:
+                part = flat.reshape(shape)
+            elif shape:
+                part = flat[(slice(None),) * layout.axis + (slice(start, stop),)]
             if piece.scale != 1.0 or piece.offset:
                 part = ((part.astype(np.float64) - piece.offset) / piece.scale).astype(into.dtype)
             values = part.transpose(np.argsort(piece.permutation))
@@ -178,6 +191,13 @@ def _window(piece: Piece, sources: Sources) -> Indices:
     axis, start, stop = piece.window
     source = sources(piece.initializer, axis)
     return np.flatnonzero((source >= start) & (source < stop))
+
+
+def _merged(layout: Layout, shape: Sequence[int]) -> list[int]:
+    if layout.merged is None:
+        return list(shape)
+    ends = np.cumsum(layout.merged).tolist()
+    return [math.prod(shape[end - count : end]) for count, end in zip(layout.merged, ends, strict=True)]
 
 
 def _with_ones(source: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:

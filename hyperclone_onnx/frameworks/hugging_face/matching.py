@@ -99,16 +99,13 @@ def _match_whole(
                 if not offset and abs(theirs.power - moments.power) > LOOSE * (moments.power + 1e-30):
                     continue
                 source = sources[initializer]
-                permutation = _permutation(source, array, scale, offset)
-                if permutation is not None:
-                    piece = Piece(initializer, permutation, None, scale, offset)
-                    found[name].append(Layout((piece,), array.shape))
+                layout = _whole(source, initializer, array, scale, offset)
+                if layout is not None:
+                    found[name].append(layout)
                     break
 
 
-def _match_scaled(
-    sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]
-) -> None:
+def _match_scaled(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
     """A scale that the exporter folded into a weight."""
     for name, array in tensors.items():
         if name in found or array.size < 2:
@@ -121,9 +118,9 @@ def _match_scaled(
             scale = float(np.sqrt(moments.power / theirs.power)) if theirs.power else 0.0
             if not scale or abs(theirs.mean * scale - moments.mean) > LOOSE * moments.largest:
                 continue
-            permutation = _permutation(source, array, scale, 0.0)
-            if permutation is not None:
-                found[name].append(Layout((Piece(initializer, permutation, None, scale),), array.shape))
+            layout = _whole(source, initializer, array, scale, 0.0)
+            if layout is not None:
+                found[name].append(layout)
 
 
 def _moments(array: Array) -> _Moments:
@@ -143,23 +140,42 @@ def _power(flat: Array) -> float:
     return total
 
 
-def _permutation(source: Source, array: Array, scale: float, offset: float) -> tuple[int, ...] | None:
-    """The order of the initializer's axes in which it is the checkpoint's tensor."""
+def _whole(source: Source, initializer: str, array: Array, scale: float, offset: float) -> Layout | None:
+    """The order of the initializer's axes in which it is the checkpoint's tensor, some of them perhaps merged."""
     theirs, ours = squeezed(source.array), squeezed(array)
-    if theirs.ndim != ours.ndim or theirs.ndim > 5:
+    if not ours.ndim <= theirs.ndim <= 5:
         return None
     for permutation in itertools.permutations(range(theirs.ndim)):
-        if tuple(theirs.shape[axis] for axis in permutation) == ours.shape and _equal(
-            theirs.transpose(permutation), ours, source.tolerance, scale, offset
-        ):
-            return permutation
+        shape = [theirs.shape[axis] for axis in permutation]
+        merged = _merging(shape, ours.shape)
+        if merged is None:
+            continue
+        if _equal(theirs.transpose(permutation).reshape(ours.shape), ours, source.tolerance, scale, offset):
+            piece = Piece(initializer, permutation, None, scale, offset)
+            return Layout((piece,), array.shape, 0, merged if max(merged, default=1) > 1 else None)
     return None
+
+
+def _merging(fine: Sequence[int], coarse: Sequence[int]) -> tuple[int, ...] | None:
+    """How many axes of the fine shape, in order, make each axis of the coarse one."""
+    rest, counts = list(fine), []
+    for size in coarse:
+        count, product = 0, 1
+        while product < size and rest:
+            product *= rest.pop(0)
+            count += 1
+        if product != size:
+            return None
+        counts.append(count)
+    return None if rest else tuple(counts)
 
 
 def _equal(theirs: Array, ours: Array, tolerance: float, scale: float = 1.0, offset: float = 0.0) -> bool:
     """Whether `theirs * scale + offset` is `ours`, to rounding; a corner is looked at before the whole."""
     exact = scale == 1.0 and not offset
-    slack = tolerance * abs(scale) + (0.0 if exact else 1e-6 * float(np.abs(ours).max(initial=0.0)) + 2e-7 * abs(offset))
+    slack = tolerance * abs(scale) + (
+        0.0 if exact else 1e-6 * float(np.abs(ours).max(initial=0.0)) + 2e-7 * abs(offset)
+    )
     corner = tuple(slice(0, 4) for _ in ours.shape)
     for window in (corner, ...):
         a, b = np.asarray(theirs[window]), np.asarray(ours[window])
@@ -183,9 +199,7 @@ class _Part:
     """Of the small tensor's axes: its order in the big one."""
 
 
-def _match_parts(
-    sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]
-) -> None:
+def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
     """Checkpoint tensors that are a part of one initializer: queries, keys and values that were joined."""
     bigger = _Lines({name: squeezed(each.array) for name, each in sources.items()})
     for name, array in tensors.items():
@@ -196,15 +210,13 @@ def _match_parts(
             found[name].append(Layout((Piece(initializer, inverse, window),), array.shape))
 
 
-def _match_joined(
-    sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]
-) -> None:
+def _match_joined(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
     """Checkpoint tensors that an exporter cut into several initializers."""
     bigger = _Lines({name: squeezed(array) for name, array in tensors.items()})
     parts: dict[tuple[str, int], list[tuple[int, int, Piece]]] = defaultdict(list)
     for initializer, source in sources.items():
         theirs = squeezed(source.array)
-        for name, part in bigger.holding(theirs, lambda _, source=source: source.tolerance):  # type: ignore[misc]
+        for name, part in bigger.holding(theirs, lambda _, source=source: source.tolerance):
             stop = part.start + theirs.shape[part.permutation[part.axis]]
             parts[name, part.axis].append((part.start, stop, Piece(initializer, part.permutation)))
     for (name, axis), pieces in parts.items():
@@ -268,7 +280,7 @@ class _Lines:
 
 def _norms(array: Array, axis: int) -> Array:
     rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
-    return np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)))
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------
@@ -295,9 +307,9 @@ def _in_order(matches: Matches, order: Sequence[str]) -> None:
     place = {name: number for number, name in enumerate(order)}
     groups: dict[frozenset[str], list[str]] = defaultdict(list)
     for name, layouts in matches.layouts.items():
-        names = {each.pieces[0].initializer for each in layouts}
-        if len(names) > 1 and not any(_alike(name, each) for each in names):
-            groups[frozenset(names)].append(name)
+        candidates = frozenset(each.pieces[0].initializer for each in layouts)
+        if len(candidates) > 1 and not any(_alike(name, each) for each in candidates):
+            groups[candidates].append(name)
     for names, members in groups.items():
         ranked = sorted(names, key=lambda each: place.get(each, len(place)))
         if len(ranked) != len(members):

@@ -24,9 +24,7 @@ INDEX = "model.safetensors.index.json"
 VERSION = 1
 
 
-def manifest(
-    grown: Grown, layouts: Mapping[str, Layout], also: Mapping[str, tuple[str, Layout]]
-) -> dict[str, Any]:
+def manifest(grown: Grown, layouts: Mapping[str, Layout], also: Mapping[str, tuple[str, Layout]]) -> dict[str, Any]:
     """What a folder says of itself: how each tensor is made from the file's initializers, and their axes."""
     names = {piece.initializer for each in layouts.values() for piece in each.pieces} | set(also)
     plan = grown.plan

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,7 +139,10 @@ def record(model: Any, feeds: dict[str, Any]) -> tuple[list[Step], dict[str, Any
         made.update(map(id, outputs))
         steps.append(
             Step(
-                operator_name(func), tuple(tuple(each.shape) for each in outputs), [signature(t) for t in outputs], leaves
+                operator_name(func),
+                tuple(tuple(each.shape) for each in outputs),
+                [signature(t) for t in outputs],
+                leaves,
             )
         )
         return result
@@ -163,6 +165,4 @@ def run_model(model: Any, feeds: dict[str, Any]) -> Any:
 def floating_outputs(result: Any) -> dict[str, Any]:
     """The floating tensors that a model returns, by name."""
     items = result.items() if hasattr(result, "items") else enumerate(result)
-    return {
-        str(name): each for name, each in items if isinstance(each, torch.Tensor) and each.is_floating_point()
-    }
+    return {str(name): each for name, each in items if isinstance(each, torch.Tensor) and each.is_floating_point()}

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.frameworks.hugging_face.equations import NEAR, Equation, solve
 from hyperclone_onnx.frameworks.hugging_face.recording import (
     HUGE,
     TRANSPARENT,
@@ -35,16 +36,13 @@ from hyperclone_onnx.frameworks.hugging_face.recording import (
     tensors_of,
 )
 
-NEAR = 2e-4
-"""How far signatures may be from proportion, as a part of the largest element; a scale this near to one is one."""
-
 SAME = frozenset(
     """view _unsafe_view reshape permute t transpose expand slice select clone contiguous _to_copy alias detach squeeze
     unsqueeze repeat flip roll unfold as_strided split split_with_sizes unbind chunk index index_select gather embedding
     diagonal lift_fresh lift_fresh_copy neg mean sum cumsum constant_pad_nd tril triu avg_pool2d avg_pool1d
     adaptive_avg_pool2d _adaptive_avg_pool2d max_pool2d max_pool2d_with_indices abs relu leaky_relu amax amin
     upsample_nearest2d view_as movedim pixel_shuffle im2col repeat_interleave narrow take_along_dim resolve_conj
-    _reshape_alias to positive fill_diagonal dropout native_dropout unsafe_split pad reflection_pad1d swapaxes""".split()
+    _reshape_alias to positive fill_diagonal dropout native_dropout unsafe_split pad swapaxes""".split()
 )
 """Operators whose result scales as their first floating operand does."""
 
@@ -73,15 +71,6 @@ class Value:
     """The parameter that it is, as stored or seen otherwise."""
     broken: str | None = None
     """The operator that first made what is no scaled repetition."""
-
-
-@dataclass(frozen=True)
-class Equation:
-    """sum of coefficients * x = constant, and the operator that asks for it."""
-
-    coefficients: Mapping[str, float]
-    constant: float
-    where: str
 
 
 @dataclass(frozen=True)
@@ -147,6 +136,7 @@ class _Walk:
         self.offsets: dict[str, set[float]] = {}
         self.inputs: set[int] = set()
         self.where: list[str] = []
+        self.labels = {id(each): name for name, each in model.named_buffers()}
         self.count = 0
         self.aligned: dict[int, int] | None = None
 
@@ -242,7 +232,8 @@ class _Walk:
         elif measured is None and tensor.is_floating_point():
             value.zero = bool((tensor == 0).all()) if tensor.numel() < 1 << 20 else False
         elif leaf is None and tensor.is_floating_point():
-            value.broken = self._story("a stored constant", tensor, step.leaves.get(position) if step else None)
+            label = self.labels.get(id(tensor), "a constant")
+            value.broken = self._story(label, tensor, step.leaves.get(position) if step is not None else None)
         self.values[id(tensor)] = value
         self.alive.append(tensor)
         return value
@@ -266,7 +257,7 @@ class _Walk:
             return _combined(inputs, [1.0, -1.0][: len(inputs)]), {}
         if name in POWERS or (name == "pow" and not isinstance(args[1], torch.Tensor)):
             self._bare(inputs)
-            return _combined([first], [POWERS.get(name, None) or float(args[1])]), {}
+            return _combined([first], [POWERS.get(name) or float(args[1])]), {}
         if name == "add" and len(inputs) == 1 and first.leaf is not None and isinstance(_number(args), int | float):
             self.offsets.setdefault(first.leaf, set()).add(float(_number(args)))
             return Value(dict(first.coefficients), first.constant, 0.0, stored=True), {}
@@ -355,7 +346,7 @@ class _Walk:
             value.broken = self._story(self._where(name), tensor, theirs)
 
     def _measured(self, tensor: Any, theirs: Signature | None) -> float | str | None:
-        """The logarithm of a tensor's scale; None where it has none, or it cannot be said; "" where it is no repetition."""
+        """The logarithm of a tensor's scale; None where it has none or cannot be said; "" where it is no repetition."""
         ours = signature(tensor)
         if ours is None or theirs is None:
             return None
@@ -376,7 +367,7 @@ class _Walk:
         return 0.0 if abs(log) < NEAR else self.grid(log)
 
     def _where(self, name: str) -> str:
-        return f"{name} in {self.where[-1] if self.where else 'the model'}"
+        return f"what {name} makes in {self.where[-1] if self.where else 'the model'}"
 
     def _story(self, where: str, tensor: Any, theirs: Signature | None) -> str:
         ours = signature(tensor)
@@ -386,7 +377,7 @@ class _Walk:
             if pairs:
                 shown = f" ({pairs[-1][0]:.4g} becomes {pairs[-1][1]:.4g})"
         return (
-            f"the model derives numbers from its sizes that are no repetition of the source's, at {where}{shown}: "
+            f"the model derives numbers from its sizes that are no repetition of the source's: {where}{shown}; "
             "grow other dimensions with --set"
         )
 
@@ -427,54 +418,3 @@ def _scaled(args: Sequence[Any], factors: Mapping[int, float]) -> list[Any]:
         return each
 
     return [scale(each) for each in args]
-
-
-# -- the equations ----------------------------------------------------------------------------------------------
-
-
-def solve(equations: Sequence[Equation], sizes: Mapping[str, int]) -> dict[str, float]:
-    """A solution that changes few tensors, and rather small ones.
-
-    Raises:
-        Refused: there is none; the equation that contradicts the others is named.
-    """
-    pivots: dict[str, tuple[dict[str, float], float]] = {}
-    seen: set[tuple[frozenset[tuple[str, float]], float]] = set()
-    for equation in sorted(equations, key=lambda each: (not each.constant, len(each.coefficients))):
-        key = (frozenset(equation.coefficients.items()), round(equation.constant, 9))
-        if key in seen:
-            continue
-        seen.add(key)
-        row, constant = dict(equation.coefficients), equation.constant
-        for name in list(row):
-            if name in pivots and name in row:
-                row, constant = _eliminated(row, constant, name, *pivots[name])
-        row = {name: each for name, each in row.items() if abs(each) > 1e-9}
-        if not row:
-            if abs(constant) > 5 * NEAR:
-                raise Refused(
-                    f"the model multiplies by a constant that it derives from its sizes (off by {math.exp(abs(constant)):.4g} "
-                    f"at {equation.where}), and no stored tensor can take it: grow other dimensions with --set"
-                )
-            continue
-        chosen = min(row, key=lambda name: (sizes.get(name, 0), name))
-        scale = row.pop(chosen)
-        solved = {name: -each / scale for name, each in row.items()}, constant / scale
-        for name, (others, value) in pivots.items():
-            if chosen in others:
-                factor = others.pop(chosen)
-                for other, each in solved[0].items():
-                    others[other] = others.get(other, 0.0) + factor * each
-                pivots[name] = others, value + factor * solved[1]
-        pivots[chosen] = solved
-    return {name: value for name, (_, value) in pivots.items()}
-
-
-def _eliminated(
-    row: dict[str, float], constant: float, name: str, others: Mapping[str, float], value: float
-) -> tuple[dict[str, float], float]:
-    """The row with x_name = sum of others * x + value put in."""
-    coefficient = row.pop(name)
-    for other, each in others.items():
-        row[other] = row.get(other, 0.0) + coefficient * each
-    return row, constant - coefficient * value

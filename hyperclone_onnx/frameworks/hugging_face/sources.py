@@ -68,8 +68,10 @@ class Grown:
         recipe, stored = self.recipe(name), self.tensors[name]
         if recipe is None:
             return source
-        tensor = ir.Tensor(np.ascontiguousarray(source.astype(stored.dtype.numpy())), dtype=stored.dtype)
-        return GrownTensor(tensor, recipe, self.plan.maps, self.plan.strategy).numpy()
+        maps = self.plan.maps
+        shape = [index_axis([(factor, False) for factor in axis], maps).source_size for axis in recipe.axes]
+        array = np.ascontiguousarray(source.astype(stored.dtype.numpy())).reshape(shape)
+        return GrownTensor(ir.Tensor(array, dtype=stored.dtype), recipe, maps, self.plan.strategy).numpy()
 
 
 def _kept(size: int) -> AxisIndex:
@@ -127,7 +129,9 @@ def from_file(grown: Grown, path: Path) -> dict[str, Source]:
             continue
         array = _wide(value.const_value.numpy())
         if recipe is not None and squeezed_shape(array) != tuple(each.source_size for each in grown.axes(name)):
-            raise BadModel(f"{path}: its tensor {recipe.source!r} is of another size: {grown.path} was not grown from it")
+            raise BadModel(
+                f"{path}: its tensor {recipe.source!r} is of another size: {grown.path} was not grown from it"
+            )
         found[name] = Source(array, _rounding(value.const_value) * _largest(array))
     return found
 
@@ -187,7 +191,7 @@ def _added(array: Array, index: AxisIndex) -> Array:
     for repeat in range(1, int(counts.max(initial=1))):
         some = np.flatnonzero(counts > repeat)
         total[some] += array[order[starts[some] + repeat]]
-    return total
+    return np.asarray(total)
 
 
 def _narrow(total: Array, like: Array) -> Array:

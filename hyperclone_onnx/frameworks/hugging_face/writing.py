@@ -73,9 +73,7 @@ def write_weights(
         filled += entry.nbytes
     count = len(shards)
     files = (
-        ["model.safetensors"]
-        if count == 1
-        else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
     done = 0
     try:
