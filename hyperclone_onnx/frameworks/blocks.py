@@ -331,7 +331,11 @@ class _Layers:
     def _beside(self, path: str, template: Sequence[Step]) -> str | None:
         start = f"{self.prefix}.0."
         for step in template:
-            if not isinstance(step, Call) or step.op_type not in ("MatMul", "Gemm") or Stored(path) not in step.inputs:
+            if (
+                not isinstance(step, Call)
+                or step.op_type not in ("MatMul", "Gemm", "Linear")
+                or Stored(path) not in step.inputs
+            ):
                 continue
             readers = [step, *(self.steps[i] for name in step.outputs if name for i in self.readers[name])]
             for reader in readers:

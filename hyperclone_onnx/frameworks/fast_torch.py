@@ -78,6 +78,12 @@ def microsoft_gelu(xp: Any, x: Array) -> Array:
     return F.gelu(x)
 
 
+@faster("torch", "Linear", domain=INTERNAL)
+def linear(xp: Any, x: Array, weight: Array, bias: Array) -> Array:
+    """One kernel for product and sum."""
+    return F.linear(x, weight.t(), bias)
+
+
 @faster("torch", "Gemm")
 def gemm(
     xp: Any,

@@ -1,7 +1,7 @@
 """Patterns that one operator of a framework computes faster, recognised by structure.
 
-Attention, RMS norm, GELU and SiLU are written out by exporters; each is put back together where nothing else reads
-what lies between.
+Attention, RMS norm, GELU, SiLU and linear layers are written out by exporters; each is put back together where nothing
+else reads what lies between.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from hyperclone_onnx.frameworks.fusions.activations import fuse_gelu, fuse_silu
 from hyperclone_onnx.frameworks.fusions.attention import fuse_attention
 from hyperclone_onnx.frameworks.fusions.graphs import put_in_place
+from hyperclone_onnx.frameworks.fusions.linear import fuse_linear
 from hyperclone_onnx.frameworks.fusions.norms import fuse_norm
 from hyperclone_onnx.frameworks.registry import INTERNAL
 
@@ -26,4 +27,6 @@ def fuse(model: ir.Model) -> None:
             fuse_attention(node)
         elif node.op_type in ("Mul", "Div"):
             fuse_norm(node) or fuse_gelu(node) or fuse_silu(node)
+        elif node.op_type == "Add":
+            fuse_linear(node)
     model.graph.opset_imports.setdefault(INTERNAL, 1)

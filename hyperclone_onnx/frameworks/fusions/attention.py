@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.frameworks.fusions.graphs import number, only, put_in_place, with_number
+from hyperclone_onnx.frameworks.host_values import is_constant
 from hyperclone_onnx.frameworks.registry import INTERNAL
 
 
@@ -30,8 +32,46 @@ def fuse_attention(softmax: ir.Node) -> None:
     scores = _scores(softmax.inputs[0])
     if last is None or scores is None:
         return
-    operands = [scores.query, scores.key_transposed, last.inputs[1], *scores.biases]
-    put_in_place(last, ir.node("Attention", operands, {"scale": scores.scale}, domain=INTERNAL))
+    key, value = _heads(scores.key_transposed, transposed=True), _heads(last.inputs[1])
+    if key is None or value is None:
+        operands = [scores.query, scores.key_transposed, last.inputs[1], *scores.biases]
+        put_in_place(last, ir.node("Attention", operands, {"scale": scores.scale}, domain=INTERNAL))
+        return
+    operands = [scores.query, key.few, key.spread, key.joined, value.few, value.spread, value.joined, *scores.biases]
+    put_in_place(last, ir.node("GroupedAttention", operands, {"scale": scores.scale}, domain=INTERNAL))
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Reshape(Expand(Unsqueeze(few, 2), spread), joined): heads that are repeated for groups of queries"""
+
+    few: ir.Value
+    spread: ir.Value
+    joined: ir.Value
+
+
+def _heads(value: ir.Value | None, transposed: bool = False) -> _Heads | None:
+    """The heads that a value repeats; that they are what is repeated is seen when the sizes are there."""
+    if transposed:
+        turned = only(value, "Transpose")
+        perm = None if turned is None else turned.attributes.get("perm")
+        if turned is None or perm is None or list(perm.as_ints()) != [0, 1, 3, 2]:
+            return None
+        value = turned.inputs[0]
+    reshape = only(value, "Reshape")
+    expand = None if reshape is None else only(reshape.inputs[0], "Expand")
+    unsqueeze = None if expand is None else only(expand.inputs[0], "Unsqueeze")
+    if reshape is None or expand is None or unsqueeze is None or not _at_axis_two(unsqueeze):
+        return None
+    few, spread, joined = unsqueeze.inputs[0], expand.inputs[1], reshape.inputs[1]
+    return None if few is None or spread is None or joined is None else _Heads(few, spread, joined)
+
+
+def _at_axis_two(unsqueeze: ir.Node) -> bool:
+    if "axes" in unsqueeze.attributes:
+        return list(unsqueeze.attributes["axes"].as_ints()) == [2]
+    axes = unsqueeze.inputs[1]
+    return axes is not None and is_constant(axes) and np.asarray(axes.const_value).ravel().tolist() == [2]
 
 
 def _after(weights: ir.Value) -> ir.Node | None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel, BadRequest
-from hyperclone_onnx.frameworks.absorb import _read_safetensors
+from hyperclone_onnx.frameworks.checkpoints import read_weights
 from hyperclone_onnx.frameworks.hugging_face.layout import Layout, put_back
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown
 from hyperclone_onnx.plan import Plan
@@ -80,7 +80,7 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
         also = {name: (each[0], Layout.from_json(each[1])) for name, each in data["also"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as problem:
         raise BadModel(f"{path}: malformed ({type(problem).__name__} {problem})") from problem
-    weights = _weights(folder)
+    weights = read_weights(folder)
     makers: dict[str, list[tuple[str, Layout]]] = {}
     for name, layout in layouts.items():
         for piece in layout.pieces:
@@ -123,21 +123,3 @@ def _made(
 
 def _wider(dtype: ir.DataType) -> Any:
     return np.float64 if dtype == ir.DataType.DOUBLE else np.float32
-
-
-def _weights(folder: Path) -> dict[str, Callable[[], Array]]:
-    """The tensors of a folder's safetensors, one file or several."""
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(index.values()))
-        except (OSError, ValueError, KeyError, AttributeError) as problem:
-            raise BadModel(f"{folder / INDEX}: not an index of shards ({problem})") from problem
-    else:
-        files = ["model.safetensors"]
-    found: dict[str, Callable[[], Array]] = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise BadModel(f"{folder}: {file} is missing")
-        found |= _read_safetensors(folder / file)
-    return found

@@ -91,9 +91,11 @@ def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, d
     return _control.loop_in_turns(xp, turn, trips, condition, states, numbered=numbered, device=device)
 
 
-def attend(query: Any, key: Any, value: Any, *biases: Any, scale: float, key_transposed: int = 0) -> Any:
+def attend(
+    query: Any, key: Any, value: Any, *biases: Any, scale: float, key_transposed: int = 0, grouped: Any = False
+) -> Any:
     """softmax(scale Q K^T + biases) V, by the fused kernels; a row that nothing is visible to is 0"""
-    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+    if not grouped and not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         import hyperclone_onnx.frameworks.namespaces.torch as xp
 
         return _attend(xp, query, key, value, *biases, scale=scale, key_transposed=key_transposed)
@@ -103,7 +105,7 @@ def attend(query: Any, key: Any, value: Any, *biases: Any, scale: float, key_tra
     if bias is not None and bias.dtype != query.dtype:
         bias = bias.to(query.dtype)
     key = key.mT if key_transposed else key
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
 
 
 _REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}

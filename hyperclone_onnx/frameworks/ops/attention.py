@@ -6,13 +6,52 @@ import math
 from functools import reduce
 from typing import Any
 
-from hyperclone_onnx.frameworks.registry import INTERNAL, Array, implements
+from hyperclone_onnx.frameworks.ops.layout import expand, reshape
+from hyperclone_onnx.frameworks.registry import INTERNAL, Array, Host, implements
 
 
 @implements("Attention", domain=INTERNAL)
 def recognised_attention(xp: Any, *operands: Array, scale: float) -> Array:
     """softmax(scale Q K^T + biases) V, of Q, K^T, V and the biases"""
     return xp.attend(*operands, scale=scale, key_transposed=1)
+
+
+@implements("GroupedAttention", domain=INTERNAL)
+def recognised_grouped_attention(
+    xp: Any,
+    query: Array,
+    key: Array,
+    key_spread: Host,
+    key_joined: Host,
+    value: Array,
+    value_spread: Host,
+    value_joined: Host,
+    *biases: Array,
+    scale: float,
+) -> Array:
+    """softmax(scale Q K^T + biases) V, where K and V are repeated: a new third axis is expanded, then reshaped away"""
+    if _repeats_heads(query, key, key_spread, key_joined) and _repeats_heads(query, value, value_spread, value_joined):
+        return xp.attend(query, key, value, *biases, scale=scale, grouped=True)
+    key, value = (
+        reshape(xp, expand(xp, xp.expand_dims(x, axis=2), spread), joined)
+        for x, spread, joined in ((key, key_spread, key_joined), (value, value_spread, value_joined))
+    )
+    return xp.attend(query, key, value, *biases, scale=scale)
+
+
+def _repeats_heads(query: Array, x: Array, spread: tuple[Any, ...], joined: tuple[Any, ...]) -> bool:
+    """Whether (batch, few, length, size) becomes (batch, few * groups, length, size), as many heads as queries have."""
+    if not x.ndim == query.ndim == len(joined) == len(spread) - 1 == 4:
+        return False
+    batch, few, length, size = x.shape
+    groups = spread[2]
+    wide = zip(spread, (batch, few, groups, length, size), strict=True)
+    flat = zip(joined, (batch, few * groups, length, size), strict=True)
+    return (
+        all(asked in (1, own) for asked, own in wide)
+        and all(asked in (0, -1, own) for asked, own in flat)
+        and tuple(query.shape[:2]) == (batch, few * groups)
+    )
 
 
 def attend(
@@ -23,8 +62,15 @@ def attend(
     *biases: Array,
     scale: float,
     key_transposed: int = 0,
+    grouped: bool = False,
 ) -> Array:
-    """softmax(scale Q K^T + biases) V; a row that nothing is visible to is 0"""
+    """softmax(scale Q K^T + biases) V; a row that nothing is visible to is 0
+
+    Grouped, keys and values have fewer heads than queries: each serves as many queries' as there are for it.
+    """
+    if grouped:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_heads(xp, key, groups), repeat_heads(xp, value, groups)
     scores = xp.matmul(query * scale, key if key_transposed else key.mT)
     for bias in biases:
         scores = scores + bias
@@ -146,10 +192,10 @@ def attention(
         visible = xp.arange(total, device=xp.device_of(query)) < xp.reshape(lengths, (-1, 1, 1, 1))
         biases.append(hidden_bias(xp, visible, query, -math.inf))
     groups = query.shape[1] // key.shape[1]
-    key, value = repeat_heads(xp, key, groups), repeat_heads(xp, value, groups)
     if softcap == 0 and outputs < 4 and not softmax_precision:
-        out, stages = xp.attend(query, key, value, *biases, scale=scale), None
+        out, stages = xp.attend(query, key, value, *biases, scale=scale, grouped=groups > 1), None
     else:
+        key, value = repeat_heads(xp, key, groups), repeat_heads(xp, value, groups)
         root = math.sqrt(scale)
         products = xp.matmul(query * root, xp.permute_dims(key, (0, 1, 3, 2)) * root)
         capped = soft_cap(xp, products, softcap)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from hyperclone_onnx.frameworks.registry import Array, implements
+from hyperclone_onnx.frameworks.registry import INTERNAL, Array, implements
 
 
 @implements("MatMul")
 def matmul(xp: Any, a: Array, b: Array) -> Array:
     """out[.., m, n] = sum_k a[.., m, k] b[.., k, n]"""
     return xp.matmul(a, b)
+
+
+@implements("Linear", domain=INTERNAL)
+def linear(xp: Any, x: Array, weight: Array, bias: Array) -> Array:
+    """out[.., n] = sum_k x[.., k] w[k, n] + b[n]"""
+    return xp.matmul(x, weight) + bias
 
 
 @implements("Gemm")

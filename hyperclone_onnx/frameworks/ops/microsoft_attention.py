@@ -10,7 +10,6 @@ from hyperclone_onnx.frameworks.ops.attention import (
     hidden_bias,
     join_heads,
     look_up,
-    repeat_heads,
     rotate,
     split_heads,
     with_sink,
@@ -187,12 +186,11 @@ def group_query_attention(
     biases = [hidden_bias(xp, visible, query)]
     if attention_bias is not None:
         biases.append(attention_bias)
-    key, value = repeat_heads(xp, key, groups), repeat_heads(xp, value, groups)
     if sink is None and smooth_softmax == 1:
         sink = xp.zeros((num_heads,), dtype=query.dtype, device=device)
     if sink is not None:
         key, value, biases = with_sink(xp, key, value, biases, sink)
-    out = xp.attend(query, key, value, *biases, scale=scale or 1 / math.sqrt(query.shape[3]))
+    out = xp.attend(query, key, value, *biases, scale=scale or 1 / math.sqrt(query.shape[3]), grouped=groups > 1)
     out = join_heads(xp, out)
     return out if outputs == 1 else (out, *present)[:outputs]
 
