@@ -25,7 +25,7 @@ NAME = "model.safetensors"
 HEADER = 4096
 """The header is padded with spaces to whole pages: tensors then begin where they can be mapped."""
 
-_TYPES = {
+TYPES = {
     ir.DataType.DOUBLE: "F64",
     ir.DataType.FLOAT: "F32",
     ir.DataType.FLOAT16: "F16",
@@ -65,6 +65,7 @@ def write_safetensors(
     folder: str | os.PathLike[str],
     max_shard_size: int | None = None,
     *,
+    name: str = NAME,
     metadata: Mapping[str, str] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -75,6 +76,7 @@ def write_safetensors(
         tensors: the tensors by name, in the order in which files are filled.
         folder: an existing folder; publishing it whole is the caller's business.
         max_shard_size: begin another file before one has more bytes than this; a larger tensor has one of its own.
+        name: what the file is called; several are numbered after it.
         metadata: texts for the header, such as ``{"format": "pt"}``.
         workers: threads that compute and write. The files do not depend on it.
         progress: told of each tensor written.
@@ -89,31 +91,31 @@ def write_safetensors(
     if max_shard_size is not None and max_shard_size < 1:
         raise BadRequest(f"a file of at most {max_shard_size} bytes holds nothing")
     place = Path(folder)
-    sizes = {name: _bytes(name, tensor) for name, tensor in tensors.items()}
+    sizes = {each: _bytes(each, tensor) for each, tensor in tensors.items()}
     shards = list(_shards(sizes, max_shard_size))
     layouts: dict[Path, int] = {}
     fixed: list[tuple[Path, int, bytes]] = []
     placed: list[Placed] = []
     for index, names in enumerate(shards):
-        path = place / shard_name(NAME, index, len(shards))
+        path = place / shard_name(name, index, len(shards))
         # Wide elements first: every tensor is then aligned to its own.
-        names.sort(key=lambda name: -_type(name, tensors[name]).bitwidth)
+        names.sort(key=lambda each: -_type(each, tensors[each]).bitwidth)
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
-        for name in names:
-            shape = [int(size) for size in _shape(tensors[name])]
-            kind = _TYPES[_type(name, tensors[name])]
-            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + sizes[name]]}
-            end += sizes[name]
+        for each in names:
+            shape = [int(size) for size in _shape(tensors[each])]
+            kind = TYPES[_type(each, tensors[each])]
+            header[each] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + sizes[each]]}
+            end += sizes[each]
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-(len(text) + 8) % HEADER)
         fixed.append((path, 0, len(text).to_bytes(8, "little") + text))
         base = 8 + len(text)
-        placed += [Placed(_streamed(tensors[name]), path, base + header[name]["data_offsets"][0]) for name in names]
+        placed += [Placed(_streamed(tensors[each]), path, base + header[each]["data_offsets"][0]) for each in names]
         layouts[path] = base + end
     if len(shards) > 1:
-        path = place / f"{NAME}.index.json"
-        where = {name: shard_name(NAME, i, len(shards)) for i, names in enumerate(shards) for name in names}
+        path = place / f"{name}.index.json"
+        where = {each: shard_name(name, i, len(shards)) for i, names in enumerate(shards) for each in names}
         index_of_files = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
         text = (json.dumps(index_of_files, indent=2, ensure_ascii=False) + "\n").encode()
         layouts[path] = len(text)
@@ -137,7 +139,7 @@ def _shards(sizes: Mapping[str, int], limit: int | None) -> Iterator[list[str]]:
 def _type(name: str, tensor: Tensor) -> ir.DataType:
     dtype = tensor.dtype
     kind = dtype if isinstance(dtype, ir.DataType) else ir.DataType.from_numpy(np.dtype(dtype))
-    if kind not in _TYPES:
+    if kind not in TYPES:
         raise BadRequest(f"{name!r} is of the type {kind.name.lower()}, which safetensors files do not hold")
     return kind
 
@@ -145,7 +147,8 @@ def _type(name: str, tensor: Tensor) -> ir.DataType:
 def _shape(tensor: Tensor) -> Sequence[int]:
     if isinstance(tensor, GrownTensor):
         return tensor.stored_shape
-    return tensor.shape.numpy() if isinstance(tensor.shape, ir.Shape) else tensor.shape
+    shape: Any = tensor.shape
+    return tuple(shape.numpy() if isinstance(shape, ir.Shape) else shape)
 
 
 def _bytes(name: str, tensor: Tensor) -> int:

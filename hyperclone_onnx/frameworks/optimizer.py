@@ -86,8 +86,9 @@ class GrownMoment:
         )
         return GrownTensor(lazy, *self.copies, Strategy("symmetric"))
 
-    def __getitem__(self, windows: tuple[slice, ...]) -> Array:
+    def __getitem__(self, windows: slice | tuple[slice, ...]) -> Array:
         """A slice: one slice with step 1 for each leading axis."""
+        windows = windows if isinstance(windows, tuple) else (windows,)
         values = np.asarray(self._repeated[windows], dtype=self.dtype) / self.dtype.type(self.scale**self.power)
         for axis, counts in enumerate(self.counts):
             window = counts[windows[axis]] if axis < len(windows) else counts

@@ -19,14 +19,13 @@ from hyperclone_onnx.frameworks.matching import match
 from hyperclone_onnx.frameworks.optimizer import GrownMoments, Moments, grow_moments, separated
 from hyperclone_onnx.frameworks.program import Weight
 from hyperclone_onnx.frameworks.stored_arrays import (
-    Sliced,
     StoredArray,
     from_torch,
     read_safetensors,
-    write_safetensors,
 )
 from hyperclone_onnx.maps import Kept
 from hyperclone_onnx.plan import METADATA_KEY, Plan, ScaleInput
+from hyperclone_onnx.safetensors_files import Tensor, write_safetensors
 
 Kind = Literal["safetensors", "pytorch", "jax"]
 FILES: Mapping[Kind, str] = {
@@ -353,7 +352,7 @@ def _write_safetensors(
     out: Path, grown: Mapping[str, GrownMoments], kind: Kind, zero: Sequence[tuple[str, tuple[int, ...]]] = ()
 ) -> None:
     first, second, step = (names[kind == "jax"] for names in (FIRST, SECOND, STEP))
-    arrays: dict[str, Sliced] = {}
+    arrays: dict[str, Tensor] = {}
     for path, each in grown.items():
         arrays[f"{first}.{path}"], arrays[f"{second}.{path}"] = each.first, each.second
     for path, shape in zero:
@@ -367,7 +366,7 @@ def _write_safetensors(
         raise BadRequest(f"its tensors were stepped {least:g} to {most:g} times; optax has one count for all")
     else:
         arrays |= {f"{step}.{path}": np.asarray(each, np.float32) for path, each in steps.items()}
-    write_safetensors(out, arrays)
+    write_safetensors(arrays, out.parent, name=out.name, metadata={"format": "pt"})
 
 
 def _groups(saved: State, names: Mapping[str, str], plan: Plan, weights: Sequence[Weight]) -> list[Group]:

@@ -1,29 +1,25 @@
-"""Arrays that lie in files, and the safetensors files that hold them: read by need, written in blocks.
+"""Arrays that lie in files, read when they are asked for; of safetensors files among others.
 
-The format is that of https://github.com/huggingface/safetensors: the length of a header, the header as JSON, the bytes.
-Its own NumPy reader knows no bfloat16, and its writer wants all tensors in memory at once.
+The library's own NumPy reader knows no bfloat16; the format is described in `safetensors_files.py`, which writes it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite
+from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.safetensors_files import TYPES
 
 Array = npt.NDArray[Any]
-Windows = tuple[slice, ...]
-
-BLOCK = 8 << 20
-"""Arrays are written in blocks of about this many bytes."""
 
 LARGEST_HEADER = 100_000_000
 """What safetensors itself allows."""
@@ -74,38 +70,7 @@ def torch_array(tensor: Any, dtype: np.dtype[Any]) -> Array:
     return array
 
 
-class Sliced(Protocol):
-    """What can be written in blocks: it answers slices of its leading axes."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The type of its elements."""
-
-    def __getitem__(self, windows: Any) -> Array: ...
-
-
-_TYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_TYPES = {name: np.dtype(kind.numpy()) for kind, name in TYPES.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, StoredArray]:
@@ -149,40 +114,3 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredAr
 
 def _single(path: Path, dtype: np.dtype[Any], offset: int) -> Array:
     return np.fromfile(path, dtype, 1, offset=offset).reshape(())
-
-
-def write_safetensors(path: Path, arrays: Mapping[str, Sliced]) -> None:
-    """Write arrays block by block.
-
-    Raises:
-        CannotWrite: the file cannot be written.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, array in arrays.items():
-        begin, end = end, end + math.prod(array.shape) * array.dtype.itemsize
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    try:
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for array in arrays.values():
-                for windows in blocks(array.shape, array.dtype.itemsize):
-                    file.write(np.ascontiguousarray(array[windows]).tobytes())
-    except OSError as problem:
-        raise CannotWrite(f"{path}: cannot be written ({problem.strerror or problem})") from problem
-
-
-def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[Windows]:
-    """Windows of whole rows that cover an array, about `BLOCK` bytes each.
-
-    >>> list(blocks((3, 1 << 20), 4))
-    [(slice(0, 2, None),), (slice(2, 3, None),)]
-    """
-    if not shape:
-        yield ()
-        return
-    rows = max(1, BLOCK // max(1, math.prod(shape[1:]) * itemsize))
-    for start in range(0, shape[0], rows):
-        yield (slice(start, min(start + rows, shape[0])),)

@@ -18,6 +18,7 @@ from hyperclone_onnx.frameworks.manifest import Manifest, entries
 from hyperclone_onnx.frameworks.optimizer_state import Kind, write_optimizer
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.publication import publication_folder
+from hyperclone_onnx.safetensors_files import write_safetensors
 
 Target = Literal["pytorch", "jax", "safetensors", "hf"]
 TARGETS: tuple[Target, ...] = ("pytorch", "jax", "safetensors", "hf")
@@ -171,6 +172,4 @@ def _write(target: Kind, tensors: Tensors, folder: Path, largest_file: int) -> s
 
         write_orbax(tensors, folder / CHECKPOINT)
         return CHECKPOINT
-    from hyperclone_onnx.frameworks.exports.safetensors import write_files
-
-    return write_files(tensors, folder, largest_file)
+    return write_safetensors(tensors, folder, largest_file, metadata={"format": "pt"})[-1].name
