@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.frameworks import MissingExtra
+from hyperclone_onnx.frameworks.checkpoints import INDEX, PICKLES
 
 try:
     import torch
@@ -26,11 +27,8 @@ except ImportError as problem:
 
 Array = npt.NDArray[Any]
 
-INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".data", ".index.json")
 """Endings of files that hold weights: no grown checkpoint takes them over."""
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)

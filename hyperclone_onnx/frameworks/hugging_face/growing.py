@@ -25,17 +25,20 @@ from hyperclone_onnx.frameworks.hugging_face.checking import (
 )
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, load, read_checkpoint
 from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, written_config
-from hyperclone_onnx.frameworks.hugging_face.layout import Layout, grown_shape, laid_out, squeezed
+from hyperclone_onnx.frameworks.hugging_face.layout import LaidOut, Layout, squeezed
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, match
 from hyperclone_onnx.frameworks.hugging_face.measuring import DoesNotRun, Runs, effective, measured
 from hyperclone_onnx.frameworks.hugging_face.reading import MANIFEST, manifest
 from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown
-from hyperclone_onnx.frameworks.hugging_face.writing import Entry, write_weights
+from hyperclone_onnx.safetensors_files import write_safetensors
 
 Array = npt.NDArray[Any]
 Notify = Callable[[str], None]
+
+LARGEST_FILE = 5_000_000_000
+"""Bytes of one safetensors file, as transformers' own limit has long been."""
 
 
 def grow_checkpoint(
@@ -158,13 +161,11 @@ def _write(
     report: Report,
 ) -> None:
     grown, given = assembly.grown, assembly.given
-    dtype = Counter(
-        grown.tensors[piece.initializer].dtype.numpy().name
-        for each in assembly.layouts.values()
-        for piece in each.pieces
+    types = Counter(
+        grown.tensors[piece.initializer].dtype.numpy() for each in assembly.layouts.values() for piece in each.pieces
     )
-    main = dtype.most_common(1)[0][0]
-    entries: dict[str, Entry] = {}
+    main = types.most_common(1)[0][0]
+    entries: dict[str, Any] = {}
     layouts: dict[str, Layout] = {}
     for name in given.names:
         fold = folded.get(name, Compensation(1.0))
@@ -172,33 +173,34 @@ def _write(
             layout = assembly.layouts[name]
             layout = layout.scaled(fold.factor, fold.offset) if name in folded else layout
             layouts[name] = layout
-            kind = grown.tensors[layout.pieces[0].initializer].dtype.numpy().name
-            entries[name] = Entry(grown_shape(layout, grown.axis), kind, _reader(grown, layout))
+            kind = grown.tensors[layout.pieces[0].initializer].dtype.numpy()
+            entries[name] = LaidOut(layout, lambda each: grown.tensors[each].numpy(), grown.axis, kind)
             report.matched[name] = layout.described()
             if all(grown.recipe(piece.initializer) is None for piece in layout.pieces):
                 report.unchanged[name] = "no axis of it grows"
         elif name in assembly.repeated:
             each = assembly.repeated[name]
             made = each.made(fold.factor, fold.offset)
-            entries[name] = Entry(made.shape, main, lambda made=made: _as(made, main))  # type: ignore[misc]
+            entries[name] = made.astype(main)
             if each.grows:
                 report.repeated[name] = f"{list(each.array.shape)} -> {list(made.shape)}"
             else:
                 report.unchanged[name] = "it is not in the file, and keeps its size"
         else:
             array = given.others[name]
-            entries[name] = Entry(array.shape, array.dtype.name, lambda array=array: array)  # type: ignore[misc]
+            entries[name] = array
             report.unchanged[name] = "whole numbers"
         if name in folded:
             plus = f" of it plus {fold.offset:g}" if fold.offset else ""
             report.compensations[name] = f"times {fold.factor:.8g}{plus}"
-    report.weights = write_weights(folder, entries)
+    files = write_safetensors(entries, folder, LARGEST_FILE, metadata={"format": "pt"})
+    report.weights = [each.name for each in files]
     fields = written_config(checkpoint, changes)
     report.config = {each.name: (each.before, each.after) for each in changes}
     for key in ("dtype", "torch_dtype"):
-        if key in fields and fields[key] != main:
-            report.config[key] = (fields[key], main)
-            fields[key] = main
+        if key in fields and fields[key] != main.name:
+            report.config[key] = (fields[key], main.name)
+            fields[key] = main.name
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     report.copied = checkpoint.copy_files(folder)
     also = {}
@@ -208,18 +210,6 @@ def _write(
     text = json.dumps(manifest(grown, layouts, also), separators=(",", ":"))
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _note_sizes(folder, report)
-
-
-def _reader(grown: Grown, layout: Layout) -> Callable[[], Array]:
-    return lambda: laid_out(layout, lambda name: grown.tensors[name].numpy(), grown.axis)
-
-
-def _as(array: Array, dtype: str) -> Array:
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return array.astype(ml_dtypes.bfloat16)
-    return array.astype(dtype)
 
 
 def _note_sizes(folder: Path, report: Report) -> None:

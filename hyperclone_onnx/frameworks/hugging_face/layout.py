@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -122,11 +123,41 @@ def squeezed(array: Array) -> Array:
     return array.reshape([size for size in array.shape if size != 1])
 
 
+class LaidOut:
+    """The checkpoint's tensor, of the size that the initializers have; its rows are made when they are asked for."""
+
+    def __init__(self, layout: Layout, read: Callable[[str], Array], sources: Sources, dtype: Any) -> None:
+        self.layout = layout
+        self.read = read
+        self.sources = sources
+        self.dtype = np.dtype(dtype)
+        self.shape = grown_shape(layout, sources)
+
+    @cached_property
+    def _view(self) -> Array:
+        """All of it; where the initializer can be looked at in another order, nothing is copied."""
+        parts = [_part(each, squeezed(self.read(each.initializer)), self.sources) for each in self.layout.pieces]
+        whole = (
+            parts[0]
+            if len(parts) == 1
+            else np.concatenate(
+                [_affine(each, part) for each, part in zip(self.layout.pieces, parts, strict=True)],
+                axis=self.layout.axis,
+            )
+        )
+        return whole.reshape(self.shape)
+
+    def __getitem__(self, window: Any) -> Array:
+        part = self._view[window]
+        return _affine(self.layout.pieces[0], part) if len(self.layout.pieces) == 1 else part
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.asarray(self[...], dtype=dtype)
+
+
 def laid_out(layout: Layout, read: Callable[[str], Array], sources: Sources) -> Array:
-    """The checkpoint's tensor, of the size that the initializers have."""
-    parts = [_part(piece, squeezed(read(piece.initializer)), sources) for piece in layout.pieces]
-    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=layout.axis)
-    return np.ascontiguousarray(whole).reshape(_with_ones(layout.shape, _merged(layout, whole.shape)))
+    """The whole of a checkpoint's tensor."""
+    return LaidOut(layout, read, sources, np.float32)[...]
 
 
 def grown_shape(layout: Layout, sources: Sources) -> tuple[int, ...]:
@@ -170,7 +201,10 @@ def put_back(layout: Layout, array: Array, initializer: str, into: Array, source
 def _part(piece: Piece, array: Array, sources: Sources) -> Array:
     if piece.window is not None:
         array = np.take(array, _window(piece, sources), axis=piece.window[0])
-    array = array.transpose(piece.permutation)
+    return array.transpose(piece.permutation)
+
+
+def _affine(piece: Piece, array: Array) -> Array:
     if piece.scale == 1.0 and not piece.offset:
         return array
     wide = array.astype(np.float64) * piece.scale + piece.offset

@@ -20,7 +20,6 @@ from hyperclone_onnx.plan import Plan
 Array = npt.NDArray[Any]
 
 MANIFEST = "hyperclone_onnx.json"
-INDEX = "model.safetensors.index.json"
 VERSION = 1
 
 
