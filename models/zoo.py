@@ -103,8 +103,23 @@ def example(name: str, config: transformers.PretrainedConfig) -> torch.Tensor:
 
 def export(family: str, sizing: str) -> onnx.ModelProto:
     """The family's model at that sizing as a stripped graph."""
-    row = FAMILIES[family]
     model, known = build(family, sizing)
+    graph_model = traced(family, model)
+    derived = folded(graph_model.graph, known)
+    proto = ir.to_proto(optimised(graph_model))
+    random = {}
+    for tensor in proto.graph.initializer:
+        if tensor.name in known:
+            random[tensor.name] = known[tensor.name]
+        elif tensor.name in derived:
+            values = onnx.numpy_helper.to_array(tensor)
+            random[tensor.name] = (abs(float(values.mean().round())), float(f"{values.std():.2g}"))
+    return zoo_store.strip(proto, random)
+
+
+def traced(family: str, model: transformers.PreTrainedModel) -> ir.Model:
+    """The family's model as the exporter first writes it, functions inlined."""
+    row = FAMILIES[family]
     examples = {name: example(name, model.config) for name in row.inputs}
     batch, sequence, target = (torch.export.Dim(name) for name in ("batch", "sequence", "target"))
     program = torch.onnx.export(
@@ -122,20 +137,18 @@ def export(family: str, sizing: str) -> onnx.ModelProto:
     )
     assert program is not None
     InlinePass()(program.model)
-    derived = folded(program.model.graph, known)
-    # The exporter's own optimisation, but with the limit on folding as far below these matrices as the
-    # default is below real ones: otherwise a tied or reused weight falls apart into copies here alone.
-    optimize_ir(program.model, input_size_limit=128)
-    onnx_fusions.fuse(program.model)
-    proto = ir.to_proto(program.model)
-    random = {}
-    for tensor in proto.graph.initializer:
-        if tensor.name in known:
-            random[tensor.name] = known[tensor.name]
-        elif tensor.name in derived:
-            values = onnx.numpy_helper.to_array(tensor)
-            random[tensor.name] = (abs(float(values.mean().round())), float(f"{values.std():.2g}"))
-    return zoo_store.strip(proto, random)
+    return program.model
+
+
+def optimised(model: ir.Model) -> ir.Model:
+    """The exporter's own optimisation, in place.
+
+    The limit on folding is as far below these matrices as the default is below real ones: otherwise a tied or reused
+    weight falls apart into copies here alone.
+    """
+    optimize_ir(model, input_size_limit=128)
+    onnx_fusions.fuse(model)
+    return model
 
 
 def folded(graph: ir.Graph, parameters: Iterable[str]) -> set[str]:

@@ -269,7 +269,7 @@ def bound_attributes(node: ir.Node, form: Operator, opsets: Mapping[str, int]) -
     Raises:
         Refused: the node has an attribute, or lacks an input, that the operator's implementation does not.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(form.floats)
     for name, attribute in node.attributes.items():
         if name in form.keywords or name in form.inputs[len(node.inputs) :]:
             found[name] = attribute_value(attribute)

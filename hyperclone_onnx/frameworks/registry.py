@@ -42,6 +42,9 @@ class Operator:
     keywords: frozenset[str]
     scalars: bool
     """Whether Python numbers may stand in for stored scalars."""
+    floats: tuple[tuple[str, float], ...]
+    """Keyword parameters whose defaults are floats. A call spells them out: torch.compile takes a default for an input,
+    finds that it must be known, and starts again, for each of them."""
 
     def is_host(self, position: int) -> bool:
         """Whether the input at a position is computed on the host."""
@@ -59,7 +62,8 @@ def _describe(domain: str, op_type: str, function: Implementation, scalars: bool
     host = frozenset(each.name for each in parameters if each.annotation in ("Host", "Host | None"))
     keywords = frozenset(each.name for each in parameters if each.kind == each.KEYWORD_ONLY)
     variadic = any(each.kind == each.VAR_POSITIONAL for each in parameters)
-    return Operator(domain, op_type, function, positional, variadic, host, keywords, scalars)
+    floats = tuple((each.name, each.default) for each in parameters if isinstance(each.default, float))
+    return Operator(domain, op_type, function, positional, variadic, host, keywords, scalars, floats)
 
 
 def implements(*op_types: str, domain: str = "", scalars: bool = False) -> Callable[[Implementation], Implementation]:

@@ -74,8 +74,17 @@ def attend(
     scores = xp.matmul(query * scale, key if key_transposed else key.mT)
     for bias in biases:
         scores = scores + bias
-    weights = xp.softmax(scores, axis=-1)
-    return xp.matmul(xp.where(xp.isnan(weights), xp.zeros_like(weights), weights), value)
+    weights = visible_softmax(xp, scores) if biases else xp.softmax(scores, axis=-1)
+    return xp.matmul(weights, value)
+
+
+def visible_softmax(xp: Any, scores: Array) -> Array:
+    """The softmax of each row; 0 where all scores are minus infinity, and no gradient (that of NaN would be NaN)."""
+    if isinstance(scores.shape[-1], int) and scores.shape[-1] == 0:
+        return scores
+    hidden = xp.max(scores, axis=-1, keepdims=True) == -math.inf
+    weights = xp.softmax(xp.where(hidden, xp.zeros_like(scores), scores), axis=-1)
+    return xp.where(hidden, xp.zeros_like(weights), weights)
 
 
 def split_heads(xp: Any, x: Array, heads: int) -> Array:
@@ -203,8 +212,7 @@ def attention(
         for bias in biases:
             scores = scores + bias
         broad = xp.astype(scores, xp.dtype_of(softmax_precision)) if softmax_precision else scores
-        weights = xp.softmax(broad, axis=-1)
-        weights = xp.astype(xp.where(xp.isnan(weights), xp.zeros_like(weights), weights), query.dtype)
+        weights = xp.astype(visible_softmax(xp, broad), query.dtype)
         out = xp.matmul(weights, value)
         stages = (products, capped, scores, weights)
     out = join_heads(xp, out) if packed else out

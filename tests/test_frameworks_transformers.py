@@ -1,0 +1,146 @@
+"""A handed-over model beside the Hugging Face model that it was exported from: outputs and gradients, also grown."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+pytest.importorskip("array_api_compat")
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from hyperclone_onnx import Strategy, expand  # noqa: E402
+from hyperclone_onnx.frameworks.torch import load  # noqa: E402
+from hyperclone_onnx.grown_tensor import GrownTensor  # noqa: E402
+from hyperclone_onnx.plan import Plan  # noqa: E402
+from models import zoo  # noqa: E402
+from models.zoo_families import FAMILIES  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+Gradients = dict[str, Array]
+
+TABLE = (
+    "albert bert bloom convnext falcon_new gemma2 gpt2 gpt_neox gptj llama mamba modernbert opt phi3 qwen3 smollm3 "
+    "stablelm vit whisper"
+).split()
+"""Families of every kind: learned, rotary, relative places and none; norms of all sorts; images, sounds, two towers."""
+
+ROUNDING = 1e-5
+"""What float32 stays under, as a part of the largest element."""
+
+VANISHING = 1e-2
+"""A gradient this much smaller than the largest is a cancelling sum, compared on the scale of what it is a sum of."""
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_gradients_are_the_models_own(family: str, tmp_path: Path) -> None:
+    zoo.quiet()
+    source, _ = zoo.build(family, "distinct")
+    graph = zoo.optimised(zoo.traced(family, source))
+    ir.save(graph, tmp_path / "small.onnx")
+    given = {name: zoo.example(name, source.config) for name in FAMILIES[family].inputs}
+    made = source(**given)[FAMILIES[family].output]
+    weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
+    (made * weights).sum().backward()
+    wanted = {name: each.grad.numpy() for name, each in source.named_parameters() if each.grad is not None}
+    scale = VANISHING * max(float(np.abs(each).max()) for each in wanted.values())
+
+    model = load(tmp_path / "small.onnx")
+    small = gradients(model, given, weights, made)
+    matches = matched(source, model)
+    assert set(wanted) <= set(matches), "parameters of the model that the handoff lacks"
+    assert set(small) <= {initializer for initializer, _ in matches.values()}, "parameters that the model lacks"
+    for name, want in wanted.items():
+        initializer, back = matches[name]
+        assert_close(name, back(small[initializer]), want, scale)
+
+    big = tmp_path / "big.onnx"
+    plan = expand(
+        tmp_path / "small.onnx", big, 2, strategy=Strategy("symmetric"), keep_interface=True, check=False
+    ).plan
+    tensors = {name: value.const_value for name, value in graph.graph.initializers.items()}
+    grown = pulled_back(gradients(load(big), given, weights, made), plan, tensors)
+    assert set(grown) == set(small)
+    for name, got in grown.items():
+        assert_close(name, got, small[name], scale)
+
+
+def gradients(model: Any, given: dict[str, Any], weights: Any, wanted: Any) -> Gradients:
+    """By initializer, of the weighted sum of the first output, which is compared on the way."""
+    made = model(**given)
+    made = next(iter(made.values())) if isinstance(made, dict) else made
+    assert float((made - wanted).detach().abs().max() / wanted.abs().max()) < ROUNDING
+    (made * weights).sum().backward()
+    learning = {name: each for name, each in model.named_parameters() if each.grad is not None}
+    return {model.initializers[name]: each.grad.numpy() for name, each in learning.items()}
+
+
+def assert_close(name: str, got: Array, want: Array, scale: float) -> None:
+    assert float(np.abs(got - want).max()) < ROUNDING * max(float(np.abs(want).max()), scale), name
+
+
+def matched(source: Any, model: Any) -> dict[str, tuple[str, Callable[[Array], Array]]]:
+    """For each parameter of the source the handoff's of the same content, and how its gradient is laid out back.
+
+    The exporter may have transposed it, given it axes of size 1, or added a number to it.
+    """
+    stored = {model.initializers[name]: each.detach().numpy() for name, each in model.named_parameters()}
+    by_size: dict[int, list[tuple[str, Array]]] = defaultdict(list)
+    for name, array in stored.items():
+        by_size[array.size].append((name, array))
+    found = {}
+    for name, parameter in source.named_parameters():
+        own = parameter.detach().numpy()
+        for initializer, array in by_size[own.size]:
+            for layout, back in layouts(own):
+                if is_moved(array.ravel(), layout.ravel()):
+                    found[name] = (initializer, back)
+    return found
+
+
+def layouts(array: Array) -> Iterator[tuple[Array, Callable[[Array], Array]]]:
+    """An array as it is and transposed, and how what is laid out like that comes back."""
+    yield array, lambda other: other.reshape(array.shape)
+    if array.ndim == 2:
+        yield array.T, lambda other: other.reshape(array.T.shape).T
+
+
+def is_moved(array: Array, by: Array) -> bool:
+    """Whether two arrays differ by one number everywhere."""
+    apart = array - by
+    return bool(np.abs(apart - apart[0]).max() <= 1e-6)
+
+
+def pulled_back(grown: Gradients, plan: Plan, tensors: dict[str, Any]) -> Gradients:
+    """The source's gradients that the grown model's mean: growing is linear, W' = G W, so that dL/dW = G^T dL/dW'."""
+    found: Gradients = {}
+    for name, gradient in grown.items():
+        recipe = plan.tensors.get(name)
+        if recipe is None:
+            found[name] = found.get(name, 0) + gradient
+            continue
+        shape = tuple(tensors[recipe.source].shape)
+        ones, places = (
+            GrownTensor(ir.tensor(each), recipe, plan.maps, plan.strategy).numpy()
+            for each in (np.ones(shape), 1.0 + np.arange(np.prod(shape)).reshape(shape))
+        )
+        index = np.rint(places / ones).astype(np.int64) - 1
+        summed = np.bincount(index.ravel(), (ones * gradient).ravel(), int(np.prod(shape)))
+        found[recipe.source] = found.get(recipe.source, 0) + summed.reshape(shape)
+    return found
+
+
+def test_a_wrong_gradient_is_seen() -> None:
+    right = np.ones((3, 4))
+    wrong = right.copy()
+    wrong[1, 2] *= 1 + 1e-4
+    with pytest.raises(AssertionError):
+        assert_close("w", wrong, right, 0.0)
