@@ -2,7 +2,7 @@
 
     python benchmarks/sharding.py [SMALL.onnx] [--factor 2] [--framework torch|jax]
 
-Grows SMALL (default: a Llama of 210 M parameters with random weights) to BIG, and loads it in processes of their own:
+Grows SMALL (default: a Llama of 175 M parameters with random weights) to BIG, and loads it in processes of their own:
 BIG by one process; BIG by two, each its shard; SMALL and a plan by two, each its shard, so that BIG need not exist.
 Prints a Markdown table. Peak memory is the whole resident set (VmHWM): the interpreter, the framework and file pages
 included. Linux only.
@@ -37,11 +37,12 @@ def report(loaded: int, loss: float, seconds: float) -> None:
     print(json.dumps({"load": loaded, "step": peak(), "loss": loss, "seconds": seconds}), flush=True)
 
 
-def tokens() -> Any:
+def feeds(program: Any) -> dict[str, Any]:
+    """Tokens, and a mask if the model has one."""
     import numpy as np
 
     ids = np.arange(64).reshape(2, 32) * 7 % 90 + 3
-    return ids, np.ones_like(ids)
+    return {each.name: np.ones_like(ids) if "mask" in each.name else ids for each in program.inputs}
 
 
 def with_torch(model: str, plan: str, processes: int) -> None:
@@ -59,9 +60,10 @@ def with_torch(model: str, plan: str, processes: int) -> None:
     begin = time.perf_counter()
     module = load(model, **options)
     seconds, loaded = time.perf_counter() - begin, peak()
-    ids, mask = map(torch.from_numpy, tokens())
+    given = {name: torch.from_numpy(array) for name, array in feeds(module.program).items()}
+    ids = given["input_ids"]
     with torch.no_grad():
-        logits = module(ids, mask)
+        logits = module(**given)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     report(loaded, loss.item(), seconds)
     if processes > 1:
@@ -85,11 +87,12 @@ def with_jax(model: str, plan: str, processes: int) -> None:
     apply, params = load(model, **options)
     jax.block_until_ready(params)
     seconds, loaded = time.perf_counter() - begin, peak()
-    ids, mask = tokens()
+    given = feeds(apply.program)
+    ids = given["input_ids"]
 
     @jax.jit
     def loss_of(params: Any) -> Any:
-        chances = jax.nn.log_softmax(apply(params, ids, mask)[:, :-1])
+        chances = jax.nn.log_softmax(apply(params, **given)[:, :-1])
         return -jax.numpy.take_along_axis(chances, ids[:, 1:, None], axis=-1).mean()
 
     report(loaded, float(loss_of(params)), seconds)
@@ -153,7 +156,11 @@ def main() -> None:
 
 def build(path: Path) -> Path:
     """A Llama-shaped model with random weights."""
-    raise NotImplementedError
+    sys.path.insert(0, str(ROOT))
+    from models.large import Sizes, write
+
+    write(Sizes(hidden=1024, layers=12, heads=16, kv_heads=8, ffn=2816, vocab=16384), path)
+    return path
 
 
 if __name__ == "__main__":
