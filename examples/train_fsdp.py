@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/train_fsdp.py [MODEL] [--steps 50] [--resume]
 
-No rank ever holds the grown model: each computes its own shard from the small file and the plan (MODEL, if given, is the
-grown file, and each rank reads its own shard of it). Runs on GPUs with NCCL, or on the CPU with gloo. Writes into out/:
-the loss of each step as CSV and PNG, a checkpoint of torch.distributed.checkpoint, and the trained model as ONNX.
+No rank ever holds the grown model: each computes its own shard from the small file and the plan (MODEL, if given, is
+the grown file, and each rank reads its own shard of it). Runs on GPUs with NCCL, or on the CPU with gloo. Writes into
+out/: the loss of each step as CSV and PNG, checkpoints of torch.distributed.checkpoint, the trained model as ONNX.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import ProgressCallback
 
 from hyperclone_onnx import expand
 from hyperclone_onnx.frameworks.absorb import absorb
@@ -63,6 +64,13 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
 
+class Bar(ProgressCallback):
+    """A progress bar alone: the losses are drawn at the end."""
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 def train(model: PreTrainedModel, options: argparse.Namespace, folder: Path, resume: bool) -> list[float]:
     """Train a model into a folder of checkpoints; the loss of each step."""
     settings = TrainingArguments(
@@ -80,6 +88,8 @@ def train(model: PreTrainedModel, options: argparse.Namespace, folder: Path, res
         report_to=[],
     )
     trainer = InOrder(model=model, args=settings, train_dataset=Windows(options))
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
     trainer.train(resume_from_checkpoint=resume)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
