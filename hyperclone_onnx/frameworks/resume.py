@@ -10,7 +10,7 @@ import numpy as np
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.optimizer_state import State, read_state
+from hyperclone_onnx.frameworks.saved_state import State, read_state
 from hyperclone_onnx.frameworks.stored_arrays import StoredArray
 
 
