@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ import torch
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, Loaded, stored_tensors, to_numpy
-from hyperclone_onnx.frameworks.hugging_face.layout import Layout, grown_shape, laid_out
-from hyperclone_onnx.frameworks.hugging_face.matching import Matches
+from hyperclone_onnx.frameworks.hugging_face.layout import Layout, grown_shape, laid_out, put_back
+from hyperclone_onnx.frameworks.hugging_face.matching import Matches, constant
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source
 from hyperclone_onnx.maps import Indices
 
@@ -41,6 +41,8 @@ class Given:
         types = {name: str(each.dtype).removeprefix("torch.") for name, each in tensors.items()}
         floating = {name: to_numpy(each) for name, each in tensors.items() if each.is_floating_point()}
         others = {name: each.numpy() for name, each in tensors.items() if not each.is_floating_point()}
+        # What is noise in the model for a while (measuring.py) must stay here what it is.
+        floating = {name: array.copy() if constant(array) else array for name, array in floating.items()}
         for name in loaded.missing:
             zero(loaded.model, name)
         return Given(loaded, floating, others, types, list(tensors))
@@ -101,18 +103,46 @@ class Assembly:
     """Initializers that no tensor is made from, and the tensor and layout that they can be read back from."""
     orders: dict[tuple[int, int], Indices]
 
-    def fresh(self, stored: Mapping[str, Source]) -> dict[str, Callable[[], Array]]:
-        """Each tensor as growth alone makes it, in float32."""
+    def scales(self) -> dict[str, float]:
+        """What growth multiplies each tensor by, where one number says it."""
+        found: dict[str, float] = {}
+        for name, layout in self.layouts.items():
+            initializer = layout.pieces[0].initializer
+            recipe = self.grown.recipe(initializer)
+            found[name] = (1.0 if recipe is None else abs(recipe.scale)) / self.grown.shared(initializer)
+        return found
+
+    def fresh(self, stored: Mapping[str, Source], tensors: Mapping[str, Array]) -> dict[str, Callable[[], Array]]:
+        """Each tensor as growth alone makes it, in float32, were the checkpoint's tensors the ones given.
+
+        Args:
+            stored: the initializers as the source has them.
+            tensors: what the checkpoint's tensors are to be taken for.
+        """
+        makers: dict[str, list[tuple[str, Layout]]] = {}
+        for name, layout in self.layouts.items():
+            for piece in layout.pieces:
+                makers.setdefault(piece.initializer, []).append((name, layout))
+
+        def source(initializer: str, axis: int) -> Indices:
+            return np.arange(self.grown.axes(initializer)[axis].source_size, dtype=np.int64)
 
         def remade(initializer: str) -> Array:
-            return self.grown.remade(initializer, stored[initializer].array)
+            array = np.array(stored[initializer].array)
+            for name, layout in makers[initializer]:
+                if tensors[name] is not self.given.floating[name]:
+                    put_back(layout, tensors[name].astype(array.dtype), initializer, array, source)
+            return self.grown.remade(initializer, array)
 
         return {
             **{
                 name: lambda layout=layout: laid_out(layout, remade, self.grown.axis)  # type: ignore[misc]
                 for name, layout in self.layouts.items()
             },
-            **{name: each.made for name, each in self.repeated.items()},
+            **{
+                name: lambda name=name, each=each: replace(each, array=tensors[name]).made()  # type: ignore[misc]
+                for name, each in self.repeated.items()
+            },
             **{name: lambda array=array: array for name, array in self.given.others.items()},  # type: ignore[misc]
         }
 
@@ -134,6 +164,11 @@ class Chooser:
             if len(shapes) == 1:
                 found[name] = next(iter(shapes))
         return found
+
+    @property
+    def doubtful(self) -> frozenset[str]:
+        """The tensors that several initializers are equal to."""
+        return frozenset(name for name, layouts in self.matches.layouts.items() if len(layouts) > 1)
 
     def assembled(self, shapes: Mapping[str, tuple[int, ...]]) -> Assembly:
         """Everything, with the shapes that the configuration asks for.

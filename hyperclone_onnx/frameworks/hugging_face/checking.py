@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 
+from hyperclone_onnx import storage
 from hyperclone_onnx.analysis import Analysis, analyse
+from hyperclone_onnx.double import save_wide
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.feeds import Case, cases
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import to_numpy
@@ -21,7 +25,7 @@ from hyperclone_onnx.frameworks.hugging_face.recording import floating_outputs, 
 from hyperclone_onnx.maps import Indices, index_axis, presented
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.sessions import Runner
-from hyperclone_onnx.validation import tolerance_of
+from hyperclone_onnx.validation import HALVES, tolerance_of
 
 Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
@@ -40,7 +44,7 @@ class Feeding:
     @property
     def tolerance(self) -> tuple[float, str]:
         """The relative error that rounding explains in float32, and how it is made up."""
-        rounding, reason = tolerance_of(self.analysis.dimensions, None, None)
+        rounding, reason = tolerance_of(self.analysis.dimensions, None, None, ir.DataType.FLOAT)
         eps = float(np.finfo(np.float32).eps)
         residue = RESIDUE * eps * math.sqrt(len(self.analysis.dimensions.sums) or 1)
         return rounding + residue, f"{reason} + {RESIDUE:.0f} x eps of the shares"
@@ -122,11 +126,26 @@ def relative_error(got: Array, want: Array) -> float:
     return float(np.abs(a - b)[finite].max(initial=0.0)) / (float(np.abs(a[finite]).max(initial=0.0)) or 1.0)
 
 
+def _runner(big: Path) -> Runner:
+    """A session on the file; on a copy in float32 where it computes in fewer bits, its weights widened exactly."""
+    model = storage.load(big)
+    stored = [each.const_value for each in model.graph.initializers.values() if each.const_value is not None]
+    if not any(each.dtype in HALVES and each.size > 1 for each in stored):
+        return Runner(big, "cpu")
+    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+        save_wide(model, Path(folder) / big.name, ir.DataType.FLOAT)
+        return Runner(Path(folder) / big.name, "cpu")
+
+
+def _is_half(array: Array) -> bool:
+    return array.dtype.itemsize == 2 and array.dtype.kind not in "iub"
+
+
 class FileRunner:
-    """The grown file in ONNX Runtime; its outputs in the order that the model inside has."""
+    """The grown file in ONNX Runtime, in float32; its outputs in the order that the model inside has."""
 
     def __init__(self, big: Path, plan: Plan) -> None:
-        self.runner = Runner(big, "cpu")
+        self.runner = _runner(big)
         self.plan = plan
         self.interfaces = {each.name: each for each in plan.outputs}
 
@@ -138,7 +157,8 @@ class FileRunner:
             RuntimeError: the file does not run on these inputs.
         """
         errors = []
-        for name, expected in self.runner.run(case.feeds).items():
+        feeds = {name: array.astype(np.float32) if _is_half(array) else array for name, array in case.feeds.items()}
+        for name, expected in self.runner.run(feeds).items():
             if expected.dtype.kind in "iub":
                 continue
             expected = np.asarray(expected, dtype=np.float32)

@@ -119,19 +119,29 @@ class Search:
         return sum(shapes[name] != shape for name, shape in self.wanted.items())
 
     def run(self) -> list[Change]:
-        """Changes under which every shape is the one wanted.
+        """Changes under which every shape is the one wanted, those included that change none.
 
         Raises:
             Refused: there are none.
         """
-        options = {path: found for path, value in integers(self.fields) if (found := self.sizes.get(value))}
+        options = {path: self.sizes[value] for path, value in integers(self.fields) if value in self.sizes}
+        found = self._fitting(options)
+        for path, values in options.items():
+            if not any(each.path == path for each in found):
+                more = [*found, self._change(path, values[0])]
+                found = more if self.wrong(more) == 0 else found
+        return found
+
+    def _fitting(self, options: Mapping[Path, Sequence[int]]) -> list[Change]:
         for chosen in self._starts(options):
             if self.wrong(chosen) == 0:
                 return chosen
         best: list[Change] = []
-        for extra in ({}, self._unusual()):
-            offered = {**extra, **options} if not extra else _joined(options, extra)
-            for start in (*self._starts(options), []):
+        for usual in (True, False):
+            offered = {path: list(values) for path, values in options.items()}
+            if not usual:
+                offered = _joined(options, self._unusual(best))
+            for start in (best, *self._starts(options), []):
                 best = min(best, self._descend(start, offered), key=self.wrong)
                 if self.wrong(best) == 0:
                     return best
@@ -179,14 +189,15 @@ class Search:
                 break
         return best
 
-    def _unusual(self) -> dict[Path, list[int]]:
+    def _unusual(self, best: list[Change]) -> dict[Path, list[int]]:
         """Values for fields that are not set, and whole multiples of those that are (a width in units of another)."""
-        shapes = self.shapes(())
-        differing: set[int] = set()
-        for name, shape in self.wanted.items():
-            for before, after in zip((shapes or {}).get(name, ()), shape, strict=False):
-                if before != after:
-                    differing.add(after)
+        shapes = self.shapes(best) or {}
+        differing = {
+            after
+            for name, shape in self.wanted.items()
+            for before, after in zip(shapes.get(name, ()), shape, strict=False)
+            if before != after
+        }
         found: dict[Path, list[int]] = {}
         for path, value in flattened(self.fields):
             if value is None:
@@ -195,7 +206,8 @@ class Search:
                 found[path] = [value * ratio for ratio in self.ratios if ratio > 1]
         alive = {}
         for path, values in found.items():
-            changed = self.shapes([self._change(path, values[0])]) if values else None
+            others = [each for each in best if each.path != path]
+            changed = self.shapes([*others, self._change(path, values[0])]) if values else None
             if changed is not None and changed != shapes:
                 alive[path] = values
         return alive

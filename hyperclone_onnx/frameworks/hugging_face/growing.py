@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hyperclone_onnx.errors import BadModel, BadRequest, ModelsDiffer, Refused
+from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, ModelsDiffer, Refused
 from hyperclone_onnx.frameworks.hugging_face import sources
 from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly, Chooser, Given, zero
 from hyperclone_onnx.frameworks.hugging_face.checking import (
@@ -76,7 +76,7 @@ def grow_checkpoint(
     changes = search.run()
     say("measuring")
     fed = feeding(big, given.model)
-    runs = Runs.of(given, fed, checkpoint)
+    runs = Runs.of(given, fed, checkpoint, chooser.doubtful)
     pruned = effective(checkpoint, search, changes, runs, given)
     given.release()
     last: Refused | None = None
@@ -93,7 +93,10 @@ def grow_checkpoint(
         raise last
     say("writing")
     report = Report(str(big), trained=trained)
-    _write(folder, checkpoint, attempt, assembly, folded, report)
+    try:
+        _write(folder, checkpoint, attempt, assembly, folded, report)
+    except OSError as problem:
+        raise CannotWrite(f"{folder}: cannot be written ({problem.strerror or problem})") from problem
     say("validating")
     _check(folder, checkpoint, fed, runs, assembly, report)
     return report
@@ -207,7 +210,8 @@ def _write(
     for initializer, (name, layout) in assembly.also.items():
         fold = folded.get(name, Compensation(1.0))
         also[initializer] = name, layout.scaled(fold.factor, fold.offset) if name in folded else layout
-    text = json.dumps(manifest(grown, layouts, also), separators=(",", ":"))
+    elsewhere = {name: np.asarray(entries[name]) for name in assembly.repeated}
+    text = json.dumps(manifest(grown, layouts, also, elsewhere), separators=(",", ":"))
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _note_sizes(folder, report)
 

@@ -201,9 +201,11 @@ class _Part:
 
 def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
     """Checkpoint tensors that are a part of one initializer: queries, keys and values that were joined."""
-    bigger = _Lines({name: squeezed(each.array) for name, each in sources.items()})
+    bigger = _Lines({name: squeezed(each.array) for name, each in sources.items() if not constant(each.array)})
     for name, array in tensors.items():
         ours = squeezed(array)
+        if constant(ours):  # of one number any tensor of that number is made
+            continue
         for initializer, part in bigger.holding(ours, lambda each: sources[each].tolerance):
             inverse = tuple(int(axis) for axis in np.argsort(part.permutation))
             window = (part.axis, part.start, part.start + ours.shape[part.permutation[part.axis]])
@@ -212,10 +214,12 @@ def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], fo
 
 def _match_joined(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
     """Checkpoint tensors that an exporter cut into several initializers."""
-    bigger = _Lines({name: squeezed(array) for name, array in tensors.items()})
+    bigger = _Lines({name: squeezed(array) for name, array in tensors.items() if not constant(array)})
     parts: dict[tuple[str, int], list[tuple[int, int, Piece]]] = defaultdict(list)
     for initializer, source in sources.items():
         theirs = squeezed(source.array)
+        if constant(theirs):
+            continue
         for name, part in bigger.holding(theirs, lambda _, source=source: source.tolerance):
             stop = part.start + theirs.shape[part.permutation[part.axis]]
             parts[name, part.axis].append((part.start, stop, Piece(initializer, part.permutation)))
@@ -281,6 +285,11 @@ class _Lines:
 def _norms(array: Array, axis: int) -> Array:
     rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
     return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)))
+
+
+def constant(array: Array) -> bool:
+    """Whether a tensor is one number all over."""
+    return not array.size or bool((array == array.reshape(-1)[0]).all())
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------

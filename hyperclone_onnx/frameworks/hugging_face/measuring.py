@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly, Given
 from hyperclone_onnx.frameworks.hugging_face.checking import Feeding, Outputs, outputs, torch_feeds
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, first_line, quiet, stored_tensors
 from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, changed_config
+from hyperclone_onnx.frameworks.hugging_face.matching import constant
 from hyperclone_onnx.frameworks.hugging_face.recording import Step, record
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation, compensations
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source
@@ -37,10 +38,12 @@ class Runs:
     steps: list[Step]
     feeds: dict[str, Any]
     outputs: list[tuple[Any, Outputs]]
+    tensors: dict[str, Array]
+    """What was recorded: the checkpoint's tensors, but none that is one number all over."""
 
     @staticmethod
-    def of(given: Given, fed: Feeding, checkpoint: Checkpoint) -> Runs:
-        """Run the source on the first cases that it takes."""
+    def of(given: Given, fed: Feeding, checkpoint: Checkpoint, doubtful: Collection[str]) -> Runs:
+        """Run the source on the first cases that it takes; of doubtful tensors it is not certain how they grow."""
         model = given.model.float()
         found: list[tuple[Any, Outputs]] = []
         problem: Exception | None = None
@@ -54,8 +57,21 @@ class Runs:
         if not found:
             raise Refused(f"{checkpoint.folder}: its model runs on none of the inputs made for it ({problem})")
         feeds = torch_feeds(found[0][0], model)
+        tensors = {name: array if name in doubtful else _stirred(array) for name, array in given.floating.items()}
+        fill(model, {name: lambda array=array: array for name, array in {**tensors, **given.others}.items()})  # type: ignore[misc]
         steps, _ = record(model, feeds)
-        return Runs(steps, feeds, found)
+        return Runs(steps, feeds, found, tensors)
+
+
+def _stirred(array: Array) -> Array:
+    """A tensor of which all elements are equal, with noise: zeros have no scale that could be measured.
+
+    Tensors of one size get the same noise, so that what is one tensor elsewhere can remain one.
+    """
+    if array.size < 2 or not constant(array):
+        return array
+    noise = np.random.default_rng(array.size).standard_normal(array.size, dtype=np.float32)
+    return np.asarray(array + 0.1 * noise.reshape(array.shape).astype(array.dtype))
 
 
 def effective(
@@ -81,14 +97,15 @@ def _shows(checkpoint: Checkpoint, change: Change, runs: Runs, given: Given) -> 
     try:
         with quiet():
             model = checkpoint.model_class(changed_config(checkpoint, [change])).float().eval()
-        _fill(model, {name: lambda a=a: a for name, a in {**given.floating, **given.others}.items()})  # type: ignore[misc]
+        fill(model, {name: lambda a=a: a for name, a in {**runs.tensors, **given.others}.items()})  # type: ignore[misc]
         steps, _ = record(model, runs.feeds)
     except Exception:  # a model whose sizes do not fit one another raises whatever it likes: the field matters
         return True
     return [(s.name, s.shapes) for s in steps] != [(s.name, s.shapes) for s in runs.steps]
 
 
-def _fill(model: Any, tensors: Mapping[str, Callable[[], Array]]) -> None:
+def fill(model: Any, tensors: Mapping[str, Callable[[], Array]]) -> None:
+    """Put tensors into a model; what is not given is zero."""
     with torch.no_grad():
         for name, each in stored_tensors(model).items():
             if name in tensors:
@@ -112,7 +129,7 @@ def measured(
     """What must be folded into the grown checkpoint's tensors."""
     with quiet():
         model = checkpoint.model_class(changed_config(checkpoint, changes)).float().eval()
-    _fill(model, assembly.fresh(stored))
+    fill(model, assembly.fresh(stored, runs.tensors))
     names = {id(each): name for name, each in stored_tensors(model).items() if each.is_floating_point()}
     ratios = {
         index // size
@@ -120,7 +137,7 @@ def measured(
         if index % size == 0
     }
     try:
-        found = compensations(model, runs.feeds, runs.steps, names, ratios)
+        found = compensations(model, runs.feeds, runs.steps, names, ratios, assembly.scales())
     except (RuntimeError, ValueError, IndexError, TypeError) as problem:
         shown = ", ".join(f"{each.name}={each.after}" for each in changes)
         raise DoesNotRun(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,17 @@ MANIFEST = "hyperclone_onnx.json"
 VERSION = 1
 
 
-def manifest(grown: Grown, layouts: Mapping[str, Layout], also: Mapping[str, tuple[str, Layout]]) -> dict[str, Any]:
-    """What a folder says of itself: how each tensor is made from the file's initializers, and their axes."""
+def manifest(
+    grown: Grown, layouts: Mapping[str, Layout], also: Mapping[str, tuple[str, Layout]], elsewhere: Mapping[str, Array]
+) -> dict[str, Any]:
+    """What a folder says of itself: how each tensor is made from the file's initializers, and their axes.
+
+    Args:
+        grown: the file.
+        layouts: the checkpoint's tensors that are made from it.
+        also: initializers that no tensor is made from, and how they can be read back from one.
+        elsewhere: the checkpoint's tensors that the file has no place for.
+    """
     names = {piece.initializer for each in layouts.values() for piece in each.pieces} | set(also)
     plan = grown.plan
     kept = Plan(plan.dims, {n: r for n, r in plan.tensors.items() if n in names}, (), (), (), (), plan.strategy)
@@ -41,7 +50,14 @@ def manifest(grown: Grown, layouts: Mapping[str, Layout], also: Mapping[str, tup
         },
         "tensors": {name: each.to_json() for name, each in layouts.items()},
         "also": {name: [tensor, layout.to_json()] for name, (tensor, layout) in also.items()},
+        "elsewhere": {name: _moments(array) for name, array in elsewhere.items()},
     }
+
+
+def _moments(array: Array) -> list[float]:
+    """What tells whether a tensor has been trained: its sum, its power, its largest element."""
+    wide = array.astype(np.float64)
+    return [float(wide.sum()), float((wide**2).sum()), float(np.abs(wide).max(initial=0.0))]
 
 
 class _Stored:
@@ -63,8 +79,9 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
             `hyperclone_onnx.json` beside the weights.
 
     Raises:
-        BadModel: the folder is not such a one, or its weights cannot be read. Asking for an array raises
-            BadRequest where a tensor has another shape than was handed over.
+        BadModel: the folder is not such a one, or its weights cannot be read.
+        BadRequest: a tensor was trained that the ONNX file has no place for. Asking for an array raises it too, where
+            a tensor has another shape than was handed over, or several that the file has as one were trained apart.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -76,6 +93,7 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
         stored = {name: _Stored(entry) for name, entry in data["initializers"].items()}
         grown = Grown(folder, Plan.from_json(data["plan"]), stored)  # type: ignore[arg-type]
         layouts = {name: Layout.from_json(each) for name, each in data["tensors"].items()}
+        elsewhere = {name: [float(number) for number in each] for name, each in data["elsewhere"].items()}
         also = {name: (each[0], Layout.from_json(each[1])) for name, each in data["also"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as problem:
         raise BadModel(f"{path}: malformed ({type(problem).__name__} {problem})") from problem
@@ -89,10 +107,27 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
     missing = sorted({name for each in makers.values() for name, _ in each} - weights.keys())
     if missing:
         raise BadModel(f"{folder}: its weights lack {missing[0]}, which was handed over")
+    for name, before in elsewhere.items():
+        if name in weights and not _is_as_before(weights[name](), before):
+            raise BadRequest(
+                f"{folder}: {name} was trained, and the ONNX file has no place for it: freeze it, or export it with the "
+                "model before growing"
+            )
     return {
         initializer: lambda i=initializer, m=each: _made(i, m, grown, weights)  # type: ignore[misc]
         for initializer, each in makers.items()
     }
+
+
+def _is_as_before(array: Array, before: Sequence[float]) -> bool:
+    rounding = 1e-5 if array.dtype.itemsize >= 4 else 2.0**-7
+    total, power, largest = _moments(array)
+    scale = before[2] * max(array.size, 1)
+    return (
+        abs(total - before[0]) <= rounding * scale
+        and abs(power - before[1]) <= 2 * rounding * before[1]
+        and abs(largest - before[2]) <= rounding * before[2]
+    )
 
 
 def _made(

@@ -82,7 +82,12 @@ class Compensation:
 
 
 def compensations(
-    model: Any, feeds: dict[str, Any], source: Sequence[Step], names: Mapping[int, str], ratios: Iterable[int]
+    model: Any,
+    feeds: dict[str, Any],
+    source: Sequence[Step],
+    names: Mapping[int, str],
+    ratios: Iterable[int],
+    known: Mapping[str, float],
 ) -> dict[str, Compensation]:
     """What must be folded into a grown model's stored tensors for it to compute what its source computes.
 
@@ -92,11 +97,12 @@ def compensations(
         source: the source's recording.
         names: the stored tensor that each parameter or buffer is, by id.
         ratios: by how many the dimensions grow, to recognise their roots.
+        known: the scales of stored tensors that are zero, where none can be measured.
 
     Raises:
         Refused: no factors of stored tensors do it; the operator is named.
     """
-    walk = _Walk(model, source, names, _Grid(ratios))
+    walk = _Walk(model, source, names, _Grid(ratios), known)
     walk.run(feeds)
     sizes = {names[id(each)]: each.numel() for each in (*model.parameters(), *model.buffers()) if id(each) in names}
     for name, offsets in walk.offsets.items():
@@ -125,7 +131,15 @@ class _Grid:
 
 
 class _Walk:
-    def __init__(self, model: Any, source: Sequence[Step], names: Mapping[int, str], grid: _Grid) -> None:
+    def __init__(
+        self,
+        model: Any,
+        source: Sequence[Step],
+        names: Mapping[int, str],
+        grid: _Grid,
+        known: Mapping[str, float],
+    ) -> None:
+        self.known = known
         self.model = model
         self.source = source
         self.names = dict(names)
@@ -229,6 +243,8 @@ class _Walk:
         measured = self._measured(tensor, step.leaves.get(position) if step is not None else None)
         if isinstance(measured, float):
             value.ran = value.constant = measured
+        elif measured is None and leaf is not None:
+            value.ran = value.constant = math.log(self.known.get(leaf, 1.0))
         elif measured is None and tensor.is_floating_point():
             value.zero = bool((tensor == 0).all()) if tensor.numel() < 1 << 20 else False
         elif leaf is None and tensor.is_floating_point():
