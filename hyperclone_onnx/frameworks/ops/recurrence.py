@@ -11,6 +11,7 @@ from hyperclone_onnx.frameworks.ops.microsoft import MICROSOFT
 from hyperclone_onnx.frameworks.registry import Array, implements
 
 
+@implements("CausalConvWithState")
 @implements("CausalConvWithState", domain=MICROSOFT)
 def causal_conv(
     xp: Any,
@@ -40,6 +41,7 @@ def causal_conv(
     return out if outputs == 1 else (out, whole[..., whole.shape[2] - count :])
 
 
+@implements("LinearAttention")
 @implements("LinearAttention", domain=MICROSOFT)
 def linear_attention(
     xp: Any,
