@@ -71,7 +71,7 @@ def linear_attention(
     kind = query.dtype if past is None else past.dtype
     q, k, v = (split_heads(xp, x, n) for x, n in ((query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads)))
     depth, width, groups = k.shape[3], v.shape[3], q_num_heads // kv_num_heads
-    q = xp.reshape(q, (batch, kv_num_heads, groups, length, depth)) * (scale or 1 / math.sqrt(depth))
+    q = xp.reshape(q, (batch, kv_num_heads, groups, length, depth))
     if past is None:
         past = xp.zeros((batch, kv_num_heads, depth, width), dtype=q.dtype, device=xp.device_of(q))
     slices = [wide(xp, xp.moveaxis(q, 3, 0)), *(wide(xp, xp.moveaxis(each, 2, 0)) for each in (k, v))]
@@ -91,7 +91,7 @@ def linear_attention(
 
     (state,), (made,) = xp.scan(token, (wide(xp, past),), tuple(slices), length)
     out = join_heads(xp, xp.reshape(xp.moveaxis(made, 0, 3), (batch, q_num_heads, length, width)))
-    out = xp.astype(out, query.dtype)
+    out = xp.astype(out * (scale or 1 / math.sqrt(depth)), query.dtype)
     return out if outputs == 1 else (out, xp.astype(state, kind))
 
 
