@@ -10,9 +10,10 @@ pytest.importorskip("array_api_compat")
 
 from hyperclone_onnx.errors import HypercloneError  # noqa: E402
 from hyperclone_onnx.frameworks import ops, registry  # noqa: E402, F401
+from hyperclone_onnx.frameworks.preparation import CONTROL  # noqa: E402
 from tests import node_cases  # noqa: E402
 
-OPERATORS = [op_type for domain, op_type in registry.covered() if not domain]
+OPERATORS = [op_type for domain, op_type in registry.covered() if not domain] + list(CONTROL)
 WITHOUT_CASES = {
     "Not",  # its own are of opset 1; it occurs in functions that are written out
     "SimplifiedLayerNormalization",  # ONNX Runtime's own, in the default domain

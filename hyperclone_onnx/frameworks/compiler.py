@@ -174,6 +174,8 @@ class _Compiler:
         return operand
 
     def walk(self, node: ir.Node) -> Walk:
+        if self.model.graph.opset_imports.get("", 1) < 9:
+            raise Refused(f"Scan (node {node.name!r}) is of opset 8, which has a batch of its own: it has no handoff")
         graph = node.attributes["body"].as_graph()
         many = node.attributes["num_scan_inputs"].as_int()
         first = len(node.inputs) - many

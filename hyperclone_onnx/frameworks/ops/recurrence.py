@@ -8,9 +8,11 @@ from typing import Any
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.ops.attention import join_heads, split_heads
 from hyperclone_onnx.frameworks.ops.microsoft import MICROSOFT
+from hyperclone_onnx.frameworks.ops.normalisation import wide
 from hyperclone_onnx.frameworks.registry import Array, implements
 
 
+@implements("CausalConvWithState")
 @implements("CausalConvWithState", domain=MICROSOFT)
 def causal_conv(
     xp: Any,
@@ -40,6 +42,7 @@ def causal_conv(
     return out if outputs == 1 else (out, whole[..., whole.shape[2] - count :])
 
 
+@implements("LinearAttention")
 @implements("LinearAttention", domain=MICROSOFT)
 def linear_attention(
     xp: Any,
@@ -65,16 +68,17 @@ def linear_attention(
     if state_window or q_num_heads % kv_num_heads:
         raise Refused("LinearAttention with a window of states, or fewer query than key heads, has no handoff")
     batch, length, _ = query.shape
+    kind = query.dtype if past is None else past.dtype
     q, k, v = (split_heads(xp, x, n) for x, n in ((query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads)))
     depth, width, groups = k.shape[3], v.shape[3], q_num_heads // kv_num_heads
-    q = xp.reshape(q, (batch, kv_num_heads, groups, length, depth)) * (scale or 1 / math.sqrt(depth))
+    q = xp.reshape(q, (batch, kv_num_heads, groups, length, depth))
     if past is None:
         past = xp.zeros((batch, kv_num_heads, depth, width), dtype=q.dtype, device=xp.device_of(q))
-    slices = [xp.moveaxis(q, 3, 0), *(xp.moveaxis(each, 2, 0) for each in (k, v))]
+    slices = [wide(xp, xp.moveaxis(q, 3, 0)), *(wide(xp, xp.moveaxis(each, 2, 0)) for each in (k, v))]
     if "gated" in update_rule:
-        slices.append(xp.exp(_by_head(xp, decay, kv_num_heads)))
+        slices.append(xp.exp(wide(xp, _by_head(xp, decay, kv_num_heads))))
     if "delta" in update_rule:
-        slices.append(_by_head(xp, beta, kv_num_heads))
+        slices.append(wide(xp, _by_head(xp, beta, kv_num_heads)))
 
     def token(carry: tuple[Array, ...], now: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         (state,), (asked, k, v, *rest) = carry, now
@@ -85,9 +89,10 @@ def linear_attention(
         state = state + xp.matmul(xp.expand_dims(k, axis=-1), new)
         return (state,), (xp.matmul(asked, state),)
 
-    (state,), (made,) = xp.scan(token, (past,), tuple(slices), length)
+    (state,), (made,) = xp.scan(token, (wide(xp, past),), tuple(slices), length)
     out = join_heads(xp, xp.reshape(xp.moveaxis(made, 0, 3), (batch, q_num_heads, length, width)))
-    return out if outputs == 1 else (out, state)
+    out = xp.astype(out * (scale or 1 / math.sqrt(depth)), query.dtype)
+    return out if outputs == 1 else (out, xp.astype(state, kind))
 
 
 def _by_head(xp: Any, x: Array, heads: int) -> Array:
