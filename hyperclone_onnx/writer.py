@@ -136,7 +136,7 @@ def _reference(value: ir.Value, name: str, offset: int, path: Path) -> ir.Tensor
 def _loaded(value: ir.Value) -> ir.TensorProtocol:
     """A tensor that lies nowhere but in the model file."""
     tensor = _tensor(value)
-    if isinstance(tensor, ir.ExternalTensor):
+    if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
         return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
     return tensor
 
