@@ -6,6 +6,7 @@ stdout (JSON with --json), progress and errors to stderr; no traceback reaches a
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -90,6 +91,9 @@ def main() -> None:
     """
     global _ending
     _ending = False
+    # A graph of 20,000 nodes is a million objects that all stay: looking through them again and again takes a third
+    # of the time.
+    gc.set_threshold(100_000, 50, 1000)
     publication.forget()
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
@@ -130,6 +134,13 @@ _device_option = click.option(
     help="Where ONNX Runtime runs the models; auto takes CUDA when it starts, and says which ran.",
 )
 _model_path = click.Path(path_type=Path)
+_VALIDATE = (
+    "full: every tensor, and every output on random inputs. algebraic: every tensor and node, without running the "
+    "models. By default full where both models fit in free memory, else algebraic and the first layers run."
+)
+_validate_option = click.option(
+    "--validate", "validation", type=click.Choice(["full", "algebraic", "none"]), help=_VALIDATE
+)
 
 
 @main.command()
@@ -165,9 +176,13 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
     return value
 
 
+def _finite_or_none(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    return None if value is None else _finite(context, option, value)
+
+
 @main.command()
 @click.argument("model", type=_model_path)
-@click.option("-o", "--output", required=True, type=_model_path, help="The file to write, e.g. big.onnx.")
+@click.option("-o", "--output", type=_model_path, help="The file to write, e.g. big.onnx.")
 @click.option(
     "--factor",
     type=click.IntRange(min=1),
@@ -207,7 +222,8 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
     help="keep: inputs and outputs keep the source's shapes, so that the grown model is a drop-in.",
 )
 @_device_option
-@click.option("--no-validate", is_flag=True, help="Do not compare the models before publishing.")
+@_validate_option
+@click.option("--no-validate", is_flag=True, help="The same as --validate none.")
 @click.option(
     "--precision",
     type=click.Choice(["stored", "float64"]),
@@ -216,6 +232,19 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
     help="float64: also build and run both models in double precision, where rounding can hide nothing.",
 )
 @click.option("--plan-out", type=_model_path, help="Also write the plan, as JSON.")
+@click.option("--plan-only", is_flag=True, help="Plan and report, and write nothing but --plan-out.")
+@click.option(
+    "--max-shard-size",
+    type=click.FloatRange(min=0.0, min_open=True),
+    callback=_finite_or_none,
+    metavar="GB",
+    help="Gigabytes in one data file; more are spread over several. By default there is one, above 1.5 GB.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Threads that compute and write; by default as many as there are cores, at most 4. The files are the same.",
+)
 @click.option(
     "--exclude",
     multiple=True,
@@ -226,7 +255,7 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
 @_guarded
 def expand(
     model: Path,
-    output: Path,
+    output: Path | None,
     factor: int | None,
     requests: dict[str, int],
     strategy: Any,
@@ -235,9 +264,13 @@ def expand(
     untie: bool,
     interface: str,
     device: Any,
+    validation: str | None,
     no_validate: bool,
     precision: Any,
     plan_out: Path | None,
+    plan_only: bool,
+    max_shard_size: float | None,
+    workers: int | None,
     exclude: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -248,6 +281,10 @@ def expand(
     """
     if factor is None and not requests:
         raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2")
+    if output is None and not plan_only:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    if no_validate and validation not in (None, "none"):
+        raise click.UsageError(f"--no-validate and --validate {validation} contradict each other")
     from hyperclone_onnx import report
     from hyperclone_onnx.expansion import expand as run
     from hyperclone_onnx.folders import expand_folder
@@ -257,13 +294,19 @@ def expand(
         "untie": untie,
         "keep_interface": interface == "keep",
         "device": device,
-        "check": not no_validate,
+        "check": False if no_validate or validation == "none" else validation or True,
         "precision": precision,
+        "max_shard_size": None if max_shard_size is None else max(1, int(max_shard_size * 1e9)),
+        "workers": workers,
     }
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
     if model.is_dir() and plan_out is not None:
         raise click.UsageError("--plan-out is for one model; each grown file carries its plan in its metadata")
+    if plan_only:
+        _plan_only(model, output, factor or 1, requests, options, plan_out, as_json)
+        return
+    assert output is not None
     with _progress() as (notify, progress):
         options |= {"progress": progress, "notify": notify}
         if model.is_dir():
@@ -274,6 +317,29 @@ def expand(
         if model.is_dir():
             _print_json(grown.to_json()) if as_json else report.print_folder(_console(), grown)
         elif as_json:
+            _print_json(result.to_json())
+        else:
+            report.print_expansion(_console(), result)
+
+
+def _plan_only(
+    model: Path,
+    output: Path | None,
+    factor: int,
+    requests: dict[str, int],
+    options: dict[str, Any],
+    plan_out: Path | None,
+    as_json: bool,
+) -> None:
+    if model.is_dir() or output is not None:
+        raise click.UsageError("--plan-only plans one model and writes no other: give a file, and no -o")
+    from hyperclone_onnx import report
+    from hyperclone_onnx.expansion import plan_file
+
+    chosen = {name: options[name] for name in ("strategy", "untie", "keep_interface")}
+    result = plan_file(model, factor, requests, plan_out=plan_out, notify=_say, **chosen)
+    with _printing():
+        if as_json:
             _print_json(result.to_json())
         else:
             report.print_expansion(_console(), result)
@@ -313,15 +379,16 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
 @click.argument("small", type=_model_path)
 @click.argument("big", type=_model_path)
 @_device_option
+@click.option("--validate", "mode", type=click.Choice(["full", "algebraic"]), help=_VALIDATE)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the inputs.")
 @_json_option
 @_guarded
-def validate(small: Path, big: Path, device: Any, seed: int, as_json: bool) -> None:
+def validate(small: Path, big: Path, device: Any, mode: Any, seed: int, as_json: bool) -> None:
     """Check that BIG, as it is stored, computes what SMALL computes (exit 1 when it does not)."""
     from hyperclone_onnx import report
     from hyperclone_onnx.expansion import validate_files
 
-    result = validate_files(small, big, device, seed)
+    result = validate_files(small, big, device, seed, mode or "auto")
     with _printing():
         if as_json:
             _print_json(result.to_json())

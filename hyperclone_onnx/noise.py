@@ -10,6 +10,7 @@ equal weight, with nothing beyond 4.3 standard deviations; only integers and one
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from functools import lru_cache
 from statistics import NormalDist
@@ -41,8 +42,8 @@ def key_of(tensor: str, seed: int, repeat: int) -> int:
 def _quantiles() -> npt.NDArray[np.float32]:
     """The normal quantiles at (i + 1/2) / 65,536, scaled to a variance of exactly one."""
     inverse = NormalDist().inv_cdf
-    upper = np.array([inverse(0.5 + (i + 0.5) / LEVELS) for i in range(LEVELS // 2)])
-    upper /= np.sqrt(np.mean(upper**2))
+    exact = [inverse(0.5 + (i + 0.5) / LEVELS) for i in range(LEVELS // 2)]
+    upper = np.array(exact) / math.sqrt(math.fsum(each * each for each in exact) / len(exact))
     return np.concatenate([-upper[::-1], upper]).astype(np.float32)
 
 

@@ -47,7 +47,7 @@ def save(
         path: the model file; its folder exists.
         external: whether the tensors go into a data file beside it.
         max_shard_size: with `external`, begin another data file before one has more bytes than this
-            (``big-00001-of-00003.onnx.data``); a larger tensor has a file of its own.
+            (``big.onnx-00001-of-00003.data``); a larger tensor has a file of its own.
         workers: threads that compute and write; by default as many as there are cores, at most 4. The files do not
             depend on it.
         progress: told of each tensor written.
@@ -77,14 +77,14 @@ def data_files(path: Path, sizes: Iterable[int], max_shard_size: int | None) -> 
 
 
 def shard_name(name: str, index: int, count: int) -> str:
-    """The name of one of several files, as onnx_ir and transformers have it: ``model-00001-of-00003.safetensors``.
+    """The name of one of several files, as transformers has it: ``model-00001-of-00003.safetensors``.
 
     >>> shard_name("big.onnx.data", 0, 3)
-    'big-00001-of-00003.onnx.data'
+    'big.onnx-00001-of-00003.data'
     """
     if count == 1:
         return name
-    stem, dot, suffix = name.partition(".")
+    stem, dot, suffix = name.rpartition(".")
     return f"{stem}-{index + 1:05d}-of-{count:05d}{dot}{suffix}"
 
 
@@ -136,7 +136,7 @@ def _reference(value: ir.Value, name: str, offset: int, path: Path) -> ir.Tensor
 def _loaded(value: ir.Value) -> ir.TensorProtocol:
     """A tensor that lies nowhere but in the model file."""
     tensor = _tensor(value)
-    if isinstance(tensor, ir.ExternalTensor):
+    if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
         return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
     return tensor
 

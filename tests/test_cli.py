@@ -163,7 +163,7 @@ INSPECTION_KEYS = "model parameters nodes opset dimensions inputs outputs tensor
 EXPANSION_KEYS = "source output strategy interface grown kept parameters separated quantised validation seconds".split()
 VALIDATION_KEYS = (
     "equal problems provider cases outputs tensors tolerance tolerance_reason wide wide_tolerance rounds double "
-    "double_by notes".split()
+    "double_by notes mode scope graph".split()
 )
 OUTPUT_KEYS = "name max_absolute max_relative top1_agreement kl_divergence problem".split()
 TENSORS_KEYS = "checked residue worst worst_error wrong".split()
@@ -286,6 +286,7 @@ def test_the_group_s_help_mentions_every_command(cli: Command) -> None:
 WORDS = st.one_of(
     st.sampled_from(
         "small.onnx text.onnx folder big.onnx inspect expand validate --factor --set --json -o --strategy --snr-db "
+        "--validate --plan-only --max-shard-size --workers "
         "--seed --untie --interface --device --no-validate --plan-out --precision 2 3 hidden=2 ffn=1 vocab=2 cpu keep "
         "diagonal float64 -5 1e3 -- = , ffn= =ffn ffn=2=3 ffn=2,hidden=2 hidden= heads=2".split()
     ),
