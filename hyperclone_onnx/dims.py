@@ -110,10 +110,7 @@ class Space:
     def resolve(self, term: Term) -> Term:
         """`term` in normal form: bindings followed, nested products and concatenations flattened."""
         if isinstance(term, Dim):
-            if term.binding is None:
-                return term
-            term.binding = self.resolve(term.binding)
-            return term.binding
+            return self._resolve_dim(term)
         if isinstance(term, Product):
             factors: list[Term] = []
             for part in map(self.resolve, term.factors):
@@ -123,6 +120,18 @@ class Space:
         for part in map(self.resolve, term.segments):
             segments.extend(part.segments if isinstance(part, Concat) else (part,))
         return segments[0] if len(segments) == 1 else Concat(tuple(segments))
+
+    def _resolve_dim(self, dim: Dim) -> Term:
+        """The end of a chain of bindings, which may be as long as the graph."""
+        chain: list[Dim] = []
+        term: Term = dim
+        while isinstance(term, Dim) and term.binding is not None:
+            chain.append(term)
+            term = term.binding
+        end = term if isinstance(term, Dim) else self.resolve(term)
+        for each in chain:
+            each.binding = end
+        return end
 
     def factors(self, term: Term) -> tuple[Term, ...]:
         """The factors of the resolved term, outermost first; none for an axis of size 1."""
@@ -140,9 +149,9 @@ class Space:
 
     def size(self, term: Term) -> Size:
         """The length of the axis."""
+        while isinstance(term, Dim) and term.binding is not None:
+            term = term.binding
         if isinstance(term, Dim):
-            if term.binding is not None:
-                return self.size(term.binding)
             return term.size.substituted(self.symbols)
         if isinstance(term, Product):
             total = Size.of(1)
