@@ -395,7 +395,7 @@ def declared_shape(value: ir.Value) -> list[Size | None] | None:
     sizes: list[Size | None] = []
     for dim in value.shape.dims:
         if isinstance(dim, int):
-            sizes.append(Size.of(dim))
+            sizes.append(Size.of(dim) if dim >= 0 else None)  # -1 is how some files say that they do not know
         else:
             sizes.append(parse_size(dim.value) if dim.value else None)
     return sizes

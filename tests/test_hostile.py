@@ -1,4 +1,4 @@
-"""Files that were made to break whoever reads them: refused in one line, soon, in little memory, and nothing is harmed."""
+"""Files that were made to break whoever reads them: refused in one line, soon, in little memory, nothing harmed."""
 
 from __future__ import annotations
 
@@ -277,12 +277,10 @@ def without_a_name(model: Model) -> None:
     model.graph.initializer[0].name = ""
 
 
-def bad_axis(model: Model) -> None:
-    model.graph.node[1].attribute.append(helper.make_attribute("axis", 2**60))
-
-
 def bad_perm(model: Model) -> None:
-    model.graph.node.append(helper.make_node("Transpose", ["h2"], ["t"], perm=[0, 7, 7, 7, -1]))
+    model.graph.node[1].op_type = "Transpose"
+    del model.graph.node[1].input[1:]
+    model.graph.node[1].attribute.append(helper.make_attribute("perm", [0, 7, 7, 7, -1]))
 
 
 def unknown_type(model: Model) -> None:
@@ -311,7 +309,6 @@ SPOILT: list[tuple[Spoil, int, str]] = [
     (sparse_constant, 3, "sparse"),
     (without_a_name, 4, "no name"),
     (bad_perm, 3, "Transpose"),
-    (bad_axis, 3, "LayerNormalization"),
     (unknown_type, 4, "malformed"),
 ]
 
@@ -513,10 +510,23 @@ def test_weights_that_are_no_numbers(cli: Command, tmp_path: Path, value: float,
     arguments = ("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx")
     outcome = cli(*arguments, "--strategy", strategy, "--no-validate")
     assert outcome.code == 0, outcome.error
-    assert "up.0" in outcome.stdout and "not a number" in outcome.stdout
     grown = next(each for each in onnx.load(tmp_path / "big.onnx").graph.initializer if each.name == "up.0")
     spoilt = ~np.isfinite(numpy_helper.to_array(grown))
     where = np.tile(~np.isfinite(array), (2, 2))
     assert spoilt.any() and not (spoilt & ~where).any(), "what was a number is one still"
     outcome = cli(*arguments, "--strategy", strategy, "--device", "cpu")
-    assert outcome.code in (0, 3), outcome.error
+    assert "up.0 (1 elements)" in outcome.stdout + outcome.stderr and "not a number" in outcome.stdout + outcome.stderr
+    # Where no output is a number there is nothing to compare, and that is said.
+    assert outcome.code == 0 or (outcome.code == 3 and "--no-validate" in outcome.error)
+
+
+def test_the_report_names_weights_that_are_no_numbers(cli: Command, tmp_path: Path) -> None:
+    model = perceptron()
+    tensor = next(each for each in model.graph.initializer if each.name == "bias.0")
+    array = numpy_helper.to_array(tensor).copy()
+    array[4] = -np.inf  # a unit that is never on: a Relu follows
+    tensor.CopyFrom(numpy_helper.from_array(array, "bias.0"))
+    onnx.save(model, tmp_path / "model.onnx")
+    outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
+    assert outcome.code == 0, outcome.error
+    assert "infinite or not a number grow as they are: bias.0 (1 elements)" in outcome.stdout
