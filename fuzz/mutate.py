@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fuzz.mutations import mutate
+from fuzz.mutations import mutate, pick
 from fuzz.oracle import Unrun, compare, run_source
+from fuzz.seeds import write_beginnings, write_zoo
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, Refused
 from hyperclone_onnx.expansion import expand
 from hyperclone_onnx.strategies import Strategy
@@ -34,8 +35,10 @@ LIMIT = 40.0
 """Seconds of a processor after which a case counts as a hang; ten times as much by the clock, where others work too."""
 
 MEMORY = 6 << 30
+WHOLE = 0.1
+"""How often a whole graph is taken."""
+
 BAD = ("WRONG", "CRASH", "HANG", "KILLED")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def options_of(rng: np.random.Generator) -> dict[str, Any]:
@@ -51,10 +54,14 @@ def options_of(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def run_case(number: int, seeds: list[Path], folder: Path) -> tuple[str, str]:
+Seeds = tuple[list[Path], list[Path]]
+"""Beginnings of graphs, and whole graphs."""
+
+
+def run_case(number: int, seeds: Seeds, folder: Path) -> tuple[str, str]:
     """One changed graph: what became of it, and why."""
     rng = np.random.default_rng([5, number])
-    seed = seeds[int(len(seeds) * rng.random() ** 2)]
+    seed = pick(seeds[rng.random() < WHOLE], rng)
     model = onnx.load(seed)
     changes = mutate(model, rng)
     options = options_of(rng)
@@ -85,7 +92,7 @@ def run_case(number: int, seeds: list[Path], folder: Path) -> tuple[str, str]:
     return ("WRONG", f"{what} {options}: {difference}") if difference else ("equal", what)
 
 
-def _serve(pipe: Connection, seeds: list[Path]) -> None:
+def _serve(pipe: Connection, seeds: Seeds) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.nice(5)
@@ -98,7 +105,7 @@ def _serve(pipe: Connection, seeds: list[Path]) -> None:
 class Worker:
     """A process that runs cases, and is replaced when it hangs or dies."""
 
-    def __init__(self, seeds: list[Path]) -> None:
+    def __init__(self, seeds: Seeds) -> None:
         self.seeds = seeds
         self.start()
 
@@ -141,18 +148,6 @@ class Worker:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def zoo_seeds(folder: Path) -> list[Path]:
-    """The zoo's graphs with their parameters, written into a folder unless they are there."""
-    found = sorted(folder.glob("*.onnx"))
-    if not found:
-        sys.path.insert(0, str(ROOT))
-        from models import zoo_store
-
-        found = sorted(zoo_store.write(folder, zoo_store.names()))
-    # The smallest first: they are taken more often, for more can be tried on them.
-    return sorted(found, key=lambda path: (len(onnx.load(path, load_external_data=False).graph.node), path.name))
-
-
 def main() -> int:
     """Run cases; 1 when one of them was wrong, crashed or hung."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,19 +156,21 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=Path, help="a folder of graphs; the zoo's by default")
+    parser.add_argument("--beginnings", type=Path, help="a folder for beginnings of them; made where it is empty")
     parser.add_argument("--case", type=int, help="run this one here")
     parser.add_argument("--keep", type=Path, default=Path(), help="where its files go")
     parser.add_argument("--log", type=Path, help="a line of JSON for each case")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hyperclone-zoo.") as folder:
-        seeds = zoo_seeds(arguments.seeds or Path(folder))
+        zoo = write_zoo(arguments.seeds or Path(folder))
+        seeds = write_beginnings(zoo, arguments.beginnings or Path(folder) / "beginnings"), zoo
         if arguments.case is not None:
             print(*run_case(arguments.case, seeds, arguments.keep), sep="\n")
             return 0
         return campaign(arguments, seeds)
 
 
-def campaign(arguments: argparse.Namespace, seeds: list[Path]) -> int:
+def campaign(arguments: argparse.Namespace, seeds: Seeds) -> int:
     """Run the cases on some workers and print what became of them."""
     begun = time.monotonic()
     verdicts: Counter[str] = Counter()
