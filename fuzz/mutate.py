@@ -24,18 +24,21 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fuzz.mutations import mutate
+from fuzz.mutations import mutate, pick
 from fuzz.oracle import Unrun, compare, run_source
+from fuzz.seeds import write_beginnings, write_zoo
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, Refused
 from hyperclone_onnx.expansion import expand
 from hyperclone_onnx.strategies import Strategy
 
-LIMIT = 60.0
-"""Seconds after which a case counts as a hang."""
+LIMIT = 40.0
+"""Seconds of a processor after which a case counts as a hang; ten times as much by the clock, where others work too."""
 
 MEMORY = 6 << 30
+WHOLE = 0.1
+"""How often a whole graph is taken."""
+
 BAD = ("WRONG", "CRASH", "HANG", "KILLED")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def options_of(rng: np.random.Generator) -> dict[str, Any]:
@@ -51,10 +54,14 @@ def options_of(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def run_case(number: int, seeds: list[Path], folder: Path) -> tuple[str, str]:
+Seeds = tuple[list[Path], list[Path]]
+"""Beginnings of graphs, and whole graphs."""
+
+
+def run_case(number: int, seeds: Seeds, folder: Path) -> tuple[str, str]:
     """One changed graph: what became of it, and why."""
     rng = np.random.default_rng([5, number])
-    seed = seeds[int(rng.integers(len(seeds)))]
+    seed = pick(seeds[rng.random() < WHOLE], rng)
     model = onnx.load(seed)
     changes = mutate(model, rng)
     options = options_of(rng)
@@ -85,7 +92,7 @@ def run_case(number: int, seeds: list[Path], folder: Path) -> tuple[str, str]:
     return ("WRONG", f"{what} {options}: {difference}") if difference else ("equal", what)
 
 
-def _serve(pipe: Connection, seeds: list[Path]) -> None:
+def _serve(pipe: Connection, seeds: Seeds) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.nice(5)
@@ -98,7 +105,7 @@ def _serve(pipe: Connection, seeds: list[Path]) -> None:
 class Worker:
     """A process that runs cases, and is replaced when it hangs or dies."""
 
-    def __init__(self, seeds: list[Path]) -> None:
+    def __init__(self, seeds: Seeds) -> None:
         self.seeds = seeds
         self.start()
 
@@ -113,7 +120,7 @@ class Worker:
 
     def give(self, number: int) -> None:
         """Begin a case."""
-        self.number, self.since = number, time.monotonic()
+        self.number, self.since, self.used = number, time.monotonic(), self._processor_seconds()
         self.pipe.send(number)
 
     def take(self) -> tuple[str, str] | None:
@@ -126,23 +133,19 @@ class Worker:
             code = self.process.exitcode
             self.start()
             return "KILLED", f"the process ended with {code}"
-        if time.monotonic() - self.since > LIMIT:
+        if self._processor_seconds() - self.used > LIMIT or time.monotonic() - self.since > 10 * LIMIT:
             self.process.kill()
             self.process.join()
             self.start()
             return "HANG", f"more than {LIMIT:.0f} s"
         return None
 
-
-def zoo_seeds(folder: Path) -> list[Path]:
-    """The zoo's graphs with their parameters, written into a folder unless they are there."""
-    found = sorted(folder.glob("*.onnx"))
-    if not found:
-        sys.path.insert(0, str(ROOT))
-        from models import zoo_store
-
-        found = sorted(zoo_store.write(folder, zoo_store.names()))
-    return found
+    def _processor_seconds(self) -> float:
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> int:
@@ -153,19 +156,21 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=Path, help="a folder of graphs; the zoo's by default")
+    parser.add_argument("--beginnings", type=Path, help="a folder for beginnings of them; made where it is empty")
     parser.add_argument("--case", type=int, help="run this one here")
     parser.add_argument("--keep", type=Path, default=Path(), help="where its files go")
     parser.add_argument("--log", type=Path, help="a line of JSON for each case")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hyperclone-zoo.") as folder:
-        seeds = zoo_seeds(arguments.seeds or Path(folder))
+        zoo = write_zoo(arguments.seeds or Path(folder))
+        seeds = write_beginnings(zoo, arguments.beginnings or Path(folder) / "beginnings"), zoo
         if arguments.case is not None:
             print(*run_case(arguments.case, seeds, arguments.keep), sep="\n")
             return 0
         return campaign(arguments, seeds)
 
 
-def campaign(arguments: argparse.Namespace, seeds: list[Path]) -> int:
+def campaign(arguments: argparse.Namespace, seeds: Seeds) -> int:
     """Run the cases on some workers and print what became of them."""
     begun = time.monotonic()
     verdicts: Counter[str] = Counter()
@@ -175,15 +180,16 @@ def campaign(arguments: argparse.Namespace, seeds: list[Path]) -> int:
     busy = list(workers)
     while busy:
         for worker in list(busy):
-            if worker.number is not None:
+            running = worker.number
+            if running is not None:
                 ended = worker.take()
                 if ended is None:
                     continue
                 verdicts[ended[0]] += 1
                 if ended[0] in BAD:
-                    print(f"{ended[0]} case {worker.number}: {ended[1]}", flush=True)
+                    print(f"{ended[0]} case {running}: {ended[1]}", flush=True)
                 if log:
-                    print(json.dumps([worker.number, *ended]), file=log, flush=True)
+                    print(json.dumps([running, *ended]), file=log, flush=True)
             number = next(waiting, None) if time.monotonic() - begun < 60 * arguments.minutes else None
             if number is None:
                 worker.pipe.send(None)

@@ -60,6 +60,8 @@ def analyse(path: str | os.PathLike[str]) -> Analysis:
         )
     try:
         normalise(model)
+    except BadModel as problem:
+        raise BadModel(f"{file}: {problem}") from problem
     except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
         raise BadModel(f"{file}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     dimensions = infer(model)

@@ -104,11 +104,20 @@ def _console() -> Any:
     from rich.console import Console
 
     class Printer(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            """Print what may hold a model's names: line breaks are this program's alone, at the beginning of a text."""
+            super().print(*(_clean(each) if isinstance(each, str) else each for each in objects), **options)
+
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
     # Piped output has no terminal's width: lines are not broken there.
     return Printer(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _clean(text: str) -> str:
+    breaks = len(text) - len(text.lstrip("\n"))
+    return "\n" * breaks + printable(text[breaks:])
 
 
 @contextmanager
@@ -347,7 +356,7 @@ def _plan_only(
 
 def _say(stage: str) -> None:
     with suppress(OSError):  # nobody reads stderr: go on
-        click.echo(f"{stage} ...", err=True)
+        click.echo(f"{printable(stage)} ...", err=True)
 
 
 @contextmanager
@@ -370,7 +379,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("reading", total=None)
         yield (
-            lambda stage: bars.update(task, description=stage),
+            lambda stage: bars.update(task, description=printable(stage)),
             lambda done, total: bars.update(task, completed=done, total=total),
         )
 

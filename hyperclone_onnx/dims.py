@@ -102,6 +102,8 @@ class Space:
         length = Size.of(size)
         if length.static == 1:
             return ONE
+        if length.static_or(0) < 0:
+            raise ValueError(f"an axis of size {length}")
         made = Dim(len(self.dims), length)
         self.dims.append(made)
         return made
@@ -152,9 +154,10 @@ class Space:
 
     def size(self, term: Term) -> Size:
         """The length of the axis."""
+        while isinstance(term, Dim) and term.binding is not None:
+            term = term.binding
         if isinstance(term, Dim):
-            end = self._resolve_bound(term)
-            return end.size.substituted(self.symbols) if isinstance(end, Dim) else self.size(end)
+            return term.size.substituted(self.symbols)
         if isinstance(term, Product):
             total = Size.of(1)
             for factor in term.factors:
@@ -319,6 +322,8 @@ class Space:
         ):
             rest = size.divided_by(small_size)
             if rest is None or (size.static is not None and not 1 < rest.static_or(0) < size.static):
+                continue
+            if min(rest.static_or(2), small_size.static_or(2)) < 2:  # a size of 0, or no size: nothing would be cut off
                 continue
             outer, inner = (small_size, rest) if end == 0 else (rest, small_size)
             parts = self._split(big, outer, inner)

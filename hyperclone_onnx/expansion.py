@@ -14,7 +14,8 @@ import onnx_ir as ir
 from hyperclone_onnx import storage, writer
 from hyperclone_onnx.analysis import Analysis, analyse, count_parameters, is_code
 from hyperclone_onnx.dims import Dim
-from hyperclone_onnx.errors import BadRequest, ModelsDiffer
+from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
+from hyperclone_onnx.finite import not_finite
 from hyperclone_onnx.maps import SourceMap
 from hyperclone_onnx.plan import METADATA_KEY, Plan
 from hyperclone_onnx.planning import make_plan
@@ -24,7 +25,7 @@ from hyperclone_onnx.sessions import Device
 from hyperclone_onnx.sizing import Growth, explain, size
 from hyperclone_onnx.strategies import Strategy
 from hyperclone_onnx.streaming import Progress
-from hyperclone_onnx.validation import Mode, Validation, validate, validate_double
+from hyperclone_onnx.validation import NOTHING_COMPARED, Mode, Validation, validate, validate_double
 
 Precision = Literal["stored", "float64"]
 Notify = Callable[[str], None]
@@ -193,6 +194,7 @@ def expand(
             if precision == "float64":
                 say("validating in float64")
                 _check_double(analysis, plan, written.parent, result.validation)
+            _note_not_finite(analysis, result.validation)
             clock.lap(result, "validate")
             if not result.validation.equal:
                 raise ModelsDiffer(_differs(out, result.validation))
@@ -241,6 +243,25 @@ def _mode(check: bool | Mode, precision: Precision) -> Mode | None:
     if check == "algebraic" and precision == "float64":
         raise BadRequest("an algebraic validation runs nothing, in no precision: leave out one of the two")
     return "auto" if check is True else check
+
+
+def _note_not_finite(analysis: Analysis, validation: Validation) -> None:
+    """Say which weights are no numbers.
+
+    Raises:
+        Refused: for that reason no output is one, so that there is nothing to compare.
+    """
+    unreal = not_finite(analysis.model)
+    if not unreal:
+        return
+    first, *rest = [f"{name} ({count} elements)" for name, count in unreal.items()]
+    named = f"{first}{f' and {len(rest)} more tensors' if rest else ''}"
+    if validation.problems and all(each.problem.startswith(NOTHING_COMPARED) for each in validation.outputs):
+        raise Refused(
+            f"{analysis.path}: no output is a number, so that nothing can be compared: the weights of {named} are "
+            "infinite or not a number; --no-validate grows them as they are"
+        )
+    validation.notes.append(f"weights that are infinite or not a number grow as they are: {named}")
 
 
 def _check_double(analysis: Analysis, plan: Plan, folder: Path, validation: Validation) -> None:

@@ -259,7 +259,13 @@ class Op:
         return self.space.static(term)
 
     def dim(self, size: int | Size | None) -> Term:
-        """A new dimension; of unknown size for None."""
+        """A new dimension; of unknown size for None.
+
+        Raises:
+            CannotTell: there is no such size.
+        """
+        if size is not None and Size.of(size).static_or(0) < 0:
+            raise CannotTell(f"an axis of size {size}")
         return self.space.unknown() if size is None else self.space.dim(size)
 
     def pinned_dim(self, size: int | Size | None, reason: str) -> Term:
@@ -395,7 +401,7 @@ def declared_shape(value: ir.Value) -> list[Size | None] | None:
     sizes: list[Size | None] = []
     for dim in value.shape.dims:
         if isinstance(dim, int):
-            sizes.append(Size.of(dim))
+            sizes.append(Size.of(dim) if dim >= 0 else None)  # -1 is how some files say that they do not know
         else:
             sizes.append(parse_size(dim.value) if dim.value else None)
     return sizes

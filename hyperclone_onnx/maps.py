@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hyperclone_onnx.errors import Refused
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -249,7 +251,13 @@ def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
     return np.tile(np.arange(index.source_size, dtype=np.int64), int(counts[0]))
 
 
+LONGEST = 2**31
+"""The longest axis of which indices are made; those of tensors that fit a file are far shorter."""
+
+
 def _index_kept(size: int) -> AxisIndex:
+    if size > LONGEST:
+        raise Refused(f"an axis of {size} elements is longer than those of any tensor that could be stored")
     source = np.arange(size, dtype=np.int64)
     zero, one = np.zeros(size, dtype=np.int64), np.ones(size, dtype=np.int64)
     return AxisIndex(size, size, source, source, zero, one, zero, one)

@@ -15,13 +15,16 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.journal import Stamp, stamp
 from hyperclone_onnx.structure import check_structure
-from hyperclone_onnx.wire import Malformed, structure_bytes
+from hyperclone_onnx.wire import Malformed, count_parts
 
 LARGEST_FILE = 2**31 - 1
 """A protobuf ends here."""
 
-LARGEST_STRUCTURE = 256 << 20
-"""More bytes of graph, tensors' data not counted, than any model has: a graph of 20,000 nodes has 10 MB."""
+SMALL_FILE = 4 << 20
+"""A smaller file is parsed without counting first: what it asks for is in proportion."""
+
+MOST_PARTS = 5_000_000
+"""More fields than the graph of any model has: one of 20,000 nodes has a million."""
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -35,13 +38,13 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     file = Path(path)
     _check_file(file)
     try:
-        if structure_bytes(file) > LARGEST_STRUCTURE:
-            raise BadModel(f"{file}: more than {LARGEST_STRUCTURE >> 20} MB of graph: this is no model")
+        if file.stat().st_size > SMALL_FILE and count_parts(file, MOST_PARTS) > MOST_PARTS:
+            raise BadModel(f"{file}: a graph of more than {MOST_PARTS:,} parts: this is no model")
         proto = onnx.load(file.resolve(), format="protobuf", load_external_data=False)
     except PermissionError as problem:
         raise BadModel(f"{file}: cannot be read ({problem.strerror})") from problem
     except Malformed as problem:
-        raise BadModel(f"{file}: not a readable ONNX model, or truncated") from problem
+        raise BadModel(f"{file}: not a readable ONNX model, or truncated ({problem})") from problem
     except BadModel:
         raise
     except Exception as problem:  # protobuf raises several types for a broken file
@@ -135,7 +138,7 @@ def _data_file(file: Path, folder: Path, tensor: ir.ExternalTensor) -> Path:
         data = data / part
         try:
             is_link = data.is_symlink()
-        except ValueError:  # a name that no file can have
+        except (OSError, ValueError):  # a name that no file can have
             is_link = False
         if is_link:
             raise BadModel(f"{file}: its data file {location} is a link; put the file itself beside the model")

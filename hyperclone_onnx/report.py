@@ -8,15 +8,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from hyperclone_onnx.analysis import Analysis, count_parameters
 from hyperclone_onnx.dims import Dim, Product, Space, Term
+from hyperclone_onnx.errors import printable
 from hyperclone_onnx.expansion import Expansion
 from hyperclone_onnx.folders import FolderExpansion
 from hyperclone_onnx.inference import Dimensions
 from hyperclone_onnx.sizing import NamedDim, explain
 from hyperclone_onnx.validation import DOUBLE_TOLERANCE, OutputReport, Validation
+
+
+class Table(RichTable):
+    """A table whose cells may hold a model's names, which must not steer a terminal."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of texts."""
+        super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 class TermWriter:

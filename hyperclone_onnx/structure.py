@@ -15,10 +15,10 @@ import onnx
 
 from hyperclone_onnx.errors import BadModel, Refused
 
-MOST_NODES = 1_000_000
+MOST_NODES = 500_000
 """More nodes than any model has; a chain of functions that call each other twice asks for more than memory holds."""
 
-MOST_MESSAGES = 10_000_000
+MOST_MESSAGES = 5_000_000
 """More parts than the graphs of any model have."""
 
 LARGEST = 2**63 - 1

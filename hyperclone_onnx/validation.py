@@ -61,6 +61,8 @@ DOUBLE_TOLERANCE = 1e-12
 WIDEST = 4 << 30
 """Coarse models with more bytes of weights than this are not compared in float32 besides."""
 
+NOTHING_COMPARED = "nothing was compared"
+
 HALVES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
 
@@ -378,7 +380,7 @@ def _compare(report: OutputReport, want: Array, got: Array | None, logits: bool,
     error = np.abs(a[finite] - b[finite])
     if error.size == 0:
         if np.isnan(a).any():
-            report.problem = "nothing was compared: the source gives no number"
+            report.problem = f"{NOTHING_COMPARED}: the source gives no number"
         return
     largest = float(np.abs(a[finite]).max())
     report.max_absolute = max(report.max_absolute, float(error.max()))

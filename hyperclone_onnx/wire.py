@@ -1,91 +1,98 @@
-"""How much a protobuf file holds besides bulk data, found before it is parsed.
+"""How many parts a protobuf file holds, counted before it is parsed.
 
-A message of two bytes takes a hundred when parsed, and a node a thousand more. Bulk data (the bytes of a tensor) takes
-what it takes; everything else in a model file is small, and is measured here by walking over the lengths alone.
+A message of two bytes takes a hundred when parsed, and a node a thousand more: a file of some megabytes can ask for
+more memory than there is. The walk reads lengths alone, passes over texts and bulk data, and ends as soon as there are
+too many parts.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
-Span = tuple[int, int]
+Schema = dict[int, str]
 
-# Field numbers of onnx.proto.
-MODEL_GRAPH, GRAPH_NODE, GRAPH_INITIALIZER = 7, 1, 5
-NODE_ATTRIBUTE, ATTRIBUTE_TENSOR, ATTRIBUTE_FLOATS, ATTRIBUTE_INTS = 5, 5, 7, 8
-TENSOR_BULK = frozenset([4, 5, 7, 9, 10, 11])
-"""float_data, int32_data, int64_data, raw_data, double_data, uint64_data."""
+SCHEMAS: dict[str, Schema] = {
+    "model": {7: "graph", 8: "leaf", 14: "leaf", 20: "leaf", 25: "function", 26: "leaf"},
+    "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 14: "leaf", 15: "sparse", 16: "leaf"},
+    "function": {7: "node", 9: "leaf", 11: "attribute", 12: "value", 14: "leaf"},
+    "node": {5: "attribute", 9: "leaf", 10: "leaf"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 14: "type", 15: "type"}
+    | {22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "leaf", 16: "leaf"},
+    "value": {2: "type", 4: "leaf"},
+    "type": {1: "tensor type", 4: "element", 5: "element", 8: "tensor type", 9: "element"},
+    "element": {1: "type", 2: "type"},
+    "tensor type": {2: "shape"},
+    "shape": {1: "leaf"},
+    "leaf": {},
+}
+"""The fields of onnx.proto that are messages, by number; of a leaf only its own fields count."""
 
-SMALL = 4096
-"""Nodes of fewer bytes are not looked into: they hold no bulk data that would matter."""
+DEEPEST = 100
+"""Messages within messages, as protobuf reads them."""
 
 
 class Malformed(Exception):
-    """The bytes are no protobuf message."""
+    """The bytes are no protobuf message, or nest too deeply to be read."""
 
 
-def structure_bytes(path: Path) -> int:
-    """The bytes of a model file that are not bulk data of stored tensors.
+def count_parts(path: Path, most: int) -> int:
+    """The number of fields of all messages in a model file; counting ends a little beyond `most`.
 
     Raises:
-        Malformed: the file is no protobuf, or is cut short.
+        Malformed: the file is no protobuf, is cut short, or nests too deeply.
     """
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            return 0
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return len(view) - _bulk_of_model(view)
+    if not path.stat().st_size:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        return _count(view, most)
 
 
-def _bulk_of_model(view: mmap.mmap) -> int:
-    bulk = 0
-    for graph in _spans(view, (0, len(view)), MODEL_GRAPH):
-        for field, start, end in _fields(view, graph):
-            if field == GRAPH_INITIALIZER:
-                bulk += _bulk_of_tensor(view, (start, end))
-            elif field == GRAPH_NODE and end - start > SMALL:
-                for attribute in _spans(view, (start, end), NODE_ATTRIBUTE):
-                    for tensor in _spans(view, attribute, ATTRIBUTE_TENSOR):
-                        bulk += _bulk_of_tensor(view, tensor)
-    return bulk
+def _count(view: mmap.mmap, most: int) -> int:
+    """Source: protobuf's encoding, https://protobuf.dev/programming-guides/encoding/."""
+    parts = 0
+    waiting = [(0, len(view), SCHEMAS["model"], 1)]
+    while waiting:
+        at, end, schema, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise Malformed("nested too deeply")
+        while at < end:
+            parts += 1
+            if parts > most:
+                return parts
+            tag = view[at]
+            at += 1
+            if tag > 127:
+                tag, at = _number(view, at - 1, end)
+            kind = tag & 7
+            if kind == 2:
+                if at >= end:
+                    raise Malformed("cut short")
+                length = view[at]
+                at += 1
+                if length > 127:
+                    length, at = _number(view, at - 1, end)
+                if at + length > end:
+                    raise Malformed("cut short")
+                inner = schema.get(tag >> 3)
+                if inner is not None:
+                    waiting.append((at, at + length, SCHEMAS[inner], depth + 1))
+                at += length
+            elif kind == 0:
+                _, at = _number(view, at, end)
+            elif kind == 1 or kind == 5:
+                at += 8 if kind == 1 else 4
+            else:  # groups, which no ONNX message has, and numbers that mean nothing
+                raise Malformed("no protobuf")
+        if at != end:
+            raise Malformed("cut short")
+    return parts
 
 
-def _bulk_of_tensor(view: mmap.mmap, tensor: Span) -> int:
-    return sum(end - start for field, start, end in _fields(view, tensor) if field in TENSOR_BULK)
-
-
-def _spans(view: mmap.mmap, message: Span, wanted: int) -> Iterator[Span]:
-    return ((start, end) for field, start, end in _fields(view, message) if field == wanted)
-
-
-def _fields(view: mmap.mmap, message: Span) -> Iterator[tuple[int, int, int]]:
-    """The fields of a message that have a length: number, start and end; the others are passed over.
-
-    Source: protobuf's encoding, https://protobuf.dev/programming-guides/encoding/.
-    """
-    at, end = message
-    while at < end:
-        tag, at = _varint(view, at, end)
-        kind = tag & 7
-        if kind == 0:
-            _, at = _varint(view, at, end)
-        elif kind == 2:
-            length, at = _varint(view, at, end)
-            if at + length > end:
-                raise Malformed
-            yield tag >> 3, at, at + length
-            at += length
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:  # groups, which no ONNX message has, and numbers that mean nothing
-            raise Malformed
-    if at != end:
-        raise Malformed
-
-
-def _varint(view: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+def _number(view: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+    """The number that begins at a place, and the place behind it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:
@@ -95,4 +102,4 @@ def _varint(view: mmap.mmap, at: int, end: int) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
-    raise Malformed
+    raise Malformed("cut short")
