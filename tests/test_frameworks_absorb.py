@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import Command, names_in
+from conftest import Command, names_in, perceptron
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -177,6 +177,19 @@ def test_bfloat16_weights_are_cast_and_it_is_said(zoo: Zoo, tmp_path: Path, cli:
     with torch.no_grad():
         wanted = model(ids, torch.ones_like(ids)).numpy()
     assert np.abs(logits(tmp_path / "trained.onnx", ids) - wanted).max() < 2e-6 * np.abs(wanted).max()
+
+
+def test_weights_trained_in_float32_go_into_a_half_precision_file(tmp_path: Path, cli: Command) -> None:
+    onnx.save(perceptron(dtype="float16"), tmp_path / "half.onnx")
+    state = {name: each.float() for name, each in trained(tmp_path / "half.onnx").state_dict().items()}
+    file = write_safetensors(tmp_path / "w.safetensors", state)
+    done = cli("absorb", tmp_path / "half.onnx", file, "-o", tmp_path / "trained.onnx")
+    assert done.code == 0 and f"{len(state)} cast float32 -> float16, as PyTorch computes it" in done.stdout
+    assert np.array_equal(stored(tmp_path / "trained.onnx")["up.0"], state["up.0"].half().numpy())
+    state["up.0"][0, 0] = 1e6  # more than float16 holds
+    done = cli("absorb", tmp_path / "half.onnx", write_safetensors(file, state), "-o", tmp_path / "other.onnx")
+    assert done.code == 2 and "'up.0' holds values that are not finite as float16" in done.error
+    assert not (tmp_path / "other.onnx").exists()
 
 
 def test_a_hugging_face_folder_is_read_by_its_own_mapping(
