@@ -269,6 +269,16 @@ def twice(folder: Path) -> Path:
     return write_safetensors(folder / "w.safetensors", arrays)
 
 
+def a_hugging_face_folder(folder: Path) -> Path:
+    """As a trainer saves it: nothing says which of its tensors is which initializer."""
+    place = folder / "hf"
+    place.mkdir()
+    (place / "config.json").write_text("{}")
+    ones = np.ones((48, 48), np.float32)
+    write_safetensors(place / "model.safetensors", {"model.layers.0.self_attn.q_proj.weight.T": ones})
+    return place
+
+
 def steps(folder: Path) -> Path:
     ocp = pytest.importorskip("orbax.checkpoint")
     with ocp.CheckpointManager(folder / "orbax") as manager:
@@ -304,6 +314,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], int, str]] = {
     "a torch checkpoint cut off": (cut(HEAD, as_dcp, "*.distcp"), 4, f"'{HEAD}' cannot be read, or is truncated"),
     "an Orbax checkpoint cut off": (cut(HEAD, as_orbax, "[0-9a-f]*[0-9a-f]"), 4, "not a readable Orbax checkpoint"),
     "metadata that would run code": (evil_dcp, 4, "would call builtins.print, which no checkpoint needs: not read"),
+    "a Hugging Face folder alone": (a_hugging_face_folder, 2, "copy hyperclone_onnx.json into it from the folder"),
     "several steps": (steps, 2, "it holds the steps 1, 2: name one, such as"),
 }
 
@@ -316,6 +327,25 @@ def test_weights_that_do_not_fit_write_nothing(case: str, zoo: Zoo, tmp_path: Pa
     done = cli("absorb", zoo("llama.distinct"), given, "-o", tmp_path / "trained.onnx", "--no-validate")
     assert message in done.error and done.code == code
     assert names_in(tmp_path) == before and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("save", "module", "extra"), [(as_orbax, "orbax", "jax"), (as_dcp, "dcp", "torch")])
+def test_a_missing_extra_is_named(
+    save: Callable[[Any, Path], Path],
+    module: str,
+    extra: str,
+    zoo: Zoo,
+    tmp_path: Path,
+    cli: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = save(trained(zoo("llama.distinct")), tmp_path)
+    missing = {"orbax": "orbax.checkpoint", "dcp": "torch.distributed.checkpoint"}[module]
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, f"hyperclone_onnx.frameworks.{module}", raising=False)
+    done = cli("absorb", zoo("llama.distinct"), path, "-o", tmp_path / "trained.onnx")
+    assert done.code == 2 and f"hyperclone-onnx[{extra}]" in done.error
+    assert not (tmp_path / "trained.onnx").exists()
 
 
 def test_a_checkpoint_in_the_place_of_the_output_stays(zoo: Zoo, tmp_path: Path, cli: Command) -> None:
