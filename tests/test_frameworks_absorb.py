@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import Command, names_in
+from conftest import Command, names_in, perceptron
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -179,6 +179,19 @@ def test_bfloat16_weights_are_cast_and_it_is_said(zoo: Zoo, tmp_path: Path, cli:
     assert np.abs(logits(tmp_path / "trained.onnx", ids) - wanted).max() < 2e-6 * np.abs(wanted).max()
 
 
+def test_weights_trained_in_float32_go_into_a_half_precision_file(tmp_path: Path, cli: Command) -> None:
+    onnx.save(perceptron(dtype="float16"), tmp_path / "half.onnx")
+    state = {name: each.float() for name, each in trained(tmp_path / "half.onnx").state_dict().items()}
+    file = write_safetensors(tmp_path / "w.safetensors", state)
+    done = cli("absorb", tmp_path / "half.onnx", file, "-o", tmp_path / "trained.onnx")
+    assert done.code == 0 and f"{len(state)} cast float32 -> float16, as PyTorch computes it" in done.stdout
+    assert np.array_equal(stored(tmp_path / "trained.onnx")["up.0"], state["up.0"].half().numpy())
+    state["up.0"][0, 0] = 1e6  # more than float16 holds
+    done = cli("absorb", tmp_path / "half.onnx", write_safetensors(file, state), "-o", tmp_path / "other.onnx")
+    assert done.code == 2 and "'up.0' holds values that are not finite as float16" in done.error
+    assert not (tmp_path / "other.onnx").exists()
+
+
 def test_a_hugging_face_folder_is_read_by_its_own_mapping(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
@@ -256,6 +269,16 @@ def twice(folder: Path) -> Path:
     return write_safetensors(folder / "w.safetensors", arrays)
 
 
+def a_hugging_face_folder(folder: Path) -> Path:
+    """As a trainer saves it: nothing says which of its tensors is which initializer."""
+    place = folder / "hf"
+    place.mkdir()
+    (place / "config.json").write_text("{}")
+    ones = np.ones((48, 48), np.float32)
+    write_safetensors(place / "model.safetensors", {"model.layers.0.self_attn.q_proj.weight.T": ones})
+    return place
+
+
 def steps(folder: Path) -> Path:
     ocp = pytest.importorskip("orbax.checkpoint")
     with ocp.CheckpointManager(folder / "orbax") as manager:
@@ -291,6 +314,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], int, str]] = {
     "a torch checkpoint cut off": (cut(HEAD, as_dcp, "*.distcp"), 4, f"'{HEAD}' cannot be read, or is truncated"),
     "an Orbax checkpoint cut off": (cut(HEAD, as_orbax, "[0-9a-f]*[0-9a-f]"), 4, "not a readable Orbax checkpoint"),
     "metadata that would run code": (evil_dcp, 4, "would call builtins.print, which no checkpoint needs: not read"),
+    "a Hugging Face folder alone": (a_hugging_face_folder, 2, "copy hyperclone_onnx.json into it from the folder"),
     "several steps": (steps, 2, "it holds the steps 1, 2: name one, such as"),
 }
 
@@ -303,6 +327,25 @@ def test_weights_that_do_not_fit_write_nothing(case: str, zoo: Zoo, tmp_path: Pa
     done = cli("absorb", zoo("llama.distinct"), given, "-o", tmp_path / "trained.onnx", "--no-validate")
     assert message in done.error and done.code == code
     assert names_in(tmp_path) == before and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("save", "module", "extra"), [(as_orbax, "orbax", "jax"), (as_dcp, "dcp", "torch")])
+def test_a_missing_extra_is_named(
+    save: Callable[[Any, Path], Path],
+    module: str,
+    extra: str,
+    zoo: Zoo,
+    tmp_path: Path,
+    cli: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = save(trained(zoo("llama.distinct")), tmp_path)
+    missing = {"orbax": "orbax.checkpoint", "dcp": "torch.distributed.checkpoint"}[module]
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, f"hyperclone_onnx.frameworks.{module}", raising=False)
+    done = cli("absorb", zoo("llama.distinct"), path, "-o", tmp_path / "trained.onnx")
+    assert done.code == 2 and f"hyperclone-onnx[{extra}]" in done.error
+    assert not (tmp_path / "trained.onnx").exists()
 
 
 def test_a_checkpoint_in_the_place_of_the_output_stays(zoo: Zoo, tmp_path: Path, cli: Command) -> None:

@@ -24,6 +24,7 @@ from hyperclone_onnx import SourceMap, Strategy, analyse, expand  # noqa: E402
 from hyperclone_onnx.errors import BadModel, BadRequest  # noqa: E402
 from hyperclone_onnx.frameworks.optimizer import GrownMoments, Moments, grow_moments  # noqa: E402
 from hyperclone_onnx.frameworks.optimizer_state import write_optimizer  # noqa: E402
+from hyperclone_onnx.frameworks.resume import resume_torch  # noqa: E402
 from hyperclone_onnx.frameworks.stored_arrays import from_torch, read_safetensors  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
 
@@ -175,6 +176,26 @@ def test_torch_loads_it_as_its_own(trained: Trained, tmp_path: Path, cli: Comman
         assert np.array_equal(state["exp_avg_sq"].numpy(), moments.second.numpy())
     assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"]  # the source's own settings come along
     train(model, optimizer, next(batches(31, 1)))
+
+
+def test_sharded_parameters_take_their_parts(trained: Trained, tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    write_optimizer(trained.big, as_torch_file(trained, tmp_path), tmp_path, "pytorch")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = load(trained.big, shard=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(model.named_parameters())
+        resume_torch(optimizer, tmp_path / "optimizer.pt")
+        for path, each in model.named_parameters():
+            first = optimizer.state[each]["exp_avg"]
+            assert isinstance(first, DTensor) and first.placements == each.placements
+            assert np.array_equal(first.full_tensor().numpy(), trained.grown[model.initializers[path]].first.numpy())
+        train(model, optimizer, next(batches(31, 1)))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_groups_stay_apart(trained: Trained, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -75,21 +75,10 @@ class GrownMoment:
         self.counts = [axis.other_count for axis in axes]
         self.copies = None if recipe is None else (replace(recipe, shared=(), scale=1.0), maps)
 
-    @cached_property
-    def _repeated(self) -> Any:
-        """The source's elements, repeated along the grown axes and not divided."""
-        if self.copies is None:
-            return self.source.read()
-        dtype = ir.DataType.from_numpy(self.source.dtype)
-        lazy = ir.LazyTensor(
-            lambda: ir.Tensor(self.source.read(), dtype=dtype), dtype=dtype, shape=ir.Shape(self.source.shape)
-        )
-        return GrownTensor(lazy, *self.copies, Strategy("symmetric"))
-
     def __getitem__(self, windows: slice | tuple[slice, ...]) -> Array:
         """A slice: one slice with step 1 for each leading axis."""
         windows = windows if isinstance(windows, tuple) else (windows,)
-        values = np.asarray(self._repeated[windows], dtype=self.dtype) / self.dtype.type(self.scale**self.power)
+        values = np.asarray(_repeated(self)[windows], dtype=self.dtype) / self.dtype.type(self.scale**self.power)
         for axis, counts in enumerate(self.counts):
             window = counts[windows[axis]] if axis < len(windows) else counts
             divisor = window.astype(self.dtype) ** self.power
@@ -99,6 +88,21 @@ class GrownMoment:
     def numpy(self) -> Array:
         """The whole moment."""
         return self[()]
+
+
+@lru_cache(maxsize=8)
+def _repeated(moment: GrownMoment) -> Any:
+    """The source's elements, repeated along the grown axes and not divided; the last few moments' are in memory."""
+    if moment.copies is None:
+        return moment.source.read()
+    source, dtype = moment.source, ir.DataType.from_numpy(moment.source.dtype)
+    lazy = ir.LazyTensor(lambda: ir.Tensor(source.read(), dtype=dtype), dtype=dtype, shape=ir.Shape(source.shape))
+    return GrownTensor(lazy, *moment.copies, Strategy("symmetric"))
+
+
+def forget() -> None:
+    """Let go of what was read of the last moments."""
+    _repeated.cache_clear()
 
 
 def grow_moments(plan: Plan, moments: Mapping[str, Moments]) -> dict[str, GrownMoments]:

@@ -9,17 +9,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hyperclone_onnx import storage
 from hyperclone_onnx.errors import BadRequest, CannotWrite
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.handoff import PathLike, read
+from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, read
 from hyperclone_onnx.frameworks.matching import match
-from hyperclone_onnx.frameworks.optimizer import GrownMoments, Moments, grow_moments, separated
+from hyperclone_onnx.frameworks.optimizer import GrownMoments, Moments, forget, grow_moments, separated
 from hyperclone_onnx.frameworks.program import Weight
 from hyperclone_onnx.frameworks.saved_state import FIRST, SECOND, STEP, Group, State, read_state
 from hyperclone_onnx.frameworks.stored_arrays import StoredArray, read_safetensors
 from hyperclone_onnx.maps import Kept
-from hyperclone_onnx.plan import METADATA_KEY, Plan, ScaleInput
+from hyperclone_onnx.plan import Plan, ScaleInput
 from hyperclone_onnx.safetensors_files import Tensor, write_safetensors
 
 Kind = Literal["safetensors", "pytorch", "jax"]
@@ -83,10 +82,11 @@ def write_optimizer(
         BadRequest: `big` was not grown; the state does not fit it, or lacks a tensor that is trained.
         CannotWrite, Refused, MissingExtra: see `errors`.
     """
-    plan = plan_of(big)
-    weights = [
-        each for each in read(big, freeze=freeze, train=train).program.weights if each.role in ("trainable", "frozen")
-    ]
+    handoff = read(big, freeze=freeze, train=train)
+    plan = handoff.plan
+    if plan is None:
+        raise BadRequest(f"{big}: it carries no plan of its growth, by which an optimizer's state would grow")
+    weights = [each for each in handoff.program.weights if each.role in ("trainable", "frozen")]
     saved = read_state(state)
     known = _names(plan, weights, source)
     moments, names = _moments(saved, known, str(state), translate)
@@ -100,26 +100,16 @@ def write_optimizer(
         raise BadRequest(f"{state}: no moments of {missing[0]!r}{more}, which is trained: see --freeze")
     by_path = {each.path: grown[each.initializer] for each in trained if each.initializer in grown}
     out = Path(folder) / FILES[kind]
-    if kind == "pytorch":
-        _write_torch(out, big, by_path, _groups(saved, names, plan, weights), freeze, train)
-    else:
-        zero = [(each.path, each.shape) for each in trained if each.initializer in fresh] if kind == "jax" else []
-        _write_safetensors(out, by_path, kind, zero)
+    try:
+        if kind == "pytorch":
+            _write_torch(out, handoff, by_path, _groups(saved, names, plan, weights))
+        else:
+            zero = [(each.path, each.shape) for each in trained if each.initializer in fresh] if kind == "jax" else []
+            _write_safetensors(out, by_path, kind, zero)
+    finally:
+        forget()
     mean = _means(plan, [each.initializer for each in trained])
     return GrownState(str(out), max(each.step for each in by_path.values()), len(by_path), not mean, mean, fresh)
-
-
-def plan_of(big: PathLike) -> Plan:
-    """The plan that a grown file carries.
-
-    Raises:
-        BadModel: the file cannot be read.
-        BadRequest: it carries none.
-    """
-    text = storage.load(big).metadata_props.get(METADATA_KEY)
-    if text is None:
-        raise BadRequest(f"{big}: it carries no plan of its growth, by which an optimizer's state would grow")
-    return Plan.loads(text)
 
 
 def _names(plan: Plan, weights: Sequence[Weight], source: PathLike | None) -> dict[str, str]:
@@ -225,21 +215,14 @@ def _groups(saved: State, names: Mapping[str, str], plan: Plan, weights: Sequenc
     return [Group(group.settings, frozenset(own)) for group, own in zip(saved.groups, members, strict=True)]
 
 
-def _write_torch(
-    out: Path,
-    big: PathLike,
-    grown: Mapping[str, GrownMoments],
-    groups: Sequence[Group],
-    freeze: Sequence[str],
-    train: Sequence[str],
-) -> None:
-    from hyperclone_onnx.frameworks.torch import load
-
+def _write_torch(out: Path, handoff: Handoff, grown: Mapping[str, GrownMoments], groups: Sequence[Group]) -> None:
     try:
         import torch
     except ImportError as problem:
         raise MissingExtra("torch", problem) from problem
-    names = [name for name, _ in load(big, freeze=freeze, train=train, device="meta").named_parameters()]
+    from hyperclone_onnx.frameworks.torch import OnnxModule
+
+    names = [name for name, _ in OnnxModule(handoff).named_parameters()]
     if not groups:
         nothing = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).state_dict()["param_groups"][0]
         settings = {key: value for key, value in nothing.items() if key != "params"}

@@ -11,14 +11,15 @@ import numpy as np
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.saved_state import State, read_state
-from hyperclone_onnx.frameworks.stored_arrays import StoredArray
+from hyperclone_onnx.frameworks.stored_arrays import Array, StoredArray
 
 
 def resume_torch(optimizer: Any, state: str | os.PathLike[str]) -> None:
     """Give a torch AdamW the moments of a file, by name; its rates and groups stay its own.
 
     Args:
-        optimizer: made of named parameters, in whatever groups: ``AdamW(model.named_parameters())``.
+        optimizer: made of named parameters, in whatever groups: ``AdamW(model.named_parameters())``. The parameters may
+            be sharded.
         state: `optimizer.pt` or `optimizer.safetensors`, as `write_optimizer` writes them.
 
     Raises:
@@ -37,9 +38,23 @@ def resume_torch(optimizer: Any, state: str | os.PathLike[str]) -> None:
             first, second, step = _of(saved, name, tuple(parameter.shape), str(state))
             optimizer.state[parameter] = {
                 "step": torch.tensor(step),
-                "exp_avg": torch.tensor(first).to(parameter),
-                "exp_avg_sq": torch.tensor(second).to(parameter),
+                "exp_avg": _beside(parameter, first),
+                "exp_avg_sq": _beside(parameter, second),
             }
+
+
+def _beside(parameter: Any, array: Array) -> Any:
+    """A tensor placed as a parameter is, of an array's elements; of a sharded one this rank's are read alone."""
+    import torch
+
+    target = torch.zeros_like(parameter, requires_grad=False)
+    local, window = target, tuple(slice(None) for _ in target.shape)
+    if hasattr(target, "__create_chunk_list__"):  # what torch.distributed.checkpoint asks of a DTensor
+        (chunk,) = target.__create_chunk_list__()
+        window = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        local = target.to_local()
+    local.copy_(torch.from_numpy(np.array(array[window])))
+    return target
 
 
 def resume_optax(optimizer_state: Any, params: Mapping[str, Any], state: str | os.PathLike[str]) -> Any:
