@@ -242,7 +242,7 @@ def _is_lookup(node: ir.Node, index: int) -> bool:
     """Whether an input is a table that this node looks rows up in, by indices that are not stored."""
     if node.op_type == "EmbedLayerNormalization":
         return index in (2, 3, 4)
-    if index != 0 or node.op_type not in ("Gather", "GatherElements") or node.domain not in ("", "ai.onnx"):
+    if index != 0 or node.op_type not in ("Gather", "GatherElements", "GatherND") or node.domain not in ("", "ai.onnx"):
         return False
     return node.inputs[1] is not None and not _is_made_of_stored(node.inputs[1])
 
