@@ -56,8 +56,7 @@ ILL_CONDITIONED: dict[str, set[str]] = {}
 
 NO_BLOCKS = {
     "albert": "one layer, used again and again",
-    "deberta": "as deberta_v2",
-    "deberta_v2": "its first layer reads the embeddings of places, the others what that made of them",
+    "deberta_v2": "the normalised embeddings of relative places pass by its layers, which all read them",
     "gemma": "no tensor has a layer's name: its norms' gains are stored with 1 added",
     "gemma2": "as gemma",
     "gemma3": "as gemma",
