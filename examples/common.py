@@ -1,11 +1,11 @@
-"""What both examples share: bytes to train on, batches of them, and what is written at the end."""
+"""What the examples share: bytes to train on, batches of them, and the curve that is drawn at the end."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,24 @@ SMALL = ROOT / "models" / "tiny_gpt" / "tiny_gpt.onnx"
 Array = np.ndarray[Any, Any]
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every example."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--steps", type=int, default=50, help="in all, those before an interruption included")
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--length", type=int, default=128)
+    made.add_argument("--rate", type=float, default=3e-4)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--output", type=Path, default=Path("out"), help="the folder to write into")
+    made.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    return made
+
+
 def arguments(description: str | None) -> argparse.Namespace:
-    """The command line of an example."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, help="an ONNX model over bytes (default: tiny_gpt grown by 2)")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("out"), help="the folder to write into")
-    options = parser.parse_args()
+    """The command line of an example that takes a model."""
+    made = parser(description)
+    made.add_argument("model", nargs="?", type=Path, help="an ONNX model over bytes (default: tiny_gpt grown by 2)")
+    options = made.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.model is None:
         options.model = grown(options.output)
@@ -38,7 +45,8 @@ def grown(folder: Path) -> Path:
     from hyperclone_onnx import expand
 
     path = folder / "tiny_gpt_big.onnx"
-    expand(SMALL, path, 2, check=False)
+    if not path.exists():
+        expand(SMALL, path, 2, check=False)
     return path
 
 
@@ -48,27 +56,54 @@ def corpus() -> Array:
     return np.frombuffer(b"\0".join(file.read_bytes() for file in files), dtype=np.uint8)
 
 
-def batches(options: argparse.Namespace) -> Iterator[tuple[Array, Array]]:
-    """Random windows: (bytes, the byte that follows each)."""
-    data, rng = corpus(), np.random.default_rng(options.seed)
-    for _ in range(options.steps):
+def batches(options: argparse.Namespace, first: int = 0) -> Iterator[tuple[Array, Array]]:
+    """Random windows from step `first` on: (bytes, the byte that follows each)."""
+    data = corpus()
+    for step in range(first, options.steps):
+        rng = np.random.default_rng([options.seed, step])
         starts = rng.integers(0, len(data) - options.length - 1, (options.batch, 1))
         window = data[starts + np.arange(options.length + 1)].astype(np.int64)
         yield window[:, :-1], window[:, 1:]
 
 
+def progress(steps: Iterable[Any], total: int, show: bool = True) -> Iterator[Any]:
+    """A progress bar."""
+    from rich.progress import track
+
+    yield from track(steps, "training", total=total, disable=not show)
+
+
 def write_losses(losses: Sequence[float], path: Path) -> None:
+    """The loss of each step as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("step", "loss"), *enumerate(losses)])
+
+
+def read_losses(path: Path) -> list[float]:
+    """What `write_losses` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def draw_losses(losses: Sequence[float], path: Path) -> None:
     """The loss at both ends, that of each step as CSV, and as a picture where matplotlib is installed."""
+    write_losses(losses, path)
     tenth = max(1, len(losses) // 10)
     first, last = (sum(some) / tenth for some in (losses[:tenth], losses[-tenth:]))
     print(f"loss {first:.3f} -> {last:.3f} nats per byte (means of {tenth} steps)")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("step", "loss"), *enumerate(losses)])
     try:
-        import matplotlib.pyplot as plt
+        import matplotlib as mpl
     except ImportError:
+        print("pip install matplotlib draws the curve, too")
         return
-    plt.plot(losses)
-    plt.xlabel("step")
-    plt.ylabel("nats per byte")
-    plt.savefig(path.with_suffix(".png"), dpi=120)
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    smooth = np.convolve(np.pad(losses, tenth // 2, mode="edge"), np.ones(tenth) / tenth, mode="valid")[: len(losses)]
+    axes.plot(losses, linewidth=0.8, alpha=0.5, label="each step")
+    axes.plot(smooth, label=f"mean of {tenth}")
+    axes.set(xlabel="step", ylabel="nats per byte", title=path.stem.removesuffix("_losses"))
+    axes.legend(frameon=False)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    plt.close(figure)

@@ -1,20 +1,20 @@
 """Train a grown model in JAX, and take it back into ONNX.
 
-    python examples/train_jax.py [MODEL] [--steps 50]
+    python examples/train_jax.py [MODEL] [--steps 50] [--resume]
 
-Writes into out/: the loss of each step, a checkpoint, and the trained model as ONNX.
+Writes into out/: the loss of each step as CSV and PNG, Orbax checkpoints, and the trained model as ONNX.
 """
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import common
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from rich.progress import track
+import orbax.checkpoint as ocp
 
 from hyperclone_onnx.frameworks.absorb import absorb
 from hyperclone_onnx.frameworks.jax import load
@@ -24,6 +24,16 @@ def main() -> None:
     options = common.arguments(__doc__)
     apply, params = load(options.model)
     optimizer = optax.adamw(options.rate, weight_decay=0.0)
+    state, losses = optimizer.init(params), jnp.zeros(0)
+    folder = (options.output / "jax").resolve()
+    if not options.resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    checkpoints = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=1))
+    if options.resume:
+        done = checkpoints.latest_step()
+        like = {"params": params, "state": state, "losses": jnp.zeros(done)}
+        saved = checkpoints.restore(done, args=ocp.args.StandardRestore(like))
+        params, state, losses = saved["params"], saved["state"], saved["losses"]
 
     def loss_of(params: Any, ids: Any, targets: Any) -> Any:
         logits = apply(params, input_ids=ids, attention_mask=jnp.ones_like(ids))
@@ -35,14 +45,16 @@ def main() -> None:
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    state, losses = optimizer.init(params), []
-    for ids, targets in track(list(common.batches(options)), "training"):
+    first = len(losses)
+    for ids, targets in common.progress(common.batches(options, first), options.steps - first):
         params, state, loss = step(params, state, ids, targets)
-        losses.append(float(loss))
-    common.write_losses(losses, options.output / "jax_losses.csv")
-    names = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(params)}
-    np.savez(options.output / "jax.npz", **names)
-    result = absorb(options.model, params, options.output / "jax_trained.onnx")
+        losses = jnp.append(losses, loss)
+        if len(losses) % 25 == 0 or len(losses) == options.steps:
+            saved = {"params": params, "state": state, "losses": losses}
+            checkpoints.save(len(losses), args=ocp.args.StandardSave(saved))
+    checkpoints.wait_until_finished()
+    common.draw_losses(losses.tolist(), options.output / "jax_losses.csv")
+    result = absorb(options.model, folder, options.output / "jax_trained.onnx")
     print(f"{options.output / 'jax_trained.onnx'}: {len(result.replaced)} tensors replaced")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import onnx_ir as ir
 from hyperclone_onnx import storage
 from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.inference import Dimensions, infer, pin_interface
+from hyperclone_onnx.journal import Stamp
 from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.sizing import NamedDim, name_dimensions
 
@@ -25,7 +27,13 @@ class Analysis:
     path: Path
     model: ir.Model
     dimensions: Dimensions
-    files: frozenset[Path]
+    stamps: Mapping[Path, Stamp]
+    """The files that the model is read from, each with what tells it from another version."""
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files that the model is read from, resolved."""
+        return frozenset(self.stamps)
 
     @property
     def named(self) -> list[NamedDim]:
@@ -41,20 +49,24 @@ def analyse(path: str | os.PathLike[str]) -> Analysis:
         Refused: its opset is too old.
     """
     file = Path(path)
+    before = storage.stamps({file.resolve()}) if file.is_file() else {}
     model = storage.load(file)
+    storage.check_unchanged(before)
+    stamps = storage.stamps(storage.source_files(file, model))
     opset = model.graph.opset_imports.get("", 1)
     if opset < OLDEST_OPSET:
         raise Refused(
             f"{file}: opset {opset} is too old (before {OLDEST_OPSET}): convert it with onnx.version_converter"
         )
-    files = frozenset(storage.source_files(file, model))
     try:
         normalise(model)
+    except BadModel as problem:
+        raise BadModel(f"{file}: {problem}") from problem
     except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
         raise BadModel(f"{file}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     dimensions = infer(model)
     pin_interface(dimensions)
-    return Analysis(file, model, dimensions, files)
+    return Analysis(file, model, dimensions, stamps)
 
 
 def count_parameters(model: ir.Model) -> int:

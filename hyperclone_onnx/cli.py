@@ -6,6 +6,7 @@ stdout (JSON with --json), progress and errors to stderr; no traceback reaches a
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -21,7 +22,9 @@ from typing import Any, NoReturn
 
 import click
 
-from hyperclone_onnx.errors import HypercloneError
+from hyperclone_onnx import publication
+from hyperclone_onnx.errors import HypercloneError, printable
+from hyperclone_onnx.signals import STOPPING
 from hyperclone_onnx.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRATEGIES, Strategy
 
 DEBUG = "HYPERCLONE_DEBUG"
@@ -44,7 +47,8 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             raise SystemExit(1) from None
         except OSError as problem:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _fail(f"the result cannot be printed ({problem.strerror or problem})", 2)
+            there = f"{publication.finished()} is written and complete, but " if publication.finished() else ""
+            _fail(f"{there}the result cannot be printed ({problem.strerror or problem})", 2)
         except (MemoryError, OverflowError):
             _fail("this needs more memory than there is: ask for a smaller factor", 3)
         except Exception as problem:
@@ -61,13 +65,20 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_ending = False
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    global _ending
+    _ending = True
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     raise SystemExit(code)
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    """End the command, unless it ends already, or it is too late: what has been published is there, and is reported."""
+    if not _ending and publication.finished() is None:
+        raise KeyboardInterrupt
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,18 +89,35 @@ def main() -> None:
     The grown model is wider by whole factors and equal to its source: train on from there (HyperCloning,
     arXiv 2409.12903).
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    global _ending
+    _ending = False
+    # A graph of 20,000 nodes is a million objects that all stay: looking through them again and again takes a third
+    # of the time.
+    gc.set_threshold(100_000, 50, 1000)
+    publication.forget()
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, _stop)
 
 
 def _console() -> Any:
     from rich.console import Console
 
     class Printer(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            """Print what may hold a model's names: line breaks are this program's alone, at the beginning of a text."""
+            super().print(*(_clean(each) if isinstance(each, str) else each for each in objects), **options)
+
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
     # Piped output has no terminal's width: lines are not broken there.
     return Printer(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _clean(text: str) -> str:
+    breaks = len(text) - len(text.lstrip("\n"))
+    return "\n" * breaks + printable(text[breaks:])
 
 
 @contextmanager
@@ -115,6 +143,13 @@ _device_option = click.option(
     help="Where ONNX Runtime runs the models; auto takes CUDA when it starts, and says which ran.",
 )
 _model_path = click.Path(path_type=Path)
+_VALIDATE = (
+    "full: every tensor, and every output on random inputs. algebraic: every tensor and node, without running the "
+    "models. By default full where both models fit in free memory, else algebraic and the first layers run."
+)
+_validate_option = click.option(
+    "--validate", "validation", type=click.Choice(["full", "algebraic", "none"]), help=_VALIDATE
+)
 
 
 @main.command()
@@ -146,13 +181,17 @@ def _parse_requests(_context: click.Context, _option: click.Parameter, values: t
 
 def _finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
     if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no level; give a number of decibels, such as 10")
+        raise click.BadParameter(f"{value} is no number; give one such as 10")
     return value
+
+
+def _finite_or_none(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    return None if value is None else _finite(context, option, value)
 
 
 @main.command()
 @click.argument("model", type=_model_path)
-@click.option("-o", "--output", required=True, type=_model_path, help="The file to write, e.g. big.onnx.")
+@click.option("-o", "--output", type=_model_path, help="The file to write, e.g. big.onnx.")
 @click.option(
     "--factor",
     type=click.IntRange(min=1),
@@ -192,7 +231,8 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
     help="keep: inputs and outputs keep the source's shapes, so that the grown model is a drop-in.",
 )
 @_device_option
-@click.option("--no-validate", is_flag=True, help="Do not compare the models before publishing.")
+@_validate_option
+@click.option("--no-validate", is_flag=True, help="The same as --validate none.")
 @click.option(
     "--precision",
     type=click.Choice(["stored", "float64"]),
@@ -201,6 +241,19 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
     help="float64: also build and run both models in double precision, where rounding can hide nothing.",
 )
 @click.option("--plan-out", type=_model_path, help="Also write the plan, as JSON.")
+@click.option("--plan-only", is_flag=True, help="Plan and report, and write nothing but --plan-out.")
+@click.option(
+    "--max-shard-size",
+    type=click.FloatRange(min=0.0, min_open=True),
+    callback=_finite_or_none,
+    metavar="GB",
+    help="Gigabytes in one data file; more are spread over several. By default there is one, above 1.5 GB.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Threads that compute and write; by default as many as there are cores, at most 4. The files are the same.",
+)
 @click.option(
     "--exclude",
     multiple=True,
@@ -211,7 +264,7 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
 @_guarded
 def expand(
     model: Path,
-    output: Path,
+    output: Path | None,
     factor: int | None,
     requests: dict[str, int],
     strategy: Any,
@@ -220,9 +273,13 @@ def expand(
     untie: bool,
     interface: str,
     device: Any,
+    validation: str | None,
     no_validate: bool,
     precision: Any,
     plan_out: Path | None,
+    plan_only: bool,
+    max_shard_size: float | None,
+    workers: int | None,
     exclude: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -233,6 +290,10 @@ def expand(
     """
     if factor is None and not requests:
         raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2")
+    if output is None and not plan_only:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    if no_validate and validation not in (None, "none"):
+        raise click.UsageError(f"--no-validate and --validate {validation} contradict each other")
     from hyperclone_onnx import report
     from hyperclone_onnx.expansion import expand as run
     from hyperclone_onnx.folders import expand_folder
@@ -242,13 +303,19 @@ def expand(
         "untie": untie,
         "keep_interface": interface == "keep",
         "device": device,
-        "check": not no_validate,
+        "check": False if no_validate or validation == "none" else validation or True,
         "precision": precision,
+        "max_shard_size": None if max_shard_size is None else max(1, int(max_shard_size * 1e9)),
+        "workers": workers,
     }
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
     if model.is_dir() and plan_out is not None:
         raise click.UsageError("--plan-out is for one model; each grown file carries its plan in its metadata")
+    if plan_only:
+        _plan_only(model, output, factor or 1, requests, options, plan_out, as_json)
+        return
+    assert output is not None
     with _progress() as (notify, progress):
         options |= {"progress": progress, "notify": notify}
         if model.is_dir():
@@ -264,9 +331,32 @@ def expand(
             report.print_expansion(_console(), result)
 
 
+def _plan_only(
+    model: Path,
+    output: Path | None,
+    factor: int,
+    requests: dict[str, int],
+    options: dict[str, Any],
+    plan_out: Path | None,
+    as_json: bool,
+) -> None:
+    if model.is_dir() or output is not None:
+        raise click.UsageError("--plan-only plans one model and writes no other: give a file, and no -o")
+    from hyperclone_onnx import report
+    from hyperclone_onnx.expansion import plan_file
+
+    chosen = {name: options[name] for name in ("strategy", "untie", "keep_interface")}
+    result = plan_file(model, factor, requests, plan_out=plan_out, notify=_say, **chosen)
+    with _printing():
+        if as_json:
+            _print_json(result.to_json())
+        else:
+            report.print_expansion(_console(), result)
+
+
 def _say(stage: str) -> None:
     with suppress(OSError):  # nobody reads stderr: go on
-        click.echo(f"{stage} ...", err=True)
+        click.echo(f"{printable(stage)} ...", err=True)
 
 
 @contextmanager
@@ -289,7 +379,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("reading", total=None)
         yield (
-            lambda stage: bars.update(task, description=stage),
+            lambda stage: bars.update(task, description=printable(stage)),
             lambda done, total: bars.update(task, completed=done, total=total),
         )
 
@@ -298,15 +388,16 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
 @click.argument("small", type=_model_path)
 @click.argument("big", type=_model_path)
 @_device_option
+@click.option("--validate", "mode", type=click.Choice(["full", "algebraic"]), help=_VALIDATE)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the inputs.")
 @_json_option
 @_guarded
-def validate(small: Path, big: Path, device: Any, seed: int, as_json: bool) -> None:
+def validate(small: Path, big: Path, device: Any, mode: Any, seed: int, as_json: bool) -> None:
     """Check that BIG, as it is stored, computes what SMALL computes (exit 1 when it does not)."""
     from hyperclone_onnx import report
     from hyperclone_onnx.expansion import validate_files
 
-    result = validate_files(small, big, device, seed)
+    result = validate_files(small, big, device, seed, mode or "auto")
     with _printing():
         if as_json:
             _print_json(result.to_json())
@@ -319,22 +410,81 @@ def validate(small: Path, big: Path, device: Any, seed: int, as_json: bool) -> N
 @main.command()
 @click.argument("model", type=_model_path)
 @click.option("--list", "listing", is_flag=True, help="Show each stored tensor: trained or not, and why.")
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["pytorch", "jax", "safetensors", "hf"]),
+    help="Write the weights as a checkpoint of torch.distributed.checkpoint or of Orbax, as safetensors, or as a "
+    "Hugging Face checkpoint.",
+)
+@click.option("-o", "--output", type=_model_path, help="The folder to make.")
+@click.option("--like", type=_model_path, help="For hf: the Hugging Face checkpoint of the small model.")
+@click.option("--source", type=_model_path, help="The small ONNX file, where names or tensors are told by it.")
+@click.option("--optimizer", type=_model_path, help="The small model's AdamW state, to grow beside the weights.")
 @click.option("--freeze", multiple=True, metavar="GLOB", help="Tensors that are not to be trained, by name.")
 @click.option("--train", multiple=True, metavar="GLOB", help="Tensors that are to be trained; stronger than --freeze.")
+@click.option(
+    "--max-shard-size",
+    type=click.FloatRange(min=0.0, min_open=True),
+    callback=_finite,
+    default=5.0,
+    show_default=True,
+    help="Gigabytes in one safetensors file; more are spread over several.",
+)
+@click.option("--no-validate", is_flag=True, help="Do not compare ONNX Runtime with the framework.")
 @_json_option
 @_guarded
-def handoff(model: Path, listing: bool, freeze: tuple[str, ...], train: tuple[str, ...], as_json: bool) -> None:
-    """Show what PyTorch and JAX make of MODEL; in Python, `hyperclone_onnx.frameworks.torch.load` hands it over."""
-    if not listing:
-        raise click.UsageError("say what to do: --list")
-    from hyperclone_onnx.frameworks.listing import print_weights, weights
+def handoff(
+    model: Path,
+    listing: bool,
+    target: Any,
+    output: Path | None,
+    like: Path | None,
+    source: Path | None,
+    optimizer: Path | None,
+    freeze: tuple[str, ...],
+    train: tuple[str, ...],
+    max_shard_size: float,
+    no_validate: bool,
+    as_json: bool,
+) -> None:
+    """Hand MODEL over to a trainer: list what it would train, or write a checkpoint (--to TARGET -o FOLDER).
 
-    found = weights(model, freeze=freeze, train=train)
+    In Python, `hyperclone_onnx.frameworks.torch.load` and `hyperclone_onnx.frameworks.jax.load` take the file itself.
+    """
+    if listing == (target is not None):
+        raise click.UsageError("say what to do: --list, or --to TARGET -o FOLDER")
+    if listing:
+        from hyperclone_onnx.frameworks.listing import print_weights, weights
+
+        found = weights(model, freeze=freeze, train=train)
+        with _printing():
+            if as_json:
+                _print_json({"model": str(model), "weights": found})
+            else:
+                print_weights(_console(), found)
+        return
+    if output is None:
+        raise click.UsageError("name the folder to make: -o FOLDER")
+    from hyperclone_onnx.frameworks.exports import hand_over
+    from hyperclone_onnx.frameworks.exports.report import print_handover
+
+    with _progress() as (notify, _):
+        result = hand_over(
+            model,
+            target,
+            output,
+            like=like,
+            source=source,
+            optimizer=optimizer,
+            freeze=freeze,
+            train=train,
+            largest_file=round(max_shard_size * 1e9),
+            check=not no_validate,
+            notify=notify,
+        )
     with _printing():
-        if as_json:
-            _print_json({"model": str(model), "weights": found})
-        else:
-            print_weights(_console(), found)
+        _print_json(result.to_json()) if as_json else print_handover(_console(), model, result)
 
 
 @main.command()
@@ -345,7 +495,11 @@ def handoff(model: Path, listing: bool, freeze: tuple[str, ...], train: tuple[st
 @_json_option
 @_guarded
 def absorb(model: Path, weights: Path, output: Path, no_validate: bool, as_json: bool) -> None:
-    """Write MODEL anew with trained WEIGHTS, a state_dict in safetensors."""
+    """Write MODEL anew with trained WEIGHTS.
+
+    WEIGHTS is a state_dict in safetensors (sharded ones with their index too), an .npz file, a folder of
+    torch.distributed.checkpoint or of Orbax, or a Hugging Face folder that handoff wrote.
+    """
     from hyperclone_onnx.frameworks.absorb import absorb as run
 
     result = run(model, weights, output, check=not no_validate)
@@ -354,4 +508,5 @@ def absorb(model: Path, weights: Path, output: Path, no_validate: bool, as_json:
             _print_json(asdict(result))
         else:
             by = f", as {result.validated_by} computes it" if result.validated_by else ""
-            click.echo(f"{output}: {len(result.replaced)} tensors replaced, {len(result.kept)} kept{by}")
+            cast = "".join(f", {count} cast {kind}" for kind, count in result.casts.items())
+            click.echo(f"{output}: {len(result.replaced)} tensors replaced, {len(result.kept)} kept{cast}{by}")

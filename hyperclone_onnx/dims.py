@@ -91,6 +91,9 @@ class Space:
         self.dims: list[Dim] = []
         self.symbols: dict[str, Size] = {}
         self._edges: dict[int, list[tuple[int, str]]] = {}
+        self._links = 0
+        self._last: tuple[int, int, dict[int, tuple[int, str]]] = (-1, -1, {})
+        self._firsts: tuple[int, dict[int, int]] = (-1, {})
 
     # -- making and reading terms -------------------------------------------------------------------------
 
@@ -99,6 +102,8 @@ class Space:
         length = Size.of(size)
         if length.static == 1:
             return ONE
+        if length.static_or(0) < 0:
+            raise ValueError(f"an axis of size {length}")
         made = Dim(len(self.dims), length)
         self.dims.append(made)
         return made
@@ -110,10 +115,7 @@ class Space:
     def resolve(self, term: Term) -> Term:
         """`term` in normal form: bindings followed, nested products and concatenations flattened."""
         if isinstance(term, Dim):
-            if term.binding is None:
-                return term
-            term.binding = self.resolve(term.binding)
-            return term.binding
+            return self._resolve_bound(term)
         if isinstance(term, Product):
             factors: list[Term] = []
             for part in map(self.resolve, term.factors):
@@ -123,6 +125,18 @@ class Space:
         for part in map(self.resolve, term.segments):
             segments.extend(part.segments if isinstance(part, Concat) else (part,))
         return segments[0] if len(segments) == 1 else Concat(tuple(segments))
+
+    def _resolve_bound(self, dim: Dim) -> Term:
+        """Follow the bindings of a dimension and shorten them; not by recursion, for each layer adds one."""
+        passed: list[Dim] = []
+        end: Term = dim
+        while isinstance(end, Dim) and end.binding is not None:
+            passed.append(end)
+            end = end.binding
+        resolved = end if isinstance(end, Dim) else self.resolve(end)
+        for each in passed:
+            each.binding = resolved
+        return resolved
 
     def factors(self, term: Term) -> tuple[Term, ...]:
         """The factors of the resolved term, outermost first; none for an axis of size 1."""
@@ -140,9 +154,9 @@ class Space:
 
     def size(self, term: Term) -> Size:
         """The length of the axis."""
+        while isinstance(term, Dim) and term.binding is not None:
+            term = term.binding
         if isinstance(term, Dim):
-            if term.binding is not None:
-                return self.size(term.binding)
             return term.size.substituted(self.symbols)
         if isinstance(term, Product):
             total = Size.of(1)
@@ -168,19 +182,13 @@ class Space:
 
     def _link(self, one: Dim, others: Iterable[Dim]) -> None:
         for other in others:
+            self._links += 1
             self._edges.setdefault(one.uid, []).append((other.uid, self.place))
             self._edges.setdefault(other.uid, []).append((one.uid, self.place))
 
     def chain(self, start: int, end: int) -> list[str]:
         """The places that lead from dimension `start` to dimension `end`, shortest way, without repeats."""
-        came: dict[int, tuple[int, str]] = {start: (start, "")}
-        queue = deque([start])
-        while queue and end not in came:
-            here = queue.popleft()
-            for there, place in self._edges.get(here, ()):
-                if there not in came:
-                    came[there] = (here, place)
-                    queue.append(there)
+        came = self._ways(start)
         if end not in came:
             return []
         places: list[str] = []
@@ -190,15 +198,32 @@ class Space:
                 places.append(place)
         return places[::-1]
 
-    def component(self, uid: int) -> set[int]:
-        """Every dimension that was ever related to `uid`."""
-        seen, queue = {uid}, deque([uid])
-        while queue:
-            for there, _ in self._edges.get(queue.popleft(), ()):
-                if there not in seen:
-                    seen.add(there)
-                    queue.append(there)
-        return seen
+    def first_related(self, uid: int) -> int:
+        """The first of the dimensions that were ever related to `uid`."""
+        if self._firsts[0] != self._links:
+            self._firsts = (self._links, {})
+        firsts = self._firsts[1]
+        if uid not in firsts:
+            related = self._ways(uid)
+            firsts.update(dict.fromkeys(related, min(related)))
+        return firsts[uid]
+
+    def _ways(self, start: int) -> dict[int, tuple[int, str]]:
+        """For each dimension related to `start`, the one before it on a shortest way there, and the place.
+
+        The last answer is kept: what is pinned by one node asks from the same start, a thousand times in a large graph.
+        """
+        if self._last[:2] != (start, self._links):
+            came: dict[int, tuple[int, str]] = {start: (start, "")}
+            queue = deque([start])
+            while queue:
+                here = queue.popleft()
+                for there, place in self._edges.get(here, ()):
+                    if there not in came:
+                        came[there] = (here, place)
+                        queue.append(there)
+            self._last = (start, self._links, came)
+        return self._last[2]
 
     # -- unification --------------------------------------------------------------------------------------
 
@@ -297,6 +322,8 @@ class Space:
         ):
             rest = size.divided_by(small_size)
             if rest is None or (size.static is not None and not 1 < rest.static_or(0) < size.static):
+                continue
+            if min(rest.static_or(2), small_size.static_or(2)) < 2:  # a size of 0, or no size: nothing would be cut off
                 continue
             outer, inner = (small_size, rest) if end == 0 else (rest, small_size)
             parts = self._split(big, outer, inner)

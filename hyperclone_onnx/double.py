@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
+from hyperclone_onnx import writer
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.sessions import Runner
 
@@ -35,7 +35,7 @@ def save_wide(model: ir.Model, path: Path, dtype: ir.DataType) -> None:
     """Write the model, changed in place, with every narrower floating-point value and tensor in `dtype`."""
     _widen(model, dtype)
     # Tensors that stay as they are may lie in the data file of another folder.
-    storage.save(model, path, external=True)
+    writer.save(model, path, external=True)
 
 
 def _widen(model: ir.Model, dtype: ir.DataType) -> None:
@@ -134,7 +134,7 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
         Refused: neither can run it.
     """
     # Tensors that stay as they are may lie in the data file of another folder.
-    storage.save(model, path, external=True)
+    writer.save(model, path, external=True)
     if not any(not node.domain and node.op_type in _REFUSED_WHEN_RUN for node in model.graph.all_nodes()):
         try:
             return Runner(path, "cpu").run, "ONNX Runtime"

@@ -41,3 +41,12 @@ class BadModel(HypercloneError):
     """The input is not a readable, complete ONNX model."""
 
     exit_code = 4
+
+
+def printable(text: str) -> str:
+    r"""A text with what could steer a terminal, or end a line, written out: names in a model may hold anything.
+
+    >>> printable("weight\x1b[2J")
+    'weight\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

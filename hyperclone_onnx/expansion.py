@@ -5,24 +5,27 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
+from hyperclone_onnx import storage, writer
 from hyperclone_onnx.analysis import Analysis, analyse, count_parameters, is_code
 from hyperclone_onnx.dims import Dim
-from hyperclone_onnx.errors import ModelsDiffer
+from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
+from hyperclone_onnx.finite import not_finite
 from hyperclone_onnx.maps import SourceMap
 from hyperclone_onnx.plan import METADATA_KEY, Plan
 from hyperclone_onnx.planning import make_plan
+from hyperclone_onnx.provenance import provenance
 from hyperclone_onnx.rewrite import rewrite
 from hyperclone_onnx.sessions import Device
 from hyperclone_onnx.sizing import Growth, explain, size
 from hyperclone_onnx.strategies import Strategy
-from hyperclone_onnx.validation import Validation, validate, validate_double
+from hyperclone_onnx.streaming import Progress
+from hyperclone_onnx.validation import NOTHING_COMPARED, Mode, Validation, validate, validate_double
 
 Precision = Literal["stored", "float64"]
 Notify = Callable[[str], None]
@@ -43,7 +46,8 @@ class Expansion:
     """What an expansion did."""
 
     source: str
-    output: str
+    output: str | None
+    """None where nothing was to be written."""
     plan: Plan
     kept: list[Kept]
     parameters_before: int
@@ -92,7 +96,28 @@ def plan_expansion(
         Refused: the request cannot be fulfilled.
     """
     growth = size(analysis.dimensions, factor, requests, maps)
-    return make_plan(growth, strategy, untie=untie, keep_interface=keep_interface)
+    return _plan(analysis, growth, (factor, requests, maps), strategy, untie, keep_interface)
+
+
+def _plan(
+    analysis: Analysis,
+    growth: Growth,
+    asked: tuple[int, Mapping[str, int] | None, Mapping[str, SourceMap] | None],
+    strategy: Strategy | None,
+    untie: bool,
+    keep_interface: bool,
+) -> Plan:
+    plan = make_plan(growth, strategy, untie=untie, keep_interface=keep_interface)
+    factor, requests, maps = asked
+    options = {
+        "factor": factor,
+        "requests": dict(requests or {}),
+        "maps": {name: {"size": each.size, **each.to_json()} for name, each in (maps or {}).items()},
+        "strategy": plan.strategy.to_json(),
+        "untie": untie,
+        "keep_interface": keep_interface,
+    }
+    return replace(plan, source=provenance(analysis.model, options))
 
 
 def expand(
@@ -106,10 +131,12 @@ def expand(
     untie: bool = False,
     keep_interface: bool = False,
     device: Device = "auto",
-    check: bool = True,
+    check: bool | Mode = True,
     precision: Precision = "stored",
+    max_shard_size: int | None = None,
+    workers: int | None = None,
     plan_out: str | os.PathLike[str] | None = None,
-    progress: storage.Progress | None = None,
+    progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Expansion:
     """Grow a model file into another, which appears only when it has been validated.
@@ -124,8 +151,10 @@ def expand(
         untie: split tensors that are stored once but divided in one use only.
         keep_interface: inputs and outputs keep the source's shapes.
         device: where to validate.
-        check: whether to validate at all.
+        check: how much to validate: "full", "algebraic", "auto" (or True), False for nothing; see `validation`.
         precision: "float64" proves the graph in double precision besides.
+        max_shard_size: bytes in one data file; more are spread over several.
+        workers: threads that compute and write. What is written does not depend on it.
         plan_out: also write the plan there, as JSON.
         progress: told of each tensor written.
         notify: told of each stage begun.
@@ -139,6 +168,7 @@ def expand(
     clock = _Clock()
     say("reading")
     analysis = analyse(model)
+    mode = _mode(check, precision)
     storage.check_output(out, set(analysis.files))
     if plan_out is not None:
         storage.check_output(
@@ -146,30 +176,92 @@ def expand(
         )
     say("planning")
     growth = size(analysis.dimensions, factor, requests, maps)
-    plan = make_plan(growth, strategy, untie=untie, keep_interface=keep_interface)
+    plan = _plan(analysis, growth, (factor, requests, maps), strategy, untie, keep_interface)
     big = rewrite(analysis.model, plan)
     result = _report(analysis, out, growth, plan, big)
     clock.lap(result, "plan")
-    external = storage.needs_data_file(big) or len(analysis.files) > 1
+    external = storage.needs_data_file(big) or len(analysis.files) > 1 or max_shard_size is not None
     with storage.publication(out) as written:
         say("writing")
-        storage.save(big, written, external=external, progress=progress)
+        writer.save(big, written, external=external, max_shard_size=max_shard_size, workers=workers, progress=progress)
         clock.lap(result, "write")
-        if check:
+        if mode is not None:
             say("validating")
+            grown = storage.load(written)
             result.validation = validate(
-                analysis.path, written, analysis.dimensions, storage.load(written), plan, device=device
+                analysis.path, written, analysis.dimensions, grown, plan, device=device, mode=mode, workers=workers
             )
             if precision == "float64":
                 say("validating in float64")
                 _check_double(analysis, plan, written.parent, result.validation)
+            _note_not_finite(analysis, result.validation)
             clock.lap(result, "validate")
             if not result.validation.equal:
                 raise ModelsDiffer(_differs(out, result.validation))
+        storage.check_unchanged(analysis.stamps)
         say("publishing")
         if plan_out is not None:
             storage.write_text(Path(plan_out), plan.dumps(indent=1) + "\n")
     return result
+
+
+def plan_file(
+    model: str | os.PathLike[str],
+    factor: int = 1,
+    requests: Mapping[str, int] | None = None,
+    *,
+    maps: Mapping[str, SourceMap] | None = None,
+    strategy: Strategy | None = None,
+    untie: bool = False,
+    keep_interface: bool = False,
+    plan_out: str | os.PathLike[str] | None = None,
+    notify: Notify | None = None,
+) -> Expansion:
+    """Plan the growth of a model file and report what it would do; nothing is written but the plan, where asked.
+
+    Arguments and errors are those of `expand`.
+    """
+    say = notify or (lambda _: None)
+    clock = _Clock()
+    say("reading")
+    analysis = analyse(model)
+    if plan_out is not None:
+        storage.check_output(Path(plan_out), analysis.files)
+    say("planning")
+    growth = size(analysis.dimensions, factor, requests, maps)
+    plan = _plan(analysis, growth, (factor, requests, maps), strategy, untie, keep_interface)
+    result = _report(analysis, None, growth, plan, rewrite(analysis.model, plan))
+    clock.lap(result, "plan")
+    if plan_out is not None:
+        storage.write_text(Path(plan_out), plan.dumps(indent=1) + "\n")
+    return result
+
+
+def _mode(check: bool | Mode, precision: Precision) -> Mode | None:
+    if check is False:
+        return None
+    if check == "algebraic" and precision == "float64":
+        raise BadRequest("an algebraic validation runs nothing, in no precision: leave out one of the two")
+    return "auto" if check is True else check
+
+
+def _note_not_finite(analysis: Analysis, validation: Validation) -> None:
+    """Say which weights are no numbers.
+
+    Raises:
+        Refused: for that reason no output is one, so that there is nothing to compare.
+    """
+    unreal = not_finite(analysis.model)
+    if not unreal:
+        return
+    first, *rest = [f"{name} ({count} elements)" for name, count in unreal.items()]
+    named = f"{first}{f' and {len(rest)} more tensors' if rest else ''}"
+    if validation.problems and all(each.problem.startswith(NOTHING_COMPARED) for each in validation.outputs):
+        raise Refused(
+            f"{analysis.path}: no output is a number, so that nothing can be compared: the weights of {named} are "
+            "infinite or not a number; --no-validate grows them as they are"
+        )
+    validation.notes.append(f"weights that are infinite or not a number grow as they are: {named}")
 
 
 def _check_double(analysis: Analysis, plan: Plan, folder: Path, validation: Validation) -> None:
@@ -185,7 +277,7 @@ def _differs(out: Path, validation: Validation) -> str:
     return f"{out} was not written: the grown model differs from its source: {first}{more}"
 
 
-def _report(analysis: Analysis, out: Path, growth: Growth, plan: Plan, big: ir.Model) -> Expansion:
+def _report(analysis: Analysis, out: Path | None, growth: Growth, plan: Plan, big: ir.Model) -> Expansion:
     kept = [
         Kept(each.name, each.role, each.size, _why_kept(growth, each.dim))
         for each in growth.named
@@ -199,7 +291,7 @@ def _report(analysis: Analysis, out: Path, growth: Growth, plan: Plan, big: ir.M
     codes = [each for each in plan.tensors.values() if is_code(stored[each.source].const_value.dtype)]  # type: ignore[union-attr]
     return Expansion(
         str(analysis.path),
-        str(out),
+        None if out is None else str(out),
         plan,
         kept,
         count_parameters(analysis.model),
@@ -226,7 +318,11 @@ class _Clock:
 
 
 def validate_files(
-    small: str | os.PathLike[str], big: str | os.PathLike[str], device: Device = "auto", seed: int = 0
+    small: str | os.PathLike[str],
+    big: str | os.PathLike[str],
+    device: Device = "auto",
+    seed: int = 0,
+    mode: Mode = "auto",
 ) -> Validation:
     """Compare a grown model file with its source, on the weights as they are stored.
 
@@ -238,7 +334,12 @@ def validate_files(
     grown = storage.load(big)
     text = grown.metadata_props.get(METADATA_KEY)
     plan = Plan.loads(text) if text else None
-    result = validate(analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed)
+    result = validate(analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed, mode=mode)
     if plan is None:
         result.notes.append("the grown model carries no plan: its tensors were not compared, only its outputs")
+    elif plan.source:
+        own = provenance(analysis.model, {})
+        other = [part for part in ("graph", "weights") if plan.source.get(part) != own[part]]
+        if other:
+            result.notes.append(f"the plan was made from another source: its {' and '.join(other)} had other digests")
     return result

@@ -10,7 +10,6 @@ import fnmatch
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx import storage
 from hyperclone_onnx.analysis import analyse
-from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, NothingGrows, Refused
+from hyperclone_onnx.errors import BadModel, BadRequest, NothingGrows, Refused
 from hyperclone_onnx.expansion import Expansion, Notify, expand
 from hyperclone_onnx.sizing import name_dimensions
 
@@ -76,43 +75,27 @@ def expand_folder(
         CannotWrite, ModelsDiffer: see `expansion.expand`.
     """
     source, out = Path(folder).resolve(), Path(output)
-    _check_output(source, out)
-    files = _files(source, exclude)
-    models = [each for each in files if each.suffix == ".onnx"]
-    if not models:
-        raise BadModel(f"{folder}: no .onnx file in this folder")
-    result = FolderExpansion(str(folder), str(out))
-    asked = dict(requests or {})
-    roles = _roles(source, models, asked)
-    say = notify or (lambda _: None)
-    try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
-    except OSError as problem:
-        raise CannotWrite(f"{out}: cannot be written ({problem.strerror or problem})") from problem
-    try:
-        data = _grow_models(result, source, partial, models, factor, (asked, roles), say, options)
+    if out.resolve() == source or out.resolve().is_relative_to(source):
+        raise BadRequest(f"{out}: lies in the source folder; choose another output")
+    with storage.publication_folder(out) as partial:
+        files = _files(source, exclude)
+        models = [each for each in files if each.suffix == ".onnx"]
+        if not models:
+            raise BadModel(f"{folder}: no .onnx file in this folder")
+        result = FolderExpansion(str(folder), str(out))
+        asked = dict(requests or {})
+        roles = _roles(source, models, asked)
+        data = _grow_models(result, source, partial, models, factor, (asked, roles), notify or _quiet, options)
         check_fit(source, partial, models)
         for each in files:
             if each not in models and (source / each).resolve() not in data:
                 _copy(source / each, partial / each)
                 result.copied.append(str(each))
-        if out.is_dir():
-            out.rmdir()
-        os.replace(partial, out)
-    except OSError as problem:
-        raise CannotWrite(f"{out}: cannot be written ({problem.strerror or problem})") from problem
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return result
 
 
-def _check_output(source: Path, out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadRequest(f"{out}: exists already; name a folder to make")
-    if out.resolve() == source or out.resolve().is_relative_to(source):
-        raise BadRequest(f"{out}: lies in the source folder; choose another output")
-    if not out.absolute().parent.is_dir():
-        raise CannotWrite(f"{out}: its folder {out.absolute().parent} does not exist")
+def _quiet(_: str) -> None:
+    """Tell nobody."""
 
 
 def _files(source: Path, exclude: Sequence[str]) -> list[Path]:

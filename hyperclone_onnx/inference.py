@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx import known
 from hyperclone_onnx.dims import ONE, Dim, Product, Space, Term
-from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.errors import HypercloneError, Refused
 from hyperclone_onnx.known import Known
 from hyperclone_onnx.sizes import Size
 
@@ -259,7 +259,13 @@ class Op:
         return self.space.static(term)
 
     def dim(self, size: int | Size | None) -> Term:
-        """A new dimension; of unknown size for None."""
+        """A new dimension; of unknown size for None.
+
+        Raises:
+            CannotTell: there is no such size.
+        """
+        if size is not None and Size.of(size).static_or(0) < 0:
+            raise CannotTell(f"an axis of size {size}")
         return self.space.unknown() if size is None else self.space.dim(size)
 
     def pinned_dim(self, size: int | Size | None, reason: str) -> Term:
@@ -395,7 +401,7 @@ def declared_shape(value: ir.Value) -> list[Size | None] | None:
     sizes: list[Size | None] = []
     for dim in value.shape.dims:
         if isinstance(dim, int):
-            sizes.append(Size.of(dim))
+            sizes.append(Size.of(dim) if dim >= 0 else None)  # -1 is how some files say that they do not know
         else:
             sizes.append(parse_size(dim.value) if dim.value else None)
     return sizes
@@ -486,6 +492,12 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
         except CannotTell as problem:
             dimensions.space.place = problem.place or dimensions.space.place
             _pin_node(op, str(problem))
+        except HypercloneError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as problem:
+            # A rule may take for granted what its operator's specification asks for.
+            reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
+            raise Refused(f"{describe(node)} does not fit the specification of its operator ({reason})") from problem
         for value in node.outputs:
             if value not in dimensions.axes:
                 _declare_pinned(op, value, "an output no rule describes")

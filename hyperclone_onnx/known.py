@@ -29,7 +29,7 @@ LIMIT = 1024
 Element = Size | None
 
 
-def truncated(elements: Known) -> Known:
+def truncated(elements: Known) -> Known | None:
     """The elements of a conversion to integers: a fraction is rounded towards zero."""
     return _mapped(lambda item: None if item is None else UNARY["Floor"](item), elements)
 
@@ -196,19 +196,19 @@ UNARY: dict[str, Callable[[Size], Element]] = {
 }
 
 
-def unary(op_type: str, operand: Known) -> Known:
+def unary(op_type: str, operand: Known) -> Known | None:
     """The elements of a unary operator's output."""
     function = UNARY[op_type]
     return _mapped(lambda item: None if item is None else function(item), operand)
 
 
-def binary(op_type: str, left: Known, right: Known, integer: bool = True) -> Known:
+def binary(op_type: str, left: Known, right: Known, integer: bool = True) -> Known | None:
     """The elements of a broadcasting binary operator's output; division truncates only for integer types."""
     function = BINARY[op_type] if integer or op_type != "Div" else _quotient
     return _mapped(lambda a, b: None if a is None or b is None else function(a, b), left, right)
 
 
-def where(condition: Known, left: Known, right: Known) -> Known:
+def where(condition: Known, left: Known, right: Known) -> Known | None:
     """The elements of ``Where``: an unknown condition still tells when both sides agree."""
 
     def choose(test: Element, a: Element, b: Element) -> Element:
@@ -219,6 +219,31 @@ def where(condition: Known, left: Known, right: Known) -> Known:
     return _mapped(choose, condition, left, right)
 
 
-def _mapped(function: Callable[..., Element], *operands: Known) -> Known:
-    result = np.frompyfunc(function, len(operands), 1)(*operands)
+def span(first: int, last: int, step: int) -> tuple[int, Known | None]:
+    """The length of a range, and its elements as long as they are few enough to be followed."""
+    if step == 0:
+        raise ValueError("a step of 0")
+    values = range(first, last, step)
+    length = max(0, -(-(last - first) // step))  # len() ends at 2^63
+    return length, known(list(values)) if length <= LIMIT else None
+
+
+def _mapped(function: Callable[..., Element], *operands: Known) -> Known | None:
+    if math.prod(np.broadcast_shapes(*(each.shape for each in operands))) > LIMIT:
+        return None
+    result = np.frompyfunc(lambda *items: _bounded(function(*items)), len(operands), 1)(*operands)
     return known(result)
+
+
+MOST_TERMS, LONGEST, LARGEST = 64, 4096, 2**63 - 1
+"""The terms of a size, the letters of its symbols, and its coefficients: what is beyond is no length of an axis."""
+
+
+def _bounded(item: Element) -> Element:
+    """An element as long as it is one that a shape can have: no product of products grows without end."""
+    if not isinstance(item, Size):
+        return item
+    within = len(item.terms) <= MOST_TERMS and all(
+        len(m) <= MOST_TERMS and abs(c) <= LARGEST and sum(map(len, m)) <= LONGEST for m, c in item.terms
+    )
+    return item if within else None

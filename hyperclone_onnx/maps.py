@@ -6,6 +6,7 @@ over named dimensions (`Kept`, `Named`, `ProductOf`, `ConcatOf`); `index_axis` t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from hyperclone_onnx.errors import Refused
 
 Indices = npt.NDArray[np.int64]
 
@@ -161,9 +164,22 @@ def grown_size(axis: Axis, maps: Maps) -> int:
         case Named(name):
             return maps[name].grown
         case ProductOf(parts):
-            return int(np.prod([grown_size(part, maps) for part in parts], dtype=np.int64))
+            return math.prod(grown_size(part, maps) for part in parts)
         case ConcatOf(parts):
             return sum(grown_size(part, maps) for part in parts)
+
+
+def source_size(axis: Axis, maps: Maps) -> int:
+    """The length of an axis in the source model."""
+    match axis:
+        case Kept(size):
+            return size
+        case Named(name):
+            return maps[name].size
+        case ProductOf(parts):
+            return math.prod(source_size(part, maps) for part in parts)
+        case ConcatOf(parts):
+            return sum(source_size(part, maps) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -212,6 +228,16 @@ def index_axis(factors: Sequence[tuple[Axis, bool]], maps: Maps) -> AxisIndex:
     return total
 
 
+def join_axes(axes: Sequence[AxisIndex]) -> AxisIndex:
+    """Several axes as one, outermost first."""
+    if len(axes) == 1:
+        return axes[0]
+    total = _index_kept(1)
+    for axis in axes:
+        total = _times(total, axis)
+    return total
+
+
 def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
     """The source index of each index of an axis on the graph's interface, shape (grown,).
 
@@ -225,7 +251,13 @@ def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
     return np.tile(np.arange(index.source_size, dtype=np.int64), int(counts[0]))
 
 
+LONGEST = 2**31
+"""The longest axis of which indices are made; those of tensors that fit a file are far shorter."""
+
+
 def _index_kept(size: int) -> AxisIndex:
+    if size > LONGEST:
+        raise Refused(f"an axis of {size} elements is longer than those of any tensor that could be stored")
     source = np.arange(size, dtype=np.int64)
     zero, one = np.zeros(size, dtype=np.int64), np.ones(size, dtype=np.int64)
     return AxisIndex(size, size, source, source, zero, one, zero, one)

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from hyperclone_onnx.inference import is_initializer
+from hyperclone_onnx.onnx_inference import infer_types
 from hyperclone_onnx.reblock import reblock
 
 _MOVERS = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
@@ -26,7 +27,8 @@ def normalise(model: ir.Model) -> ir.Model:
         passes.LiftSubgraphInitializersToMainGraphPass(),
     )(model)
     reblock(model.graph)
-    ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.TopologicalSortPass())(model)
+    _drop_unused(model.graph)
+    passes.TopologicalSortPass()(model)
     _name_nodes(model.graph)
     _unshare_moved_weights(model.graph)
     _fill_types(model)
@@ -48,9 +50,18 @@ def _compute_stored_outputs(graph: ir.Graph) -> None:
         name, value.name = value.name, f"{value.name}.stored"
         node = ir.node("Identity", [value])
         result = node.outputs[0]
-        result.name, result.type, result.shape = name, value.type, value.shape
+        tensor = value.const_value if producer is None else _constant_tensor(producer)
+        # What the tensor is counts, not what the file declares.
+        kind = value.type if tensor is None else ir.TensorType(tensor.dtype)
+        shape = value.shape if tensor is None else ir.Shape(tensor.shape.numpy())
+        result.name, result.type, result.shape = name, kind, shape
         graph.append(node)
         graph.outputs[position] = result
+
+
+def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    value = node.attributes.get("value")
+    return None if value is None else value.as_tensor()
 
 
 def _name_nodes(graph: ir.Graph) -> None:
@@ -101,7 +112,28 @@ def _only_from_storage(node: ir.Node) -> bool:
     return value is not None
 
 
+def _drop_unused(graph: ir.Graph) -> None:
+    """Remove the nodes and the stored tensors that nothing reads.
+
+    Outputs of a node stay, read or not: ONNX Runtime's Attention takes a past only where it makes a present.
+    """
+    kept = {*graph.outputs, *graph.inputs}
+    for node in reversed(list(graph)):
+        if not any(output in kept or output.uses() for output in node.outputs):
+            graph.remove(node, safe=True)
+            continue
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                _drop_unused(attribute.as_graph())
+            elif attribute.type == ir.AttributeType.GRAPHS:
+                for body in attribute.as_graphs():
+                    _drop_unused(body)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in kept:
+            del graph.initializers[name]
+
+
 def _fill_types(model: ir.Model) -> None:
     """Let ONNX's own shape inference fill in element types (and shapes) that the file does not declare."""
     if any(value.dtype is None for node in model.graph for value in node.outputs):
-        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+        infer_types(model)

@@ -8,15 +8,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from hyperclone_onnx.analysis import Analysis, count_parameters
 from hyperclone_onnx.dims import Dim, Product, Space, Term
+from hyperclone_onnx.errors import printable
 from hyperclone_onnx.expansion import Expansion
 from hyperclone_onnx.folders import FolderExpansion
 from hyperclone_onnx.inference import Dimensions
 from hyperclone_onnx.sizing import NamedDim, explain
 from hyperclone_onnx.validation import DOUBLE_TOLERANCE, OutputReport, Validation
+
+
+class Table(RichTable):
+    """A table whose cells may hold a model's names, which must not steer a terminal."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of texts."""
+        super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 class TermWriter:
@@ -157,8 +166,12 @@ def print_expansion(console: Console, result: Expansion) -> None:
         console.print(f"{name} is stored once in the source, and separately here: {', '.join(copies)}", markup=False)
     ratio = result.parameters_after / max(result.parameters_before, 1)
     console.print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,} (x{ratio:.2f})")
+    if result.output is None:
+        took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+        console.print(f"planned, nothing written ({took})", markup=False)
+        return
     if result.validation is None:
-        console.print("not validated (--no-validate)")
+        console.print("not validated (--validate none)")
     else:
         print_validation(console, result.validation)
     took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
@@ -198,13 +211,17 @@ def print_folder(console: Console, result: FolderExpansion) -> None:
 
 def print_validation(console: Console, validation: Validation) -> None:
     """Print the errors, the tolerance and where it comes from, and the verdict."""
-    console.print(
-        f"validated on {validation.provider} with {len(validation.cases)} input sets: {'; '.join(validation.cases)}",
-        markup=False,
-        soft_wrap=True,
-    )
-    _print_outputs(console, validation.outputs, validation.tolerance)
-    console.print(f"tolerance {validation.tolerance:.1e} = {validation.tolerance_reason}", markup=False, soft_wrap=True)
+    console.print(f"validation: {validation.mode} ({validation.scope})", markup=False, soft_wrap=True)
+    if validation.cases:
+        console.print(
+            f"validated on {validation.provider} with {len(validation.cases)} input sets: "
+            f"{'; '.join(validation.cases)}",
+            markup=False,
+            soft_wrap=True,
+        )
+        _print_outputs(console, validation.outputs, validation.tolerance)
+        tolerance = f"tolerance {validation.tolerance:.1e} = {validation.tolerance_reason}"
+        console.print(tolerance, markup=False, soft_wrap=True)
     if validation.tensors is not None:
         tensors = validation.tensors
         console.print(
@@ -222,7 +239,8 @@ def print_validation(console: Console, validation: Validation) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     for problem in validation.problems:
         console.print(f"DIFFERS: {problem}", markup=False, soft_wrap=True)
-    console.print("equal" if validation.equal else "NOT EQUAL")
+    verdict = "equal" if validation.mode == "full" else "equal in what was compared"
+    console.print(verdict if validation.equal else "NOT EQUAL")
 
 
 def _print_outputs(console: Console, outputs: Sequence[OutputReport], tolerance: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.grown_tensor import GrownTensor
-from hyperclone_onnx.maps import index_axis, presented
+from hyperclone_onnx.maps import index_axis, presented, source_size
 from hyperclone_onnx.plan import (
     METADATA_KEY,
     DivideOutput,
@@ -41,6 +43,29 @@ def rewrite(source: ir.Model, plan: Plan, dtype: ir.DataType | None = None) -> i
     _Rewriter(source, model, plan, dtype).run()
     model.metadata_props[METADATA_KEY] = plan.dumps()
     return model
+
+
+def check_fits(plan: Plan, source: ir.Model) -> None:
+    """Whether a plan is for this (normalised) model: it has the tensors, of their sizes, and the nodes.
+
+    Raises:
+        BadRequest: it is for another model.
+    """
+    stored = source.graph.initializers
+    for recipe in plan.tensors.values():
+        tensor = stored[recipe.source].const_value if recipe.source in stored else None
+        if tensor is None:
+            raise BadRequest(f"the plan is for another model: this one has no tensor {recipe.source!r}")
+        if recipe.bits is not None:
+            continue
+        wanted = tuple(math.prod(source_size(factor, plan.maps) for factor in axis) for axis in recipe.axes)
+        if wanted != tuple(tensor.shape.numpy()):
+            shape = tuple(tensor.shape.numpy())
+            raise BadRequest(f"the plan is for another model: {recipe.source!r} has the shape {shape}, not {wanted}")
+    nodes = {node.name for node in source.graph.all_nodes()}
+    for each in (*plan.feeds, *plan.edits):
+        if each.node not in nodes:
+            raise BadRequest(f"the plan is for another model: this one has no node {each.node!r}")
 
 
 @dataclass(frozen=True)

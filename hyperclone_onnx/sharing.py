@@ -47,6 +47,8 @@ class Sharing:
         self.space = self.dimensions.space
         self.terms = GrownTerms(self.growth)
         self.tracer = Tracer(self.dimensions, self.terms)
+        self._by_use: dict[Use, list[Group]] = defaultdict(list)
+        self._carried_nodes: set[ir.Node] = set()
 
     def share_sums(self) -> None:
         """Decide, for each node that sums over a grown axis, who divides."""
@@ -55,7 +57,10 @@ class Sharing:
             carriers = self._weights_that_carry(group)
             if carriers is not None:
                 self.carried[group] = carriers
+                for use in carriers.marks:
+                    self._by_use[use].append(group)
         self._keep_ties()
+        self._carried_nodes = {group[0].node for group in self.carried}
         for carriers in self.carried.values():
             for use, scale in carriers.scales.items():
                 self._rescale(use, scale)
@@ -119,15 +124,16 @@ class Sharing:
                     continue
                 if len({self.marks_of(use) for use, _ in group}) > 1:
                     members = {use for use, _ in group}
-                    for each in [each for each, found in self.carried.items() if members & found.marks.keys()]:
+                    for each in {each for use in members for each in self._by_use[use] if each in self.carried}:
                         del self.carried[each]
                         changed = True
 
     def marks_of(self, use: Use) -> Marks:
         """The growing axes along which one use of a stored tensor shares it among the repeats."""
-        for found in self.carried.values():
-            if use in found.marks:
-                return frozenset(a for a in found.marks[use] if self.terms.grows(self.dimensions.use_axes[use][a]))
+        for group in self._by_use.get(use, ()):
+            if group in self.carried:
+                marks = self.carried[group].marks[use]
+                return frozenset(a for a in marks if self.terms.grows(self.dimensions.use_axes[use][a]))
         return frozenset()
 
     def _scale(self, each: Sum) -> None:
@@ -237,7 +243,7 @@ class Sharing:
         value = node.inputs[slot]
         producer = None if value is None else value.producer()
         while producer is not None and value is not None and len(value.uses()) == 1 and not value.is_graph_output():
-            if producer.domain or any(producer is sums[0].node for sums in self.carried):
+            if producer.domain or producer in self._carried_nodes:
                 return False
             if producer.op_type in LAYOUT:
                 value = producer.inputs[0]

@@ -138,6 +138,8 @@ class Size:
 
     def substituted(self, values: dict[str, Size]) -> Size:
         """This size with symbols replaced, until none of `values` occurs."""
+        if self.static is not None:
+            return self
         result = self
         while not values.keys().isdisjoint(result.symbols):
             total = Size.of(0)

@@ -323,7 +323,7 @@ def explain(dimensions: Dimensions, dim: Dim, longest: int = 6) -> str:
     if dim.pin is None:
         return "it is not pinned"
     space = dimensions.space
-    start = min(space.component(dim.uid))
+    start = space.first_related(dim.uid)
     chain = space.chain(start, dim.pin.origin)
     if len(chain) > longest:
         chain = [*chain[: longest // 2], f"... {len(chain) - longest} more ...", *chain[-longest // 2 :]]

@@ -1,13 +1,16 @@
 """Is every grown tensor right? Its repeats are added up, from the file, and compared with the source tensor.
 
-One weight that is off by a part in a thousand stands out here, however little it moves an output.
+One weight that is off by a part in a thousand stands out here, however little it moves an output. Both files are read
+block by block, by a few threads, and never held whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +18,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.grown_table import BLOCK, Table
 from hyperclone_onnx.grown_tensor import GrownTensor
-from hyperclone_onnx.maps import AxisIndex
 from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.runs import Run, runs_of
+from hyperclone_onnx.scratch import Scratch
+from hyperclone_onnx.shares import Columns
+from hyperclone_onnx.stored_rows import StoredRows
+from hyperclone_onnx.strategies import Strategy
+from hyperclone_onnx.streaming import CHUNK, Job, run
 
 Array = npt.NDArray[Any]
+Compare = Callable[[Scratch], "_Sums"]
 
 
 @dataclass
@@ -35,33 +45,106 @@ class TensorReport:
     wrong: list[str] = field(default_factory=list)
 
 
-def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan) -> TensorReport:
+@dataclass
+class _Sums:
+    """What comparing one block found."""
+
+    worst: float = 0.0
+    """The largest error of a sum of repeats."""
+    largest: float = 0.0
+    """The largest stored magnitude."""
+    error: float = 0.0
+    """The sum of squared errors."""
+    power: float = 0.0
+    """The sum of squared source weights."""
+
+
+@dataclass
+class _Checked:
+    """A tensor, how it is compared block by block, and what each block gave."""
+
+    name: str
+    bound: float
+    """How large an error rounding leaves, as a part of the largest stored magnitude."""
+    shared: bool
+    planned: bool
+    blocks: dict[int, _Sums] = field(default_factory=dict)
+
+    @property
+    def sums(self) -> _Sums:
+        """All blocks together, added up in their order."""
+        total = _Sums()
+        for _, each in sorted(self.blocks.items()):
+            total.worst, total.largest = max(total.worst, each.worst), max(total.largest, each.largest)
+            total.error, total.power = total.error + each.error, total.power + each.power
+        return total
+
+
+def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan, workers: int | None = None) -> TensorReport:
     """Add up the repeats of every grown tensor and compare with the source; other tensors must be unchanged.
 
     Raises:
-        BadModel: a tensor that the plan names is missing.
+        BadModel: a tensor that the plan names is missing, or a file cannot be read.
     """
-    report = TensorReport()
+    found: list[_Checked] = []
+    run(_jobs(source, grown, plan, found), workers)
+    return _report(found)
+
+
+def _report(found: list[_Checked]) -> TensorReport:
+    report = TensorReport(checked=len(found))
     squares: list[float] = []
+    for each in found:
+        sums = each.sums
+        bound = each.bound * sums.largest
+        if not each.planned:
+            if sums.worst:
+                report.wrong.append(f"{each.name}: it should be the source's own and differs")
+            continue
+        if each.shared:
+            squares.append(math.inf if math.isinf(sums.worst) else sums.error / sums.power if sums.power else 0.0)
+        excess = sums.worst / bound if bound else (math.inf if sums.worst else 0.0)
+        if excess > report.worst_error:
+            report.worst, report.worst_error = each.name, excess
+        if excess > 1.0:
+            report.wrong.append(
+                f"{each.name}: the repeats differ from the source by {sums.worst:.1e} (rounding: {bound:.1e})"
+            )
+    report.residue = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+    return report
+
+
+def _jobs(source: ir.Model, grown: ir.Model, plan: Plan, found: list[_Checked]) -> Iterator[Job]:
     for name, recipe in plan.tensors.items():
         made = GrownTensor(_stored(source, recipe.source), recipe, plan.maps, plan.strategy)
-        error, bound, relative = _tensor_error(made, _stored(grown, name))
-        report.checked += 1
+        stored = _stored(grown, name)
+        checked = _Checked(name, 0.0, made.is_shared, planned=True)
+        found.append(checked)
+        if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
+            checked.blocks[0] = _Sums(worst=math.inf)
+            continue
         if made.is_shared:
-            squares.append(relative**2)
-        excess = error / bound if bound else (math.inf if error else 0.0)
-        if not excess <= report.worst_error:
-            report.worst, report.worst_error = name, excess
-        if not excess <= 1.0:
-            report.wrong.append(f"{name}: the repeats differ from the source by {error:.1e} (rounding: {bound:.1e})")
-    report.residue = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+            table = _exact_table(made)
+            most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]
+            checked.bound = max(math.prod(most), 1) * _eps(made.dtype)
+            compared = _sums_of_repeats(table, stored, made.dtype)
+        else:
+            compared = _copies(made, stored)
+        yield from _numbered(checked, compared)
     for name, value in source.graph.initializers.items():
         if name in plan.tensors or name not in grown.graph.initializers or value.const_value is None:
             continue
-        report.checked += 1
-        if not _identical(value.const_value, _stored(grown, name)):
-            report.wrong.append(f"{name}: it should be the source's own and differs")
-    return report
+        checked = _Checked(name, 0.0, shared=False, planned=False)
+        found.append(checked)
+        yield from _numbered(checked, _identical(value.const_value, _stored(grown, name)))
+
+
+def _numbered(checked: _Checked, compared: Iterator[Compare]) -> Iterator[Job]:
+    def job(index: int, compare: Compare, scratch: Scratch) -> None:
+        checked.blocks[index] = compare(scratch)
+
+    for index, compare in enumerate(compared):
+        yield partial(job, index, compare)
 
 
 def _stored(model: ir.Model, name: str) -> ir.TensorProtocol:
@@ -71,94 +154,120 @@ def _stored(model: ir.Model, name: str) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _identical(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(_bytes(a), _bytes(b))
+def _eps(dtype: ir.DataType) -> float:
+    return 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
 
 
-def _bytes(tensor: ir.TensorProtocol) -> Array:
-    array = np.ascontiguousarray(tensor.numpy())
-    return array.reshape(-1).view(np.uint8)
+# -- tensors that no plan changes -------------------------------------------------------------------------
 
 
-def _tensor_error(made: GrownTensor, stored: ir.TensorProtocol) -> tuple[float, float, float]:
-    """(largest error of a sum of repeats, its rounding bound, rms error relative to the source's rms)."""
-    if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
-        return math.inf, 0.0, math.inf
-    array = stored.numpy()
-    if not made.dtype.is_floating_point():
-        return (0.0 if np.array_equal(array, made.stored()) else math.inf), 0.0, 0.0
-    eps = 2.0**-7 if made.dtype == ir.DataType.BFLOAT16 else float(np.finfo(made.dtype.numpy()).eps)
-    if not made.is_shared:
-        return _copy_error(made, array, eps)
-    worst, largest, total, power, count = 0.0, 0.0, 0.0, 0.0, 0
-    for got, want, peak in _collapsed(made, array):
-        error = np.abs(got - want)
-        worst, largest = max(worst, _largest(error)), max(largest, peak)
-        total, power, count = total + float((error**2).sum()), power + float((want**2).sum()), count + error.size
-    repeats = max(int(np.prod([axis.count.max() for axis in made.axes])), 1)
-    relative = math.sqrt(total / power) if power else 0.0
-    return worst, repeats * eps * largest, relative
+def _identical(one: ir.TensorProtocol, other: ir.TensorProtocol) -> Iterator[Compare]:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        yield lambda _: _Sums(worst=math.inf)
+    elif one.dtype == ir.DataType.STRING:
+        same = np.array_equal(one.numpy(), other.numpy())
+        yield lambda _: _Sums(worst=0.0 if same else math.inf)
+    else:
+        sides = [StoredRows(tensor, 1, tensor.nbytes) for tensor in (one, other)]
+        for start in range(0, one.nbytes, CHUNK):
+            yield partial(_same_bytes, sides, start, min(CHUNK, one.nbytes - start))
 
 
-def _largest(error: Array) -> float:
-    """The largest error; infinite where one is not a number."""
-    return float(np.nan_to_num(error, nan=math.inf).max()) if error.size else 0.0
+def _same_bytes(sides: list[StoredRows], start: int, count: int, scratch: Scratch) -> _Sums:
+    one, other = (side.read_bytes(start, count, scratch, f"side.{i}") for i, side in enumerate(sides))
+    return _Sums(worst=0.0 if np.array_equal(one, other) else math.inf)
 
 
-def _copy_error(made: GrownTensor, array: Array, eps: float) -> tuple[float, float, float]:
-    worst = 0.0
-    for rows in _rows(made):
-        want = np.asarray(made[rows], dtype=np.float64)
-        got = np.asarray(array[rows], dtype=np.float64)
-        same = (got == want) | (np.isnan(got) & np.isnan(want))
-        if not same.all():
-            worst = max(worst, float(np.nan_to_num(np.abs(got - want), nan=math.inf).max()))
-    return worst, 0.0, 0.0
+# -- copies -----------------------------------------------------------------------------------------------
 
 
-def _rows(made: GrownTensor) -> Iterator[tuple[slice, ...]]:
-    if not made.shape:
-        yield ()
-        return
-    step = max(1, (1 << 20) // max(1, math.prod(made.shape[1:])))
-    for start in range(0, made.shape[0], step):
-        yield (slice(start, start + step),)
+def _copies(made: GrownTensor, stored: ir.TensorProtocol) -> Iterator[Compare]:
+    """Every piece is made again and compared with what the file has in each of its places."""
+    file = StoredRows(stored, 1, stored.nbytes)
+    for piece in made.pieces():
+        yield partial(_same_piece, piece, file, made.dtype)
 
 
-def _collapsed(made: GrownTensor, array: Array) -> Iterator[tuple[Array, Array, float]]:
-    """(sum of repeats, source, largest stored magnitude), over blocks of the collapsed tensor's first axis."""
-    first = made.axes[0]
-    order = np.argsort(first.collapsed, kind="stable")
-    sorted_rows = first.collapsed[order]
-    source = made.source.numpy()
-    step = max(1, (1 << 20) // max(1, math.prod(made.shape[1:])))
-    for low in range(0, first.collapsed_size, step):
-        high = min(low + step, first.collapsed_size)
-        start, end = np.searchsorted(sorted_rows, [low, high])
-        rows = order[start:end]
-        block = np.asarray(array[rows], dtype=np.float64)
-        peak = float(np.abs(block).max()) if block.size else 0.0
-        total = np.zeros((high - low, *block.shape[1:]))
-        np.add.at(total, first.collapsed[rows] - low, block)
-        for axis, index in enumerate(made.axes[1:], 1):
-            total = _add_up(total, axis, index)
-        want = np.asarray(source[_sources(first)[low:high]], dtype=np.float64)
-        for axis, index in enumerate(made.axes[1:], 1):
-            want = np.take(want, _sources(index), axis=axis)
-        yield total, want * made.recipe.scale, peak
+def _same_piece(piece: Any, file: StoredRows, dtype: ir.DataType, scratch: Scratch) -> _Sums:
+    sums = _Sums()
+    for array, offsets in piece(scratch):
+        want = array.reshape(-1).view(np.uint8)
+        for offset in offsets:
+            got = file.read_bytes(offset, want.size, scratch, "got")
+            if not np.array_equal(got, want):
+                sums.worst = max(sums.worst, _difference(got, want, dtype))
+    return sums
 
 
-def _add_up(array: Array, axis: int, index: AxisIndex) -> Array:
-    if index.collapsed_size == index.grown:
-        return array
-    moved = np.moveaxis(array, axis, 0)
-    total = np.zeros((index.collapsed_size, *moved.shape[1:]))
-    np.add.at(total, index.collapsed, moved)
-    return np.moveaxis(total, 0, axis)
+def _difference(got: Array, want: Array, dtype: ir.DataType) -> float:
+    """The largest difference of two runs of bytes as numbers; infinite where they are no floats, or not finite."""
+    if not dtype.is_floating_point() or dtype.bitwidth < 8:
+        return math.inf
+    a, b = (np.frombuffer(each.tobytes(), dtype=dtype.numpy()).astype(np.float64) for each in (got, want))
+    differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+    return float(np.nan_to_num(np.abs(a - b)[differ], nan=math.inf, posinf=math.inf).max(initial=0.0))
 
 
-def _sources(index: AxisIndex) -> Array:
-    """The source index of each collapsed index."""
-    source = np.empty(index.collapsed_size, dtype=np.int64)
-    source[index.collapsed] = index.source
-    return source
+# -- shares -----------------------------------------------------------------------------------------------
+
+
+def _exact_table(made: GrownTensor) -> Table:
+    """The same tensor with its source's values in double precision."""
+    return Table(made.source, made.recipe, made.maps, Strategy("symmetric"), ir.DataType.DOUBLE)
+
+
+def _sums_of_repeats(table: Table, stored: ir.TensorProtocol, dtype: ir.DataType) -> Iterator[Compare]:
+    """One comparison for each block of rows of the collapsed tensor."""
+    columns = Columns(table.columns)
+    kind = np.dtype(dtype.numpy())
+    file = StoredRows(stored, table.rows.grown, columns.grown * kind.itemsize)
+    step = max(1, BLOCK // 2 // max(1, columns.size))
+    repeats: dict[int, list[Run]] = defaultdict(list)
+    for each in runs_of(table.rows):
+        for part in each.cut(step, each.collapsed):
+            repeats[part.collapsed // step].append(part)
+    for block, runs in sorted(repeats.items()):
+        yield partial(_add_up, table, columns, file, kind, block * step, runs)
+
+
+def _add_up(
+    table: Table, columns: Columns, file: StoredRows, kind: Any, low: int, runs: list[Run], scratch: Scratch
+) -> _Sums:
+    high = max(each.collapsed + each.length for each in runs)
+    shape = (high - low, columns.size)
+    total, want, error = (scratch.array(name, shape, np.float64) for name in ("total", "want", "error"))
+    total[...] = 0.0
+    largest = 0.0
+    known: set[tuple[int, int]] = set()
+    for each in runs:
+        got = file.read(each.start, each.length, scratch, "got").view(kind)
+        largest = max(largest, _peak(got))
+        rows = slice(each.collapsed - low, each.collapsed - low + each.length)
+        for part in columns.parts:
+            taken = part.taken.index
+            if part.taken.whole:
+                where = total[rows, int(taken[0]) : int(taken[-1]) + 1]
+                np.add(where, got[:, part.columns], out=where)
+            else:
+                total[rows, taken] += got[:, part.columns]
+        if (each.collapsed, each.length) not in known:
+            known.add((each.collapsed, each.length))
+            want[rows] = table.values(each, columns, scratch)
+    with np.errstate(invalid="ignore"):
+        np.subtract(total, want, out=error)
+    worst = max(float(error.max(initial=0.0)), -float(error.min(initial=0.0)))
+    if not math.isfinite(worst):
+        finite = np.isfinite(total) & np.isfinite(want)
+        same = (total == want) | (np.isnan(total) & np.isnan(want))
+        worst = math.inf if not (finite | same).all() else float(np.abs(error[finite]).max(initial=0.0))
+        error, want = error[finite], want[finite]
+    return _Sums(worst, largest, float(np.square(error, out=error).sum()), float(np.square(want, out=want).sum()))
+
+
+def _peak(stored: Array) -> float:
+    """The largest finite magnitude."""
+    peak = max(float(stored.max(initial=0)), -float(stored.min(initial=0)))
+    if math.isfinite(peak):
+        return peak
+    finite = stored[np.isfinite(stored)]
+    return max(float(finite.max(initial=0)), -float(finite.min(initial=0)))

@@ -4,6 +4,11 @@
 *Outputs*: both models run on random inputs in ONNX Runtime and every output is compared with the source's, repeated
 where it grew. Where the model itself computes coarsely (in float16, or on activations rounded to 8 bits), both are
 compared once more in float32 and without that rounding, so that nothing hides in it.
+
+*How much* of it is a mode. `full` is both. `algebraic` runs nothing: it checks the tensors, and that the grown graph is
+what the plan makes of the source's. That proves the weights and the file, in bounded memory; that the plan itself is
+right (that an edit is not missing from it, that the rules are) only a run shows. `auto` is full where both models fit
+in free memory, else algebraic and a run of the first layers (`first_blocks.py`).
 """
 
 from __future__ import annotations
@@ -14,16 +19,20 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx import feeds as inputs
+from hyperclone_onnx import writer
 from hyperclone_onnx.double import save_wide
-from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.first_blocks import Cut, cut_off, find_cut, repeated
+from hyperclone_onnx.graph_check import check_graph
 from hyperclone_onnx.inference import Dimensions
+from hyperclone_onnx.memory import free_memory
 from hyperclone_onnx.plan import Interface, Plan
 from hyperclone_onnx.sessions import Device, Runner
 from hyperclone_onnx.tensor_check import TensorReport, check_tensors
@@ -31,6 +40,14 @@ from hyperclone_onnx.unrounded import Unsupported, rounds, unrounded
 
 Array = npt.NDArray[Any]
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+Mode = Literal["auto", "full", "algebraic"]
+
+ALGEBRAIC = "the tensors, and that the graph is what the plan makes of the source's; nothing was run"
+"""What a validation that is only algebraic is of."""
+
+FEWEST = 1 << 30
+"""First layers may always take this many bytes of weights, however little memory is free."""
 
 SAFETY = 8.0
 """How many times the residue of the shared weights may show in an output."""
@@ -43,6 +60,8 @@ DOUBLE_TOLERANCE = 1e-12
 
 WIDEST = 4 << 30
 """Coarse models with more bytes of weights than this are not compared in float32 besides."""
+
+NOTHING_COMPARED = "nothing was compared"
 
 HALVES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
@@ -77,11 +96,18 @@ class Validation:
     double: list[OutputReport] | None = None
     double_by: str = ""
     notes: list[str] = field(default_factory=list)
+    mode: str = "full"
+    """What was done: "full", "algebraic", or "first layers": algebraic, and the first layers run."""
+    scope: str = ""
+    """Why that, and what it covers."""
+    graph: list[str] = field(default_factory=list)
+    """Where the grown graph is not what the plan makes of the source's."""
 
     @property
     def problems(self) -> list[str]:
         """What differs, a line each; empty when the models are equal."""
         found = [f"tensor {text}" for text in (self.tensors.wrong if self.tensors else [])]
+        found += [f"graph: {text}" for text in self.graph]
         steps = self.rounds and self.wide is not None
         found += _problems(self.outputs, math.inf if steps else self.tolerance, "")
         found += _problems(self.wide or [], self.wide_tolerance, " in float32")
@@ -116,6 +142,8 @@ def validate(
     *,
     device: Device = "auto",
     seed: int = 0,
+    mode: Mode = "auto",
+    workers: int | None = None,
 ) -> Validation:
     """Compare two model files.
 
@@ -128,12 +156,28 @@ def validate(
             tiled.
         device: where to run.
         seed: of the random inputs.
+        mode: how much is done.
+        workers: threads that compare tensors.
 
     Raises:
         Refused: the source runs on none of the inputs that could be made for it.
-        BadRequest: the device is not to be had.
+        BadRequest: the device is not to be had, or the mode is algebraic and there is no plan.
     """
-    tensors = check_tensors(dimensions.model, grown, plan) if plan is not None else None
+    if plan is None and mode == "algebraic":
+        raise BadRequest(f"{big} carries no plan, without which only outputs can be compared: --validate full")
+    tensors = check_tensors(dimensions.model, grown, plan, workers) if plan is not None else None
+    tolerance, reason = tolerance_of(dimensions, plan, tensors)
+    result = Validation("", [], [], tensors, tolerance, reason, rounds=rounds(dimensions.model))
+    fits, result.scope = _fits(dimensions.model, grown)
+    if plan is not None and (mode == "algebraic" or (mode == "auto" and not fits)):
+        result.mode, result.graph = "algebraic", check_graph(dimensions.model, grown, plan)
+        if mode == "algebraic":
+            result.scope = ALGEBRAIC
+        elif not result.problems:
+            _validate_first_layers(result, dimensions, grown, plan, Path(big).parent, device, seed)
+        return result
+    if mode == "full":
+        result.scope = "as asked"
     ran_on: list[str] = []
 
     def starter(path: str | os.PathLike[str]) -> Callable[[], Run]:
@@ -145,8 +189,6 @@ def validate(
         return start
 
     sides = _interfaces(dimensions, grown, plan)
-    tolerance, reason = tolerance_of(dimensions, plan, tensors)
-    result = Validation("", [], [], tensors, tolerance, reason, rounds=rounds(dimensions.model))
     narrow = _computed_type(dimensions) in HALVES
     try:
         result.outputs, result.cases = _compare_runs(dimensions, starter(small), starter(big), plan, sides, seed)
@@ -163,11 +205,62 @@ def validate(
     return result
 
 
+def _weights(model: ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def _fits(source: ir.Model, grown: ir.Model) -> tuple[bool, str]:
+    """Whether both models fit in free memory, and the figures."""
+    free, needed = free_memory(), _weights(source) + _weights(grown)
+    if free is None:
+        return True, f"{needed / 1e9:.1f} GB of weights; this system does not say how much memory is free"
+    fits = needed <= free
+    how = "fit" if fits else "do not fit"
+    return fits, f"both models {how} in free memory: {needed / 1e9:.1f} of {free / 1e9:.1f} GB"
+
+
+def _validate_first_layers(
+    result: Validation,
+    dimensions: Dimensions,
+    grown: ir.Model,
+    plan: Plan,
+    folder: Path,
+    device: Device,
+    seed: int,
+) -> None:
+    """Run both models up to a value in their first layers and compare it, as the outputs of whole models are."""
+    budget = max(FEWEST, (free_memory() or 0) // 2)
+    cut = find_cut(dimensions, grown, plan, budget)
+    if cut is None:
+        result.notes.append(f"no layer was run: its weights would take more than {budget / 1e9:.1f} GB")
+        return
+    every = len(dimensions.model.graph)
+    with tempfile.TemporaryDirectory(prefix=".first-layers.", dir=folder) as scratch:
+
+        def starter(model: ir.Model, name: str) -> Callable[[], Run]:
+            def start() -> Run:
+                writer.save(cut_off(model, cut.name), Path(scratch) / name, external=True)
+                runner = Runner(Path(scratch) / name, device)
+                result.provider = runner.provider
+                return runner.run
+
+            return start
+
+        starters = starter(dimensions.model, "source.onnx"), starter(grown, "grown.onnx")
+        sides = _interfaces(dimensions, grown, plan)
+        result.outputs, result.cases = _compare_runs(dimensions, *starters, plan, sides, seed, cut)
+    result.mode = "first layers"
+    result.scope += (
+        f". Compared: every tensor; that the graph is what the plan makes of the source's; and {cut.name!r}, "
+        f"which the first {cut.nodes} of {every} nodes make. The nodes behind it were not run"
+    )
+
+
 def _validate_wide(
     result: Validation, dimensions: Dimensions, grown: ir.Model, plan: Plan | None, device: Device, seed: int
 ) -> None:
     """Compare both models in float32 and without the rounding of activations."""
-    if sum(v.const_value.nbytes for v in grown.graph.initializers.values() if v.const_value is not None) > WIDEST:
+    if _weights(grown) > WIDEST:
         result.notes.append("too large to be compared in float32 besides")
         return
     try:
@@ -224,6 +317,7 @@ def _compare_runs(
     plan: Plan | None,
     sides: Sides,
     seed: int,
+    cut: Cut | None = None,
 ) -> tuple[list[OutputReport], list[str]]:
     """Run the source on some cases, then the target; never both in memory at once."""
     ran = _run_source(dimensions, start_source(), seed)
@@ -234,7 +328,10 @@ def _compare_runs(
     for case, expected in ran:
         fed = inputs.grown(case.feeds, sides[0], maps)
         fed = {name: _tile_to(array, sides[2].get(name)) for name, array in fed.items()}
-        wanted = inputs.grown(expected, sides[1], maps)
+        if cut is None:
+            wanted = inputs.grown(expected, sides[1], maps)
+        else:
+            wanted = {name: repeated(array, cut, maps) for name, array in expected.items()}
         try:
             got = target(fed)
         except RuntimeError as problem:
@@ -283,7 +380,7 @@ def _compare(report: OutputReport, want: Array, got: Array | None, logits: bool,
     error = np.abs(a[finite] - b[finite])
     if error.size == 0:
         if np.isnan(a).any():
-            report.problem = "nothing was compared: the source gives no number"
+            report.problem = f"{NOTHING_COMPARED}: the source gives no number"
         return
     largest = float(np.abs(a[finite]).max())
     report.max_absolute = max(report.max_absolute, float(error.max()))

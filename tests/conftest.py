@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Pytest puts only the folder of this file on the path; `models` lies beside it.
 sys.path.insert(0, str(ROOT))
 
+from hyperclone_onnx.signals import STOPPING  # noqa: E402
 from models import zoo_store  # noqa: E402
 
 Array = np.ndarray[Any, Any]
@@ -54,9 +55,10 @@ def cli() -> Iterator[Command]:
             raise result.exception
         return Outcome(result.exit_code, result.stdout, result.stderr)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in STOPPING}
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def command_line(*arguments: str | os.PathLike[str]) -> list[str]:

@@ -147,9 +147,9 @@ def _put(framework: str, array: Array) -> Any:
     if framework == "numpy":
         return array
     if framework == "torch":
-        from hyperclone_onnx.frameworks.torch import tensor_from
+        from hyperclone_onnx.frameworks.torch import as_torch
 
-        return tensor_from(ir.tensor(array))
+        return as_torch(array.copy())
     import jax
 
     return jax.numpy.asarray(array)

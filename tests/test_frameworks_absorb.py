@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
 pytest.importorskip("array_api_compat")
 torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
 
 from hyperclone_onnx.frameworks.absorb import absorb  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
@@ -25,15 +29,12 @@ Zoo = Callable[[str], Path]
 
 
 def write_safetensors(path: Path, tensors: dict[str, Any]) -> Path:
-    """A safetensors file of float32 tensors, as its specification says: a header's length, the header, the bytes."""
-    header, data = {}, b""
-    for name, tensor in tensors.items():
-        raw = np.ascontiguousarray(tensor, dtype="<f4").tobytes()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    safetensors.save_file({name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}, path)
     return path
+
+
+def stored(path: Path) -> dict[str, Any]:
+    return {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
 
 
 def trained(path: Path) -> Any:
@@ -54,7 +55,7 @@ def logits(path: Path, ids: Any) -> Any:
 def test_what_was_trained_is_what_onnx_runtime_runs(family: str, zoo: Zoo, tmp_path: Path, cli: Command) -> None:
     source = zoo(f"{family}.distinct")
     model = trained(source)
-    file = write_safetensors(tmp_path / "w.safetensors", {n: p.detach().numpy() for n, p in model.named_parameters()})
+    file = write_safetensors(tmp_path / "w.safetensors", {n: p.detach() for n, p in model.named_parameters()})
     done = cli("absorb", source, file, "-o", tmp_path / "trained.onnx")
     assert done.code == 0 and done.stdout.rstrip().endswith("0 kept, as PyTorch computes it")
     ids = torch.randint(0, 95, (2, 7))
@@ -75,35 +76,239 @@ def test_jax_params_and_part_of_the_weights(zoo: Zoo, tmp_path: Path) -> None:
     assert result.kept == ["val_451"] and "model.norm.weight" in result.replaced
 
 
-WRONG: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+# -- where weights come from ------------------------------------------------------------------------------------
+
+
+def as_safetensors(model: Any, folder: Path) -> Path:
+    return write_safetensors(folder / "weights.safetensors", model.state_dict())
+
+
+def as_shards(model: Any, folder: Path) -> Path:
+    """Two files and an index, as Hugging Face's libraries write them."""
+    state = model.state_dict()
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        write_safetensors(folder / file, {name: state[name] for name in state if files[name] == file})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def as_npz(model: Any, folder: Path) -> Path:
+    np.savez(folder / "weights.npz", **{name: each.numpy() for name, each in model.state_dict().items()})
+    return folder / "weights.npz"
+
+
+def as_dcp(model: Any, folder: Path) -> Path:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(model.state_dict(), checkpoint_id=folder / "dcp", no_dist=True)
+    return folder / "dcp"
+
+
+def as_dcp_of_a_trainer(model: Any, folder: Path) -> Path:
+    """The model under a level of its own, its optimizer and its progress beside it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.0, weight_decay=0.0)
+    ids = torch.zeros((1, 3), dtype=torch.int64)
+    model(ids, torch.ones_like(ids)).sum().backward()
+    optimizer.step()
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer), "step": 7}
+    dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True)
+    return folder / "dcp"
+
+
+def nested(model: Any) -> dict[str, Any]:
+    """The nested dict that JAX has."""
+    jax = pytest.importorskip("jax")
+    tree: dict[str, Any] = {}
+    for name, each in model.state_dict().items():
+        *folders, leaf = name.split(".")
+        level = tree
+        for part in folders:
+            level = level.setdefault(part, {})
+        level[leaf] = jax.numpy.asarray(each.numpy())
+    return tree
+
+
+def as_orbax(model: Any, folder: Path) -> Path:
+    ocp = pytest.importorskip("orbax.checkpoint")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "orbax", nested(model))
+    return folder / "orbax"
+
+
+def as_orbax_of_a_trainer(model: Any, folder: Path) -> Path:
+    ocp = pytest.importorskip("orbax.checkpoint")
+    optax = pytest.importorskip("optax")
+    params = nested(model)
+    with ocp.CheckpointManager(folder / "orbax") as manager:
+        state = {"params": params, "opt_state": optax.adamw(1e-3).init(params), "step": 7}
+        manager.save(7, args=ocp.args.PyTreeSave(state))
+    return folder / "orbax"
+
+
+FORMATS = [as_safetensors, as_shards, as_npz, as_dcp, as_dcp_of_a_trainer, as_orbax, as_orbax_of_a_trainer]
+
+
+@pytest.mark.parametrize("save", FORMATS, ids=lambda save: save.__name__)
+def test_every_kind_of_checkpoint(save: Callable[[Any, Path], Path], zoo: Zoo, tmp_path: Path, cli: Command) -> None:
+    source = zoo("llama.distinct")
+    model = trained(source)
+    path = save(model, tmp_path)
+    done = cli("absorb", source, path, "-o", tmp_path / "trained.onnx", "--no-validate", "--json")
+    assert done.code == 0, done.error
+    report = json.loads(done.stdout)
+    assert set(report["replaced"]) == set(model.initializers.values()) and not report["kept"] and not report["casts"]
+    written = stored(tmp_path / "trained.onnx")
+    for name, each in model.named_parameters():
+        assert np.array_equal(written[model.initializers[name]], each.detach().numpy()), name
+
+
+def test_bfloat16_weights_are_cast_and_it_is_said(zoo: Zoo, tmp_path: Path, cli: Command) -> None:
+    model = trained(zoo("llama.distinct"))
+    narrow = {name: each.bfloat16() for name, each in model.state_dict().items()}
+    file = write_safetensors(tmp_path / "w.safetensors", narrow)
+    done = cli("absorb", zoo("llama.distinct"), file, "-o", tmp_path / "trained.onnx")
+    assert done.code == 0 and f"{len(narrow)} cast bfloat16 -> float32" in done.stdout
+    ids = torch.randint(0, 95, (2, 7))
+    model.load_state_dict(narrow)
+    with torch.no_grad():
+        wanted = model(ids, torch.ones_like(ids)).numpy()
+    assert np.abs(logits(tmp_path / "trained.onnx", ids) - wanted).max() < 2e-6 * np.abs(wanted).max()
+
+
+def test_a_hugging_face_folder_is_read_by_its_own_mapping(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    new = np.full(48, 2.0, np.float32)
+    reader = types.ModuleType("hugging_face")
+    reader.read_trained = lambda folder: {"model.norm.weight": lambda: new}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hyperclone_onnx.frameworks.hugging_face", reader)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "hyperclone_onnx.json").write_text("{}")
+    done = cli("absorb", zoo("llama.distinct"), tmp_path / "hf", "-o", tmp_path / "t.onnx", "--no-validate", "--json")
+    assert done.code == 0 and json.loads(done.stdout)["replaced"] == ["model.norm.weight"]
+    assert np.array_equal(stored(tmp_path / "t.onnx")["model.norm.weight"], new)
+
+
+def test_names_that_wrappers_change(zoo: Zoo, tmp_path: Path) -> None:
+    state = trained(zoo("llama.distinct")).state_dict()
+    for prefix in ("module.", "_orig_mod.", "model.", "module._orig_mod."):
+        infix = "layers.0._checkpoint_wrapped_module."
+        wrapped = {prefix + name.replace("layers.0.", infix): each for name, each in state.items()}
+        assert not absorb(zoo("llama.distinct"), wrapped, tmp_path / "trained.onnx", check=False).kept
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("run",)
+
+
+def a_file(name: str, content: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+def of_shapes(shapes: dict[str, tuple[int, ...]], value: float = 1.0) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        arrays = {name: np.full(shape, value, np.float32) for name, shape in shapes.items()}
+        return write_safetensors(folder / "w.safetensors", arrays)
+
+    return make
+
+
+def cut(name: str, save: Callable[[Any, Path], Path], pattern: str) -> Callable[[Path], Path]:
+    """A checkpoint whose files have lost their ends."""
+
+    def make(folder: Path) -> Path:
+        layer = torch.nn.Module()
+        layer.register_parameter(name, torch.nn.Parameter(torch.ones(48, 101)))
+        path = save(layer, folder)
+        for file in path.rglob(pattern) if path.is_dir() else [path]:
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[:-40])
+        return path
+
+    return make
+
+
+def evil_dcp(folder: Path) -> Path:
+    (folder / "dcp").mkdir()
+    (folder / "dcp" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    return folder / "dcp"
+
+
+def another_model(folder: Path) -> Path:
+    layer = torch.nn.TransformerEncoderLayer(8, 2)
+    return write_safetensors(folder / "w.safetensors", layer.state_dict())
+
+
+def twice(folder: Path) -> Path:
+    arrays = {f"{level}.model.norm.weight": np.ones(48, np.float32) for level in ("ema", "live")}
+    return write_safetensors(folder / "w.safetensors", arrays)
+
+
+def steps(folder: Path) -> Path:
+    ocp = pytest.importorskip("orbax.checkpoint")
+    with ocp.CheckpointManager(folder / "orbax") as manager:
+        for step in (1, 2):
+            manager.save(step, args=ocp.args.PyTreeSave({"w": np.ones(3)}))
+    return folder / "orbax"
+
+
+HEAD = "val_451"
+WRONG: dict[str, tuple[Callable[[Path], Path], int, str]] = {
     "an unknown name": (
-        {"model.norm.wait": (48,)},
+        of_shapes({"model.norm.weight": (48,), "model.norm.wait": (48,)}),
+        2,
         "no floating tensor of this model; did you mean 'model.norm.weight'",
     ),
-    "another shape": ({"model.norm.weight": (47,)}, "has the shape (47,) in the weights, (48,) in the model"),
-    "none at all": ({}, "the weights hold no tensor of this model"),
+    "another shape": (
+        of_shapes({"model.norm.weight": (47,)}),
+        2,
+        "has the shape (47,) in the weights, (48,) in the model",
+    ),
+    "none at all": (of_shapes({}), 2, "holds no tensor of this model: it is empty"),
+    "another model": (another_model, 2, "holds no tensor of this model: 12 tensors, such as 'linear1.bias', where"),
+    "the model twice": (twice, 2, "holds the tensors of this model twice, under 'ema' and 'live': save one of them"),
+    "not finite": (of_shapes({"model.norm.weight": (48,)}, np.nan), 2, "holds values that are not finite as float"),
+    "no file": (lambda folder: folder / "w.safetensors", 4, "no such file or folder"),
+    "a pickle": (a_file("w.pt", pickle.dumps(Evil())), 2, "is not read; save the weights with safetensors.torch"),
+    "an empty folder": (lambda folder: [(folder / "d").mkdir(), folder / "d"][1], 2, "no checkpoint: it has neither"),  # type: ignore[return-value]
+    "nothing": (a_file("w.safetensors", b""), 4, "not a safetensors file, or truncated"),
+    "noise": (a_file("w.safetensors", b"\xff" * 40), 4, "not a safetensors file, or truncated"),
+    "noise for npz": (a_file("w.npz", b"PK" + b"\xff" * 40), 4, "not a readable .npz file"),
+    "a safetensors file cut off": (cut(HEAD, as_safetensors, ""), 4, "truncated, or its header is wrong"),
+    "an npz file cut off": (cut(HEAD, as_npz, ""), 4, "not a readable .npz file, or truncated"),
+    "a torch checkpoint cut off": (cut(HEAD, as_dcp, "*.distcp"), 4, f"'{HEAD}' cannot be read, or is truncated"),
+    "an Orbax checkpoint cut off": (cut(HEAD, as_orbax, "[0-9a-f]*[0-9a-f]"), 4, "not a readable Orbax checkpoint"),
+    "metadata that would run code": (evil_dcp, 4, "would call builtins.print, which no checkpoint needs: not read"),
+    "several steps": (steps, 2, "it holds the steps 1, 2: name one, such as"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_weights_that_do_not_fit_write_nothing(case: str, zoo: Zoo, tmp_path: Path, cli: Command) -> None:
-    shapes, message = WRONG[case]
-    file = write_safetensors(tmp_path / "w.safetensors", {name: np.ones(shape) for name, shape in shapes.items()})
-    done = cli("absorb", zoo("llama.distinct"), file, "-o", tmp_path / "trained.onnx")
-    assert done.code == 2 and message in done.error
-    assert names_in(tmp_path) == {"w.safetensors"}
+    make, code, message = WRONG[case]
+    given = make(tmp_path)
+    before = names_in(tmp_path)
+    done = cli("absorb", zoo("llama.distinct"), given, "-o", tmp_path / "trained.onnx", "--no-validate")
+    assert message in done.error and done.code == code
+    assert names_in(tmp_path) == before and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_truncated_file_writes_nothing(zoo: Zoo, tmp_path: Path, cli: Command) -> None:
-    file = write_safetensors(tmp_path / "w.safetensors", {"model.norm.weight": np.ones(48)})
-    for content in (file.read_bytes()[:-4], b"", b"\xff" * 40):
-        file.write_bytes(content)
-        done = cli("absorb", zoo("llama.distinct"), file, "-o", tmp_path / "trained.onnx")
-        assert done.code == 4 and "w.safetensors" in done.error
-        assert names_in(tmp_path) == {"w.safetensors"}
-
-
-def test_values_that_are_not_finite_write_nothing(zoo: Zoo, tmp_path: Path, cli: Command) -> None:
-    file = write_safetensors(tmp_path / "w.safetensors", {"model.norm.weight": np.full(48, np.nan)})
-    done = cli("absorb", zoo("llama.distinct"), file, "-o", tmp_path / "trained.onnx")
-    assert done.code == 2 and "not finite" in done.error and names_in(tmp_path) == {"w.safetensors"}
+def test_a_checkpoint_in_the_place_of_the_output_stays(zoo: Zoo, tmp_path: Path, cli: Command) -> None:
+    file = write_safetensors(tmp_path / "w.onnx", {"model.norm.weight": np.ones(48, np.float32)}).rename(
+        tmp_path / "w.safetensors"
+    )
+    before = file.read_bytes()
+    done = cli("absorb", zoo("llama.distinct"), file, "-o", file)
+    assert done.code == 2 and "would overwrite the source" in done.error and file.read_bytes() == before

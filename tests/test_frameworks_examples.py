@@ -1,11 +1,14 @@
-"""The examples run, learn alike in both frameworks, and ONNX Runtime computes what they trained."""
+"""The examples run, take up again, learn alike in every framework, and ONNX Runtime computes what they trained."""
 
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,28 +18,111 @@ from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
-for _needed in ("array_api_compat", "torch", "jax", "optax"):
+for _needed in ("array_api_compat", "torch", "jax", "optax", "orbax.checkpoint"):
     pytest.importorskip(_needed)
 
+Array = np.ndarray[Any, Any]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
-def losses(path: Path) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+
+def run(example: str, *arguments: str | Path | int) -> None:
+    start = TORCHRUN if example == "fsdp" else [sys.executable]
+    command = [*start, f"examples/train_{example}.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tensors replaced" in done.stdout
+
+
+def losses(path: Path) -> Array:
     with path.open(newline="", encoding="utf-8") as file:
         return np.array([float(row["loss"]) for row in csv.DictReader(file)])
 
 
-def test_fifty_steps_agree(tmp_path: Path) -> None:
+def logits(path: Path) -> Array:
+    feeds = {"input_ids": np.arange(32)[None] + 64, "attention_mask": np.ones((1, 32), np.int64)}
+    result: Array = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    return result
+
+
+def apart(one: Array, other: Array) -> float:
+    return float(np.abs(one - other).max() / np.abs(one).max())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps of the first example, not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("torch", "--output", folder, "--steps", 8, "--batch", 2, "--length", 24)
+    return folder
+
+
+@pytest.mark.parametrize("example", ["torch", "jax", "fsdp"])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(example: str, whole: Path, tmp_path: Path) -> None:
+    for steps in (5, 8):
+        resume = ["--resume"] if steps == 8 else []
+        run(example, "--output", tmp_path, "--steps", steps, "--batch", 2, "--length", 24, *resume)
+    found, wanted = (losses(folder / f"{name}_losses.csv") for folder, name in ((tmp_path, example), (whole, "torch")))
+    assert len(found) == 8 and np.abs(found - wanted).max() < 1e-4
+    assert apart(logits(whole / "torch_trained.onnx"), logits(tmp_path / f"{example}_trained.onnx")) < 1e-3
+    assert apart(logits(whole / "torch_trained.onnx"), logits(whole / "tiny_gpt_big.onnx")) > 1e-2
+    if find_spec("matplotlib") is not None:
+        assert (tmp_path / f"{example}_losses.png").stat().st_size > 5000
+
+
+FIFTY = ("--steps", 50, "--batch", 4, "--length", 48, "--rate", "1e-3")
+
+
+def test_fifty_steps_of_the_committed_model_agree(tmp_path: Path) -> None:
+    import torch
+
+    from hyperclone_onnx.frameworks.torch import load
+
     for framework in ("torch", "jax"):
-        command = [sys.executable, f"examples/train_{framework}.py", "--output", str(tmp_path)]
-        done = subprocess.run(
-            [*command, "--batch", "4", "--length", "48", "--rate", "1e-3"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        run(framework, "--output", tmp_path, *FIFTY)
     one, other = (losses(tmp_path / f"{framework}_losses.csv") for framework in ("torch", "jax"))
     assert len(one) == 50 and np.abs(one - other).max() < 1e-3
-    feeds = {"input_ids": np.arange(32)[None] + 64, "attention_mask": np.ones((1, 32), np.int64)}
-    before, *after = (
-        ort.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
-        for name in ("tiny_gpt_big.onnx", "torch_trained.onnx", "jax_trained.onnx")
-    )
-    assert np.abs(after[0] - after[1]).max() < 1e-2 * np.abs(after[0]).max()
-    assert np.abs(after[0] - before).max() > 1e-2 * np.abs(before).max()
+    model = load(tmp_path / "tiny_gpt_big.onnx")
+    model.load_state_dict(torch.load(tmp_path / "torch.pt", weights_only=True)["model"])
+    ids = torch.arange(32)[None] + 64
+    with torch.no_grad():
+        trained = model(ids, torch.ones_like(ids)).numpy()
+    after = logits(tmp_path / "torch_trained.onnx")
+    assert apart(trained, after) < 1e-5
+    assert apart(after, logits(tmp_path / "jax_trained.onnx")) < 1e-2
+    assert apart(after, logits(tmp_path / "tiny_gpt_big.onnx")) > 1e-2
+
+
+def test_fifty_steps_of_a_llama_agree_with_hugging_face(tmp_path: Path) -> None:
+    for needed in ("transformers", "accelerate", "safetensors"):
+        pytest.importorskip(needed)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run("hf_trainer", "--output", tmp_path, *FIFTY)
+    for framework in ("torch", "jax"):
+        run(framework, tmp_path / "hf_big.onnx", "--output", tmp_path / framework, *FIFTY)
+    curves = [losses(tmp_path / "hf_losses.csv")]
+    curves += [losses(tmp_path / name / f"{name}_losses.csv") for name in ("torch", "jax")]
+    assert [len(each) for each in curves] == [50, 50, 50]
+    for other in curves[1:]:
+        assert np.abs(curves[0] - other).max() < 1e-3
+    ids = torch.arange(32)[None] + 64
+    with torch.no_grad():
+        trained = AutoModelForCausalLM.from_pretrained(tmp_path / "hf_trained")(ids).logits.numpy()
+    after = logits(tmp_path / "hf_trained.onnx")
+    assert apart(trained, after) < 1e-5
+    assert apart(after, logits(tmp_path / "hf_big.onnx")) > 1e-2
+    for name in ("torch", "jax"):
+        assert apart(after, logits(tmp_path / name / f"{name}_trained.onnx")) < 1e-2
+
+
+def test_the_trainer_takes_up_again(tmp_path: Path) -> None:
+    for needed in ("transformers", "accelerate", "safetensors"):
+        pytest.importorskip(needed)
+    options = ("--batch", 2, "--length", 24, "--output", tmp_path)
+    run("hf_trainer", "--steps", 5, *options)
+    before = losses(tmp_path / "hf_losses.csv")
+    run("hf_trainer", "--steps", 8, *options, "--resume")
+    after = losses(tmp_path / "hf_losses.csv")
+    assert len(after) == 8 and np.abs(after[:5] - before).max() == 0

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from hyperclone_onnx import GrownTensor, Recipe, SourceMap, Strategy, grown_tensor
+from hyperclone_onnx import GrownTensor, Recipe, SourceMap, Strategy, grown_table
 from hyperclone_onnx.maps import Named
 from hyperclone_onnx.strategies import STRATEGIES
 
@@ -23,7 +23,7 @@ def grown(source: Any, strategy: Strategy, maps: dict[str, SourceMap], dtype: ir
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_blocks_and_slices_do_not_show(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of noise are cut where blocks of rows are not: any run of rows is the same run of the whole."""
-    monkeypatch.setattr(grown_tensor, "BLOCK", 16)
+    monkeypatch.setattr(grown_table, "BLOCK", 16)
     maps = {"a": SourceMap(5, index=(4, 0, 1, 1, 2, 3, 1, 4)), "b": SourceMap(3, repeat=2), "c": SourceMap(2, tile=3)}
     tensor = grown(np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32), Strategy(name), maps)
     whole = tensor.numpy()

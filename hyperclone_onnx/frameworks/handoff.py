@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from hyperclone_onnx.errors import BadRequest
+from hyperclone_onnx import storage
+from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.frameworks.blocks import with_blocks
 from hyperclone_onnx.frameworks.compiler import compile_program
 from hyperclone_onnx.frameworks.naming import paths
 from hyperclone_onnx.frameworks.preparation import prepare, prepare_model
 from hyperclone_onnx.frameworks.program import Program, Weight
 from hyperclone_onnx.frameworks.trainable import Reasons, overridden, structural_roles
+from hyperclone_onnx.normalise import normalise
+from hyperclone_onnx.plan import METADATA_KEY, Plan
+from hyperclone_onnx.rewrite import check_fits, rewrite
 
 PathLike = str | os.PathLike[str]
 
@@ -27,14 +32,33 @@ class Handoff:
     program: Program
     tensors: dict[str, ir.TensorProtocol]
     """By initializer."""
+    plan_text: str | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """How the model was grown, where it says so."""
+        return Plan.loads(self.plan_text) if self.plan_text else None
 
 
-def read(model: PathLike | ir.Model, *, freeze: Sequence[str] = (), train: Sequence[str] = ()) -> Handoff:
+def read(
+    model: PathLike | ir.Model,
+    *,
+    plan: Plan | PathLike | None = None,
+    freeze: Sequence[str] = (),
+    train: Sequence[str] = (),
+) -> Handoff:
     """Compile a model file, or a model in memory (which is changed).
+
+    With a plan, `model` is the small model that the plan is for, and what is compiled is the grown one; its tensors
+    are computed when they are asked for.
 
     Raises:
         BadModel, BadRequest, Refused: see `errors`.
     """
+    if plan is not None:
+        if isinstance(model, ir.Model):
+            raise BadRequest("a plan grows a model file, not a model in memory: rewrite it first")
+        model = _grown(model, plan)
     prepared = prepare_model(model) if isinstance(model, ir.Model) else prepare(model)
     structural = structural_roles(prepared, train)
     program = with_blocks(compile_program(prepared, structural, paths(prepared.graph.initializers)))
@@ -44,7 +68,20 @@ def read(model: PathLike | ir.Model, *, freeze: Sequence[str] = (), train: Seque
     tensors = {
         name: value.const_value for name, value in prepared.graph.initializers.items() if value.const_value is not None
     }
-    return Handoff(program, tensors)
+    return Handoff(program, tensors, prepared.metadata_props.get(METADATA_KEY))
+
+
+def _grown(model: PathLike, plan: Plan | PathLike) -> ir.Model:
+    """The grown model, of which nothing is computed yet."""
+    if not isinstance(plan, Plan):
+        path = Path(plan)
+        try:
+            plan = Plan.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as problem:
+            raise BadModel(f"{path}: not a readable plan ({problem})") from problem
+    source = normalise(storage.load(model))
+    check_fits(plan, source)
+    return rewrite(source, plan)
 
 
 def _with_role(weight: Weight, asked: Reasons) -> Weight:

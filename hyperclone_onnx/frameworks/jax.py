@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.blocks import block_paths
 from hyperclone_onnx.frameworks.handoff import PathLike, bind, read
-from hyperclone_onnx.frameworks.program import Program
+from hyperclone_onnx.frameworks.naming import nested
+from hyperclone_onnx.frameworks.program import Program, Weight
+from hyperclone_onnx.frameworks.slices import read_slice, read_whole
 from hyperclone_onnx.frameworks.source import compiled, function_source
+from hyperclone_onnx.plan import Plan
 
 try:
     import jax
@@ -21,8 +27,17 @@ except ImportError as problem:
 Params = dict[str, Any]
 
 
+Placement = Callable[[str, tuple[int, ...]], Any]
+"""Where a parameter lives: (its path, its shape) -> a `jax.sharding.Sharding`."""
+
+
 def load(
-    model: PathLike | Any, *, freeze: Sequence[str] = (), train: Sequence[str] = ()
+    model: PathLike | ir.Model,
+    *,
+    plan: Plan | PathLike | None = None,
+    shard: Placement | Any = None,
+    freeze: Sequence[str] = (),
+    train: Sequence[str] = (),
 ) -> tuple[Callable[..., Any], Params]:
     """A model file (or an onnx_ir model) as ``apply(params, *inputs, **inputs)`` and ``params``.
 
@@ -30,22 +45,58 @@ def load(
     trained is a constant of `apply`. `apply` is pure, takes the graph's inputs by position or by name, and returns the
     one output, or a dict of them.
 
+    Args:
+        model: the file.
+        plan: grow the model while it is loaded: `model` is then the small file, and each tensor is computed from it
+            where it is needed. A `Plan`, or the JSON file that ``expand --plan-out`` wrote.
+        shard: load each parameter in parts, no process more than its own: a `jax.sharding.Mesh`, over all of which the
+            longest axis that divides is sharded, or a function of a parameter's path and shape that gives its sharding.
+        freeze: globs of initializer names that are not to be trained.
+        train: globs of initializer names that are to be trained, whatever their place in the graph says.
+
     Raises:
-        BadModel: the file is not a readable, complete ONNX model.
-        BadRequest: a glob matches nothing.
+        BadModel: the file (or the plan) is not readable and complete.
+        BadRequest: a glob matches nothing, or the plan is for another model.
         Refused: an operator, or a form of one, is not covered.
     """
-    handoff = read(model, freeze=freeze, train=train)
-    params: Params = {}
-    constants: Params = {}
+    handoff = read(model, plan=plan, freeze=freeze, train=train)
+    place = _over(shard) if isinstance(shard, jax.sharding.Mesh) else shard
+    params: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
     for weight in handoff.program.weights:
-        array = jax.numpy.asarray(handoff.tensors[weight.initializer].numpy())
-        *folders, leaf = weight.path.split(".")
-        level = params if weight.role == "trainable" else constants
-        for name in folders:
-            level = level.setdefault(name, {})
-        level[leaf] = array
-    return _Apply(handoff.program, constants), params
+        tensor = handoff.tensors[weight.initializer]
+        kind = params if weight.role == "trainable" else constants
+        if place is None:
+            kind[weight.path] = jax.numpy.asarray(read_whole(tensor))
+        elif weight.role == "constant":  # every process has its own, and tracing makes it a literal
+            kind[weight.path] = read_whole(tensor)
+        else:
+            kind[weight.path] = _in_parts(tensor, place(weight.path, weight.shape), weight)
+    return _Apply(handoff.program, nested(constants)), nested(params)
+
+
+def _in_parts(tensor: ir.TensorProtocol, sharding: Any, weight: Weight) -> Any:
+    if weight.role == "frozen" and not sharding.is_fully_addressable:
+        raise BadRequest(
+            f"{weight.initializer!r} is frozen, and so a constant of apply, which no process holds whole: "
+            "train it and mask its updates instead (optax.masked)"
+        )
+
+    def part(index: tuple[slice, ...]) -> Any:
+        windows = tuple(slice(*each.indices(size)[:2]) for each, size in zip(index, weight.shape, strict=True))
+        return read_slice(tensor, windows)
+
+    return jax.make_array_from_callback(weight.shape, sharding, part)
+
+
+def _over(mesh: Any) -> Placement:
+    def place(_path: str, shape: tuple[int, ...]) -> Any:
+        fitting = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
+        longest = max(fitting, key=lambda axis: shape[axis], default=None)
+        spec = [mesh.axis_names if axis == longest else None for axis in range(len(shape))]
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return place
 
 
 class _Apply:

@@ -39,7 +39,7 @@ def weights(model: PathLike, *, freeze: Sequence[str] = (), train: Sequence[str]
 
 def print_weights(console: Any, rows: Sequence[dict[str, Any]]) -> None:
     """The rows as a table, and the counts of parameters."""
-    from rich.table import Table
+    from hyperclone_onnx.report import Table
 
     table = Table(box=None, pad_edge=False)
     for heading in ("role", "initializer", "shape", "why"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MODULE_ATTRIBUTES = frozenset(
     """
@@ -45,3 +48,19 @@ def _part(text: str) -> str:
     if part[0].isdigit() or part.startswith("_"):
         part = f"v{part}" if part.startswith("_") else f"v_{part}"
     return f"{part}_" if part in MODULE_ATTRIBUTES else part
+
+
+def nested(flat: Mapping[str, T]) -> dict[str, Any]:
+    """A nested dict from paths, the dots as levels.
+
+    >>> nested({"a.b": 1, "a.c": 2, "d": 3})
+    {'a': {'b': 1, 'c': 2}, 'd': 3}
+    """
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, leaf = path.split(".")
+        level = tree
+        for name in folders:
+            level = level.setdefault(name, {})
+        level[leaf] = value
+    return tree

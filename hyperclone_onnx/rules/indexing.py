@@ -7,7 +7,7 @@ import numpy as np
 from hyperclone_onnx.dims import Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
-from hyperclone_onnx.known import Known
+from hyperclone_onnx.known import LIMIT, Known
 from hyperclone_onnx.rules.registry import edits, relates
 
 
@@ -218,6 +218,8 @@ def _one_hot_known(op: Op, axis: int) -> Known | None:
     if elements is None or indices is None or depths is None or values is None:
         return None
     depth = depths[0]
+    if elements.size * depth > LIMIT:
+        return None
     where = np.asarray([i + depth if i < 0 else i for i in indices], dtype=np.int64).reshape(elements.shape)
     hot = np.expand_dims(where, axis) == np.arange(depth).reshape([-1] + [1] * (elements.ndim - axis))
     return np.asarray(values[hot.astype(np.int64)], dtype=object)

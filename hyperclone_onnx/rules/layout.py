@@ -224,6 +224,8 @@ def split(op: Op) -> None:
     if sizes is None and total is not None and not computed:
         chunk = -(-total // count)
         sizes = [min(chunk, total - chunk * i) for i in range(count)]
+    if sizes is not None and (len(sizes) != count or min(sizes) < 0 or total not in (None, sum(sizes))):
+        raise CannotTell("pieces that do not make up the axis")
     parts = op.space.segments(axes[axis], sizes) if sizes is not None and total is not None else None
     if parts is None:
         op.pin(axes[axis], "split where it cannot be cut")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hyperclone_onnx.dims import ONE, Concat, Term
 from hyperclone_onnx.inference import CannotTell, Fact, Op
-from hyperclone_onnx.known import known
+from hyperclone_onnx.known import span
 from hyperclone_onnx.rules.attention import MICROSOFT
 from hyperclone_onnx.rules.indexing import edit_gather_nd, gather_nd, index_by, trilu
 from hyperclone_onnx.rules.registry import edits, relates
@@ -56,8 +56,8 @@ def range_(op: Op) -> None:
     bounds = [op.ints(0), op.ints(1), op.ints(2) if op.has(2) else [1]]
     if all(bounds):
         first, last, step = (each[0] for each in bounds if each)
-        values = list(range(first, last, step)) if step else []
-        op.out([op.dim(len(values))], known(values))
+        count, values = span(first, last, step)
+        op.out([op.dim(count)], values)
         return
     declared = op.declared(op.node.outputs[0])
     op.out([op.dim(declared[0] if declared else None)])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Op
-from hyperclone_onnx.known import known
+from hyperclone_onnx.known import LIMIT, known
 from hyperclone_onnx.rules.layout import side_by_side
 from hyperclone_onnx.rules.registry import edits, pinned, relates
 
@@ -112,6 +112,8 @@ def split(op: Op) -> None:
     if total is None or sizes is None:
         raise CannotTell("pieces whose number is known only when running")
     if not op.has(1) or op.rank(1) == 0:
+        if total // max(sizes[0], 1) > LIMIT:
+            raise CannotTell("more pieces than are followed")
         sizes = [min(sizes[0], total - start) for start in range(0, total, max(sizes[0], 1))]
     parts = op.space.segments(axes[axis], sizes)
     if parts is None:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from hyperclone_onnx.dims import Product, Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import CannotTell, Op
-from hyperclone_onnx.known import known
+from hyperclone_onnx.known import known, span
 from hyperclone_onnx.rules.registry import edits, relates
 
 
@@ -58,8 +58,8 @@ def range_(op: Op) -> None:
     bounds = [op.ints(i) for i in range(3)]
     if all(each is not None for each in bounds):
         first, last, step = (each[0] for each in bounds if each is not None)
-        values = list(range(first, last, step)) if step else []
-        op.out([op.dim(len(values))], known(values))
+        count, values = span(first, last, step)
+        op.out([op.dim(count)], values)
         return
     ends = [elements.item() if (elements := op.known(i)) is not None else None for i in range(3)]
     start, limit, delta = ends

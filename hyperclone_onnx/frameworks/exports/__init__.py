@@ -1,0 +1,175 @@
+"""``handoff BIG --to TARGET -o DIR``: the weights of a grown model as a trainer's own checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadRequest
+from hyperclone_onnx.frameworks import MissingExtra
+from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, read
+from hyperclone_onnx.frameworks.manifest import Manifest, entries
+from hyperclone_onnx.frameworks.optimizer_state import Kind, write_optimizer
+from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.publication import publication_folder
+from hyperclone_onnx.safetensors_files import write_safetensors
+
+Target = Literal["pytorch", "jax", "safetensors", "hf"]
+TARGETS: tuple[Target, ...] = ("pytorch", "jax", "safetensors", "hf")
+
+CHECKPOINT = "checkpoint"
+"""The folder of a checkpoint that is one, within the folder of the handoff."""
+
+LARGEST_FILE = 5_000_000_000
+"""Bytes of weights in one safetensors file, unless told otherwise."""
+
+Notify = Callable[[str], None]
+Tensors = Mapping[str, ir.TensorProtocol]
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """What a handoff wrote."""
+
+    target: Target
+    folder: str
+    tensors: int
+    parameters: int
+    """Elements of all tensors, frozen ones too."""
+    optimizer: dict[str, Any] | None = None
+    validated_by: str | None = None
+    """The framework that ONNX Runtime was compared with, on what was written."""
+    hugging_face: dict[str, Any] = field(default_factory=dict)
+    """How the checkpoint's tensors were found in the model, and what changed in its configuration."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+
+def hand_over(
+    model: PathLike,
+    target: Target,
+    output: PathLike,
+    *,
+    like: PathLike | None = None,
+    source: PathLike | None = None,
+    optimizer: PathLike | None = None,
+    freeze: Sequence[str] = (),
+    train: Sequence[str] = (),
+    largest_file: int = LARGEST_FILE,
+    check: bool = True,
+    notify: Notify | None = None,
+) -> HandedOver:
+    """Write a model's weights into a folder, which appears only when all of it is right.
+
+    Args:
+        model: the (grown) ONNX file.
+        target: ``pytorch`` (torch.distributed.checkpoint), ``jax`` (Orbax), ``safetensors``, or ``hf`` (a Hugging Face
+            checkpoint).
+        output: the folder to make.
+        like: for ``hf``, the checkpoint that the small model was exported from.
+        source: the small ONNX file; only needed where tensors or names cannot be recovered from the grown one.
+        optimizer: the small model's AdamW state, to be grown beside the weights.
+        freeze: globs of initializer names that are not to be trained.
+        train: globs of initializer names that are to be trained.
+        largest_file: bytes of one safetensors file; more are spread over several, with an index.
+        check: whether to compare ONNX Runtime with the framework on what was written.
+        notify: told of each stage begun.
+
+    Raises:
+        BadModel, BadRequest, Refused, CannotWrite, ModelsDiffer: see `errors`.
+        MissingExtra: the target's extra is not installed.
+    """
+    if (target == "hf") != (like is not None):
+        raise BadRequest("--like names the checkpoint that --to hf grows: give both or neither")
+    say = notify or (lambda _: None)
+    with publication_folder(Path(output)) as folder:
+        if target == "hf":
+            assert like is not None
+            given = _given(freeze=freeze, train=train, optimizer=optimizer)
+            if given:
+                raise BadRequest(f"--to hf takes no {given}: a Hugging Face checkpoint holds all weights, and no more")
+            return _to_hugging_face(Path(model), Path(like), source, folder, output, say)
+        say("reading")
+        handoff = _compiled(model, freeze, train)
+        parameters = entries(handoff.program)
+        if not parameters:
+            raise BadRequest(f"{model}: it has no floating tensor that a trainer would hold")
+        tensors = {each.path: handoff.tensors[each.initializer] for each in parameters}
+        say("writing")
+        weights = _write(target, tensors, folder, largest_file)
+        state: dict[str, Any] | None = None
+        if optimizer is not None:
+            say("growing the optimizer's state")
+            written = write_optimizer(model, optimizer, folder, target, freeze=freeze, train=train, source=source)
+            state = {**asdict(written), "file": Path(written.file).name}
+        growth = None if handoff.plan is None else _growth(handoff.plan)
+        state_file = None if state is None else str(state["file"])
+        Manifest(Path(model).name, target, weights, state_file, growth, parameters).write(folder)
+        by = _checked(model, folder, say) if check else None
+    size = sum(math.prod(each.shape) for each in parameters)
+    return HandedOver(target, os.fspath(output), len(parameters), size, state, by)
+
+
+def _given(**options: Any) -> str:
+    return ", ".join(f"--{name}" for name, value in options.items() if value)
+
+
+def _compiled(model: PathLike, freeze: Sequence[str], train: Sequence[str]) -> Handoff:
+    try:
+        return read(model, freeze=freeze, train=train)
+    except ModuleNotFoundError as problem:
+        raise MissingExtra("torch", problem) from problem
+
+
+def _growth(plan: Plan) -> dict[str, Any]:
+    """How the model was grown; the recipes stay in the model."""
+    dims = {name: {"role": each.role, "from": each.map.size, "to": each.map.grown} for name, each in plan.dims.items()}
+    return {"strategy": plan.strategy.to_json(), "dims": dims}
+
+
+def _checked(model: PathLike, folder: Path, say: Notify) -> str:
+    """Compare what was written with the model, as ONNX Runtime runs it."""
+    from hyperclone_onnx.frameworks.checkpoints import read_weights
+    from hyperclone_onnx.frameworks.matching import match
+    from hyperclone_onnx.frameworks.parity import check_parity
+
+    say("validating")
+    paths = [each.path for each in Manifest.read(folder).tensors]
+    arrays = read_weights(folder)
+    found = match(arrays, {path: path for path in paths}, str(folder))
+    return check_parity(Path(model), {path: arrays[name] for name, path in found.items()})
+
+
+def _to_hugging_face(
+    model: Path, like: Path, source: PathLike | None, folder: Path, output: PathLike, say: Notify
+) -> HandedOver:
+    from hyperclone_onnx.frameworks.checkpoints import read_weights
+    from hyperclone_onnx.frameworks.hugging_face import grow_checkpoint
+
+    report = grow_checkpoint(model, like, folder, source=None if source is None else Path(source), notify=say)
+    written = read_weights(folder)
+    size = sum(math.prod(each.shape) for each in written.values())
+    return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json())
+
+
+def _write(target: Kind, tensors: Tensors, folder: Path, largest_file: int) -> str:
+    """Write the weights; what holds them, within the folder."""
+    if target == "pytorch":
+        from hyperclone_onnx.frameworks.exports.pytorch import write_checkpoint as write_distributed
+
+        write_distributed(tensors, folder / CHECKPOINT)
+        return CHECKPOINT
+    if target == "jax":
+        from hyperclone_onnx.frameworks.exports.jax import write_checkpoint as write_orbax
+
+        write_orbax(tensors, folder / CHECKPOINT)
+        return CHECKPOINT
+    return write_safetensors(tensors, folder, largest_file, metadata={"format": "pt"})[-1].name

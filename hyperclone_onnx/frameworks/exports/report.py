@@ -1,0 +1,69 @@
+"""What `handoff --to` prints: what was written, and the lines that go on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hyperclone_onnx.frameworks.exports import CHECKPOINT, HandedOver
+
+
+def print_handover(console: Any, model: Path, result: HandedOver) -> None:
+    """What was written, whether it was compared, and how to go on."""
+    console.print(f"{result.folder}: {result.tensors} tensors, {result.parameters:,} parameters")
+    if result.hugging_face:
+        _print_hugging_face(console, result.hugging_face)
+    elif result.validated_by:
+        console.print(f"validated: {result.validated_by} computes from it what ONNX Runtime computes from {model}")
+    else:
+        console.print("not validated")
+    if result.optimizer:
+        _print_optimizer(console, result.optimizer)
+    console.print("go on with")
+    for line in go_on(model, result):
+        console.print(f"    {line}")
+
+
+def _print_hugging_face(console: Any, report: dict[str, Any]) -> None:
+    for name, (before, after) in report["config"].items():
+        console.print(f"config.json: {name} {before} -> {after}")
+    for name, what in report["compensations"].items():
+        console.print(f"compensated: {name}: {what}")
+    for name, why in report["repeated"].items():
+        console.print(f"repeated: {name}: {why}")
+    for note in report["notes"]:
+        console.print(f"note: {note}")
+    errors = [f"{report['error_to_file']:.1e} from the ONNX file"]
+    if report["error_to_source"] is not None:
+        errors.insert(0, f"{report['error_to_source']:.1e} from the source checkpoint")
+    console.print(f"validated: relative errors {', '.join(errors)} (tolerance {report['tolerance']:.1e})")
+
+
+def _print_optimizer(console: Any, state: dict[str, Any]) -> None:
+    how = "exactly" if state["exact"] else f"{len(state['mean'])} of them as the mean over their repeats"
+    console.print(f"{state['file']}: moments of {state['tensors']} tensors after {state['steps']:g} steps, {how}")
+
+
+def go_on(model: Path, result: HandedOver) -> Iterator[str]:
+    """Python lines that load what was written."""
+    folder = Path(result.folder)
+    checkpoint = str(folder / CHECKPOINT)
+    if result.target == "hf":
+        yield "from transformers import AutoModelForCausalLM  # or the class that config.json names"
+        yield f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+        return
+    framework = "jax" if result.target == "jax" else "torch"
+    yield f"from hyperclone_onnx.frameworks.{framework} import load"
+    left = "apply, params" if framework == "jax" else "model"
+    yield f"{left} = load({str(model)!r})  # shard=mesh: each process its own part"
+    if result.target == "pytorch":
+        yield f"torch.distributed.checkpoint.load({{'model': model.state_dict()}}, checkpoint_id={checkpoint!r})"
+    elif result.target == "jax":
+        path = str((folder / CHECKPOINT).resolve())
+        yield f"params = orbax.checkpoint.StandardCheckpointer().restore({path!r}, params)"
+    else:
+        files = sorted(folder.glob("model*.safetensors"))
+        for file in files:
+            part = ", strict=False" if len(files) > 1 else ""
+            yield f"model.load_state_dict(safetensors.torch.load_file({str(file)!r}){part})"

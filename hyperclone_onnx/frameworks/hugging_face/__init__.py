@@ -1,0 +1,28 @@
+"""The handoff to Hugging Face: a grown checkpoint that transformers loads, and its trained weights back.
+
+`grow_checkpoint` needs the extra ``hf``; `read_trained` needs nothing but numpy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hyperclone_onnx.frameworks.hugging_face.reading import MANIFEST, read_trained
+
+if TYPE_CHECKING:
+    from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
+    from hyperclone_onnx.frameworks.hugging_face.report import Report
+
+__all__ = ["MANIFEST", "Report", "grow_checkpoint", "read_trained"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "grow_checkpoint":
+        from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
+
+        return grow_checkpoint
+    if name == "Report":
+        from hyperclone_onnx.frameworks.hugging_face.report import Report
+
+        return Report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

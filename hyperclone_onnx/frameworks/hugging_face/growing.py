@@ -1,0 +1,284 @@
+"""Grow a Hugging Face checkpoint by the plan that grew its ONNX file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, ModelsDiffer, Refused
+from hyperclone_onnx.frameworks.hugging_face import sources
+from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly, Chooser, Given, zero
+from hyperclone_onnx.frameworks.hugging_face.checking import (
+    Error,
+    Feeding,
+    FileRunner,
+    compare_with_source,
+    feeding,
+    outputs,
+)
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, load, read_checkpoint
+from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, written_config
+from hyperclone_onnx.frameworks.hugging_face.layout import LaidOut, Layout, squeezed
+from hyperclone_onnx.frameworks.hugging_face.matching import Matches, match
+from hyperclone_onnx.frameworks.hugging_face.measuring import DoesNotRun, Runs, effective, measured
+from hyperclone_onnx.frameworks.hugging_face.reading import MANIFEST, manifest
+from hyperclone_onnx.frameworks.hugging_face.report import Report
+from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
+from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown
+from hyperclone_onnx.safetensors_files import write_safetensors
+
+Array = npt.NDArray[Any]
+Notify = Callable[[str], None]
+
+LARGEST_FILE = 5_000_000_000
+"""Bytes of one safetensors file, as transformers' own limit has long been."""
+
+
+def grow_checkpoint(
+    big: Path, like: Path, folder: Path, *, source: Path | None = None, notify: Notify | None = None
+) -> Report:
+    """Write the checkpoint that is to `like` what the grown file is to its source.
+
+    Args:
+        big: the grown ONNX file, fresh or trained.
+        like: the checkpoint that the source was exported from.
+        folder: an empty folder to write into. Its contents are right only if this returns.
+        source: the ONNX file that `big` was grown from; needed where `big` has been trained.
+        notify: told of each stage begun.
+
+    Raises:
+        BadModel: a file cannot be read, or `like` is another model than the file's source.
+        BadRequest: the file carries no plan, or has been trained and no source is given.
+        Refused: the configuration cannot say the new sizes, or the model derives constants from them.
+        ModelsDiffer: the result does not compute what the source, or the file, computes.
+        CannotWrite: the folder cannot be written.
+        MissingExtra: transformers is not installed.
+    """
+    big, like, folder = Path(big), Path(like), Path(folder)
+    say = notify or (lambda _: None)
+    say("reading")
+    grown, checkpoint = read_grown(big), read_checkpoint(like)
+    given = Given.read(checkpoint)
+    say("matching")
+    stored, trained = _sources(grown, source)
+    matches = match(stored, given.floating, grown.order, grown.shared)
+    _check_matches(checkpoint, grown, stored, given, matches)
+    say("configuring")
+    chooser = Chooser(grown, given, matches)
+    search = Search(checkpoint, grown.plan, chooser.certain(), given.shapes)
+    changes = search.run()
+    say("measuring")
+    fed = feeding(big, given.model)
+    runs = Runs.of(given, fed, checkpoint, chooser.doubtful)
+    pruned = effective(checkpoint, search, changes, runs, given)
+    given.release()
+    last: Refused | None = None
+    for attempt in pruned:
+        assembly = chooser.assembled(search.shapes(attempt) or {})
+        try:
+            folded = measured(checkpoint, attempt, assembly, stored, runs, grown)
+        except Refused as problem:
+            last = problem if last is None or isinstance(last, DoesNotRun) else last
+            continue
+        break
+    else:
+        assert last is not None
+        raise last
+    say("writing")
+    report = Report(str(big), trained=trained)
+    try:
+        _write(folder, checkpoint, attempt, assembly, folded, report)
+    except OSError as problem:
+        raise CannotWrite(f"{folder}: cannot be written ({problem.strerror or problem})") from problem
+    say("validating")
+    _check(folder, checkpoint, fed, runs, assembly, report)
+    return report
+
+
+def _sources(grown: Grown, source: Path | None) -> tuple[dict[str, Source], bool]:
+    if source is None:
+        stored, torn = sources.added_up(grown)
+        if torn:
+            raise BadRequest(
+                f"{grown.path}: has been trained (the repeats of {torn[0]!r} differ): "
+                "name the ONNX file that it was grown from with --source"
+            )
+        return stored, False
+    stored = sources.from_file(grown, source)
+    trained = any(
+        not np.array_equal(grown.remade(name, each.array), grown.tensors[name].numpy(), equal_nan=True)
+        for name, each in stored.items()
+        if each.array.size > 1
+    )
+    return stored, trained
+
+
+def _check_matches(
+    checkpoint: Checkpoint, grown: Grown, stored: Mapping[str, Source], given: Given, matches: Matches
+) -> None:
+    """Raise where a tensor of the checkpoint looks like an initializer that it should be, and is not.
+
+    Raises:
+        BadModel: the checkpoint is not what the file was exported from.
+    """
+    hint = f"{checkpoint.folder} is not the checkpoint that {grown.path} comes from"
+    weights = [name for name, array in given.floating.items() if array.ndim > 1]
+    if not any(name in matches.layouts for name in weights):
+        raise BadModel(f"{hint}: none of its {len(weights)} matrices is in the file (if it was trained: --source)")
+    for name, array in given.floating.items():
+        if name in matches.layouts:
+            continue
+        shape = sorted(sources.squeezed_shape(array))
+        for initializer in matches.unused:
+            theirs = stored[initializer].array
+            if array.size > 1 and sorted(sources.squeezed_shape(theirs)) == shape:
+                counts = (_differing(theirs, array), array.size)
+                raise BadModel(
+                    f"{hint}: {counts[0]} of the {counts[1]} elements of {name} differ from {initializer!r} "
+                    "(another checkpoint, or the exporter merged other tensors into it)"
+                )
+
+
+def _differing(theirs: Array, ours: Array) -> int:
+    a, b = squeezed(theirs), squeezed(ours)
+    counts = [int((each != b).sum()) for each in (a, a.T) if each.shape == b.shape]
+    return min(counts, default=b.size)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------
+
+
+def _write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    changes: Sequence[Change],
+    assembly: Assembly,
+    folded: Mapping[str, Compensation],
+    report: Report,
+) -> None:
+    grown, given = assembly.grown, assembly.given
+    types = Counter(
+        grown.tensors[piece.initializer].dtype.numpy() for each in assembly.layouts.values() for piece in each.pieces
+    )
+    main = types.most_common(1)[0][0]
+    entries: dict[str, Any] = {}
+    layouts: dict[str, Layout] = {}
+    for name in given.names:
+        fold = folded.get(name, Compensation(1.0))
+        if name in assembly.layouts:
+            layout = assembly.layouts[name]
+            layout = layout.scaled(fold.factor, fold.offset) if name in folded else layout
+            layouts[name] = layout
+            kind = grown.tensors[layout.pieces[0].initializer].dtype.numpy()
+            entries[name] = LaidOut(layout, lambda each: grown.tensors[each].numpy(), grown.axis, kind)
+            report.matched[name] = layout.described()
+            if all(grown.recipe(piece.initializer) is None for piece in layout.pieces):
+                report.unchanged[name] = "no axis of it grows"
+        elif name in assembly.repeated:
+            each = assembly.repeated[name]
+            made = each.made(fold.factor, fold.offset)
+            entries[name] = made.astype(main)
+            if each.grows:
+                report.repeated[name] = f"{list(each.array.shape)} -> {list(made.shape)}"
+            else:
+                report.unchanged[name] = "it is not in the file, and keeps its size"
+        else:
+            array = given.others[name]
+            entries[name] = array
+            report.unchanged[name] = "whole numbers"
+        if name in folded:
+            plus = f" of it plus {fold.offset:g}" if fold.offset else ""
+            report.compensations[name] = f"times {fold.factor:.8g}{plus}"
+    files = write_safetensors(entries, folder, LARGEST_FILE, metadata={"format": "pt"})
+    report.weights = [each.name for each in files]
+    fields = written_config(checkpoint, changes)
+    report.config = {each.name: (each.before, each.after) for each in changes}
+    for key in ("dtype", "torch_dtype"):
+        if key in fields and fields[key] != main.name:
+            report.config[key] = (fields[key], main.name)
+            fields[key] = main.name
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    report.copied = checkpoint.copy_files(folder)
+    also = {}
+    for initializer, (name, layout) in assembly.also.items():
+        fold = folded.get(name, Compensation(1.0))
+        also[initializer] = name, layout.scaled(fold.factor, fold.offset) if name in folded else layout
+    elsewhere = {name: np.asarray(entries[name]) for name in assembly.repeated}
+    text = json.dumps(manifest(grown, layouts, also, elsewhere), separators=(",", ":"))
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    _note_sizes(folder, report)
+
+
+def _note_sizes(folder: Path, report: Report) -> None:
+    """Files beside the model may speak of its sizes too (a pooling layer's width): say so."""
+    changed = {before: after for before, after in report.config.values() if isinstance(before, int)}
+    for name in report.copied:
+        path = folder / name
+        if path.suffix != ".json" or path.stat().st_size > 1 << 16:
+            continue
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        for key, value in data.items() if isinstance(data, dict) else ():
+            if type(value) is int and value in changed and "dim" in key:
+                report.notes.append(
+                    f"{name} is copied as it is: its {key} is {value}, {changed[value]} in the grown model"
+                )
+
+
+# -- checking ---------------------------------------------------------------------------------------------------
+
+
+def _check(folder: Path, checkpoint: Checkpoint, fed: Feeding, runs: Runs, assembly: Assembly, report: Report) -> None:
+    """Load what was written and compare it.
+
+    Raises:
+        ModelsDiffer: it does not compute what the source, or the file, computes.
+    """
+    loaded = load(folder, checkpoint.model_class)
+    extra = loaded.missing - assembly.given.loaded.missing
+    if extra:
+        raise ModelsDiffer(f"the grown checkpoint lacks {sorted(extra)[0]}")
+    for name in loaded.missing:
+        zero(loaded.model, name)
+    model = loaded.model.float()
+    report.tolerance, report.tolerance_reason = fed.tolerance
+    file = FileRunner(assembly.grown.path, assembly.grown.plan)
+    to_source: list[Error] = []
+    to_file: list[Error] = []
+    for case, want in runs.outputs:
+        got = outputs(model, case)
+        if not report.trained:
+            to_source += compare_with_source(got, want, assembly.orders)
+        try:
+            to_file += file.compare(case, got)
+        except RuntimeError:
+            continue
+        report.cases.append(case.label)
+    if not to_file:
+        raise Refused(f"{assembly.grown.path}: ONNX Runtime runs it on none of the inputs made for it")
+    if to_source:
+        worst = Error.worst(to_source)
+        report.error_to_source = worst.relative
+        _demand(worst, report, "its source's")
+    worst = Error.worst(to_file)
+    report.error_to_file = worst.relative
+    _demand(worst, report, "the file's in ONNX Runtime")
+
+
+def _demand(worst: Error, report: Report, whose: str) -> None:
+    if not worst.relative <= report.tolerance:
+        shown = (
+            "its shape"
+            if math.isinf(worst.relative)
+            else f"relative error {worst.relative:.1e} > {report.tolerance:.1e}"
+        )
+        raise ModelsDiffer(f"the grown checkpoint's output {worst.name} differs from {whose}: {shown}")

@@ -1,0 +1,436 @@
+"""Constants that a model derives from its sizes, and where to put what they change.
+
+In a grown model every activation should be the source's, repeated. A model built from a grown configuration computes
+constants of its own from the sizes (an embedding multiplied by sqrt(hidden), scores divided by sqrt(head size), logits
+by the width), and has no place for a scalar that the grown graph has between two operators. So some of its activations
+are the source's repeated *and scaled*. Which, and by how much, is measured: both models run, operator by operator.
+
+Each stored tensor may be multiplied by a factor e^x. The logarithm of an activation's scale is then linear in the x: a
+product adds, a sum needs equal scales, and whatever is not homogeneous (a softmax, a norm with its epsilon) needs the
+scale one. These equations are solved; where they have no solution, or an activation is no scaled repetition at all
+(rotary frequencies of a grown head), the operator where that happens is named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.frameworks.hugging_face.equations import NEAR, Equation, solve
+from hyperclone_onnx.frameworks.hugging_face.recording import (
+    HUGE,
+    TRANSPARENT,
+    Recorder,
+    Signature,
+    Step,
+    operator_name,
+    run_model,
+    signature,
+    tensors_of,
+)
+
+SAME = frozenset(
+    """view _unsafe_view reshape permute t transpose expand slice select clone contiguous _to_copy alias detach squeeze
+    unsqueeze repeat flip roll unfold as_strided split split_with_sizes unbind chunk index index_select gather embedding
+    diagonal lift_fresh lift_fresh_copy neg mean sum cumsum constant_pad_nd tril triu avg_pool2d avg_pool1d
+    adaptive_avg_pool2d _adaptive_avg_pool2d max_pool2d max_pool2d_with_indices abs relu leaky_relu amax amin
+    upsample_nearest2d view_as movedim pixel_shuffle im2col repeat_interleave narrow take_along_dim resolve_conj
+    _reshape_alias to positive fill_diagonal dropout native_dropout unsafe_split pad swapaxes""".split()
+)
+"""Operators whose result scales as their first floating operand does."""
+
+PRODUCTS = frozenset("mul mm bmm matmul dot mv linear convolution outer einsum _convolution".split())
+EQUAL = frozenset(
+    """add sub cat stack where maximum minimum index_put scatter scatter_add index_add index_copy slice_scatter
+    select_scatter copy lerp rsub""".split()
+)
+POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "square": 2.0, "linalg_vector_norm": 1.0, "norm": 1.0}
+
+
+@dataclass
+class Value:
+    """A tensor: ``scale = exp(sum of coefficients * x + constant)`` once the factors e^x are in the stored tensors."""
+
+    coefficients: dict[str, float] = field(default_factory=dict)
+    constant: float = 0.0
+    ran: float = 0.0
+    """The logarithm of its scale as it ran, with earlier scales set right."""
+    active: bool = False
+    """Whether it depends on the model's inputs."""
+    stored: bool = False
+    """Whether it is made of parameters alone."""
+    zero: bool = False
+    leaf: str | None = None
+    """The parameter that it is, as stored or seen otherwise."""
+    broken: str | None = None
+    """The operator that first made what is no scaled repetition."""
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """A stored tensor becomes ``(tensor + offset) * factor - offset``."""
+
+    factor: float
+    offset: float = 0.0
+
+
+def compensations(
+    model: Any,
+    feeds: dict[str, Any],
+    source: Sequence[Step],
+    names: Mapping[int, str],
+    ratios: Iterable[int],
+    known: Mapping[str, float],
+) -> dict[str, Compensation]:
+    """What must be folded into a grown model's stored tensors for it to compute what its source computes.
+
+    Args:
+        model: the grown model in float32, its tensors as they were grown from the source.
+        feeds: its inputs, as the source was given them.
+        source: the source's recording.
+        names: the stored tensor that each parameter or buffer is, by id.
+        ratios: by how many the dimensions grow, to recognise their roots.
+        known: the scales of stored tensors that are zero, where none can be measured.
+
+    Raises:
+        Refused: no factors of stored tensors do it; the operator is named.
+    """
+    walk = _Walk(model, source, names, _Grid(ratios), known)
+    walk.run(feeds)
+    sizes = {names[id(each)]: each.numel() for each in (*model.parameters(), *model.buffers()) if id(each) in names}
+    for name, offsets in walk.offsets.items():
+        if len(offsets) > 1:
+            walk.equations.append(Equation({name: 1.0}, 0.0, f"{name}, which is read in two ways"))
+    solved = solve(walk.equations, sizes)
+    return {
+        name: Compensation(math.exp(x), next(iter(walk.offsets.get(name, {0.0}))))
+        for name, x in solved.items()
+        if abs(x) > 1e-9
+    }
+
+
+class _Grid:
+    """Scales are mostly products of square roots of the factors of growth."""
+
+    def __init__(self, ratios: Iterable[int]) -> None:
+        logs = [0.0]
+        for ratio in sorted({each for each in ratios if each > 1}):
+            logs = [log + k * 0.5 * math.log(ratio) for log in logs for k in range(-6, 7)]
+        self.logs = np.unique(np.asarray(logs))
+
+    def __call__(self, log: float) -> float:
+        nearest = float(self.logs[np.abs(self.logs - log).argmin()])
+        return nearest if abs(nearest - log) < NEAR else log
+
+
+class _Walk:
+    def __init__(
+        self,
+        model: Any,
+        source: Sequence[Step],
+        names: Mapping[int, str],
+        grid: _Grid,
+        known: Mapping[str, float],
+    ) -> None:
+        self.known = known
+        self.model = model
+        self.source = source
+        self.names = dict(names)
+        self.grid = grid
+        self.values: dict[int, Value] = {}
+        self.alive: list[Any] = []
+        self.equations: list[Equation] = []
+        self.offsets: dict[str, set[float]] = {}
+        self.inputs: set[int] = set()
+        self.where: list[str] = []
+        self.labels = {id(each): name for name, each in model.named_buffers()}
+        self.count = 0
+        self.aligned: dict[int, int] | None = None
+
+    def run(self, feeds: dict[str, Any]) -> None:
+        self.inputs = {id(each) for each in feeds.values()}
+        hooks = self._hooks()
+        try:
+            self._align(feeds)
+            with Recorder(self._handle):
+                result = run_model(self.model, feeds)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        outputs = result.items() if hasattr(result, "items") else enumerate(result)
+        for name, tensor in outputs:
+            value = self.values.get(id(tensor))
+            if value is not None and tensor.is_floating_point():
+                if value.broken is not None:
+                    raise Refused(value.broken)
+                self._demand(value, f"the output {name}")
+
+    def _hooks(self) -> list[Any]:
+        def enter(name: str) -> Any:
+            return lambda *_: self.where.append(name)
+
+        def leave(*_: Any) -> None:
+            self.where.pop()
+
+        found = []
+        for name, module in self.model.named_modules():
+            found.append(module.register_forward_pre_hook(enter(name or type(module).__name__)))
+            found.append(module.register_forward_hook(leave))
+        return found
+
+    def _align(self, feeds: dict[str, Any]) -> None:
+        """Which of the source's steps each step is, where the two do not run the same operators."""
+        names: list[str] = []
+
+        def handler(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+            if operator_name(func) not in TRANSPARENT:
+                names.append(operator_name(func))
+            return func(*args, **kwargs)
+
+        with Recorder(handler):
+            run_model(self.model, feeds)
+        theirs = [step.name for step in self.source]
+        if names == theirs:
+            return
+        matcher = difflib.SequenceMatcher(None, theirs, names, autojunk=False)
+        self.aligned = {b + i: a + i for a, b, size in matcher.get_matching_blocks() for i in range(size)}
+
+    def _step(self) -> Step | None:
+        number = self.count if self.aligned is None else self.aligned.get(self.count)
+        return None if number is None else self.source[number]
+
+    # -- one operator -------------------------------------------------------------------------------------------
+
+    def _handle(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        name = operator_name(func)
+        if name in TRANSPARENT:
+            result = func(*args, **kwargs)
+            self.alive.append(result)
+            if id(args[0]) in self.values:
+                self.values[id(result)] = self.values[id(args[0])]
+            elif id(args[0]) in self.names:
+                self.names[id(result)] = self.names[id(args[0])]
+            return result
+        step = self._step()
+        step = step if step is not None and step.name == name else None
+        self.count += 1
+        tensors = tensors_of(args, kwargs)
+        values = [self._value(tensor, step, position) for position, tensor in enumerate(tensors)]
+        floating = [(t, v) for t, v in zip(tensors, values, strict=True) if t.is_floating_point()]
+        bare = name.rstrip("_") if not name.startswith("_") else name
+        out, factors = self._rule(bare, args, floating, name)
+        if factors:
+            args, kwargs = _scaled(args, factors), kwargs
+        result = func(*args, **kwargs)
+        self._made(result, out, values, step, name, tensors)
+        return result
+
+    def _value(self, tensor: Any, step: Step | None, position: int) -> Value:
+        value = self.values.get(id(tensor))
+        if value is not None:
+            return value
+        leaf = self.names.get(id(tensor))
+        value = Value(active=id(tensor) in self.inputs, stored=leaf is not None, leaf=leaf)
+        if leaf is not None:
+            value.coefficients = {leaf: 1.0}
+        measured = self._measured(tensor, step.leaves.get(position) if step is not None else None)
+        if isinstance(measured, float):
+            value.ran = value.constant = measured
+        elif measured is None and leaf is not None:
+            value.ran = value.constant = math.log(self.known.get(leaf, 1.0))
+        elif measured is None and tensor.is_floating_point():
+            value.zero = bool((tensor == 0).all()) if tensor.numel() < 1 << 20 else False
+        elif leaf is None and tensor.is_floating_point():
+            label = self.labels.get(id(tensor), "a constant")
+            value.broken = self._story(label, tensor, step.leaves.get(position) if step is not None else None)
+        self.values[id(tensor)] = value
+        self.alive.append(tensor)
+        return value
+
+    def _rule(
+        self, name: str, args: Sequence[Any], floating: list[tuple[Any, Value]], full: str
+    ) -> tuple[Value, dict[int, float]]:
+        """What the result's scale will be, and the operands that must be divided first."""
+        where = self._where(full)
+        inputs = [value for _, value in floating]
+        if not inputs:
+            return Value(), {}
+        first = inputs[0]
+        if name in SAME or (name in ("mul", "div") and len(inputs) == 1 and isinstance(args[0], torch.Tensor)):
+            return _copied(first, keep_leaf=name in SAME), {}
+        if name in PRODUCTS:
+            self._bare(inputs)
+            return _combined(inputs, [1.0] * len(inputs)), {}
+        if name == "div":
+            self._bare(inputs)
+            return _combined(inputs, [1.0, -1.0][: len(inputs)]), {}
+        if name in POWERS or (name == "pow" and not isinstance(args[1], torch.Tensor)):
+            self._bare(inputs)
+            return _combined([first], [POWERS.get(name) or float(args[1])]), {}
+        if name == "add" and len(inputs) == 1 and first.leaf is not None and isinstance(_number(args), int | float):
+            self.offsets.setdefault(first.leaf, set()).add(float(_number(args)))
+            return Value(dict(first.coefficients), first.constant, 0.0, stored=True), {}
+        if name in ("masked_fill", "fill", "zero", "clamp_min") and _harmless(args):
+            return _copied(first), {}
+        self._bare(inputs)
+        if name in EQUAL and not (name in ("add", "sub", "rsub") and len(inputs) == 1 and _number(args)):
+            return self._equal(floating, where)
+        return self._nonlinear(floating, where)
+
+    def _bare(self, inputs: Sequence[Value]) -> None:
+        for value in inputs:
+            if value.leaf is not None:
+                self.offsets.setdefault(value.leaf, set()).add(0.0)
+
+    def _equal(self, floating: list[tuple[Any, Value]], where: str) -> tuple[Value, dict[int, float]]:
+        """Operands that are added, or set side by side, must have one scale."""
+        counted = [(t, v) for t, v in floating if not v.zero]
+        if not counted:
+            return _copied(floating[0][1]), {}
+        head = next((v for _, v in counted if not v.coefficients), counted[0][1])
+        for _, value in counted:
+            if value is head:
+                continue
+            difference = dict(value.coefficients)
+            for key, coefficient in head.coefficients.items():
+                difference[key] = difference.get(key, 0.0) - coefficient
+            self._equation(difference, head.constant - value.constant, where)
+        unequal = any(abs(v.ran - head.ran) > NEAR for _, v in counted)
+        out = Value(dict(head.coefficients), head.constant, 0.0 if unequal else head.ran)
+        return out, {id(t): math.exp(-v.ran) for t, v in counted if abs(v.ran) > 0.0} if unequal else {}
+
+    def _nonlinear(self, floating: list[tuple[Any, Value]], where: str) -> tuple[Value, dict[int, float]]:
+        factors = {}
+        for tensor, value in floating:
+            if value.zero:
+                continue
+            if value.stored:  # what is stored is taken for right as it is
+                self._equation(value.coefficients, 0.0, where)
+                continue
+            self._demand(value, where)
+            if abs(value.ran) > NEAR:
+                factors[id(tensor)] = math.exp(-value.ran)
+        return Value(), factors
+
+    def _demand(self, value: Value, where: str) -> None:
+        self._equation(value.coefficients, -value.constant, where)
+
+    def _equation(self, coefficients: Mapping[str, float], constant: float, where: str) -> None:
+        kept = {name: each for name, each in coefficients.items() if each}
+        if kept or abs(constant) > NEAR:
+            self.equations.append(Equation(kept, constant if abs(constant) > NEAR else 0.0, where))
+
+    # -- its result ---------------------------------------------------------------------------------------------
+
+    def _made(
+        self, result: Any, out: Value, inputs: Sequence[Value], step: Step | None, name: str, given: Sequence[Any]
+    ) -> None:
+        active = any(value.active for value in inputs)
+        stored = bool(inputs) and not active and any(value.stored for value in inputs)
+        broken = next((value.broken for value in inputs if value.broken is not None), None)
+        outputs = tensors_of(result)
+        if name.endswith("_") and not name.startswith("_") and given and outputs and outputs[0] is not given[0]:
+            outputs = [given[0], *outputs[1:]]
+        for number, tensor in enumerate(outputs):
+            value = Value(dict(out.coefficients), out.constant, out.ran, active, stored, leaf=out.leaf, broken=broken)
+            if tensor.is_floating_point():
+                theirs = step.outputs[number] if step is not None and number < len(step.outputs) else None
+                self._measure(value, tensor, theirs, name)
+            self.values[id(tensor)] = value
+            self.alive.append(tensor)
+
+    def _measure(self, value: Value, tensor: Any, theirs: Signature | None, name: str) -> None:
+        if value.broken is not None:
+            return
+        measured = self._measured(tensor, theirs)
+        if measured is None:
+            value.zero = not value.stored and bool((tensor == 0).all())
+            return
+        if isinstance(measured, float):
+            value.constant += measured - value.ran
+            value.ran = measured
+            if not value.active and not value.stored:
+                value.coefficients = {}
+        elif not value.stored:
+            value.broken = self._story(self._where(name), tensor, theirs)
+
+    def _measured(self, tensor: Any, theirs: Signature | None) -> float | str | None:
+        """The logarithm of a tensor's scale; None where it has none or cannot be said; "" where it is no repetition."""
+        ours = signature(tensor)
+        if ours is None or theirs is None:
+            return None
+        a, b = theirs.values, ours.values
+        if ours.size % theirs.size:
+            a, b = a[[0, -1]], b[[0, -1]]
+        usual = np.isfinite(a) & (np.abs(a) < HUGE)
+        if not np.array_equal(usual, np.isfinite(b) & (np.abs(b) < HUGE)):
+            return ""
+        a, b = a[usual], b[usual]
+        power = float(np.dot(a, a))
+        if not power:
+            return None if not np.any(b) else ""
+        scale = float(np.dot(a, b)) / power
+        if scale <= 0.0 or np.abs(b - scale * a).max() > NEAR * scale * np.abs(a).max():
+            return ""
+        log = math.log(scale)
+        return 0.0 if abs(log) < NEAR else self.grid(log)
+
+    def _where(self, name: str) -> str:
+        return f"what {name} makes in {self.where[-1] if self.where else 'the model'}"
+
+    def _story(self, where: str, tensor: Any, theirs: Signature | None) -> str:
+        ours = signature(tensor)
+        shown = ""
+        if ours is not None and theirs is not None:
+            pairs = [(a, b) for a, b in zip(theirs.values, ours.values, strict=True) if abs(a - b) > NEAR * abs(a)]
+            if pairs:
+                shown = f" ({pairs[-1][0]:.4g} becomes {pairs[-1][1]:.4g})"
+        return (
+            f"the model derives numbers from its sizes that are no repetition of the source's: {where}{shown}; "
+            "grow other dimensions with --set"
+        )
+
+
+def _copied(value: Value, keep_leaf: bool = False) -> Value:
+    return Value(
+        dict(value.coefficients), value.constant, value.ran, zero=value.zero, leaf=value.leaf if keep_leaf else None
+    )
+
+
+def _combined(values: Sequence[Value], powers: Sequence[float]) -> Value:
+    out = Value()
+    for value, power in zip(values, powers, strict=False):
+        for name, coefficient in value.coefficients.items():
+            out.coefficients[name] = out.coefficients.get(name, 0.0) + coefficient * power
+        out.constant += value.constant * power
+        out.ran += value.ran * power
+    return out
+
+
+def _number(args: Sequence[Any]) -> Any:
+    """The number among the operands of a sum."""
+    return next((each for each in args[:2] if isinstance(each, int | float)), None)
+
+
+def _harmless(args: Sequence[Any]) -> bool:
+    """Whether what a mask writes is the same at every scale."""
+    number = args[-1]
+    return isinstance(number, int | float) and (number == 0 or abs(number) >= HUGE or math.isinf(number))
+
+
+def _scaled(args: Sequence[Any], factors: Mapping[int, float]) -> list[Any]:
+    def scale(each: Any) -> Any:
+        if isinstance(each, torch.Tensor) and id(each) in factors:
+            return each * factors[id(each)]
+        if isinstance(each, list | tuple):
+            return [scale(inner) for inner in each]
+        return each
+
+    return [scale(each) for each in args]

@@ -1,0 +1,68 @@
+"""What a commit is about to do, written down first: whoever finds it can end what was begun, or undo it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+JOURNAL = ".journal"
+
+
+def data_files(out_name: str) -> re.Pattern[str]:
+    """The names that data files of OUT have: plain or numbered, whole or in shards."""
+    return re.compile(re.escape(out_name) + r"(?:\.(?P<number>\d+))?(?:-\d+-of-\d+)?\.(?:data|safetensors)")
+
+
+Stamp = tuple[int, int, int]
+"""Inode, bytes, and nanoseconds of the last change: which file stood there."""
+
+
+def stamp(path: Path) -> Stamp:
+    """What tells one file from another that has its name later."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What a commit is about to do beside OUT: data files that come, and data files that go after it."""
+
+    model: Stamp
+    new: dict[str, Stamp]
+    old: dict[str, Stamp]
+
+    def write(self, folder: Path) -> None:
+        """Store it; from now on whoever finds the folder can end what was begun, or undo it."""
+        partial = folder / f"{JOURNAL}.partial"
+        partial.write_text(json.dumps({"model": self.model, "new": self.new, "old": self.old}), encoding="utf-8")
+        os.replace(partial, folder / JOURNAL)
+
+    @staticmethod
+    def read(folder: Path) -> Journal | None:
+        """The journal of a folder, None where no commit was begun."""
+        try:
+            found = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+            new, old = ({str(k): tuple(v) for k, v in found[side].items()} for side in ("new", "old"))
+            return Journal(tuple(found["model"]), new, old)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def settle(self, out: Path, keep: Collection[str] = ()) -> None:
+        """Remove beside OUT what is no longer of use: the old data after the commit, the new data without it.
+
+        What has changed since, and what is to be kept, stays.
+        """
+        try:
+            committed = stamp(out) == self.model
+        except OSError:
+            committed = False
+        for name, known in (self.old if committed else self.new).items():
+            path = out.with_name(name)
+            with suppress(OSError):
+                if name not in keep and data_files(out.name).fullmatch(name) and stamp(path) == known:
+                    path.unlink()

@@ -1,0 +1,59 @@
+"""How much memory is free for this process: what the system can give without swapping, within the container's limit."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int | None:
+    """Bytes that can be used without swapping; None where the system does not say.
+
+    The smaller of MemAvailable (Linux; elsewhere the free pages) and what the control group leaves, version 2 or 1;
+    file pages that only cache count as free in both.
+    """
+    found = [each for each in (_available(), *_group_rooms()) if each is not None]
+    return min(found) if found else None
+
+
+def _available() -> int | None:
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _group_rooms() -> list[int | None]:
+    """What each control group that this process is in leaves, its parents included."""
+    rooms: list[int | None] = []
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                names = ("memory.max", "memory.current", "inactive_file")
+                rooms += [_room(group, *names) for group in _parents(_GROUPS, path)]
+            elif "memory" in controllers.split(","):
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                rooms += [_room(group, *names) for group in _parents(_GROUPS / "memory", path)]
+    return rooms
+
+
+def _parents(root: Path, path: str) -> list[Path]:
+    parts = [part for part in path.split("/") if part and part != ".."]
+    return [root.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _room(group: Path, limit: str, used: str, cache: str) -> int | None:
+    try:
+        most = int((group / limit).read_text())  # a ValueError for "max"
+        now = int((group / used).read_text())
+        entries = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, most - now + int(entries.get(cache, 0)))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,122 @@
+"""ONNX's own type and shape inference, in a process of its own: a malformed graph can end the one that it runs in."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+
+import onnx
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadModel
+
+BULK = 1024
+"""Tensors of more bytes are left out: no shape is computed from them."""
+
+PATIENCE = 120.0
+"""Seconds; graphs of 20,000 nodes take a few."""
+
+
+def infer_types(model: ir.Model) -> None:
+    """Fill in the element types and shapes of values that the file does not declare, as far as they can be told.
+
+    Raises:
+        BadModel: the inference does not come to an end, or ends its process.
+    """
+    try:
+        graph = _without_bulk(model)
+        text = graph.SerializeToString()
+    except Exception:  # nothing can be told of what cannot be written down
+        return
+    made = _isolated(lambda: _infer(text))
+    if made:
+        _merge(model, onnx.ModelProto.FromString(made))
+
+
+def _without_bulk(model: ir.Model) -> onnx.ModelProto:
+    """The model, its large tensors being inputs: their types and shapes are known."""
+    stored = dict(model.graph.initializers)
+    large = [value for value in stored.values() if value.const_value is not None and value.const_value.nbytes > BULK]
+    own = list(model.graph.inputs)
+    try:
+        for value in large:
+            del model.graph.initializers[value.name or ""]
+            if value not in own:
+                model.graph.inputs.append(value)
+        return ir.to_proto(model)
+    finally:
+        model.graph.inputs[:] = own
+        model.graph.initializers.clear()
+        model.graph.initializers.update(stored)
+
+
+def _infer(text: bytes) -> bytes:
+    try:
+        model = onnx.ModelProto.FromString(text)
+        made = onnx.shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=False)
+        return bytes(made.SerializeToString())
+    except Exception:  # it says so of graphs that it cannot tell: nothing is learnt
+        return b""
+
+
+def _merge(model: ir.Model, inferred: onnx.ModelProto) -> None:
+    other = ir.from_proto(inferred)
+    for own, learnt in zip(model.graphs(), other.graphs(), strict=False):
+        values = {value.name or "": value for node in learnt for value in node.outputs}
+        for value in (value for node in own for value in node.outputs):
+            found = values.get(value.name or "")
+            if found is not None:
+                value.shape = value.shape if found.shape is None else found.shape
+                if found.dtype is not None and value.dtype != found.dtype:
+                    value.dtype = found.dtype
+
+
+def _isolated(function: Callable[[], bytes]) -> bytes:
+    """What a function gives that is run in a copy of this process; here, where a process cannot be copied.
+
+    Raises:
+        BadModel: the copy was ended, or did not end.
+    """
+    if not hasattr(os, "fork"):
+        return function()
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other threads: the copy does not need them
+        child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            with os.fdopen(write, "wb") as pipe:
+                pipe.write(function())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)
+    try:
+        text = _read_all(read)
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(read)
+        _, status = os.waitpid(child, 0)
+    if status:
+        raise BadModel("a malformed graph: ONNX's own type inference breaks down on it")
+    return text
+
+
+def _read_all(read: int) -> bytes:
+    parts: list[bytes] = []
+    while True:
+        ready, _, _ = select.select([read], [], [], PATIENCE)
+        if not ready:
+            raise BadModel("a malformed graph: ONNX's own type inference does not come to an end on it")
+        part = os.read(read, 1 << 20)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)

@@ -1,0 +1,246 @@
+"""The shares of a weight's repeats, on the collapsed tensor: where each shared index stands once.
+
+Everything here is elementwise, so that a share does not depend on the window that it is computed in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from hyperclone_onnx.maps import AxisIndex, Indices
+from hyperclone_onnx.noise import draw, key_of
+from hyperclone_onnx.runs import Pick, Run, one_if_constant
+from hyperclone_onnx.scratch import Scratch
+from hyperclone_onnx.strategies import Strategy
+
+Array = npt.NDArray[Any]
+Number = Indices | int
+
+PRECISION = {ir.DataType.FLOAT16: (11, -24, 65504.0), ir.DataType.BFLOAT16: (8, -133, 3.3895e38)}
+"""The bits of a significand, the exponent of the least number, and the largest one, of types in which rounding shares
+would show."""
+
+
+class Columns:
+    """The columns of a window of the grown tensor, and those of the collapsed tensor that they come from."""
+
+    def __init__(self, axis: AxisIndex, whole: AxisIndex | None = None) -> None:
+        collapsed, first, place = np.unique(axis.collapsed, return_index=True, return_inverse=True)
+        self.width = axis.collapsed_size if whole is None else whole.collapsed_size
+        """The columns of the whole collapsed tensor."""
+        self.grown = axis.grown
+        self.collapsed = collapsed
+        self.low = int(collapsed[0]) if len(collapsed) else 0
+        self.high = int(collapsed[-1]) + 1 if len(collapsed) else 0
+        source = axis.source[first]
+        self.first_source = int(source.min()) if len(source) else 0
+        self.sources = int(source.max()) + 1 - self.first_source if len(source) else 0
+        self.pick = Pick(source - self.first_source)
+        """The collapsed columns out of the source's, counted from `first_source`."""
+        self.drawn = Pick(collapsed - self.low)
+        self.count = one_if_constant(axis.count[first])
+        self.other_number = one_if_constant(axis.other_number[first])
+        self.other_count = one_if_constant(axis.other_count[first])
+        place = place.reshape(-1)
+        self.parts = list(_parts(axis, place))
+        """(number, count, the columns that this repeat fills, the collapsed columns that fill them)"""
+        self.direct = len(self.parts) == 1 and len(collapsed) == axis.grown and bool((np.diff(place) == 1).all())
+        """Whether the columns are the collapsed ones."""
+
+    @property
+    def size(self) -> int:
+        """How many collapsed columns there are."""
+        return len(self.collapsed)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The columns that are filled by one repeat of their source index."""
+
+    number: int
+    count: int
+    columns: slice | Indices
+    taken: Pick
+
+
+def _parts(axis: AxisIndex, place: Indices) -> list[Part]:
+    if axis.grown == 0:
+        return []
+    kinds = axis.count * (int(axis.number.max()) + 1) + axis.number
+    parts: list[Part] = []
+    for kind in np.unique(kinds):
+        columns = np.flatnonzero(kinds == kind)
+        number, count = int(axis.number[columns[0]]), int(axis.count[columns[0]])
+        together = int(columns[-1]) - int(columns[0]) + 1 == len(columns)
+        where = slice(int(columns[0]), int(columns[-1]) + 1) if together else columns
+        parts.append(Part(number, count, where, Pick(place[columns])))
+    return parts
+
+
+class Sharer:
+    """Divides the values of one weight among repeats.
+
+    Args:
+        strategy: how.
+        dtype: the type that the shares are stored in.
+        tensor: the name by which noise is drawn.
+        spread: the noise's standard deviation for a weight that is not divided; 0 for none.
+    """
+
+    def __init__(self, strategy: Strategy, dtype: ir.DataType, tensor: str, spread: float) -> None:
+        self.strategy = strategy
+        self.spread = spread if strategy.noisy else 0.0
+        self.noisy = self.spread > 0.0
+        self.tensor = tensor
+        self.bits = PRECISION.get(dtype)
+        self.work = np.float64 if dtype == ir.DataType.DOUBLE else np.float32
+
+    @property
+    def all_alike(self) -> bool:
+        """Whether every repeat gets the same."""
+        return not self.noisy and not self.strategy.diagonal and self.bits is None
+
+
+class Block:
+    """The values of some rows of the collapsed tensor, divided among repeats on demand.
+
+    Args:
+        sharer: how they are divided.
+        values: shape (rows, collapsed columns), in the sharer's working type; not changed.
+        columns: which columns they are.
+        scratch: holds working arrays.
+    """
+
+    def __init__(self, sharer: Sharer, values: Array, columns: Columns, scratch: Scratch) -> None:
+        self.sharer, self.values, self.columns, self.scratch = sharer, values, columns, scratch
+        self._draws: dict[tuple[int, int], Array] = {}
+        self._whole: dict[int, list[Array]] = {}
+
+    def fill(self, row: Run, out: Array) -> None:
+        """The grown columns of the rows that `row` repeats, shape (rows, grown columns)."""
+        columns = self.columns
+        for part in columns.parts:
+            number = row.number * part.count + part.number
+            if columns.direct:
+                self.share(row, number, out)
+            elif isinstance(part.columns, slice) and part.taken.whole and len(part.taken.index) == columns.size:
+                self.share(row, number, out[:, part.columns])
+            else:
+                share = self.scratch.array("share", self.values.shape, self.values.dtype)
+                self.share(row, number, share)
+                if isinstance(part.columns, slice):
+                    part.taken.into(share, out[:, part.columns])
+                else:
+                    out[:, part.columns] = share[:, part.taken.index]
+
+    def share(self, row: Run, number: int, out: Array) -> None:
+        """What repeat `number` takes of all values."""
+        if self.sharer.bits is not None:
+            out[...] = self._of_few_bits(row)[number]
+        else:
+            self._plain(row, number, out)
+
+    def _plain(self, row: Run, number: int, out: Array) -> None:
+        columns, values = self.columns, self.values
+        count = row.count * columns.count
+        if not self.sharer.strategy.diagonal:
+            np.divide(values, _as(count, values), out=out)
+        else:
+            other = row.other_number * columns.other_count + columns.other_number
+            chosen = np.asarray(number == other % count)
+            if chosen.ndim == 0:
+                out[...] = values if chosen else 0
+            else:
+                np.copyto(out, np.where(chosen, values, values.dtype.type(0)))
+        if self.sharer.noisy:
+            self._add_noise(row, number, count, out)
+
+    def _add_noise(self, row: Run, number: int, count: Number, out: Array) -> None:
+        """Add noise that sums to zero over the repeats of each source index, and is drawn once for all of them.
+
+        Two repeats get +g and -g; of more, repeat r gets (g_r - g_{r+1}) / sqrt(2), the last one wrapping to g_0, with
+        g independent normal draws. An index that is not repeated gets none.
+        """
+        if isinstance(count, int):
+            if count == 1:
+                return
+            if count == 2:
+                (np.add if number == 0 else np.subtract)(out, self._drawn(row, 0, count), out=out)
+                return
+            own, following = (self._drawn(row, r % count, count) for r in (number, number + 1))
+            apart = np.subtract(own, following, out=self.scratch.array("noise.apart", out.shape, out.dtype))
+            np.add(out, apart, out=out)
+            return
+        for each in np.unique(count).tolist():
+            if number < each > 1:
+                there = count == each
+                own = self._drawn(row, 0 if each == 2 else number, each)
+                if each == 2:
+                    noise = own if number == 0 else -own
+                else:
+                    noise = own - self._drawn(row, (number + 1) % each, each)
+                out[:, there] += noise[:, there]
+
+    def _drawn(self, row: Run, repeat: int, count: int) -> Array:
+        """The noise of one repeat on these rows, as large as it is added."""
+        key = (repeat, count)
+        if key not in self._draws:
+            columns, sharer = self.columns, self.sharer
+            drawn = draw(
+                key_of(sharer.tensor, sharer.strategy.seed, repeat),
+                columns.width,
+                (row.collapsed, row.length),
+                (columns.low, columns.high - columns.low),
+                self.scratch,
+            )
+            if columns.drawn.view(drawn) is None or drawn.shape[1] != columns.size:
+                drawn = drawn[:, columns.drawn.index]
+            # Kept while the block lasts: the next block uses the same memory again.
+            held = self.scratch.array(f"noise.{repeat}.{count}", drawn.shape, sharer.work)
+            amplitude = 1.0 / (math.sqrt(count) if sharer.strategy.diagonal else count)
+            amplitude *= sharer.spread * (1.0 if count == 2 else math.sqrt(0.5))
+            self._draws[key] = np.multiply(drawn, sharer.work(amplitude), out=held, dtype=sharer.work)
+        return self._draws[key]
+
+    def _of_few_bits(self, row: Run) -> list[Array]:
+        """The shares of all repeats, where they must be whole units in the last place to add up.
+
+        Those of the weight do, as long as all shares are near enough to it to have that unit; the last repeat takes
+        what the others leave.
+        """
+        if 0 not in self._whole:
+            assert self.sharer.bits is not None
+            count = row.count * self.columns.count
+            finite = np.isfinite(self.values)
+            values = np.where(finite, self.values, 0).astype(self.values.dtype)
+            unit, most = _unit(values, *self.sharer.bits)
+            rest = np.rint(values / unit) * unit
+            shares: list[Array] = []
+            for number in range(int(np.max(count))):
+                share = np.empty_like(values)
+                block = Block(self.sharer, values, self.columns, self.scratch)
+                block._draws = self._draws
+                block._plain(row, number, share)
+                share = np.rint(share / unit) * unit
+                share = np.clip(share, np.maximum(-most, rest - most), np.minimum(most, rest + most))
+                share = np.where(number == np.asarray(count) - 1, rest, share)
+                rest = rest - share
+                shares.append(share if finite.all() else np.where(finite, share, self.values))
+            self._whole[0] = shares
+        return self._whole[0]
+
+
+def _as(number: Number, like: Array) -> Any:
+    return like.dtype.type(number) if isinstance(number, int) else number.astype(like.dtype)
+
+
+def _unit(values: Array, bits: int, least: int, largest: float) -> tuple[Array, Array]:
+    """The unit in the last place of each value in a type of few bits, and the largest number that has it."""
+    unit = np.ldexp(np.ones_like(values), np.maximum(np.frexp(values)[1] - bits, least))
+    return unit, np.minimum(unit * (2.0**bits - 1.0), largest).astype(values.dtype)

@@ -1,0 +1,227 @@
+"""What a model's protobuf must be like before anything is made of it: names that mean one thing, sizes that can be.
+
+ONNX's specification asks for all of this; files that come from elsewhere may have been made to break whoever reads
+them. Each check is one walk over the graphs, without recursion deeper than their nesting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import onnx
+
+from hyperclone_onnx.errors import BadModel, Refused
+
+MOST_NODES = 500_000
+"""More nodes than any model has; a chain of functions that call each other twice asks for more than memory holds."""
+
+MOST_MESSAGES = 5_000_000
+"""More parts than the graphs of any model have."""
+
+LARGEST = 2**63 - 1
+
+
+def check_structure(file: str, model: onnx.ModelProto) -> None:
+    """Refuse a model whose graphs mean nothing, or more than can be held.
+
+    Raises:
+        BadModel: names defined twice or not at all, cycles, sizes that cannot be, functions that call themselves.
+        Refused: sparse tensors.
+    """
+    _check_amount(file, model)
+    _check_functions(file, model)
+    _Scope(file, model.graph, "graph").check()
+    for function in model.functions:
+        _Scope(file, function, f"function {function.name!r}").check()
+
+
+# -- how much ---------------------------------------------------------------------------------------------
+
+
+def _check_amount(file: str, model: onnx.ModelProto) -> None:
+    parts = 0
+    for graph in _graphs(model):
+        for node in graph.node:
+            parts += 1 + len(node.input) + len(node.output) + len(node.attribute)
+        values = (*getattr(graph, "input", ()), *getattr(graph, "output", ()), *graph.value_info)
+        for value in values if isinstance(graph, onnx.GraphProto) else ():
+            parts += 1 + len(value.type.tensor_type.shape.dim)
+        if parts > MOST_MESSAGES:
+            raise BadModel(f"{file}: a graph of more than {MOST_MESSAGES:,} parts: this is no model")
+
+
+def _graphs(model: onnx.ModelProto) -> Iterator[Any]:
+    """Every graph and function body, those of nodes included."""
+    waiting: list[Any] = [model.graph, *model.functions]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        waiting.extend(inner for node in graph.node for inner in _bodies(node))
+
+
+def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+Key = tuple[str, str, str]
+
+
+def _check_functions(file: str, model: onnx.ModelProto) -> None:
+    """Refuse functions that call themselves, or that unfold into more nodes than there can be."""
+    functions: dict[Key, onnx.FunctionProto] = {}
+    for function in model.functions:
+        key = (function.domain, function.name, getattr(function, "overload", ""))
+        if key in functions:
+            raise BadModel(f"{file}: function {function.name!r} is defined twice")
+        functions[key] = function
+    sizes: dict[Key, int] = {}
+    state: dict[Key, bool] = {}
+    waiting = [(key, False) for key in functions]
+    while waiting:  # depth first, without recursion: chains may be long
+        key, done = waiting.pop()
+        calls = _calls(functions[key], functions)
+        if done:
+            state[key] = True
+            sizes[key] = sum(sizes.get(each, 1) * count for each, count in calls.items())
+        elif key not in state:
+            state[key] = False
+            waiting.append((key, True))
+            for each in calls:
+                if state.get(each) is False:
+                    raise BadModel(f"{file}: function {each[1]!r} calls itself")
+                if each in functions and each not in state:
+                    waiting.append((each, False))
+    total = sum(sizes.get(each, 1) * count for each, count in _calls(model.graph, functions).items())
+    if total > MOST_NODES:
+        raise BadModel(f"{file}: its functions unfold into {total:.3g} nodes: this is no model")
+
+
+def _calls(body: Any, functions: Iterable[Key]) -> Counter[Key]:
+    """How often a body holds each operator, bodies within it included."""
+    counts: Counter[Key] = Counter()
+    waiting = [body]
+    while waiting:
+        for node in waiting.pop().node:
+            counts[node.domain, node.op_type, getattr(node, "overload", "")] += 1
+            waiting.extend(_bodies(node))
+    return counts
+
+
+# -- names ------------------------------------------------------------------------------------------------
+
+
+class _Scope:
+    """One graph, or the body of a function, within the names that it can see."""
+
+    def __init__(self, file: str, body: Any, where: str) -> None:
+        self.file, self.body, self.where = file, body, where
+        self.is_graph = isinstance(body, onnx.GraphProto)
+
+    def check(self, outer: Sequence[set[str]] = (), outer_before: Sequence[set[str]] = ()) -> None:
+        """Every name is defined once and before it is needed, here and in the bodies of nodes.
+
+        Args:
+            outer: the names of the graphs around this one.
+            outer_before: those of them that are made before the node whose body this is.
+        """
+        own = self._definitions()
+        visible = [*outer, own]
+        # What a node's body may not be called is what it could read: exporters give it names that are made later.
+        before = own - {name for node in self.body.node for name in node.output}
+        for name in (name for name in own if any(name in names for names in outer_before)):
+            raise BadModel(f"{self.file}: {name!r} in {self.where} has the name of a value outside it")
+        for node in self.body.node:
+            for name in node.input:
+                if name and not any(name in names for names in visible):
+                    raise BadModel(f"{self.file}: {_named(node)} reads {name!r}, which nothing makes")
+            for attribute in node.attribute:
+                self._check_attribute(node, attribute)
+            for body in _bodies(node):
+                _Scope(self.file, body, f"the body of {_named(node)}").check(visible, [*outer_before, before])
+            before.update(node.output)
+        for output in self.body.output:
+            name = output.name if self.is_graph else output
+            if not any(name in names for names in visible):
+                raise BadModel(f"{self.file}: output {name!r} of {self.where} is made by nothing")
+        self._check_order()
+
+    def _definitions(self) -> set[str]:
+        inputs = [each.name if self.is_graph else each for each in self.body.input]
+        outputs = [name for node in self.body.node for name in node.output if name]
+        stored = [each.name for each in self.body.initializer] if self.is_graph else []
+        if self.is_graph and self.body.sparse_initializer:
+            name = self.body.sparse_initializer[0].values.name
+            raise Refused(f"{self.file}: tensor {name!r} is sparse, which does not grow: store it as a dense one")
+        for name in stored:
+            if not name:
+                raise BadModel(f"{self.file}: a stored tensor of {self.where} has no name")
+        for tensor in self.body.initializer if self.is_graph else ():
+            self._check_tensor(tensor, tensor.name)
+        # An input may have a stored tensor of its name: its default.
+        for kind, names in (("inputs", inputs), ("stored tensors", stored)):
+            for name, count in Counter(names).items():
+                if count > 1:
+                    raise BadModel(f"{self.file}: two {kind} of {self.where} are named {name!r}")
+        for name, count in Counter([*{*inputs, *stored}, *outputs]).items():
+            if count > 1:
+                raise BadModel(f"{self.file}: {name!r} is made more than once in {self.where}")
+        return {*inputs, *stored, *outputs}
+
+    def _check_attribute(self, node: onnx.NodeProto, attribute: onnx.AttributeProto) -> None:
+        if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+            raise Refused(f"{self.file}: {_named(node)} holds a sparse tensor, which does not grow: make it dense")
+        for tensor in (attribute.t, *attribute.tensors) if attribute.HasField("t") else attribute.tensors:
+            self._check_tensor(tensor, f"{attribute.name} of {_named(node)}")
+
+    def _check_tensor(self, tensor: onnx.TensorProto, name: str) -> None:
+        if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > LARGEST:
+            shape = " x ".join(map(str, tensor.dims[:8]))
+            raise BadModel(f"{self.file}: tensor {name!r} has a shape that cannot be: {shape}")
+
+    def _check_order(self) -> None:
+        """Refuse cycles; nodes in another order than they run are sorted later."""
+        producer = {name: number for number, node in enumerate(self.body.node) for name in node.output if name}
+        needs = [{producer[name] for name in _reads(node) if name in producer} for node in self.body.node]
+        readers: dict[int, list[int]] = {}
+        for number, each in enumerate(needs):
+            for before in each:
+                readers.setdefault(before, []).append(number)
+        ready = [number for number, each in enumerate(needs) if not each]
+        left = [len(each) for each in needs]
+        done = 0
+        while ready:
+            done += 1
+            for number in readers.get(ready.pop(), ()):
+                left[number] -= 1
+                if not left[number]:
+                    ready.append(number)
+        if done < len(needs):
+            stuck = next(node for node, count in zip(self.body.node, left, strict=True) if count)
+            raise BadModel(f"{self.file}: a cycle: {_named(stuck)} needs what is made from its own output")
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node needs, those that its bodies capture included."""
+    yield from node.input
+    found: set[str] = set()
+    own: set[str] = set()
+    waiting = list(_bodies(node))
+    while waiting:
+        body = waiting.pop()
+        own.update(each.name for each in (*body.input, *body.initializer))
+        found.update(output.name for output in body.output)
+        for each in body.node:
+            own.update(each.output)
+            found.update(each.input)
+            waiting.extend(_bodies(each))
+    yield from found - own
+
+
+def _named(node: onnx.NodeProto) -> str:
+    return f"{node.op_type} {node.name!r}" if node.name else f"{node.op_type} of {list(node.output)[:1]}"
