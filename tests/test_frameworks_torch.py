@@ -222,9 +222,9 @@ REFUSED = {
     ),
     "a size that depends on data": (
         "g (float[n] x) => (float[m] y) {\n"
-        "k = Constant <value = int64[1] {0}> ()\nt = ReduceMax <keepdims = 1> (x, k)\nc = Cast <to = 7> (t)\n"
+        "k = Constant <value = int64[1] {0}> ()\nt = ReduceMean <keepdims = 1> (x, k)\nc = Cast <to = 7> (t)\n"
         "y = Expand (x, c)\n}",
-        r"takes a size that ReduceMax \(node .*\) computes from data",
+        r"takes a size that ReduceMean \(node .*\) computes from data",
     ),
     "a type that is not covered": (
         "g (float[n] x) => (float8e5m2[n] y) {\ny = Cast <to = 19> (x)\n}",
