@@ -404,3 +404,56 @@ def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient() -> None:
 def test_types_are_inferred_quietly(zoo: Zoo, capfd: pytest.CaptureFixture[str], caplog: Any) -> None:
     load(zoo("bert.fused"))
     assert capfd.readouterr().err == "" and not caplog.records
+
+
+def products(proto: onnx.ModelProto, folder: Path) -> list[str]:
+    """Which operators of ours a model's source calls."""
+    return [name for name in ("Linear", "GroupedAttention") if f"hyperclone_{name}(" in load(saved(proto, folder)).code]
+
+
+@pytest.mark.parametrize(("length", "fused"), [(6, ["Linear"]), (1, [])])
+def test_a_linear_layer_has_a_bias_of_its_own_width(length: int, fused: list[str], tmp_path: Path) -> None:
+    text = "g (float[n, 4] x) => (float[n, 6] y) {\nh = MatMul (x, weight)\ny = Add (bias, h)\n}"
+    proto = build_model(text, normal(0, {"weight": (4, 6), "bias": (length,)}))
+    assert products(proto, tmp_path) == fused
+    x = torch.randn(3, 4)
+    weight, bias = (torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in proto.graph.initializer)
+    assert torch.allclose(load(tmp_path / "model.onnx")(x), x @ weight + bias, atol=1e-6)
+
+
+GROUPED = """g (float[2, 4, s, 8] q, float[2, 2, t, 8] k, float[2, 2, t, 8] v) => (float[2, 4, s, 8] y) {{
+    two = Constant <value = int64[1] {{2}}> ()
+    ke = Unsqueeze (k, two)
+    ve = Unsqueeze (v, two)
+    kw = Expand (ke, spread)
+    vw = Expand (ve, spread)
+    kj = Reshape (kw, joined)
+    vj = Reshape (vw, joined)
+    kt = Transpose <perm = [0, 1, 3, 2]> (kj)
+    scores = MatMul (q, kt)
+    weights = Softmax <axis = -1> (scores)
+    y = MatMul (weights, vj)
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("spread", "joined", "same"),
+    [
+        ((1, 1, 2, 1, 1), (0, 4, -1, 8), True),
+        ((2, 2, 2, 5, 8), (2, 4, 5, 8), True),
+        ((1, 1, 2, 1, 1), (2, 2, 10, 8), False),
+    ],
+)
+def test_groups_of_queries_share_what_is_repeated(
+    spread: tuple[int, ...], joined: tuple[int, ...], same: bool, tmp_path: Path
+) -> None:
+    """In the last case what is joined is not heads: all keys twice, for as many query heads as there are keys'."""
+    text = GROUPED.format() if same else GROUPED.format().replace("[2, 4, s, 8]", "[2, 2, s, 8]")
+    proto = build_model(text, {"spread": np.array(spread), "joined": np.array(joined)})
+    assert products(proto, tmp_path) == ["GroupedAttention"]
+    q = torch.randn(2, 4 if same else 2, 5, 8)
+    k, v = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    shape = (2, 4, 5, 8) if same else (2, 2, 10, 8)
+    keys, values = (each.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(shape) for each in (k, v))
+    wanted = torch.softmax(q @ keys.mT, -1) @ values
+    assert torch.allclose(load(tmp_path / "model.onnx")(q, k, v), wanted, atol=1e-5)
