@@ -1,46 +1,57 @@
 """Time of a training step: a handed-over model beside the Hugging Face model that it was exported from.
 
-    python benchmarks/handoff.py [--hidden 256] [--layers 4] [--no-compile]
+    python benchmarks/handoff.py [--model llama|gpt2|bert] [--dtype float32|bfloat16] [--hidden 256] [--layers 4]
+                                 [--no-compile] [--no-jax] [--write]
 
-Both have the same weights and see the same batch; their steps alternate in one run, so that a busy machine slows both.
-Prints a Markdown table. Uses a GPU if there is one. Needs torch, transformers and jax.
+A step is forward, backward and AdamW. All have the same weights and see the same batch; their steps alternate in one
+run, so that a busy machine slows all of them. bfloat16 is PyTorch's autocast. Prints a Markdown table; --write puts it
+into docs/benchmarks.md. Uses a GPU if there is one. Needs torch, transformers, jax and optax.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "models"))
+sys.path[:0] = [str(ROOT), str(ROOT / "models")]
 
 import build  # noqa: E402
 import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+import transformers  # noqa: E402
 
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
 
 Step = Callable[[], float]
+RATE = 1e-4
+INPUTS = ("input_ids", "attention_mask")
+EAGER, COMPILED, JITTED = "eager", "torch.compile", "jax.jit"
+SOURCE, HANDOFF = "Hugging Face", "handoff"
 
 
 def options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("hidden", 256), ("layers", 4), ("batch", 4), ("length", 128), ("steps", 20), ("vocab", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-jax", action="store_true", help="leave JAX out")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
     return parser.parse_args()
 
 
-def hugging_face(given: argparse.Namespace) -> Any:
-    """A Llama with random weights; its norms' gains differ, or equal ones would be stored once."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def llama(given: argparse.Namespace) -> Any:
+    """Rotary, grouped queries, RMS norms, a gated feed-forward."""
+    config = transformers.LlamaConfig(
         vocab_size=given.vocab,
         hidden_size=given.hidden,
         intermediate_size=8 * given.hidden // 3 // 8 * 8,
@@ -49,92 +60,158 @@ def hugging_face(given: argparse.Namespace) -> Any:
         num_key_value_heads=given.hidden // 64,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2(given: argparse.Namespace) -> Any:
+    """Learned places, layer norms, one fused projection, a tied head."""
+    sizes = {"vocab_size": given.vocab, "n_embd": given.hidden, "n_layer": given.layers, "n_positions": given.length}
+    dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = transformers.GPT2Config(**sizes, **dropout, n_head=given.hidden // 32, use_cache=False)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert(given: argparse.Namespace) -> Any:
+    """Both directions, layer norms behind the sums."""
+    config = transformers.BertConfig(
+        vocab_size=given.vocab,
+        hidden_size=given.hidden,
+        intermediate_size=4 * given.hidden,
+        num_hidden_layers=given.layers,
+        num_attention_heads=given.hidden // 32,
+        max_position_embeddings=given.length,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+MODELS: dict[str, Callable[[argparse.Namespace], Any]] = {"llama": llama, "gpt2": gpt2, "bert": bert}
+
+
+def source_model(given: argparse.Namespace) -> Any:
+    """The model with random weights; its norms' gains and biases differ, or equal ones would be stored once."""
+    torch.manual_seed(0)
+    model = MODELS[given.model](given).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(1.0, 0.1)
+            if parameter.ndim == 1:
+                parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.1)
     return model
 
 
-def torch_step(call: Callable[[], Any], model: Any, ids: Any) -> Step:
+def torch_step(given: argparse.Namespace, call: Callable[[], Any], model: Any, targets: Any) -> Step:
+    """Forward, backward and AdamW in PyTorch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    narrow = given.dtype == "bfloat16"
+
     def step() -> float:
-        model.zero_grad()
-        logits = call()
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        with torch.autocast(targets.device.type, torch.bfloat16) if narrow else contextlib.nullcontext():
+            loss = torch.nn.functional.cross_entropy(call()[:, :-1].flatten(0, 1).float(), targets.flatten())
         loss.backward()
-        return loss.item()
+        optimizer.step()
+        return float(loss.item())
 
     return step
 
 
 def jax_step(path: Path, ids: Any, mask: Any) -> Step:
+    """The same in JAX, jitted whole."""
     import jax
     import jax.numpy as jnp
+    import optax
 
     from hyperclone_onnx.frameworks.jax import load as load_function
 
     apply, params = load_function(path)
     ids, mask = ids.cpu().numpy(), mask.cpu().numpy()
+    optimizer = optax.adamw(RATE, weight_decay=0.01)
+    state: dict[str, Any] = {"params": params, "moments": optimizer.init(params)}
 
     @jax.jit
-    def both(params: Any) -> Any:
+    def whole(params: Any, moments: Any) -> Any:
         def loss_of(params: Any) -> Any:
             chances = jax.nn.log_softmax(apply(params, ids, mask)[:, :-1])
             return -jnp.take_along_axis(chances, ids[:, 1:, None], axis=-1).mean()
 
-        return jax.value_and_grad(loss_of)(params)
+        loss, gradient = jax.value_and_grad(loss_of)(params)
+        updates, moments = optimizer.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), moments, loss
 
-    return lambda: float(jax.block_until_ready(both(params))[0])
+    def step() -> float:
+        state["params"], state["moments"], loss = whole(state["params"], state["moments"])
+        return float(jax.block_until_ready(loss))
+
+    return step
 
 
 def main() -> None:
+    """The steps of every way, in turn."""
     given = options()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = hugging_face(given)
+    source = source_model(given)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         source.set_attn_implementation("eager")
-        build.export_onnx(source, ("input_ids", "attention_mask"), "logits", path, given.length)
+        build.export_onnx(source, INPUTS, "logits", path, given.length)
         source.set_attn_implementation("sdpa")
-        source, model = source.to(device), load(path, device=device)
         ids = torch.randint(0, given.vocab, (given.batch, given.length), device=device)
-        mask = torch.ones_like(ids)
-        steps = {
-            "Hugging Face, eager": torch_step(lambda: source(ids, attention_mask=mask).logits, source, ids),
-            "handoff, eager": torch_step(lambda: model(ids, mask), model, ids),
-        }
-        if not given.no_compile:
-            fast_source, fast_model = torch.compile(source), torch.compile(model)
-            steps |= {
-                "Hugging Face, torch.compile": torch_step(
-                    lambda: fast_source(ids, attention_mask=mask).logits, source, ids
-                ),
-                "handoff, torch.compile": torch_step(lambda: fast_model(ids, mask), model, ids),
-            }
-        steps["handoff, jax.jit"] = jax_step(path, ids, mask)
-        report(given, device, steps)
+        mask, targets = torch.ones_like(ids), ids[:, 1:].contiguous()
+        steps: dict[tuple[str, str], Step] = {}
+        for way in (EAGER,) if given.no_compile else (EAGER, COMPILED):
+            # Steps train: each way starts from weights of its own.
+            theirs, ours = source_model(given).to(device), load(path, device=device)
+            theirs.set_attn_implementation("sdpa")
+            call, other = (theirs, ours) if way == EAGER else (torch.compile(theirs), torch.compile(ours))
+            steps[SOURCE, way] = torch_step(
+                given, lambda call=call: call(input_ids=ids, attention_mask=mask).logits, theirs, targets
+            )
+            steps[HANDOFF, way] = torch_step(given, lambda other=other: other(ids, mask), ours, targets)
+        if not given.no_jax and given.dtype == "float32":
+            steps[HANDOFF, JITTED] = jax_step(path, ids, mask)
+        lines = list(report(given, device, steps))
+    print("\n".join(lines))
+    if given.write:
+        write(f"handoff {given.model} {given.dtype}", lines)
 
 
-def report(given: argparse.Namespace, device: str, steps: dict[str, Step]) -> None:
-    """Run all steps in turn, and print the median of each and its ratio to the first of its kind."""
-    losses = {name: step() for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def report(given: argparse.Namespace, device: str, steps: dict[tuple[str, str], Step]) -> Iterator[str]:
+    """Run all steps in turn: the median of each, and its ratio to Hugging Face's of the same kind in the same turn."""
+    losses = {key: step() for key, step in steps.items()}
     for step in list(steps.values()) * 2:  # once more to warm up, and not to measure recompiling
         step()
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for _ in range(given.steps):
-        for name, step in steps.items():
+        for key, step in steps.items():
             begin = time.perf_counter()
             step()
-            times[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(each) for name, each in times.items()}
+            times[key].append(time.perf_counter() - begin)
     size = f"hidden {given.hidden}, {given.layers} layers, batch {given.batch} x {given.length}"
-    print(f"Llama, {size}, float32, {device}, {torch.get_num_threads()} threads; medians of {given.steps} steps\n")
-    print("| | ms per step | of Hugging Face's | loss |\n|---|---|---|---|")
-    for name, median in medians.items():
-        beside = medians.get(name.replace("handoff", "Hugging Face"))
-        ratio = f"{median / beside:.2f}" if beside is not None and name.startswith("handoff") else ""
-        print(f"| {name} | {1000 * median:.1f} | {ratio} | {losses[name]:.5f} |")
+    where = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    yield f"{given.model}, {size}, {given.dtype}, {where}; {given.steps} steps of each in turn."
+    yield ""
+    yield "| | ms per step (median) | fastest | of Hugging Face's: median | fastest by fastest | first loss |"
+    yield "|---|---|---|---|---|---|"
+    for (who, way), each in times.items():
+        beside = times.get((SOURCE, way if way != JITTED else COMPILED)) if who == HANDOFF else None
+        ratios = ["", ""]
+        if beside is not None:
+            turns = [own / other for own, other in zip(each, beside, strict=True)]
+            ratios = [f"{statistics.median(turns):.2f}", f"{min(each) / min(beside):.2f}"]
+        median, fastest = 1000 * statistics.median(each), 1000 * min(each)
+        yield f"| {who}, {way} | {median:.1f} | {fastest:.1f} | {ratios[0]} | {ratios[1]} | {losses[who, way]:.5f} |"
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Put lines between their markers in docs/benchmarks.md, or behind all else."""
+    page = ROOT / "docs" / "benchmarks.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Benchmarks\n"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    block = "\n".join([begin, *lines, end])
+    head, _, rest = text.partition(begin)
+    _, _, rest = rest.partition(end)
+    page.write_text(f"{head.rstrip()}\n\n{block}\n{rest or chr(10)}".rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

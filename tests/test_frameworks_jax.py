@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import build_model, perceptron
+from conftest import build_model, normal, perceptron
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
 pytest.importorskip("array_api_compat")
 jax = pytest.importorskip("jax")
 
-from hyperclone_onnx.errors import BadRequest  # noqa: E402
+from hyperclone_onnx.errors import BadRequest, Refused  # noqa: E402
 from hyperclone_onnx.frameworks.jax import load  # noqa: E402
 
 Zoo = Callable[[str], Path]
@@ -90,3 +90,44 @@ def test_a_branch_is_traced(tmp_path: Path) -> None:
     for flag, want in ((True, 2 * x), (False, -x)):
         assert np.array_equal(apply(params, x, np.asarray(flag)), want)
         assert np.array_equal(jax.jit(apply)(params, x, np.asarray(flag)), want)
+
+
+EXPERTS = """g (float[n, 4] x) => (float[n, 4] y) {
+    scores = MatMul (x, router)
+    zero = Constant <value = float {0.0}> ()
+    chosen = Greater (scores, zero)
+    places = NonZero (chosen)
+    first = Constant <value = int64 {0}> ()
+    rows = Gather (places, first)
+    some = Gather (x, rows)
+    made = MatMul (some, weight)
+    one = Constant <value = int64[1] {1}> ()
+    at = Unsqueeze (rows, one)
+    none = Mul (x, zero)
+    y = ScatterND <reduction = "add"> (none, at, made)
+}"""
+
+
+def test_sizes_of_data_are_computed_without_jit_and_refused_with_it(tmp_path: Path) -> None:
+    onnx.save(build_model(EXPERTS, normal(0, {"router": (4, 1), "weight": (4, 4)})), tmp_path / "model.onnx")
+    apply, params = load(tmp_path / "model.onnx")
+    x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    wanted = (x @ params["weight"]) * (x @ params["router"] > 0)
+    assert np.allclose(apply(params, x), wanted, atol=1e-6)
+    gradient = jax.grad(lambda params: (apply(params, x) ** 2).sum())(params)
+    assert float(np.abs(gradient["weight"]).max()) > 0
+    with pytest.raises(Refused, match="NonZero makes a size of data, which"):
+        jax.jit(apply)(params, x)
+
+
+def test_branches_of_two_shapes_are_refused_under_jit(tmp_path: Path) -> None:
+    text = """g (float[n, 4] x, bool flag) => (float[m, 4] y) {
+        y = If (flag) <then_branch = t () => (float[a, 4] a) { a = Concat <axis = 0> (x, x) },
+                       else_branch = e () => (float[b, 4] b) { b = Neg (x) }>
+    }"""
+    onnx.save(build_model(text, {}), tmp_path / "model.onnx")
+    apply, params = load(tmp_path / "model.onnx")
+    x = np.ones((2, 4), np.float32)
+    assert jax.jit(lambda x: apply(params, x, True))(x).shape == (4, 4)
+    with pytest.raises(Refused, match="the branches of an If make different shapes"):
+        jax.jit(apply)(params, x, np.asarray(True))

@@ -29,9 +29,9 @@ Gradients = dict[str, Array]
 
 TABLE = (
     "albert bert bloom convnext falcon_new gemma2 gpt2 gpt_neox gptj llama mamba modernbert opt phi3 qwen3 smollm3 "
-    "stablelm vit"
+    "stablelm vit whisper"
 ).split()
-"""Families of every kind: learned, rotary, relative places and none; norms of all sorts; images."""
+"""Families of every kind: learned, rotary, relative places and none; norms of all sorts; images, sounds, two towers."""
 
 ROUNDING = 1e-5
 """What float32 stays under, as a part of the largest element."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,29 @@ VANISHING = 1e-2
 """A gradient this much smaller than the largest is a sum that cancels (a key's bias moves no softmax): it is compared
 on the scale of those it is made of."""
 
+MORE: dict[str, str] = {
+    "bart": "final_logits_bias",  # a buffer of zeros there, which nothing in a graph tells from a bias
+    "resnet": "*.convolution.weight_bias",  # what the exporter folded of batch statistics
+}
+"""Tensors besides the drawn ones that are trained."""
+
+TOWERS = ("bart", "whisper")
+"""Families with an encoder and a decoder."""
+
 ILL_CONDITIONED: dict[str, set[str]] = {}
 """Gradients that float32 rounds further: they are compared in float64."""
 
 NO_BLOCKS = {
     "albert": "one layer, used again and again",
+    "deberta_v2": "the normalised embeddings of relative places pass by its layers, which all read them",
     "gemma": "no tensor has a layer's name: its norms' gains are stored with 1 added",
     "gemma2": "as gemma",
     "gemma3": "as gemma",
+    "convnext": "its layers are nested in stages, each of its own widths",
+    "modernbert": "its first layer has no norm, every third another mask and other angles",
     "olmo": "no tensor has a layer's name: its norms have no gains",
+    "resnet": "as convnext",
+    "smollm3": "every so many layers have no rotary angles",
 }
 """Families whose layers stay in the one graph."""
 
@@ -94,7 +109,7 @@ def test_both_frameworks_compute_and_learn_alike(family: str, grown: bool, zoo: 
     assert set(apart) <= ILL_CONDITIONED.get(family, set()), apart
     assert set(model.initializers.values()) == learned(family, path, grown)
     blocks = [each for each in model.modules() if isinstance(each, in_torch.Block)]
-    assert len(blocks) == (0 if family in NO_BLOCKS else 2)
+    assert len(blocks) == (0 if family in NO_BLOCKS else 4 if family in TOWERS else 2)
 
 
 def outputs(made: Any) -> list[Array]:
@@ -111,7 +126,7 @@ def assert_same_outputs(path: Path, feeds: dict[str, Array], name: str, want: Ar
         exact = run({key: widened(each) for key, each in feeds.items()})[name]
     assert relative(want, exact) > OUTPUTS, "ONNX Runtime is right"
     for got in found:
-        assert relative(got, exact) < OUTPUTS
+        assert relative(got, exact) < max(OUTPUTS, relative(want, exact))
 
 
 def widened(array: Array) -> Array:
@@ -176,6 +191,7 @@ def learned(family: str, path: Path, grown: bool) -> set[str]:
     """The tensors that the zoo draws at random: a model's parameters."""
     names = set(zoo_store.distributions(zoo_store.load(f"{family}.distinct")))
     stored = {tensor.name for tensor in onnx.load(path).graph.initializer}
+    names |= {name for name in stored if fnmatchcase(name, MORE.get(family, ""))}
     if grown:  # a tensor used in several ways may have become several
         return {name for name in stored if name in names or name.rsplit(".", 1)[0] in names}
     return names

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from hyperclone_onnx.frameworks.compiler import bound_attributes, registry_name
 from hyperclone_onnx.frameworks.fusions import fuse, put_in_place
 from hyperclone_onnx.frameworks.host_values import LARGEST, is_constant
 from hyperclone_onnx.normalise import normalise
+from hyperclone_onnx.onnx_inference import infer_types
 
 CONTROL = ("If", "Loop", "Scan")
 """Operators with bodies."""
@@ -51,12 +49,11 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
     try:
         for node in model.graph.all_nodes():  # ONNX Runtime's optimiser forgets to import its own domain
             model.graph.opset_imports.setdefault(node.domain, 1)
-        with _quiet_inference():
-            passes.InlinePass()(model)
-            for _ in range(DEEPEST):
-                if not _inline_bodies(model):
-                    break
-            normalise(model)
+        passes.InlinePass()(model)
+        for _ in range(DEEPEST):
+            if not _inline_bodies(model):
+                break
+        normalise(model)
         _store_constant_outputs(model)
     except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
         raise BadModel(f"{name}: a malformed graph ({type(problem).__name__}: {problem})") from problem
@@ -65,17 +62,6 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
     fuse(model)
     passes.RemoveUnusedNodesPass()(model)
     return model
-
-
-@contextlib.contextmanager
-def _quiet_inference() -> Iterator[None]:
-    """Keep to itself that ONNX cannot infer what operators of other domains make: types are a help, not a need."""
-    logger = logging.getLogger(passes.ShapeInferencePass.__module__)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _store_constant_outputs(model: ir.Model) -> None:
@@ -102,7 +88,7 @@ def _inline_bodies(model: ir.Model) -> bool:
     if not missing:
         return False
     if any(output.dtype is None for node in model.graph for output in node.outputs):
-        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+        infer_types(model)
     found = False
     for number, node in enumerate(missing):
         function = _function_body(node, model.graph.opset_imports.get(node.domain, 1), f"body{number}")

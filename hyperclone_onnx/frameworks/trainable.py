@@ -223,7 +223,7 @@ class _Structure:
     def _is_passage(self, node: ir.Node) -> bool:
         if _is_lookup(node, 0):
             return False
-        if all(value is None or _is_made_of_stored(value) for value in node.inputs):
+        if all(value is None or _is_made_of_stored(value) or _is_cut(value) for value in node.inputs):
             return True
         floats = [
             value for value in node.inputs if value is not None and value.dtype and value.dtype.is_floating_point()
@@ -238,11 +238,25 @@ def _is_made_of_stored(value: ir.Value) -> bool:
     return all(each is None or _is_made_of_stored(each) for each in producer.inputs)
 
 
+def _is_cut(value: ir.Value) -> bool:
+    """Whether a floating value is made of stored floats alone, laid out by sizes known only when running."""
+    producer = value.producer()
+    if producer is None or value.dtype is None or not value.dtype.is_floating_point():
+        return False
+    given = [each for each in producer.inputs if each is not None]
+    floats = [each for each in given if each.dtype is not None and each.dtype.is_floating_point()]
+    return (
+        bool(floats)
+        and (producer.op_type in LAYOUT or all(each in floats or _is_made_of_stored(each) for each in given))
+        and all(_is_made_of_stored(each) or _is_cut(each) for each in floats)
+    )
+
+
 def _is_lookup(node: ir.Node, index: int) -> bool:
     """Whether an input is a table that this node looks rows up in, by indices that are not stored."""
     if node.op_type == "EmbedLayerNormalization":
         return index in (2, 3, 4)
-    if index != 0 or node.op_type not in ("Gather", "GatherElements") or node.domain not in ("", "ai.onnx"):
+    if index != 0 or node.op_type not in ("Gather", "GatherElements", "GatherND") or node.domain not in ("", "ai.onnx"):
         return False
     return node.inputs[1] is not None and not _is_made_of_stored(node.inputs[1])
 

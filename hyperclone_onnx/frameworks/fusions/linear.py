@@ -13,16 +13,16 @@ def fuse_linear(add: ir.Node) -> bool:
     """x W + b, with W and b stored"""
     for product, bias in (add.inputs[:2], add.inputs[1::-1]):
         node = only(product, "MatMul")
-        if node is not None and _is_stored(node.inputs[1], 2) and _is_stored(bias, 1):
+        shape, length = (None, None) if node is None else (_stored_shape(node.inputs[1]), _stored_shape(bias))
+        if node is not None and shape is not None and len(shape) == 2 and length == shape[1:]:
             put_in_place(add, ir.node("Linear", [*node.inputs, bias], domain=INTERNAL))
             return True
     return False
 
 
-def _is_stored(value: ir.Value | None, rank: int) -> bool:
-    return (
-        value is not None
-        and is_constant(value)
-        and value.const_value is not None
-        and len(value.const_value.shape) == rank
-    )
+def _stored_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The sizes of a stored floating tensor."""
+    if value is None or not is_constant(value) or value.const_value is None:
+        return None
+    tensor = value.const_value
+    return tuple(int(size) for size in tensor.shape.numpy()) if tensor.dtype.is_floating_point() else None

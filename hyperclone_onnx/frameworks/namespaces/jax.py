@@ -140,7 +140,7 @@ def attend(*operands: Any, **options: Any) -> Any:
 def scatter(flat: Any, places: Any, updates: Any, reduction: str) -> Any:
     """flat with updates put at places, or added, multiplied, ..."""
     way = {"none": "set", "add": "add", "mul": "multiply", "max": "max", "min": "min"}[reduction]
-    return getattr(flat.at[places], way)(_standard.reshape(updates, (-1,)))
+    return getattr(_standard.asarray(flat).at[places], way)(_standard.reshape(updates, (-1,)))
 
 
 def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group: int) -> Any:
