@@ -141,7 +141,8 @@ class Search:
             offered = {path: list(values) for path, values in options.items()}
             if not usual:
                 offered = _joined(options, self._unusual(best))
-            for start in (best, *self._starts(options), []):
+            # From all of them changed: what no shape shows stays changed, and is tried.
+            for start in (*self._starts(options), best):
                 best = min(best, self._descend(start, offered), key=self.wrong)
                 if self.wrong(best) == 0:
                     return best
