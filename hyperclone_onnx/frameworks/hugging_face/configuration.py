@@ -105,8 +105,8 @@ class Search:
 
     def _build(self, changes: Sequence[Change]) -> Shapes | None:
         try:
-            with quiet(), torch.device("meta"):
-                model = self.checkpoint.model_class(changed_config(self.checkpoint, changes))
+            with torch.device("meta"):
+                model = built(self.checkpoint, changes)
         except Exception:  # a model whose sizes do not fit one another raises whatever it likes
             return None
         return {name: tuple(each.shape) for name, each in stored_tensors(model).items()}
@@ -141,7 +141,8 @@ class Search:
             offered = {path: list(values) for path, values in options.items()}
             if not usual:
                 offered = _joined(options, self._unusual(best))
-            for start in (best, *self._starts(options), []):
+            # From all of them changed: what no shape shows stays changed, and is tried.
+            for start in (*self._starts(options), best):
                 best = min(best, self._descend(start, offered), key=self.wrong)
                 if self.wrong(best) == 0:
                     return best
@@ -226,6 +227,12 @@ class Search:
 
 def _joined(first: Mapping[Path, Sequence[int]], second: Mapping[Path, Sequence[int]]) -> dict[Path, list[int]]:
     return {path: [*first.get(path, ()), *second.get(path, ())] for path in {**first, **second}}
+
+
+def built(checkpoint: Checkpoint, changes: Sequence[Change]) -> Any:
+    """The checkpoint's model with some fields of its configuration changed; its parameters hold anything."""
+    with quiet():
+        return checkpoint.model_class(changed_config(checkpoint, changes)).eval()
 
 
 def changed_config(checkpoint: Checkpoint, changes: Sequence[Change]) -> Any:

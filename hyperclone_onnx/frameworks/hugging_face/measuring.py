@@ -14,8 +14,8 @@ import torch
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly, Given
 from hyperclone_onnx.frameworks.hugging_face.checking import Feeding, Outputs, outputs, torch_feeds
-from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, first_line, quiet, stored_tensors
-from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, changed_config
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, first_line, stored_tensors
+from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, built
 from hyperclone_onnx.frameworks.hugging_face.matching import constant
 from hyperclone_onnx.frameworks.hugging_face.recording import Step, record
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation, compensations
@@ -95,8 +95,7 @@ def effective(
 def _shows(checkpoint: Checkpoint, change: Change, runs: Runs, given: Given) -> bool:
     """Whether a field, changed alone, changes the shapes of what the source's model computes."""
     try:
-        with quiet():
-            model = checkpoint.model_class(changed_config(checkpoint, [change])).float().eval()
+        model = built(checkpoint, [change]).float()
         fill(model, {name: lambda a=a: a for name, a in {**runs.tensors, **given.others}.items()})  # type: ignore[misc]
         steps, _ = record(model, runs.feeds)
     except Exception:  # a model whose sizes do not fit one another raises whatever it likes: the field matters
@@ -127,8 +126,7 @@ def measured(
     grown: Grown,
 ) -> dict[str, Compensation]:
     """What must be folded into the grown checkpoint's tensors."""
-    with quiet():
-        model = checkpoint.model_class(changed_config(checkpoint, changes)).float().eval()
+    model = built(checkpoint, changes).float()
     fill(model, assembly.fresh(stored, runs.tensors))
     names = {id(each): name for name, each in stored_tensors(model).items() if each.is_floating_point()}
     ratios = {

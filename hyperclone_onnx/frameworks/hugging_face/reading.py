@@ -110,8 +110,8 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
     for name, before in elsewhere.items():
         if name in weights and not _is_as_before(weights[name](), before):
             raise BadRequest(
-                f"{folder}: {name} was trained, and the ONNX file has no place for it: freeze it, or export it with "
-                "the model before growing"
+                f"{folder}: {name} was trained, and the ONNX file has no place for it: freeze it, or export "
+                "it with the model before growing"
             )
     return {
         initializer: lambda i=initializer, m=each: _made(i, m, grown, weights)  # type: ignore[misc]

@@ -1,0 +1,407 @@
+"""`handoff --to hf`: a grown checkpoint that transformers loads and that computes what its source computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import Command, names_in
+
+from hyperclone_onnx import BadRequest, ModelsDiffer, expand, storage
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+for _needed in ("torch", "transformers", "safetensors"):
+    pytest.importorskip(_needed)
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from hyperclone_onnx.frameworks.hugging_face import MANIFEST, growing, read_trained  # noqa: E402
+from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint  # noqa: E402
+from models import zoo  # noqa: E402
+from models.zoo_families import FAMILIES  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+Exported = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A folder with a family's checkpoint, ``hf``, and its export, ``small.onnx``; by `family.sizing`."""
+    zoo.quiet()
+    transformers.utils.logging.disable_progress_bar()
+
+    @cache
+    def make(name: str) -> Path:
+        family, sizing = name.split(".")
+        folder = tmp_path_factory.mktemp(name)
+        model = zoo.build(family, sizing)[0]
+        model.save_pretrained(folder / "hf")
+        export(model, FAMILIES[family].inputs, FAMILIES[family].output, folder / "small.onnx")
+        return folder
+
+    return make
+
+
+def export(model: Any, inputs: tuple[str, ...], output: str, path: Path) -> None:
+    """Export with dynamic lengths, as models/zoo.py does."""
+    from onnx_ir.passes.common import InlinePass
+    from onnxscript.optimizer import optimize_ir
+
+    examples = {name: zoo.example(name, model.config) for name in inputs}
+    batch, sequence, target = (torch.export.Dim(name) for name in ("batch", "sequence", "target"))
+    shapes = {
+        name: {0: batch} if value.ndim > 2 else {0: batch, 1: target if name.startswith("decoder") else sequence}
+        for name, value in examples.items()
+    }
+    program = torch.onnx.export(
+        model.float(),
+        (),
+        kwargs=examples,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        output_names=[output],
+        optimize=False,
+        verbose=False,
+    )
+    InlinePass()(program.model)
+    optimize_ir(program.model, input_size_limit=128)
+    ir.save(program.model, path)
+
+
+def logits(model: Any, inputs: tuple[str, ...], seed: int = 5) -> Array:
+    """What a model computes from random inputs of odd lengths, the end of one sequence masked."""
+    torch.manual_seed(seed)
+    feeds = {name: zoo.example(name, model.config) for name in inputs}
+    if "attention_mask" in feeds:
+        feeds["attention_mask"][-1, -2:] = 0
+    with torch.no_grad():
+        return np.asarray(model.float().eval()(**feeds)[0].numpy())
+
+
+def loaded(folder: Path) -> Any:
+    """The model, as a user loads it."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(folder)
+
+
+def tiled(array: Array, shape: tuple[int, ...]) -> Array:
+    return np.tile(array, [new // old for old, new in zip(array.shape, shape, strict=True)])
+
+
+DOUBLED = {"hidden_size": (48, 96), "intermediate_size": (56, 112), "num_attention_heads": (6, 12)}
+GROUPED = DOUBLED | {"num_key_value_heads": (2, 4)}
+SQRT_HALF, QUARTER = "times 0.70710678", "times 0.84089642"
+
+GROWN: dict[str, tuple[str, dict[str, int], dict[str, tuple[int, int]], dict[str, str]]] = {
+    "llama": ("llama.distinct", {}, GROUPED, {}),
+    "sizes that collide": (
+        "llama.collide",
+        {},
+        {"hidden_size": (96, 192), "intermediate_size": (96, 192), "num_attention_heads": (8, 16)}
+        | {"num_key_value_heads": (2, 4)},
+        {},
+    ),
+    "feed-forward alone": ("llama.distinct", {"hidden": 1, "heads": 1}, {"intermediate_size": (56, 112)}, {}),
+    "heads alone": (
+        "qwen3.distinct",
+        {"hidden": 1, "ffn": 1},
+        {"num_attention_heads": (6, 12), "num_key_value_heads": (2, 4)},
+        {},
+    ),
+    "another class of names, one fused matrix": (
+        "gpt2.distinct",
+        {},
+        {"n_embd": (48, 96), "n_inner": (56, 112), "n_head": (6, 12)},
+        {},
+    ),
+    "heads whose size grows, fused": (
+        "gpt2.distinct",
+        {"heads": 1, "head_dim": 2},
+        {"n_embd": (48, 96), "n_inner": (56, 112)},
+        {
+            f"transformer.h.{layer}.{name}": text
+            for layer in (0, 1)
+            for name, text in (
+                ("ln_1.weight", QUARTER),
+                ("ln_1.bias", QUARTER),
+                ("attn.c_attn.bias", QUARTER),
+                ("attn.c_proj.weight", "times 1.1892071"),
+            )
+        },
+    ),
+    "an embedding multiplied by the root of its width": (
+        "gemma.distinct",
+        {},
+        GROUPED,
+        {"model.embed_tokens.weight": SQRT_HALF, "model.norm.weight": "times 1.4142136 of it plus 1"},
+    ),
+    "a fused matrix of unequal parts": ("phi3.distinct", {}, GROUPED, {}),
+    "an encoder": ("bert.distinct", {}, DOUBLED, {}),
+    "an encoder and a decoder": (
+        "bart.distinct",
+        {},
+        {"d_model": (48, 96), "encoder_ffn_dim": (56, 112), "decoder_ffn_dim": (56, 112)}
+        | {"encoder_attention_heads": (6, 12), "decoder_attention_heads": (6, 12)},
+        {},
+    ),
+    "images, sizes in a list": ("convnext.distinct", {}, {"hidden_sizes.0": (24, 48), "hidden_sizes.1": (40, 80)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_a_grown_checkpoint_computes_what_its_source_does(
+    name: str, exported: Exported, tmp_path: Path, cli: Command
+) -> None:
+    zoo_name, requests, config, compensations = GROWN[name]
+    folder = exported(zoo_name)
+    expand(folder / "small.onnx", tmp_path / "big.onnx", 2, requests, check=False)
+    done = cli(
+        "handoff", tmp_path / "big.onnx", "--to", "hf", "--like", folder / "hf", "-o", tmp_path / "out", "--json"
+    )
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout)["hugging_face"]
+    assert {field: tuple(values) for field, values in report["config"].items()} == config
+    assert report["compensations"] == compensations
+    inputs = FAMILIES[zoo_name.split(".")[0]].inputs
+    want, got = logits(loaded(folder / "hf"), inputs), logits(loaded(tmp_path / "out"), inputs)
+    np.testing.assert_allclose(got, tiled(want, got.shape), atol=2e-5 * np.abs(want).max())
+    back = read_trained(tmp_path / "out")
+    stored = storage.load(tmp_path / "big.onnx").graph.initializers
+    for initializer, array in back.items():
+        np.testing.assert_allclose(array(), stored[initializer].const_value.numpy(), rtol=3e-7)
+
+
+REFUSED = {
+    "positions by heads (ALiBi)": (
+        "bloom.distinct",
+        {},
+        "derives numbers from its sizes that are no repetition of the source's: what pow makes in transformer",
+    ),
+    "rotary angles by head size": (
+        "llama.distinct",
+        {"heads": 1, "head_dim": 2, "hidden": 1},
+        "of the source's: model.rotary_emb.inv_freq (1 becomes 0.3162)",
+    ),
+    "no field for it": (
+        "bert.distinct",
+        {"hidden": 1, "ffn": 1},
+        "BertConfig cannot say these sizes: with none of its settings has encoder.layer.0.attention.self.query.weight "
+        "the shape [96, 48] (nearest: [48, 48])",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_configuration_cannot_say_is_refused(
+    name: str, exported: Exported, tmp_path: Path, cli: Command
+) -> None:
+    zoo_name, requests, text = REFUSED[name]
+    folder = exported(zoo_name)
+    expand(folder / "small.onnx", tmp_path / "big.onnx", 2, requests, check=False)
+    done = cli("handoff", tmp_path / "big.onnx", "--to", "hf", "--like", folder / "hf", "-o", tmp_path / "out")
+    assert done.code == 3 and text in done.error, done.stderr
+    assert names_in(tmp_path) == ["big.onnx"]
+
+
+# -- the wrong source -------------------------------------------------------------------------------------------
+
+
+def _rewritten(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return act
+
+
+def _one_weight(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] *= 1.01
+
+
+def _another_model(tensors: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(9))
+
+
+def _configured(**fields: Any) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return act
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _half_indexed(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _truncated(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+WRONG: dict[str, tuple[Callable[[Path], Any], int, str]] = {
+    "not there": (shutil.rmtree, 4, "no such folder; --like names the checkpoint"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), 4, "no config.json: not a Hugging Face checkpoint"),
+    "a broken configuration": (lambda f: (f / "config.json").write_text("{"), 4, "not readable as JSON"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), 4, "there are no weights"),
+    "pickles": (_pickled, 3, "its weights are pickles, which are not read: convert them to safetensors"),
+    "half of the shards": (_half_indexed, 4, "model-00002-of-00002.safetensors that model.safetensors.index.json"),
+    "truncated": (_truncated, 4, "its weights cannot be loaded"),
+    "one weight": (_rewritten(_one_weight), 4, "1 of the 2688 elements of model.layers.1.mlp.up_proj.weight differ"),
+    "another model": (_rewritten(_another_model), 4, "none of its 16 matrices is in the file"),
+    "other sizes": (_configured(intermediate_size=57), 4, "weights and configuration do not fit together"),
+    "an unknown model": (_configured(model_type="nonesuch"), 4, "no configuration of a known model"),
+    "an unknown class": (_configured(architectures=["NoneSuch"]), 3, "names no architecture that transformers"),
+    "quantised": (_configured(quantization_config={"quant_method": "gptq"}), 3, "its weights are quantised"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_source_is_one_line(name: str, exported: Exported, tmp_path: Path, cli: Command) -> None:
+    change, code, text = WRONG[name]
+    expand(exported("llama.distinct") / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+    shutil.copytree(exported("llama.distinct") / "hf", tmp_path / "hf")
+    change(tmp_path / "hf")
+    done = cli("handoff", tmp_path / "big.onnx", "--to", "hf", "--like", tmp_path / "hf", "-o", tmp_path / "out")
+    assert done.code == code and text in done.error, done.stderr
+    assert not (tmp_path / "out").exists() and "Traceback" not in done.stderr
+
+
+def test_a_file_that_was_not_grown_is_said(exported: Exported, tmp_path: Path, cli: Command) -> None:
+    folder = exported("llama.distinct")
+    done = cli("handoff", folder / "small.onnx", "--to", "hf", "--like", folder / "hf", "-o", tmp_path / "out")
+    assert done.code == 2 and "carries no plan" in done.error
+
+
+# -- trained, there and back ------------------------------------------------------------------------------------
+
+
+def replaced(big: Path, out: Path, arrays: Mapping[str, Callable[[], Array]]) -> Path:
+    """The file with other weights."""
+    model = storage.load(big)
+    for name, array in arrays.items():
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(np.ascontiguousarray(array()), name=name, dtype=value.const_value.dtype)
+    ir.save(model, out)
+    return out
+
+
+def in_onnx_runtime(path: Path, config: Any, inputs: tuple[str, ...]) -> Array:
+    import onnxruntime as ort
+
+    torch.manual_seed(5)
+    feeds = {name: zoo.example(name, config).numpy() for name in inputs}
+    if "attention_mask" in feeds:
+        feeds["attention_mask"][-1, -2:] = 0
+    return np.asarray(ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "opt_350m"])
+def test_trained_weights_go_both_ways(family: str, exported: Exported, tmp_path: Path) -> None:
+    folder, inputs = exported(f"{family}.distinct"), FAMILIES[family].inputs
+    expand(folder / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+    (tmp_path / "out").mkdir()
+    grow_checkpoint(tmp_path / "big.onnx", folder / "hf", tmp_path / "out")
+    model = loaded(tmp_path / "out")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "trained", max_shard_size="50KB")
+    shutil.copy(tmp_path / "out" / MANIFEST, tmp_path / "trained")
+    assert len(list((tmp_path / "trained").glob("*.safetensors"))) > 1
+    back = replaced(tmp_path / "big.onnx", tmp_path / "trained.onnx", read_trained(tmp_path / "trained"))
+    want = logits(model, inputs)
+    got = in_onnx_runtime(back, model.config, inputs)
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+    (tmp_path / "again").mkdir()
+    with pytest.raises(
+        BadRequest, match=r"has been trained .* name the ONNX file that it was grown from with --source"
+    ):
+        grow_checkpoint(back, folder / "hf", tmp_path / "again")
+    report = grow_checkpoint(back, folder / "hf", tmp_path / "again", source=folder / "small.onnx")
+    assert report.trained and report.error_to_source is None
+    np.testing.assert_allclose(logits(loaded(tmp_path / "again"), inputs), want, atol=2e-5 * np.abs(want).max())
+
+
+def test_what_the_file_has_no_place_for_is_not_lost_in_silence(exported: Exported, tmp_path: Path) -> None:
+    folder = exported("bert.distinct")
+    with_pooler = transformers.BertModel.from_pretrained(folder / "hf", add_pooling_layer=True)
+    with_pooler.save_pretrained(tmp_path / "hf")
+    expand(folder / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+    (tmp_path / "out").mkdir()
+    report = grow_checkpoint(tmp_path / "big.onnx", tmp_path / "hf", tmp_path / "out")
+    assert sorted(report.repeated) == ["pooler.dense.bias", "pooler.dense.weight"]
+    assert report.compensations == {"pooler.dense.weight": "times 0.5"}
+    assert read_trained(tmp_path / "out")
+    model = loaded(tmp_path / "out")
+    with torch.no_grad():
+        model.pooler.dense.weight[0, 0] += 0.5
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(BadRequest, match=r"pooler\.dense\.weight was trained, and the ONNX file has no place for it"):
+        read_trained(tmp_path / "out")
+
+
+# -- that the checks can fail -----------------------------------------------------------------------------------
+
+
+def _without_compensation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "measured", lambda *_: {})
+
+
+def _with_one_wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = growing.write_safetensors
+
+    def wrong(entries: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        name = "model.layers.1.mlp.down_proj.weight"
+        array = np.array(entries[name])
+        array[0] *= 1.5
+        return write({**entries, name: array}, *rest, **options)
+
+    monkeypatch.setattr(growing, "write_safetensors", wrong)
+
+
+@pytest.mark.parametrize("harm", [_without_compensation, _with_one_wrong_weight])
+def test_a_wrong_checkpoint_is_noticed(
+    harm: Callable[[pytest.MonkeyPatch], None], exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported("gemma.distinct")
+    expand(folder / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+    harm(monkeypatch)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelsDiffer, match="the grown checkpoint's output logits differs from its source's"):
+        grow_checkpoint(tmp_path / "big.onnx", folder / "hf", tmp_path / "out")
+
+
+def test_a_half_precision_checkpoint_is_written_as_its_file_is(exported: Exported, tmp_path: Path) -> None:
+    folder = exported("llama.distinct")
+    model = loaded(folder / "hf").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
+    export(loaded(tmp_path / "hf"), FAMILIES["llama"].inputs, "logits", tmp_path / "small.onnx")
+    expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 3, check=False)
+    (tmp_path / "out").mkdir()
+    report = grow_checkpoint(tmp_path / "big.onnx", tmp_path / "hf", tmp_path / "out")
+    assert report.config["dtype"] == ("bfloat16", "float32")
+    want, got = (logits(loaded(each), FAMILIES["llama"].inputs) for each in (tmp_path / "hf", tmp_path / "out"))
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
