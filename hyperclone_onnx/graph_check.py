@@ -65,5 +65,5 @@ def _kind(tensor: ir.TensorProtocol) -> str:
 
 
 def _text(node: ir.Node) -> bytes:
-    text: bytes = ir.to_proto(node).SerializeToString(deterministic=True)
+    text: bytes = ir.serde.serialize_node(node).SerializeToString(deterministic=True)
     return text

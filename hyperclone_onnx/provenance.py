@@ -55,7 +55,7 @@ def _graph(model: ir.Model) -> str:
     for value in (*model.graph.inputs, *model.graph.outputs):
         digest.update(f"{value.name}: {value.type} {value.shape}\n".encode("utf-8", "surrogatepass"))
     for node in model.graph:
-        text = ir.to_proto(node).SerializeToString(deterministic=True)
+        text = ir.serde.serialize_node(node).SerializeToString(deterministic=True)
         digest.update(len(text).to_bytes(8, "little") + text)
     return str(digest.hexdigest())
 

@@ -1,0 +1,252 @@
+"""Time and memory of `expand`, beside `cat` of the same bytes, on a Llama of random weights.
+
+    python benchmarks/expand.py [--pairs 5] [--size 1] [--sizes 0.25 0.5 1] [--write] [--folder /var/tmp]
+
+Builds a model of 418 M float32 parameters (times --size; 1.7 GB) and doubles it (5.9 GB). `expand` and `cat` of its
+result into another file alternate; the ratio of each pair is taken, and their median given, so that a busy machine
+slows both. The disk is synchronised before every run. The peak is the process's own largest resident set (ru_maxrss),
+file pages that it maps included. Everything made is removed again. --write puts the tables and the plot into docs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models.large import scaled, write  # noqa: E402
+
+PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.png"
+BEGIN, END = "<!-- expand -->", "<!-- /expand -->"
+STRATEGIES = ("symmetric", "noisy-symmetric")
+TARGETS = {"symmetric": 0.8, "noisy-symmetric": 1.2}
+MODES: dict[str, tuple[str, ...]] = {
+    "expand --no-validate": ("--no-validate",),
+    "expand --validate algebraic": ("--validate", "algebraic"),
+    "expand --validate full": ("--validate", "full"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: seconds by the wall and of all its threads, and the largest resident set in MB."""
+
+    seconds: float
+    cpu: float
+    peak: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to grow, and where what it becomes is put."""
+
+    path: Path
+    parameters: int
+
+    @property
+    def big(self) -> Path:
+        return self.path.with_name("big.onnx")
+
+    @property
+    def data(self) -> Path:
+        """The file that holds the grown weights."""
+        beside = self.big.with_name(f"{self.big.name}.data")
+        return beside if beside.exists() else self.big
+
+    def clear(self) -> None:
+        for each in self.path.parent.glob("big.onnx*"):
+            each.unlink()
+
+
+def measured(command: Sequence[str | Path], output: Any = subprocess.DEVNULL) -> Run:
+    os.sync()
+    begin = time.perf_counter()
+    process = subprocess.Popen([str(each) for each in command], stdout=output, stderr=subprocess.PIPE, cwd=ROOT)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed: {said.decode(errors='replace')[-500:]}")
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / scale)
+
+
+def expand(model: Model, strategy: str, *options: str) -> Run:
+    model.clear()
+    command = [sys.executable, "-m", "hyperclone_onnx", "expand", model.path, "--factor", "2", "-o", model.big]
+    return measured([*command, "--strategy", strategy, *options, "--device", "cpu", "--json"])
+
+
+def cat(model: Model) -> Run:
+    copy = model.path.with_name("copy")
+    with copy.open("wb") as file:
+        run = measured(["cat", model.data], file)
+    copy.unlink()
+    return run
+
+
+def build(folder: Path, size: float) -> Model:
+    sizes = scaled(size)
+    path = folder / f"{size:g}.onnx"
+    needed = 4 * 9 * 418e6 * size
+    if shutil.disk_usage(folder).free < needed:
+        raise SystemExit(f"{folder}: a model of size {size:g} needs {needed / 1e9:.0f} GB while it is measured")
+    return Model(path, write(sizes, path))
+
+
+def remove(model: Model) -> None:
+    model.clear()
+    for each in model.path.parent.glob(f"{model.path.name}*"):
+        each.unlink()
+
+
+def pairs(model: Model, count: int) -> dict[str, list[tuple[Run, Run]]]:
+    found: dict[str, list[tuple[Run, Run]]] = {strategy: [] for strategy in STRATEGIES}
+    for _ in range(count):
+        for strategy in STRATEGIES:
+            grown = expand(model, strategy, "--no-validate")
+            found[strategy].append((grown, cat(model)))
+            say(f"{strategy}: expand {grown.seconds:.2f} s, cat {found[strategy][-1][1].seconds:.2f} s")
+    return found
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+
+
+def against_cat(model: Model, count: int) -> str:
+    rows = [["strategy", "expand --no-validate", "cat of the result", "ratio, median (all)", "target", "peak memory"]]
+    for strategy, runs in pairs(model, count).items():
+        ratios = [grown.seconds / copied.seconds for grown, copied in runs]
+        rows.append(
+            [
+                strategy,
+                f"{statistics.median(grown.seconds for grown, _ in runs):.2f} s",
+                f"{statistics.median(copied.seconds for _, copied in runs):.2f} s",
+                f"**{statistics.median(ratios):.2f}** ({', '.join(f'{each:.2f}' for each in ratios)})",
+                f"{TARGETS[strategy]:.1f}",
+                f"{max(grown.peak for grown, _ in runs):.0f} MB",
+            ]
+        )
+    return table(rows)
+
+
+def by_mode(model: Model) -> str:
+    rows = [["command", "wall", "processor", "peak memory"]]
+    for name, options in MODES.items():
+        run = expand(model, "noisy-symmetric", *options)
+        say(f"{name}: {run.seconds:.2f} s, {run.peak:.0f} MB")
+        rows.append([f"`{name}`", f"{run.seconds:.2f} s", f"{run.cpu:.2f} s", f"{run.peak:.0f} MB"])
+    return table(rows)
+
+
+def by_size(folder: Path, sizes: Sequence[float], count: int) -> tuple[str, list[tuple[int, dict[str, float]]]]:
+    rows = [["parameters", "grown", *STRATEGIES, "cat of the result", "peak memory"]]
+    points: list[tuple[int, dict[str, float]]] = []
+    for size in sizes:
+        model = build(folder, size)
+        runs = pairs(model, count)
+        seconds = {name: statistics.median(grown.seconds for grown, _ in each) for name, each in runs.items()}
+        seconds["cat"] = statistics.median(copied.seconds for each in runs.values() for _, copied in each)
+        peak = max(grown.peak for each in runs.values() for grown, _ in each)
+        grown_bytes = model.data.stat().st_size
+        remove(model)
+        points.append((model.parameters, seconds))
+        times = [f"{seconds[name]:.2f} s" for name in (*STRATEGIES, "cat")]
+        rows.append([f"{model.parameters / 1e6:.0f} M", f"{grown_bytes / 1e9:.2f} GB", *times, f"{peak:.0f} MB"])
+    return table(rows), points
+
+
+def plot(points: list[tuple[int, dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name, style in (("symmetric", "o-"), ("noisy-symmetric", "s-"), ("cat", "^--")):
+        label = "cat of the result" if name == "cat" else f"expand --no-validate, {name}"
+        axes.plot([count / 1e6 for count, _ in points], [each[name] for _, each in points], style, label=label)
+    axes.set_xlabel("parameters of the source (millions, float32)")
+    axes.set_ylabel("seconds (median)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    load = os.getloadavg()[0]
+    return f"{len(os.sched_getaffinity(0))} cores ({name}), {memory:.0f} GB; load {load:.1f} when it began"
+
+
+def put(text: str, page: Path) -> None:
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--size", type=float, default=1.0, help="of the model that is compared with cat")
+    parser.add_argument("--sizes", type=float, nargs="*", default=[0.25, 0.5, 1.0], help="of those that are plotted")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--write", action="store_true", help="put the result into docs/")
+    given = parser.parse_args()
+    where = machine()
+    with tempfile.TemporaryDirectory(prefix="expand-benchmark.", dir=given.folder) as name:
+        folder = Path(name)
+        model = build(folder, given.size)
+        say(f"{model.parameters:,} parameters")
+        expand(model, "symmetric", "--no-validate")  # the source's pages are cached, as the result's are for cat
+        first = against_cat(model, given.pairs)
+        modes = by_mode(model)
+        remove(model)
+        sizes, points = by_size(folder, given.sizes, max(1, given.pairs // 2 + 1)) if given.sizes else ("", [])
+        title = f"{model.parameters / 1e6:.0f} M parameters, doubled"
+        parts = [f"Measured on {where}.", f"### {title}", first, modes]
+        if sizes:
+            parts += ["### By size", sizes, "![Seconds by size](benchmarks.png)"]
+        text = "\n\n".join(parts)
+        print(text)
+        if given.write:
+            put(text, PAGE)
+            if points:
+                plot(points, PLOT)
+        elif points:
+            plot(points, Path("expand-benchmark.png"))
+            print(json.dumps(points))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""How much of a validation is done: each mode finds what it says it does, and says what it does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import Command, names_in, perceptron
+from onnx import numpy_helper
+from test_validation import CHANGES, edit, set_plan
+
+from hyperclone_onnx import (
+    BadRequest,
+    ModelsDiffer,
+    Plan,
+    Strategy,
+    expand,
+    expansion,
+    memory,
+    validate_files,
+    validation,
+)
+from hyperclone_onnx.strategies import STRATEGIES
+
+Array = np.ndarray[Any, Any]
+Zoo = Callable[[str], Path]
+
+
+@pytest.fixture
+def pair(small: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A small model and what grew from it."""
+    expand(small, tmp_path / "big.onnx", 2, check=False)
+    return small, tmp_path / "big.onnx"
+
+
+@pytest.fixture(params=["full", "algebraic", "first layers"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What to ask for; without free memory, "auto" is the first layers."""
+    if request.param == "first layers":
+        monkeypatch.setattr(validation, "free_memory", lambda: 0)
+        yield "auto"
+    else:
+        yield request.param
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_changed_tensor_is_found_in_each_mode(case: str, mode: Any, pair: tuple[Path, Path], cli: Command) -> None:
+    assert validate_files(*pair, "cpu", mode=mode).equal
+    name, change = CHANGES[case]
+    edit(pair[1], name, change)
+    asked = () if mode == "auto" else ("--validate", mode)
+    done = cli("validate", *pair, "--device", "cpu", *asked)
+    assert done.code == 1 or (case.startswith("another ") and mode == "full" and done.code == 3)
+    assert done.code == 3 or f"DIFFERS: tensor {name}: " in done.stdout
+
+
+def changed_node(model: onnx.ModelProto) -> None:
+    next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Sigmoid"
+
+
+def changed_attribute(model: onnx.ModelProto) -> None:
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    norm.attribute.append(onnx.helper.make_attribute("epsilon", 0.1))
+
+
+def skipped_layers(model: onnx.ModelProto) -> None:
+    """The last norm reads the embedding."""
+    norm = [node for node in model.graph.node if node.op_type == "LayerNormalization"][-1]
+    norm.input[0] = next(node for node in model.graph.node if node.op_type == "Gather").output[0]
+
+
+def lost_node(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Relu")
+    for reader in model.graph.node:
+        reader.input[:] = [node.input[0] if each == node.output[0] else each for each in reader.input]
+    model.graph.node.remove(node)
+
+
+def changed_scale(model: onnx.ModelProto) -> None:
+    """A scalar that the plan inserted to divide by."""
+    (scale,) = [each for each in model.graph.initializer if each.name.endswith(".scale")]
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.01), scale.name))
+
+
+GRAPHS = {
+    "another operator": changed_node,
+    "another attribute": changed_attribute,
+    "another input": skipped_layers,
+    "a node less": lost_node,
+    "another scale": changed_scale,
+}
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+def test_a_changed_graph_is_found_in_each_mode(case: str, mode: Any, tmp_path: Path) -> None:
+    """The tensors are right; only a run, or the comparison with what the plan makes, tells."""
+    source, big = tmp_path / "small.onnx", tmp_path / "big.onnx"
+    onnx.save(perceptron(tied=True), source)
+    expand(source, big, 2, strategy=Strategy("symmetric"), check=False)
+    model = onnx.load(big)
+    GRAPHS[case](model)
+    onnx.save(model, big)
+    result = validate_files(source, big, "cpu", mode=mode)
+    assert not result.equal
+    assert result.tensors is not None and not result.tensors.wrong
+    if result.mode != "full":
+        assert any(text.startswith("graph: ") for text in result.problems)
+
+
+@pytest.mark.parametrize("dropped", [0, -1])
+def test_what_a_plan_forgets_only_a_run_tells(
+    dropped: int, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Algebraic says that nothing was run; the first layers show an edit that is missing there."""
+    make_plan = expansion.make_plan
+
+    def forgetful(*arguments: Any, **options: Any) -> Plan:
+        plan = make_plan(*arguments, **options)
+        left = [each for i, each in enumerate(plan.edits) if i != dropped % len(plan.edits)]
+        return Plan(**{**vars(plan), "edits": tuple(left)})
+
+    monkeypatch.setattr(expansion, "make_plan", forgetful)
+    source = zoo("llama.distinct")
+    report = expand(source, tmp_path / "a.onnx", 2, check="algebraic").validation
+    assert report is not None and report.equal and "nothing was run" in report.scope and not report.cases
+    with pytest.raises(ModelsDiffer):
+        expand(source, tmp_path / "b.onnx", 2)
+    if dropped == 0:
+        monkeypatch.setattr(validation, "free_memory", lambda: 0)
+        with pytest.raises(ModelsDiffer):
+            expand(source, tmp_path / "c.onnx", 2)
+    assert names_in(tmp_path) == {"a.onnx"}
+
+
+FAMILIES = ("llama", "gpt2", "gemma2", "bert", "bloom")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("budget", [0, 20_000, 1 << 30])
+def test_the_first_layers_of_right_models_are_equal(
+    budget: int, strategy: Any, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of them are run."""
+    monkeypatch.setattr(validation, "free_memory", lambda: 0)
+    monkeypatch.setattr(validation, "FEWEST", budget)
+    seen = []
+    for name in FAMILIES:
+        out = tmp_path / f"{name}.onnx"
+        report = expand(zoo(f"{name}.distinct"), out, 2, strategy=Strategy(strategy), device="cpu").validation
+        assert report is not None and report.equal, (name, report and report.problems)
+        assert report.mode == ("first layers" if report.cases else "algebraic")
+        assert report.cases or "no layer was run" in report.notes[0]
+        seen.append(bool(report.cases))
+    assert not any(seen) if budget == 0 else all(seen) or budget < 1 << 30
+    assert not [each for each in names_in(tmp_path) if each.startswith(".")]
+
+
+def test_what_was_done_is_reported(small: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("expand", small, "--factor", "2", "--device", "cpu", "-o")
+    assert "validation: full (both models fit in free memory: " in cli(*arguments, tmp_path / "a.onnx").stdout
+    done = cli(*arguments, tmp_path / "b.onnx", "--validate", "algebraic")
+    assert "nothing was run" in done.stdout and "equal in what was compared" in done.stdout
+    assert "not validated" in cli(*arguments, tmp_path / "c.onnx", "--validate", "none").stdout
+    data = json.loads(cli(*arguments, tmp_path / "d.onnx", "--validate", "algebraic", "--json").stdout)["validation"]
+    assert (data["mode"], data["cases"], data["outputs"]) == ("algebraic", [], [])
+    monkeypatch.setattr(validation, "free_memory", lambda: 0)
+    done = cli(*arguments, tmp_path / "e.onnx")
+    assert "validation: first layers (both models do not fit in free memory: 0.0 of 0.0 GB. " in done.stdout
+    assert "were not run" in done.stdout and "equal in what was compared" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--no-validate", "--validate", "full"),
+        ("--validate", "algebraic", "--precision", "float64"),
+        ("--plan-only",),
+    ],
+)
+def test_what_contradicts_itself_is_refused(
+    arguments: tuple[str, ...], small: Path, tmp_path: Path, cli: Command
+) -> None:
+    done = cli("expand", small, "--factor", "2", "-o", tmp_path / "big.onnx", *arguments)
+    assert done.code == 2 and names_in(tmp_path) == set()
+
+
+def test_without_a_plan_nothing_is_algebraic(pair: tuple[Path, Path]) -> None:
+    set_plan(pair[1], None)
+    with pytest.raises(BadRequest, match="carries no plan"):
+        validate_files(*pair, "cpu", mode="algebraic")
+
+
+def test_a_plan_alone(small: Path, tmp_path: Path, cli: Command) -> None:
+    """`--plan-only` gives the plan that the model would carry, and writes nothing else."""
+    done = cli("expand", small, "--factor", "2", "--plan-only", "--plan-out", tmp_path / "plan.json")
+    assert done.code == 0 and "planned, nothing written" in done.stdout
+    assert names_in(tmp_path) == {"plan.json"}
+    plan = Plan.loads((tmp_path / "plan.json").read_text())
+    assert plan == expand(small, tmp_path / "big.onnx", 2).plan
+    assert plan.source.keys() == {"graph", "weights", "bytes", "options"}
+
+
+def test_a_plan_tells_sources_and_options_apart(small: Path, tmp_path: Path) -> None:
+    def source_of(path: Path, **options: Any) -> Any:
+        return expansion.plan_file(path, 2, **options).plan.source
+
+    first = source_of(small)
+    assert first == source_of(small)
+    assert source_of(small, untie=True) == {**first, "options": source_of(small, untie=True)["options"]} != first
+    other = tmp_path / "other.onnx"
+    onnx.save(onnx.load(small), other)
+    edit(other, "down.1", lambda array: array * np.float32(1.01))
+    assert source_of(other) == {**first, "weights": source_of(other)["weights"]} != first
+    expand(small, tmp_path / "big.onnx", 2)
+    notes = validate_files(other, tmp_path / "big.onnx", "cpu").notes
+    assert any("made from another source: its weights" in note for note in notes)
+
+
+def test_free_memory_is_what_the_tightest_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 2 of control groups: the limit of a parent counts, and what only caches is free."""
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    for folder, limit, used, cache in ((inner, "max", "5", 0), (tmp_path / "a", "1000", "700", 100)):
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text(used)
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    assert memory._parents(tmp_path, "/a/b") == [inner, tmp_path / "a", tmp_path]
+    names = ("memory.max", "memory.current", "inactive_file")
+    assert [memory._room(each, *names) for each in memory._parents(tmp_path, "/a/b")] == [None, 400, None]
+    free = memory.free_memory()
+    assert free is None or free > 0
