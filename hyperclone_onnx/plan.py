@@ -198,6 +198,11 @@ class Plan:
         """The source map of each growing dimension, by name."""
         return {name: dim.map for name, dim in self.dims.items()}
 
+    def brings_in(self, name: str) -> bool:
+        """Whether a tensor of the grown model is a divisor that growth put in: the source has none such."""
+        nodes = (edit.node for edit in self.edits if isinstance(edit, ScaleInput))
+        return name not in self.tensors and any(name.startswith(f"{node}.scale") for node in nodes)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
         return {

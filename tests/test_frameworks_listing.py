@@ -126,3 +126,17 @@ def test_a_mask_is_not_trained(tmp_path: Path) -> None:
     model = build_model(text, {"mask": mask, **normal(0, {"w": (4, 4)})})
     onnx.checker.check_model(model)
     assert trainable(prepare_model(ir.from_proto(model))) == ["w"]
+
+
+def test_a_divisor_that_growth_put_in_is_no_weight(zoo: Zoo, tmp_path: Path) -> None:
+    """Unequally repeated heads are divided by a vector: an Add or Mul with stored numbers, as a gain is."""
+    from hyperclone_onnx import SourceMap, analyse, expand
+    from hyperclone_onnx.frameworks.handoff import read
+
+    source, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
+    heads = next(each for each in analyse(source).named if each.role == "head_dim")
+    index = (*range(heads.size), 0)
+    plan = expand(source, big, maps={heads.name: SourceMap(heads.size, index=index)}, check=False).plan
+    added = [each for each in read(big).program.weights if plan.brings_in(each.initializer)]
+    assert added and all(each.role == "constant" for each in added)
+    assert {each.reason for each in added if each.shape} == {"a divisor that growth put in"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hyperclone_onnx.frameworks.preparation import prepare, prepare_model
 from hyperclone_onnx.frameworks.program import Program, Weight
 from hyperclone_onnx.frameworks.trainable import Reasons, overridden, structural_roles
 from hyperclone_onnx.normalise import normalise
-from hyperclone_onnx.plan import METADATA_KEY, Plan
+from hyperclone_onnx.plan import METADATA_KEY, Plan, ScaleInput
 from hyperclone_onnx.rewrite import check_fits, rewrite
 
 PathLike = str | os.PathLike[str]
@@ -60,7 +60,9 @@ def read(
             raise BadRequest("a plan grows a model file, not a model in memory: rewrite it first")
         model = _grown(model, plan)
     prepared = prepare_model(model) if isinstance(model, ir.Model) else prepare(model)
+    text = prepared.metadata_props.get(METADATA_KEY)
     structural = structural_roles(prepared, train)
+    structural |= _divisors(structural, text)
     program = with_blocks(compile_program(prepared, structural, paths(prepared.graph.initializers)))
     # What is asked for changes no name: a checkpoint fits however its tensors were trained.
     asked = overridden(structural, freeze, train)
@@ -68,7 +70,15 @@ def read(
     tensors = {
         name: value.const_value for name, value in prepared.graph.initializers.items() if value.const_value is not None
     }
-    return Handoff(program, tensors, prepared.metadata_props.get(METADATA_KEY))
+    return Handoff(program, tensors, text)
+
+
+def _divisors(tensors: Iterable[str], plan_text: str | None) -> Reasons:
+    """What growth itself put in to divide by is no weight."""
+    if not plan_text or ScaleInput.__name__ not in plan_text:
+        return {}
+    plan = Plan.loads(plan_text)
+    return {name: ("constant", "a divisor that growth put in") for name in tensors if plan.brings_in(name)}
 
 
 def _grown(model: PathLike, plan: Plan | PathLike) -> ir.Model:

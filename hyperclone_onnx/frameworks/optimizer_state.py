@@ -18,7 +18,7 @@ from hyperclone_onnx.frameworks.program import Weight
 from hyperclone_onnx.frameworks.saved_state import FIRST, SECOND, STEP, Group, State, read_state
 from hyperclone_onnx.frameworks.stored_arrays import StoredArray, read_safetensors
 from hyperclone_onnx.maps import Kept
-from hyperclone_onnx.plan import Plan, ScaleInput
+from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.safetensors_files import Tensor, write_safetensors
 
 Kind = Literal["safetensors", "pytorch", "jax"]
@@ -46,8 +46,6 @@ class GrownState:
     mean: list[str]
     """Tensors whose moments are a mean over repeats that differ, or a part of what one tensor had before it became
     several."""
-    fresh: list[str]
-    """Trainable tensors that growth itself brought in: they begin without moments."""
 
 
 # -- growing ----------------------------------------------------------------------------------------------------
@@ -93,23 +91,21 @@ def write_optimizer(
     grown = grow_moments(plan, moments)
     _check_shapes(weights, grown)
     trained = [each for each in weights if each.role == "trainable"]
-    fresh = [each.initializer for each in trained if _is_inserted(each.initializer, plan)]
-    missing = [each.initializer for each in trained if each.initializer not in grown and each.initializer not in fresh]
+    missing = [each.initializer for each in trained if each.initializer not in grown]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BadRequest(f"{state}: no moments of {missing[0]!r}{more}, which is trained: see --freeze")
-    by_path = {each.path: grown[each.initializer] for each in trained if each.initializer in grown}
+    by_path = {each.path: grown[each.initializer] for each in trained}
     out = Path(folder) / FILES[kind]
     try:
         if kind == "pytorch":
             _write_torch(out, handoff, by_path, _groups(saved, names, plan, weights))
         else:
-            zero = [(each.path, each.shape) for each in trained if each.initializer in fresh] if kind == "jax" else []
-            _write_safetensors(out, by_path, kind, zero)
+            _write_safetensors(out, by_path, kind)
     finally:
         forget()
     mean = _means(plan, [each.initializer for each in trained])
-    return GrownState(str(out), max(each.step for each in by_path.values()), len(by_path), not mean, mean, fresh)
+    return GrownState(str(out), max(each.step for each in by_path.values()), len(by_path), not mean, mean)
 
 
 def _names(plan: Plan, weights: Sequence[Weight], source: PathLike | None) -> dict[str, str]:
@@ -156,12 +152,6 @@ def _check_shapes(weights: Iterable[Weight], grown: Mapping[str, GrownMoments]) 
             )
 
 
-def _is_inserted(name: str, plan: Plan) -> bool:
-    """Whether growth itself brought in a tensor: the divisors of a sum with unequal repeats."""
-    nodes = (edit.node for edit in plan.edits if isinstance(edit, ScaleInput))
-    return name not in plan.tensors and any(name.startswith(f"{node}.scale") for node in nodes)
-
-
 def _means(plan: Plan, names: Iterable[str]) -> list[str]:
     """The tensors whose repeats have moments of their own, of which the grown ones are the mean."""
     several = separated(plan)
@@ -182,16 +172,11 @@ def _means(plan: Plan, names: Iterable[str]) -> list[str]:
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
-def _write_safetensors(
-    out: Path, grown: Mapping[str, GrownMoments], kind: Kind, zero: Sequence[tuple[str, tuple[int, ...]]] = ()
-) -> None:
+def _write_safetensors(out: Path, grown: Mapping[str, GrownMoments], kind: Kind) -> None:
     first, second, step = (names[kind == "jax"] for names in (FIRST, SECOND, STEP))
     arrays: dict[str, Tensor] = {}
     for path, each in grown.items():
         arrays[f"{first}.{path}"], arrays[f"{second}.{path}"] = each.first, each.second
-    for path, shape in zero:
-        nothing = np.broadcast_to(np.float32(0), shape)
-        arrays[f"{first}.{path}"] = arrays[f"{second}.{path}"] = nothing
     steps = {path: each.step for path, each in grown.items()}
     if len(set(steps.values())) == 1:
         arrays[step] = np.asarray(next(iter(steps.values())), np.int32 if kind == "jax" else np.float32)
