@@ -27,7 +27,7 @@ $(VENV)/.models: $(VENV)/.test
 
 $(VENV)/.frameworks: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,torch,jax]' optax safetensors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,torch,jax,hf]' optax
 	@touch $@
 
 demo: $(VENV)/.package  ## install the package alone, grow the committed model, show that it is equal
