@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "jax", "onnxruntime", "array_api_compat")
+HEAVY = ("torch", "jax", "onnxruntime", "array_api_compat", "transformers")
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -29,3 +29,23 @@ def test_a_missing_framework_names_its_extra(framework: str) -> None:
     done = python(code)
     assert done.stdout.startswith("MissingExtra"), done.stderr
     assert f"pip install hyperclone-onnx[{framework}]" in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers", "safetensors"])
+def test_the_handoff_to_hugging_face_names_its_extra(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules['{missing}'] = None\n"
+        "try:\n    from hyperclone_onnx.frameworks.hugging_face import grow_checkpoint\n"
+        "except ImportError as problem:\n    print(type(problem).__name__, problem)"
+    )
+    done = python(code)
+    assert done.stdout.startswith("MissingExtra"), done.stderr
+    assert "pip install hyperclone-onnx[hf]" in done.stdout
+
+
+def test_trained_weights_of_a_hugging_face_folder_are_read_without_a_framework() -> None:
+    code = (
+        "import sys; from hyperclone_onnx.frameworks.hugging_face import read_trained\n"
+        f"print([n for n in {HEAVY} if n in sys.modules])"
+    )
+    assert python(code).stdout.strip() == "[]"

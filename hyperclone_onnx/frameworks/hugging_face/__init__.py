@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.hugging_face.reading import MANIFEST, read_trained
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ __all__ = ["MANIFEST", "Report", "grow_checkpoint", "read_trained"]
 
 def __getattr__(name: str) -> Any:
     if name == "grow_checkpoint":
-        from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
-
+        try:
+            from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
+        except ModuleNotFoundError as problem:
+            raise MissingExtra("hf", problem) from problem
         return grow_checkpoint
     if name == "Report":
         from hyperclone_onnx.frameworks.hugging_face.report import Report

@@ -12,18 +12,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from hyperclone_onnx.errors import BadModel, Refused
-from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.checkpoints import INDEX, PICKLES
-
-try:
-    import torch
-    import transformers
-    from safetensors import SafetensorError
-    from transformers.utils import logging as transformers_logging
-except ImportError as problem:
-    raise MissingExtra("hf", problem) from problem
 
 Array = npt.NDArray[Any]
 
@@ -51,6 +46,12 @@ class Checkpoint:
             if path.is_file() and not hidden and not own:
                 found.append(inside)
         return found
+
+    @property
+    def other_weights(self) -> list[str]:
+        """Files in folders of the folder that hold weights (a layer behind the model): they are left out."""
+        found = (path.relative_to(self.folder) for path in sorted(self.folder.glob("*/**/*")) if path.is_file())
+        return [str(each) for each in found if each.name.endswith(WEIGHTS) and not str(each).startswith(".")]
 
     def load(self) -> Loaded:
         """The model, on the CPU and in the types that it is stored in.

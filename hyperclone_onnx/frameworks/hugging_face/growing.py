@@ -214,6 +214,7 @@ def _write(
     text = json.dumps(manifest(grown, layouts, also, elsewhere), separators=(",", ":"))
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _note_sizes(folder, report)
+    report.notes += [f"{name} was left out: its weights are none of the model's" for name in checkpoint.other_weights]
 
 
 def _note_sizes(folder: Path, report: Report) -> None:
@@ -271,14 +272,16 @@ def _check(folder: Path, checkpoint: Checkpoint, fed: Feeding, runs: Runs, assem
         _demand(worst, report, "its source's")
     worst = Error.worst(to_file)
     report.error_to_file = worst.relative
-    _demand(worst, report, "the file's in ONNX Runtime")
+    apart = [name for name, (_, layout) in assembly.also.items() if report.trained and len(layout.shape) > 1]
+    hint = f" (the file has {apart[0]!r} apart from a tensor that is one with it in the checkpoint)" if apart else ""
+    _demand(worst, report, "the file's in ONNX Runtime", hint)
 
 
-def _demand(worst: Error, report: Report, whose: str) -> None:
+def _demand(worst: Error, report: Report, whose: str, hint: str = "") -> None:
     if not worst.relative <= report.tolerance:
         shown = (
             "its shape"
             if math.isinf(worst.relative)
             else f"relative error {worst.relative:.1e} > {report.tolerance:.1e}"
         )
-        raise ModelsDiffer(f"the grown checkpoint's output {worst.name} differs from {whose}: {shown}")
+        raise ModelsDiffer(f"the grown checkpoint's output {worst.name} differs from {whose}: {shown}{hint}")
