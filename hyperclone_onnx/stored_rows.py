@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.positioned import BINARY, read_at
 from hyperclone_onnx.scratch import Scratch
 
 Array = npt.NDArray[Any]
@@ -72,22 +73,21 @@ class StoredRows:
         return into
 
     def _pread(self, offset: int, into: Array) -> None:
-        view = memoryview(into.reshape(-1).data) if into.size else memoryview(b"")
+        if not into.size:
+            return
         path = self._external.path if self._external is not None else ""
         try:
-            while len(view):
-                got = os.preadv(self._descriptor(), [view], offset)
-                if got == 0:
-                    raise BadModel(f"{path}: ends within tensor {self._tensor.name!r}: it was changed while being read")
-                view, offset = view[got:], offset + got
+            got = read_at(self._descriptor(), memoryview(into.reshape(-1).data), offset)
         except OSError as problem:
             raise BadModel(f"{path}: cannot be read ({problem.strerror or problem})") from problem
+        if got < into.size:
+            raise BadModel(f"{path}: ends within tensor {self._tensor.name!r}: it was changed while being read")
 
     def _descriptor(self) -> int:
         with self._lock:
             if self._file is None:
                 assert self._external is not None
-                self._file = os.open(self._external.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._file = os.open(self._external.path, os.O_RDONLY | BINARY)
             return self._file
 
     def _in_memory(self) -> Array:

@@ -25,6 +25,7 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import CannotWrite
 from hyperclone_onnx.grown_table import Piece
 from hyperclone_onnx.grown_tensor import GrownTensor, LazyGrown
+from hyperclone_onnx.positioned import BINARY, write_at
 from hyperclone_onnx.scratch import Scratch
 from hyperclone_onnx.stored_rows import StoredRows
 
@@ -82,7 +83,7 @@ def write(layout: Layout, workers: int | None = None, progress: Progress | None 
     files: dict[Path, int] = {}
     try:
         for path, size in layout.sizes.items():
-            files[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+            files[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
             _reserve(files[path], size)
         for path, offset, data in layout.fixed:
             write_at(files[path], memoryview(data), offset)
@@ -104,13 +105,6 @@ def _reserve(descriptor: int, size: int) -> None:
             if problem.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
                 raise
     os.ftruncate(descriptor, size)
-
-
-def write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of the bytes at an offset."""
-    while len(data):
-        done = os.pwrite(descriptor, data, offset)
-        data, offset = data[done:], offset + done
 
 
 # -- jobs -------------------------------------------------------------------------------------------------
@@ -144,8 +138,12 @@ def run(jobs: Iterator[Job], workers: int | None = None) -> None:
         work()
     except BaseException as problem:  # a signal between two jobs
         failed.append(problem)
-    for thread in threads:
-        thread.join()
+    for thread in threads:  # none is left behind: it would write into files that are closed
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as problem:
+                failed.append(problem)
     if failed:
         raise failed[0]
 

@@ -318,3 +318,50 @@ def test_an_error_in_a_thread_ends_the_run_with_it(
     with pytest.raises(MemoryError):
         expand(fixed, tmp_path / "big.onnx", 2, workers=3)
     assert names_in(tmp_path) == {"fixed.onnx"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_numbers_that_are_not_finite_stay_where_they_are(kind: str, strategy: StrategyName) -> None:
+    """And nothing else becomes one of them: the noise's level is that of the finite weights."""
+    source = np.random.default_rng(0).standard_normal((6, 8)).astype(kind)
+    source[0, 0], source[1, 2], source[2, 3] = np.inf, -np.inf, np.nan
+    maps = {"a": SourceMap(6, tile=3), "b": SourceMap(8, tile=2)}
+    grown = GrownTensor(ir.tensor(source), SHARED_ROWS, maps, Strategy(strategy))
+    with np.errstate(invalid="ignore"):
+        total = grown.numpy().astype(np.float64).reshape(3, 6, 16).sum(axis=0)
+    np.testing.assert_allclose(total, np.tile(source, 2).astype(np.float64), atol=1e-5)
+
+
+def test_files_are_the_same_where_the_system_reads_and_writes_at_no_place(
+    fixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has neither preadv nor pwrite."""
+    expand(fixed, tmp_path / "a.onnx", 2, max_shard_size=10_000)
+    for name in ("preadv", "pwrite", "posix_fallocate", "sched_getaffinity"):
+        monkeypatch.delattr(os, name, raising=False)
+    expand(tmp_path / "a.onnx", tmp_path / "c.onnx", 2, workers=3)
+    expand(fixed, tmp_path / "b.onnx", 2, max_shard_size=10_000, workers=3)
+    for name in names_in(tmp_path):
+        if name.startswith("a.onnx-"):
+            assert (tmp_path / name).read_bytes() == (tmp_path / name.replace("a", "b", 1)).read_bytes()
+    assert len(names_in(tmp_path)) > 4
+
+
+def test_an_interrupt_leaves_no_thread_behind() -> None:
+    """It may come at any moment: when jobs are taken, done, or waited for."""
+    import signal
+    import threading
+    import time
+
+    before = threading.active_count()
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for delay in (0.01, 0.03, 0.05):
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            with pytest.raises(KeyboardInterrupt):
+                streaming.run((lambda _: time.sleep(0.002) for _ in range(1000)), workers=3)
+            assert threading.active_count() == before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)

@@ -1,0 +1,47 @@
+"""Reading and writing at a place in a file, from any thread; one thread at a time where the system has no such call."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+"""Flags for every file that is opened."""
+
+_one_at_a_time = threading.Lock()
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> int:
+    """Fill memory with bytes from an offset on; how many there were."""
+    done = 0
+    while done < len(into):
+        got = _read_some(descriptor, into[done:], offset + done)
+        if not got:
+            break
+        done += got
+    return done
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of the bytes at an offset."""
+    while len(data):
+        done = _write_some(descriptor, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _read_some(descriptor: int, into: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [into], offset)
+    with _one_at_a_time:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        found = os.read(descriptor, min(len(into), 1 << 24))
+    into[: len(found)] = found
+    return len(found)
+
+
+def _write_some(descriptor: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, data, offset)
+    with _one_at_a_time:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)
