@@ -32,11 +32,14 @@ class LockedFolder:
 
     folder: Path
     lock: int | None
+    keep: bool = False
+    """Whether the next run is to find the folder: it has something to do that this one could not."""
 
     def remove(self) -> None:
         """Delete the folder, the lock last: as long as anything is left it is locked. What cannot be deleted stays."""
         with suppress(OSError):
-            clear(self.folder)
+            if not self.keep:
+                clear(self.folder)
             if os.name == "nt":  # an open file cannot be deleted there
                 self._unlock()
             (self.folder / LOCK).unlink(missing_ok=True)
