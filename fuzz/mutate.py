@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 
 from fuzz.mutations import mutate, pick
-from fuzz.oracle import Unrun, compare, run_source
+from fuzz.oracle import TOLERANCE, Unrun, compare, run_source, sensitivity
 from fuzz.seeds import write_beginnings, write_zoo
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, Refused
 from hyperclone_onnx.expansion import expand
@@ -37,6 +37,9 @@ LIMIT = 40.0
 MEMORY = 6 << 30
 WHOLE = 0.1
 """How often a whole graph is taken."""
+
+CONDITION = 30.0
+"""A grown model may differ by so many times what rounding its source's weights does."""
 
 BAD = ("WRONG", "CRASH", "HANG", "KILLED")
 
@@ -97,6 +100,13 @@ def run_case(number: int, seeds: Seeds, folder: Path) -> tuple[str, str]:
     ):
         return "infinite", what  # infinite times shares of both signs is no number: noise makes some of these
     difference = compare(big, ran)
+    if difference and "does not run" not in difference:
+        moves = sensitivity(small, ran)
+        if moves > TOLERANCE / CONDITION:
+            return (
+                "badly conditioned",
+                f"{what} {options}: {difference}; a rounding of the weights moves it by {moves:.1e}",
+            )
     return ("WRONG", f"{what} {options}: {difference}") if difference else ("equal", what)
 
 
