@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint zoo zoo-optimum models-check frameworks-check gpu-check docs clean
+.PHONY: demo test lint zoo zoo-optimum models-check frameworks-check gpu-check fuzz fuzz-quick faults docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,19 @@ frameworks-check: $(VENV)/.frameworks  ## the handoff to PyTorch and JAX: instal
 gpu-check: $(VENV)/.test  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[cuda]'
 	$(BIN)/python -m pytest -m gpu
+
+fuzz-quick: $(VENV)/.test  ## a minute of each fuzzer
+	$(BIN)/python -m fuzz.mutate --cases 300
+	$(BIN)/python -m pip install --quiet atheris
+	$(BIN)/python -m fuzz.coverage --minutes 1
+
+fuzz: $(VENV)/.test  ## 10,000 changed graphs, and 15 minutes guided by coverage: an hour
+	$(BIN)/python -m fuzz.mutate --cases 10000 --workers $(WORKERS)
+	$(BIN)/python -m pip install --quiet atheris
+	$(BIN)/python -m fuzz.coverage --minutes 15
+
+faults: $(VENV)/.test  ## strike before every call to the file system, kill at random moments, fill disks
+	$(BIN)/python -m fuzz.faults
 
 docs: $(VENV)/.package  ## write the generated pages of docs/
 	$(BIN)/python docs/generate.py

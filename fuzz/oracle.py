@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 Array = np.ndarray[Any, Any]
@@ -124,6 +125,31 @@ def compare(big: Path, ran: list[tuple[dict[str, Array], list[Array]]]) -> str:
     except Exception as problem:
         return f"does not run: {str(problem)[:300]}"
     return ""
+
+
+def sensitivity(path: Path, ran: list[tuple[dict[str, Array], list[Array]]], by: float = 2e-7) -> float:
+    """How much the outputs move, as a part of the largest, when every weight moves by a rounding or so."""
+    rng = np.random.default_rng(0)
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = onnx.numpy_helper.to_array(tensor)
+            moved = array * (1.0 + by * rng.standard_normal(array.shape)).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(moved, np.float32), tensor.name))
+    moved_path = path.with_name("moved.onnx")
+    moved_path.write_bytes(model.SerializeToString())
+    most = 0.0
+    other = session(moved_path)
+    for given, wanted in ran:
+        for want, made in zip(wanted, other.run(None, given), strict=True):
+            if want.dtype.kind == "f" and want.size:
+                a, b = want.astype(np.float64), np.asarray(made, np.float64)
+                with np.errstate(invalid="ignore"):
+                    error = np.nan_to_num(np.abs(a - b), nan=np.inf).max() / (np.nan_to_num(np.abs(a)).max() or 1.0)
+                most = max(most, float(error))
+            elif not np.array_equal(want, made):
+                most = np.inf
+    return most
 
 
 def _differs(want: Array, made: Array) -> str:

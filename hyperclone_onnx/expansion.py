@@ -256,7 +256,8 @@ def _note_not_finite(analysis: Analysis, validation: Validation) -> None:
         return
     first, *rest = [f"{name} ({count} elements)" for name, count in unreal.items()]
     named = f"{first}{f' and {len(rest)} more tensors' if rest else ''}"
-    if validation.problems and all(each.problem.startswith(NOTHING_COMPARED) for each in validation.outputs):
+    silent = [each.problem.startswith(NOTHING_COMPARED) for each in validation.outputs]
+    if validation.problems and silent and all(silent):
         raise Refused(
             f"{analysis.path}: no output is a number, so that nothing can be compared: the weights of {named} are "
             "infinite or not a number; --no-validate grows them as they are"

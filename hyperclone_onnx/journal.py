@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,17 +51,25 @@ class Journal:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def settle(self, out: Path, keep: Collection[str] = ()) -> None:
+    def settle(self, out: Path, keep: Collection[str] = ()) -> bool:
         """Remove beside OUT what is no longer of use: the old data after the commit, the new data without it.
 
-        What has changed since, and what is to be kept, stays.
+        What has changed since, and what is to be kept, stays. False when something could not be removed.
         """
         try:
             committed = stamp(out) == self.model
         except OSError:
             committed = False
+        done = True
         for name, known in (self.old if committed else self.new).items():
             path = out.with_name(name)
-            with suppress(OSError):
-                if name not in keep and data_files(out.name).fullmatch(name) and stamp(path) == known:
+            if name in keep or not data_files(out.name).fullmatch(name):
+                continue
+            try:
+                if stamp(path) == known:
                     path.unlink()
+            except FileNotFoundError:
+                continue
+            except OSError:
+                done = False
+        return done

@@ -32,11 +32,14 @@ class LockedFolder:
 
     folder: Path
     lock: int | None
+    keep: bool = False
+    """Whether the next run is to find the folder: it has something to do that this one could not."""
 
     def remove(self) -> None:
         """Delete the folder, the lock last: as long as anything is left it is locked. What cannot be deleted stays."""
         with suppress(OSError):
-            clear(self.folder)
+            if not self.keep:
+                clear(self.folder)
             if os.name == "nt":  # an open file cannot be deleted there
                 self._unlock()
             (self.folder / LOCK).unlink(missing_ok=True)
@@ -67,6 +70,7 @@ def take_folder(out: Path) -> LockedFolder:
         CannotWrite: another run has it, or it cannot be made.
     """
     folder = partial_folder(out)
+    made = False
     try:
         for _ in range(100):
             try:
@@ -79,10 +83,12 @@ def take_folder(out: Path) -> LockedFolder:
                 lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             except FileNotFoundError:  # the run that had it has just removed it
                 continue
-            if not _locked(out, folder, lock, made):
-                continue
-            return LockedFolder(folder, lock)
+            if _locked(out, folder, lock, made):
+                return LockedFolder(folder, lock)
     except OSError as problem:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
         raise CannotWrite(f"{out}: cannot be written ({problem.strerror or problem})") from problem
     raise CannotWrite(f"{out}: {folder} is made and removed all the time; choose another output")
 
@@ -124,8 +130,9 @@ def _locked(out: Path, folder: Path, lock: int, made: bool) -> bool:
         raise
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(lock), (folder / LOCK).stat()):
-            os.ftruncate(lock, 0)
-            os.write(lock, f"{os.getpid()}\n".encode())
+            with suppress(OSError):  # who holds it is only for a message
+                os.ftruncate(lock, 0)
+                os.write(lock, f"{os.getpid()}\n".encode())
             return True
     os.close(lock)
     return False

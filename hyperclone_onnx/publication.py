@@ -138,7 +138,7 @@ def _reclaim(out: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _place_for(out: Path) -> Iterator[Path]:
+def _place_for(out: Path) -> Iterator[LockedFolder]:
     """The locked folder for OUT, removed at the end, whatever the end is.
 
     Raises:
@@ -148,9 +148,9 @@ def _place_for(out: Path) -> Iterator[Path]:
     try:
         with deferred_signals():
             place = take_folder(out)
-            _reclaim(out, place.folder)
             _open.append(out)
-        yield place.folder
+            _reclaim(out, place.folder)
+        yield place
     except HypercloneError:
         raise
     except OSError as problem:
@@ -179,12 +179,13 @@ def publication(out: Path, *, durable: bool | None = None) -> Iterator[Path]:
     Raises:
         CannotWrite: it cannot be written, or another run is writing it.
     """
-    with _place_for(out) as folder:
-        yield folder / out.name
-        _publish(out, folder, durable)
+    with _place_for(out) as place:
+        yield place.folder / out.name
+        _publish(out, place, durable)
 
 
-def _publish(out: Path, folder: Path, durable: bool | None) -> None:
+def _publish(out: Path, place: LockedFolder, durable: bool | None) -> None:
+    folder = place.folder
     model = folder / out.name
     data = [each for each in sorted(folder.iterdir()) if each.is_file() and each != model and each.name[0] != "."]
     if os.path.lexists(out) if durable is None else durable:
@@ -203,11 +204,11 @@ def _publish(out: Path, folder: Path, durable: bool | None) -> None:
                 each.rename(out.with_name(each.name))
             os.replace(model, out)
         except BaseException:
-            journal.settle(out)
+            place.keep = not journal.settle(out)
             raise
         if len(_open) == 1:
             _finished.append(out)
-        journal.settle(out)
+        place.keep = not journal.settle(out)
         if durable or old:
             _sync(out.parent)
 
@@ -253,9 +254,11 @@ def publication_folder(out: Path) -> Iterator[Path]:
     """
     target = _folder_target(out)
     with _place_for(target) as place:
-        folder = place / target.name
+        folder = place.folder / target.name
         folder.mkdir()
         yield folder
+        for each in list(folder.rglob(partial_folder(Path("*")).name)):  # what could not be removed further within
+            shutil.rmtree(each)
         with deferred_signals():
             if os.name == "nt" and target.is_dir():
                 target.rmdir()

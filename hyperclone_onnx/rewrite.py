@@ -300,7 +300,9 @@ class _Rewriter:
             if not np.array_equal(inside, outside):
                 there, here = (outside, inside) if entering else (inside, outside)
                 steps.append(self._gather(f"{interface.name}.map", _first_index(there)[here], axis))
-        declared = list(value.shape.dims) if value.shape is not None else [None] * len(outer)
+        declared = list(value.shape.dims) if value.shape is not None else []
+        if len(declared) != len(outer):  # nothing is declared, or something that is not so
+            declared = [ir.SymbolicDim(None)] * len(outer)
         shape = [
             dim if size is None or not isinstance(dim, int) else size for dim, size in zip(declared, outer, strict=True)
         ]

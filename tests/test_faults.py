@@ -1,0 +1,222 @@
+"""Whatever happens to a run, OUT is what it was or the whole grown model: the short version of `make faults`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+from conftest import Command, names_in, perceptron
+
+from hyperclone_onnx import BadRequest, CannotWrite, storage
+from hyperclone_onnx.locked_folder import partial_folder, take_folder
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of a process")
+faults = pytest.importorskip("fuzz.faults") if hasattr(os, "fork") else None
+
+SCENES = ["a file", "a pair", "a pair over a pair", "a folder"]
+
+
+def scene(folder: Path, name: str) -> faults.Scene:  # type: ignore[name-defined]
+    return next(each for each in faults.scenes(folder) if each.name == name)
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_fault_before_some_calls(tmp_path: Path, name: str) -> None:
+    strikes = {each: faults.STRIKES[each] for each in ("kill", "terminate", "disk_full")}
+    ends = Counter(faults.at_every_call(scene(tmp_path, name), strikes, every=7, offset=1))
+    assert {strike for strike, _ in ends} == set(strikes)
+    assert ends["kill", "old"] and ends["disk_full", "old"]
+
+
+@pytest.mark.parametrize("call", range(-8, 0))
+def test_a_kill_in_the_last_calls(tmp_path: Path, call: int) -> None:
+    """Those of the commit: data file, model, the old data file, and what cleans up."""
+    each = scene(tmp_path, "a pair over a pair")
+    at = faults.count_calls(each) + call
+    assert [end for _, end in faults.at_every_call(each, {"kill": faults.kill}, every=1000, offset=at)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_random_moments(tmp_path: Path, number: int) -> None:
+    assert len(list(faults.at_random_moments(scene(tmp_path, "a pair"), number, 4))) == 4
+
+
+@pytest.mark.parametrize("name", ["a pair", "a folder"])
+def test_two_runs_onto_one_output(tmp_path: Path, name: str) -> None:
+    assert len(list(faults.two_at_once(scene(tmp_path, name), 2))) == 2
+
+
+@pytest.mark.parametrize("name", ["a file", "a pair"])
+def test_limits_of_file_sizes(tmp_path: Path, name: str) -> None:
+    ends = list(faults.file_size_limits(scene(tmp_path, name), 3))
+    assert ends[0] == "old" and ends[-1] == "new"
+
+
+def test_disks_that_are_full(tmp_path: Path) -> None:
+    ends = list(faults.full_disks(tmp_path, True, range(4, 160, 50)))
+    if "skipped" in ends:
+        pytest.skip("nothing may be mounted here")
+    assert ends[0] == "refused" and ends[-1] == "written"
+
+
+def test_permissions(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    ends = list(faults.without_permission(tmp_path))
+    if "skipped" in ends:
+        pytest.skip("another user cannot be taken, or cannot reach this folder")
+    assert ends == ["exit 2", "exit 4", "exit 0"]
+
+
+def test_a_source_that_changes(tmp_path: Path) -> None:
+    assert "refused" in set(faults.source_changes(scene(tmp_path, "a pair"), every=9))
+
+
+def test_what_the_judge_finds(tmp_path: Path) -> None:
+    """The suite can fail: half a model, leftovers, and a wrong message are found."""
+    each = scene(tmp_path, "a file")
+    judge = faults.Judge(each)
+    done = faults.Ended(2, "error: no space", "")
+    each.reset()
+    (each.root / each.out).write_bytes(b"half a model")
+    with pytest.raises(faults.Broken, match="no whole model"):
+        judge.judge(done)
+    each.reset()
+    (each.root / ".big.onnx.partial").mkdir()
+    with pytest.raises(faults.Broken, match="leftovers"):
+        judge.judge(done)
+    each.reset()
+    with pytest.raises(faults.Broken, match="exit code does not say"):
+        judge.judge(faults.Ended(0, "wrote it", ""))
+    each.reset()
+    (each.root / each.source).write_bytes(b"")
+    with pytest.raises(faults.Broken, match="harmed"):
+        judge.judge(done)
+
+
+# -- the state machine by itself --------------------------------------------------------------------------
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    with pytest.raises(ZeroDivisionError), storage.publication_folder(out) as folder:
+        (folder / "file").write_text("half")
+        raise ZeroDivisionError
+    assert names_in(tmp_path) == set()
+    out.mkdir()  # an empty one is no obstacle
+    with storage.publication_folder(out) as folder:
+        assert folder.name == "made" and folder.parent.parent == tmp_path
+        (folder / "below").mkdir()
+        (folder / "below" / "file").write_text("whole")
+        assert names_in(out) == set()
+    assert names_in(tmp_path) == {"made"} and (out / "below" / "file").read_text() == "whole"
+    with pytest.raises(BadRequest, match="exists already"), storage.publication_folder(out):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadRequest, match="exists already"), storage.publication_folder(tmp_path / "file"):
+        pass
+    with pytest.raises(CannotWrite, match="does not exist"), storage.publication_folder(tmp_path / "no" / "made"):
+        pass
+
+
+def test_a_folder_that_fills_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    with pytest.raises(CannotWrite), storage.publication_folder(out) as folder:
+        (folder / "file").write_text("ours")
+        out.mkdir()
+        (out / "theirs").write_text("theirs")
+    assert names_in(out) == {"theirs"} and names_in(tmp_path) == {"made"}
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "big.onnx"
+    with storage.publication(out) as written:
+        with (
+            pytest.raises(CannotWrite, match=f"another run .process {os.getpid()}. is writing it"),
+            storage.publication(out),
+        ):
+            pass
+        written.write_text("first")
+        with storage.publication(tmp_path / "other.onnx") as other:  # another output is another matter
+            other.write_text("other")
+    assert out.read_text() == "first" and names_in(tmp_path) == {"big.onnx", "other.onnx"}
+
+
+def test_what_a_killed_run_left_is_reclaimed(tmp_path: Path) -> None:
+    out = tmp_path / "big.onnx"
+    place = take_folder(out)
+    (place.folder / "half").write_text("of a model")
+    (place.folder / "float64").mkdir()
+    assert place.lock is not None
+    os.close(place.lock)  # as the kernel does for a process that ends
+    with storage.publication(out) as written:
+        assert names_in(written.parent) == {".lock"}
+        written.write_text("whole")
+    assert names_in(tmp_path) == {"big.onnx"}
+
+
+def test_a_folder_of_somebody_else_is_not_trusted(tmp_path: Path) -> None:
+    out = tmp_path / "big.onnx"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("precious")
+    partial_folder(out).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CannotWrite, match="in the way"), storage.publication(out):
+        pass
+    assert (tmp_path / "elsewhere" / "precious").read_text() == "precious"
+
+
+def test_names_of_data_files(tmp_path: Path) -> None:
+    out = tmp_path / "big.onnx"
+    assert storage.data_name(out) == "big.onnx.data"
+    for expected, taken in (
+        ("big.onnx.data", None),
+        ("big.onnx.1.data", "big.onnx.data"),
+        ("big.onnx.2.data", "big.onnx.1-00001-of-00002.data"),
+        ("big.onnx.2.data", "other.onnx.2.data"),
+    ):
+        if taken:
+            (tmp_path / taken).write_text("")
+        with storage.publication(out) as written:
+            assert storage.data_name(written) == expected
+            written.write_text("")
+
+
+def test_a_pair_is_replaced_at_once(cli: Command, tmp_path: Path) -> None:
+    """The old model keeps its data until the new one is there; then it goes, and the plain name is free again."""
+    onnx.save(
+        perceptron(), tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    arguments = ("expand", tmp_path / "model.onnx", "-o", tmp_path / "big.onnx", "--no-validate", "--factor")
+    for factor, data in (("2", "big.onnx.data"), ("3", "big.onnx.1.data"), ("2", "big.onnx.data")):
+        assert cli(*arguments, factor).code == 0
+        assert names_in(tmp_path) == {"model.onnx", "weights.bin", "big.onnx", data}
+        assert cli("validate", tmp_path / "model.onnx", tmp_path / "big.onnx", "--device", "cpu").code == 0
+
+
+@pytest.mark.parametrize("name", ["big.onnx.data", "big.onnx.1.data", "big.onnx-00001-of-00002.data"])
+def test_data_of_the_source_is_never_taken_for_old_data(cli: Command, tmp_path: Path, name: str) -> None:
+    """A copy of a model refers to the same data file: growing it over the first would take that away."""
+    onnx.save(perceptron(), tmp_path / "big.onnx", save_as_external_data=True, location=name, size_threshold=0)
+    shutil.copy(tmp_path / "big.onnx", tmp_path / "model.onnx")
+    outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx")
+    assert outcome.code == 2 and "overwrite the source" in outcome.error
+    assert cli("inspect", tmp_path / "model.onnx").code == 0
+
+
+def test_a_source_in_the_folder_that_is_cleared(cli: Command, tmp_path: Path) -> None:
+    (tmp_path / ".big.onnx.partial").mkdir()
+    onnx.save(perceptron(), tmp_path / ".big.onnx.partial" / "model.onnx")
+    outcome = cli("expand", tmp_path / ".big.onnx.partial" / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx")
+    assert outcome.code == 2 and "cleared" in outcome.error
+    assert (tmp_path / ".big.onnx.partial" / "model.onnx").exists()
+
+
+def test_a_hard_link_to_the_source(cli: Command, tmp_path: Path) -> None:
+    onnx.save(perceptron(), tmp_path / "model.onnx")
+    os.link(tmp_path / "model.onnx", tmp_path / "big.onnx")
+    outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx")
+    assert outcome.code == 2 and "overwrite the source" in outcome.error
