@@ -472,8 +472,8 @@ def test_names_cannot_steer_a_terminal(cli: Command, tmp_path: Path) -> None:
     model.graph.input[0].name, model.graph.output[0].name = renamed["ids"], renamed["logits"]
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = NASTY
     model.producer_name = NASTY
-    for node in model.graph.node:
-        node.name = f"{node.op_type}{NASTY}"
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}{number}{NASTY}"
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
     onnx.save(model, tmp_path / "model.onnx")
