@@ -378,14 +378,18 @@ def test_a_loop_until_a_condition_fails(tmp_path: Path) -> None:
         assert float(call(params, np.float32(3.0))) == 192.0
 
 
-def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient() -> None:
+@pytest.mark.parametrize("lowest", [-np.inf, float(np.finfo(np.float32).min)], ids=["infinite", "finite"])
+def test_no_gradient_goes_through_scores_that_a_mask_leaves_nothing_of(lowest: float) -> None:
+    """Such a row is 0 where the mask is infinite; else, as in ONNX Runtime, the mean of all values."""
     from hyperclone_onnx.frameworks.namespaces import torch as namespace
 
     operands = [torch.randn(2, 4, 5, 8, requires_grad=True) for _ in range(3)]
     bias = torch.zeros(2, 1, 5, 5)
-    bias[0, :, 1] = -torch.inf
+    bias[0, :, 1] = lowest
+    bias[1, :, :, 0] = lowest
     out = namespace.attend(*operands, bias, scale=0.3)
-    assert not out[0, :, 1].any()
+    mean = operands[2][0].mean(1) if np.isfinite(lowest) else torch.zeros(4, 8)
+    assert torch.allclose(out[0, :, 1], mean, atol=1e-6)
     out.square().sum().backward()
     assert not operands[0].grad[0, :, 1].any()
     wanted = [each.grad.clone() for each in operands]

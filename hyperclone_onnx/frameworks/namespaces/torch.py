@@ -104,8 +104,33 @@ def attend(
         bias = each if bias is None else bias + each
     if bias is not None and bias.dtype != query.dtype:
         bias = bias.to(query.dtype)
+    if bias is not None and bias.shape[-1] != 0:
+        query, bias = _not_drowned(query, bias)
     key = key.mT if key_transposed else key
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
+
+
+def _not_drowned(query: Any, bias: Any) -> Any:
+    """Queries and a mask, both 0 in rows where a finite mask leaves nothing of any score.
+
+    Such a row is the mean of all values either way; but beside a number that large the kernel's backward pass loses the
+    logarithm of the sum, and would count each value as often as there are.
+    """
+    highest = bias.detach().amax(-1, keepdim=True)
+    rows = (highest <= -16 / torch.finfo(bias.dtype).eps) & (highest > -torch.inf)
+    if _is_seen_empty(rows):
+        return query, bias
+    return torch.where(rows, torch.zeros_like(query), query), torch.where(rows, torch.zeros_like(bias), bias)
+
+
+def _is_seen_empty(rows: Any) -> Any:
+    """Whether nothing is true, where looking costs nothing: not on a GPU, nor while something traces."""
+    if rows.device.type != "cpu" or type(rows) is not torch.Tensor or torch.compiler.is_compiling():
+        return False
+    try:
+        return not rows.any()
+    except RuntimeError:  # torch.func.vmap has no value to look at
+        return False
 
 
 _REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}

@@ -72,10 +72,23 @@ def attend(
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_heads(xp, key, groups), repeat_heads(xp, value, groups)
     scores = xp.matmul(query * scale, key if key_transposed else key.mT)
-    for bias in biases:
-        scores = scores + bias
-    weights = visible_softmax(xp, scores) if biases else xp.softmax(scores, axis=-1)
-    return xp.matmul(weights, value)
+    if not biases:
+        return xp.matmul(xp.softmax(scores, axis=-1), value)
+    bias = reduce(lambda a, b: a + b, biases)
+    return xp.matmul(visible_softmax(xp, _not_drowned(xp, scores + bias, bias)), value)
+
+
+def _not_drowned(xp: Any, scores: Array, bias: Array) -> Array:
+    """Scores; all 0 in a row where a finite mask leaves nothing of them, so that no gradient goes through it either."""
+    if isinstance(bias.shape[-1], int) and bias.shape[-1] == 0:
+        return scores
+    highest = xp.max(bias, axis=-1, keepdims=True)
+    return xp.where((highest <= drowned(xp, scores)) & (highest > -math.inf), xp.zeros_like(scores), scores)
+
+
+def drowned(xp: Any, scores: Array) -> float:
+    """The addend beside which a score of some tens is rounded away."""
+    return -16 / float(xp.finfo(scores.dtype).eps)
 
 
 def visible_softmax(xp: Any, scores: Array) -> Array:
