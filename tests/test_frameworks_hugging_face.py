@@ -209,7 +209,7 @@ def test_what_a_configuration_cannot_say_is_refused(
     expand(folder / "small.onnx", tmp_path / "big.onnx", 2, requests, check=False)
     done = cli("handoff", tmp_path / "big.onnx", "--to", "hf", "--like", folder / "hf", "-o", tmp_path / "out")
     assert done.code == 3 and text in done.error, done.stderr
-    assert names_in(tmp_path) == ["big.onnx"]
+    assert names_in(tmp_path) == {"big.onnx"}
 
 
 # -- the wrong source -------------------------------------------------------------------------------------------

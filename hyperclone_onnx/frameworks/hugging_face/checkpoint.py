@@ -164,6 +164,7 @@ def load(folder: Path, model_class: Any) -> Loaded:
                 use_safetensors=True,
                 dtype="auto",
                 attn_implementation="eager",
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as problem:

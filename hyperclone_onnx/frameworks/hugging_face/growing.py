@@ -139,16 +139,16 @@ def _check_matches(
         for initializer in matches.unused:
             theirs = stored[initializer].array
             if array.size > 1 and sorted(sources.squeezed_shape(theirs)) == shape:
-                counts = (_differing(theirs, array), array.size)
+                counts = (_differing(stored[initializer], array), array.size)
                 raise BadModel(
                     f"{hint}: {counts[0]} of the {counts[1]} elements of {name} differ from {initializer!r} "
                     "(another checkpoint, or the exporter merged other tensors into it)"
                 )
 
 
-def _differing(theirs: Array, ours: Array) -> int:
-    a, b = squeezed(theirs), squeezed(ours)
-    counts = [int((each != b).sum()) for each in (a, a.T) if each.shape == b.shape]
+def _differing(theirs: Source, ours: Array) -> int:
+    a, b = squeezed(theirs.array), squeezed(ours)
+    counts = [int((np.abs(each - b) > theirs.tolerance).sum()) for each in (a, a.T) if each.shape == b.shape]
     return min(counts, default=b.size)
 
 

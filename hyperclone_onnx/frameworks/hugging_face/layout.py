@@ -152,7 +152,8 @@ class LaidOut:
         return _affine(self.layout.pieces[0], part) if len(self.layout.pieces) == 1 else part
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return np.asarray(self[...], dtype=dtype)
+        array = np.asarray(self[...], dtype=dtype)
+        return array.copy() if copy else array
 
 
 def laid_out(layout: Layout, read: Callable[[str], Array], sources: Sources) -> Array:
