@@ -214,33 +214,66 @@ class Block:
         Those of the weight do, as long as all shares are near enough to it to have that unit; the last repeat takes
         what the others leave.
         """
-        if 0 not in self._whole:
-            assert self.sharer.bits is not None
-            count = row.count * self.columns.count
-            finite = np.isfinite(self.values)
-            values = np.where(finite, self.values, 0).astype(self.values.dtype)
-            unit, most = _unit(values, *self.sharer.bits)
-            rest = np.rint(values / unit) * unit
-            shares: list[Array] = []
-            for number in range(int(np.max(count))):
-                share = np.empty_like(values)
-                block = Block(self.sharer, values, self.columns, self.scratch)
-                block._draws = self._draws
-                block._plain(row, number, share)
-                share = np.rint(share / unit) * unit
-                share = np.clip(share, np.maximum(-most, rest - most), np.minimum(most, rest + most))
-                share = np.where(number == np.asarray(count) - 1, rest, share)
-                rest = rest - share
-                shares.append(share if finite.all() else np.where(finite, share, self.values))
-            self._whole[0] = shares
-        return self._whole[0]
+        if row.collapsed not in self._whole:
+            self._whole = {row.collapsed: self._divide_units(row)}
+        return self._whole[row.collapsed]
+
+    def _divide_units(self, row: Run) -> list[Array]:
+        assert self.sharer.bits is not None
+        count = row.count * self.columns.count
+        most_repeats = int(np.max(count))
+        finite = np.isfinite(self.values)
+        all_finite = bool(finite.all())
+        values = self.values if all_finite else np.where(finite, self.values, 0).astype(self.values.dtype)
+
+        def held(name: str) -> Array:
+            return self.scratch.array(f"few.{name}", values.shape, values.dtype)
+
+        unit, most = _unit(values, *self.sharer.bits, self.sharer.spread, held("unit"), held("most"))
+        rest = np.divide(values, unit, out=held("rest"))
+        np.multiply(np.rint(rest, out=rest), unit, out=rest)
+        bound, plain = held("bound"), Block(self.sharer, values, self.columns, self.scratch)
+        plain._draws = self._draws
+        shares: list[Array] = []
+        for number in range(most_repeats):
+            share = held(f"share.{number}")
+            shares.append(share)
+            if isinstance(count, int) and number == count - 1:
+                np.copyto(share, rest)
+                break
+            plain._plain(row, number, share)
+            with np.errstate(over="ignore"):  # far more than the weight: it is cut below
+                np.divide(share, unit, out=share)
+            np.multiply(np.rint(share, out=share), unit, out=share)
+            np.maximum(np.subtract(rest, most, out=bound), np.negative(most, out=held("least")), out=bound)
+            np.maximum(share, bound, out=share)
+            np.minimum(np.add(rest, most, out=bound), most, out=bound)
+            np.minimum(share, bound, out=share)
+            if not isinstance(count, int):
+                np.copyto(share, rest, where=np.broadcast_to(count == number + 1, share.shape))
+            np.subtract(rest, share, out=rest)
+        if not all_finite:
+            for share in shares:
+                np.copyto(share, self.values, where=~finite)
+        return shares
 
 
 def _as(number: Number, like: Array) -> Any:
     return like.dtype.type(number) if isinstance(number, int) else number.astype(like.dtype)
 
 
-def _unit(values: Array, bits: int, least: int, largest: float) -> tuple[Array, Array]:
-    """The unit in the last place of each value in a type of few bits, and the largest number that has it."""
-    unit = np.ldexp(np.ones_like(values), np.maximum(np.frexp(values)[1] - bits, least))
-    return unit, np.minimum(unit * (2.0**bits - 1.0), largest).astype(values.dtype)
+def _unit(
+    values: Array, bits: int, least: int, largest: float, spread: float, unit: Array, most: Array
+) -> tuple[Array, Array]:
+    """The unit in the last place of each value in a type of few bits, and the largest number that has it.
+
+    Zero has a unit fine enough for the noise, so that it gets its share of it.
+    """
+    np.bitwise_and(values.view(np.uint32), np.uint32(0x7F800000), out=unit.view(np.uint32))  # 2 ** floor(log2 |value|)
+    np.multiply(unit, np.float32(2.0 ** (1 - bits)), out=unit)
+    np.maximum(unit, np.float32(2.0**least), out=unit)
+    if spread > 0.0:
+        fine = max(least, math.frexp(spread)[1] + 3 - bits)  # the largest number of that unit is 8 to 16 spreads
+        np.copyto(unit, np.float32(2.0**fine), where=values == 0)
+    np.minimum(np.multiply(unit, np.float32(2.0**bits - 1.0), out=most), np.float32(largest), out=most)
+    return unit, most

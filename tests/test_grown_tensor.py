@@ -70,3 +70,17 @@ def test_shares_of_few_bits_add_up(name: Any, repeats: int, dtype: ir.DataType) 
     np.testing.assert_array_equal(found.sum(axis=0), source.astype(np.float64))
     if "noisy" in name:
         assert float(np.mean(found[0] == found[1])) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+@pytest.mark.parametrize("level", [0.02, 1.0, 500.0])
+def test_a_weight_of_zero_gets_its_noise_too(level: float, dtype: ir.DataType) -> None:
+    """As strong as the others', whose rounding cuts it; exactly opposite in both repeats."""
+    source = (np.random.default_rng(1).standard_normal((64, 256)) * level).astype(dtype.numpy())
+    source[:, ::2] = 0.0
+    maps = {"a": SourceMap(64, tile=2), "b": SourceMap(256, tile=1), "c": SourceMap(1, tile=1)}
+    found = grown(source, Strategy("noisy-symmetric", snr_db=10.0), maps, dtype).numpy().astype(np.float64)
+    first, second = found[:64, ::2], found[64:, ::2]
+    np.testing.assert_array_equal(first, -second)
+    rms = float(np.sqrt(np.mean(source.astype(np.float64) ** 2)))
+    assert float(np.sqrt(np.mean(first**2))) == pytest.approx(rms / 2 * 10**-0.5, rel=0.05)
