@@ -69,7 +69,8 @@ def expand_folder(
         options: passed on to `expansion.expand`.
 
     Raises:
-        BadRequest: the output exists, no file has a role that was asked for, or a dimension of one file was named.
+        BadRequest: the output exists, a link leads out of the folder, no file has a role that was asked for, or a
+            dimension of one file was named.
         BadModel: there is no model in the folder, or one of them cannot be read.
         Refused: one of the files cannot grow so, or the grown files would not fit together.
         CannotWrite, ModelsDiffer: see `expansion.expand`.
@@ -79,6 +80,7 @@ def expand_folder(
         raise BadRequest(f"{out}: lies in the source folder; choose another output")
     with storage.publication_folder(out) as partial:
         files = _files(source, exclude)
+        _check_links(source, files)
         models = [each for each in files if each.suffix == ".onnx"]
         if not models:
             raise BadModel(f"{folder}: no .onnx file in this folder")
@@ -107,6 +109,20 @@ def _files(source: Path, exclude: Sequence[str]) -> list[Path]:
         if not any(part.startswith(".") for part in each.parts)
         and not any(fnmatch.fnmatch(each.as_posix(), pattern) for pattern in exclude)
     ]
+
+
+def _check_links(source: Path, files: list[Path]) -> None:
+    """Refuse links that lead out of the folder: what lies elsewhere is not copied with it.
+
+    Raises:
+        BadRequest: there is one.
+    """
+    for each in files:
+        if not (source / each).resolve().is_relative_to(source):
+            raise BadRequest(
+                f"{source / each}: a link that leads out of the folder; put the file itself there, or leave it out: "
+                f"--exclude {each.as_posix()}"
+            )
 
 
 def _roles(source: Path, models: list[Path], asked: Mapping[str, int]) -> dict[Path, set[str]]:

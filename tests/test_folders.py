@@ -155,6 +155,17 @@ def test_a_file_that_is_refused_is_named_and_can_be_left_out(cli: Command, parts
     assert "odd.onnx" not in names_in(tmp_path / "big")
 
 
+def test_a_link_that_leads_out_of_the_folder_is_not_followed(cli: Command, parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (parts / "notes.txt").symlink_to(tmp_path / "secret")
+    (parts / "inside.json").symlink_to(parts / "config.json")
+    done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate")
+    assert done.code == 2 and "notes.txt: a link that leads out of the folder" in done.error
+    assert names_in(tmp_path) == {"t5", "secret"}
+    done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate", "--exclude", "notes.txt")
+    assert done.code == 0 and names_in(tmp_path / "big") == {"config.json", "inside.json", "onnx"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
