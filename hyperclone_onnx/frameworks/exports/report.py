@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def go_on(model: Path, result: HandedOver) -> Iterator[str]:
     folder = Path(result.folder)
     checkpoint = str(folder / CHECKPOINT)
     if result.target == "hf":
-        yield "from transformers import AutoModelForCausalLM  # or the class that config.json names"
-        yield f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+        name = _architecture(folder)
+        yield f"from transformers import {name}"
+        yield f"model = {name}.from_pretrained({str(folder)!r})"
         return
     framework = "jax" if result.target == "jax" else "torch"
     yield f"from hyperclone_onnx.frameworks.{framework} import load"
@@ -67,3 +69,9 @@ def go_on(model: Path, result: HandedOver) -> Iterator[str]:
         for file in files:
             part = ", strict=False" if len(files) > 1 else ""
             yield f"model.load_state_dict(safetensors.torch.load_file({str(file)!r}){part})"
+
+
+def _architecture(folder: Path) -> str:
+    """The class that a configuration names."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(next(iter(config.get("architectures") or ()), "AutoModel"))
