@@ -79,8 +79,8 @@ def cases() -> tuple[Any, ...]:
 @cache
 def cases_by_operator() -> dict[str, list[Any]]:
     """The cases of covered operators: by operator, and under SEVERAL those of functions that are written out."""
-    from hyperclone_onnx.frameworks import ops, registry  # noqa: F401 - importing the operators registers them
-    from hyperclone_onnx.frameworks.preparation import CONTROL, TYPES
+    from hyperclone_onnx.frameworks.compiling import registry
+    from hyperclone_onnx.frameworks.compiling.preparation import CONTROL, TYPES
 
     found: dict[str, list[Any]] = defaultdict(list)
     covered = set(registry.covered())
@@ -109,11 +109,11 @@ def check(case: Any, framework: str) -> None:
 
 def run(model: ir.Model, framework: str, inputs: list[Array]) -> list[Array]:
     """What a model makes of its inputs in a framework, in 64 bits where the model says so."""
+    from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
     from hyperclone_onnx.frameworks.handoff import read
-    from hyperclone_onnx.frameworks.source import compiled, function_source
 
     with _wide(framework):
-        xp = import_module(f"hyperclone_onnx.frameworks.namespaces.{framework}")
+        xp = import_module(f"hyperclone_onnx.frameworks.compiling.namespaces.{framework}")
         handoff = read(model)
         program = handoff.program
         source = function_source("run", "weights", program.body, lambda path: f"weights[{path!r}]", str)

@@ -13,7 +13,7 @@ import pytest
 from conftest import Command, names_in
 
 from hyperclone_onnx import BadModel, expand
-from hyperclone_onnx.frameworks.manifest import Manifest
+from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -141,7 +141,7 @@ def test_the_optimizers_state_grows_beside_the_weights(target: str, zoo: Zoo, tm
         again = torch.optim.AdamW(grown.named_parameters())
         again.load_state_dict(torch.load(file))
     else:
-        from hyperclone_onnx.frameworks.resume import resume_torch
+        from hyperclone_onnx.frameworks.optimizer.resume import resume_torch
 
         again = torch.optim.AdamW(grown.named_parameters())
         resume_torch(again, file)

@@ -16,8 +16,8 @@ pytest.importorskip("array_api_compat")
 
 import onnx_ir as ir  # noqa: E402
 
-from hyperclone_onnx.frameworks.preparation import prepare_model  # noqa: E402
-from hyperclone_onnx.frameworks.trainable import trainable  # noqa: E402
+from hyperclone_onnx.frameworks.compiling.preparation import prepare_model  # noqa: E402
+from hyperclone_onnx.frameworks.compiling.trainable import trainable  # noqa: E402
 
 Zoo = Callable[[str], Path]
 

@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
 pytest.importorskip("array_api_compat")
 
-from hyperclone_onnx.frameworks import ops, registry  # noqa: E402, F401
-from hyperclone_onnx.frameworks.ops.microsoft import MICROSOFT  # noqa: E402
+from hyperclone_onnx.frameworks.compiling import registry  # noqa: E402
+from hyperclone_onnx.frameworks.compiling.ops.microsoft import MICROSOFT  # noqa: E402
 from tests import node_cases  # noqa: E402
 
 Array = np.ndarray[Any, Any]

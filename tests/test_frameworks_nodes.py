@@ -9,8 +9,8 @@ pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("array_api_compat")
 
 from hyperclone_onnx.errors import HypercloneError  # noqa: E402
-from hyperclone_onnx.frameworks import ops, registry  # noqa: E402, F401
-from hyperclone_onnx.frameworks.preparation import CONTROL  # noqa: E402
+from hyperclone_onnx.frameworks.compiling import registry  # noqa: E402
+from hyperclone_onnx.frameworks.compiling.preparation import CONTROL  # noqa: E402
 from tests import node_cases  # noqa: E402
 
 OPERATORS = [op_type for domain, op_type in registry.covered() if not domain] + list(CONTROL)

@@ -21,10 +21,10 @@ from zoo_harness import make_feeds  # noqa: E402
 
 from hyperclone_onnx import SourceMap, Strategy, analyse, expand  # noqa: E402
 from hyperclone_onnx.frameworks.absorb import absorb  # noqa: E402
-from hyperclone_onnx.frameworks.optimizer import GrownMoment, Moments, grow_moments, step_factors  # noqa: E402
-from hyperclone_onnx.frameworks.optimizer_state import write_optimizer  # noqa: E402
-from hyperclone_onnx.frameworks.resume import resume_torch  # noqa: E402
-from hyperclone_onnx.frameworks.stored_arrays import StoredArray  # noqa: E402
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray  # noqa: E402
+from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer  # noqa: E402
+from hyperclone_onnx.frameworks.optimizer.moments import GrownMoment, Moments, grow_moments, step_factors  # noqa: E402
+from hyperclone_onnx.frameworks.optimizer.resume import resume_torch  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
 from hyperclone_onnx.maps import presented  # noqa: E402
 from hyperclone_onnx.plan import Plan  # noqa: E402
@@ -204,7 +204,7 @@ def test_any_slice_is_that_of_the_whole(zoo: Zoo, tmp_path: Path) -> None:
     name = next(each for each in plan.tensors if len(plan.tensors[each].axes) == 2)
     shape = GrownMoment(stored(np.zeros(())), None, {}, 1).shape
     assert shape == ()
-    from hyperclone_onnx.frameworks.optimizer import source_shape
+    from hyperclone_onnx.frameworks.optimizer.moments import source_shape
 
     array = rng.standard_normal(source_shape(plan.tensors[name], plan.maps)).astype(np.float32)
     moments = grow_moments(plan, {plan.tensors[name].source: Moments(stored(array), stored(array**2), 3)})[name]

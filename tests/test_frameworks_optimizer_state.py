@@ -22,10 +22,10 @@ from training import SETTINGS, batches, train  # noqa: E402
 
 from hyperclone_onnx import SourceMap, Strategy, analyse, expand  # noqa: E402
 from hyperclone_onnx.errors import BadModel, BadRequest  # noqa: E402
-from hyperclone_onnx.frameworks.optimizer import GrownMoments, Moments, grow_moments  # noqa: E402
-from hyperclone_onnx.frameworks.optimizer_state import write_optimizer  # noqa: E402
-from hyperclone_onnx.frameworks.resume import resume_torch  # noqa: E402
-from hyperclone_onnx.frameworks.stored_arrays import from_torch, read_safetensors  # noqa: E402
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import from_torch, read_safetensors  # noqa: E402
+from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer  # noqa: E402
+from hyperclone_onnx.frameworks.optimizer.moments import GrownMoments, Moments, grow_moments  # noqa: E402
+from hyperclone_onnx.frameworks.optimizer.resume import resume_torch  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
 
 Zoo = Callable[[str], Path]
@@ -121,7 +121,7 @@ def as_safetensors_by_initializer(trained: Trained, folder: Path) -> Path:
 def as_optax(trained: Trained, folder: Path) -> Path:
     """Adam's moments as optax has them, in an Orbax checkpoint beside the parameters."""
     ocp, optax, jax = (pytest.importorskip(name) for name in ("orbax.checkpoint", "optax", "jax"))
-    from hyperclone_onnx.frameworks.naming import nested
+    from hyperclone_onnx.frameworks.compiling.naming import nested
 
     def tree(kind: str) -> Any:
         return nested(
@@ -218,7 +218,7 @@ def test_groups_stay_apart(trained: Trained, tmp_path: Path) -> None:
 def test_optax_takes_it(trained: Trained, tmp_path: Path) -> None:
     jax, optax = (pytest.importorskip(name) for name in ("jax", "optax"))
     from hyperclone_onnx.frameworks.jax import load as load_function
-    from hyperclone_onnx.frameworks.resume import resume_optax
+    from hyperclone_onnx.frameworks.optimizer.resume import resume_optax
 
     write_optimizer(trained.big, as_torch_file(trained, tmp_path), tmp_path, "jax")
     _, params = load_function(trained.big)

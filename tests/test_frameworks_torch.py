@@ -381,7 +381,7 @@ def test_a_loop_until_a_condition_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lowest", [-np.inf, float(np.finfo(np.float32).min)], ids=["infinite", "finite"])
 def test_no_gradient_goes_through_scores_that_a_mask_leaves_nothing_of(lowest: float) -> None:
     """Such a row is 0 where the mask is infinite; else, as in ONNX Runtime, the mean of all values."""
-    from hyperclone_onnx.frameworks.namespaces import torch as namespace
+    from hyperclone_onnx.frameworks.compiling.namespaces import torch as namespace
 
     operands = [torch.randn(2, 4, 5, 8, requires_grad=True) for _ in range(3)]
     bias = torch.zeros(2, 1, 5, 5)
@@ -395,7 +395,7 @@ def test_no_gradient_goes_through_scores_that_a_mask_leaves_nothing_of(lowest: f
     wanted = [each.grad.clone() for each in operands]
 
     jax = pytest.importorskip("jax")
-    from hyperclone_onnx.frameworks.namespaces import jax as other
+    from hyperclone_onnx.frameworks.compiling.namespaces import jax as other
 
     def loss_of(*given: Any) -> Any:
         return (other.attend(*given, bias.numpy(), scale=0.3) ** 2).sum()

@@ -17,11 +17,11 @@ import onnx_ir as ir
 from hyperclone_onnx import storage, writer
 from hyperclone_onnx.errors import BadRequest, HypercloneError, Refused
 from hyperclone_onnx.frameworks.checkpoints import read_weights
+from hyperclone_onnx.frameworks.checkpoints.matching import match
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, from_torch
+from hyperclone_onnx.frameworks.compiling.program import Weight
 from hyperclone_onnx.frameworks.handoff import read
-from hyperclone_onnx.frameworks.matching import match
 from hyperclone_onnx.frameworks.parity import check_parity
-from hyperclone_onnx.frameworks.program import Weight
-from hyperclone_onnx.frameworks.stored_arrays import StoredArray, from_torch
 
 Array = npt.NDArray[Any]
 Given = Mapping[str, Callable[[], Array]]

@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from hyperclone_onnx import storage
 from hyperclone_onnx.errors import BadModel, BadRequest
-from hyperclone_onnx.frameworks.blocks import with_blocks
-from hyperclone_onnx.frameworks.compiler import compile_program
-from hyperclone_onnx.frameworks.naming import paths
-from hyperclone_onnx.frameworks.preparation import prepare, prepare_model
-from hyperclone_onnx.frameworks.program import Program, Weight
-from hyperclone_onnx.frameworks.trainable import Reasons, overridden, structural_roles
+from hyperclone_onnx.frameworks.compiling.blocks import with_blocks
+from hyperclone_onnx.frameworks.compiling.compiler import compile_program
+from hyperclone_onnx.frameworks.compiling.naming import paths
+from hyperclone_onnx.frameworks.compiling.preparation import prepare, prepare_model
+from hyperclone_onnx.frameworks.compiling.program import Program, Weight
+from hyperclone_onnx.frameworks.compiling.trainable import Reasons, overridden, structural_roles
 from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.plan import METADATA_KEY, Plan, ScaleInput
 from hyperclone_onnx.rewrite import check_fits, rewrite

@@ -9,18 +9,18 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.blocks import block_paths
+from hyperclone_onnx.frameworks.compiling.blocks import block_paths
+from hyperclone_onnx.frameworks.compiling.naming import nested
+from hyperclone_onnx.frameworks.compiling.program import Program, Weight
+from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
 from hyperclone_onnx.frameworks.handoff import PathLike, bind, read
-from hyperclone_onnx.frameworks.naming import nested
-from hyperclone_onnx.frameworks.program import Program, Weight
 from hyperclone_onnx.frameworks.slices import read_slice, read_whole
-from hyperclone_onnx.frameworks.source import compiled, function_source
 from hyperclone_onnx.plan import Plan
 
 try:
     import jax
 
-    from hyperclone_onnx.frameworks.namespaces import jax as namespace
+    from hyperclone_onnx.frameworks.compiling.namespaces import jax as namespace
 except ImportError as problem:
     raise MissingExtra("jax", problem) from problem
 

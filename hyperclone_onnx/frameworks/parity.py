@@ -13,9 +13,9 @@ import numpy.typing as npt
 from hyperclone_onnx.analysis import analyse
 from hyperclone_onnx.errors import ModelsDiffer, Refused
 from hyperclone_onnx.feeds import cases
+from hyperclone_onnx.frameworks.compiling.naming import nested
+from hyperclone_onnx.frameworks.compiling.program import Program
 from hyperclone_onnx.frameworks.handoff import read
-from hyperclone_onnx.frameworks.naming import nested
-from hyperclone_onnx.frameworks.program import Program
 from hyperclone_onnx.sessions import Runner
 from hyperclone_onnx.validation import tolerance_of
 

@@ -10,18 +10,18 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.blocks import block_paths
+from hyperclone_onnx.frameworks.compiling.blocks import block_paths
+from hyperclone_onnx.frameworks.compiling.program import Body, Program, Weight
+from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
 from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, bind, read
-from hyperclone_onnx.frameworks.program import Body, Program, Weight
 from hyperclone_onnx.frameworks.slices import blocks, read_slice, shifted
-from hyperclone_onnx.frameworks.source import compiled, function_source
 from hyperclone_onnx.plan import Plan
 
 try:
     import torch
 
-    from hyperclone_onnx.frameworks import fast_torch as _fast  # noqa: F401 - importing it fills the table
-    from hyperclone_onnx.frameworks.namespaces import torch as namespace
+    from hyperclone_onnx.frameworks.compiling import fast_torch as _fast  # noqa: F401 - importing it fills the table
+    from hyperclone_onnx.frameworks.compiling.namespaces import torch as namespace
 except ImportError as problem:
     raise MissingExtra("torch", problem) from problem
 

@@ -13,9 +13,9 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
+from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
 from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, read
-from hyperclone_onnx.frameworks.manifest import Manifest, entries
-from hyperclone_onnx.frameworks.optimizer_state import Kind, write_optimizer
+from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.publication import publication_folder
 from hyperclone_onnx.safetensors_files import write_safetensors
@@ -138,7 +138,7 @@ def _growth(plan: Plan) -> dict[str, Any]:
 def _checked(model: PathLike, folder: Path, say: Notify) -> str:
     """Compare what was written with the model, as ONNX Runtime runs it."""
     from hyperclone_onnx.frameworks.checkpoints import read_weights
-    from hyperclone_onnx.frameworks.matching import match
+    from hyperclone_onnx.frameworks.checkpoints.matching import match
     from hyperclone_onnx.frameworks.parity import check_parity
 
     say("validating")

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import CannotWrite
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.naming import nested
+from hyperclone_onnx.frameworks.compiling.naming import nested
 from hyperclone_onnx.frameworks.slices import read_whole
 
 

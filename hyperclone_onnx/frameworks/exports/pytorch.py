@@ -33,7 +33,7 @@ def write_checkpoint(tensors: Mapping[str, ir.TensorProtocol], folder: Path) -> 
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-        from hyperclone_onnx.frameworks.namespaces.torch import dtype_of
+        from hyperclone_onnx.frameworks.compiling.namespaces.torch import dtype_of
         from hyperclone_onnx.frameworks.torch import as_torch
     except ImportError as problem:
         raise MissingExtra("torch", problem) from problem

@@ -1,0 +1,146 @@
+"""What trainers save, read without the trainer: names, shapes and types at once, each array when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.frameworks.checkpoints import manifest
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import Array, StoredArray, guarded, read_safetensors
+
+INDEX = "model.safetensors.index.json"
+"""What says which of several safetensors files holds which tensor."""
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+TO_SAFETENSORS = "safetensors.torch.save_file(model.state_dict(), 'trained.safetensors')"
+
+
+def read_weights(path: Path) -> dict[str, StoredArray]:
+    """The arrays of a checkpoint, by the names that they have there.
+
+    Args:
+        path: a safetensors file, or the index of several, or a folder with either; an .npz file; a folder of
+            torch.distributed.checkpoint or of Orbax, or one that `handoff` wrote. None of them can run code: pickles
+            are refused, and of torch.distributed.checkpoint's metadata, which is one, only its own plain classes are
+            accepted.
+
+    Raises:
+        BadModel: it cannot be read, or is truncated.
+        BadRequest: it is of a kind that is not read, and what to save instead.
+        MissingExtra: reading it needs a framework that is not installed.
+    """
+    if not path.exists():
+        raise BadModel(f"{path}: no such file or folder")
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix in PICKLES:
+        raise BadRequest(f"{path}: a pickle may hold anything and is not read; save the weights with {TO_SAFETENSORS}")
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    if path.name.endswith(".index.json"):
+        return _read_index(path)
+    return read_safetensors(path)
+
+
+def _read_folder(path: Path) -> dict[str, StoredArray]:
+    if (path / manifest.NAME).is_file():
+        weights = path / manifest.Manifest.read(path).weights
+        if weights.resolve().parent != path.resolve():
+            raise BadModel(f"{path / manifest.NAME}: it names {weights}, which lies outside its folder")
+        return read_weights(weights)
+    if (path / ".metadata").is_file():
+        from hyperclone_onnx.frameworks.checkpoints.dcp import read_dcp
+
+        return read_dcp(path)
+    orbax = _orbax_items(path)
+    if orbax:
+        from hyperclone_onnx.frameworks.checkpoints.orbax import read_orbax
+
+        return {
+            f"{item}.{name}" if item else name: array
+            for item, folder in orbax.items()
+            for name, array in read_orbax(folder).items()
+        }
+    if (path / INDEX).is_file():
+        return _read_index(path / INDEX)
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return read_safetensors(files[0])
+    if files:
+        raise BadRequest(f"{path}: {len(files)} safetensors files and no {INDEX}: name the one that is meant")
+    pickled = next((each for each in sorted(path.iterdir()) if each.suffix in PICKLES), None)
+    if pickled is not None:
+        raise BadRequest(f"{pickled}: a pickle may hold anything and is not read; save with {TO_SAFETENSORS}")
+    raise BadRequest(
+        f"{path}: no checkpoint: it has neither safetensors, nor the .metadata of torch.distributed.checkpoint, "
+        "nor the _METADATA of Orbax"
+    )
+
+
+def _orbax_items(path: Path) -> dict[str, Path]:
+    """The parts of an Orbax checkpoint by name: one without a name, those of a step, those of the only step."""
+    if (path / "_METADATA").is_file():
+        return {"": path}
+    items = sorted(each.parent for each in path.glob("*/_METADATA"))
+    if items:
+        return {"": items[0]} if len(items) == 1 else {each.name: each for each in items}
+    steps = sorted({each.parent.parent for each in path.glob("*/*/_METADATA")}, key=lambda step: step.name)
+    if len(steps) > 1:
+        listed = ", ".join(step.name for step in steps)
+        raise BadRequest(f"{path}: it holds the steps {listed}: name one, such as {steps[-1]}")
+    return _orbax_items(steps[0]) if steps else {}
+
+
+def _read_index(path: Path) -> dict[str, StoredArray]:
+    try:
+        where: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = dict(where)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise BadModel(f"{path}: not a readable index of safetensors files") from problem
+    found: dict[str, StoredArray] = {}
+    for file in sorted(set(names.values())):
+        part = path.parent / str(file)
+        if part.resolve().parent != path.parent.resolve():
+            raise BadModel(f"{path}: it names {file!r}, which lies outside its folder")
+        found |= read_safetensors(part)
+    missing = sorted(names.keys() - found.keys())
+    if missing:
+        raise BadModel(f"{path}: {names[missing[0]]} does not hold {missing[0]!r}")
+    return {name: found[name] for name in names}
+
+
+def _read_npz(path: Path) -> dict[str, StoredArray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {
+                member.removesuffix(".npy"): _npz_entry(path, archive, member)
+                for member in archive.namelist()
+                if member.endswith(".npy")
+            }
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+        raise BadModel(f"{path}: not a readable .npz file, or truncated ({problem})") from problem
+
+
+def _npz_entry(path: Path, archive: zipfile.ZipFile, member: str) -> StoredArray:
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(stream)
+    if dtype.kind not in "fiub":
+        raise BadRequest(
+            f"{path}: {member.removesuffix('.npy')!r} is of the type {dtype}: .npz knows no bfloat16 (save float32, or "
+            "safetensors)"
+        )
+    return StoredArray(shape, dtype, guarded(path, member, partial(_from_npz, path, member)))
+
+
+def _from_npz(path: Path, member: str) -> Array:
+    with np.load(path, allow_pickle=False) as arrays:
+        array: Array = arrays[member.removesuffix(".npy")]
+        return array

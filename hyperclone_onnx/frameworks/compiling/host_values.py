@@ -1,0 +1,178 @@
+"""Which values are sizes: computed on the host in Python numbers, not as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.frameworks.compiling import registry
+
+_WHOLE = frozenset(
+    [
+        ir.DataType.BOOL,
+        ir.DataType.INT8,
+        ir.DataType.INT16,
+        ir.DataType.INT32,
+        ir.DataType.INT64,
+        ir.DataType.UINT8,
+        ir.DataType.UINT16,
+        ir.DataType.UINT32,
+        ir.DataType.UINT64,
+    ]
+)
+LARGEST = 1024
+"""A stored tensor with more elements than this is data, not sizes."""
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Whether a value is stored."""
+    return value.const_value is not None and value.producer() is None
+
+
+class HostValues:
+    """The values of a model that live on the host.
+
+    A value does where an operator *needs* it there (the shape of a Reshape, back through everything it is computed
+    from), and where it is whole numbers computed from shapes alone.
+
+    Raises:
+        Refused: a size depends on data.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.host: set[ir.Value] = set()
+        self.states: set[ir.Value] = set()
+        """What a Loop's body gives on as a Python number."""
+        self._loops: dict[ir.Value, tuple[ir.Node, int]] = {}
+        self._demand(model.graph)
+        self._follow(model.graph)
+
+    def is_known(self, value: ir.Value | None) -> bool:
+        """Whether a value's elements are Python numbers."""
+        return value is not None and (value in self.host or is_constant(value))
+
+    def runs_on_host(self, node: ir.Node) -> bool:
+        """Whether a node computes with Python numbers alone; the shape of an array is asked of the array."""
+        if not any(output in self.host for output in node.outputs):
+            return False
+        return node.op_type not in ("Shape", "Size") or self.is_known(node.inputs[0])
+
+    # -- backwards: what is needed --------------------------------------------------------------------------
+
+    def _demand(self, graph: ir.Graph) -> None:
+        for node in reversed(list(graph)):
+            for inner in _subgraphs(node):
+                self._loops |= {value: (node, place) for place, value in enumerate(inner.inputs)}
+                known = -1
+                while known != len(self.host):  # a state that is needed makes others needed
+                    known = len(self.host)
+                    self._demand(inner)
+            if any(output in self.host for output in node.outputs):
+                self._needed_for_host(node)
+                continue
+            operator = registry.operator(node.domain, node.op_type)
+            for position, value in enumerate(node.inputs):
+                if operator is not None and value is not None and operator.is_host(position):
+                    self._need(value, node)
+
+    def _needed_for_host(self, node: ir.Node) -> None:
+        if node.op_type in ("Shape", "Size"):
+            return
+        for value in node.inputs:
+            if value is not None:
+                self._need(value, node)
+
+    def _need(self, value: ir.Value, reader: ir.Node) -> None:
+        if is_constant(value) or value in self.host:
+            return
+        if value in self._loops:
+            self._need_in_turns(value, reader)
+            return
+        producer = value.producer()
+        if producer is not None and not _has_host_form(producer):
+            raise Refused(
+                f"{reader.op_type} (node {reader.name!r}) takes a size that {producer.op_type} (node "
+                f"{producer.name!r}) computes from data: it has no handoff"
+            )
+        if producer is None and value.shape is not None and len(value.shape) > 1:
+            raise Refused(
+                f"{reader.op_type} (node {reader.name!r}) takes sizes from the input {value.name!r}, which has more "
+                "than one axis: it has no handoff"
+            )
+        self.host.add(value)
+
+    def _need_in_turns(self, value: ir.Value, reader: ir.Node) -> None:
+        """A Loop's number of a turn, or a state of it, which then is a number before and after every turn."""
+        node, place = self._loops[value]
+        if node.op_type != "Loop" or place == 1:
+            raise Refused(
+                f"{reader.op_type} (node {reader.name!r}) takes a size from what {node.op_type} (node {node.name!r}) "
+                "gives its body: it has no handoff"
+            )
+        self.host.add(value)
+        if place == 0:
+            return
+        after = node.attributes["body"].as_graph().outputs[place - 1]
+        self.states.add(after)
+        self.host.add(node.outputs[place - 2])
+        for each in (node.inputs[place], after):
+            assert each is not None
+            self._need(each, reader)
+
+    # -- forwards: what comes of shapes alone ---------------------------------------------------------------
+
+    def _follow(self, graph: ir.Graph) -> None:
+        for node in graph:
+            for inner in _subgraphs(node):
+                self._follow(inner)
+            if self._stays_on_host(node):
+                self.host.update(node.outputs)
+
+    def _stays_on_host(self, node: ir.Node) -> bool:
+        if node.domain not in ("", "ai.onnx"):
+            return False
+        if node.op_type in ("Shape", "Size"):
+            return True
+        if not _has_host_form(node) or any(output.dtype not in _WHOLE for output in node.outputs):
+            return False
+        if any(output.shape is not None and len(output.shape) > 1 for output in node.outputs):
+            return False
+        if node.op_type in ("Range", "ConstantOfShape", "Expand", "Tile"):
+            return False  # these make arrays; only a reader that needs numbers makes them numbers
+        given = [value for value in node.inputs if value is not None]
+        return any(value in self.host for value in given) and all(
+            value in self.host or (is_constant(value) and _is_small(value)) for value in given
+        )
+
+
+def always_goes_on(node: ir.Node) -> bool:
+    """Whether a Loop's condition holds before and after every turn."""
+    graph = node.attributes["body"].as_graph()
+    start = node.inputs[1] if len(node.inputs) > 1 else None
+    if start is not None and not (is_constant(start) and bool(np.asarray(start.const_value).all())):
+        return False
+    value: ir.Value | None = graph.outputs[0]
+    while value is not None and value is not graph.inputs[1]:
+        producer = value.producer()
+        if producer is None:
+            return is_constant(value) and bool(np.asarray(value.const_value).all())
+        value = producer.inputs[0] if producer.op_type == "Identity" else None
+    return value is not None
+
+
+def _is_small(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tensor.size <= LARGEST and len(tensor.shape) <= 1
+
+
+def _has_host_form(node: ir.Node) -> bool:
+    return node.op_type in ("Shape", "Size") or registry.host_operator(node.domain, node.op_type) is not None
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()

@@ -1,0 +1,150 @@
+"""JAX: its NumPy is the standard's namespace as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as _standard
+import numpy as np
+from jax.numpy import *
+
+from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.frameworks.compiling.namespaces import dtype_name
+from hyperclone_onnx.frameworks.compiling.ops import control as _control
+from hyperclone_onnx.frameworks.compiling.ops.attention import attend as _attend
+
+bool = _standard.bool
+abs, all, any, max, min, round, sum, pow = (
+    getattr(_standard, name) for name in ("abs", "all", "any", "max", "min", "round", "sum", "pow")
+)
+erf, sigmoid, softplus, relu = jax.scipy.special.erf, jax.nn.sigmoid, jax.nn.softplus, jax.nn.relu
+softmax, log_softmax, logsumexp = jax.nn.softmax, jax.nn.log_softmax, jax.nn.logsumexp
+NAME = "jax"
+
+
+def dtype_named(name: str) -> Any:
+    """The type of that name, in 32 bits where JAX is not told to have 64."""
+    return jax.dtypes.canonicalize_dtype(name)
+
+
+def dtype_of(number: int) -> Any:
+    """The type of an ONNX element type."""
+    return dtype_named(dtype_name(number))
+
+
+def device_of(_: Any) -> None:
+    """JAX places what it makes by itself."""
+
+
+def lift(value: Any, number: int, device: Any) -> Any:
+    """Python numbers as an array."""
+    return _standard.asarray(value, dtype=dtype_of(number))
+
+
+def numbers(array: Any) -> Any:
+    """An array as Python numbers; under jit it must be static."""
+    return tuple(np.asarray(array).tolist()) if np.ndim(array) else np.asarray(array).item()
+
+
+def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """What one of two branches gives; both must give the same shapes where the condition is traced."""
+    if not isinstance(condition, jax.core.Tracer):
+        return yes() if condition else no()
+    shapes = [[(each.shape, each.dtype) for each in jax.eval_shape(way)] for way in (yes, no)]
+    if shapes[0] != shapes[1]:
+        raise Refused(
+            "the branches of an If make different shapes: its condition must be a value under jit, not traced"
+        )
+    return jax.lax.cond(_standard.reshape(condition, ()), yes, no)
+
+
+def nonzero(x: Any) -> Any:  # type: ignore[no-redef]
+    """Where x is not 0, for each axis."""
+    try:
+        return _standard.nonzero(x)
+    except jax.errors.ConcretizationTypeError as problem:
+        raise Refused("NonZero makes a size of data, which jax.jit cannot have: call `apply` without jit") from problem
+
+
+def scan(step: Any, carry: Any, slices: Any, length: Any) -> Any:
+    """carry, made = step(carry, slices[i]) for each i"""
+    return jax.lax.scan(step, carry, slices, length=length)
+
+
+def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, device: Any) -> Any:
+    """ONNX's Loop.
+
+    A known count of turns without a condition is a scan. Else Python turns while it can tell whether to; where it
+    cannot, a loop of XLA's does, which cannot be differentiated backwards.
+    """
+    import hyperclone_onnx.frameworks.compiling.namespaces.jax as xp
+
+    if not numbered:
+        states = tuple(map(_standard.asarray, states))
+        bound = None if isinstance(trips, jax.core.Tracer) else _control.whole(trips)
+        if condition is None and bound is not None and _keeps_shapes(turn, states):
+
+            def step(carry: Any, number: Any) -> Any:
+                found = turn(number, _standard.asarray(True), *carry)
+                return found[: len(carry)], found[len(carry) :]
+
+            carry, made = jax.lax.scan(step, states, _standard.arange(bound, dtype=dtype_of(7)))
+            return (*carry, *made)
+    try:
+        return _control.loop_in_turns(xp, turn, trips, condition, states, numbered=numbered, device=device)
+    except jax.errors.ConcretizationTypeError as problem:
+        if numbered:
+            raise Refused(
+                "a Loop takes sizes from the number of its turn: jax.jit needs to know the count"
+            ) from problem
+        return _while(turn, trips, condition, states)
+
+
+def _keeps_shapes(turn: Any, states: Any) -> Any:
+    """Whether states have the same shapes and types after a turn."""
+    made = jax.eval_shape(turn, _standard.zeros((), dtype_of(7)), _standard.asarray(True), *states)
+    kinds = [(each.shape, each.dtype) for each in states]
+    return kinds == [(each.shape, each.dtype) for each in made[: len(kinds)]]
+
+
+def _while(turn: Any, trips: Any, condition: Any, states: Any) -> Any:
+    """A Loop whose end depends on data, under jit."""
+    known = int(condition is not None)
+    condition = _standard.asarray(True if condition is None else condition)
+    shapes = jax.eval_shape(turn, _standard.zeros((), dtype_of(7)), condition, *states)
+    if len(shapes) > known + len(states):
+        raise Refused("a Loop makes as many outputs as it turns, which depends on data: jax.jit cannot have that size")
+
+    def goes_on(carry: Any) -> Any:
+        number, on, _ = carry
+        on = _standard.reshape(on, ())
+        return on if trips is None else on & (number < _standard.reshape(_standard.asarray(trips), ()))
+
+    def step(carry: Any) -> Any:
+        number, on, states = carry
+        found = turn(number, on, *states)
+        return number + 1, (found[0] if known else on), tuple(found[known:])
+
+    return jax.lax.while_loop(goes_on, step, (_standard.zeros((), dtype_of(7)), condition, tuple(states)))[2]
+
+
+def attend(*operands: Any, **options: Any) -> Any:
+    """Attention as the table writes it: XLA fuses it."""
+    import hyperclone_onnx.frameworks.compiling.namespaces.jax as xp
+
+    return _attend(xp, *operands, **options)
+
+
+def scatter(flat: Any, places: Any, updates: Any, reduction: str) -> Any:
+    """flat with updates put at places, or added, multiplied, ..."""
+    way = {"none": "set", "add": "add", "mul": "multiply", "max": "max", "min": "min"}[reduction]
+    return getattr(_standard.asarray(flat).at[places], way)(_standard.reshape(updates, (-1,)))
+
+
+def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group: int) -> Any:
+    """The framework's own convolution."""
+    return jax.lax.conv_general_dilated(
+        x, w, strides, around, rhs_dilation=dilations, feature_group_count=group, precision=jax.lax.Precision.HIGHEST
+    )

@@ -1,0 +1,156 @@
+"""PyTorch, by array-api-compat."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat.torch as _standard
+import torch
+import torch.nn.functional as F  # noqa: N812 - everyone's name for it
+from array_api_compat.torch import *
+
+from hyperclone_onnx.frameworks.compiling.namespaces import dtype_name
+from hyperclone_onnx.frameworks.compiling.ops import control as _control
+from hyperclone_onnx.frameworks.compiling.ops.attention import attend as _attend
+
+bool = torch.bool
+abs, all, any, max, min, round, sum, pow = (
+    getattr(_standard, name) for name in ("abs", "all", "any", "max", "min", "round", "sum", "pow")
+)
+erf, einsum, sigmoid, softplus, relu, expm1 = (
+    torch.erf,
+    torch.einsum,
+    torch.sigmoid,
+    F.softplus,
+    torch.relu,
+    torch.expm1,
+)
+NAME = "torch"
+
+
+def dtype_named(name: str) -> Any:
+    """The type of that name."""
+    return getattr(torch, name)
+
+
+def dtype_of(number: int) -> Any:
+    """The type of an ONNX element type."""
+    return getattr(torch, dtype_name(number))
+
+
+def device_of(x: Any) -> Any:
+    """Where a tensor is; None leaves it to torch's default."""
+    return getattr(x, "device", None)
+
+
+def lift(value: Any, number: int, device: Any) -> Any:
+    """Python numbers (or symbols) as a tensor."""
+    if isinstance(value, tuple):
+        return torch.tensor(value, dtype=dtype_of(number), device=device)
+    return torch.full((), value, dtype=dtype_of(number), device=device)
+
+
+def numbers(array: Any) -> Any:
+    """A tensor as Python numbers."""
+    return tuple(array.tolist()) if array.ndim else array.item()
+
+
+def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """What one of two branches gives."""
+    return yes() if condition else no()
+
+
+def softmax(x: Any, axis: int) -> Any:
+    """e^x / sum e^x"""
+    return torch.softmax(x, axis)
+
+
+def log_softmax(x: Any, axis: int) -> Any:
+    """x - log sum e^x"""
+    return torch.log_softmax(x, axis)
+
+
+def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
+    """log sum e^x"""
+    return torch.logsumexp(x, axis, keepdim=keepdims)
+
+
+def scan(step: Any, carry: Any, slices: Any, length: Any) -> Any:
+    """carry, made = step(carry, slices[i]) for each i"""
+    import hyperclone_onnx.frameworks.compiling.namespaces.torch as xp
+
+    return _control.scan_in_turns(xp, step, carry, slices, length)
+
+
+def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, device: Any) -> Any:
+    """ONNX's Loop"""
+    import hyperclone_onnx.frameworks.compiling.namespaces.torch as xp
+
+    return _control.loop_in_turns(xp, turn, trips, condition, states, numbered=numbered, device=device)
+
+
+def attend(
+    query: Any, key: Any, value: Any, *biases: Any, scale: float, key_transposed: int = 0, grouped: Any = False
+) -> Any:
+    """softmax(scale Q K^T + biases) V, by the fused kernels; a row that nothing is visible to is 0"""
+    if not grouped and not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        import hyperclone_onnx.frameworks.compiling.namespaces.torch as xp
+
+        return _attend(xp, query, key, value, *biases, scale=scale, key_transposed=key_transposed)
+    bias = None
+    for each in biases:
+        bias = each if bias is None else bias + each
+    if bias is not None and bias.dtype != query.dtype:
+        bias = bias.to(query.dtype)
+    if bias is not None and bias.shape[-1] != 0:
+        query, bias = _not_drowned(query, bias)
+    key = key.mT if key_transposed else key
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
+
+
+def _not_drowned(query: Any, bias: Any) -> Any:
+    """Queries and a mask, both 0 in rows where a finite mask leaves nothing of any score.
+
+    Such a row is the mean of all values either way; but beside a number that large the kernel's backward pass loses the
+    logarithm of the sum, and would count each value as often as there are.
+    """
+    highest = bias.detach().amax(-1, keepdim=True)
+    rows = (highest <= -16 / torch.finfo(bias.dtype).eps) & (highest > -torch.inf)
+    if _is_seen_empty(rows):
+        return query, bias
+    return torch.where(rows, torch.zeros_like(query), query), torch.where(rows, torch.zeros_like(bias), bias)
+
+
+def _is_seen_empty(rows: Any) -> Any:
+    """Whether nothing is true, where looking costs nothing: not on a GPU, nor while something traces."""
+    if rows.device.type != "cpu" or type(rows) is not torch.Tensor or torch.compiler.is_compiling():
+        return False
+    try:
+        return not rows.any()
+    except RuntimeError:  # torch.func.vmap has no value to look at
+        return False
+
+
+_REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+
+
+def scatter(flat: Any, places: Any, updates: Any, reduction: str) -> Any:
+    """flat with updates put at places, or added, multiplied, ..."""
+    places, values = places.long(), updates.reshape(-1)
+    if reduction == "none":
+        return torch.scatter(flat, 0, places, values)
+    return torch.scatter_reduce(flat, 0, places, values, _REDUCTIONS[reduction], include_self=True)
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group: int) -> Any:
+    """The framework's own convolution."""
+    if builtins.any(before != after for before, after in around):
+        x = F.pad(x, [size for pair in reversed(around) for size in pair])
+        around = [(0, 0)] * len(around)
+    padding = [before for before, _ in around]
+    return _CONVOLUTIONS[w.ndim - 2](x, w, None, strides, padding, dilations, group)

@@ -1,0 +1,37 @@
+"""The table of operators, a module for each family; importing this fills it."""
+
+from hyperclone_onnx.frameworks.compiling.ops import (
+    attention,
+    contractions,
+    convolution,
+    elementwise,
+    host,
+    indexing,
+    layout,
+    microsoft,
+    microsoft_attention,
+    mixture,
+    normalisation,
+    pooling,
+    recurrence,
+    reductions,
+    shapes,
+)
+
+__all__ = [
+    "attention",
+    "contractions",
+    "convolution",
+    "elementwise",
+    "host",
+    "indexing",
+    "layout",
+    "microsoft",
+    "microsoft_attention",
+    "mixture",
+    "normalisation",
+    "pooling",
+    "recurrence",
+    "reductions",
+    "shapes",
+]

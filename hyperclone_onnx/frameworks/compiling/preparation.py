@@ -1,0 +1,218 @@
+"""From a model file to a graph of covered operators: functions inlined, constants folded, patterns recognised."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from hyperclone_onnx import storage
+from hyperclone_onnx.analysis import OLDEST_OPSET
+from hyperclone_onnx.errors import BadModel, Refused
+from hyperclone_onnx.frameworks.compiling import ops as _table  # noqa: F401 - importing it fills the table
+from hyperclone_onnx.frameworks.compiling import registry
+from hyperclone_onnx.frameworks.compiling.compiler import bound_attributes, registry_name
+from hyperclone_onnx.frameworks.compiling.fusions import fuse, put_in_place
+from hyperclone_onnx.frameworks.compiling.host_values import LARGEST, is_constant
+from hyperclone_onnx.normalise import normalise
+from hyperclone_onnx.onnx_inference import infer_types
+
+CONTROL = ("If", "Loop", "Scan")
+"""Operators with bodies."""
+DEEPEST = 8
+"""How deep function bodies may nest."""
+
+
+def prepare(path: str | os.PathLike[str]) -> ir.Model:
+    """Read a model and bring it into the form that `compiler.compile_program` reads.
+
+    Raises:
+        BadModel: the file is not a readable, complete ONNX model.
+        Refused: its opset is too old, or an operator is not covered.
+    """
+    file = Path(path)
+    return prepare_model(storage.load(file), str(file))
+
+
+def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
+    """The same for a model in memory, which is changed in place and returned."""
+    opset = model.graph.opset_imports.get("", 1)
+    if opset < OLDEST_OPSET:
+        raise Refused(f"{name}: opset {opset} is too old (before {OLDEST_OPSET}): convert it first")
+    try:
+        for node in model.graph.all_nodes():  # ONNX Runtime's optimiser forgets to import its own domain
+            model.graph.opset_imports.setdefault(node.domain, 1)
+        passes.InlinePass()(model)
+        for _ in range(DEEPEST):
+            if not _inline_bodies(model):
+                break
+        normalise(model)
+        _store_constant_outputs(model)
+    except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
+        raise BadModel(f"{name}: a malformed graph ({type(problem).__name__}: {problem})") from problem
+    check(model, name)
+    _fold(model)
+    fuse(model)
+    passes.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _store_constant_outputs(model: ir.Model) -> None:
+    """Constants that are outputs of the graph, which normalising leaves alone, as stored tensors too."""
+    for node in list(model.graph.all_nodes()):
+        if node.op_type == "Constant" and "value" in node.attributes:
+            output = node.outputs[0]
+            tensor = node.attributes["value"].as_tensor()
+            name = f"{output.name}.value"
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=output.shape, const_value=tensor)
+            model.graph.register_initializer(value)
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].type, copy.name = value.type, node.name
+            put_in_place(node, copy)
+
+
+def _inline_bodies(model: ir.Model) -> bool:
+    """Inline ONNX's own function body of each operator that the table lacks; whether there was any."""
+    missing = [
+        node
+        for node in model.graph.all_nodes()
+        if registry.operator(node.domain, node.op_type) is None and node.op_type not in (*CONTROL, "Constant")
+    ]
+    if not missing:
+        return False
+    if any(output.dtype is None for node in model.graph for output in node.outputs):
+        infer_types(model)
+    found = False
+    for number, node in enumerate(missing):
+        function = _function_body(node, model.graph.opset_imports.get(node.domain, 1), f"body{number}")
+        if function is not None:
+            node.overload = function.overload
+            model.functions[function.identifier()] = function
+            found = True
+    if found:
+        passes.InlinePass()(model)
+    return found
+
+
+def _function_body(node: ir.Node, opset: int, overload: str) -> ir.Function | None:
+    try:
+        schema: Any = onnx.defs.get_schema(node.op_type, opset, node.domain)  # its stubs lack the function bodies
+    except onnx.defs.SchemaError:
+        return None
+    for name, attribute in schema.attributes.items():
+        if name not in node.attributes and attribute.default_value.type:
+            node.attributes[name] = ir.serde.deserialize_attribute(attribute.default_value)
+    body = None
+    if schema.has_function:
+        body = schema.function_body
+    elif schema.has_context_dependent_function:
+        types = [ir.serde.serialize_value(v).type.SerializeToString() if v is not None else b"" for v in node.inputs]
+        text = schema.get_context_dependent_function(ir.serde.serialize_node(node).SerializeToString(), types)
+        body = onnx.FunctionProto.FromString(text) if text else None
+    if body is None:
+        return None
+    proto = onnx.FunctionProto()
+    proto.CopyFrom(body)
+    proto.overload = overload
+    proto.domain = node.domain
+    if not proto.opset_import:
+        proto.opset_import.add(domain=node.domain, version=opset)
+    return ir.serde.deserialize_function(proto)
+
+
+def check(model: ir.Model, name: str) -> None:
+    """Refuse a model with operators, or forms of operators, that the table does not have.
+
+    Raises:
+        Refused: with the operators, and a node of each.
+    """
+    missing: Counter[str] = Counter()
+    nodes: dict[str, str] = {}
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _check_type(name, value, "")
+    for node in model.graph.all_nodes():
+        for output in node.outputs:
+            _check_type(name, output, f" (node {node.name!r})")
+        if node.op_type in CONTROL and not node.domain:
+            continue
+        operator = registry.operator(node.domain, node.op_type)
+        if operator is None:
+            missing[registry_name(node)] += 1
+            nodes.setdefault(registry_name(node), node.name or "")
+            continue
+        bound_attributes(node, operator, model.graph.opset_imports)
+        given = len(node.inputs)
+        if not operator.variadic and given > len(operator.inputs):
+            extra = [value for value in node.inputs[len(operator.inputs) :] if value is not None]
+            if extra:
+                where = f"{registry_name(node)} (node {node.name!r})"
+                raise Refused(f"{name}: {where} has no handoff with its input {extra[0].name!r}")
+    if missing:
+        listed = ", ".join(
+            f"{op} (node {nodes[op]!r}{f' and {n - 1} more' if n > 1 else ''})" for op, n in missing.items()
+        )
+        raise Refused(f"{name}: no handoff for {listed}")
+
+
+TYPES = frozenset(
+    getattr(ir.DataType, name)
+    for name in "BOOL INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64 FLOAT16 BFLOAT16 FLOAT DOUBLE".split()
+)
+
+
+def _check_type(name: str, value: ir.Value, where: str) -> None:
+    if value.dtype is not None and value.dtype not in TYPES:
+        raise Refused(f"{name}: {value.name!r}{where} is of the type {value.dtype.name.lower()}, which has no handoff")
+
+
+def _fold(model: ir.Model) -> None:
+    """Compute what whole numbers make of stored whole numbers; floats stay as they are, weights among them."""
+    from hyperclone_onnx.frameworks.compiling.namespaces import numpy as xp
+
+    for node in list(model.graph):
+        operator = registry.operator(node.domain, node.op_type)
+        outputs = [value for value in node.outputs if value.uses()]
+        if len(node.outputs) != 1 or not outputs or outputs[0].is_graph_output():
+            continue
+        if node.op_type == "Shape" and node.inputs[0] is not None and is_constant(node.inputs[0]):
+            window = slice(*(node.attributes[n].as_int() if n in node.attributes else None for n in ("start", "end")))
+            tensor = node.inputs[0].const_value
+            assert tensor is not None
+            _store(model, node, np.asarray([int(size) for size in tensor.shape.numpy()][window], np.int64))
+            continue
+        if operator is None or not node.inputs or not all(v is not None and _is_whole(v) for v in node.inputs):
+            continue
+        form = registry.operator(node.domain, node.op_type)
+        assert form is not None
+        if form.keywords & {"device", "outputs"} or form.host - {"axes", "shape", "starts", "ends", "steps"}:
+            continue
+        arrays = [v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None]
+        given = [tuple(a.tolist()) if form.is_host(i) else a for i, a in enumerate(arrays)]
+        attributes = dict(bound_attributes(node, form, model.graph.opset_imports))
+        result = np.asarray(form.function(xp, *given, **attributes))
+        if result.dtype.kind in "biu" and result.size <= LARGEST:
+            _store(model, node, result)
+
+
+def _is_whole(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return is_constant(value) and tensor is not None and tensor.size <= LARGEST and tensor.dtype.is_integer()
+
+
+def _store(model: ir.Model, node: ir.Node, array: npt.NDArray[Any]) -> None:
+    output = node.outputs[0]
+    tensor = ir.Tensor(array, name=output.name)
+    value = ir.Value(
+        name=output.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    output.replace_all_uses_with(value)
+    output.name = f"{output.name}.folded"
+    model.graph.remove(node, safe=True)
+    model.graph.register_initializer(value)
