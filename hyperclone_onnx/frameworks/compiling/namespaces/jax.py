@@ -60,7 +60,7 @@ def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any
     return jax.lax.cond(_standard.reshape(condition, ()), yes, no)
 
 
-def nonzero(x: Any) -> Any:  # type: ignore[no-redef]
+def nonzero(x: Any) -> Any:  # type: ignore[no-redef,unused-ignore]
     """Where x is not 0, for each axis."""
     try:
         return _standard.nonzero(x)
