@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,26 @@ def test_trained_weights_of_a_hugging_face_folder_are_read_without_a_framework()
         f"print([n for n in {HEAVY} if n in sys.modules])"
     )
     assert python(code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        ("handoff MODEL --list", "torch"),
+        ("handoff MODEL --to pytorch -o OUT", "torch"),
+        ("handoff MODEL --to jax -o OUT", "jax"),
+        ("handoff MODEL --to safetensors -o OUT", "torch"),
+        ("handoff MODEL --to hf --like OUT -o OUT", "hf"),
+        ("absorb MODEL MODEL -o OUT", "torch"),
+    ],
+)
+def test_each_command_names_the_extra_that_it_misses(command: str, extra: str, small: Path, tmp_path: Path) -> None:
+    given = [{"MODEL": str(small), "OUT": str(tmp_path / "out")}.get(word, word) for word in command.split()]
+    missing = ("torch", "jax", "array_api_compat", "transformers")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['hyperclone-onnx', *{given!r}]\n"
+        "from hyperclone_onnx.cli import main; main()"
+    )
+    done = python(code)
+    assert done.returncode == 2 and f"`pip install hyperclone-onnx[{extra}]`" in done.stderr.splitlines()[-1]
+    assert not any(tmp_path.iterdir())

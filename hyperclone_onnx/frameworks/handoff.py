@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx import storage
 from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.compiling.blocks import with_blocks
 from hyperclone_onnx.frameworks.compiling.compiler import compile_program
 from hyperclone_onnx.frameworks.compiling.naming import paths
@@ -54,7 +55,17 @@ def read(
 
     Raises:
         BadModel, BadRequest, Refused: see `errors`.
+        MissingExtra: neither extra is installed.
     """
+    try:
+        return _read(model, plan, freeze, train)
+    except ModuleNotFoundError as problem:
+        raise MissingExtra("torch", problem) from problem
+
+
+def _read(
+    model: PathLike | ir.Model, plan: Plan | PathLike | None, freeze: Sequence[str], train: Sequence[str]
+) -> Handoff:
     if plan is not None:
         if isinstance(model, ir.Model):
             raise BadRequest("a plan grows a model file, not a model in memory: rewrite it first")

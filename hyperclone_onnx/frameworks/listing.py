@@ -9,7 +9,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.handoff import PathLike, read
 
 
@@ -20,10 +19,7 @@ def weights(model: PathLike, *, freeze: Sequence[str] = (), train: Sequence[str]
         BadModel, BadRequest, Refused: see `handoff.read`.
         MissingExtra: neither extra is installed.
     """
-    try:
-        program = read(model, freeze=freeze, train=train).program
-    except ModuleNotFoundError as problem:
-        raise MissingExtra("torch", problem) from problem
+    program = read(model, freeze=freeze, train=train).program
     return [
         {
             "initializer": each.initializer,

@@ -6,15 +6,15 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
-from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
-from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, read
+from hyperclone_onnx.frameworks.handoff import PathLike, read
 from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.publication import publication_folder
@@ -98,18 +98,19 @@ def hand_over(
                 raise BadRequest(f"--to hf takes no {given}: a Hugging Face checkpoint holds all weights, and no more")
             return _to_hugging_face(Path(model), Path(like), source, folder, output, say)
         say("reading")
-        handoff = _compiled(model, freeze, train)
+        _require(target)
+        handoff = read(model, freeze=freeze, train=train)
         parameters = entries(handoff.program)
         if not parameters:
             raise BadRequest(f"{model}: it has no floating tensor that a trainer would hold")
         tensors = {each.path: handoff.tensors[each.initializer] for each in parameters}
-        say("writing")
-        weights = _write(target, tensors, folder, largest_file)
         state: dict[str, Any] | None = None
         if optimizer is not None:
             say("growing the optimizer's state")
             written = write_optimizer(model, optimizer, folder, target, freeze=freeze, train=train, source=source)
             state = {**asdict(written), "file": Path(written.file).name}
+        say("writing")
+        weights = _write(target, tensors, folder, largest_file)
         growth = None if handoff.plan is None else _growth(handoff.plan)
         state_file = None if state is None else str(state["file"])
         Manifest(Path(model).name, target, weights, state_file, growth, parameters).write(folder)
@@ -122,11 +123,11 @@ def _given(**options: Any) -> str:
     return ", ".join(f"--{name}" for name, value in options.items() if value)
 
 
-def _compiled(model: PathLike, freeze: Sequence[str], train: Sequence[str]) -> Handoff:
-    try:
-        return read(model, freeze=freeze, train=train)
-    except ModuleNotFoundError as problem:
-        raise MissingExtra("torch", problem) from problem
+def _require(target: Target) -> None:
+    """Say at once that a trainer is not installed: its module does."""
+    name = {"pytorch": "torch", "jax": "jax"}.get(target)
+    if name is not None:
+        import_module(f"hyperclone_onnx.frameworks.{name}")
 
 
 def _growth(plan: Plan) -> dict[str, Any]:
