@@ -342,7 +342,7 @@ def test_a_missing_extra_is_named(
     path = save(trained(zoo("llama.distinct")), tmp_path)
     missing = {"orbax": "orbax.checkpoint", "dcp": "torch.distributed.checkpoint"}[module]
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, f"hyperclone_onnx.frameworks.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"hyperclone_onnx.frameworks.checkpoints.{module}", raising=False)
     done = cli("absorb", zoo("llama.distinct"), path, "-o", tmp_path / "trained.onnx")
     assert done.code == 2 and f"hyperclone-onnx[{extra}]" in done.error
     assert not (tmp_path / "trained.onnx").exists()
