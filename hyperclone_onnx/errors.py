@@ -50,3 +50,9 @@ def printable(text: str) -> str:
     'weight\\x1b[2J'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def first_line(problem: object, most: int = 200) -> str:
+    """The first line of what an exception says, no longer than `most` characters; its type where it says nothing."""
+    lines = str(problem).strip().splitlines()
+    return lines[0][:most] if lines else type(problem).__name__

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.maps import Maps, index_axis, join_axes
+from hyperclone_onnx.maps import Maps, join_axes
 from hyperclone_onnx.packing import pack, packed_width, unpack
 from hyperclone_onnx.plan import Recipe
 from hyperclone_onnx.runs import Run, runs_of
@@ -54,11 +54,7 @@ class Table:
         self, source: ir.TensorProtocol, recipe: Recipe, maps: Maps, strategy: Strategy, dtype: ir.DataType
     ) -> None:
         self.recipe, self.strategy, self.dtype = recipe, strategy, dtype
-        shared = set(recipe.shared)
-        self.axes = [
-            index_axis([(factor, (a, f) in shared) for f, factor in enumerate(axis)], maps)
-            for a, axis in enumerate(recipe.axes)
-        ]
+        self.axes = recipe.index(maps)
         self.split = _split([axis.grown for axis in self.axes])
         self.rows = join_axes(self.axes[: self.split])
         self.columns = join_axes(self.axes[self.split :])

@@ -222,7 +222,7 @@ class AxisIndex:
 
 def index_axis(factors: Sequence[tuple[Axis, bool]], maps: Maps) -> AxisIndex:
     """Index an axis given as (factor, whether it is shared), outermost first."""
-    total = _index_kept(1)
+    total = index_kept(1)
     for factor, shared in factors:
         total = _times(total, _index(factor, shared, maps))
     return total
@@ -232,7 +232,7 @@ def join_axes(axes: Sequence[AxisIndex]) -> AxisIndex:
     """Several axes as one, outermost first."""
     if len(axes) == 1:
         return axes[0]
-    total = _index_kept(1)
+    total = index_kept(1)
     for axis in axes:
         total = _times(total, axis)
     return total
@@ -255,7 +255,8 @@ LONGEST = 2**31
 """The longest axis of which indices are made; those of tensors that fit a file are far shorter."""
 
 
-def _index_kept(size: int) -> AxisIndex:
+def index_kept(size: int) -> AxisIndex:
+    """Index an axis that keeps its size."""
     if size > LONGEST:
         raise Refused(f"an axis of {size} elements is longer than those of any tensor that could be stored")
     source = np.arange(size, dtype=np.int64)
@@ -266,7 +267,7 @@ def _index_kept(size: int) -> AxisIndex:
 def _index(axis: Axis, shared: bool, maps: Maps) -> AxisIndex:
     match axis:
         case Kept(size):
-            return _index_kept(size)
+            return index_kept(size)
         case Named(name):
             m = maps[name]
             zero, one = np.zeros(m.grown, dtype=np.int64), np.ones(m.grown, dtype=np.int64)

@@ -8,12 +8,24 @@ same tensors (a checkpoint, optimizer moments).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hyperclone_onnx.errors import BadModel
-from hyperclone_onnx.maps import Axis, Kept, SourceMap, axis_from_json, axis_to_json, grown_size
+from hyperclone_onnx.maps import (
+    Axis,
+    AxisIndex,
+    Kept,
+    Maps,
+    SourceMap,
+    axis_from_json,
+    axis_to_json,
+    grown_size,
+    index_axis,
+    source_size,
+)
 from hyperclone_onnx.strategies import Strategy
 
 VERSION = 1
@@ -39,6 +51,18 @@ class Recipe:
     def grows(self) -> bool:
         """Whether any axis is another than the source's."""
         return any(not isinstance(factor, Kept) for axis in self.axes for factor in axis)
+
+    def index(self, maps: Maps) -> tuple[AxisIndex, ...]:
+        """What every index of each grown axis refers to."""
+        shared = set(self.shared)
+        return tuple(
+            index_axis([(factor, (a, f) in shared) for f, factor in enumerate(axis)], maps)
+            for a, axis in enumerate(self.axes)
+        )
+
+    def source_shape(self, maps: Maps) -> tuple[int, ...]:
+        """The shape of the tensor that it grows."""
+        return tuple(math.prod(source_size(factor, maps) for factor in axis) for axis in self.axes)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain data."""

@@ -115,17 +115,6 @@ def _is_same(one: Path, other: Path) -> bool:
         return False
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what cannot end: fewer bytes are free than are to be written.
-
-    Raises:
-        CannotWrite: there is too little space.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CannotWrite(f"{folder}: {needed / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free")
-
-
 def _reclaim(out: Path, folder: Path) -> None:
     """End or undo what a killed run began; the folder is locked, so that the run is dead."""
     journal = Journal.read(folder)

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import onnx
 import onnx_ir as ir
 
-from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.errors import BadModel, first_line
 from hyperclone_onnx.journal import Stamp, stamp
 from hyperclone_onnx.structure import check_structure
 from hyperclone_onnx.wire import Malformed, count_parts
@@ -84,8 +84,7 @@ def _first_line(problem: BaseException) -> str:
     """What an exception says, or the one that caused it where that says more."""
     while problem.__cause__ is not None:
         problem = problem.__cause__
-    text = str(problem).strip()
-    return text.splitlines()[0][:200] if text else type(problem).__name__
+    return first_line(problem)
 
 
 # -- tensors ----------------------------------------------------------------------------------------------

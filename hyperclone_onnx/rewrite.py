@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.grown_tensor import GrownTensor
-from hyperclone_onnx.maps import index_axis, presented, source_size
+from hyperclone_onnx.maps import index_axis, presented
 from hyperclone_onnx.plan import (
     METADATA_KEY,
     DivideOutput,
@@ -58,7 +57,7 @@ def check_fits(plan: Plan, source: ir.Model) -> None:
             raise BadRequest(f"the plan is for another model: this one has no tensor {recipe.source!r}")
         if recipe.bits is not None:
             continue
-        wanted = tuple(math.prod(source_size(factor, plan.maps) for factor in axis) for axis in recipe.axes)
+        wanted = recipe.source_shape(plan.maps)
         if wanted != tuple(tensor.shape.numpy()):
             shape = tuple(tensor.shape.numpy())
             raise BadRequest(f"the plan is for another model: {recipe.source!r} has the shape {shape}, not {wanted}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.errors import BadRequest, Refused, first_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -57,7 +57,7 @@ class Runner:
         try:
             self._session = _session(ort, path, wanted)
         except Exception as problem:  # ONNX Runtime's exceptions share no base class
-            raise Refused(f"{path}: ONNX Runtime cannot load it ({_first_line(problem)})") from problem
+            raise Refused(f"{path}: ONNX Runtime cannot load it ({first_line(problem, 300)})") from problem
         self.provider = self._session.get_providers()[0]
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             raise BadRequest(
@@ -76,7 +76,7 @@ class Runner:
         try:
             values = self._session.run(None, {name: a for name, a in feeds.items() if name in self.inputs})
         except Exception as problem:  # ONNX Runtime's exceptions share no base class
-            raise RuntimeError(_first_line(problem)) from problem
+            raise RuntimeError(first_line(problem, 300)) from problem
         return {name: np.asarray(value) for name, value in zip(self.outputs, values, strict=True)}
 
 
@@ -89,8 +89,3 @@ def _session(ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any]) -> o
     options.add_session_config_entry("session.disable_prepacking", "1")
     ort.set_default_logger_severity(4)
     return ort.InferenceSession(os.fspath(path), options, providers=list(wanted))
-
-
-def _first_line(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0][:300] if lines else type(problem).__name__

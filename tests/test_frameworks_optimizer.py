@@ -204,9 +204,8 @@ def test_any_slice_is_that_of_the_whole(zoo: Zoo, tmp_path: Path) -> None:
     name = next(each for each in plan.tensors if len(plan.tensors[each].axes) == 2)
     shape = GrownMoment(stored(np.zeros(())), None, {}, 1).shape
     assert shape == ()
-    from hyperclone_onnx.frameworks.optimizer.moments import source_shape
 
-    array = rng.standard_normal(source_shape(plan.tensors[name], plan.maps)).astype(np.float32)
+    array = rng.standard_normal(plan.tensors[name].source_shape(plan.maps)).astype(np.float32)
     moments = grow_moments(plan, {plan.tensors[name].source: Moments(stored(array), stored(array**2), 3)})[name]
     for moment in (moments.first, moments.second):
         whole = moment.numpy()

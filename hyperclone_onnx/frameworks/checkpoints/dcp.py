@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.errors import BadModel, first_line
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import (
     StoredArray,
-    first_line,
     guarded,
     torch_array,
     torch_dtype,
@@ -71,7 +70,7 @@ class _Reader(filesystem.FileSystemReader):
         except BadModel:
             raise
         except Exception as problem:  # a broken pickle raises nearly anything
-            raise BadModel(f"{path}: its .metadata cannot be read ({first_line(problem)})") from problem
+            raise BadModel(f"{path}: its .metadata cannot be read ({first_line(problem, 160)})") from problem
         if not isinstance(entries, dict):
             raise BadModel(f"{path}: its .metadata is that of no checkpoint")
 

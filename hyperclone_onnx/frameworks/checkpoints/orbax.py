@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.errors import BadModel, first_line
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, first_line, guarded
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, guarded
 
 try:
     import jax
@@ -32,7 +32,7 @@ def read_orbax(path: Path) -> dict[str, StoredArray]:
         tree = getattr(described, "tree", described)
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)
     except Exception as problem:  # a broken folder raises nearly anything
-        raise BadModel(f"{path}: not a readable Orbax checkpoint ({first_line(problem)})") from problem
+        raise BadModel(f"{path}: not a readable Orbax checkpoint ({first_line(problem, 160)})") from problem
     found: dict[str, StoredArray] = {}
     for keys, leaf in leaves:
         if _is_leaf(leaf):

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.errors import BadModel, BadRequest, first_line
 from hyperclone_onnx.safetensors_files import TYPES
 
 Array = npt.NDArray[Any]
@@ -126,11 +126,8 @@ def guarded(path: Path, name: str, read: Callable[[], Any]) -> Callable[[], Arra
         try:
             return np.asarray(read())
         except Exception as problem:
-            raise BadModel(f"{path}: {name!r} cannot be read, or is truncated ({first_line(problem)})") from problem
+            raise BadModel(
+                f"{path}: {name!r} cannot be read, or is truncated ({first_line(problem, 160)})"
+            ) from problem
 
     return run
-
-
-def first_line(problem: BaseException) -> str:
-    """The beginning of what an error says."""
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - everyone's name for it
 
-from hyperclone_onnx.frameworks.compiling.ops import indexing, normalisation
+from hyperclone_onnx.frameworks.compiling.ops import contractions, indexing, normalisation
 from hyperclone_onnx.frameworks.compiling.registry import INTERNAL, Array, faster
 
 
@@ -97,9 +97,6 @@ def gemm(
     transB: int = 0,  # noqa: N803
 ) -> Array:
     """One kernel for product and sum."""
-    a, b = (a.T if transA else a), (b.T if transB else b)
     if c is None or beta == 0 or not a.is_floating_point():
-        product = torch.matmul(a, b)
-        product = product if alpha == 1 else alpha * product
-        return product if c is None or beta == 0 else product + (c if beta == 1 else beta * c)
-    return torch.addmm(c, a, b, beta=beta, alpha=alpha)
+        return contractions.gemm(xp, a, b, c, alpha=alpha, beta=beta, transA=transA, transB=transB)
+    return torch.addmm(c, a.T if transA else a, b.T if transB else b, beta=beta, alpha=alpha)

@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from hyperclone_onnx.errors import BadModel, Refused
+from hyperclone_onnx.errors import BadModel, Refused, first_line
 from hyperclone_onnx.frameworks.checkpoints import INDEX, PICKLES
 
 Array = npt.NDArray[Any]
@@ -194,9 +194,3 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def first_line(problem: object) -> str:
-    """The first line of what an exception says."""
-    lines = str(problem).strip().splitlines()
-    return lines[0][:200] if lines else type(problem).__name__

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.errors import Refused, first_line
 from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly, Given
 from hyperclone_onnx.frameworks.hugging_face.checking import Feeding, Outputs, outputs, torch_feeds
-from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, first_line, stored_tensors
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, stored_tensors
 from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, built
 from hyperclone_onnx.frameworks.hugging_face.matching import constant
 from hyperclone_onnx.frameworks.hugging_face.recording import Step, record

@@ -15,7 +15,7 @@ from hyperclone_onnx import storage
 from hyperclone_onnx.analysis import analyse
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.grown_tensor import GrownTensor
-from hyperclone_onnx.maps import AxisIndex, Indices, index_axis
+from hyperclone_onnx.maps import AxisIndex, Indices, index_kept
 from hyperclone_onnx.plan import METADATA_KEY, Plan, Recipe
 
 Array = npt.NDArray[Any]
@@ -55,13 +55,8 @@ class Grown:
         recipe = self.recipe(name)
         if recipe is None:
             shape = [int(size) for size in self.tensors[name].shape.numpy()]
-            return tuple(_kept(size) for size in shape if size != 1)
-        shared = set(recipe.shared)
-        found = (
-            index_axis([(factor, (a, f) in shared) for f, factor in enumerate(axis)], self.plan.maps)
-            for a, axis in enumerate(recipe.axes)
-        )
-        return tuple(each for each in found if each.source_size != 1)
+            return tuple(index_kept(size) for size in shape if size != 1)
+        return tuple(each for each in recipe.index(self.plan.maps) if each.source_size != 1)
 
     def remade(self, name: str, source: Array) -> Array:
         """The initializer made afresh from its source tensor."""
@@ -69,15 +64,9 @@ class Grown:
         if recipe is None:
             return source
         maps = self.plan.maps
-        shape = [index_axis([(factor, False) for factor in axis], maps).source_size for axis in recipe.axes]
+        shape = recipe.source_shape(maps)
         array = np.ascontiguousarray(source.astype(stored.dtype.numpy())).reshape(shape)
         return GrownTensor(ir.Tensor(array, dtype=stored.dtype), recipe, maps, self.plan.strategy).numpy()
-
-
-def _kept(size: int) -> AxisIndex:
-    index = np.arange(size, dtype=np.int64)
-    zero, one = np.zeros(size, dtype=np.int64), np.ones(size, dtype=np.int64)
-    return AxisIndex(size, size, index, index, zero, one, zero, one)
 
 
 def read_grown(path: Path) -> Grown:

@@ -30,7 +30,7 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import Array, StoredArray
 from hyperclone_onnx.grown_tensor import GrownTensor
-from hyperclone_onnx.maps import AxisIndex, Maps, index_axis
+from hyperclone_onnx.maps import Maps
 from hyperclone_onnx.plan import Plan, Recipe
 from hyperclone_onnx.strategies import Strategy
 
@@ -70,7 +70,7 @@ class GrownMoment:
         self.power = power
         self.scale = (1.0 if recipe is None else recipe.scale) * tensors
         self.source = source
-        axes = [] if recipe is None else _axes(recipe, maps)
+        axes = () if recipe is None else recipe.index(maps)
         self.shape = source.shape if recipe is None else tuple(axis.grown for axis in axes)
         self.counts = [axis.other_count for axis in axes]
         self.copies = None if recipe is None else (replace(recipe, shared=(), scale=1.0), maps)
@@ -126,7 +126,7 @@ def grow_moments(plan: Plan, moments: Mapping[str, Moments]) -> dict[str, GrownM
         source = name if recipe is None else recipe.source
         each, count = moments[source], parts.get(source, 1)
         for moment in (each.first, each.second):
-            _check_shape(source, moment.shape, each.first.shape if recipe is None else source_shape(recipe, maps))
+            _check_shape(source, moment.shape, each.first.shape if recipe is None else recipe.source_shape(maps))
         grown[name] = GrownMoments(
             GrownMoment(each.first, recipe, maps, 1, count), GrownMoment(each.second, recipe, maps, 2, count), each.step
         )
@@ -140,22 +140,9 @@ def separated(plan: Plan) -> dict[str, int]:
     return {source: count for source, count in every.items() if count > 1}
 
 
-def source_shape(recipe: Recipe, maps: Maps) -> tuple[int, ...]:
-    """The shape of the tensor that a recipe grows."""
-    return tuple(axis.source_size for axis in _axes(recipe, maps))
-
-
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if found != wanted:
         raise BadRequest(f"the moments of {name!r} have the shape {found}, the source's tensor has {wanted}")
-
-
-def _axes(recipe: Recipe, maps: Maps) -> list[AxisIndex]:
-    shared = set(recipe.shared)
-    return [
-        index_axis([(factor, (a, f) in shared) for f, factor in enumerate(axis)], maps)
-        for a, axis in enumerate(recipe.axes)
-    ]
 
 
 # -- the steps that follow --------------------------------------------------------------------------------------
@@ -185,7 +172,7 @@ def step_factors(plan: Plan, name: str) -> StepFactors:
     recipe = plan.tensors.get(name)
     if recipe is None:
         return StepFactors(eps=1.0 / parts.get(name, 1))
-    axes = _axes(recipe, plan.maps)
+    axes = recipe.index(plan.maps)
     share = 1.0
     other = 1.0
     for axis in axes:

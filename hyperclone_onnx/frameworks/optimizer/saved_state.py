@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.errors import BadModel, BadRequest, first_line
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.checkpoints import read_weights
-from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, first_line, from_torch
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, from_torch
 from hyperclone_onnx.frameworks.handoff import PathLike
 
 FIRST, SECOND, STEP = ("exp_avg", "mu"), ("exp_avg_sq", "nu"), ("step", "count")
@@ -102,7 +102,9 @@ def _load_torch(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as problem:  # whatever a file that is none makes of the reader
-        raise BadModel(f"{file}: not a torch file of tensors alone, or truncated ({first_line(problem)})") from problem
+        raise BadModel(
+            f"{file}: not a torch file of tensors alone, or truncated ({first_line(problem, 160)})"
+        ) from problem
 
 
 def _from_torch(data: Any, where: str) -> State:
