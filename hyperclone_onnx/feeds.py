@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,27 @@ class Case:
     feeds: Feeds
 
 
-def cases(dimensions: Dimensions, seed: int = 0) -> Iterator[Case]:
-    """Input sets with odd lengths: all-ones and padded masks, indices within their tables, empty caches too."""
+def cases(dimensions: Dimensions, seed: int = 0, lengths: Sequence[tuple[int, ...]] | None = None) -> Iterator[Case]:
+    """Input sets with odd lengths: all-ones and padded masks, indices within their tables, empty caches too.
+
+    Args:
+        dimensions: of the model to feed.
+        seed: draws them.
+        lengths: for the model's symbols, in order of appearance, in the place of the odd ones: one set for each,
+            without padding; caches are empty.
+    """
     symbols = _symbols(dimensions)
     limits = _limits(dimensions)
     cached = _cached(dimensions)
-    for number, lengths in enumerate((*CACHED, *LENGTHS[3:]) if cached else LENGTHS):
-        values = {name: lengths[min(i, 3)] + 2 * max(0, i - 3) for i, name in enumerate(symbols)}
+    if lengths is not None:
+        for number, wanted in enumerate(lengths):
+            values = {name: wanted[min(i, len(wanted) - 1)] for i, name in enumerate(symbols)}
+            values |= dict.fromkeys(cached, 0)
+            rng = np.random.default_rng([seed, number])
+            yield Case(_label(values), _make(dimensions, values, limits, rng, padded=False))
+        return
+    for number, each in enumerate((*CACHED, *LENGTHS[3:]) if cached else LENGTHS):
+        values = {name: each[min(i, 3)] + 2 * max(0, i - 3) for i, name in enumerate(symbols)}
         if number == 1:
             values |= dict.fromkeys(cached, 0)
         rng = np.random.default_rng([seed, number])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -44,18 +45,19 @@ class Runner:
     Args:
         path: the model file.
         device: where to run; "auto" falls back to the CPU when CUDA cannot start.
+        graph: the serialised model to run in the place of what stands in the file; its data files are the file's.
 
     Raises:
         BadRequest: CUDA was asked for and could not start.
         Refused: ONNX Runtime cannot load the model.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: Device = "auto") -> None:
+    def __init__(self, path: str | os.PathLike[str], device: Device = "auto", graph: bytes | None = None) -> None:
         import onnxruntime as ort
 
         wanted = providers(device, ort.get_available_providers())
         try:
-            self._session = _session(ort, path, wanted)
+            self._session = _session(ort, path, wanted, graph)
         except Exception as problem:  # ONNX Runtime's exceptions share no base class
             raise Refused(f"{path}: ONNX Runtime cannot load it ({first_line(problem, 300)})") from problem
         self.provider = self._session.get_providers()[0]
@@ -80,7 +82,9 @@ class Runner:
         return {name: np.asarray(value) for name, value in zip(self.outputs, values, strict=True)}
 
 
-def _session(ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any]) -> onnxruntime.InferenceSession:
+def _session(
+    ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None
+) -> onnxruntime.InferenceSession:
     options = ort.SessionOptions()
     # The runtime's own fusions have changed results before: compare the graphs as they are.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -88,4 +92,8 @@ def _session(ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any]) -> o
     # Weights are laid out anew otherwise, in memory; so they stay in the file's pages, and a session starts at once.
     options.add_session_config_entry("session.disable_prepacking", "1")
     ort.set_default_logger_severity(4)
+    if graph is not None:
+        folder = os.fspath(Path(path).resolve().parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        return ort.InferenceSession(graph, options, providers=list(wanted))
     return ort.InferenceSession(os.fspath(path), options, providers=list(wanted))

@@ -1,0 +1,11 @@
+"""How far the clones of a grown model have parted: in its weights, in its activations, layer by layer.
+
+>>> from hyperclone_onnx.diagnosis import diagnose
+>>> diagnose("trained.onnx").stuck  # doctest: +SKIP
+False
+"""
+
+from hyperclone_onnx.diagnosis.diagnosing import diagnose
+from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis, Rank, TensorDiagnosis, ValueDiagnosis
+
+__all__ = ["Diagnosis", "PartDiagnosis", "Rank", "TensorDiagnosis", "ValueDiagnosis", "diagnose"]
