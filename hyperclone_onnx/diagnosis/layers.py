@@ -68,7 +68,7 @@ _Spans = dict[str, tuple[int, int]]
 
 
 def _apart(found: Mapping[str, _Label], places: Mapping[str, list[int]]) -> tuple[dict[str, str], _Spans]:
-    """The labels of tensors, and where each begins and ends; of kinds of labels that overlap the more frequent stays."""
+    """The labels of tensors, and where each begins and ends; of kinds that overlap, the more frequent stays."""
     kinds: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for name, (prefix, index) in found.items():
         for place in places.get(name, ()):

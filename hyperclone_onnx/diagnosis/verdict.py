@@ -112,8 +112,8 @@ def conclude(layers: Sequence[PartDiagnosis], strategy: Mapping[str, Any]) -> tu
     if found["tied"] == total:
         return True, (
             f"stuck: the clones in {_all(total)} compute the same and get the same gradients; without dropout the "
-            f"model can do no more than its source. Grow it with {noisy} (--strategy noisy-symmetric --snr-db 10), or train "
-            "with dropout"
+            f"model can do no more than its source. Grow it with {noisy} (--strategy noisy-symmetric --snr-db 10), "
+            "or train with dropout"
         )
     if found["ready"] and found["ready"] + found["tied"] == total:
         tied = f", those in {found['tied']} of {total} parts yet get the same gradients" if found["tied"] else ""
