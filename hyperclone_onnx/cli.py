@@ -1,4 +1,4 @@
-"""The command line: ``hyperclone-onnx inspect | expand | validate | handoff | absorb``.
+"""The command line: ``hyperclone-onnx inspect | expand | validate | handoff | absorb | diagnose``.
 
 Exit codes: 0 done and valid; 1 the models differ; 2 bad usage; 3 refused; 4 bad or unreadable input. Results go to
 stdout (JSON with --json), progress and errors to stderr; no traceback reaches a user.
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from hyperclone_onnx import publication
 from hyperclone_onnx.errors import HypercloneError, printable
@@ -510,3 +511,74 @@ def absorb(model: Path, weights: Path, output: Path, no_validate: bool, as_json:
             by = f", as {result.validated_by} computes it" if result.validated_by else ""
             cast = "".join(f", {count} cast {kind}" for kind, count in result.casts.items())
             click.echo(f"{output}: {len(result.replaced)} tensors replaced, {len(result.kept)} kept{cast}{by}")
+
+
+@main.command()
+@click.argument("model", type=_model_path)
+@click.option("--source", type=_model_path, help="The small model's file: ranks are then compared with its own.")
+@click.option("--plan", type=_model_path, help="What expand --plan-out wrote, where MODEL carries no plan any more.")
+@click.option("--inputs", type=_model_path, help="An .npz file of MODEL's inputs by name, in the place of random ones.")
+@click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Of random inputs.")
+@click.option(
+    "--length", type=click.IntRange(min=1), default=32, show_default=True, help="Of random inputs, in tokens."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the inputs.")
+@click.option("--no-activations", is_flag=True, help="Do not run MODEL: judge by its weights alone.")
+@click.option("--no-ranks", is_flag=True, help="Leave out effective ranks, which take most of the time.")
+@_device_option
+@click.option("--plot", type=_model_path, metavar="FILE.png", help="Draw a picture (needs the extra plot).")
+@click.option("--json-out", type=_model_path, metavar="FILE.json", help="Also write the result as JSON.")
+@_json_option
+@_guarded
+@click.pass_context
+def diagnose(
+    context: click.Context,
+    model: Path,
+    source: Path | None,
+    plan: Path | None,
+    inputs: Path | None,
+    batch: int,
+    length: int,
+    seed: int,
+    no_activations: bool,
+    no_ranks: bool,
+    device: Any,
+    plot: Path | None,
+    json_out: Path | None,
+    as_json: bool,
+) -> None:
+    """Tell how far the clones of MODEL, grown and perhaps trained since, have parted, layer by layer.
+
+    Stuck or not, the exit code is 0: it is a diagnosis.
+    """
+    from hyperclone_onnx import storage
+    from hyperclone_onnx.diagnosis import diagnose as run
+    from hyperclone_onnx.diagnosis.plot import require_matplotlib, save_plot
+    from hyperclone_onnx.diagnosis.report import print_diagnosis
+
+    asked = any(context.get_parameter_source(each) == ParameterSource.COMMANDLINE for each in ("batch", "length"))
+    read = [each.resolve() for each in (model, source, plan, inputs) if each is not None]
+    for path in (plot, json_out):
+        if path is not None:
+            storage.check_output(path, [*read, *(each for each in (plot, json_out) if each not in (None, path))])
+    if plot is not None:
+        require_matplotlib()
+    with _progress() as (notify, _):
+        found = run(
+            model,
+            source,
+            not no_activations,
+            plan=plan,
+            inputs=inputs,
+            lengths=(batch, length) if asked else None,
+            seed=seed,
+            ranks=not no_ranks,
+            device=device,
+            notify=notify,
+        )
+    if json_out is not None:
+        storage.write_text(json_out, json.dumps(found.to_json(), indent=1) + "\n")
+    if plot is not None:
+        save_plot(found, plot)
+    with _printing():
+        _print_json(found.to_json()) if as_json else print_diagnosis(_console(), found)

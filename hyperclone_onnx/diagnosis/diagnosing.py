@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,12 +14,14 @@ from hyperclone_onnx import storage
 from hyperclone_onnx.analysis import Analysis, analyse
 from hyperclone_onnx.diagnosis import activations as runs
 from hyperclone_onnx.diagnosis.layers import Layers, find_layers
-from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis, TensorDiagnosis, ValueDiagnosis
+from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis, Rank, TensorDiagnosis, ValueDiagnosis
+from hyperclone_onnx.diagnosis.rank import as_matrix, spectrum
 from hyperclone_onnx.diagnosis.value_axes import value_axes
 from hyperclone_onnx.diagnosis.verdict import conclude, over_elements, part, read_alike, weight_tolerance
-from hyperclone_onnx.diagnosis.weights import compare, layout, read
+from hyperclone_onnx.diagnosis.weights import compare, layout, read, source_layout
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.feeds import Case
+from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.plan import METADATA_KEY, Plan
 from hyperclone_onnx.sessions import Device
 from hyperclone_onnx.validation import tolerance_of
@@ -36,6 +39,7 @@ def diagnose(
     inputs: PathLike | None = None,
     lengths: tuple[int, int] | None = None,
     seed: int = 0,
+    ranks: bool = True,
     device: Device = "auto",
     notify: Notify | None = None,
 ) -> Diagnosis:
@@ -49,6 +53,7 @@ def diagnose(
         inputs: an .npz file with the model's inputs by name; otherwise they are random.
         lengths: the batch and the length of random inputs.
         seed: draws random inputs.
+        ranks: whether to compute effective ranks, which takes most of the time of a large model.
         device: where to run.
         notify: is told of each stage.
 
@@ -63,10 +68,14 @@ def diagnose(
     grown = storage.load(path)
     how = _plan_of(path, grown, plan)
     analysis = analyse(path) if activations else None
+    small = None if source is None else _source(Path(source), how)
     layers = find_layers(grown, how)
-    say("comparing weights")
     notes: list[str] = []
-    tensors = _tensors(path, grown, how, layers, notes)
+    say("comparing weights")
+    tensors = _tensors(path, grown, how, layers)
+    if ranks:
+        say("computing ranks")
+        tensors = _ranked(tensors, grown, how, small)
     values: list[ValueDiagnosis] = []
     tolerance, ran_on = math.nan, ""
     if analysis is not None:
@@ -126,7 +135,7 @@ def _plan_of(path: Path, grown: ir.Model, given: PathLike | Plan | None) -> Plan
         raise BadModel(f"{path}: its metadata holds {problem}") from problem
 
 
-def _tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers, notes: list[str]) -> list[TensorDiagnosis]:
+def _tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[TensorDiagnosis]:
     found: list[TensorDiagnosis] = []
     for name, recipe in plan.tensors.items():
         if not recipe.grows:
@@ -158,6 +167,63 @@ def _tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers, notes: lis
             )
         )
     return found
+
+
+def _source(path: Path, plan: Plan) -> ir.Model:
+    """The model that the plan grew.
+
+    Raises:
+        BadRequest: it is another one.
+    """
+    model = normalise(storage.load(path))
+    for name, recipe in plan.tensors.items():
+        value = model.graph.initializers.get(recipe.source)
+        if value is None or value.const_value is None:
+            raise BadRequest(f"--source {path}: it has no tensor {recipe.source!r}, from which {name!r} was grown")
+        shape = tuple(int(size) for size in value.const_value.shape.numpy())
+        if recipe.bits is None and shape != recipe.source_shape(plan.maps):
+            raise BadRequest(
+                f"--source {path}: {recipe.source!r} has the shape {shape}; {name!r} was grown from one of "
+                f"{recipe.source_shape(plan.maps)}"
+            )
+    return model
+
+
+def _ranked(
+    tensors: list[TensorDiagnosis], grown: ir.Model, plan: Plan, source: ir.Model | None
+) -> list[TensorDiagnosis]:
+    """The tensors with the ranks of those that are matrices of floating-point numbers."""
+    known: dict[tuple[str, object], float] = {}
+    found = []
+    for each in tensors:
+        recipe = plan.tensors[each.name]
+        tensor = _stored(grown, each.name)
+        table = layout(recipe, plan.maps)
+        if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8:
+            found.append(each)
+            continue
+        matrix = as_matrix(read(tensor, recipe, table), table)
+        if matrix is None:
+            found.append(each)
+            continue
+        made = spectrum(matrix)
+        before = None
+        if source is not None:
+            key = recipe.source, (recipe.axes, recipe.shared)
+            if key not in known:
+                small = source_layout(recipe, plan.maps)
+                own = as_matrix(read(_stored(source, recipe.source), recipe, small), small)
+                known[key] = 1.0 if own is None else spectrum(own).effective
+            before = known[key]
+        rank = Rank(made.effective, made.stable, min(matrix.shape), before, made.by)
+        found.append(replace(each, rank=rank))
+    return found
+
+
+def _stored(model: ir.Model, name: str) -> ir.TensorProtocol:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor
 
 
 def _values(

@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.diagnosis.distance import Array, Spread, Units, joint, spread
 from hyperclone_onnx.diagnosis.value_axes import names_in
-from hyperclone_onnx.maps import Axis, Indices, Maps, grown_size, index_axis
+from hyperclone_onnx.maps import Axis, Indices, Maps, SourceMap, grown_size, index_axis
 from hyperclone_onnx.packing import unpack
 from hyperclone_onnx.plan import Recipe
 
@@ -93,6 +93,12 @@ def layout(recipe: Recipe, maps: Maps) -> Layout:
 
     axes = tuple(math.prod(grown_size(factor, maps) for factor in axis) for axis in recipe.axes)
     return Layout(shape, axes, side(True), side(False))
+
+
+def source_layout(recipe: Recipe, maps: Maps) -> Layout:
+    """The table that the source's tensor is, cut into the same factors."""
+    same = {name: SourceMap(each.size, tile=1) for name, each in maps.items()}
+    return layout(recipe, same)
 
 
 def read(tensor: ir.TensorProtocol, recipe: Recipe, table: Layout) -> Array:
