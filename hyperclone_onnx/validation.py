@@ -189,7 +189,7 @@ def validate(
         return start
 
     sides = _interfaces(dimensions, grown, plan)
-    narrow = _computed_type(dimensions) in HALVES
+    narrow = computed_type(dimensions) in HALVES
     try:
         result.outputs, result.cases = _compare_runs(dimensions, starter(small), starter(big), plan, sides, seed)
         result.provider = ran_on[-1]
@@ -429,7 +429,7 @@ def tolerance_of(
     leave about eps * sqrt(sum of K), of which `WALKS` are allowed;
     the grown weights differ from exact shares by their residue.
     """
-    dtype = dtype or _computed_type(dimensions)
+    dtype = dtype or computed_type(dimensions)
     eps = 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
     growth = max([1.0, *(dim.map.grown / dim.map.size for dim in (plan.dims.values() if plan else ()))])
     lengths = [(dimensions.space.static(each.term) or 64) * growth for each in dimensions.sums if each.power == 1.0]
@@ -441,7 +441,7 @@ def tolerance_of(
     return rounding + SAFETY * residue, text
 
 
-def _computed_type(dimensions: Dimensions) -> ir.DataType:
+def computed_type(dimensions: Dimensions) -> ir.DataType:
     """The coarsest floating-point type that a contraction of the model computes in.
 
     A type that weights are merely stored in shows in the residue of their shares instead.

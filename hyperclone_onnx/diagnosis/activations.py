@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,16 +23,26 @@ from hyperclone_onnx import feeds as inputs
 from hyperclone_onnx.analysis import Analysis
 from hyperclone_onnx.diagnosis.distance import Array, Spread, Units, joint, spread_along
 from hyperclone_onnx.diagnosis.value_axes import Factor, ValueAxes
+from hyperclone_onnx.double import save_wide
 from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.inference import infer, pin_interface
 from hyperclone_onnx.maps import presented
-from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.plan import Plan, TakeBranch
+from hyperclone_onnx.rewrite import rewrite
 from hyperclone_onnx.sessions import Device, Runner
+from hyperclone_onnx.strategies import Strategy
+from hyperclone_onnx.unrounded import unrounded
 
 BUDGET = 256 << 20
 """Bytes of activations that one run may give."""
 
 DEFAULT_LENGTHS = (2, 32)
 """The batch and the length that are tried first."""
+
+DEEPEST = 4
+"""How deep in one another Ifs are looked into."""
+
+_NOTHING = Plan({}, {}, (), (), (), (), Strategy())
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,24 @@ class ValueSpread:
     value: ir.Value
     dims: tuple[str, ...]
     spread: Spread
+
+
+def without_branches(analysis: Analysis) -> Analysis:
+    """The model with the larger branch of every If in its place: what is in a body cannot be looked at."""
+    model = analysis.model
+    for _ in range(DEEPEST):
+        taken = tuple(TakeBranch(node.name or "", _larger(node)) for node in model.graph if node.op_type == "If")
+        if not taken:
+            return analysis
+        model = rewrite(model, replace(_NOTHING, edits=taken))
+        dimensions = infer(model)
+        pin_interface(dimensions)
+        analysis = replace(analysis, model=model, dimensions=dimensions)
+    return analysis
+
+
+def _larger(node: ir.Node) -> str:
+    return max(("else_branch", "then_branch"), key=lambda name: len(node.attributes[name].as_graph()))
 
 
 def measured_values(analysis: Analysis, axes: ValueAxes) -> dict[ir.Value, list[list[Factor]]]:
@@ -117,13 +148,21 @@ def given_inputs(path: str | os.PathLike[str], model: ir.Model) -> inputs.Case:
 def measure(
     analysis: Analysis,
     values: Mapping[ir.Value, list[list[Factor]]],
-    cases: Iterator[inputs.Case] | Sequence[inputs.Case],
+    cases: Iterable[inputs.Case],
     device: Device = "auto",
-) -> tuple[list[ValueSpread], str, str]:
+    widened: bool = False,
+) -> tuple[list[ValueSpread], str]:
     """Run the model on the first inputs on which it runs, and compare the clones in each of the values.
 
+    Args:
+        analysis: of the grown model.
+        values: to compare, with the factors of their axes.
+        cases: inputs to try.
+        device: where to run.
+        widened: whether to run it in float32 and without rounding activations to codes, from a temporary file.
+
     Returns:
-        What was found of each value, what ran it, and on which inputs.
+        What was found of each value, and what ran on which inputs.
 
     Raises:
         Refused: it runs on none of the inputs.
@@ -131,20 +170,19 @@ def measure(
     """
     refusal = "no inputs could be made for it"
     for case in cases:
+        found: list[ValueSpread] = []
+        provider = ""
         try:
-            batches = _batches(values, case)
-            found: list[ValueSpread] = []
-            provider = ""
-            for batch in batches:
-                runner = _runner(analysis, batch, device)
-                provider = runner.provider
-                got = runner.run(case.feeds)
+            for batch in _batches(values, case):
+                with _runner(analysis, batch, device, widened) as runner:
+                    provider = runner.provider
+                    got = runner.run(_in_float32(case.feeds) if widened else case.feeds)
                 for value in batch:
                     made = spread_of(got.pop(value.name or ""), values[value])
                     if made is not None:
                         dims = (name for axis in values[value] for each in axis for name in each.dims)
                         found.append(ValueSpread(value, tuple(dict.fromkeys(dims)), made))
-            return found, provider, case.label
+            return found, f"{provider}{' in float32' if widened else ''}, {case.label}"
         except RuntimeError as problem:
             refusal = f"{case.label}: {problem}"
     raise Refused(
@@ -190,15 +228,29 @@ def _batches(values: Mapping[ir.Value, Any], case: inputs.Case) -> list[list[ir.
     return batches
 
 
-def _runner(analysis: Analysis, wanted: Sequence[ir.Value], device: Device) -> Runner:
+@contextmanager
+def _runner(analysis: Analysis, wanted: Sequence[ir.Value], device: Device, widened: bool) -> Iterator[Runner]:
     """A session that gives some values besides the model's outputs, its weights where they lie."""
     model = analysis.model
     outputs = list(model.graph.outputs)
     try:
         model.graph.outputs.extend(value for value in wanted if value not in outputs)
+        if widened:
+            with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+                path = Path(folder) / "widened.onnx"
+                save_wide(unrounded(model), path, ir.DataType.FLOAT)
+                yield Runner(path, device)
+            return
         message = ir.to_proto(model).SerializeToString()
-    except ValueError as problem:
+    except ValueError as problem:  # a protobuf ends at 2 GB
         raise Refused(f"{analysis.path}: its activations cannot be had ({problem}); use --no-activations") from problem
     finally:
         model.graph.outputs[:] = outputs
-    return Runner(analysis.path, device, graph=message)
+    yield Runner(analysis.path, device, graph=message)
+
+
+def _in_float32(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    return {
+        name: array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iub" else array
+        for name, array in feeds.items()
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +13,19 @@ import onnx_ir as ir
 from hyperclone_onnx import storage
 from hyperclone_onnx.analysis import Analysis, analyse
 from hyperclone_onnx.diagnosis import activations as runs
+from hyperclone_onnx.diagnosis.distance import Spread
 from hyperclone_onnx.diagnosis.layers import Layers, find_layers
 from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis, Rank, TensorDiagnosis, ValueDiagnosis
 from hyperclone_onnx.diagnosis.rank import as_matrix, spectrum
 from hyperclone_onnx.diagnosis.value_axes import value_axes
-from hyperclone_onnx.diagnosis.verdict import conclude, over_elements, part, read_alike, weight_tolerance
+from hyperclone_onnx.diagnosis.verdict import conclude, lasting, over_elements, over_values, part, weight_tolerance
 from hyperclone_onnx.diagnosis.weights import compare, layout, read, source_layout
-from hyperclone_onnx.errors import BadModel, BadRequest
-from hyperclone_onnx.feeds import Case
+from hyperclone_onnx.errors import BadModel, BadRequest, Refused
 from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.plan import METADATA_KEY, Plan
 from hyperclone_onnx.sessions import Device
-from hyperclone_onnx.validation import tolerance_of
+from hyperclone_onnx.unrounded import Unsupported, rounds, unrounded
+from hyperclone_onnx.validation import HALVES, WIDEST, computed_type, tolerance_of
 
 Notify = Callable[[str], None]
 PathLike = str | os.PathLike[str]
@@ -80,20 +81,21 @@ def diagnose(
     tolerance, ran_on = math.nan, ""
     if analysis is not None:
         say("running")
-        values, tolerance, ran_on = _values(analysis, how, layers, inputs, lengths, seed, device)
-        if not values:
-            notes.append("no activation was compared: what has clones is computed inside bodies of If, Loop or Scan")
-    by_layer = _parts(layers.names, tensors, values, tolerance, lambda each: [each.layer])
+        values, tolerance, ran_on = _values(analysis, how, layers, inputs, lengths, seed, device, notes)
     roles = {name: dim.role for name, dim in how.dims.items()}
+    tied = lasting(how.dims, tensors)
+    by_layer = _parts(layers.names, tensors, values, tolerance, tied, lambda each: [each.layer])
     by_role = _parts(
         list(dict.fromkeys(roles.values())),
         tensors,
         values,
         tolerance,
+        tied,
         lambda each: list(dict.fromkeys(roles[name] for name in each.dims)),
+        roles,
     )
-    stuck, conclusion = conclude(by_layer, how.strategy.to_json())
-    measured = [each.distance for each in values if each.distance is not None]
+    stuck, conclusion = conclude(by_layer, by_role, how.strategy.to_json())
+    measured = over_values(values)
     return Diagnosis(
         model=str(path),
         source=None if source is None else str(source),
@@ -101,8 +103,9 @@ def diagnose(
         weights=over_elements(tensors, "matched") or 0.0,
         forward=over_elements(tensors, "forward") or 0.0,
         backward=over_elements(tensors, "backward") or 0.0,
-        activations=math.sqrt(sum(d * d for d in measured) / len(measured)) if measured else math.nan,
+        activations=math.nan if measured is None else measured,
         stuck=stuck,
+        tied=tuple(name for name in how.dims if name in tied),
         conclusion=conclusion,
         layers=by_layer,
         roles=by_role,
@@ -153,20 +156,27 @@ def _tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[Te
         if recipe.bits is None and shape != table.axes:
             raise BadModel(f"{path}: {name!r} has the shape {shape}, and {table.axes} in the plan")
         spreads = compare(read(tensor, recipe, table), table)
+        clones = max(table.inputs.units.clones, table.others.units.clones)
         found.append(
             TensorDiagnosis(
                 name,
                 layers.tensors[name],
                 table.axes,
-                tuple(dict.fromkeys((*table.inputs.dims, *table.others.dims))),
-                math.prod(table.axes),
-                spreads.matched.distance,
-                None if spreads.forward is None else spreads.forward.distance,
-                None if spreads.backward is None else spreads.backward.distance,
-                weight_tolerance(tensor.dtype),
+                table.inputs.dims,
+                table.others.dims,
+                matched=spreads.matched.distance,
+                forward=_distance(spreads.forward),
+                backward=_distance(spreads.backward),
+                plain_forward=_distance(spreads.plain_forward),
+                plain_backward=_distance(spreads.plain_backward),
+                tolerance=weight_tolerance(tensor.dtype, clones),
             )
         )
     return found
+
+
+def _distance(spread: Spread | None) -> float | None:
+    return None if spread is None else spread.distance
 
 
 def _source(path: Path, plan: Plan) -> ir.Model:
@@ -234,23 +244,48 @@ def _values(
     lengths: tuple[int, int] | None,
     seed: int,
     device: Device,
+    notes: list[str],
 ) -> tuple[list[ValueDiagnosis], float, str]:
-    wanted = runs.measured_values(analysis, value_axes(analysis.dimensions, plan))
+    flat = runs.without_branches(analysis)
+    if flat is not analysis:
+        notes.append("of each If the larger branch was run, in its place")
+    wanted = runs.measured_values(flat, value_axes(flat.dimensions, plan))
     if not wanted:
+        notes.append("no activation was compared: what has clones is computed inside the bodies of Loop or Scan")
         return [], math.nan, ""
-    if inputs is not None:
-        cases: Sequence[Case] = [runs.given_inputs(inputs, analysis.model)]
-    else:
-        cases = list(runs.samples(analysis, plan, seed, lengths))
-    found, provider, label = runs.measure(analysis, wanted, cases, device)
-    by_name = {node.name or "": layer for node, layer in layers.nodes.items()}
-    tolerance, _ = tolerance_of(analysis.dimensions, None, None)
+    given = None if inputs is None else runs.given_inputs(inputs, flat.model)
+    cases = [given] if given is not None else list(runs.samples(flat, plan, seed, lengths))
+    widened, notes_on_width = _widened(flat)
+    try:
+        found, ran_on = runs.measure(flat, wanted, cases, device, widened)
+    except Refused as problem:
+        if not widened:
+            raise
+        widened, notes_on_width = False, [f"activations are rounded as the model rounds them: {problem}"]
+        found, ran_on = runs.measure(flat, wanted, cases, device)
+    notes += notes_on_width
+    tolerance, _ = tolerance_of(flat.dimensions, None, None, ir.DataType.FLOAT if widened else None)
     values = []
     for each in found:
-        node = each.value.producer()
-        layer = by_name.get((node.name if node is not None else "") or "", layers.names[0])
+        layer = layers.of_value(each.value.name or "")
         values.append(ValueDiagnosis(each.value.name or "", layer, each.dims, each.spread.distance))
-    return values, tolerance, f"{provider}, {label}"
+    return values, tolerance, ran_on
+
+
+def _widened(analysis: Analysis) -> tuple[bool, list[str]]:
+    """Whether to run a model in float32, for it computes coarsely itself; and what to say of it."""
+    model = analysis.model
+    coarse = computed_type(analysis.dimensions) in HALVES
+    if not coarse and not rounds(model):
+        return False, []
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if size > WIDEST:
+        return False, ["too large to be run in float32: what it rounds itself hides small distances of activations"]
+    try:
+        unrounded(model)
+    except Unsupported as problem:
+        return False, [f"activations are rounded as the model rounds them: {problem}"]
+    return True, []
 
 
 def _parts(
@@ -258,9 +293,11 @@ def _parts(
     tensors: Sequence[TensorDiagnosis],
     values: Sequence[ValueDiagnosis],
     tolerance: float,
+    tied: frozenset[str],
     parts_of: Callable[[TensorDiagnosis | ValueDiagnosis], list[str]],
+    roles: Mapping[str, str] | None = None,
 ) -> tuple[PartDiagnosis, ...]:
-    """The parts that have anything, in order."""
+    """The parts that have anything, in order; with `roles` a part's dimensions are those of the role that it is."""
     own_tensors: dict[str, list[TensorDiagnosis]] = {name: [] for name in names}
     own_values: dict[str, list[ValueDiagnosis]] = {name: [] for name in names}
     for tensor in tensors:
@@ -268,10 +305,13 @@ def _parts(
             own_tensors[name].append(tensor)
     for value in values:
         for name in parts_of(value):
-            own_values.setdefault(name, []).append(value)
-    alike = read_alike(tensors)
-    return tuple(
-        part(name, own_tensors.get(name, []), own_values[name], tolerance, alike)
-        for name in own_values
-        if own_tensors.get(name) or own_values[name]
-    )
+            own_values[name].append(value)
+    made = []
+    for name in names:
+        found, computed = own_tensors[name], own_values[name]
+        dims = {dim for each in found for dim in each.dims} | {dim for each in computed for dim in each.dims}
+        if roles is not None:
+            dims = {dim for dim in dims if roles[dim] == name}
+        if found or computed:
+            made.append(part(name, found, computed, tolerance, tied.issuperset(dims)))
+    return tuple(made)

@@ -63,6 +63,11 @@ class Units:
         return any(group.shape[1] > 1 for group in self.groups)
 
     @property
+    def clones(self) -> int:
+        """The most clones that a unit has."""
+        return max((group.shape[1] for group in self.groups), default=1)
+
+    @property
     def count(self) -> int:
         """How many units there are."""
         return sum(len(group) for group in self.groups)

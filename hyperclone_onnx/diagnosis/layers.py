@@ -7,9 +7,10 @@ belongs to the layer that the node lies in or follows, in the graph's order.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -24,80 +25,85 @@ WHOLE = "the model"
 _NUMBERED = re.compile(r"(?P<prefix>[^0-9]*?)[._/](?P<index>\d+)(?P<rest>[._/].*)?$")
 _INNERMOST = re.compile(r"[A-Za-z_]*$")
 
-
-@dataclass
-class Layers:
-    """The layer of each tensor, and of each node."""
-
-    names: list[str]
-    """The layers, in order."""
-    tensors: dict[str, str] = field(default_factory=dict)
-    nodes: dict[ir.Node, str] = field(default_factory=dict)
-
-
-def find_layers(model: ir.Model, plan: Plan) -> Layers:
-    """Tell the layers of a grown graph apart."""
-    places = _places(model, plan)
-    numbered, spans = _apart(_by_names(plan.tensors), places)
-    if not numbered:
-        numbered, spans = _apart(_by_dimensions(plan), places)
-    ordered = sorted(spans, key=lambda label: spans[label])
-    layers = Layers([])
-    if not ordered:
-        layers.names = [WHOLE]
-        layers.tensors = dict.fromkeys(plan.tensors, WHOLE)
-        layers.nodes = dict.fromkeys(model.graph, WHOLE)
-        return layers
-    layers.names = [BEFORE, *ordered, AFTER]
-    last = spans[ordered[-1]][1]
-    label = BEFORE
-    starts = {spans[each][0]: each for each in ordered}
-    at: list[str] = []
-    for place, node in enumerate(model.graph):
-        label = starts.get(place, label)
-        at.append(AFTER if place > last else label)
-        layers.nodes[node] = at[-1]
-    for name in plan.tensors:
-        found = places.get(name)
-        layers.tensors[name] = numbered.get(name) or (at[found[0]] if found else BEFORE)
-    return layers
-
-
 _Label = tuple[str, int]
 _Spans = dict[str, tuple[int, int]]
 
 
-def _apart(found: Mapping[str, _Label], places: Mapping[str, list[int]]) -> tuple[dict[str, str], _Spans]:
+@dataclass
+class Layers:
+    """The layer of each tensor, and of each value."""
+
+    names: list[str]
+    """The layers, in order."""
+    tensors: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+
+    def of_value(self, name: str) -> str:
+        """The layer of a value; of one that the file has not, as the last part of its name says."""
+        return self.values.get(name) or self.values.get(name.rpartition(".")[2]) or self.names[0]
+
+
+def find_layers(model: ir.Model, plan: Plan) -> Layers:
+    """Tell the layers of a grown graph apart."""
+    nodes = list(_nodes(model.graph))
+    places = _places(nodes, plan)
+    ways = (_by_names(plan.tensors, True), _by_names(plan.tensors, False), _by_dimensions(plan))
+    numbered, spans = next((found for way in ways if (found := _apart(way, places))[0]), ({}, {}))
+    if not spans:
+        made = {value.name or "": WHOLE for node in nodes for value in node.outputs}
+        return Layers([WHOLE], dict.fromkeys(plan.tensors, WHOLE), made)
+    ordered = sorted(spans, key=lambda label: spans[label])
+    starts = {spans[each][0]: each for each in ordered}
+    last = spans[ordered[-1]][1]
+    layers = Layers([BEFORE, *ordered, AFTER])
+    at: list[str] = []
+    label = BEFORE
+    for place, node in enumerate(nodes):
+        label = starts.get(place, label)
+        at.append(AFTER if place > last else label)
+        layers.values |= {value.name or "": at[-1] for value in node.outputs}
+    for name in plan.tensors:
+        layers.tensors[name] = numbered.get(name) or (at[places[name]] if name in places else BEFORE)
+    return layers
+
+
+def _apart(found: Mapping[str, _Label], places: Mapping[str, int]) -> tuple[dict[str, str], _Spans]:
     """The labels of tensors, and where each begins and ends; of kinds that overlap, the more frequent stays."""
-    kinds: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+    kinds: dict[str, _Spans] = defaultdict(dict)
     for name, (prefix, index) in found.items():
-        for place in places.get(name, ()):
-            label = _text(prefix, index)
+        if name in places:
+            label, place = _text(prefix, index), places[name]
             low, high = kinds[prefix].get(label, (place, place))
             kinds[prefix][label] = min(low, place), max(high, place)
-    counts = Counter(prefix for prefix, _ in found.values())
     spans: _Spans = {}
     chosen: set[str] = set()
-    for prefix, _ in counts.most_common():
+    for prefix, _ in Counter(prefix for prefix, _ in found.values()).most_common():
         own = kinds[prefix]
-        if own and not any(low <= end and start <= high for low, high in own.values() for start, end in spans.values()):
+        if own and _disjoint([*own.values(), *spans.values()]):
             chosen.add(prefix)
             spans |= own
     return {name: _text(*label) for name, label in found.items() if label[0] in chosen}, spans
+
+
+def _disjoint(spans: Iterable[tuple[int, int]]) -> bool:
+    ordered = sorted(spans)
+    # A fused node may hold what ends one layer and what begins the next.
+    return all(before[1] <= after[0] for before, after in itertools.pairwise(ordered))
 
 
 def _text(prefix: str, index: int) -> str:
     return f"{prefix}.{index}" if prefix else f"layer {index}"
 
 
-def _by_names(tensors: Iterable[str]) -> dict[str, _Label]:
-    found: dict[str, tuple[str, int]] = {}
+def _by_names(tensors: Iterable[str], merged: bool) -> dict[str, _Label]:
+    """By the numbers in names; `merged`, names that end in a number (``up.0``, ``down.0``) count the same layers."""
+    found: dict[str, _Label] = {}
     numbers: dict[str, set[int]] = defaultdict(set)
     for name in tensors:
         match = _NUMBERED.match(name)
         if match:
-            # A number at the end counts layers of one kind of tensor: all kinds together are the layers.
-            prefix = match["prefix"] if match["rest"] else _INNERMOST.sub("", match["prefix"])
+            ends = not re.search(r"[./]", match["rest"] or "")
+            prefix = _INNERMOST.sub("", match["prefix"]) if ends and merged else match["prefix"]
             found[name] = prefix, int(match["index"])
             numbers[prefix].add(int(match["index"]))
     layered = {prefix for prefix, seen in numbers.items() if len(seen) > 1 and seen == set(range(len(seen)))}
@@ -115,21 +121,20 @@ def _by_dimensions(plan: Plan) -> dict[str, _Label]:
     return found if len(set(found.values())) > 1 else {}
 
 
-def _places(model: ir.Model, plan: Plan) -> Mapping[str, list[int]]:
-    """The positions of the nodes that read each grown tensor, bodies counted where they stand."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for place, node in enumerate(model.graph):
-        for value in _read_by(node):
-            if value.name in plan.tensors:
-                found[value.name or ""].append(place)
+def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """All nodes in order, those of bodies before the node that has them."""
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _nodes(attribute.as_graph())
+        yield node
+
+
+def _places(nodes: Iterable[ir.Node], plan: Plan) -> dict[str, int]:
+    """The position of the first node that reads each grown tensor."""
+    found: dict[str, int] = {}
+    for place, node in enumerate(nodes):
+        for value in node.inputs:
+            if value is not None and value.name in plan.tensors:
+                found.setdefault(value.name or "", place)
     return found
-
-
-def _read_by(node: ir.Node) -> Iterable[ir.Value]:
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        graphs = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
-        graphs += attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else []
-        for graph in graphs:
-            for inner in graph:
-                yield from _read_by(inner)

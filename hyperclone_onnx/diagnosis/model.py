@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ SCHEMA = 1
 """The version of `Diagnosis.to_json`."""
 
 Verdict = Literal["tied", "ready", "parting", "parted", "unknown"]
-"""Of clones: they compute the same and will for ever; they compute the same and are about to part; they differ a
+"""Of clones: they compute the same, and always will; they compute the same, and training will part them; they differ a
 little; they differ. Unknown where nothing could be compared."""
 
 
@@ -36,14 +37,28 @@ class TensorDiagnosis:
     name: str
     layer: str
     shape: tuple[int, ...]
-    dims: tuple[str, ...]
-    elements: int
+    inputs: tuple[str, ...]
+    """The dimensions that grow among the axes that a contraction sums over."""
+    others: tuple[str, ...]
+    """Those among the other axes."""
     matched: float | None
     forward: float | None
     backward: float | None
+    plain_forward: float | None
+    plain_backward: float | None
     tolerance: float
-    """Rounding explains forward and backward distances up to this."""
+    """Rounding explains distances of weights up to this."""
     rank: Rank | None = None
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """All dimensions that grow in it."""
+        return tuple(dict.fromkeys((*self.inputs, *self.others)))
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,8 @@ class Diagnosis:
     """How far the activations of clones are apart: root mean square over values; NaN where none was measured."""
     stuck: bool
     """Whether all clones compute the same and always will."""
+    tied: tuple[str, ...]
+    """The dimensions whose clones compute the same and always will."""
     conclusion: str
     layers: tuple[PartDiagnosis, ...]
     roles: tuple[PartDiagnosis, ...]

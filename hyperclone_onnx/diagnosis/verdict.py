@@ -1,41 +1,59 @@
 """From distances to a verdict.
 
-Clones are *tied* where they compute the same (activations, and the forward distance of every weight) and get the same
-gradients (the backward distance), up to rounding: then every later step of training keeps them so, whatever the
-optimizer, as long as it treats equal entries with equal gradients alike. They are *ready* where they compute the same
-but get different gradients, as noisy clones do before the first step.
+The clones of a dimension are *tied* where they compute the same and always will: they get the same gradients, up to
+rounding, as long as their inputs and their readers stay tied too, and equal entries with equal gradients stay equal
+under any usual optimizer. Which dimensions stay tied is the stable colouring of the model (`lasting`). Where clones
+compute the same, but are not tied in this sense, they are *ready*: the first steps of training part them, as noise
+makes them.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from hyperclone_onnx.diagnosis.layers import AFTER, BEFORE, WHOLE
 from hyperclone_onnx.diagnosis.model import PartDiagnosis, TensorDiagnosis, ValueDiagnosis, Verdict
 
 PARTED = 0.1
 """From this distance on clones have parted; those with nothing in common are 0.71 apart, if there are two."""
 
-ROUNDINGS = 16.0
-"""Weights that differ by so many roundings are the same."""
 
+def weight_tolerance(dtype: ir.DataType, clones: int) -> float:
+    """How far apart rounding may leave clones that are stored in a type: eps * n * sqrt(n) / 2, of n clones.
 
-def weight_tolerance(dtype: ir.DataType) -> float:
-    """How far apart rounding may leave clones that are stored in a type: `ROUNDINGS` times its eps."""
+    In half precision shares are whole units in the last place of the weight, n times as coarse as the share's own, and
+    the last of them takes what rounding leaves of the others.
+    """
     if not dtype.is_floating_point():
         return 0.0
     eps = 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
-    return ROUNDINGS * eps
+    return eps * clones**1.5 / 2.0
 
 
-def read_alike(tensors: Sequence[TensorDiagnosis]) -> bool:
-    """Whether clones are read alike everywhere, so that all of them get the same gradients."""
-    return all((each.backward or 0.0) <= each.tolerance for each in tensors)
+def lasting(dims: Iterable[str], tensors: Sequence[TensorDiagnosis]) -> frozenset[str]:
+    """The dimensions whose clones get the same and give the same for ever.
+
+    Begin with all of them. Clones on one side of a weight part where they are not alike towards the other side: its
+    clones' sums while those are tied, each clone by itself otherwise. Repeat until nothing changes.
+    """
+    tied = set(dims)
+    while True:
+        parting: set[str] = set()
+        for each in tensors:
+            inputs_tied, others_tied = tied.issuperset(each.inputs), tied.issuperset(each.others)
+            forward = each.forward if inputs_tied else each.plain_forward
+            backward = each.backward if others_tied else each.plain_backward
+            parting |= set(each.others) if (forward or 0.0) > each.tolerance else set()
+            parting |= set(each.inputs) if (backward or 0.0) > each.tolerance else set()
+        if not parting & tied:
+            return frozenset(tied)
+        tied -= parting
 
 
 def part(
@@ -43,7 +61,7 @@ def part(
     tensors: Sequence[TensorDiagnosis],
     values: Sequence[ValueDiagnosis],
     tolerance: float,
-    alike: bool,
+    tied: bool,
 ) -> PartDiagnosis:
     """All tensors and values of a part together.
 
@@ -54,11 +72,11 @@ def part(
         tensors: that it has.
         values: that it makes.
         tolerance: of activations.
-        alike: whether clones are read alike elsewhere in the model, for a part that itself reads none.
+        tied: whether all its dimensions are lasting.
     """
     ranks = [each.rank for each in tensors if each.rank is not None]
     fractions = [rank.effective / (rank.source or rank.largest) for rank in ranks]
-    activations = _mean_square([(each.distance, 1) for each in values])
+    activations = over_values(values)
     return PartDiagnosis(
         name,
         len(tensors),
@@ -68,8 +86,13 @@ def part(
         over_elements(tensors, "backward"),
         activations,
         float(np.mean(fractions)) if fractions else None,
-        _verdict(tensors, values, activations, tolerance, alike),
+        _verdict(tensors, values, tolerance, tied),
     )
+
+
+def over_values(values: Sequence[ValueDiagnosis]) -> float | None:
+    """The distances of values, as their root mean square."""
+    return _mean_square([(each.distance, 1) for each in values])
 
 
 def over_elements(tensors: Sequence[TensorDiagnosis], which: str) -> float | None:
@@ -84,46 +107,45 @@ def _mean_square(found: Sequence[tuple[float | None, int]]) -> float | None:
 
 
 def _verdict(
-    tensors: Sequence[TensorDiagnosis],
-    values: Sequence[ValueDiagnosis],
-    activations: float | None,
-    tolerance: float,
-    alike: bool,
+    tensors: Sequence[TensorDiagnosis], values: Sequence[ValueDiagnosis], tolerance: float, tied: bool
 ) -> Verdict:
     forward = [each for each in tensors if each.forward is not None]
-    backward = [each for each in tensors if each.backward is not None]
-    if not forward and not backward and activations is None:
+    activations = over_values(values)
+    if not any(each.forward is not None or each.backward is not None for each in tensors) and activations is None:
         return "unknown"
     same = all((each.forward or 0.0) <= each.tolerance for each in forward)
     same = same and all((each.distance or 0.0) <= tolerance for each in values)
     if same:
-        return "tied" if (read_alike(backward) if backward else alike) else "ready"
+        return "tied" if tied else "ready"
     apart = activations if activations is not None else over_elements(tensors, "forward") or 0.0
     return "parted" if apart >= PARTED else "parting"
 
 
-def conclude(layers: Sequence[PartDiagnosis], strategy: Mapping[str, Any]) -> tuple[bool, str]:
+def conclude(
+    layers: Sequence[PartDiagnosis], roles: Sequence[PartDiagnosis], strategy: Mapping[str, Any]
+) -> tuple[bool, str]:
     """Whether the model is stuck, and one line for the reader."""
     found = Counter(each.verdict for each in layers if each.verdict != "unknown")
     total = sum(found.values())
     if not total:
         return False, "nothing was compared: no tensor and no activation has clones"
-    noisy = "noise of more than this" if str(strategy.get("name", "")).startswith("noisy") else "noise"
+    inner = [each for each in layers if each.name not in (BEFORE, AFTER, WHOLE) and each.verdict != "unknown"]
+    where = f"{len(inner)} of {len(inner)} layers" if inner else "the model"
     if found["tied"] == total:
+        noisy, diagonal = (text in str(strategy.get("name", "")) for text in ("noisy", "diagonal"))
+        advice = "more noise (a lower --snr-db)" if noisy else "noise (--strategy noisy-symmetric)"
+        rounding = " (only rounding errors part diagonal clones)" if diagonal else ""
         return True, (
-            f"stuck: the clones in {_all(total)} compute the same and get the same gradients; without dropout the "
-            f"model can do no more than its source. Grow it with {noisy} (--strategy noisy-symmetric --snr-db 10), "
-            "or train with dropout"
+            f"stuck: the clones in {where} compute the same and get the same gradients{rounding}; without dropout the "
+            f"model can do no more than its source. Grow it with {advice}, or train with dropout"
         )
-    if found["ready"] and found["ready"] + found["tied"] == total:
-        tied = f", those in {found['tied']} of {total} parts yet get the same gradients" if found["tied"] else ""
+    still = [each.name for each in roles if each.verdict == "tied"]
+    but = f"; those of {' and '.join(still)} stay tied, computing the same for ever" if still else ""
+    if found["ready"] + found["tied"] == total:
         return False, (
-            "ready: the clones compute the same, as they do before training, and get different gradients: "
-            f"they will part{tied}"
+            f"ready: the clones in {where} compute the same, and get different gradients: training will part them{but}"
         )
-    parts = [f"{found[each]} {each}" for each in ("parted", "parting", "ready", "tied") if found[each]]
-    return False, f"the clones part: of {total} parts of the model {', '.join(parts)}"
-
-
-def _all(total: int) -> str:
-    return "the model" if total == 1 else f"all {total} parts of the model"
+    counted = Counter(each.verdict for each in inner or layers)
+    listed = [f"{counted[each]} {each}" for each in ("parted", "parting", "ready", "tied") if counted[each]]
+    what = "layers" if inner else "parts of the model"
+    return False, f"the clones part: of {sum(counted.values())} {what} {', '.join(listed)}{but}"

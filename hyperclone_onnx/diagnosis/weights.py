@@ -1,19 +1,22 @@
 """How far the clones in a stored tensor are apart.
 
 A grown weight W'[j, o] is read as a table: j numbers the axes that a contraction sums over (the plan marks them
-*shared*), o all the others. The clones of unit i and those of unit o meet in a small block of it. Three distances of a
-tensor are told, each as `distance.py` defines it:
+*shared*), o all the others. The clones of unit i and those of unit u meet in a small block of it. What is told of the
+clones of each side, as `distance.py` defines a distance:
 
 * *forward*, of the clones o: the vectors are what an o computes as long as its inputs' clones are alike,
   sum over j in m^-1(i) of W'[j, o], one number for each i. All strategies start with 0, for that sum is the weight.
 * *backward*, of the clones j: the vectors are what a j gets back as long as its readers' clones are alike,
-  sum over o in m^-1(u) of W'[j, o], one number for each u. Without noise it starts with 0, diagonal ones included.
-* *matched*, of either side: the vectors are the weights themselves, under the best matching of the other side's clones.
-  Of numbers the best matching is by order, so each block's numbers are sorted before they are compared.
+  sum over o in m^-1(u) of W'[j, o], one number for each u. Without noise it starts with 0, diagonal clones included
+  where their readers have clones too.
+* *plain*, of either side: the vectors are the weights as they stand. This is what a clone computes, or gets back, where
+  the clones of the other side are not alike.
+* *matched*, of both sides together: the vectors are the weights under the best matching of the other side's clones. Of
+  numbers the best matching is by order, so each block's numbers are sorted before they are compared.
 
-Neither depends on the order of the clones of any unit. Where forward and backward are 0 in every tensor, the clones of
-each unit compute the same and get the same gradients, so that no training tells them apart: the blocks are the
-cells of an equitable partition. They may be 0 where the weights themselves differ, as those of diagonal clones do.
+Forward, backward and matched do not depend on the order of the clones of any unit. Where forward and backward are 0 in
+every tensor, the clones of each unit compute the same and get the same gradients: the units are the cells of an
+equitable partition. They may be 0 where the weights themselves differ, as those of diagonal clones do.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ class WeightSpread:
 
     forward: Spread | None
     backward: Spread | None
+    plain_forward: Spread | None
+    plain_backward: Spread | None
     matched: Spread
 
 
@@ -111,21 +116,28 @@ def read(tensor: ir.TensorProtocol, recipe: Recipe, table: Layout) -> Array:
 
 def compare(array: Array, table: Layout) -> WeightSpread:
     """The spreads of a tensor in its factored shape, block by block."""
-    forward = backward = matched = Spread()
+    forward = backward = plain_forward = plain_backward = matched = Spread()
     for block, inputs, others in _blocks(array, table):
         for rows in inputs.groups:
             for columns in others.groups:
-                # (units i, their clones, units o, their clones)
+                # (units i, their clones, units u, their clones)
                 cells = block[rows[:, :, None, None], columns[None, None, :, :]]
                 if columns.shape[1] > 1:
                     forward += spread(cells.sum(axis=1))
+                    plain_forward += spread(cells)
                     matched += spread(np.sort(cells, axis=1))
                 if rows.shape[1] > 1:
                     turned = cells.transpose(0, 2, 3, 1)
                     backward += spread(turned.sum(axis=2))
+                    plain_backward += spread(turned)
                     matched += spread(np.sort(turned, axis=2))
+    has_others, has_inputs = table.others.units.repeats, table.inputs.units.repeats
     return WeightSpread(
-        forward if table.others.units.repeats else None, backward if table.inputs.units.repeats else None, matched
+        forward if has_others else None,
+        backward if has_inputs else None,
+        plain_forward if has_others else None,
+        plain_backward if has_inputs else None,
+        matched,
     )
 
 
