@@ -83,7 +83,7 @@ def diagnose(
         say("running")
         values, tolerance, ran_on = _values(analysis, how, layers, inputs, lengths, seed, device, notes)
     roles = {name: dim.role for name, dim in how.dims.items()}
-    tied = lasting(how.dims, tensors)
+    tied = lasting(tensors)
     by_layer = _parts(layers.names, tensors, values, tolerance, tied, lambda each: [each.layer])
     by_role = _parts(
         list(dict.fromkeys(roles.values())),

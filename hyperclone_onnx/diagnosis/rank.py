@@ -24,9 +24,9 @@ EXACT = 1280
 PROBES = 8
 LEADING = 24
 STEPS = 40
-FLOOR = 1e-6
-"""Eigenvalues below this part of the largest are rounding of float32."""
-LARGEST = 1 << 28
+FLOOR = 1e-12
+"""Eigenvalues below this part of the largest are rounding."""
+LARGEST = 1 << 27
 CHUNK = 1 << 22
 """Elements that are converted at a time."""
 
@@ -65,7 +65,7 @@ def spectrum(matrix: Array, exact: int = EXACT) -> Spectrum:
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T
     if matrix.shape[1] <= exact:
-        gram = sum(chunk.T @ chunk for chunk in _chunks(matrix, np.float64))
+        gram = sum(chunk.T @ chunk for chunk in _chunks(matrix))
         values = np.linalg.eigvalsh(gram)
         values[values < len(values) * np.finfo(np.float64).eps * values.max(initial=0.0)] = 0.0
         singular = np.sqrt(values)
@@ -82,7 +82,7 @@ def _lanczos(matrix: Array, by: str) -> Spectrum:
     signs with that part taken out (Meyer, Musco, Musco, Woodruff: Hutch++, SOSA 2021). Each term is a sum over the Ritz
     values of a Lanczos run that starts there, weighted by the first components of their vectors, squared.
     """
-    held = list(_chunks(matrix, np.float32))
+    held = list(_chunks(matrix))
     rng = np.random.default_rng(0)
     size = matrix.shape[1]
     leading = rng.standard_normal((size, LEADING))
@@ -98,16 +98,15 @@ def _lanczos(matrix: Array, by: str) -> Spectrum:
     ritz[ritz < FLOOR * ritz.max()] = 0.0
     singular = np.sqrt(ritz)
     quadrature = weights[:, None] * np.square(components[:, 0, :])
-    squares = float(sum(np.square(chunk, dtype=np.float64).sum() for chunk in held))
+    squares = float(sum(np.square(chunk).sum() for chunk in held))
     total, entropy = float((quadrature * singular).sum()), float((quadrature * _entropy(singular)).sum())
     return Spectrum(total, entropy, squares, float(singular.max()), by)
 
 
 def _gram_times(held: list[Array], vectors: Array) -> Array:
-    narrow = vectors.astype(np.float32)
     total = np.zeros(vectors.shape)
     for chunk in held:
-        total += chunk.T @ (chunk @ narrow)
+        total += chunk.T @ (chunk @ vectors)
     return total
 
 
@@ -122,8 +121,9 @@ def _tridiagonal(held: list[Array], starts: Array) -> tuple[Array, Array]:
         for each in basis:  # rounding would let found directions come back
             following -= each * (each * following).sum(axis=0)
         norm = np.sqrt(np.square(following).sum(axis=0))
-        beside.append(norm)
-        basis.append(following / np.where(norm > 0.0, norm, 1.0))
+        goes_on = norm > FLOOR * np.max(diagonal)  # else its start lies in the span of few eigenvectors: all is found
+        beside.append(np.where(goes_on, norm, 0.0))
+        basis.append(np.where(goes_on, following / np.where(goes_on, norm, 1.0), 0.0))
     return np.stack(diagonal, axis=1), np.stack(beside, axis=1)[:, :-1]
 
 
@@ -141,8 +141,8 @@ def _entropy(singular: Array) -> Array:
     return singular * np.log(np.where(singular > 0.0, singular, 1.0))
 
 
-def _chunks(matrix: Array, dtype: type[np.floating]) -> Iterator[Array]:
+def _chunks(matrix: Array) -> Iterator[Array]:
     step = max(1, CHUNK // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), step):
-        chunk = matrix[start : start + step].astype(dtype)
+        chunk = matrix[start : start + step].astype(np.float64)
         yield chunk if np.isfinite(chunk).all() else np.nan_to_num(chunk, nan=0.0, posinf=0.0, neginf=0.0)

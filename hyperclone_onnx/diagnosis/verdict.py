@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,16 +33,16 @@ def weight_tolerance(dtype: ir.DataType, clones: int) -> float:
     if not dtype.is_floating_point():
         return 0.0
     eps = 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
-    return eps * clones**1.5 / 2.0
+    return eps * clones * math.sqrt(clones) / 2.0
 
 
-def lasting(dims: Iterable[str], tensors: Sequence[TensorDiagnosis]) -> frozenset[str]:
+def lasting(tensors: Sequence[TensorDiagnosis]) -> frozenset[str]:
     """The dimensions whose clones get the same and give the same for ever.
 
     Begin with all of them. Clones on one side of a weight part where they are not alike towards the other side: its
     clones' sums while those are tied, each clone by itself otherwise. Repeat until nothing changes.
     """
-    tied = set(dims)
+    tied = {dim for each in tensors for dim in each.dims}
     while True:
         parting: set[str] = set()
         for each in tensors:

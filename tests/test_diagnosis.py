@@ -1,0 +1,513 @@
+"""How far clones have parted: exact where it is known, the same in whatever order, and a clone that parted is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import Array, Command, perceptron
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyperclone_onnx import BadModel, BadRequest, Plan, SourceMap, Strategy, expand
+from hyperclone_onnx.diagnosis import Diagnosis, TensorDiagnosis, diagnose
+from hyperclone_onnx.diagnosis.distance import Units, joint, spread, spread_along
+from hyperclone_onnx.diagnosis.rank import spectrum
+from hyperclone_onnx.diagnosis.verdict import lasting
+from hyperclone_onnx.maps import Axis, ConcatOf, Kept, Named, ProductOf
+from hyperclone_onnx.plan import METADATA_KEY
+
+Zoo = Callable[[str], Path]
+EXACT = ("symmetric", "diagonal")
+NOISY = ("noisy-symmetric", "noisy-diagonal")
+
+
+def grown(
+    source: Path, out: Path, strategy: str = "symmetric", factor: int = 2, snr_db: float = 10.0, **more: Any
+) -> Path:
+    expand(source, out, factor, strategy=Strategy(strategy, snr_db), check=False, **more)  # type: ignore[arg-type]
+    return out
+
+
+def plan_of(path: Path) -> Plan:
+    model = onnx.load(path, load_external_data=False)
+    return Plan.loads(next(each.value for each in model.metadata_props if each.key == METADATA_KEY))
+
+
+def change(path: Path, edit: Callable[[dict[str, Array]], None]) -> Path:
+    """Edit a model's weights in its file: `edit` changes the arrays, or puts others in their place."""
+    model = onnx.load(path)
+    arrays = {each.name: onnx.numpy_helper.to_array(each).copy() for each in model.graph.initializer}
+    edit(arrays)
+    for each in model.graph.initializer:
+        each.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(arrays[each.name]), each.name))
+    onnx.save(model, path)
+    return path
+
+
+def by_name(found: Diagnosis) -> dict[str, TensorDiagnosis]:
+    return {each.name: each for each in found.tensors}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A perceptron wide enough for averages, its two tables one, so that every width meets clones on both sides."""
+    path = tmp_path_factory.mktemp("wide") / "wide.onnx"
+    onnx.save(perceptron(hidden=48, ffn=64, vocab=61, tied=True), path)
+    return path
+
+
+# -- what distances are -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("clones", "distance"),
+    [
+        ([[1.0, 1.0]], 0.0),
+        ([[1.0, -1.0]], 1.0),
+        ([[1.0, 0.0]], math.sqrt(0.5)),
+        ([[3.0, 3.0, 3.0], [1.0, 1.0, 1.0]], 0.0),
+        ([[1.0, 0.0, 0.0]], math.sqrt(2 / 3)),
+        ([[0.1, 0.1, 0.1]], 0.0),
+        ([[0.0, 0.0]], None),
+    ],
+)
+def test_the_distance_of_clones(clones: list[list[float]], distance: float | None) -> None:
+    found = spread(np.array(clones)).distance
+    assert found is None if distance is None else found == pytest.approx(distance, abs=0.0)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_the_distance_along_an_axis_is_its_definition(numbers: list[int], seed: int) -> None:
+    _, source = np.unique(numbers, return_inverse=True)
+    values = np.random.default_rng(seed).standard_normal((3, len(source)))
+    means = np.stack([values[:, source == unit].mean(axis=1) for unit in source], axis=1)
+    repeated = np.bincount(source)[source] > 1
+    within, power = (float(np.square(each[:, repeated]).sum()) for each in (values - means, values))
+    found = spread_along(values, Units(source))
+    assert (found.within, found.power) == pytest.approx((within, power))
+
+
+def test_axes_taken_as_one() -> None:
+    assert joint([np.array([0, 1, 0]), np.array([0, 0, 1])]).tolist() == [0, 0, 1, 2, 2, 3, 0, 0, 1]
+    assert joint([]).tolist() == [0]
+
+
+# -- fresh clones -----------------------------------------------------------------------------------------
+
+GRAPHS = ["llama.distinct", "gpt2.collide", "bart.distinct", "falcon_mq.distinct", "llama.cached", "bert.fused"]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_symmetric_clones_are_exactly_the_same_and_stuck(zoo: Zoo, tmp_path: Path, name: str) -> None:
+    found = diagnose(grown(zoo(name), tmp_path / "big.onnx"), ranks=False)
+    assert (found.weights, found.forward, found.backward, found.activations) == (0.0, 0.0, 0.0, 0.0)
+    assert found.stuck and found.conclusion.startswith("stuck")
+    assert {each.verdict for each in (*found.layers, *found.roles)} == {"tied"}
+    assert all(role.values for role in found.roles), "a role of which no activation was compared"
+    assert set(found.tied) == set(plan_of(tmp_path / "big.onnx").dims)
+
+
+@pytest.mark.parametrize("strategy", [*NOISY, "diagonal"])
+@pytest.mark.parametrize("name", ["llama.distinct", "bart.distinct", "qwen3_moe.built", "t5_merged.cached"])
+def test_fresh_clones_compute_the_same_up_to_rounding(zoo: Zoo, tmp_path: Path, name: str, strategy: str) -> None:
+    found = diagnose(grown(zoo(name), tmp_path / "big.onnx", strategy), ranks=False)
+    assert len(found.values) > 10
+    assert found.activations < 1e-6
+    assert {each.verdict for each in found.layers} <= {"ready", "tied"}
+    if strategy in NOISY:
+        assert not found.stuck and not found.tied and found.conclusion.startswith("ready")
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("snr_db", [0.0, 10.0, 20.0])
+def test_noise_is_as_far_apart_as_asked(wide: Path, tmp_path: Path, snr_db: float, factor: int) -> None:
+    found = diagnose(grown(wide, tmp_path / "big.onnx", "noisy-symmetric", factor, snr_db), activations=False)
+    ratio = 10.0 ** (-snr_db / 20.0)
+    for name in ("up.0", "down.1"):
+        tensor = by_name(found)[name]
+        assert tensor.plain_backward == pytest.approx(ratio / math.hypot(1.0, ratio), rel=0.05)
+        shown = ratio / math.sqrt(factor)  # what the readers' clones add up to
+        assert tensor.backward == pytest.approx(shown / math.hypot(1.0, shown), rel=0.1)
+        assert tensor.forward is not None and tensor.forward < 1e-7
+
+
+def test_weights_of_diagonal_clones_mislead(wide: Path, tmp_path: Path) -> None:
+    found = diagnose(grown(wide, tmp_path / "big.onnx", "diagonal"))
+    tensor = by_name(found)["up.0"]
+    assert tensor.plain_backward == pytest.approx(math.sqrt(0.5)), "by themselves they have nothing in common"
+    assert (tensor.matched, tensor.forward, tensor.backward, found.activations) == (0.0, 0.0, 0.0, 0.0)
+    assert found.stuck and "rounding" in found.conclusion
+
+
+def test_diagonal_clones_that_end_in_one_are_not_tied(small: Path, tmp_path: Path) -> None:
+    """A head of its own reads one clone of each unit alone: the others get no gradient from it."""
+    found = diagnose(grown(small, tmp_path / "big.onnx", "diagonal"))
+    assert not found.stuck and by_name(found)["head"].backward == pytest.approx(math.sqrt(0.5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"requests": {"ffn": 2}, "factor": 1},
+        {"requests": {"head_dim": 2}, "factor": 3},
+        {"keep_interface": True},
+        {"factor": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama.distinct", "gpt_neox.distinct"])
+def test_any_growth(zoo: Zoo, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    found = diagnose(grown(zoo(name), tmp_path / "big.onnx", **options), ranks=False)
+    assert found.stuck and found.weights == 0.0 and found.activations < 1e-6 and found.values
+
+
+@pytest.mark.parametrize("strategy", ["symmetric", "noisy-symmetric"])
+def test_unequal_repeats(small: Path, tmp_path: Path, strategy: str) -> None:
+    maps = {"ffn.0": SourceMap(20, index=(*range(20), *range(10), 0, 0, 1))}
+    found = diagnose(grown(small, tmp_path / "big.onnx", strategy, maps=maps))
+    assert found.activations < 1e-6 and found.stuck == (strategy == "symmetric")
+    assert found.forward < 1e-7 and (found.backward > 0.1) == (strategy != "symmetric")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "double"])
+@pytest.mark.parametrize("factor", [2, 5])
+def test_other_types(tmp_path: Path, dtype: str, factor: int) -> None:
+    onnx.save(perceptron(dtype=dtype), tmp_path / "small.onnx")
+    found = diagnose(grown(tmp_path / "small.onnx", tmp_path / "big.onnx", factor=factor))
+    assert found.stuck and found.forward == 0.0 and found.activations == 0.0
+    assert ("in float32" in found.ran_on) == (dtype == "float16")
+    noisy = diagnose(grown(tmp_path / "small.onnx", tmp_path / "big.onnx", "noisy-symmetric", factor, snr_db=20.0))
+    assert noisy.conclusion.startswith("ready") and noisy.tied == ()
+
+
+def test_codes_are_compared_as_numbers_and_have_no_rank(tmp_path: Path, small: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(small, tmp_path / "int8.onnx", weight_type=QuantType.QInt8)
+    big = grown(tmp_path / "int8.onnx", tmp_path / "big.onnx", "noisy-symmetric")
+    found = diagnose(big)
+    codes = [each for each in found.tensors if each.name.endswith("_quantized")]
+    assert len(codes) > 3 and found.stuck and not any(each.rank for each in codes)
+
+    def shift(arrays: dict[str, Array]) -> None:
+        arrays["up.0_quantized"][0, 0] += 1
+
+    again = diagnose(change(big, shift))
+    assert not again.stuck and by_name(again)["up.0_quantized"].forward
+
+
+def test_grown_twice_the_last_growth_is_compared(zoo: Zoo, tmp_path: Path) -> None:
+    source = zoo("gpt2.distinct")
+    for first, last in (("symmetric", "noisy-symmetric"), ("noisy-symmetric", "symmetric")):
+        middle = grown(source, tmp_path / "middle.onnx", first)
+        found = diagnose(grown(middle, tmp_path / "big.onnx", last))
+        assert found.strategy["name"] == last and found.stuck == (last == "symmetric")
+
+
+# -- in whatever order ------------------------------------------------------------------------------------
+
+
+def permuted(axis: Axis, orders: Mapping[str, Array]) -> Array:
+    """Where each index of an axis goes when the clones within each unit of its dimensions change places."""
+    match axis:
+        case Kept(size):
+            return np.arange(size)
+        case Named(name):
+            return orders[name]
+        case ProductOf(parts):
+            total = np.zeros(1, np.int64)
+            for each in (permuted(part, orders) for part in parts):
+                total = (total[:, None] * len(each) + each[None, :]).reshape(-1)
+            return total
+        case ConcatOf(parts):
+            made = [permuted(part, orders) for part in parts]
+            starts = np.cumsum([0, *(len(each) for each in made)])
+            return np.concatenate([each + start for each, start in zip(made, starts, strict=False)])
+
+
+def permute(path: Path) -> Path:
+    """Give the clones of every unit another order, each unit one of its own, the same wherever the dimension occurs."""
+    plan, rng = plan_of(path), np.random.default_rng(3)
+    orders = {}
+    for name, source in plan.maps.items():
+        orders[name] = np.arange(source.grown)
+        for unit in range(source.size):
+            clones = np.flatnonzero(source.indices == unit)
+            orders[name][clones] = rng.permutation(clones)
+
+    def edit(arrays: dict[str, Array]) -> None:
+        for name, recipe in plan.tensors.items():
+            for axis, factors in enumerate(recipe.axes):
+                arrays[name] = np.take(arrays[name], permuted(ProductOf(factors), orders), axis=axis)
+
+    return change(path, edit)
+
+
+def run(path: Path) -> Array:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = {each.name: np.ones((2, 5), np.int64) for each in session.get_inputs()}
+    feeds[session.get_inputs()[0].name] = np.arange(10).reshape(2, 5) % 7
+    return np.asarray(session.run(None, feeds)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "factor"),
+    [
+        *(("gpt2.distinct", strategy, 3) for strategy in (*EXACT, *NOISY)),
+        ("llama.distinct", "diagonal", 2),
+        ("llama.distinct", "noisy-symmetric", 2),
+    ],
+)
+def test_the_order_of_clones_does_not_matter(zoo: Zoo, tmp_path: Path, name: str, strategy: str, factor: int) -> None:
+    big = grown(zoo(name), tmp_path / "big.onnx", strategy, factor)
+    before, outputs = diagnose(big, ranks=False), run(big)
+    after = diagnose(permute(big), ranks=False)
+    assert np.abs(run(big) - outputs).max() < 1e-4, "the permuted model is another model"
+    for which in ("weights", "forward", "backward"):
+        assert getattr(after, which) == pytest.approx(getattr(before, which), rel=1e-4, abs=1e-7)
+    assert after.activations < 1e-6
+    assert (after.stuck, after.tied) == (before.stuck, before.tied)
+
+
+# -- parted -----------------------------------------------------------------------------------------------
+
+
+def shifted(name: str, at: Any, by: float) -> Callable[[dict[str, Array]], None]:
+    def edit(arrays: dict[str, Array]) -> None:
+        arrays[name][at] += by
+
+    return edit
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+@pytest.mark.parametrize(
+    ("name", "at", "side"),
+    [
+        ("up.0", (slice(None), 3), "forward"),
+        ("down.1", (5, slice(None)), "backward"),
+        ("embedding", (slice(None), 0), "forward"),
+    ],
+)
+def test_one_clone_that_parts_is_found(
+    wide: Path, tmp_path: Path, strategy: str, name: str, at: Any, side: str
+) -> None:
+    big = grown(wide, tmp_path / "big.onnx", strategy)
+    assert diagnose(big, ranks=False).stuck
+    found = diagnose(change(big, shifted(name, at, 0.01)), ranks=False)
+    tensor = by_name(found)[name]
+    assert not found.stuck and not set(tensor.others if side == "forward" else tensor.inputs) & set(found.tied)
+    assert getattr(tensor, side) > 100 * tensor.tolerance
+    others = [each for each in found.tensors if each.name != name]
+    assert all((each.forward or 0.0) <= each.tolerance and (each.backward or 0.0) <= each.tolerance for each in others)
+    assert (found.activations > found.tolerance) == (side == "forward")
+    assert any(each.verdict != "tied" for each in found.layers)
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(0.003, "parting"), (3.0, "parted")])
+def test_how_far_decides_the_verdict(wide: Path, tmp_path: Path, size: float, verdict: str) -> None:
+    big = grown(wide, tmp_path / "big.onnx")
+
+    def edit(arrays: dict[str, Array]) -> None:
+        rng = np.random.default_rng(0)
+        for name in ("up.0", "down.0", "up.1", "down.1"):
+            scale = size * arrays[name].std()
+            arrays[name] += (rng.standard_normal(arrays[name].shape) * scale).astype(np.float32)
+
+    found = diagnose(change(big, edit), ranks=False)
+    layers = {each.name: each.verdict for each in found.layers}
+    assert layers["layer 0"] == layers["layer 1"] == verdict
+    assert f"2 {verdict}" in found.conclusion
+
+
+def test_a_dimension_that_stays_tied_beside_one_that_parts(wide: Path, tmp_path: Path) -> None:
+    """A residual clone that is off parts the residual stream; symmetric clones of the ffn read it all alike."""
+    big = grown(wide, tmp_path / "big.onnx")
+    found = diagnose(change(big, shifted("embedding", (slice(None), 0), 0.5)), ranks=False)
+    assert found.tied == ("ffn.0", "ffn.1") and "ffn stay tied" in found.conclusion
+    diagonal = grown(wide, tmp_path / "diagonal.onnx", "diagonal")
+    found = diagnose(change(diagonal, shifted("embedding", (slice(None), 0), 0.5)), ranks=False)
+    assert found.tied == (), "each clone of the ffn reads clones of its own"
+
+
+def test_the_stable_colouring_is_a_fixed_point() -> None:
+    def tensor(inputs: str, others: str, **distances: float) -> TensorDiagnosis:
+        found = dict.fromkeys(("matched", "forward", "backward", "plain_forward", "plain_backward"), 0.0) | distances
+        return TensorDiagnosis("w", "", (2, 2), (inputs,), (others,), tolerance=1e-6, **found)
+
+    chain = [tensor(a, b, plain_forward=1.0) for a, b in ("ab", "bc", "cd")]
+    assert lasting(chain) == set("abcd")
+    assert lasting([*chain, tensor("a", "a", backward=1.0)]) == set()
+    assert lasting([*chain, tensor("c", "c", forward=1.0)]) == set("ab")
+
+
+# -- ranks ------------------------------------------------------------------------------------------------
+
+
+def test_effective_ranks_of_known_spectra() -> None:
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((60, 60)))[0] for _ in "uv")
+    flat = spectrum((u[:, :10] @ v[:10]).astype(np.float32))
+    assert (flat.effective, flat.stable, flat.by) == (pytest.approx(10, rel=1e-5), pytest.approx(10, rel=1e-5), "exact")
+    p = np.array([0.5, 0.25, 0.25])
+    assert spectrum((u[:, :3] * p) @ v[:3]).effective == pytest.approx(2**1.5, rel=1e-6)
+    assert spectrum(np.zeros((4, 4))).effective == 0.0
+
+
+@pytest.mark.parametrize("power", [0.0, 0.7, 1.5])
+def test_the_estimate_of_large_ones_is_near(power: float) -> None:
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((300, 300)))[0] for _ in "uv")
+    matrix = (u * np.arange(1, 301.0) ** -power) @ v
+    exact, near = spectrum(matrix), spectrum(matrix, exact=1)
+    assert (exact.by, near.by) == ("exact", "lanczos")
+    assert near.effective == pytest.approx(exact.effective, rel=0.05)
+    assert near.stable == pytest.approx(exact.stable, rel=1e-3)
+
+
+def test_ranks_beside_the_source_s(wide: Path, tmp_path: Path) -> None:
+    symmetric = diagnose(grown(wide, tmp_path / "big.onnx"), wide, activations=False)
+    noisy = diagnose(grown(wide, tmp_path / "noisy.onnx", "noisy-symmetric"), wide, activations=False)
+    for name in ("up.0", "down.1"):
+        one, two = by_name(symmetric)[name].rank, by_name(noisy)[name].rank
+        assert one is not None and two is not None and one.source is not None
+        assert one.effective == pytest.approx(one.source, rel=1e-3), "clones that are alike add no direction"
+        assert one.largest == 96 and two.effective > 1.5 * one.source
+
+
+# -- as a command -----------------------------------------------------------------------------------------
+
+
+def test_the_command(cli: Command, small: Path, tmp_path: Path) -> None:
+    big = grown(small, tmp_path / "big.onnx")
+    done = cli("diagnose", big, "--source", small, "--json-out", tmp_path / "found.json")
+    assert done.code == 0, "stuck is a diagnosis, no failure"
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:3] == ["layer", "tensors", "weights"] and lines[-1].startswith(
+        "stuck: the clones in 2 of 2"
+    )
+    assert any(line.split()[:2] == ["layer", "0"] and line.split()[-1] == "tied" for line in lines)
+    data = json.loads((tmp_path / "found.json").read_text())
+    assert data == json.loads(cli("diagnose", big, "--source", small, "--json").stdout)
+    assert data == json.loads(json.dumps(diagnose(big, small).to_json(), allow_nan=False))
+    assert data["schema"] == 1 and data["stuck"] is True and len(data["tensors"]) == len(plan_of(big).tensors)
+
+
+def test_what_was_not_measured_is_none(cli: Command, small: Path, tmp_path: Path) -> None:
+    big = grown(small, tmp_path / "big.onnx")
+    data = json.loads(cli("diagnose", big, "--no-activations", "--no-ranks", "--json").stdout)
+    assert data["activations"] is None and data["values"] == [] and data["stuck"] is True
+    assert not any(each["rank"] for each in data["tensors"])
+
+
+def test_given_inputs_and_lengths(cli: Command, small: Path, tmp_path: Path) -> None:
+    big = grown(small, tmp_path / "big.onnx", "noisy-symmetric")
+    np.savez(tmp_path / "inputs.npz", ids=np.arange(6).reshape(1, 6))
+    assert "inputs.npz" in cli("diagnose", big, "--inputs", tmp_path / "inputs.npz").stdout
+    assert "batch=2, sequence=9" in cli("diagnose", big, "--length", "9").stdout
+    assert "batch=2, sequence=32" in cli("diagnose", big).stdout
+
+
+def test_a_picture(cli: Command, small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = cli("diagnose", grown(small, tmp_path / "big.onnx"), "--plot", tmp_path / "p.png")
+    assert done.code == 0 and (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_from_elsewhere(cli: Command, small: Path, tmp_path: Path) -> None:
+    big = grown(small, tmp_path / "big.onnx", plan_out=tmp_path / "plan.json")
+    model = onnx.load(big)
+    del model.metadata_props[:]
+    onnx.save(model, big)
+    assert cli("diagnose", big).code == 2
+    assert cli("diagnose", big, "--plan", tmp_path / "plan.json").stdout.splitlines()[-1].startswith("stuck")
+
+
+ERRORS = [
+    (("small.onnx",), 2, "small.onnx: it carries no plan"),
+    (("big.onnx", "--inputs", "bad.npz"), 2, "--inputs bad.npz: not a readable .npz file"),
+    (("big.onnx", "--inputs", "other.npz"), 2, "--inputs other.npz: it lacks 'ids'; the model's inputs are 'ids'"),
+    (("big.onnx", "--inputs", "wrong.npz"), 3, "runs on none of the inputs"),
+    (("big.onnx", "--source", "other.onnx"), 2, "--source other.onnx: 'embedding' has the shape (31, 8)"),
+    (("big.onnx", "--source", "none.onnx"), 4, "none.onnx"),
+    (("big.onnx", "--plan", "none.json"), 2, "--plan none.json: it cannot be read"),
+    (("big.onnx", "--plan", "bad.npz"), 4, "a plan that is not JSON"),
+    (("torn.onnx",), 4, "torn.onnx: its metadata holds a malformed plan"),
+    (("lacking.onnx",), 4, "lacking.onnx: it has no tensor 'gain.grown', which the plan names"),
+    (("big.onnx", "--json-out", "big.onnx"), 2, "this would overwrite the source"),
+    (("big.onnx", "--plot", "nowhere/p.png"), 2, "does not exist"),
+    (("big.onnx", "--device", "cuda"), 2, "--device cuda"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "text"), ERRORS, ids=str)
+def test_what_cannot_be_is_one_line(
+    cli: Command,
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    code: int,
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("small.onnx").write_bytes(small.read_bytes())
+    onnx.save(perceptron(hidden=8), "other.onnx")
+    grown(Path("small.onnx"), Path("big.onnx"))
+    Path("bad.npz").write_text("{")
+    np.savez("other.npz", tokens=np.ones((1, 2), np.int64))
+    np.savez("wrong.npz", ids=np.full((1, 2), 10**6))
+    for name in ("torn.onnx", "lacking.onnx"):
+        model = onnx.load("big.onnx")
+        stored = next(each for each in model.metadata_props if each.key == METADATA_KEY)
+        plan = json.loads(stored.value)
+        if name == "torn.onnx":
+            del plan["tensors"]
+        else:
+            plan["tensors"]["gain.grown"] = plan["tensors"]["gain"]
+        stored.value = json.dumps(plan)
+        onnx.save(model, name)
+    before = {each: each.read_bytes() for each in tmp_path.iterdir()}
+    outcome = cli("diagnose", *arguments)
+    assert outcome.code == code and text in outcome.error, outcome.stderr
+    assert outcome.error.startswith("error: ") and outcome.stdout == ""
+    assert {each: each.read_bytes() for each in tmp_path.iterdir()} == before
+
+
+def test_without_matplotlib(cli: Command, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more)
+    )
+    outcome = cli("diagnose", grown(small, tmp_path / "big.onnx"), "--plot", tmp_path / "p.png")
+    assert outcome.code == 2 and "pip install hyperclone-onnx[plot]" in outcome.error
+
+
+def test_a_tensor_of_another_shape(small: Path, tmp_path: Path) -> None:
+    big = grown(small, tmp_path / "big.onnx")
+    plan = plan_of(big)
+    other = dataclasses.replace(plan.tensors["gain"], axes=((Kept(25),), (Named("hidden"),)))
+    with pytest.raises(BadModel, match=r"'gain' has the shape \(24,\), and \(25, 24\) in the plan"):
+        diagnose(big, plan=dataclasses.replace(plan, tensors={**plan.tensors, "gain": other}))
+    with pytest.raises(BadRequest, match="carries no plan"):
+        diagnose(small)
+
+
+def test_importing_it_is_light() -> None:
+    heavy = "{'onnxruntime', 'matplotlib', 'scipy', 'torch', 'jax'}"
+    code = f"import sys, hyperclone_onnx.diagnosis, hyperclone_onnx.diagnosis.plot; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

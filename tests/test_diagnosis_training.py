@@ -1,0 +1,102 @@
+"""What a diagnosis foretells before training is what training does: which clones part, and which never do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import perceptron
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+pytest.importorskip("array_api_compat")
+torch = pytest.importorskip("torch")
+
+from hyperclone_onnx import Strategy, expand  # noqa: E402
+from hyperclone_onnx.diagnosis import Diagnosis, diagnose  # noqa: E402
+from hyperclone_onnx.frameworks.absorb import absorb  # noqa: E402
+from hyperclone_onnx.frameworks.torch import load  # noqa: E402
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, 0.5),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, 3e-3, eps=1e-6, weight_decay=0.1),
+}
+
+
+def steps(path: Path, optimizer: str, count: int, out: Path) -> Path:
+    """A few steps on random tokens, in the model's own precision, and back into a file."""
+    model = load(path)
+    update = OPTIMIZERS[optimizer](model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        ids = torch.randint(0, 31, (4, 9), generator=generator)
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        update.zero_grad()
+        loss.backward()
+        update.step()
+    absorb(path, model.state_dict(), out, check=False)
+    return out
+
+
+def distances(found: Diagnosis) -> dict[str, float]:
+    """The largest distance of the activations that each dimension has clones in."""
+    largest: dict[str, float] = {}
+    for each in found.values:
+        for dim in each.dims:
+            largest[dim] = max(largest.get(dim, 0.0), each.distance or 0.0)
+    return largest
+
+
+CASES: list[tuple[str, bool, dict[str, Any]]] = [
+    ("symmetric", False, {"factor": 2}),
+    ("symmetric", True, {"factor": 3}),
+    ("diagonal", False, {"factor": 2}),
+    ("diagonal", True, {"factor": 2}),
+    ("diagonal", True, {"factor": 3}),
+    ("diagonal", True, {"requests": {"ffn": 2}}),
+    ("symmetric", True, {"requests": {"ffn": 2}}),
+    ("noisy-symmetric", False, {"factor": 2}),
+    ("noisy-diagonal", True, {"factor": 2}),
+]
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize(("strategy", "tied", "growth"), CASES, ids=str)
+def test_what_is_tied_stays_so_and_all_else_parts(
+    tmp_path: Path, strategy: Any, tied: bool, growth: dict[str, Any], optimizer: str
+) -> None:
+    """In float64, where rounding cannot part clones within a few steps."""
+    onnx.save(perceptron(tied=tied, dtype="double"), tmp_path / "small.onnx")
+    big = tmp_path / "big.onnx"
+    expand(tmp_path / "small.onnx", big, strategy=Strategy(strategy), check=False, **growth)
+    before = diagnose(big, ranks=False)
+    after = diagnose(steps(big, optimizer, 5, tmp_path / "trained.onnx"), ranks=False)
+    found = distances(after)
+    assert set(found) == set(distances(before)) and found
+    for dim, distance in found.items():
+        assert distance < 1e-11 if dim in before.tied else distance > 1e-7, dim
+    if before.stuck:
+        assert all(each.forward is None or each.forward < 1e-11 for each in after.tensors)
+    else:
+        assert not after.stuck and {each.verdict for each in after.layers} & {"parting", "parted"}
+
+
+@pytest.mark.parametrize("strategy", ["symmetric", "noisy-symmetric"])
+def test_a_trained_model_in_single_precision(tmp_path: Path, strategy: Any) -> None:
+    onnx.save(perceptron(), tmp_path / "small.onnx")
+    big = tmp_path / "big.onnx"
+    expand(tmp_path / "small.onnx", big, 2, strategy=Strategy(strategy), check=False)
+    trained = steps(big, "AdamW", 20, tmp_path / "trained.onnx")
+    stored = (
+        [onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer] for path in (big, trained)
+    )
+    changed = [not np.array_equal(one, other) for one, other in zip(*stored, strict=True)]
+    assert sum(changed) > 5, "nothing was trained"
+    found = diagnose(trained, tmp_path / "small.onnx")
+    if strategy == "symmetric":
+        assert found.stuck and found.activations == 0.0 and found.weights == 0.0
+    else:
+        assert not found.stuck and found.activations > 0.01 and found.conclusion.startswith("the clones part")
