@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from hyperclone_onnx import BadModel, BadRequest, Plan, SourceMap, Strategy, expand
 from hyperclone_onnx.diagnosis import Diagnosis, TensorDiagnosis, diagnose
-from hyperclone_onnx.diagnosis.distance import Units, joint, spread, spread_along
+from hyperclone_onnx.diagnosis.distance import joint, spread, spread_along
 from hyperclone_onnx.diagnosis.rank import spectrum
 from hyperclone_onnx.diagnosis.verdict import lasting
 from hyperclone_onnx.maps import Axis, ConcatOf, Kept, Named, ProductOf
@@ -83,7 +83,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_the_distance_of_clones(clones: list[list[float]], distance: float | None) -> None:
-    found = spread(np.array(clones)).distance
+    found = spread(np.array(clones).T).distance
     assert found is None if distance is None else found == pytest.approx(distance, abs=0.0)
 
 
@@ -95,7 +95,7 @@ def test_the_distance_along_an_axis_is_its_definition(numbers: list[int], seed: 
     means = np.stack([values[:, source == unit].mean(axis=1) for unit in source], axis=1)
     repeated = np.bincount(source)[source] > 1
     within, power = (float(np.square(each[:, repeated]).sum()) for each in (values - means, values))
-    found = spread_along(values, Units(source))
+    found = spread_along(values, source)
     assert (found.within, found.power) == pytest.approx((within, power))
 
 

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx import feeds as inputs
 from hyperclone_onnx.analysis import Analysis
-from hyperclone_onnx.diagnosis.distance import Array, Spread, Units, joint, spread_along
+from hyperclone_onnx.diagnosis.distance import Array, Spread, joint, spread_along
 from hyperclone_onnx.diagnosis.value_axes import Factor, ValueAxes
 from hyperclone_onnx.double import save_wide
 from hyperclone_onnx.errors import BadRequest, Refused
@@ -206,9 +206,9 @@ def spread_of(array: Array, factors: list[list[Factor]]) -> Spread | None:
         flat += axis
     grown = [i for i, each in enumerate(flat) if each.source is not None]
     others = [i for i in range(len(flat)) if i not in grown]
-    units = Units(joint([source for i in grown if (source := flat[i].source) is not None]))
+    units = joint([source for i in grown if (source := flat[i].source) is not None])
     turned = array.reshape(shape).transpose(*others, *grown)
-    return spread_along(turned.reshape(-1, len(units.source)), units)
+    return spread_along(turned.reshape(-1, len(units)), units)
 
 
 def _batches(values: Mapping[ir.Value, Any], case: inputs.Case) -> list[list[ir.Value]]:

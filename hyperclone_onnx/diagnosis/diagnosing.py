@@ -13,7 +13,6 @@ import onnx_ir as ir
 from hyperclone_onnx import storage
 from hyperclone_onnx.analysis import Analysis, analyse
 from hyperclone_onnx.diagnosis import activations as runs
-from hyperclone_onnx.diagnosis.distance import Spread
 from hyperclone_onnx.diagnosis.layers import Layers, find_layers
 from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis, Rank, TensorDiagnosis, ValueDiagnosis
 from hyperclone_onnx.diagnosis.rank import as_matrix, spectrum
@@ -150,33 +149,29 @@ def _tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[Te
         if tensor.dtype == ir.DataType.STRING:
             continue
         table = layout(recipe, plan.maps)
-        if not table.grows:
+        clones = max(table.clones(shared=True), table.clones(shared=False))
+        if clones == 1 or 0 in table.axes:
             continue
         shape = tuple(int(size) for size in tensor.shape.numpy())
         if recipe.bits is None and shape != table.axes:
             raise BadModel(f"{path}: {name!r} has the shape {shape}, and {table.axes} in the plan")
         spreads = compare(read(tensor, recipe, table), table)
-        clones = max(table.inputs.units.clones, table.others.units.clones)
         found.append(
             TensorDiagnosis(
                 name,
                 layers.tensors[name],
                 table.axes,
-                table.inputs.dims,
-                table.others.dims,
+                table.dims(shared=True),
+                table.dims(shared=False),
                 matched=spreads.matched.distance,
-                forward=_distance(spreads.forward),
-                backward=_distance(spreads.backward),
-                plain_forward=_distance(spreads.plain_forward),
-                plain_backward=_distance(spreads.plain_backward),
+                forward=spreads.forward.distance,
+                backward=spreads.backward.distance,
+                plain_forward=spreads.plain_forward.distance,
+                plain_backward=spreads.plain_backward.distance,
                 tolerance=weight_tolerance(tensor.dtype, clones),
             )
         )
     return found
-
-
-def _distance(spread: Spread | None) -> float | None:
-    return None if spread is None else spread.distance
 
 
 def _source(path: Path, plan: Plan) -> ir.Model:

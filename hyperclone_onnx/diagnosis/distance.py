@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,35 +41,15 @@ class Spread:
         return math.sqrt(self.within / self.power) if self.power > 0.0 else None
 
 
-@dataclass(frozen=True)
-class Units:
-    """Which indices of an axis are clones of one another: those with the same source index, shape (grown,)."""
+def groups_of(source: Indices) -> list[Indices]:
+    """The places of each unit's clones: for each number of clones, an array of shape (units, clones).
 
-    source: Indices
-
-    @cached_property
-    def groups(self) -> list[Indices]:
-        """The indices of each unit's clones: for each number of clones, an array of shape (units, clones)."""
-        order = np.argsort(self.source, kind="stable")
-        _, first, counts = np.unique(self.source[order], return_index=True, return_counts=True)
-        return [
-            order[first[counts == count][:, None] + np.arange(count)].astype(np.int64) for count in np.unique(counts)
-        ]
-
-    @property
-    def repeats(self) -> bool:
-        """Whether any unit has more than one clone."""
-        return any(group.shape[1] > 1 for group in self.groups)
-
-    @property
-    def clones(self) -> int:
-        """The most clones that a unit has."""
-        return max((group.shape[1] for group in self.groups), default=1)
-
-    @property
-    def count(self) -> int:
-        """How many units there are."""
-        return sum(len(group) for group in self.groups)
+    Args:
+        source: the unit of each place.
+    """
+    order = np.argsort(source, kind="stable")
+    _, first, counts = np.unique(source[order], return_index=True, return_counts=True)
+    return [order[first[counts == count][:, None] + np.arange(count)] for count in np.unique(counts)]
 
 
 def joint(sources: Sequence[Indices]) -> Indices:
@@ -82,18 +61,35 @@ def joint(sources: Sequence[Indices]) -> Indices:
     return total
 
 
-def spread(clones: Array) -> Spread:
-    """The spread over the last axis, which numbers the clones of a unit: exactly 0 where they are the same."""
-    from_first = clones - clones[..., :1]
-    apart = from_first - from_first.mean(axis=-1, keepdims=True)
-    return Spread(float(np.square(apart).sum()), float(np.square(clones).sum()))
+def spread(clones: Array, power: float | None = None) -> Spread:
+    """The spread over the first axis, which numbers the clones of a unit: exactly 0 where they are the same.
+
+    Args:
+        clones: shape (clones, ...).
+        power: their sum of squares, where it is known.
+    """
+    from_first = clones[1:] - clones[:1]
+    within = squared(from_first)
+    within -= (within if len(clones) == 2 else squared(from_first.sum(axis=0))) / len(clones)
+    return Spread(max(0.0, within), squared(clones) if power is None else power)
 
 
-def spread_along(values: Array, units: Units) -> Spread:
-    """The spread of the clones along the last axis of an array; what is not finite counts as zero."""
+def squared(array: Array) -> float:
+    """The sum of squares, by this thread alone."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return float(np.einsum("i,i->", flat, flat))
+
+
+def spread_along(values: Array, source: Indices) -> Spread:
+    """The spread of the clones along the last axis of an array; what is not finite counts as zero.
+
+    Args:
+        values: shape (..., places).
+        source: the unit of each place.
+    """
     total = Spread()
-    for group in units.groups:
+    for group in groups_of(source):
         if group.shape[1] > 1:
-            clones = values[..., group].astype(np.float64)
+            clones = np.moveaxis(values[..., group], -1, 0).astype(np.float64)
             total += spread(clones if np.isfinite(clones).all() else np.where(np.isfinite(clones), clones, 0.0))
     return total

@@ -47,7 +47,9 @@ def find_layers(model: ir.Model, plan: Plan) -> Layers:
     """Tell the layers of a grown graph apart."""
     nodes = list(_nodes(model.graph))
     places = _places(nodes, plan)
-    ways = (_by_names(plan.tensors, True), _by_names(plan.tensors, False), _by_dimensions(plan))
+    stored = model.graph.initializers
+    filled = [name for name in plan.tensors if name in stored and 0 not in stored[name].shape]  # type: ignore[operator]
+    ways = (_by_names(filled, True), _by_names(filled, False), _by_dimensions(plan))
     numbered, spans = next((found for way in ways if (found := _apart(way, places))[0]), ({}, {}))
     if not spans:
         made = {value.name or "": WHOLE for node in nodes for value in node.outputs}

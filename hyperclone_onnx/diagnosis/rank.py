@@ -45,7 +45,7 @@ def as_matrix(array: Array, table: Layout) -> Array | None:
 
     What a contraction sums over against the rest; where the plan marks nothing so, the first axis against the others.
     """
-    places, rest = table.inputs.places, table.others.places
+    places, rest = table.places(shared=True), table.places(shared=False)
     if not places and len(table.axes) > 1:
         matrix = array.reshape(table.axes[0], -1)
     else:
