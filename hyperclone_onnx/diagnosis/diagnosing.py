@@ -21,6 +21,7 @@ from hyperclone_onnx.diagnosis.verdict import conclude, lasting, over_elements, 
 from hyperclone_onnx.diagnosis.weights import compare, layout, read, source_layout
 from hyperclone_onnx.errors import BadModel, BadRequest, Refused
 from hyperclone_onnx.normalise import normalise
+from hyperclone_onnx.packing import packed_width
 from hyperclone_onnx.plan import METADATA_KEY, Plan
 from hyperclone_onnx.sessions import Device
 from hyperclone_onnx.unrounded import Unsupported, rounds, unrounded
@@ -93,7 +94,7 @@ def diagnose(
         lambda each: list(dict.fromkeys(roles[name] for name in each.dims)),
         roles,
     )
-    stuck, conclusion = conclude(by_layer, by_role, how.strategy.to_json())
+    stuck, conclusion = conclude(by_layer, by_role, how.strategy.to_json(), any(each.quantised for each in tensors))
     measured = over_values(values)
     return Diagnosis(
         model=str(path),
@@ -155,6 +156,8 @@ def _tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[Te
         shape = tuple(int(size) for size in tensor.shape.numpy())
         if recipe.bits is None and shape != table.axes:
             raise BadModel(f"{path}: {name!r} has the shape {shape}, and {table.axes} in the plan")
+        if recipe.bits is not None and tensor.nbytes != _packed_bytes(table.axes, recipe.bits):
+            raise BadModel(f"{path}: {name!r} has {tensor.nbytes} bytes, and {table.axes} numbers in the plan")
         spreads = compare(read(tensor, recipe, table), table)
         found.append(
             TensorDiagnosis(
@@ -172,6 +175,11 @@ def _tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[Te
             )
         )
     return found
+
+
+def _packed_bytes(shape: tuple[int, ...], bits: int) -> int:
+    *rows, width = shape
+    return math.prod(rows) * packed_width(width, bits)
 
 
 def _source(path: Path, plan: Plan) -> ir.Model:

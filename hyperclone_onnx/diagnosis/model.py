@@ -56,6 +56,11 @@ class TensorDiagnosis:
         return tuple(dict.fromkeys((*self.inputs, *self.others)))
 
     @property
+    def quantised(self) -> bool:
+        """Whether its numbers are codes, which no rounding tells apart."""
+        return self.tolerance == 0.0
+
+    @property
     def elements(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)

@@ -45,13 +45,13 @@ def save_plot(found: Diagnosis, path: Path) -> None:
 
     parts = found.layers
     ranked = any(each.rank is not None for each in found.tensors)
-    height = max(3.2, 0.28 * len(parts) + 1.8)
+    height = max(3.4, 0.28 * len(parts) + 2.0)
     figure = Figure(figsize=(11 if ranked else 7, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if ranked else 1, sharey=True, squeeze=False)[0]
-    _draw_distances(axes[0], found)
+    _draw_distances(axes[0], found, height)
     if ranked:
-        _draw_ranks(axes[1], found)
+        _draw_ranks(axes[1], found, height)
     figure.suptitle(f"{Path(found.model).name}: {_headline(found)}", fontsize=11)
     with storage.publication(path) as written:
         figure.savefig(written, format="png", dpi=120)
@@ -62,7 +62,7 @@ def _headline(found: Diagnosis) -> str:
     return f"{name}, {'stuck: no clones part' if found.stuck else found.conclusion.partition(':')[0]}"
 
 
-def _draw_distances(axes: Any, found: Diagnosis) -> None:
+def _draw_distances(axes: Any, found: Diagnosis, height: float) -> None:
     places = range(len(found.layers))
     for name, label, marker, colour in _LINES:
         drawn = [(_drawn(getattr(part, name)), place) for place, part in zip(places, found.layers, strict=True)]
@@ -74,13 +74,13 @@ def _draw_distances(axes: Any, found: Diagnosis) -> None:
     ticks = [LOWEST, 1e-7, 1e-5, 1e-3, 0.1, 1.0]
     axes.set_xticks(ticks, ["0", "1e-7", "1e-5", "1e-3", "0.1", "1"])
     axes.set_yticks(list(places), [_short(part) for part in found.layers], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(found.layers) - 0.5, -0.5)
     axes.set_xlabel("distance of clones")
     axes.minorticks_off()
     axes.grid(axis="x", linewidth=0.3)
     if math.isfinite(found.tolerance):
         axes.axvspan(LOWEST / 3, found.tolerance, color="0.92", zorder=0, label="rounding, of activations")
-    axes.legend(fontsize=7, loc="upper left")
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=3, frameon=False)
 
 
 def _drawn(distance: float | None) -> float | None:
@@ -92,7 +92,7 @@ def _short(part: PartDiagnosis) -> str:
     return f"{name} ({part.verdict})"
 
 
-def _draw_ranks(axes: Any, found: Diagnosis) -> None:
+def _draw_ranks(axes: Any, found: Diagnosis, height: float) -> None:
     places = {part.name: place for place, part in enumerate(found.layers)}
     points = [
         (each.rank.effective / (each.rank.source or each.rank.largest), places[each.layer])
@@ -106,4 +106,4 @@ def _draw_ranks(axes: Any, found: Diagnosis) -> None:
     axes.set_xlabel(f"effective rank / {against}")
     axes.set_xlim(left=0.0)
     axes.grid(axis="x", linewidth=0.3)
-    axes.legend(fontsize=7, loc="lower left")
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=2, frameon=False)

@@ -122,9 +122,9 @@ def _verdict(
 
 
 def conclude(
-    layers: Sequence[PartDiagnosis], roles: Sequence[PartDiagnosis], strategy: Mapping[str, Any]
+    layers: Sequence[PartDiagnosis], roles: Sequence[PartDiagnosis], strategy: Mapping[str, Any], quantised: bool
 ) -> tuple[bool, str]:
-    """Whether the model is stuck, and one line for the reader."""
+    """Whether the model is stuck, and one line for the reader; weights that are `quantised` take no noise."""
     found = Counter(each.verdict for each in layers if each.verdict != "unknown")
     total = sum(found.values())
     if not total:
@@ -133,11 +133,16 @@ def conclude(
     where = f"{len(inner)} of {len(inner)} layers" if inner else "the model"
     if found["tied"] == total:
         noisy, diagonal = (text in str(strategy.get("name", "")) for text in ("noisy", "diagonal"))
-        advice = "more noise (a lower --snr-db)" if noisy else "noise (--strategy noisy-symmetric)"
+        advice = (
+            "Grow it with more noise (a lower --snr-db)" if noisy else "Grow it with noise (--strategy noisy-symmetric)"
+        )
+        advice = (
+            "Grow it before it is quantised: codes take no noise" if quantised else f"{advice}, or train with dropout"
+        )
         rounding = " (only rounding errors part diagonal clones)" if diagonal else ""
         return True, (
             f"stuck: the clones in {where} compute the same and get the same gradients{rounding}; without dropout the "
-            f"model can do no more than its source. Grow it with {advice}, or train with dropout"
+            f"model can do no more than its source. {advice}"
         )
     still = [each.name for each in roles if each.verdict == "tied"]
     but = f"; those of {' and '.join(still)} stay tied, computing the same for ever" if still else ""
