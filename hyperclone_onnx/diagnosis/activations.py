@@ -1,8 +1,8 @@
 """How far the clones' activations are apart, on sample inputs.
 
-What is measured are the results of contractions and what several nodes read (the residual stream), where they have
-clones; not what is computed inside the bodies of If, Loop and Scan. Every value is compared as `distance.py` says, over
-all rows and places together, and dropped; so many values are had from one run as fit in `BUDGET`.
+What is measured are the results of contractions, what several nodes read (the residual stream), and outputs, where
+they have clones; not what is computed inside the bodies of Loop and Scan. Every value is compared as `distance.py`
+says, over all rows and places together, and dropped; so many values are had from one run as fit in `BUDGET`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def measured_values(analysis: Analysis, axes: ValueAxes) -> dict[ir.Value, list[
             floating = value.dtype is None or value.dtype.is_floating_point()
             if not value.name or not floating or dimensions.is_weight(value):
                 continue
-            if node in contractions or len(value.uses()) > 1:
+            if node in contractions or len(value.uses()) > 1 or value.is_graph_output():
                 factors = axes.factors(value)
                 if factors is not None and all(sum(each.size is None for each in axis) < 2 for axis in factors):
                     found[value] = factors
@@ -101,13 +101,13 @@ def samples(
     """
     cases = inputs.cases(analysis.dimensions, seed, lengths=[lengths or DEFAULT_LENGTHS])
     for case in cases if lengths else (*cases, *inputs.cases(analysis.dimensions, seed)):
-        yield inputs.Case(case.label, case.feeds if plan.keep_interface else _alike(case.feeds, plan))
+        yield inputs.Case(case.label, alike(case.feeds, plan))
 
 
-def _alike(feeds: Mapping[str, Array], plan: Plan) -> dict[str, Array]:
-    """The same inputs with the first clone of each unit in the place of all."""
+def alike(feeds: Mapping[str, Array], plan: Plan) -> dict[str, Array]:
+    """The same inputs with the first clone of each unit in the place of all, where inputs grew."""
     result = dict(feeds)
-    for interface in plan.inputs:
+    for interface in () if plan.keep_interface else plan.inputs:
         for axis, factors in enumerate(interface.axes):
             array = result.get(interface.name)
             if array is not None and factors is not None and axis < array.ndim:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx import storage
@@ -23,6 +24,7 @@ from hyperclone_onnx.errors import BadModel, BadRequest, Refused
 from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.packing import packed_width
 from hyperclone_onnx.plan import METADATA_KEY, Plan
+from hyperclone_onnx.provenance import provenance
 from hyperclone_onnx.sessions import Device
 from hyperclone_onnx.unrounded import Unsupported, rounds, unrounded
 from hyperclone_onnx.validation import HALVES, WIDEST, computed_type, tolerance_of
@@ -72,6 +74,8 @@ def diagnose(
     small = None if source is None else _source(Path(source), how)
     layers = find_layers(grown, how)
     notes: list[str] = []
+    if small is not None and how.source and how.source.get("weights") != provenance(small, {})["weights"]:
+        notes.append(f"{source} holds other weights than those that were grown: ranks are compared with its own")
     say("comparing weights")
     tensors = _tensors(path, grown, how, layers)
     if ranks:
@@ -258,6 +262,13 @@ def _values(
         return [], math.nan, ""
     given = None if inputs is None else runs.given_inputs(inputs, flat.model)
     cases = [given] if given is not None else list(runs.samples(flat, plan, seed, lengths))
+    if given is not None:
+        same = runs.alike(given.feeds, plan)
+        parted = [name for name, array in given.feeds.items() if not np.array_equal(array, same[name], equal_nan=True)]
+        if parted:
+            notes.append(
+                f"the clones in {', '.join(map(repr, parted))} differ in {inputs}: activations differ for that"
+            )
     widened, notes_on_width = _widened(flat)
     try:
         found, ran_on = runs.measure(flat, wanted, cases, device, widened)

@@ -39,8 +39,13 @@ class Layers:
     values: dict[str, str] = field(default_factory=dict)
 
     def of_value(self, name: str) -> str:
-        """The layer of a value; of one that the file has not, as the last part of its name says."""
-        return self.values.get(name) or self.values.get(name.rpartition(".")[2]) or self.names[0]
+        """The layer of a value; what was taken out of a body has its name there behind that of the node."""
+        rest = name
+        while rest:
+            if rest in self.values:
+                return self.values[rest]
+            rest = rest.partition(".")[2]
+        return self.names[0]
 
 
 def find_layers(model: ir.Model, plan: Plan) -> Layers:
