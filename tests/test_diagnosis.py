@@ -247,9 +247,8 @@ def test_diagonal_clones_that_end_in_one_are_not_tied(small: Path, tmp_path: Pat
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["gpt_neox.distinct"])
-def test_any_growth(zoo: Zoo, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    found = diagnose(grown(zoo(name), tmp_path / "big.onnx", **options), ranks=False)
+def test_any_growth(zoo: Zoo, tmp_path: Path, options: dict[str, Any]) -> None:
+    found = diagnose(grown(zoo("gpt_neox.distinct"), tmp_path / "big.onnx", **options), ranks=False)
     assert found.stuck and found.weights == 0.0 and found.activations < 1e-6 and found.values
 
 
@@ -519,6 +518,17 @@ def test_inputs_whose_clones_differ_are_told(tmp_path: Path) -> None:
         np.savez(tmp_path / "inputs.npz", x=np.concatenate([half, half if alike else -half], axis=1))
         found = diagnose(big, inputs=tmp_path / "inputs.npz")
         assert found.stuck == alike and bool(found.notes) != alike
+
+
+def test_a_model_that_does_not_run_is_judged_by_its_weights(cli: Command, small: Path, tmp_path: Path) -> None:
+    model = onnx.load(grown(small, tmp_path / "big.onnx"))
+    model.graph.node.append(onnx.helper.make_node("Unheard", ["ids"], ["heard"], domain="of"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("heard", onnx.TensorProto.INT64, None))
+    model.opset_import.append(onnx.helper.make_opsetid("of", 1))
+    onnx.save(model, tmp_path / "big.onnx")
+    done = cli("diagnose", tmp_path / "big.onnx")
+    assert done.code == 0 and "weights alone were judged" in done.stdout and "stuck: " in done.stdout
+    assert cli("diagnose", tmp_path / "big.onnx", "--length", "5").code == 3
 
 
 def test_a_source_with_other_weights_is_told(small: Path, tmp_path: Path) -> None:

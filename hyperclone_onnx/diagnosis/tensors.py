@@ -1,0 +1,126 @@
+"""The grown tensors of a model: how far the clones in each are apart, and its rank beside the source's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from hyperclone_onnx import storage
+from hyperclone_onnx.diagnosis.layers import Layers
+from hyperclone_onnx.diagnosis.model import Rank, TensorDiagnosis
+from hyperclone_onnx.diagnosis.rank import as_matrix, spectrum
+from hyperclone_onnx.diagnosis.verdict import weight_tolerance
+from hyperclone_onnx.diagnosis.weights import compare, layout, read, source_layout
+from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.normalise import normalise
+from hyperclone_onnx.packing import packed_width
+from hyperclone_onnx.plan import Plan
+
+
+def compare_tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[TensorDiagnosis]:
+    """Each tensor that grew, with the distances of its clones.
+
+    Raises:
+        BadModel: a tensor of the plan is missing, or has another shape.
+    """
+    found: list[TensorDiagnosis] = []
+    for name, recipe in plan.tensors.items():
+        if not recipe.grows:
+            continue
+        value = grown.graph.initializers.get(name)
+        if value is None or value.const_value is None:
+            raise BadModel(f"{path}: it has no tensor {name!r}, which the plan names: it was not grown by this plan")
+        tensor = value.const_value
+        if tensor.dtype == ir.DataType.STRING:
+            continue
+        table = layout(recipe, plan.maps)
+        clones = max(table.clones(shared=True), table.clones(shared=False))
+        if clones == 1 or 0 in table.axes:
+            continue
+        shape = tuple(int(size) for size in tensor.shape.numpy())
+        if recipe.bits is None and shape != table.axes:
+            raise BadModel(f"{path}: {name!r} has the shape {shape}, and {table.axes} in the plan")
+        if recipe.bits is not None and tensor.nbytes != _packed_bytes(table.axes, recipe.bits):
+            raise BadModel(f"{path}: {name!r} has {tensor.nbytes} bytes, and {table.axes} numbers in the plan")
+        spreads = compare(read(tensor, recipe, table), table)
+        found.append(
+            TensorDiagnosis(
+                name,
+                layers.tensors[name],
+                table.axes,
+                table.dims(shared=True),
+                table.dims(shared=False),
+                matched=spreads.matched.distance,
+                forward=spreads.forward.distance,
+                backward=spreads.backward.distance,
+                plain_forward=spreads.plain_forward.distance,
+                plain_backward=spreads.plain_backward.distance,
+                tolerance=weight_tolerance(tensor.dtype, clones),
+            )
+        )
+    return found
+
+
+def _packed_bytes(shape: tuple[int, ...], bits: int) -> int:
+    *rows, width = shape
+    return math.prod(rows) * packed_width(width, bits)
+
+
+def load_source(path: Path, plan: Plan) -> ir.Model:
+    """The model that the plan grew.
+
+    Raises:
+        BadRequest: it is another one.
+    """
+    model = normalise(storage.load(path))
+    for name, recipe in plan.tensors.items():
+        value = model.graph.initializers.get(recipe.source)
+        if value is None or value.const_value is None:
+            raise BadRequest(f"--source {path}: it has no tensor {recipe.source!r}, from which {name!r} was grown")
+        shape = tuple(int(size) for size in value.const_value.shape.numpy())
+        if recipe.bits is None and shape != recipe.source_shape(plan.maps):
+            raise BadRequest(
+                f"--source {path}: {recipe.source!r} has the shape {shape}; {name!r} was grown from one of "
+                f"{recipe.source_shape(plan.maps)}"
+            )
+    return model
+
+
+def with_ranks(
+    tensors: list[TensorDiagnosis], grown: ir.Model, plan: Plan, source: ir.Model | None
+) -> list[TensorDiagnosis]:
+    """The tensors with the ranks of those that are matrices of floating-point numbers."""
+    known: dict[tuple[str, object], float] = {}
+    found = []
+    for each in tensors:
+        recipe = plan.tensors[each.name]
+        tensor = _stored(grown, each.name)
+        table = layout(recipe, plan.maps)
+        if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8:
+            found.append(each)
+            continue
+        matrix = as_matrix(read(tensor, recipe, table), table)
+        if matrix is None:
+            found.append(each)
+            continue
+        made = spectrum(matrix)
+        before = None
+        if source is not None:
+            key = recipe.source, (recipe.axes, recipe.shared)
+            if key not in known:
+                small = source_layout(recipe, plan.maps)
+                own = as_matrix(read(_stored(source, recipe.source), recipe, small), small)
+                known[key] = 1.0 if own is None else spectrum(own).effective
+            before = known[key]
+        rank = Rank(made.effective, made.stable, min(matrix.shape), before, made.by)
+        found.append(replace(each, rank=rank))
+    return found
+
+
+def _stored(model: ir.Model, name: str) -> ir.TensorProtocol:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor
