@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint zoo zoo-optimum models-check frameworks-check gpu-check fuzz fuzz-quick faults docs clean
+.PHONY: demo test lint zoo zoo-optimum models-check frameworks-check growth-quick growth gpu-check fuzz fuzz-quick faults docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +61,12 @@ models-check: $(VENV)/.models  ## grow real pretrained models: minutes and gigab
 
 frameworks-check: $(VENV)/.frameworks  ## the handoff to PyTorch and JAX: installs both
 	$(BIN)/python -m pytest -n $(WORKERS) -m frameworks
+
+growth-quick: $(VENV)/.frameworks  ## does a grown model learn sooner? ten minutes; prints tables, writes pictures, checks ratios
+	$(BIN)/python benchmarks/growth.py --quick --output out/growth-quick --workers $(WORKERS)
+
+growth: $(VENV)/.frameworks  ## all questions of docs/growth.md: hours
+	$(BIN)/python benchmarks/growth.py --full --output out/growth-full --workers $(WORKERS)
 
 gpu-check: $(VENV)/.test  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[cuda]'

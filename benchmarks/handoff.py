@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models")]
 import build  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from pages import put  # noqa: E402
 
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
 
@@ -173,7 +174,7 @@ def main() -> None:
         lines = list(report(given, device, steps))
     print("\n".join(lines))
     if given.write:
-        write(f"handoff {given.model} {given.dtype}", lines)
+        put("benchmarks.md", f"handoff {given.model} {given.dtype}", "\n".join(lines))
 
 
 def report(given: argparse.Namespace, device: str, steps: dict[tuple[str, str], Step]) -> Iterator[str]:
@@ -201,17 +202,6 @@ def report(given: argparse.Namespace, device: str, steps: dict[tuple[str, str], 
             ratios = [f"{statistics.median(turns):.2f}", f"{min(each) / min(beside):.2f}"]
         median, fastest = 1000 * statistics.median(each), 1000 * min(each)
         yield f"| {who}, {way} | {median:.1f} | {fastest:.1f} | {ratios[0]} | {ratios[1]} | {losses[who, way]:.5f} |"
-
-
-def write(name: str, lines: list[str]) -> None:
-    """Put lines between their markers in docs/benchmarks.md, or behind all else."""
-    page = ROOT / "docs" / "benchmarks.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Benchmarks\n"
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    block = "\n".join([begin, *lines, end])
-    head, _, rest = text.partition(begin)
-    _, _, rest = rest.partition(end)
-    page.write_text(f"{head.rstrip()}\n\n{block}\n{rest or chr(10)}".rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def _finite_or_none(context: click.Context, option: click.Parameter, value: floa
 @click.option(
     "--strategy",
     type=click.Choice(STRATEGIES),
-    default="noisy-symmetric",
+    default="noisy-diagonal",
     show_default=True,
     help="How the repeats share a weight. Without noise the repeats of a unit get equal gradients and, in a model "
     "trained without dropout, stay equal for ever: the added width is then dead weight.",

@@ -147,7 +147,7 @@ def expand(
         factor: grows hidden, ffn, heads and other widths.
         requests: a factor by role or by dimension, e.g. ``{"head_dim": 2, "heads": 1}``.
         maps: a source map by dimension, for anything but whole factors.
-        strategy: how repeats share weights; noisy-symmetric at 10 dB by default.
+        strategy: how repeats share weights; noisy-diagonal at 10 dB by default.
         untie: split tensors that are stored once but divided in one use only.
         keep_interface: inputs and outputs keep the source's shapes.
         device: where to validate.

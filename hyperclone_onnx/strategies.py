@@ -26,7 +26,7 @@ class Strategy:
     power of the shared weights to the power of the noise; `seed` draws it.
     """
 
-    name: StrategyName = "noisy-symmetric"
+    name: StrategyName = "noisy-diagonal"
     snr_db: float = 10.0
     seed: int = 0
 

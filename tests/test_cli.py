@@ -203,7 +203,7 @@ def test_expand_json(cli: Command, place: Path) -> None:
     assert outcome.code == 0 and outcome.stderr.splitlines() == STAGES
     assert list(data) == EXPANSION_KEYS
     assert (data["source"], data["output"], data["interface"]) == ("small.onnx", "big.onnx", "grow")
-    assert data["strategy"] == {"name": "noisy-symmetric", "snr_db": 10.0, "seed": 9}
+    assert data["strategy"] == {"name": "noisy-diagonal", "snr_db": 10.0, "seed": 9}
     assert data["grown"] == {
         "hidden": {"role": "hidden", "from": 12, "to": 24},
         "ffn.0": {"role": "ffn", "from": 20, "to": 40},

@@ -11,6 +11,8 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.frameworks.compiling.program import Program, Role
+from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.training_recipe import fan_in_growth
 
 NAME = "manifest.json"
 VERSION = 1
@@ -26,6 +28,8 @@ class Entry:
     type: str
     role: Role
     reason: str
+    fan_in_growth: float = 1.0
+    """By how much the sums grew that it is a factor in: what muP divides Adam's rate by."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Manifest:
     growth: dict[str, Any] | None
     """The growing dimensions and the strategy, where the model says how it was grown."""
     tensors: tuple[Entry, ...]
+    training: dict[str, Any] | None = None
+    """How to train a grown model on; see `training_recipe`."""
 
     def write(self, folder: Path) -> None:
         """Write it into the folder."""
@@ -63,8 +69,8 @@ class Manifest:
             raise BadModel(f"{path}: not a manifest of a handoff ({problem})") from problem
 
 
-def entries(program: Program) -> tuple[Entry, ...]:
-    """The parameters of a program, frozen ones too."""
+def entries(program: Program, plan: Plan | None = None) -> tuple[Entry, ...]:
+    """The parameters of a program, frozen ones too, and how their fan-ins grew by a plan."""
     return tuple(
         Entry(
             each.path,
@@ -73,6 +79,7 @@ def entries(program: Program) -> tuple[Entry, ...]:
             ir.DataType(each.element_type).name.lower(),
             each.role,
             each.reason,
+            1.0 if plan is None else fan_in_growth(plan, each.initializer),
         )
         for each in program.weights
         if each.role != "constant"

@@ -19,6 +19,7 @@ from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.publication import publication_folder
 from hyperclone_onnx.safetensors_files import write_safetensors
+from hyperclone_onnx.training_recipe import TrainingRecipe, training_recipe
 
 Target = Literal["pytorch", "jax", "safetensors", "hf"]
 TARGETS: tuple[Target, ...] = ("pytorch", "jax", "safetensors", "hf")
@@ -47,6 +48,8 @@ class HandedOver:
     """The framework that ONNX Runtime was compared with, on what was written."""
     hugging_face: dict[str, Any] = field(default_factory=dict)
     """How the checkpoint's tensors were found in the model, and what changed in its configuration."""
+    training: TrainingRecipe | None = None
+    """How to train it on, if it was grown."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -100,7 +103,7 @@ def hand_over(
         say("reading")
         _require(target)
         handoff = read(model, freeze=freeze, train=train)
-        parameters = entries(handoff.program)
+        parameters = entries(handoff.program, handoff.plan)
         if not parameters:
             raise BadRequest(f"{model}: it has no floating tensor that a trainer would hold")
         tensors = {each.path: handoff.tensors[each.initializer] for each in parameters}
@@ -113,10 +116,12 @@ def hand_over(
         weights = _write(target, tensors, folder, largest_file)
         growth = None if handoff.plan is None else _growth(handoff.plan)
         state_file = None if state is None else str(state["file"])
-        Manifest(Path(model).name, target, weights, state_file, growth, parameters).write(folder)
+        advice = None if handoff.plan is None else training_recipe(handoff.plan)
+        training = None if advice is None else advice.to_json()
+        Manifest(Path(model).name, target, weights, state_file, growth, parameters, training).write(folder)
         by = _checked(model, folder, say) if check else None
     size = sum(math.prod(each.shape) for each in parameters)
-    return HandedOver(target, os.fspath(output), len(parameters), size, state, by)
+    return HandedOver(target, os.fspath(output), len(parameters), size, state, by, training=advice)
 
 
 def _given(**options: Any) -> str:

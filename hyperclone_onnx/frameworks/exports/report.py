@@ -24,6 +24,8 @@ def print_handover(console: Any, model: Path, result: HandedOver) -> None:
     console.print("go on with")
     for line in go_on(model, result):
         console.print(f"    {line}")
+    for line in () if result.training is None else result.training.lines():
+        console.print(line, soft_wrap=True)
 
 
 def _print_hugging_face(console: Any, report: dict[str, Any]) -> None:

@@ -1,0 +1,56 @@
+"""What must hold of a study, with a margin for noise; each check says what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hyperclone_onnx.diagnosis import diagnose
+
+from growing.corpus import corpus
+from growing.runs import Grown, Lab, Outcome
+from growing.study import Findings
+from hyperclone_onnx.frameworks.torch import load
+
+LARGEST_ERROR = 1e-4
+LEAST_GAIN = 1.5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of them."""
+
+    what: str
+    holds: bool
+    found: str
+
+
+def checks(findings: Findings, lab: Lab) -> Iterator[Check]:
+    """Equal at the start; sooner than random weights; stuck without noise."""
+    grown = {row.variant: row.runs[0] for row in findings.tables["strategy"]}
+    for name, outcome in grown.items():
+        error = start_error(outcome, lab)
+        yield Check(f"{name}: logits equal at the start", error <= LARGEST_ERROR, f"{error:.1e} of the largest logit")
+    gains = [row.gain_tokens or 0.0 for row in findings.tables["strategy"]]
+    sooner = f"{max(gains):.2f}x in bytes"
+    yield Check(
+        f"the best clone is at least {LEAST_GAIN:g}x as soon as random weights", max(gains) >= LEAST_GAIN, sooner
+    )
+    for name in ("symmetric", "noisy-diagonal"):
+        found = diagnose(grown[name].model)
+        apart = f"clones {found.activations:.1e} apart in activations, {'stuck' if found.stuck else 'not stuck'}"
+        yield Check(
+            f"{name}: {'stuck' if name == 'symmetric' else 'not stuck'}", found.stuck == (name == "symmetric"), apart
+        )
+
+
+def start_error(outcome: Outcome, lab: Lab) -> float:
+    """The largest difference of a grown model's logits from its source's, before training, to the largest logit."""
+    start = outcome.run.start
+    assert isinstance(start, Grown)
+    windows = torch.from_numpy(corpus().examination(16, outcome.run.shape.length)[:, :-1])
+    with torch.inference_mode():
+        small, big = (load(model)(windows).numpy() for model in (lab.outcomes[start.run].model, lab.model(outcome.run)))
+    return float(np.abs(small - big).max() / np.abs(small).max())

@@ -1,0 +1,116 @@
+"""What a study found, as text: a table for each question, and a CSV of every curve."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from growing.runs import Lab, Outcome
+from growing.study import Findings, Row
+
+TITLES = {
+    "baseline": "Random weights: what all is compared with",
+    "sources": "The sources",
+    "rates": "The rates of grown models",
+    "strategy": "Strategies, each at its best rate, for half of the baseline's bytes",
+    "strategy_whole": "Strategies, for as many bytes as the baseline",
+    "small": "The source trained on instead of grown",
+    "unannealed": "A source whose rate was never let down",
+    "source": "How well the source is trained",
+    "state": "The optimizer's state",
+    "recipe": "The best recipe found",
+    "snr": "How much noise",
+    "schedule": "How the rate goes",
+    "factor": "2, 4, and 2 twice",
+    "sharing": "Unequal shares",
+    "what": "What grows",
+    "dropout": "Dropout",
+    "framework": "PyTorch and JAX",
+}
+HEADER = (
+    "variant",
+    "peak rate",
+    "steps",
+    "loss at the start",
+    "loss at the end",
+    "gain, bytes",
+    "gain, FLOPs",
+    "with the source's",
+)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """A Markdown table."""
+    lines = [HEADER, tuple("---" if number == 0 else "---:" for number in range(len(HEADER)))]
+    for row in rows:
+        gains = [_gain(each) for each in (row.gain_tokens, row.gain_flops, row.gain_total)]
+        lines.append(
+            (row.variant, f"{row.recipe.rate:g}", str(row.steps), f"{row.start:.4f}", f"{row.loss:.4f}", *gains)
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _gain(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.2f}x"
+
+
+def report(findings: Findings, lab: Lab) -> str:
+    """All tables, under a line that says what they are about."""
+    size = findings.size
+    small, big = size.shape(size.width), size.shape(2 * size.width)
+    first = findings.baseline[0]
+    spread = [each.loss for each in findings.baseline]
+    text = (
+        f"A Llama over bytes, {size.layers} layers, width {size.width} ({small.multiplied():,} weights that are "
+        f"multiplied with) grown to {2 * size.width} ({big.multiplied():,}); {size.length} bytes of context, "
+        f"{size.batch} windows a step. Random weights are trained for {size.steps} steps = "
+        f"{lab.tokens(first.run, size.steps):,.0f} bytes and come to {findings.target:.4f} nats per byte (seeds: "
+        f"{', '.join(f'{each:.4f}' for each in spread)}), measured on {size.examined} windows of files that no model "
+        f"saw. A gain is what they took over what the variant took to come to that loss. {_machine()}\n"
+    )
+    for name, rows in findings.tables.items():
+        text += f"\n### {TITLES[name]}\n\n{table(rows)}"
+    return text
+
+
+def _machine() -> str:
+    return f"Measured with {os.cpu_count()} cores, {platform.machine()}, PyTorch {torch.__version__}."
+
+
+def write_curves(outcomes: Iterable[Outcome], lab: Lab, path: Path) -> None:
+    """Every run's curve: by steps, bytes, FLOPs, and FLOPs with those of what it started from."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("run", "step", "bytes", "flops", "flops_with_source", "loss"))
+        for each in outcomes:
+            for point in each.curve:
+                flops = lab.flops(each.run, point.step)
+                row = (f"{lab.tokens(each.run, point.step):.0f}", f"{flops:.4g}", f"{flops + each.flops_before:.4g}")
+                writer.writerow((each.run.key, point.step, *row, f"{point.loss:.6f}"))
+
+
+def write_json(findings: Findings, path: Path) -> None:
+    """The tables as data."""
+    tables = {
+        name: [
+            {
+                "variant": row.variant,
+                "recipe": dict(vars(row.recipe)),
+                "steps": row.steps,
+                "start": row.start,
+                "loss": row.loss,
+                "gain": {"bytes": row.gain_tokens, "flops": row.gain_flops, "with_source": row.gain_total},
+                "runs": [each.run.key for each in row.runs],
+            }
+            for row in rows
+        ]
+        for name, rows in findings.tables.items()
+    }
+    data = {"size": findings.size.name, "target": findings.target, "tables": tables}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,313 @@
+"""Runs and what they start from; a lab does them, each once, in several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+
+from growing.network import Shape, export
+from growing.training import Point, Recipe, Task, read_curve, train
+from hyperclone_onnx import Plan, Strategy, expand, validate_files
+from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer
+from hyperclone_onnx.plan import METADATA_KEY
+from hyperclone_onnx.strategies import StrategyName
+
+
+@dataclass(frozen=True)
+class Random:
+    """Random weights."""
+
+    shape: Shape
+    seed: int
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Where another run ended."""
+
+    run: Run
+
+    @property
+    def shape(self) -> Shape:
+        return self.run.shape
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Where another run ended, grown."""
+
+    run: Run
+    strategy: StrategyName | Literal["uneven"] = "noisy-symmetric"
+    """Uneven is symmetric with shares between a quarter and three quarters of each weight, at random."""
+    snr_db: float = 10.0
+    factor: int = 2
+    only: Literal["", "heads", "ffn"] = ""
+    state: Literal["reset", "carried", "half"] = "reset"
+    """The optimizer's: nothing of it, all, or none of it for the clones beyond the first."""
+    seed: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        small = self.run.shape
+        hidden, heads, ffn = (1 if self.only not in ("", role) else self.factor for role in ("hidden", "heads", "ffn"))
+        return replace(small, width=small.width * hidden, attention=small.attention * heads, ffn=small.ffn * ffn)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A start, a recipe, and how far."""
+
+    start: Random | Continued | Grown
+    recipe: Recipe
+    steps: int
+    seed: int = 0
+    """Of the order of the data."""
+    framework: str = "torch"
+
+    @property
+    def shape(self) -> Shape:
+        return self.start.shape
+
+    @property
+    def key(self) -> str:
+        """A name for its folder."""
+        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:10]
+        return f"{type(self.start).__name__.lower()}-{self.shape.width}-{self.steps}-{digest}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    run: Run
+    curve: tuple[Point, ...]
+    folder: Path
+    seconds: float
+    flops_before: float
+    """Of the runs that it started from."""
+
+    @property
+    def loss(self) -> float:
+        """At the end."""
+        return self.curve[-1].loss
+
+    @property
+    def model(self) -> Path:
+        """The trained model."""
+        return self.folder / "model.onnx"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a lab have in common."""
+
+    batch: int
+    evaluations: int
+    examined: int
+    device: str = "cpu"
+    """On a GPU, PyTorch computes in bfloat16 (autocast)."""
+
+
+class Lab:
+    """Does runs in a folder; what is there already is not done again.
+
+    Args:
+        folder: for all runs.
+        settings: of all runs.
+        workers: how many at once, each on one thread.
+        progress: told of the steps done, those to do, and what is done.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Settings, workers: int, progress: Callable[[int, int, str], None]
+    ) -> None:
+        self.folder, self.settings, self.workers, self.progress = folder, settings, workers, progress
+        self.outcomes: dict[Run, Outcome] = {}
+
+    def do(self, runs: Iterable[Run], what: str) -> list[Outcome]:
+        """Do some runs, and before them those that they start from."""
+        wanted = list(runs)
+        missing = [run for run in dict.fromkeys(wanted) if run not in self.outcomes]
+        before = [run.start.run for run in missing if not isinstance(run.start, Random)]
+        if before:
+            self.do(before, f"{what}: sources")
+        if missing:
+            self._do_all(missing, what)
+        return [self.outcomes[run] for run in wanted]
+
+    def tokens(self, run: Run, steps: float) -> float:
+        """The bytes read in so many steps."""
+        return steps * self.settings.batch * run.shape.length
+
+    def flops(self, run: Run, steps: float) -> float:
+        """The floating-point operations of so many steps."""
+        return self.tokens(run, steps) * run.shape.flops()
+
+    def model(self, run: Run) -> Path:
+        """The model that a run starts from."""
+        return self._start(run)[0]
+
+    def _do_all(self, runs: Sequence[Run], what: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        total, done = sum(run.steps for run in runs), 0
+        unfinished = [run for run in runs if not (self._folder(run) / "result.json").exists()]
+        done = total - sum(run.steps for run in unfinished)
+        self.progress(done, total, what)
+        if unfinished:
+            with context.Manager() as manager, ProcessPoolExecutor(self.workers, context, _begin) as pool:
+                queue = manager.Queue()
+                waiting: set[Future[None]] = set()
+                for run in unfinished:
+                    waiting.add(pool.submit(_work, self._task(run), self._folder(run), queue))
+                while waiting:
+                    ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                    while not queue.empty():
+                        done += queue.get()
+                    self.progress(done, total, what)
+                    for each in ended:
+                        each.result()
+        for run in runs:
+            self.outcomes[run] = self._outcome(run)
+
+    def _folder(self, run: Run) -> Path:
+        return self.folder / "runs" / run.key
+
+    def _outcome(self, run: Run) -> Outcome:
+        folder = self._folder(run)
+        seconds = json.loads((folder / "result.json").read_text(encoding="utf-8"))["seconds"]
+        before = 0.0
+        if not isinstance(run.start, Random):
+            parent = run.start.run
+            before = self.outcomes[parent].flops_before + self.flops(parent, parent.steps)
+        return Outcome(run, tuple(read_curve(folder)), folder, seconds, before)
+
+    def _task(self, run: Run) -> Task:
+        given = self.settings
+        model, optimizer = self._start(run)
+        common = {"batch": given.batch, "length": run.shape.length}
+        examined = {"evaluations": given.evaluations, "examined": given.examined}
+        return Task(
+            model,
+            run.recipe,
+            run.steps,
+            run.seed,
+            **common,
+            **examined,
+            optimizer=optimizer,
+            framework=run.framework,
+            device=given.device,
+        )
+
+    def _start(self, run: Run) -> tuple[Path, Path | None]:
+        start = run.start
+        folder = self.folder / "starts"
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(start, Random):
+            model = folder / f"random-{start.shape.width}-{start.seed}-{_digest(start)}.onnx"
+            if not model.exists():
+                export(start.shape, start.seed, model.with_suffix(".partial"))
+                model.with_suffix(".partial").replace(model)
+            return model, None
+        parent = self._folder(start.run)
+        if isinstance(start, Continued):
+            return parent / "model.onnx", None
+        weights = replace(start, state="reset")
+        model = folder / f"grown-{_digest(weights)}.onnx"
+        if not model.exists():
+            growth: dict[str, Any] = (
+                {"requests": {start.only: start.factor}} if start.only else {"factor": start.factor}
+            )
+            uneven = start.strategy == "uneven"
+            strategy = Strategy("symmetric" if start.strategy == "uneven" else start.strategy, start.snr_db, start.seed)
+            partial = model.with_suffix(".partial.onnx")
+            expand(parent / "model.onnx", partial, **growth, strategy=strategy)
+            if uneven:
+                _share_unevenly(partial, start.seed)
+                validation = validate_files(parent / "model.onnx", partial, mode="full")
+                assert not any(each.problem for each in validation.outputs), validation
+            partial.replace(model)
+        if start.state == "reset":
+            return model, None
+        return model, _grown_state(model, parent / "optimizer.pt", start.state)
+
+
+def _digest(start: Random | Grown) -> str:
+    return hashlib.sha256(repr(start).encode()).hexdigest()[:10]
+
+
+def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> Path:
+    """The source's optimizer state grown; "half" forgets it in all elements of which the first clone is another."""
+    folder = model.with_suffix(f".{kind}")
+    if folder.exists():
+        return folder / "optimizer.pt"
+    partial = folder.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    write_optimizer(model, state, partial, "pytorch")
+    if kind == "half":
+        from hyperclone_onnx.frameworks.handoff import read
+
+        handoff = read(model)
+        plan = handoff.plan
+        assert plan is not None
+        of_path = {each.path: each.initializer for each in handoff.program.weights}
+        saved = torch.load(partial / "optimizer.pt", weights_only=True)
+        names = {
+            number: name
+            for group in saved["param_groups"]
+            for number, name in zip(group["params"], group["param_names"], strict=True)
+        }
+        for number, moments in saved["state"].items():
+            recipe = plan.tensors.get(of_path[names[number]])
+            if recipe is not None:
+                for axis, index in enumerate(recipe.index(plan.maps)):
+                    later = torch.from_numpy((index.number > 0) | (index.other_number > 0))
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        moments[moment].index_fill_(axis, later.nonzero().flatten(), 0.0)
+        torch.save(saved, partial / "optimizer.pt")
+    partial.replace(folder)
+    return folder / "optimizer.pt"
+
+
+def _share_unevenly(model: Path, seed: int) -> None:
+    """Move a random part of each share of two from one to the other, by each weight alone: the sum stays."""
+    stored = onnx.load(model)
+    plan = next(Plan.loads(each.value) for each in stored.metadata_props if each.key == METADATA_KEY)
+    rng = np.random.default_rng(seed)
+    for tensor in stored.graph.initializer:
+        recipe = plan.tensors.get(tensor.name)
+        shared = (
+            []
+            if recipe is None
+            else [(axis, index) for axis, index in enumerate(recipe.index(plan.maps)) if index.count.max() > 1]
+        )
+        if shared:
+            ((axis, index),) = shared
+            values = onnx.numpy_helper.to_array(tensor).copy()
+            moved = np.take(rng.uniform(-0.5, 0.5, values.shape), index.collapsed, axis)
+            sign = np.where(index.number == 0, 1.0, -1.0).reshape(
+                [-1 if each == axis else 1 for each in range(values.ndim)]
+            )
+            values *= (1.0 + sign * moved).astype(values.dtype)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(stored, model)
+
+
+def _begin() -> None:
+    """An interrupt ends a worker without a word: its checkpoint stays."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def _work(task: Task, folder: Path, queue: Any) -> None:
+    train(task, folder, queue.put)

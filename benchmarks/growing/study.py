@@ -1,0 +1,342 @@
+"""The questions, the runs that answer them, and the rows that they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from growing.network import Shape, shape
+from growing.runs import Continued, Grown, Lab, Outcome, Random, Run
+from growing.training import Recipe
+from hyperclone_onnx.strategies import STRATEGIES, StrategyName
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a study is."""
+
+    name: str
+    width: int
+    """Of the source; the grown model is twice as wide."""
+    steps: int
+    """Of the model from random weights."""
+    layers: int = 3
+    length: int = 128
+    batch: int = 8
+    evaluations: int = 20
+    examined: int = 96
+    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    """To choose from, for random weights."""
+    source_rates: tuple[float, ...] = (8e-3, 1.6e-2)
+    grown_rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
+    source_part: float = 2.0
+    """For how many times the baseline's bytes the source is trained."""
+    seeds: int = 2
+    questions: tuple[str, ...] = ("strategy",)
+    device: str = "cpu"
+
+    def shape(self, width: int) -> Shape:
+        """A model of some width."""
+        return shape(width, layers=self.layers, length=self.length)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a variant came to. Gains are ratios of what the model from random weights took to what this one took to
+    come to the same loss; None where it did not come to it."""
+
+    variant: str
+    recipe: Recipe
+    steps: int
+    start: float
+    loss: float
+    gain_tokens: float | None
+    gain_flops: float | None
+    gain_total: float | None
+    """In FLOPs, those of the source included."""
+    runs: tuple[Outcome, ...] = field(repr=False, compare=False)
+
+
+@dataclass
+class Findings:
+    """What a study found."""
+
+    size: Size
+    target: float
+    """The loss of the model from random weights at the end of its training: the mean over the seeds."""
+    baseline: list[Outcome]
+    tables: dict[str, list[Row]]
+    """By question."""
+
+
+class Study:
+    """Runs what a size asks for.
+
+    Args:
+        lab: does the runs.
+        size: which and how large.
+    """
+
+    def __init__(self, lab: Lab, size: Size) -> None:
+        self.lab, self.size = lab, size
+        self.steps = size.steps
+        self.tables: dict[str, list[Row]] = {}
+
+    def found(self) -> Iterator[Findings]:
+        """Answer the questions one by one; what is known is told after each."""
+        self.measure_baseline()
+        self.choose_source()
+        for name in ("strategy", *(each for each in self.size.questions if each != "strategy")):
+            self.tables[name] = list(getattr(self, f"ask_{name}")())
+            yield Findings(self.size, self.target, self.baseline, dict(self.tables))
+
+    # -- what is compared with -----------------------------------------------------------------------------------
+
+    def measure_baseline(self) -> None:
+        """Random weights, at the best of the rates; that one with other seeds, too."""
+        size, big = self.size, self.size.shape(2 * self.size.width)
+        swept = self.lab.do([Run(Random(big, 0), Recipe(rate), self.steps) for rate in size.rates], "random weights")
+        best = min(swept, key=lambda each: each.loss).run
+        seeds = [replace(best, start=Random(big, seed), seed=seed) for seed in range(size.seeds)]
+        self.baseline = self.lab.do(seeds, "random weights, other seeds")
+        self.target = sum(each.loss for each in self.baseline) / len(self.baseline)
+        self.tables["baseline"] = [self.row(f"random weights, rate {each.run.recipe.rate:g}", [each]) for each in swept]
+        self.tables["baseline"] += [self.row(f"the same, seed {each.run.seed}", [each]) for each in self.baseline[1:]]
+
+    def choose_source(self) -> None:
+        """The source's own rate is the best of some."""
+        small, steps = self.size.shape(self.size.width), round(self.size.source_part * self.steps)
+        swept = [Run(Random(small, 100), Recipe(rate), steps, 100) for rate in self.size.source_rates]
+        outcomes = self.lab.do(swept, "the source")
+        self.source_run = min(outcomes, key=lambda each: each.loss).run
+        self.tables["sources"] = [self.row(f"source, rate {each.run.recipe.rate:g}", [each]) for each in outcomes]
+
+    def source(self, part: float = 0.0, seed: int = 0, width: int = 0, annealed: bool = True) -> Run:
+        """A source trained for `part` of the baseline's bytes; annealed to a rate of 0, or always at half its peak."""
+        small = self.size.shape(width or self.size.width)
+        recipe = self.source_run.recipe
+        if not annealed:
+            recipe = replace(recipe, rate=recipe.rate / 2, decay="none")
+        steps = round((part or self.size.source_part) * self.steps)
+        return Run(Random(small, 100 + seed), recipe, steps, 100 + seed)
+
+    # -- how results are counted ---------------------------------------------------------------------------------
+
+    def grown(self, start: Grown, recipe: Recipe, budget: float = 0.5, seed: int = 0) -> Run:
+        """Training of a grown model, for a part of the baseline's bytes."""
+        return Run(start, recipe, round(budget * self.steps), 7 + seed)
+
+    def row(self, variant: str, outcomes: Sequence[Outcome]) -> Row:
+        """A variant's row, by its run that came to the target soonest (the first, if none did)."""
+        steps = {each: reached(each, self.target) for each in outcomes}
+        best = min(outcomes, key=lambda each: (steps[each] or float("inf"), each.loss))
+        run, took = best.run, steps[best]
+        gains: list[float | None] = [None, None, None]
+        if took is not None:
+            reference = self.baseline[0].run
+            tokens, flops = self.lab.tokens(reference, self.steps), self.lab.flops(reference, self.steps)
+            own = self.lab.flops(run, took)
+            gains = [
+                tokens / max(1.0, self.lab.tokens(run, took)),
+                flops / max(1.0, own),
+                flops / (own + best.flops_before),
+            ]
+        return Row(variant, run.recipe, run.steps, best.curve[0].loss, best.loss, *gains, tuple(outcomes))
+
+    def compare(self, what: str, variants: Mapping[str, Run]) -> Iterator[Row]:
+        """One row for each variant."""
+        outcomes = self.lab.do(variants.values(), what)
+        for name, outcome in zip(variants, outcomes, strict=True):
+            yield self.row(name, [outcome])
+
+    # -- the questions -------------------------------------------------------------------------------------------
+
+    def ask_strategy(self) -> Iterator[Row]:
+        """Each strategy at its best rate."""
+        every: dict[StrategyName, list[Run]] = {
+            name: [
+                self.grown(Grown(self.source(), name, state="carried"), Recipe(rate, 0.0))
+                for rate in self.size.grown_rates
+            ]
+            for name in STRATEGIES
+        }
+        self.lab.do([run for runs in every.values() for run in runs], "strategies")
+        best: dict[StrategyName, Outcome] = {}
+        self.tables["rates"] = []
+        for name, runs in every.items():
+            outcomes = self.lab.do(runs, "strategies")
+            best[name] = min(outcomes, key=lambda each: each.loss)
+            self.tables["rates"] += [self.row(f"{name}, rate {each.run.recipe.rate:g}", [each]) for each in outcomes]
+            yield self.row(name, [best[name]])
+        winner = min(best.values(), key=lambda each: each.loss).run
+        assert isinstance(winner.start, Grown)
+        self.winner, self.recipe = winner.start, winner.recipe
+
+    def ask_recipe(self) -> Iterator[Row]:
+        """The winner with smaller and smaller budgets, and other seeds of source, noise and data."""
+        for seed in range(self.size.seeds):
+            start = replace(self.winner, run=self.source(seed=seed), seed=seed)
+            runs = [
+                self.grown(start, replace(self.recipe, rate=rate), budget, seed)
+                for budget in (1 / 2, 1 / 3, 1 / 4, 1 / 5)
+                for rate in (self.recipe.rate, self.recipe.rate / 2)
+            ]
+            for name, some in (
+                ("half", runs[:2]),
+                ("a third", runs[2:4]),
+                ("a quarter", runs[4:6]),
+                ("a fifth", runs[6:]),
+            ):
+                yield self.row(f"{name} of the bytes, seed {seed}", self.lab.do(some, "the best recipe"))
+
+    def ask_unannealed(self) -> Iterator[Row]:
+        """A source whose rate was never let down is grown, and let down once."""
+        variants = {
+            f"{strategy}, source trained for {part:g}, seed {seed}": [
+                self.grown(
+                    replace(self.winner, run=self.source(part, seed, annealed=False), strategy=strategy, seed=seed),
+                    replace(self.recipe, rate=self.source_run.recipe.rate / 4),
+                    budget,
+                    seed,
+                )
+                for budget in (1 / 2, 1 / 1.6)
+            ]
+            for strategy, part, seed in (
+                ("noisy-diagonal", 1.0, 0),
+                ("noisy-diagonal", 1.0, 1),
+                ("noisy-diagonal", 0.5, 0),
+                ("symmetric", 1.0, 0),
+            )
+        }
+        self.lab.do([run for runs in variants.values() for run in runs], "unannealed")
+        for name, runs in variants.items():
+            yield self.row(name, self.lab.do(runs, "unannealed"))
+
+    def ask_small(self) -> Iterator[Row]:
+        """The source trained on instead of grown: for the same bytes, and for the same FLOPs."""
+        source = self.source()
+        ratio = self.size.shape(2 * self.size.width).flops() / source.shape.flops()
+        yield from self.compare(
+            "the source trained on",
+            {
+                f"{text}, rate {rate:g}": Run(Continued(source), Recipe(rate, 0.0), round(0.5 * self.steps * times), 7)
+                for text, times in (("for the same bytes", 1.0), ("for the same FLOPs", ratio))
+                for rate in self.size.grown_rates
+            },
+        )
+
+    def ask_source(self) -> Iterator[Row]:
+        """How well the source is trained."""
+        variants = {
+            f"source trained for {part:g} of the baseline's bytes": [
+                self.grown(replace(self.winner, run=self.source(part)), replace(self.recipe, rate=rate))
+                for rate in self.size.grown_rates
+            ]
+            for part in (0.5, 1.0, 2.0, 4.0)
+        }
+        self.lab.do([run for runs in variants.values() for run in runs], "sources")
+        for name, runs in variants.items():
+            yield self.row(name, sorted(self.lab.do(runs, "sources"), key=lambda each: each.loss)[:1])
+
+    def ask_state(self) -> Iterator[Row]:
+        """What becomes of the optimizer's state."""
+        kinds = {"reset": "reset", "carried": "carried over", "half": "carried over, reset for the clones"}
+        variants: dict[str, Run] = {}
+        for name in ("noisy-diagonal", "noisy-symmetric"):
+            for state, text in kinds.items():
+                start = replace(self.winner, strategy=name, state=state)
+                variants[f"{name}, {text}"] = self.grown(start, self.recipe)
+                if state == "reset":
+                    variants[f"{name}, {text}, warm-up"] = self.grown(start, replace(self.recipe, warm_up=0.1))
+        yield from self.compare("optimizer's state", variants)
+
+    def ask_snr(self) -> Iterator[Row]:
+        """How much noise."""
+        starts = {f"{snr:g} dB": replace(self.winner, snr_db=snr) for snr in (0.0, 5.0, 10.0, 20.0, 40.0)}
+        yield from self.compare("SNR", {name: self.grown(start, self.recipe) for name, start in starts.items()})
+
+    def ask_schedule(self) -> Iterator[Row]:
+        """How the rate goes."""
+        plain, peak = self.recipe, self.recipe.rate
+        variants: dict[str, Recipe] = {
+            "no warm-up, linear to 0": plain,
+            "warm-up 5 %": replace(plain, warm_up=0.05),
+            "warm-up 20 %": replace(plain, warm_up=0.2),
+            "cosine": replace(plain, decay="cosine"),
+            "constant, last quarter to 0": replace(plain, decay="late"),
+            "constant": replace(plain, decay="none"),
+            "the source's peak, warm-up 5 %": replace(plain, rate=self.source_run.recipe.rate, warm_up=0.05),
+            "by fan-in (muP), the same peak": replace(plain, by_fan_in=True),
+            "by fan-in (muP), twice the peak": replace(plain, rate=2 * peak, by_fan_in=True),
+        }
+        yield from self.compare("schedules", {name: self.grown(self.winner, each) for name, each in variants.items()})
+
+    def ask_strategy_whole(self) -> Iterator[Row]:
+        """Each strategy trained for as many bytes as the baseline."""
+        yield from self.compare(
+            "strategies, whole",
+            {name: self.grown(replace(self.winner, strategy=name), self.recipe, 1.0) for name in STRATEGIES},
+        )
+
+    def ask_factor(self) -> Iterator[Row]:
+        """2, 4, and 2 twice."""
+        width, recipe = self.size.width, self.recipe
+        quarter = self.source(width=width // 2)
+        once = self.grown(replace(self.winner, run=quarter), recipe)
+        yield from self.compare(
+            "factors",
+            {
+                f"{width} x 2": self.grown(self.winner, recipe),
+                f"{width // 2} x 4": self.grown(replace(self.winner, run=quarter, factor=4), recipe),
+                f"{width // 2} x 2, trained, x 2": self.grown(replace(self.winner, run=once), recipe),
+            },
+        )
+
+    def ask_sharing(self) -> Iterator[Row]:
+        """Unequal shares without noise, beside equal ones."""
+        names = ("symmetric", "uneven", "noisy-symmetric")
+        starts: dict[str, Grown] = {name: replace(self.winner, strategy=name) for name in names}
+        yield from self.compare("sharing", {name: self.grown(start, self.recipe) for name, start in starts.items()})
+
+    def ask_what(self) -> Iterator[Row]:
+        """Growing a part only."""
+        names = {"all": "", "ffn only": "ffn", "heads only": "heads"}
+        starts = {name: replace(self.winner, only=only) for name, only in names.items()}
+        yield from self.compare("what grows", {name: self.grown(start, self.recipe) for name, start in starts.items()})
+
+    def ask_dropout(self) -> Iterator[Row]:
+        """Dropout parts clones."""
+        yield from self.compare(
+            "dropout",
+            {
+                f"{start.strategy}, {f'dropout {share:g}' if share else 'no dropout'}": self.grown(
+                    start, replace(self.recipe, dropout=share)
+                )
+                for start in (replace(self.winner, strategy="symmetric"), self.winner)
+                for share in (0.0, 0.05)
+            },
+        )
+
+    def ask_framework(self) -> Iterator[Row]:
+        """The same run in PyTorch and in JAX, both with a fresh optimizer."""
+        run = self.grown(replace(self.winner, state="reset"), self.recipe)
+        yield from self.compare("frameworks", {"PyTorch": run, "JAX": replace(run, framework="jax")})
+
+
+def reached(outcome: Outcome, loss: float) -> float | None:
+    """The step at which a curve first comes to a loss, between two points of it on a straight line."""
+    before = None
+    for point in outcome.curve:
+        if point.loss <= loss:
+            if before is None:
+                return float(point.step)
+            part = (before.loss - loss) / (before.loss - point.loss)
+            return before.step + (point.step - before.step) * part
+        before = point
+    return None
+
+
+ALL = (
+    "strategy", "recipe", "small", "unannealed", "source", "state", "snr", "schedule", "strategy_whole", "factor",
+    "sharing", "what", "dropout", "framework",
+)  # fmt: skip

@@ -1,0 +1,54 @@
+"""The same run in JAX and Optax. It is short: what was interrupted begins anew."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from growing.corpus import corpus
+from growing.training import Point, Task, Tell, finish
+from hyperclone_onnx.frameworks.jax import load
+
+jax.config.update("jax_platforms", "cpu")
+
+
+def train_jax(task: Task, folder: Path, tell: Tell) -> None:
+    """See `training.train`; neither dropout nor rates by fan-in."""
+    recipe, data = task.recipe, corpus()
+    params, apply = load(task.model)
+    decayed = jax.tree.map(lambda each: each.ndim > 1, params)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            lambda step: recipe.rate * recipe.share((step + 1) / task.steps),
+            *recipe.betas,
+            weight_decay=recipe.weight_decay,
+            mask=decayed,
+        ),
+    )
+    state = optimizer.init(params)
+
+    def loss_of(params: Any, window: Any) -> Any:
+        logits = apply(params, window[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:]).mean()
+
+    @jax.jit
+    def advance(params: Any, state: Any, window: Any) -> Any:
+        updates, state = optimizer.update(jax.grad(loss_of)(params, window), state, params)
+        return optax.apply_updates(params, updates), state
+
+    examined = jax.jit(loss_of)
+    windows = np.split(corpus().examination(task.examined, task.length), task.examined // 16)
+    started, curve = time.monotonic(), []
+    for step in range(task.steps + 1):
+        if step in task.times():
+            curve.append(Point(step, float(np.mean([examined(params, each) for each in windows]))))
+        if step < task.steps:
+            params, state = advance(params, state, data.batch(task.seed, step, task.batch, task.length))
+            tell(1)
+    finish(task, folder, curve, params, time.monotonic() - started)

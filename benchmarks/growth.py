@@ -1,0 +1,135 @@
+"""Does a grown model learn sooner than one from random weights? Measured through the product itself.
+
+    python benchmarks/growth.py --quick | --full | --gpu  [--output DIR] [--workers N] [--steps N] [--write]
+
+A small model is trained, grown with `expand`, loaded with `frameworks.torch.load` and trained on, beside the same large
+model from random weights; all read the same bytes in the same order. Prints a table for each question; writes into DIR
+report.md, results.json, curves.csv and pictures. What was interrupted goes on where it was. --quick takes about ten
+minutes on two cores, --full a few hours, --gpu a GPU. Needs torch, jax, optax and matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from growing.checks import checks  # noqa: E402
+from growing.figures import draw  # noqa: E402
+from growing.findings import TITLES, report, write_curves, write_json  # noqa: E402
+from growing.runs import Lab, Settings  # noqa: E402
+from growing.study import ALL, Findings, Size, Study  # noqa: E402
+from pages import put  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
+
+PICTURES = ("strategy", "strategy_whole", "unannealed")
+SIZES = {
+    "quick": Size("quick", 32, 1000, questions=("strategy", "small")),
+    "full": Size("full", 32, 1500, rates=(4e-3, 8e-3, 1.1e-2, 1.6e-2), questions=ALL),
+    "gpu": Size(
+        "gpu",
+        512,
+        10_000,
+        layers=8,
+        length=512,
+        batch=32,
+        rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3),
+        source_rates=(1.2e-3, 2.4e-3),
+        grown_rates=(1e-4, 2e-4, 4e-4),
+        questions=tuple(each for each in ALL if each != "framework"),
+        device="cuda",
+    ),
+}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    for name in SIZES:
+        which.add_argument(f"--{name}", dest="size", action="store_const", const=name)
+    parser.set_defaults(size="quick")
+    parser.add_argument("--output", type=Path, help="default: out/growth-SIZE")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one thread")
+    parser.add_argument("--write", action="store_true", help="put tables and pictures into docs/growth.md")
+    parser.add_argument("--steps", type=int, help="of the model from random weights; all else follows")
+    given = parser.parse_args()
+    size = SIZES[given.size]
+    if given.steps is not None:
+        if given.steps < size.evaluations:
+            parser.error(f"--steps: at least {size.evaluations}")
+        size = replace(size, steps=given.steps)
+    if size.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--{size.name} needs an NVIDIA GPU, and PyTorch sees none: see --full")
+    folder: Path = given.output or Path("out") / f"growth-{size.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    workers = 1 if size.device == "cuda" else given.workers
+    try:
+        with _progress() as tell:
+            lab = Lab(folder, Settings(size.batch, size.evaluations, size.examined, size.device), workers, tell)
+            for findings in Study(lab, size).found():
+                write(findings, lab, folder)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one was", file=sys.stderr)
+        return 130
+    print(report(findings, lab))
+    if given.write:
+        put("growth.md", f"growth {size.name}", _with_pictures(report(findings, lab), folder, size.name))
+    every = list(checks(findings, lab))
+    for check in every:
+        print(f"{'ok' if check.holds else 'FAILED'}: {check.what} ({check.found})")
+    print(f"tables, curves and pictures are in {folder}")
+    return 0 if all(check.holds for check in every) else 1
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar for each stage; without a terminal, a line when it begins."""
+    console = Console(stderr=True)
+    counted = TextColumn("{task.completed:.0f} of {task.total:.0f} steps")
+    columns = (TextColumn("{task.description:32}"), BarColumn(), counted, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+                if not console.is_terminal:
+                    console.print(f"{what}: {total - done} of {total} steps to do")
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+def _with_pictures(text: str, folder: Path, size: str) -> str:
+    """The report with those pictures that tell most, which are copied into docs/."""
+    for name in PICTURES:
+        if (folder / f"{name}.png").exists():
+            picture = f"growth-{size}-{name}.png"
+            shutil.copyfile(folder / f"{name}.png", ROOT / "docs" / picture)
+            heading = f"### {TITLES[name]}\n"
+            text = text.replace(heading, f"{heading}\n![{TITLES[name]}]({picture})\n")
+    return text
+
+
+def write(findings: Findings, lab: Lab, folder: Path) -> None:
+    """All that is known so far."""
+    (folder / "report.md").write_text(report(findings, lab), encoding="utf-8")
+    write_json(findings, folder / "results.json")
+    write_curves(lab.outcomes.values(), lab, folder / "curves.csv")
+    name, rows = list(findings.tables.items())[-1]
+    curves = {row.variant: row.runs[0] for row in rows}
+    draw(curves, findings.baseline, findings.target, lab, folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The trials of benchmarks/growth.py in miniature: they count right and go on; their checks can fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.frameworks
+torch = pytest.importorskip("torch")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from growing import checks, training  # noqa: E402
+from growing.findings import report  # noqa: E402
+from growing.network import Network, export, shape  # noqa: E402
+from growing.runs import Grown, Lab, Outcome, Random, Run, Settings  # noqa: E402
+from growing.study import Findings, Size, Study, reached  # noqa: E402
+from growing.training import Point, Recipe, Task  # noqa: E402
+
+SHAPE = shape(32, layers=2, length=16)
+
+
+@pytest.mark.parametrize(
+    ("losses", "loss", "step"),
+    [((3.0, 2.0, 1.0), 2.0, 10), ((3.0, 2.0, 1.0), 1.5, 15), ((3.0, 2.0), 1.0, None), ((1.0, 2.0, 1.5), 1.2, 0)],
+)
+def test_when_a_curve_comes_to_a_loss(losses: tuple[float, ...], loss: float, step: float | None) -> None:
+    curve = tuple(Point(10 * number, each) for number, each in enumerate(losses))
+    run = Run(Random(SHAPE, 0), Recipe(1e-3), 20)
+    assert reached(Outcome(run, curve, Path(), 0.0, 0.0), loss) == step
+
+
+def test_flops_count_the_weights_that_are_multiplied_with() -> None:
+    network = Network(SHAPE, 0)
+    matrices = sum(each.numel() for each in network.parameters() if each.ndim == 2)
+    assert SHAPE.multiplied() == matrices - network.embedding.weight.numel()
+    assert SHAPE.flops() == 6 * SHAPE.multiplied() + 12 * 2 * 32 * 16
+
+
+@pytest.mark.parametrize("only", ["", "heads", "ffn"])
+def test_a_grown_shape_is_that_of_the_grown_file(only: Any, tmp_path: Path) -> None:
+    from hyperclone_onnx import expand
+    from hyperclone_onnx.frameworks.torch import load
+
+    export(SHAPE, 0, tmp_path / "small.onnx")
+    start = Grown(Run(Random(SHAPE, 0), Recipe(1e-3), 2), only=only)
+    growth: dict[str, Any] = {"requests": {only: 2}} if only else {"factor": 2}
+    expand(tmp_path / "small.onnx", tmp_path / "big.onnx", **growth, check=False)
+    matrices = sum(each.numel() for each in load(tmp_path / "big.onnx").parameters() if each.ndim == 2)
+    assert start.shape.multiplied() == matrices - 256 * start.shape.width
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shares"),
+    [
+        (Recipe(1.0, warm_up=0.5), (0.5, 1.0, 0.5, 0.0)),
+        (Recipe(1.0, warm_up=0.0), (0.75, 0.5, 0.25, 0.0)),
+        (Recipe(1.0, warm_up=0.0, decay="late"), (1.0, 1.0, 1.0, 0.0)),
+        (Recipe(1.0, warm_up=0.0, decay="none"), (1.0, 1.0, 1.0, 1.0)),
+    ],
+)
+def test_rates(recipe: Recipe, shares: tuple[float, ...]) -> None:
+    assert [recipe.share(done) for done in (0.25, 0.5, 0.75, 1.0)] == pytest.approx(shares)
+
+
+class Struck(Exception):
+    pass
+
+
+def test_what_was_interrupted_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(SHAPE, 0, tmp_path / "start.onnx")
+    recipe = Recipe(1e-2, dropout=0.1)
+    task = Task(tmp_path / "start.onnx", recipe, 12, 0, batch=2, length=16, evaluations=3, examined=16)
+    training.train(task, tmp_path / "whole", lambda steps: None)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    told: list[int] = []
+
+    def strike(steps: int) -> None:
+        told.append(steps)
+        if len(told) == 8:
+            raise Struck
+
+    with pytest.raises(Struck):
+        training.train(task, tmp_path / "struck", strike)
+    assert not (tmp_path / "struck" / "result.json").exists()
+    told.clear()
+    training.train(task, tmp_path / "struck", told.append)
+    assert told[0] > 0
+    assert sum(told) == 12
+    assert training.read_curve(tmp_path / "struck") == training.read_curve(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Findings, Lab]]:
+    size = Size(
+        "tiny", 32, 20, layers=2, length=16, batch=2, evaluations=4, examined=16,
+        rates=(1e-2,), source_rates=(1e-2,), grown_rates=(1e-2,), seeds=1, questions=("strategy", "state", "sharing"),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("lab")
+    lab = Lab(folder, Settings(size.batch, size.evaluations, size.examined), 1, lambda *told: None)
+    *_, findings = Study(lab, size).found()
+    yield findings, lab
+
+
+def test_a_study_in_miniature(studied: tuple[Findings, Lab]) -> None:
+    findings, lab = studied
+    assert list(findings.tables) == ["baseline", "sources", "rates", "strategy", "state", "sharing"]
+    text = report(findings, lab)
+    assert "noisy-diagonal" in text
+    found = {check.what: check for check in checks.checks(findings, lab)}
+    assert all(check.holds for what, check in found.items() if "logits equal" in what)
+    assert found["symmetric: stuck"].holds
+    kept = {row.variant: row.runs[0] for row in findings.tables["sharing"]}
+    assert checks.start_error(kept["uneven"], lab) < checks.LARGEST_ERROR
+
+
+def test_checks_can_fail(studied: tuple[Findings, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    findings, lab = studied
+    rows = {row.variant: row for row in findings.tables["strategy"]}
+    swapped = [
+        replace(rows["noisy-symmetric"], variant="symmetric", gain_tokens=1.1),
+        replace(rows["symmetric"], variant="noisy-diagonal", gain_tokens=None),
+    ]
+    trained = rows["symmetric"].runs[0].model
+    monkeypatch.setattr(lab, "model", lambda run: trained)
+    broken = replace(findings, tables={"strategy": swapped})
+    assert not any(check.holds for check in checks.checks(broken, lab))
