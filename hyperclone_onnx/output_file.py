@@ -66,7 +66,7 @@ class OutputFile:
     def __init__(self, path: Path, size: int, *, direct: bool = False, writers: int = 1) -> None:
         self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
         self._direct: int | None = None
-        self._use_direct = True
+        self._keeps_up = True
         self._writers = writers
         self._edges: list[tuple[int, bytes]] = []
         self._collected = 0
@@ -80,6 +80,11 @@ class OutputFile:
             self.close()
             raise
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether what is written from now on goes past the page cache."""
+        return self._direct is not None and self._keeps_up
+
     def write(self, data: Bytes, offset: int, scratch: Scratch) -> None:
         """Write bytes at an offset; no two writes overlap.
 
@@ -87,7 +92,7 @@ class OutputFile:
             OSError: they cannot be written.
         """
         direct = self._direct
-        if direct is None or not self._use_direct:
+        if direct is None or not self._keeps_up:
             write_at(self._cached, data.data, offset)
             return
         head = min(-offset % PAGE, data.size)
@@ -129,7 +134,7 @@ class OutputFile:
         except OSError as problem:
             if problem.errno not in _UNSUPPORTED:
                 raise
-            self._through_the_cache()
+            self._keeps_up = False
             write_at(self._cached, pages.data, offset)
             return
         seconds = time.perf_counter() - begin
@@ -138,11 +143,7 @@ class OutputFile:
             self._seconds += seconds / self._writers
             slow = TRIAL < self._written < SLOW * self._seconds
         if slow:
-            self._through_the_cache()
-
-    def _through_the_cache(self) -> None:
-        """Write all else through the cache; the direct descriptor stays open for writes that are under way."""
-        self._use_direct = False
+            self._keeps_up = False
 
     def _write_later(self, edges: list[tuple[int, Bytes]]) -> None:
         with self._lock:
