@@ -17,7 +17,7 @@ from hyperclone_onnx.dims import Dim
 from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
 from hyperclone_onnx.finite import not_finite
 from hyperclone_onnx.maps import SourceMap
-from hyperclone_onnx.plan import METADATA_KEY, Plan
+from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.planning import make_plan
 from hyperclone_onnx.provenance import provenance
 from hyperclone_onnx.rewrite import rewrite
@@ -95,29 +95,72 @@ def plan_expansion(
         BadRequest: the request does not fit the model.
         Refused: the request cannot be fulfilled.
     """
-    growth = size(analysis.dimensions, factor, requests, maps)
-    return _plan(analysis, growth, (factor, requests, maps), strategy, untie, keep_interface)
+    return _plan(analysis, _Request(factor, requests, maps, strategy, untie, keep_interface))[1]
 
 
-def _plan(
-    analysis: Analysis,
-    growth: Growth,
-    asked: tuple[int, Mapping[str, int] | None, Mapping[str, SourceMap] | None],
-    strategy: Strategy | None,
-    untie: bool,
-    keep_interface: bool,
-) -> Plan:
-    plan = make_plan(growth, strategy, untie=untie, keep_interface=keep_interface)
-    factor, requests, maps = asked
-    options = {
-        "factor": factor,
-        "requests": dict(requests or {}),
-        "maps": {name: {"size": each.size, **each.to_json()} for name, each in (maps or {}).items()},
-        "strategy": plan.strategy.to_json(),
-        "untie": untie,
-        "keep_interface": keep_interface,
-    }
-    return replace(plan, source=provenance(analysis.model, options))
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of a growth; see `expand`."""
+
+    factor: int
+    requests: Mapping[str, int] | None
+    maps: Mapping[str, SourceMap] | None
+    strategy: Strategy | None
+    untie: bool
+    keep_interface: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The request as plain data, but for the strategy: that is the plan's."""
+        return {
+            "factor": self.factor,
+            "requests": dict(self.requests or {}),
+            "maps": {name: {"size": each.size, **each.to_json()} for name, each in (self.maps or {}).items()},
+            "untie": self.untie,
+            "keep_interface": self.keep_interface,
+        }
+
+
+def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
+    growth = size(analysis.dimensions, request.factor, request.requests, request.maps)
+    plan = make_plan(growth, request.strategy, untie=request.untie, keep_interface=request.keep_interface)
+    options = {**request.to_json(), "strategy": plan.strategy.to_json()}
+    return growth, replace(plan, source=provenance(analysis.model, options))
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A model that was read, and what is to become of it."""
+
+    analysis: Analysis
+    plan: Plan
+    big: ir.Model
+    """The grown model; its tensors are computed when they are written."""
+    result: Expansion
+
+
+def _planned(
+    model: str | os.PathLike[str],
+    out: Path | None,
+    request: _Request,
+    plan_out: str | os.PathLike[str] | None,
+    say: Notify,
+    clock: _Clock,
+) -> _Planned:
+    """Read a model, check where the result and the plan are to go, and plan."""
+    say("reading")
+    analysis = analyse(model)
+    taken = set(analysis.files)
+    if out is not None:
+        storage.check_output(out, taken)
+        taken |= {out.resolve(), out.with_name(storage.data_name(out)).resolve()}
+    if plan_out is not None:
+        storage.check_output(Path(plan_out), taken)
+    say("planning")
+    growth, plan = _plan(analysis, request)
+    big = rewrite(analysis.model, plan)
+    result = _report(analysis, out, growth, plan, big)
+    clock.lap(result, "plan")
+    return _Planned(analysis, plan, big, result)
 
 
 def expand(
@@ -163,23 +206,11 @@ def expand(
         BadModel, BadRequest, Refused, CannotWrite: see `errors`.
         ModelsDiffer: the grown model is not equal; nothing is published.
     """
-    say = notify or (lambda _: None)
-    out = Path(output)
-    clock = _Clock()
-    say("reading")
-    analysis = analyse(model)
-    mode = _mode(check, precision)
-    storage.check_output(out, set(analysis.files))
-    if plan_out is not None:
-        storage.check_output(
-            Path(plan_out), {*analysis.files, out.resolve(), out.with_name(storage.data_name(out)).resolve()}
-        )
-    say("planning")
-    growth = size(analysis.dimensions, factor, requests, maps)
-    plan = _plan(analysis, growth, (factor, requests, maps), strategy, untie, keep_interface)
-    big = rewrite(analysis.model, plan)
-    result = _report(analysis, out, growth, plan, big)
-    clock.lap(result, "plan")
+    say = notify or _nobody
+    out, mode, clock = Path(output), _mode(check, precision), _Clock()
+    request = _Request(factor, requests, maps, strategy, untie, keep_interface)
+    planned = _planned(model, out, request, plan_out, say, clock)
+    analysis, plan, big, result = planned.analysis, planned.plan, planned.big, planned.result
     external = storage.needs_data_file(big) or len(analysis.files) > 1 or max_shard_size is not None
     with storage.publication(out) as written:
         say("writing")
@@ -200,8 +231,7 @@ def expand(
                 raise ModelsDiffer(_differs(out, result.validation))
         storage.check_unchanged(analysis.stamps)
         say("publishing")
-        if plan_out is not None:
-            storage.write_text(Path(plan_out), plan.dumps(indent=1) + "\n")
+        _write_plan(plan, plan_out)
     return result
 
 
@@ -221,20 +251,19 @@ def plan_file(
 
     Arguments and errors are those of `expand`.
     """
-    say = notify or (lambda _: None)
-    clock = _Clock()
-    say("reading")
-    analysis = analyse(model)
-    if plan_out is not None:
-        storage.check_output(Path(plan_out), analysis.files)
-    say("planning")
-    growth = size(analysis.dimensions, factor, requests, maps)
-    plan = _plan(analysis, growth, (factor, requests, maps), strategy, untie, keep_interface)
-    result = _report(analysis, None, growth, plan, rewrite(analysis.model, plan))
-    clock.lap(result, "plan")
+    request = _Request(factor, requests, maps, strategy, untie, keep_interface)
+    planned = _planned(model, None, request, plan_out, notify or _nobody, _Clock())
+    _write_plan(planned.plan, plan_out)
+    return planned.result
+
+
+def _write_plan(plan: Plan, plan_out: str | os.PathLike[str] | None) -> None:
     if plan_out is not None:
         storage.write_text(Path(plan_out), plan.dumps(indent=1) + "\n")
-    return result
+
+
+def _nobody(_: str) -> None:
+    """Tell nobody."""
 
 
 def _mode(check: bool | Mode, precision: Precision) -> Mode | None:
@@ -333,8 +362,7 @@ def validate_files(
     """
     analysis = analyse(small)
     grown = storage.load(big)
-    text = grown.metadata_props.get(METADATA_KEY)
-    plan = Plan.loads(text) if text else None
+    plan = Plan.carried_by(grown.metadata_props)
     result = validate(analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed, mode=mode)
     if plan is None:
         result.notes.append("the grown model carries no plan: its tensors were not compared, only its outputs")

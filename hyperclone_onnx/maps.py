@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -51,30 +51,20 @@ class SourceMap:
             return len(self.index)
         return self.size * (self.tile or self.repeat or 1)
 
-    @cached_property
+    @property
     def indices(self) -> Indices:
         """The source index of each grown index, shape (grown,)."""
-        source = np.arange(self.size, dtype=np.int64)
-        if self.tile is not None:
-            return np.tile(source, self.tile)
-        if self.repeat is not None:
-            return np.repeat(source, self.repeat)
-        return np.asarray(self.index, dtype=np.int64)
+        return _vectors(self)[0]
 
-    @cached_property
-    def counts(self) -> Indices:
-        """How often the source index of each grown index is repeated, shape (grown,)."""
-        return np.bincount(self.indices, minlength=self.size)[self.indices]
-
-    @cached_property
+    @property
     def numbers(self) -> Indices:
         """Which of its source index's repeats each grown index is, from 0, shape (grown,)."""
-        order = np.argsort(self.indices, kind="stable")
-        ordered = self.indices[order]
-        first = np.searchsorted(ordered, ordered, side="left")
-        numbers = np.empty(self.grown, dtype=np.int64)
-        numbers[order] = np.arange(self.grown, dtype=np.int64) - first
-        return numbers
+        return _vectors(self)[1]
+
+    @property
+    def counts(self) -> Indices:
+        """How often the source index of each grown index is repeated, shape (grown,)."""
+        return _vectors(self)[2]
 
     def to_json(self) -> dict[str, Any]:
         """The map as plain data: ``{"tile": 2}``, ``{"repeat": 2}`` or ``{"index": [...]}``."""
@@ -87,6 +77,29 @@ class SourceMap:
         """The inverse of `to_json`."""
         index = data.get("index")
         return SourceMap(size, data.get("tile"), data.get("repeat"), None if index is None else tuple(index))
+
+
+@lru_cache(maxsize=16)
+def _vectors(source_map: SourceMap) -> tuple[Indices, Indices, Indices]:
+    """The indices, numbers and counts of a map; every layer of a model has maps that are equal."""
+    size, times = source_map.size, source_map.tile or source_map.repeat
+    if times is not None:
+        source, repeats = np.arange(size, dtype=np.int64), np.arange(times, dtype=np.int64)
+        tiled = source_map.tile is not None
+        indices = np.tile(source, times) if tiled else np.repeat(source, times)
+        numbers = np.repeat(repeats, size) if tiled else np.tile(repeats, size)
+        return indices, numbers, _constant(times, len(indices))
+    indices = np.asarray(source_map.index, dtype=np.int64)
+    order = np.argsort(indices, kind="stable")
+    ordered = indices[order]
+    numbers = np.empty(len(indices), dtype=np.int64)
+    numbers[order] = np.arange(len(indices), dtype=np.int64) - np.searchsorted(ordered, ordered, side="left")
+    return indices, numbers, np.bincount(indices, minlength=size)[indices]
+
+
+def _constant(number: int, length: int) -> Indices:
+    """A vector of equal numbers that takes no memory."""
+    return np.broadcast_to(np.int64(number), (length,))
 
 
 @dataclass(frozen=True)
@@ -222,20 +235,12 @@ class AxisIndex:
 
 def index_axis(factors: Sequence[tuple[Axis, bool]], maps: Maps) -> AxisIndex:
     """Index an axis given as (factor, whether it is shared), outermost first."""
-    total = index_kept(1)
-    for factor, shared in factors:
-        total = _times(total, _index(factor, shared, maps))
-    return total
+    return join_axes([_index(factor, shared, maps) for factor, shared in factors])
 
 
 def join_axes(axes: Sequence[AxisIndex]) -> AxisIndex:
     """Several axes as one, outermost first."""
-    if len(axes) == 1:
-        return axes[0]
-    total = index_kept(1)
-    for axis in axes:
-        total = _times(total, axis)
-    return total
+    return reduce(_times, axes) if axes else index_kept(1)
 
 
 def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
@@ -260,7 +265,7 @@ def index_kept(size: int) -> AxisIndex:
     if size > LONGEST:
         raise Refused(f"an axis of {size} elements is longer than those of any tensor that could be stored")
     source = np.arange(size, dtype=np.int64)
-    zero, one = np.zeros(size, dtype=np.int64), np.ones(size, dtype=np.int64)
+    zero, one = _constant(0, size), _constant(1, size)
     return AxisIndex(size, size, source, source, zero, one, zero, one)
 
 
@@ -270,7 +275,7 @@ def _index(axis: Axis, shared: bool, maps: Maps) -> AxisIndex:
             return index_kept(size)
         case Named(name):
             m = maps[name]
-            zero, one = np.zeros(m.grown, dtype=np.int64), np.ones(m.grown, dtype=np.int64)
+            zero, one = _constant(0, m.grown), _constant(1, m.grown)
             if shared:
                 return AxisIndex(m.size, m.size, m.indices, m.indices, m.numbers, m.counts, zero, one)
             every = np.arange(m.grown, dtype=np.int64)

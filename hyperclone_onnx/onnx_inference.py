@@ -6,7 +6,7 @@ import os
 import select
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import onnx
@@ -64,15 +64,25 @@ def _infer(text: bytes) -> bytes:
 
 
 def _merge(model: ir.Model, inferred: onnx.ModelProto) -> None:
-    other = ir.from_proto(inferred)
-    for own, learnt in zip(model.graphs(), other.graphs(), strict=False):
-        values = {value.name or "": value for node in learnt for value in node.outputs}
+    """Take over what was learnt; only that is made of the message, not a second model."""
+    for own, learnt in zip(model.graphs(), _graphs(inferred.graph), strict=False):
+        infos = {info.name: info for info in (*learnt.value_info, *learnt.output)}
         for value in (value for node in own for value in node.outputs):
-            found = values.get(value.name or "")
-            if found is not None:
+            info = infos.get(value.name or "")
+            if info is not None:
+                found = ir.serde.deserialize_value_info_proto(info, None)
                 value.shape = value.shape if found.shape is None else found.shape
                 if found.dtype is not None and value.dtype != found.dtype:
                     value.dtype = found.dtype
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the bodies within it, in the order of `ir.Model.graphs`."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _graphs(body)
 
 
 def _isolated(function: Callable[[], bytes]) -> bytes:

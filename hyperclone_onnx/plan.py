@@ -294,6 +294,16 @@ class Plan:
             raise BadModel(f"a plan that is not JSON: {problem}") from problem
         return Plan.from_json(data if isinstance(data, dict) else {})
 
+    @staticmethod
+    def carried_by(metadata: Mapping[str, str]) -> Plan | None:
+        """The plan that a grown model carries in its `metadata_props`; None where it has none.
+
+        Raises:
+            BadModel: what it carries is not a plan.
+        """
+        text = metadata.get(METADATA_KEY)
+        return Plan.loads(text) if text else None
+
 
 def _edit_to_json(edit: Edit) -> dict[str, Any]:
     data: dict[str, Any] = {"edit": type(edit).__name__}

@@ -12,6 +12,10 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
+PAGE = 4096
+"""Arrays begin at a multiple of this: the disk can take them as they are."""
+
+
 class Scratch:
     """Named working arrays of one thread. An array is valid until its name is asked for again."""
 
@@ -24,6 +28,8 @@ class Scratch:
         size = math.prod(shape) * kind.itemsize
         held = self._held.get(name)
         if held is None or held.size < size:
-            held = self._held[name] = np.empty(size, dtype=np.uint8)
+            room = np.empty(size + PAGE, dtype=np.uint8)
+            begin = -room.ctypes.data % PAGE
+            held = self._held[name] = room[begin : begin + size]
         array: Array = held[:size].view(kind).reshape(shape)
         return array

@@ -31,7 +31,7 @@ class Columns:
     """The columns of a window of the grown tensor, and those of the collapsed tensor that they come from."""
 
     def __init__(self, axis: AxisIndex, whole: AxisIndex | None = None) -> None:
-        collapsed, first, place = np.unique(axis.collapsed, return_index=True, return_inverse=True)
+        collapsed, first, place = _unique(axis.collapsed)
         self.width = axis.collapsed_size if whole is None else whole.collapsed_size
         """The columns of the whole collapsed tensor."""
         self.grown = axis.grown
@@ -47,7 +47,6 @@ class Columns:
         self.count = one_if_constant(axis.count[first])
         self.other_number = one_if_constant(axis.other_number[first])
         self.other_count = one_if_constant(axis.other_count[first])
-        place = place.reshape(-1)
         self.parts = list(_parts(axis, place))
         """(number, count, the columns that this repeat fills, the collapsed columns that fill them)"""
         self.direct = len(self.parts) == 1 and len(collapsed) == axis.grown and bool((np.diff(place) == 1).all())
@@ -57,6 +56,14 @@ class Columns:
     def size(self) -> int:
         """How many collapsed columns there are."""
         return len(self.collapsed)
+
+
+def _unique(index: Indices) -> tuple[Indices, slice | Indices, Indices]:
+    """The different indices in order, where each stands first, and which of them each index is."""
+    if len(index) and bool((np.diff(index) == 1).all()):  # none is repeated: nothing is to be sorted
+        return index, slice(None), index - index[0]
+    collapsed, first, place = np.unique(index, return_index=True, return_inverse=True)
+    return collapsed, first, place.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,9 @@ class Part:
 def _parts(axis: AxisIndex, place: Indices) -> list[Part]:
     if axis.grown == 0:
         return []
+    number, count = one_if_constant(axis.number), one_if_constant(axis.count)
+    if isinstance(number, int) and isinstance(count, int):
+        return [Part(number, count, slice(0, axis.grown), Pick(place))]
     kinds = axis.count * (int(axis.number.max()) + 1) + axis.number
     parts: list[Part] = []
     for kind in np.unique(kinds):

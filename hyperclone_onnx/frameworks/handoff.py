@@ -20,7 +20,7 @@ from hyperclone_onnx.frameworks.compiling.preparation import prepare, prepare_mo
 from hyperclone_onnx.frameworks.compiling.program import Program, Weight
 from hyperclone_onnx.frameworks.compiling.trainable import Reasons, overridden, structural_roles
 from hyperclone_onnx.normalise import normalise
-from hyperclone_onnx.plan import METADATA_KEY, Plan, ScaleInput
+from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.rewrite import check_fits, rewrite
 
 PathLike = str | os.PathLike[str]
@@ -33,12 +33,8 @@ class Handoff:
     program: Program
     tensors: dict[str, ir.TensorProtocol]
     """By initializer."""
-    plan_text: str | None = None
-
-    @property
-    def plan(self) -> Plan | None:
-        """How the model was grown, where it says so."""
-        return Plan.loads(self.plan_text) if self.plan_text else None
+    plan: Plan | None = None
+    """How the model was grown, where it says so."""
 
 
 def read(
@@ -71,9 +67,9 @@ def _read(
             raise BadRequest("a plan grows a model file, not a model in memory: rewrite it first")
         model = _grown(model, plan)
     prepared = prepare_model(model) if isinstance(model, ir.Model) else prepare(model)
-    text = prepared.metadata_props.get(METADATA_KEY)
+    carried = Plan.carried_by(prepared.metadata_props)
     structural = structural_roles(prepared, train)
-    structural |= _divisors(structural, text)
+    structural |= _divisors(structural, carried)
     program = with_blocks(compile_program(prepared, structural, paths(prepared.graph.initializers)))
     # What is asked for changes no name: a checkpoint fits however its tensors were trained.
     asked = overridden(structural, freeze, train)
@@ -81,14 +77,13 @@ def _read(
     tensors = {
         name: value.const_value for name, value in prepared.graph.initializers.items() if value.const_value is not None
     }
-    return Handoff(program, tensors, text)
+    return Handoff(program, tensors, carried)
 
 
-def _divisors(tensors: Iterable[str], plan_text: str | None) -> Reasons:
+def _divisors(tensors: Iterable[str], plan: Plan | None) -> Reasons:
     """What growth itself put in to divide by is no weight."""
-    if not plan_text or ScaleInput.__name__ not in plan_text:
+    if plan is None:
         return {}
-    plan = Plan.loads(plan_text)
     return {name: ("constant", "a divisor that growth put in") for name in tensors if plan.brings_in(name)}
 
 

@@ -16,7 +16,7 @@ from hyperclone_onnx.analysis import analyse
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.grown_tensor import GrownTensor
 from hyperclone_onnx.maps import AxisIndex, Indices, index_kept
-from hyperclone_onnx.plan import METADATA_KEY, Plan, Recipe
+from hyperclone_onnx.plan import Plan, Recipe
 
 Array = npt.NDArray[Any]
 
@@ -77,10 +77,9 @@ def read_grown(path: Path) -> Grown:
         BadRequest: it carries no plan.
     """
     model = storage.load(path)
-    text = model.metadata_props.get(METADATA_KEY)
-    if not text:
+    plan = Plan.carried_by(model.metadata_props)
+    if plan is None:
         raise BadRequest(f"{path}: it carries no plan: only a file that hyperclone-onnx grew can be handed to hf")
-    plan = Plan.loads(text)
     stored = {
         name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
     }
