@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 from pathlib import Path
@@ -24,7 +25,7 @@ def cut(size: int, rng: random.Random) -> list[tuple[int, int]]:
     while bounds[-1] < size:
         step = rng.choice([1, 7, 511, 512, PAGE - 1, PAGE, 3 * PAGE, 65_000, 100_000, 1 << 17, 300_001])
         bounds.append(min(size, bounds[-1] + step))
-    stretches = list(zip(bounds[:-1], bounds[1:], strict=True))
+    stretches = list(itertools.pairwise(bounds))
     rng.shuffle(stretches)
     return stretches
 

@@ -20,7 +20,6 @@ from growing.network import Shape, export
 from growing.training import Point, Recipe, Task, read_curve, train
 from hyperclone_onnx import Plan, Strategy, expand, validate_files
 from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer
-from hyperclone_onnx.plan import METADATA_KEY
 from hyperclone_onnx.strategies import StrategyName
 
 
@@ -282,7 +281,8 @@ def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> 
 def _share_unevenly(model: Path, seed: int) -> None:
     """Move a random part of each share of two from one to the other, by each weight alone: the sum stays."""
     stored = onnx.load(model)
-    plan = next(Plan.loads(each.value) for each in stored.metadata_props if each.key == METADATA_KEY)
+    plan = Plan.carried_by({each.key: each.value for each in stored.metadata_props})
+    assert plan is not None
     rng = np.random.default_rng(seed)
     for tensor in stored.graph.initializer:
         recipe = plan.tensors.get(tensor.name)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from hyperclone_onnx import storage
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
 from hyperclone_onnx.frameworks.handoff import PathLike, read
@@ -163,7 +164,9 @@ def _to_hugging_face(
     report = grow_checkpoint(model, like, folder, source=None if source is None else Path(source), notify=say)
     written = read_weights(folder)
     size = sum(math.prod(each.shape) for each in written.values())
-    return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json())
+    plan = Plan.carried_by(storage.load(model).metadata_props)
+    training = None if plan is None else training_recipe(plan)
+    return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json(), training=training)
 
 
 def _write(target: Kind, tensors: Tensors, folder: Path, largest_file: int) -> str:
