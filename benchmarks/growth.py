@@ -33,7 +33,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 PICTURES = ("strategy", "strategy_whole", "unannealed")
 SIZES = {
-    "quick": Size("quick", 32, 1000, grown_rates=(1.5e-3, 3e-3), questions=("strategy", "small")),
+    "quick": Size("quick", 32, 1000, grown_rates=(3e-3, 6e-3), source_part=1.5, questions=("strategy", "small")),
     "full": Size("full", 32, 1500, rates=(4e-3, 8e-3, 1.1e-2, 1.6e-2), questions=ALL),
     "gpu": Size(
         "gpu",

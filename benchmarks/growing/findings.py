@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable
@@ -57,7 +58,13 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _gain(value: float | None) -> str:
-    return "not reached" if value is None else f"{value:.2f}x"
+    if value is None:
+        return "not reached"
+    return "began there" if math.isinf(value) else f"{value:.2f}x"
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or math.isinf(value) else value
 
 
 def report(findings: Findings, lab: Lab) -> str:
@@ -105,7 +112,11 @@ def write_json(findings: Findings, path: Path) -> None:
                 "steps": row.steps,
                 "start": row.start,
                 "loss": row.loss,
-                "gain": {"bytes": row.gain_tokens, "flops": row.gain_flops, "with_source": row.gain_total},
+                "gain": {
+                    "bytes": _finite(row.gain_tokens),
+                    "flops": _finite(row.gain_flops),
+                    "with_source": _finite(row.gain_total),
+                },
                 "runs": [each.run.key for each in row.runs],
             }
             for row in rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -136,11 +137,8 @@ class Study:
             reference = self.baseline[0].run
             tokens, flops = self.lab.tokens(reference, self.steps), self.lab.flops(reference, self.steps)
             own = self.lab.flops(run, took)
-            gains = [
-                tokens / max(1.0, self.lab.tokens(run, took)),
-                flops / max(1.0, own),
-                flops / (own + best.flops_before),
-            ]
+            gains = [tokens / self.lab.tokens(run, took), flops / own] if took else [math.inf, math.inf]
+            gains.append(flops / (own + best.flops_before) if own + best.flops_before else math.inf)
         return Row(variant, run.recipe, run.steps, best.curve[0].loss, best.loss, *gains, tuple(outcomes))
 
     def compare(self, what: str, variants: Mapping[str, Run]) -> Iterator[Row]:
@@ -214,13 +212,18 @@ class Study:
 
     def ask_small(self) -> Iterator[Row]:
         """The source trained on instead of grown: for the same bytes, and for the same FLOPs."""
-        source = self.source()
-        ratio = self.size.shape(2 * self.size.width).flops() / source.shape.flops()
+        own = self.size.source_part
+        ratio = self.size.shape(2 * self.size.width).flops() / self.size.shape(self.size.width).flops()
+        asked = [(own, "bytes", 1.0), (own, "FLOPs", ratio)]
+        if "source" in self.size.questions:
+            asked.append((2 * own, "FLOPs", ratio))
         yield from self.compare(
             "the source trained on",
             {
-                f"{text}, rate {rate:g}": Run(Continued(source), Recipe(rate, 0.0), round(0.5 * self.steps * times), 7)
-                for text, times in (("for the same bytes", 1.0), ("for the same FLOPs", ratio))
+                f"trained for {part:g}, then for the same {text}, rate {rate:g}": Run(
+                    Continued(self.source(part)), Recipe(rate, 0.0), round(0.5 * self.steps * times), 7
+                )
+                for part, text, times in asked
                 for rate in self.size.grown_rates
             },
         )
