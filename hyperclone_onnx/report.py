@@ -17,7 +17,7 @@ from hyperclone_onnx.expansion import Expansion
 from hyperclone_onnx.folders import FolderExpansion
 from hyperclone_onnx.inference import Dimensions
 from hyperclone_onnx.sizing import NamedDim, explain
-from hyperclone_onnx.training_recipe import training_recipe
+from hyperclone_onnx.training_recipe import RECIPE
 from hyperclone_onnx.validation import DOUBLE_TOLERANCE, OutputReport, Validation
 
 
@@ -177,7 +177,7 @@ def print_expansion(console: Console, result: Expansion) -> None:
         print_validation(console, result.validation)
     took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     console.print(f"wrote {result.output} ({took})", markup=False, soft_wrap=True)
-    for line in training_recipe(result.plan).lines():
+    for line in RECIPE.lines():
         console.print(line, markup=False, soft_wrap=True)
 
 

@@ -1,7 +1,7 @@
 """How to train a grown model on: what was found to work, in two lines, and as data for a manifest.
 
-The figures are those of docs/growth.md. Rates are told relative to the source's own peak, because that is what a user
-knows; by muP (Yang et al., arXiv 2203.03466) Adam's rate for a matrix falls as its fan-in grows.
+The evidence is in docs/growth.md, measured at factor 2. Rates are told relative to the source's own, because those a
+user knows.
 """
 
 from __future__ import annotations
@@ -12,26 +12,29 @@ from typing import Any
 
 from hyperclone_onnx.plan import Plan
 
-GUIDE = "docs/growth.md"
-
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """What to begin with."""
+    """What to begin with, for AdamW."""
 
     peak_rate: float
-    """In parts of the peak rate that the source was trained with."""
+    """In parts of the source's peak rate, if that was let down to about 0 in the end."""
+    peak_rate_unannealed: float
+    """In parts of the source's last rate, if it never was let down."""
     warm_up: float
     """The share of all steps in which the rate rises."""
     decay: str
-    guide: str = GUIDE
+    """How it falls, down to 0 at the end."""
+    evidence: str = "docs/growth.md"
 
     def lines(self) -> tuple[str, str]:
         """The same in words."""
+        warm_up = f"{self.warm_up:.0%} warm-up" if self.warm_up else "no warm-up"
         return (
-            f"train on: AdamW from {self.peak_rate:.2g} of the source's peak rate, {self.warm_up:.0%} warm-up, "
-            f"{self.decay}",
-            f"carry the optimizer's state over (handoff --optimizer); sweep the rate; {self.guide} has the evidence",
+            f"train on: AdamW from {self.peak_rate:g} of the source's peak rate ({self.peak_rate_unannealed:g} of its "
+            f"last rate if that was never let down), {warm_up}, {self.decay} decay to 0",
+            "sweep the rate by 2 both ways; the optimizer's state may start anew or come along; evidence: "
+            f"{self.evidence}",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -39,15 +42,15 @@ class TrainingRecipe:
         return asdict(self)
 
 
-def training_recipe(plan: Plan) -> TrainingRecipe:
-    """For a model grown by a plan: the peak falls with the growth of the fan-in of most weights."""
-    growths = sorted(fan_in_growth(plan, name) for name, recipe in plan.tensors.items() if recipe.shared)
-    middle = growths[len(growths) // 2] if growths else 1.0
-    return TrainingRecipe(1.0 / middle, 0.02, "then a linear decay to 0")
+RECIPE = TrainingRecipe(peak_rate=0.2, peak_rate_unannealed=0.5, warm_up=0.0, decay="linear")
+"""The best of docs/growth.md."""
 
 
 def fan_in_growth(plan: Plan, name: str) -> float:
-    """By how much the sums grew that a tensor of the grown model takes part in; 1 for all that is no factor of one."""
+    """By how much the sums grew that a tensor of the grown model is a factor in; 1 for one that is in none.
+
+    By muP, Adam's rate for a matrix falls as that grows (Yang et al., arXiv 2203.03466, table 3).
+    """
     recipe = plan.tensors.get(name)
     if recipe is None:
         return 1.0

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import hyperclone_onnx
 from hyperclone_onnx import Plan
 from hyperclone_onnx.cli import main
+from hyperclone_onnx.training_recipe import RECIPE
 
 COMMANDS = main.commands if isinstance(main, click.Group) else {}
 STAGES = ["reading ...", "planning ...", "writing ...", "validating ...", "publishing ..."]
@@ -130,6 +131,7 @@ def test_expand_ends_with_0(cli: Command, place: Path) -> None:
     assert outcome.stderr.splitlines() == STAGES
     assert "equal" in outcome.stdout.splitlines()
     assert "parameters: 1,756 -> 5,432 (x3.09)" in outcome.stdout
+    assert outcome.stdout.splitlines()[-2:] == list(RECIPE.lines())
     assert cli("validate", "small.onnx", "big.onnx").code == 0
 
 

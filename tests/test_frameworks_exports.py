@@ -14,6 +14,7 @@ from conftest import Command, names_in
 
 from hyperclone_onnx import BadModel, expand
 from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest
+from hyperclone_onnx.training_recipe import RECIPE
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -89,6 +90,10 @@ def test_the_trainers_own_loader_reads_it(target: str, big: Path, tmp_path: Path
     for each in manifest.tensors:
         assert np.array_equal(found[each.path], stored[each.initializer]), each.path
     assert manifest.growth is not None and manifest.growth["dims"]["hidden"]["to"] == 96
+    assert manifest.training == RECIPE.to_json()
+    assert all(line in done.stdout for line in RECIPE.lines())
+    growths = {each.fan_in_growth for each in manifest.tensors if len(each.shape) == 2}
+    assert growths == {1.0, 2.0}
     assert names_in(tmp_path) == {"big.onnx", "out"}
 
 

@@ -340,6 +340,6 @@ def reached(outcome: Outcome, loss: float) -> float | None:
 
 
 ALL = (
-    "strategy", "recipe", "small", "unannealed", "source", "state", "snr", "schedule", "strategy_whole", "factor",
-    "sharing", "what", "dropout", "framework",
+    "strategy", "recipe", "small", "unannealed", "source", "state", "snr", "schedule", "factor", "sharing", "what",
+    "dropout", "framework", "strategy_whole",
 )  # fmt: skip

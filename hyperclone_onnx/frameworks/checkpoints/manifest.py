@@ -44,7 +44,7 @@ class Manifest:
     """The growing dimensions and the strategy, where the model says how it was grown."""
     tensors: tuple[Entry, ...]
     training: dict[str, Any] | None = None
-    """How to train a grown model on; see `training_recipe`."""
+    """How to train a grown model on; see `training_recipe.TrainingRecipe`."""
 
     def write(self, folder: Path) -> None:
         """Write it into the folder."""

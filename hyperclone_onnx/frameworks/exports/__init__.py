@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
 from hyperclone_onnx.frameworks.handoff import PathLike, read
@@ -20,7 +19,7 @@ from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.publication import publication_folder
 from hyperclone_onnx.safetensors_files import write_safetensors
-from hyperclone_onnx.training_recipe import TrainingRecipe, training_recipe
+from hyperclone_onnx.training_recipe import RECIPE, TrainingRecipe
 
 Target = Literal["pytorch", "jax", "safetensors", "hf"]
 TARGETS: tuple[Target, ...] = ("pytorch", "jax", "safetensors", "hf")
@@ -117,12 +116,12 @@ def hand_over(
         weights = _write(target, tensors, folder, largest_file)
         growth = None if handoff.plan is None else _growth(handoff.plan)
         state_file = None if state is None else str(state["file"])
-        advice = None if handoff.plan is None else training_recipe(handoff.plan)
-        training = None if advice is None else advice.to_json()
-        Manifest(Path(model).name, target, weights, state_file, growth, parameters, training).write(folder)
+        training = None if handoff.plan is None else RECIPE
+        advice = None if training is None else training.to_json()
+        Manifest(Path(model).name, target, weights, state_file, growth, parameters, advice).write(folder)
         by = _checked(model, folder, say) if check else None
     size = sum(math.prod(each.shape) for each in parameters)
-    return HandedOver(target, os.fspath(output), len(parameters), size, state, by, training=advice)
+    return HandedOver(target, os.fspath(output), len(parameters), size, state, by, training=training)
 
 
 def _given(**options: Any) -> str:
@@ -164,9 +163,7 @@ def _to_hugging_face(
     report = grow_checkpoint(model, like, folder, source=None if source is None else Path(source), notify=say)
     written = read_weights(folder)
     size = sum(math.prod(each.shape) for each in written.values())
-    plan = Plan.carried_by(storage.load(model).metadata_props)
-    training = None if plan is None else training_recipe(plan)
-    return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json(), training=training)
+    return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json(), training=RECIPE)
 
 
 def _write(target: Kind, tensors: Tensors, folder: Path, largest_file: int) -> str:
