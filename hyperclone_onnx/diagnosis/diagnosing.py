@@ -81,16 +81,23 @@ def diagnose(
     tied = lasting(tensors)
     by_layer = _by_layer(layers.names, tensors, measured, tied)
     by_role = _by_role({name: dim.role for name, dim in how.dims.items()}, tensors, measured, tied)
-    stuck, conclusion = conclude(by_layer, by_role, how.strategy.to_json(), any(each.quantised for each in tensors))
-    apart = over_values(measured.values)
+    forward, backward = (over_elements(tensors, which) or 0.0 for which in ("forward", "backward"))
+    activated = over_values(measured.values)
+    stuck, conclusion = conclude(
+        by_layer,
+        by_role,
+        how.strategy.to_json(),
+        max(forward, backward, activated or 0.0),
+        any(each.quantised for each in tensors),
+    )
     return Diagnosis(
         model=str(path),
         source=None if source is None else str(source),
         strategy=how.strategy.to_json(),
         weights=over_elements(tensors, "matched") or 0.0,
-        forward=over_elements(tensors, "forward") or 0.0,
-        backward=over_elements(tensors, "backward") or 0.0,
-        activations=math.nan if apart is None else apart,
+        forward=forward,
+        backward=backward,
+        activations=math.nan if activated is None else activated,
         stuck=stuck,
         tied=tuple(name for name in how.dims if name in tied),
         conclusion=conclusion,
