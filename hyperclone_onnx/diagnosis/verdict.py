@@ -164,8 +164,8 @@ def conclude(
         )
     if apart < NEARLY:
         return False, (
-            f"nearly stuck: the clones in {where} differ by {apart:.1e} at most in what they compute and what they get "
-            f"back, which is what rounding leaves; the model can do little more than its source. {advice}"
+            f"nearly stuck: the clones in {where} differ by {apart:.1e} in what they compute and what they get back, "
+            f"which is what rounding leaves; the model can do little more than its source. {advice}"
         )
     still = [each.name for each in roles if each.verdict == "tied"]
     but = f"; those of {' and '.join(still)} stay tied, computing the same for ever" if still else ""
