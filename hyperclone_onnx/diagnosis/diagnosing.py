@@ -18,7 +18,7 @@ from hyperclone_onnx.diagnosis.tensors import compare_tensors, load_source, with
 from hyperclone_onnx.diagnosis.values import Measured, Sampling, compare_values
 from hyperclone_onnx.diagnosis.verdict import conclude, lasting, over_elements, over_values, part
 from hyperclone_onnx.errors import BadModel, BadRequest
-from hyperclone_onnx.plan import METADATA_KEY, Plan
+from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.provenance import provenance
 from hyperclone_onnx.sessions import Device
 
@@ -120,16 +120,16 @@ def _plan_of(path: Path, grown: ir.Model, given: PathLike | Plan | None) -> Plan
         except (OSError, UnicodeDecodeError) as problem:
             raise BadRequest(f"--plan {given}: it cannot be read ({problem})") from problem
         return Plan.loads(text)
-    stored = grown.metadata_props.get(METADATA_KEY)
-    if not stored:
+    try:
+        carried = Plan.carried_by(grown.metadata_props)
+    except BadModel as problem:
+        raise BadModel(f"{path}: its metadata holds {problem}") from problem
+    if carried is None:
         raise BadRequest(
             f"{path}: it carries no plan, so that nobody can say which of its units are clones: it was not grown by "
             "hyperclone-onnx, or a tool dropped its metadata; give the plan that expand --plan-out wrote with --plan"
         )
-    try:
-        return Plan.loads(stored)
-    except BadModel as problem:
-        raise BadModel(f"{path}: its metadata holds {problem}") from problem
+    return carried
 
 
 def _by_layer(
