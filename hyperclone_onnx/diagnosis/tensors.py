@@ -37,8 +37,11 @@ def compare_tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> 
         tensor = value.const_value
         if tensor.dtype == ir.DataType.STRING:
             continue
-        axes = tuple(math.prod(grown_size(factor, plan.maps) for factor in axis) for axis in recipe.axes)
+        sizes = [[grown_size(factor, plan.maps) for factor in axis] for axis in recipe.axes]
+        axes = tuple(map(math.prod, sizes))
         shape = tuple(int(size) for size in tensor.shape.numpy())
+        if any(size < 0 for factors in sizes for size in factors):
+            raise BadModel(f"{path}: a malformed plan: {name!r} has factors of a negative size")
         if recipe.bits is None and shape != axes:
             raise BadModel(f"{path}: {name!r} has the shape {shape}, and {axes} in the plan")
         if recipe.bits is not None and tensor.nbytes != _packed_bytes(axes, recipe.bits):
