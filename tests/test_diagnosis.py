@@ -394,7 +394,7 @@ def test_one_clone_that_parts_is_found(
     assert any(each.verdict != "tied" for each in found.layers)
 
 
-@pytest.mark.parametrize(("size", "verdict"), [(0.003, "parting"), (3.0, "parted")])
+@pytest.mark.parametrize(("size", "verdict"), [(0.03, "parting"), (3.0, "parted")])
 def test_how_far_decides_the_verdict(wide: Path, tmp_path: Path, size: float, verdict: str) -> None:
     big = grown(wide, tmp_path / "big.onnx")
 
@@ -408,6 +408,12 @@ def test_how_far_decides_the_verdict(wide: Path, tmp_path: Path, size: float, ve
     layers = {each.name: each.verdict for each in found.layers}
     assert layers["layer 0"] == layers["layer 1"] == verdict
     assert f"2 {verdict}" in found.conclusion
+
+
+def test_what_only_rounding_parted_is_nearly_stuck(wide: Path, tmp_path: Path) -> None:
+    big = grown(wide, tmp_path / "big.onnx", "diagonal")
+    found = diagnose(change(big, shifted("up.0", (slice(None), 3), 1e-3)), ranks=False)
+    assert not found.stuck and found.conclusion.startswith("nearly stuck: the clones in 2 of 2 layers differ by")
 
 
 def test_a_dimension_that_stays_tied_beside_one_that_parts(wide: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from hyperclone_onnx.diagnosis.value_axes import Factor, ValueAxes
 from hyperclone_onnx.double import save_wide
 from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.inference import infer, pin_interface
-from hyperclone_onnx.maps import presented
+from hyperclone_onnx.maps import grown_size, presented
 from hyperclone_onnx.plan import Plan, TakeBranch
 from hyperclone_onnx.rewrite import rewrite
 from hyperclone_onnx.sessions import Device, Runner
@@ -110,11 +110,12 @@ def alike(feeds: Mapping[str, Array], plan: Plan) -> dict[str, Array]:
     for interface in () if plan.keep_interface else plan.inputs:
         for axis, factors in enumerate(interface.axes):
             array = result.get(interface.name)
-            if array is not None and factors is not None and axis < array.ndim:
+            if array is None or factors is None or axis >= array.ndim:
+                continue
+            if array.shape[axis] == math.prod(grown_size(factor, plan.maps) for factor in factors):
                 source = presented(factors, plan.maps)
                 _, first = np.unique(source, return_index=True)
-                if array.shape[axis] == len(source):
-                    result[interface.name] = np.take(array, first[source], axis=axis)
+                result[interface.name] = np.take(array, first[source], axis=axis)
     return result
 
 

@@ -18,7 +18,7 @@ from hyperclone_onnx.diagnosis.tensors import compare_tensors, load_source, with
 from hyperclone_onnx.diagnosis.values import Measured, Sampling, compare_values
 from hyperclone_onnx.diagnosis.verdict import conclude, lasting, over_elements, over_values, part
 from hyperclone_onnx.errors import BadModel, BadRequest
-from hyperclone_onnx.plan import METADATA_KEY, Plan
+from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.provenance import provenance
 from hyperclone_onnx.sessions import Device
 
@@ -81,16 +81,23 @@ def diagnose(
     tied = lasting(tensors)
     by_layer = _by_layer(layers.names, tensors, measured, tied)
     by_role = _by_role({name: dim.role for name, dim in how.dims.items()}, tensors, measured, tied)
-    stuck, conclusion = conclude(by_layer, by_role, how.strategy.to_json(), any(each.quantised for each in tensors))
-    apart = over_values(measured.values)
+    forward, backward = (over_elements(tensors, which) or 0.0 for which in ("forward", "backward"))
+    activated = over_values(measured.values)
+    stuck, conclusion = conclude(
+        by_layer,
+        by_role,
+        how.strategy.to_json(),
+        max(forward, backward, activated or 0.0),
+        any(each.quantised for each in tensors),
+    )
     return Diagnosis(
         model=str(path),
         source=None if source is None else str(source),
         strategy=how.strategy.to_json(),
         weights=over_elements(tensors, "matched") or 0.0,
-        forward=over_elements(tensors, "forward") or 0.0,
-        backward=over_elements(tensors, "backward") or 0.0,
-        activations=math.nan if apart is None else apart,
+        forward=forward,
+        backward=backward,
+        activations=math.nan if activated is None else activated,
         stuck=stuck,
         tied=tuple(name for name in how.dims if name in tied),
         conclusion=conclusion,
@@ -113,16 +120,16 @@ def _plan_of(path: Path, grown: ir.Model, given: PathLike | Plan | None) -> Plan
         except (OSError, UnicodeDecodeError) as problem:
             raise BadRequest(f"--plan {given}: it cannot be read ({problem})") from problem
         return Plan.loads(text)
-    stored = grown.metadata_props.get(METADATA_KEY)
-    if not stored:
+    try:
+        carried = Plan.carried_by(grown.metadata_props)
+    except BadModel as problem:
+        raise BadModel(f"{path}: its metadata holds {problem}") from problem
+    if carried is None:
         raise BadRequest(
             f"{path}: it carries no plan, so that nobody can say which of its units are clones: it was not grown by "
             "hyperclone-onnx, or a tool dropped its metadata; give the plan that expand --plan-out wrote with --plan"
         )
-    try:
-        return Plan.loads(stored)
-    except BadModel as problem:
-        raise BadModel(f"{path}: its metadata holds {problem}") from problem
+    return carried
 
 
 def _by_layer(

@@ -15,6 +15,7 @@ from hyperclone_onnx.diagnosis.rank import as_matrix, spectrum
 from hyperclone_onnx.diagnosis.verdict import weight_tolerance
 from hyperclone_onnx.diagnosis.weights import compare, layout, read, source_layout
 from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.maps import grown_size
 from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.packing import packed_width
 from hyperclone_onnx.plan import Plan
@@ -36,15 +37,21 @@ def compare_tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> 
         tensor = value.const_value
         if tensor.dtype == ir.DataType.STRING:
             continue
+        sizes = [[grown_size(factor, plan.maps) for factor in axis] for axis in recipe.axes]
+        axes = tuple(map(math.prod, sizes))
+        shape = tuple(int(size) for size in tensor.shape.numpy())
+        if any(size < 0 for factors in sizes for size in factors):
+            raise BadModel(f"{path}: a malformed plan: {name!r} has factors of a negative size")
+        if recipe.bits is None and shape != axes:
+            raise BadModel(f"{path}: {name!r} has the shape {shape}, and {axes} in the plan")
+        if recipe.bits is not None and tensor.nbytes != _packed_bytes(axes, recipe.bits):
+            raise BadModel(f"{path}: {name!r} has {tensor.nbytes} bytes, and {axes} numbers in the plan")
+        if 0 in axes:
+            continue
         table = layout(recipe, plan.maps)
         clones = max(table.clones(shared=True), table.clones(shared=False))
-        if clones == 1 or 0 in table.axes:
+        if clones == 1:
             continue
-        shape = tuple(int(size) for size in tensor.shape.numpy())
-        if recipe.bits is None and shape != table.axes:
-            raise BadModel(f"{path}: {name!r} has the shape {shape}, and {table.axes} in the plan")
-        if recipe.bits is not None and tensor.nbytes != _packed_bytes(table.axes, recipe.bits):
-            raise BadModel(f"{path}: {name!r} has {tensor.nbytes} bytes, and {table.axes} numbers in the plan")
         spreads = compare(read(tensor, recipe, table), table)
         found.append(
             TensorDiagnosis(

@@ -23,17 +23,25 @@ from hyperclone_onnx.diagnosis.model import PartDiagnosis, TensorDiagnosis, Valu
 PARTED = 0.1
 """From this distance on clones have parted; those with nothing in common are 0.71 apart, if there are two."""
 
+NEARLY = 0.01
+"""Below this distance, in all that they compute and get back, nothing but rounding can have parted clones."""
+
+ROUNDINGS = 16.0
+"""How many roundings training may leave in a weight, in units of its precision."""
+
 
 def weight_tolerance(dtype: ir.DataType, clones: int) -> float:
-    """How far apart rounding may leave clones that are stored in a type: eps * n * sqrt(n) / 2, of n clones.
+    """How far apart rounding may leave clones that are stored in a type: eps * n * sqrt(n) / 2, of n clones, and more.
 
     In half precision shares are whole units in the last place of the weight, n times as coarse as the share's own, and
-    the last of them takes what rounding leaves of the others.
+    the last of them takes what rounding leaves of the others. Training in float32 (or float64, for such weights) adds
+    roundings of its own: `ROUNDINGS` of them.
     """
     if not dtype.is_floating_point():
         return 0.0
     eps = 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
-    return eps * clones * math.sqrt(clones) / 2.0
+    trained = float(np.finfo(np.float64 if dtype == ir.DataType.DOUBLE else np.float32).eps)
+    return eps * clones * math.sqrt(clones) / 2.0 + ROUNDINGS * trained
 
 
 def lasting(tensors: Sequence[TensorDiagnosis]) -> frozenset[str]:
@@ -122,27 +130,42 @@ def _verdict(
 
 
 def conclude(
-    layers: Sequence[PartDiagnosis], roles: Sequence[PartDiagnosis], strategy: Mapping[str, Any], quantised: bool
+    layers: Sequence[PartDiagnosis],
+    roles: Sequence[PartDiagnosis],
+    strategy: Mapping[str, Any],
+    apart: float,
+    quantised: bool,
 ) -> tuple[bool, str]:
-    """Whether the model is stuck, and one line for the reader; weights that are `quantised` take no noise."""
+    """Whether the model is stuck, and one line for the reader.
+
+    Args:
+        layers: all parts of the model.
+        roles: the same by role.
+        strategy: of the plan.
+        apart: the largest of the model's distances.
+        quantised: whether weights are codes, which take no noise.
+    """
     found = Counter(each.verdict for each in layers if each.verdict != "unknown")
     total = sum(found.values())
     if not total:
         return False, "nothing was compared: no tensor and no activation has clones"
     inner = [each for each in layers if each.name not in (BEFORE, AFTER, WHOLE) and each.verdict != "unknown"]
     where = f"{len(inner)} of {len(inner)} layers" if inner else "the model"
+    noisy, diagonal = (text in str(strategy.get("name", "")) for text in ("noisy", "diagonal"))
+    advice = (
+        "Grow it with more noise (a lower --snr-db)" if noisy else "Grow it with noise (--strategy noisy-symmetric)"
+    )
+    advice = "Grow it before it is quantised: codes take no noise" if quantised else f"{advice}, or train with dropout"
     if found["tied"] == total:
-        noisy, diagonal = (text in str(strategy.get("name", "")) for text in ("noisy", "diagonal"))
-        advice = (
-            "Grow it with more noise (a lower --snr-db)" if noisy else "Grow it with noise (--strategy noisy-symmetric)"
-        )
-        advice = (
-            "Grow it before it is quantised: codes take no noise" if quantised else f"{advice}, or train with dropout"
-        )
         rounding = " (only rounding errors part diagonal clones)" if diagonal else ""
         return True, (
             f"stuck: the clones in {where} compute the same and get the same gradients{rounding}; without dropout the "
             f"model can do no more than its source. {advice}"
+        )
+    if apart < NEARLY:
+        return False, (
+            f"nearly stuck: the clones in {where} differ by {apart:.1e} in what they compute and what they get back, "
+            f"which is what rounding leaves; the model can do little more than its source. {advice}"
         )
     still = [each.name for each in roles if each.verdict == "tied"]
     but = f"; those of {' and '.join(still)} stay tied, computing the same for ever" if still else ""
