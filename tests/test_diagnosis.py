@@ -574,7 +574,6 @@ ERRORS = [
     (("lacking.onnx",), 4, "lacking.onnx: it has no tensor 'gain.grown', which the plan names"),
     (("big.onnx", "--json-out", "big.onnx"), 2, "this would overwrite the source"),
     (("big.onnx", "--plot", "nowhere/p.png"), 2, "does not exist"),
-    (("big.onnx", "--device", "cuda"), 2, "--device cuda"),
 ]
 
 

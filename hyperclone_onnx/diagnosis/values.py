@@ -50,12 +50,12 @@ def compare_values(analysis: Analysis, plan: Plan, layers: Layers, sampling: Sam
 
     Raises:
         BadRequest: the inputs do not fit, or the device is not to be had.
-        Refused: the model does not run on the inputs that were asked for.
+        Refused: the model does not run on the inputs, or on the device, that were asked for.
     """
     try:
         return _compare_values(analysis, plan, layers, sampling)
     except Refused as problem:
-        if sampling.inputs is not None or sampling.lengths is not None:
+        if sampling.inputs is not None or sampling.lengths is not None or sampling.device == "cuda":
             raise
         return Measured(notes=(f"no activation was compared, weights alone were judged: {problem}",))
 
