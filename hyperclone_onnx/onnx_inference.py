@@ -72,8 +72,8 @@ def _merge(model: ir.Model, inferred: onnx.ModelProto) -> None:
             if info is not None:
                 found = ir.serde.deserialize_value_info_proto(info, None)
                 value.shape = value.shape if found.shape is None else found.shape
-                if found.dtype is not None and value.dtype != found.dtype:
-                    value.dtype = found.dtype
+                if found.type is not None and value.type != found.type:  # of a sequence it is not the elements'
+                    value.type = found.type
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

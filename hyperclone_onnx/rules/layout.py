@@ -367,6 +367,10 @@ def edit_slice(op: GrownOp) -> None:
                 starts.append(0)
                 ends.append(0)
                 continue
+            if op.static(term) is None:  # the whole of it
+                starts.append(0)
+                ends.append(END)
+                continue
             low = op.offset(term, first.static) if step == 1 else first.static
             high = low + op.grown(out[axis]) if step == 1 else op.grown(term)
         starts.append(low)
