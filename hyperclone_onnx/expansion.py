@@ -20,7 +20,7 @@ from hyperclone_onnx.maps import SourceMap
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.planning import make_plan
 from hyperclone_onnx.provenance import provenance
-from hyperclone_onnx.rewrite import rewrite
+from hyperclone_onnx.rewriting import rewrite
 from hyperclone_onnx.sessions import Device
 from hyperclone_onnx.sizing import Growth, explain, size
 from hyperclone_onnx.strategies import Strategy
