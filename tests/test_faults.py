@@ -183,8 +183,7 @@ def test_what_a_killed_run_left_is_reclaimed(tmp_path: Path) -> None:
     place = take_folder(out)
     (place.folder / "half").write_text("of a model")
     (place.folder / "float64").mkdir()
-    assert place.lock is not None
-    os.close(place.lock)  # as the kernel does for a process that ends
+    place._unlock()  # as the kernel does for a process that ends
     with storage.publication(out) as written:
         assert names_in(written.parent) == {".lock"}
         written.write_text("whole")

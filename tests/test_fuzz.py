@@ -135,3 +135,13 @@ def test_declared_sizes_that_cannot_be(cli: Command, tmp_path: Path, size: int) 
     onnx.save(model, tmp_path / "model.onnx")
     outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--no-validate")
     assert outcome.code in (0, 3, 4) and "defect" not in outcome.error and "memory" not in outcome.error
+
+
+def test_a_split_of_another_number_of_outputs_than_it_says(cli: Command, tmp_path: Path) -> None:
+    """ONNX Runtime ends the process that loads it."""
+    model = onnx.shape_inference.infer_shapes(perceptron())
+    model.graph.node.append(onnx.helper.make_node("Split", ["h2"], ["s0", "s1"], "cut", axis=-1, num_outputs=1))
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(n, 1, ["batch", "sequence", 6]) for n in ("s0", "s1"))
+    onnx.save(model, tmp_path / "model.onnx")
+    outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--no-validate")
+    assert outcome.code == 3 and "Split 'cut' does not fit the specification" in outcome.error

@@ -218,6 +218,8 @@ def split(op: Op) -> None:
     axis = op.axis(op.integer("axis", 0), len(axes))
     total = op.static(axes[axis])
     count = len(op.node.outputs)
+    if op.integer("num_outputs", count) != count:
+        raise ValueError(f"num_outputs is {op.integer('num_outputs')}, and it has {count}")
     computed = op.opset >= 13 and op.has(1) and op.ints(1) is None
     op.parameter(1)
     sizes = None if computed else op.int_list("split", 1)
