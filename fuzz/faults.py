@@ -545,6 +545,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="strike before every n-th call only")
     parser.add_argument("--kills", type=int, default=200, help="kills at random moments")
+    parser.add_argument("--scene", help="one way to publish alone, such as 'a pair'; or 'limits', which are not of one")
     arguments = parser.parse_args()
     import hyperclone_onnx.folders
     import hyperclone_onnx.report  # noqa: F401  before the copies are made
@@ -567,19 +568,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hyperclone-faults.") as name:
         folder = Path(name)
         every = scenes(folder)
-        for scene in every:
+        share = -(-arguments.kills // len(every))
+        chosen = [scene for scene in every if arguments.scene in (None, scene.name)]
+        for scene in chosen:
             part(f"{scene.name}, struck before each call", at_every_call(scene, STRIKES, arguments.every))
-        for scene in every:
-            part(
-                f"{scene.name}, killed at random",
-                at_random_moments(scene, signal.SIGKILL, -(-arguments.kills // len(every))),
-            )
+        for scene in chosen:
+            part(f"{scene.name}, killed at random", at_random_moments(scene, signal.SIGKILL, share))
             part(f"{scene.name}, interrupted at random", at_random_moments(scene, signal.SIGINT, 10))
             part(f"{scene.name}, terminated at random", at_random_moments(scene, signal.SIGTERM, 10))
             part(f"{scene.name}, two at once", two_at_once(scene, 10))
             part(f"{scene.name}, file size limits", file_size_limits(scene))
-        for scene in (every[0], every[4], every[8]):
-            part(f"{scene.name}, source changed", source_changes(scene))
+        for scene in chosen:
+            if scene in (every[0], every[4], every[8]):
+                part(f"{scene.name}, source changed", source_changes(scene))
+        if arguments.scene not in (None, "limits"):
+            return 1 if failed else 0
         for number, split in enumerate((False, True)):
             (folder / f"full{number}").mkdir()
             part(

@@ -55,10 +55,24 @@ def reshape(op: Op) -> None:
             rest = rest if size is None else rest * size
         total = op.size(Product(tuple(axes)))
         sizes = [total.divided_by(rest) if size is None else size for size in sizes]
-    sizes = [guess if size is None else size for size, guess in zip(sizes, declared, strict=True)]
+    sizes = _with_declared(op, axes, sizes, declared)
     out = [axes[i] if i in copies else op.dim(size) for i, size in enumerate(sizes)]
     op.space.match(axes, out)
     _reshaped(op, out)
+
+
+def _with_declared(
+    op: Op, axes: Axes, sizes: Sequence[Size | None], declared: Sequence[Size | None]
+) -> list[Size | None]:
+    """Sizes that are not known, as the file declares them, unless there would be so many times as many elements."""
+    filled = [guess if size is None else size for size, guess in zip(sizes, declared, strict=True)]
+    total, made = op.size(Product(tuple(axes))), Size.of(1)
+    for size in filled:
+        if size is None:
+            return filled
+        made = made * size
+    times = (made.divided_by(total), total.divided_by(made))
+    return list(sizes) if made != total and any(each is not None for each in times) else filled
 
 
 def _shape_elements(op: Op, index: int) -> list[Size | None]:
