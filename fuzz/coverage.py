@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["hyperclone_onnx"]):
     from hyperclone_onnx.analysis import analyse
     from hyperclone_onnx.errors import HypercloneError
     from hyperclone_onnx.expansion import plan_expansion
-    from hyperclone_onnx.rewrite import rewrite
+    from hyperclone_onnx.rewriting import rewrite
 
 import numpy as np
 import onnx

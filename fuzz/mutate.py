@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ WHOLE = 0.1
 CONDITION = 30.0
 """A grown model may differ by so many times what rounding its source's weights does."""
 
+SOURCE, GROWN = "running the source", "running the grown model"
+
 BAD = ("WRONG", "CRASH", "HANG", "KILLED")
 
 
@@ -57,11 +60,14 @@ def options_of(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
+Told = Callable[[str], object]
+"""Is told what a case is about to do."""
+
 Seeds = tuple[list[Path], list[Path]]
 """Beginnings of graphs, and whole graphs."""
 
 
-def run_case(number: int, seeds: Seeds, folder: Path) -> tuple[str, str]:
+def run_case(number: int, seeds: Seeds, folder: Path, tell: Told = lambda _: None) -> tuple[str, str]:
     """One changed graph: what became of it, and why."""
     rng = np.random.default_rng([5, number])
     seed = pick(seeds[rng.random() < WHOLE], rng)
@@ -91,10 +97,12 @@ def run_case(number: int, seeds: Seeds, folder: Path) -> tuple[str, str]:
         return "CRASH", f"{what}: no memory: {traceback.format_exc(limit=-3)}"
     except Exception:
         return "CRASH", f"{what}: {traceback.format_exc(limit=-6)}"
+    tell(SOURCE)
     try:
         ran = run_source(small, number)
     except Unrun as problem:
         return "source does not run", f"{what}: {problem}"
+    tell(GROWN)
     if options["strategy"].name != "symmetric" and not all(
         np.isfinite(each).all() for _, made in ran for each in made if each.dtype.kind == "f"
     ):
@@ -116,7 +124,7 @@ def _serve(pipe: Connection, seeds: Seeds) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     with tempfile.TemporaryDirectory(prefix="hyperclone-fuzz.") as folder:
         while (number := pipe.recv()) is not None:
-            pipe.send(run_case(number, seeds, Path(folder)))
+            pipe.send(run_case(number, seeds, Path(folder), pipe.send))
 
 
 class Worker:
@@ -138,18 +146,24 @@ class Worker:
     def give(self, number: int) -> None:
         """Begin a case."""
         self.number, self.since, self.used = number, time.monotonic(), self._processor_seconds()
+        self.stage = "growing"
         self.pipe.send(number)
 
     def take(self) -> tuple[str, str] | None:
         """How the case ended; None while it runs."""
         try:
-            if self.pipe.poll(0.01):
-                return self.pipe.recv()  # type: ignore[no-any-return]
+            while self.pipe.poll(0.01):
+                told = self.pipe.recv()
+                if not isinstance(told, str):
+                    return told  # type: ignore[no-any-return]
+                self.stage = told
         except (EOFError, ConnectionResetError):
             self.process.join()
-            code = self.process.exitcode
+            code, stage = self.process.exitcode, self.stage
             self.start()
-            return "KILLED", f"the process ended with {code}"
+            # ONNX Runtime aborts on some graphs; on a source's it says nothing of how that grows.
+            end = "source ends ONNX Runtime" if stage == SOURCE else "KILLED"
+            return end, f"{stage}: the process ended with {code}"
         if self._processor_seconds() - self.used > LIMIT or time.monotonic() - self.since > 10 * LIMIT:
             self.process.kill()
             self.process.join()

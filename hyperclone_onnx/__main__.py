@@ -1,5 +1,5 @@
 """``python -m hyperclone_onnx`` is the ``hyperclone-onnx`` command."""
 
-from hyperclone_onnx.cli import main
+from hyperclone_onnx.entry import main
 
-main(prog_name="hyperclone-onnx")
+main("hyperclone-onnx")

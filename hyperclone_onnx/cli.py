@@ -6,12 +6,14 @@ stdout (JSON with --json), progress and errors to stderr; no traceback reaches a
 
 from __future__ import annotations
 
+import _thread
 import gc
 import json
 import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -24,6 +26,7 @@ import click
 from click.core import ParameterSource
 
 from hyperclone_onnx import publication
+from hyperclone_onnx.entry import EXIT_CODE, INTERRUPTED
 from hyperclone_onnx.errors import HypercloneError, printable
 from hyperclone_onnx.signals import STOPPING
 from hyperclone_onnx.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRATEGIES, Strategy
@@ -36,14 +39,23 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
+        global _ending, _interrupted
+        _ending = _interrupted = False
+        publication.forget()
+        sys.unraisablehook = _unraisable
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, _stop)
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            _ending = True  # what comes now is too late
+            return result
         except HypercloneError as problem:
             _fail(str(problem), problem.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            _fail("interrupted; nothing was written", 130)
+            _fail(INTERRUPTED, EXIT_CODE)
         except BrokenPipeError:
             raise SystemExit(1) from None
         except OSError as problem:
@@ -66,20 +78,40 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_ending = False
+_ending = _interrupted = False
 
 
 def _fail(message: str, code: int) -> NoReturn:
     global _ending
     _ending = True
+    if _interrupted:  # an import, or a library, may have made another error of it
+        message, code = INTERRUPTED, EXIT_CODE
     click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     raise SystemExit(code)
 
 
+class _Interrupt(KeyboardInterrupt):
+    """What an interrupt raises.
+
+    Not KeyboardInterrupt itself: where that passes through `exec`, as in an import that makes dataclasses, CPython
+    ends by SIGINT, whatever exit code is asked for.
+    """
+
+
 def _stop(_number: int, _frame: FrameType | None) -> None:
     """End the command, unless it ends already, or it is too late: what has been published is there, and is reported."""
+    global _interrupted
     if not _ending and publication.finished() is None:
-        raise KeyboardInterrupt
+        _interrupted = True
+        raise _Interrupt
+
+
+def _unraisable(problem: sys.UnraisableHookArgs) -> None:
+    """Interrupt again what an interrupt did not end, since it fell into a place that lets no exception out."""
+    if issubclass(problem.exc_type, KeyboardInterrupt):
+        threading.Timer(0.001, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(problem)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,15 +122,9 @@ def main() -> None:
     The grown model is wider by whole factors and equal to its source: train on from there (HyperCloning,
     arXiv 2409.12903).
     """
-    global _ending
-    _ending = False
     # A graph of 20,000 nodes is a million objects that all stay: looking through them again and again takes a third
     # of the time.
     gc.set_threshold(100_000, 50, 1000)
-    publication.forget()
-    for number in STOPPING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, _stop)
 
 
 def _console() -> Any:

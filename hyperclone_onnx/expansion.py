@@ -20,7 +20,7 @@ from hyperclone_onnx.maps import SourceMap
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.planning import make_plan
 from hyperclone_onnx.provenance import provenance
-from hyperclone_onnx.rewrite import rewrite
+from hyperclone_onnx.rewriting import rewrite
 from hyperclone_onnx.sessions import Device
 from hyperclone_onnx.sizing import Growth, explain, size
 from hyperclone_onnx.strategies import Strategy
@@ -212,7 +212,8 @@ def expand(
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big, result = planned.analysis, planned.plan, planned.big, planned.result
     external = storage.needs_data_file(big) or len(analysis.files) > 1 or max_shard_size is not None
-    with storage.publication(out) as written:
+    texts = {} if plan_out is None else {Path(plan_out): plan.dumps(indent=1) + "\n"}
+    with storage.publication(out, beside=texts) as written:
         say("writing")
         writer.save(big, written, external=external, max_shard_size=max_shard_size, workers=workers, progress=progress)
         clock.lap(result, "write")
@@ -231,7 +232,6 @@ def expand(
                 raise ModelsDiffer(_differs(out, result.validation))
         storage.check_unchanged(analysis.stamps)
         say("publishing")
-        _write_plan(plan, plan_out)
     return result
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.inference import describe
 from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.rewrite import rewrite
+from hyperclone_onnx.rewriting import rewrite
 
 MOST = 10
 """Differences beyond these are only counted."""

@@ -202,13 +202,15 @@ class GrownOp(Op):
         """Make a shape-like input ask for grown axes; elements in `keep` mean themselves and stay.
 
         `axes` are aligned with the vector at the right. A static axis becomes a literal; a symbolic composite
-        one (batch * heads) is multiplied.
+        one (batch * heads) is multiplied, and where its element is known only when running, it may be one of `keep`
+        then.
         """
         elements = self.known(index)
         length = self.static(self.axes(index)[0]) if elements is None else elements.size
         axes = axes[len(axes) - (length or 0) :]
         literals: list[int | None] = []
         factors: list[Fraction] = []
+        spared: int | None = None
         for position, term in enumerate(axes):
             literal, factor = None, Fraction(1)
             element = None if elements is None else elements.ravel()[position]
@@ -218,21 +220,25 @@ class GrownOp(Op):
                     literal = self.grown(term)
                 else:
                     factor = self.growth(term)
+                    if element is None:
+                        spared = next((each for each in keep if each != 0), None)
             literals.append(literal)
             factors.append(factor)
-        self._resize(index, literals, factors)
+        self._resize(index, literals, factors, spared)
 
     def resize_output(self, index: int, literals: Sequence[int | None], factors: Sequence[Fraction]) -> None:
         """Change elements of an integer vector output."""
         if any(literal is not None for literal in literals) or any(factor != 1 for factor in factors):
             self.edits.append(ResizeVector(self.name, index, True, tuple(literals), _pairs(factors)))
 
-    def _resize(self, index: int, literals: Sequence[int | None], factors: Sequence[Fraction]) -> None:
+    def _resize(
+        self, index: int, literals: Sequence[int | None], factors: Sequence[Fraction], keep: int | None = None
+    ) -> None:
         if all(literal is None for literal in literals) and all(factor == 1 for factor in factors):
             return
         old = self.ints(index)
         if old is None:
-            self.edits.append(ResizeVector(self.name, index, False, tuple(literals), _pairs(factors)))
+            self.edits.append(ResizeVector(self.name, index, False, tuple(literals), _pairs(factors), keep))
             return
         new: list[int] = []
         for literal, value, factor in zip(literals, old, factors, strict=True):
@@ -241,9 +247,18 @@ class GrownOp(Op):
         self.set_input(index, new)
 
     def gather_output(self, index: int, axis: int) -> None:
-        """Repeat an output along an axis, which the node makes in the source's size."""
-        factors = self.terms.factors(self.out_axes(index)[axis])
-        assert factors is not None
+        """Repeat an output along an axis, which the node makes in the source's size.
+
+        Raises:
+            Refused: the length of the axis is known only when running, in part.
+        """
+        term = self.out_axes(index)[axis]
+        factors = self.terms.factors(term)
+        if factors is None:
+            raise self.refuse(
+                f"what it makes would have to be repeated along an axis of {self.size(term)}, of which a part is known "
+                f"only when running ({self.terms.written(term)}); keep that dimension with --set"
+            )
         self.edits.append(GatherOutput(self.name, index, axis, factors))
 
     def shape_of(self, index: int) -> tuple[int, ...]:

@@ -314,10 +314,10 @@ class Op:
         """A possibly negative axis as an index from the front.
 
         Raises:
-            CannotTell: the axis lies outside the rank.
+            ValueError: there is no such axis, which no specification allows.
         """
         if not -rank <= axis < rank:
-            raise CannotTell(f"axis {axis} of a value of rank {rank}")
+            raise ValueError(f"axis {axis} of a value of rank {rank}")
         return axis % rank
 
     def walk(self, *bodies: ir.Graph) -> None:

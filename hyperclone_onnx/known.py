@@ -10,8 +10,9 @@ ways to compute one size are seen to be one.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fractions import Fraction
 from typing import Any
 
@@ -206,6 +207,46 @@ def binary(op_type: str, left: Known, right: Known, integer: bool = True) -> Kno
     """The elements of a broadcasting binary operator's output; division truncates only for integer types."""
     function = BINARY[op_type] if integer or op_type != "Div" else _quotient
     return _mapped(lambda a, b: None if a is None or b is None else function(a, b), left, right)
+
+
+FOLDS: dict[str, tuple[str, int | None]] = {
+    "ReduceSum": ("Add", 0),
+    "ReduceProd": ("Mul", 1),
+    "ReduceMax": ("Max", None),
+    "ReduceMin": ("Min", None),
+}
+"""What takes the elements along axes together: by which operator, and what it makes of none."""
+
+
+def folded(op_type: str, elements: Known, axes: Collection[int]) -> Known | None:
+    """The elements of a reduction, the reduced axes being gone; None where nothing is known."""
+    name, empty = FOLDS[op_type]
+    moved = np.moveaxis(elements, sorted(axes), range(len(axes)))
+    kept = moved.shape[len(axes) :]
+    rows = moved.reshape(math.prod(moved.shape[: len(axes)]), math.prod(kept))
+    if len(rows) == 0:
+        return None if empty is None else known(np.full(kept, empty))
+    total: Known = functools.reduce(functools.partial(_combined, name), rows[1:], rows[0])
+    return total.reshape(kept)
+
+
+def accumulated(elements: Known, axis: int, exclusive: bool, reverse: bool) -> Known:
+    """The elements of a CumSum along an axis."""
+    moved = np.moveaxis(elements, axis, 0)[:: -1 if reverse else 1]
+    rows = moved.reshape(len(moved), math.prod(moved.shape[1:]))
+    sums, total = np.empty_like(rows), known(np.zeros(rows.shape[1:], dtype=int))
+    for number, row in enumerate(rows):
+        before, total = total, _combined("Add", total, row)
+        sums[number] = before if exclusive else total
+    return np.moveaxis(sums.reshape(moved.shape)[:: -1 if reverse else 1], 0, axis)
+
+
+def _combined(name: str, left: Known, right: Known) -> Known:
+    """A binary operator on vectors of one length."""
+    function = BINARY[name]
+    both = _mapped(lambda a, b: None if a is None or b is None else function(a, b), left, right)
+    assert both is not None, "they are no larger than what they are a part of"
+    return both
 
 
 def where(condition: Known, left: Known, right: Known) -> Known | None:

@@ -47,9 +47,23 @@ class LockedFolder:
         self._unlock()
 
     def _unlock(self) -> None:
+        _held[:] = [each for each in _held if each is not self]
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
+
+
+_held: list[LockedFolder] = []
+
+
+def _let_go() -> None:
+    """In a copy of this process: its locks are not the copy's, which may outlive it."""
+    for each in list(_held):
+        each._unlock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def clear(folder: Path) -> None:
@@ -84,7 +98,9 @@ def take_folder(out: Path) -> LockedFolder:
             except FileNotFoundError:  # the run that had it has just removed it
                 continue
             if _locked(out, folder, lock, made):
-                return LockedFolder(folder, lock)
+                place = LockedFolder(folder, lock)
+                _held.append(place)
+                return place
     except OSError as problem:
         if made:
             with suppress(OSError):

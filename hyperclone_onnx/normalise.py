@@ -80,7 +80,7 @@ def _unshare_moved_weights(graph: ir.Graph) -> None:
     The users may contract different axes of it, or none.
     """
     for node in reversed(list(graph)):
-        if node.domain or node.op_type not in _MOVERS or len(node.outputs) != 1:
+        if node.domain or node.op_type not in _MOVERS or not node.inputs or len(node.outputs) != 1:
             continue
         output = node.outputs[0]
         if output.is_graph_output() or not _only_from_storage(node):
@@ -106,7 +106,7 @@ def _only_from_storage(node: ir.Node) -> bool:
     value = node.inputs[0]
     while value is not None and not is_initializer(value):
         producer = value.producer()
-        if producer is None or producer.domain or producer.op_type not in _MOVERS:
+        if producer is None or producer.domain or producer.op_type not in _MOVERS or not producer.inputs:
             return False
         value = producer.inputs[0]
     return value is not None

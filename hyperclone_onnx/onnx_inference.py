@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import select
-import signal
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 
 import onnx
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.isolation import POSSIBLE, BrokenDown, Isolated
 
 BULK = 1024
 """Tensors of more bytes are left out: no shape is computed from them."""
@@ -32,7 +28,7 @@ def infer_types(model: ir.Model) -> None:
         text = graph.SerializeToString()
     except Exception:  # nothing can be told of what cannot be written down
         return
-    made = _isolated(lambda: _infer(text))
+    made = _isolated(text) if POSSIBLE else _infer(text)
     if made:
         _merge(model, onnx.ModelProto.FromString(made))
 
@@ -72,8 +68,8 @@ def _merge(model: ir.Model, inferred: onnx.ModelProto) -> None:
             if info is not None:
                 found = ir.serde.deserialize_value_info_proto(info, None)
                 value.shape = value.shape if found.shape is None else found.shape
-                if found.dtype is not None and value.dtype != found.dtype:
-                    value.dtype = found.dtype
+                if found.type is not None and value.type != found.type:  # of a sequence it is not the elements'
+                    value.type = found.type
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -85,49 +81,8 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(body)
 
 
-def _isolated(function: Callable[[], bytes]) -> bytes:
-    """What a function gives that is run in a copy of this process; here, where a process cannot be copied.
-
-    Raises:
-        BadModel: the copy was ended, or did not end.
-    """
-    if not hasattr(os, "fork"):
-        return function()
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other threads: the copy does not need them
-        child = os.fork()
-    if child == 0:
-        try:
-            os.close(read)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what it would say when it breaks down is for no user
-            with os.fdopen(write, "wb") as pipe:
-                pipe.write(function())
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(write)
+def _isolated(text: bytes) -> bytes:
     try:
-        text = _read_all(read)
-    except BaseException:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        raise
-    finally:
-        os.close(read)
-        _, status = os.waitpid(child, 0)
-    if status:
-        raise BadModel("a malformed graph: ONNX's own type inference breaks down on it")
-    return text
-
-
-def _read_all(read: int) -> bytes:
-    parts: list[bytes] = []
-    while True:
-        ready, _, _ = select.select([read], [], [], PATIENCE)
-        if not ready:
-            raise BadModel("a malformed graph: ONNX's own type inference does not come to an end on it")
-        part = os.read(read, 1 << 20)
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
+        return bytes(Isolated(lambda: _infer, PATIENCE)(text))
+    except BrokenDown as problem:
+        raise BadModel(f"a malformed graph: ONNX's own type inference breaks down on it ({problem})") from problem

@@ -122,7 +122,8 @@ class SetInput:
 class ResizeVector:
     """Change elements of a vector of sizes that the graph computes: an input, or an output, of a node.
 
-    Element i becomes `literals[i]`, or, where that is None, itself times `factors[i]` (numerator, denominator).
+    Element i becomes `literals[i]`, or, where that is None, itself times `factors[i]` (numerator, denominator). An
+    element that is `keep` when the model runs stays so: it is no size (-1 in a Reshape, 1 in an Expand).
     """
 
     node: str
@@ -130,6 +131,7 @@ class ResizeVector:
     output: bool
     literals: tuple[int | None, ...]
     factors: tuple[tuple[int, int], ...]
+    keep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,8 @@ def _edit_to_json(edit: Edit) -> dict[str, Any]:
             value = [[axis, [axis_to_json(f) for f in factors]] for axis, factors in value]
         elif isinstance(edit, GatherOutput) and name == "factors":
             value = [axis_to_json(f) for f in value]
+        elif isinstance(edit, ResizeVector) and name == "keep" and value is None:
+            continue
         data[name] = value
     return data
 

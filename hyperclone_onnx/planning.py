@@ -66,7 +66,12 @@ def _node_edits(growth: Growth, terms: GrownTerms) -> Iterable[Edit]:
         if edit is None or not _touched(dimensions, terms, node):
             continue
         op = GrownOp(growth, terms, node, opsets.get(node.domain, 1))
-        edit(op)
+        try:
+            edit(op)
+        except Refused as problem:
+            if describe(node) in str(problem):
+                raise
+            raise op.refuse(str(problem)) from problem
         yield from op.edits
 
 

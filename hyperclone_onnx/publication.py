@@ -23,8 +23,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import onnx
@@ -127,8 +127,10 @@ def _reclaim(out: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _place_for(out: Path) -> Iterator[LockedFolder]:
+def _place_for(out: Path, *, beside: bool = False) -> Iterator[LockedFolder]:
     """The locked folder for OUT, removed at the end, whatever the end is.
+
+    What goes `beside` a model is no result of its own.
 
     Raises:
         CannotWrite: another run has it, or something in the block could not be written.
@@ -137,7 +139,8 @@ def _place_for(out: Path) -> Iterator[LockedFolder]:
     try:
         with deferred_signals():
             place = take_folder(out)
-            _open.append(out)
+            if not beside:
+                _open.append(out)
             _reclaim(out, place.folder)
         yield place
     except HypercloneError:
@@ -148,12 +151,13 @@ def _place_for(out: Path) -> Iterator[LockedFolder]:
     finally:
         with deferred_signals():
             if place is not None:
-                _open.pop()
+                if not beside:
+                    _open.pop()
                 place.remove()
 
 
 @contextmanager
-def publication(out: Path, *, durable: bool | None = None) -> Iterator[Path]:
+def publication(out: Path, *, durable: bool | None = None, beside: Mapping[Path, str] | None = None) -> Iterator[Path]:
     """A place to write a model so that OUT appears only when all is right.
 
     Yields the path to write, in a temporary folder beside OUT and with OUT's own name; its data file is to be called
@@ -164,16 +168,24 @@ def publication(out: Path, *, durable: bool | None = None) -> Iterator[Path]:
         out: the file to publish.
         durable: whether to wait until the bytes are on the disk (fsync), so that a power cut cannot lose them. By
             default only where a model is replaced: there is something to lose.
+        beside: small files that come with the model, whole texts by path. They are prepared first, and take their
+            places right after the model: without it there are none of them.
 
     Raises:
-        CannotWrite: it cannot be written, or another run is writing it.
+        CannotWrite: it cannot be written, or another run is writing it; or it is written, and a file beside it is not,
+            which the text says.
     """
-    with _place_for(out) as place:
+    with ExitStack() as stack:
+        texts: dict[Path, Path] = {}
+        for path, text in (beside or {}).items():
+            texts[path] = stack.enter_context(_place_for(path, beside=True)).folder / path.name
+            texts[path].write_text(text, encoding="utf-8")
+        place = stack.enter_context(_place_for(out))
         yield place.folder / out.name
-        _publish(out, place, durable)
+        _publish(out, place, durable, texts)
 
 
-def _publish(out: Path, place: LockedFolder, durable: bool | None) -> None:
+def _publish(out: Path, place: LockedFolder, durable: bool | None, texts: Mapping[Path, Path]) -> None:
     folder = place.folder
     model = folder / out.name
     data = [each for each in sorted(folder.iterdir()) if each.is_file() and each != model and each.name[0] != "."]
@@ -198,6 +210,12 @@ def _publish(out: Path, place: LockedFolder, durable: bool | None) -> None:
         if len(_open) == 1:
             _finished.append(out)
         place.keep = not journal.settle(out)
+        for path, written in texts.items():
+            try:
+                os.replace(written, path)
+            except OSError as problem:
+                why = f"cannot be written ({problem.strerror or problem})"
+                raise CannotWrite(f"{out} is written and complete, but {path} {why}") from problem
         if durable or old:
             _sync(out.parent)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from hyperclone_onnx import isolation
 from hyperclone_onnx.errors import BadRequest, Refused, first_line
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 Array = npt.NDArray[Any]
+_Feeds = dict[str, Array]
 
 CUDA_OPTIONS: Mapping[str, str] = {"use_tf32": "0"}
 """TF32 rounds float32 products to 10 bits: equal models would look unequal."""
@@ -46,28 +49,42 @@ class Runner:
         path: the model file.
         device: where to run; "auto" falls back to the CPU when CUDA cannot start.
         graph: the serialised model to run in the place of what stands in the file; its data files are the file's.
+        isolated: run in a copy of this process, where one can be had: ONNX Runtime aborts on some graphs. Not on CUDA
+            where this process has it in use: it does not survive that a process is copied.
 
     Raises:
         BadRequest: CUDA was asked for and could not start.
-        Refused: ONNX Runtime cannot load the model.
+        Refused: ONNX Runtime cannot load the model, or breaks down on it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: Device = "auto", graph: bytes | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: Device = "auto",
+        graph: bytes | None = None,
+        *,
+        isolated: bool = False,
+    ) -> None:
         import onnxruntime as ort
 
         wanted = providers(device, ort.get_available_providers())
+        start = functools.partial(_started, ort, path, wanted, graph)
+        alone = isolated and isolation.POSSIBLE and (wanted == ["CPUExecutionProvider"] or not _has_cuda())
         try:
-            self._session = _session(ort, path, wanted, graph)
+            self._ask: Callable[[_Feeds | None], Any] = isolation.Isolated(start) if alone else start()
+            self.provider, inputs, self.outputs = self._ask(None)
+        except isolation.BrokenDown as problem:
+            raise Refused(
+                f"{path}: ONNX Runtime breaks down on it ({problem}); --no-validate grows a model without running it"
+            ) from problem
         except Exception as problem:  # ONNX Runtime's exceptions share no base class
             raise Refused(f"{path}: ONNX Runtime cannot load it ({first_line(problem, 300)})") from problem
-        self.provider = self._session.get_providers()[0]
+        self.inputs = set(inputs)
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             raise BadRequest(
                 "--device cuda: the CUDA provider did not start (no GPU, or no CUDA 13 and cuDNN 9); "
                 "install hyperclone-onnx[cuda], or use --device cpu"
             )
-        self.inputs = {each.name for each in self._session.get_inputs()}
-        self.outputs = [each.name for each in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model.
@@ -76,10 +93,36 @@ class Runner:
             RuntimeError: it does not run on these inputs.
         """
         try:
-            values = self._session.run(None, {name: a for name, a in feeds.items() if name in self.inputs})
+            values = self._ask({name: a for name, a in feeds.items() if name in self.inputs})
+        except isolation.BrokenDown as problem:
+            raise RuntimeError(f"ONNX Runtime breaks down on it: {problem}") from problem
         except Exception as problem:  # ONNX Runtime's exceptions share no base class
             raise RuntimeError(first_line(problem, 300)) from problem
         return {name: np.asarray(value) for name, value in zip(self.outputs, values, strict=True)}
+
+
+def _has_cuda() -> bool:
+    """Whether CUDA's driver is loaded, or cannot be seen not to be."""
+    try:
+        return "/libcuda.so" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+
+
+def _started(
+    ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None
+) -> Callable[[_Feeds | None], Sequence[Any]]:
+    """A session as a function: of feeds the outputs, of None its provider and the names of its inputs and outputs."""
+    session = _session(ort, path, wanted, graph)
+
+    def ask(feeds: _Feeds | None) -> Sequence[Any]:
+        if feeds is not None:
+            outputs: Sequence[Any] = session.run(None, feeds)
+            return outputs
+        names = ([each.name for each in side] for side in (session.get_inputs(), session.get_outputs()))
+        return session.get_providers()[0], *names
+
+    return ask
 
 
 def _session(

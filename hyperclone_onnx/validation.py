@@ -182,7 +182,7 @@ def validate(
 
     def starter(path: str | os.PathLike[str]) -> Callable[[], Run]:
         def start() -> Run:
-            runner = Runner(path, device)
+            runner = Runner(path, device, isolated=True)
             ran_on.append(runner.provider)
             return runner.run
 
@@ -240,7 +240,7 @@ def _validate_first_layers(
         def starter(model: ir.Model, name: str) -> Callable[[], Run]:
             def start() -> Run:
                 writer.save(cut_off(model, cut.name), Path(scratch) / name, external=True)
-                runner = Runner(Path(scratch) / name, device)
+                runner = Runner(Path(scratch) / name, device, isolated=True)
                 result.provider = runner.provider
                 return runner.run
 
@@ -273,7 +273,7 @@ def _validate_wide(
         def starter(model: ir.Model, name: str) -> Callable[[], Run]:
             def start() -> Run:
                 save_wide(model, Path(folder) / name, ir.DataType.FLOAT)
-                runner = Runner(Path(folder) / name, device)
+                runner = Runner(Path(folder) / name, device, isolated=True)
                 result.provider = result.provider or runner.provider
                 return lambda fed: runner.run({k: _in_float32(array) for k, array in fed.items()})
 

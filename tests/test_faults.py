@@ -12,13 +12,13 @@ import onnx
 import pytest
 from conftest import Command, names_in, perceptron
 
-from hyperclone_onnx import BadRequest, CannotWrite, storage
+from hyperclone_onnx import BadRequest, CannotWrite, Plan, storage
 from hyperclone_onnx.locked_folder import partial_folder, take_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of a process")
 faults = pytest.importorskip("fuzz.faults") if hasattr(os, "fork") else None
 
-SCENES = ["a file", "a pair", "a pair over a pair", "a folder"]
+SCENES = ["a file", "a pair", "a pair over a pair", "a file and its plan", "a folder"]
 
 
 def scene(folder: Path, name: str) -> faults.Scene:  # type: ignore[name-defined]
@@ -101,6 +101,38 @@ def test_what_the_judge_finds(tmp_path: Path) -> None:
 # -- the state machine by itself --------------------------------------------------------------------------
 
 
+def test_a_plan_appears_with_its_model_or_not_at_all(
+    cli: Command, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plan = tmp_path / "big.onnx", tmp_path / "plan.json"
+    plan.write_text("what was there before")
+    arguments = ("expand", small, "--factor", "2", "--no-validate", "-o", out, "--plan-out", plan)
+    replace = os.replace
+
+    def no_rename(victim: Path) -> None:
+        def failing(source: Path, target: Path) -> None:
+            if target == victim:
+                raise OSError(5, "Input/output error")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+
+    no_rename(out)
+    outcome = cli(*arguments)
+    assert outcome.code == 2 and outcome.error.startswith(f"error: {out}: cannot be written")
+    assert names_in(tmp_path) == {"plan.json"} and plan.read_text() == "what was there before"
+    no_rename(plan)
+    outcome = cli(*arguments)
+    assert outcome.code == 2 and f"{out} is written and complete, but {plan} cannot be written" in outcome.error
+    assert names_in(tmp_path) == {"big.onnx", "plan.json"} and plan.read_text() == "what was there before"
+    monkeypatch.undo()
+    place = take_folder(plan)
+    outcome = cli(*arguments)
+    assert outcome.code == 2 and f"{plan}: another run" in outcome.error
+    place.remove()
+    assert cli(*arguments).code == 0 and plan.read_text() == Plan.loads(plan.read_text()).dumps(indent=1) + "\n"
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "made"
     with pytest.raises(ZeroDivisionError), storage.publication_folder(out) as folder:
@@ -151,8 +183,7 @@ def test_what_a_killed_run_left_is_reclaimed(tmp_path: Path) -> None:
     place = take_folder(out)
     (place.folder / "half").write_text("of a model")
     (place.folder / "float64").mkdir()
-    assert place.lock is not None
-    os.close(place.lock)  # as the kernel does for a process that ends
+    place._unlock()  # as the kernel does for a process that ends
     with storage.publication(out) as written:
         assert names_in(written.parent) == {".lock"}
         written.write_text("whole")

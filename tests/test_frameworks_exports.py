@@ -154,6 +154,26 @@ def test_the_optimizers_state_grows_beside_the_weights(target: str, zoo: Zoo, tm
     assert torch.allclose(again.state[grown.model.norm.weight]["exp_avg"], small.repeat(2) / 2)
 
 
+def test_a_file_is_compiled_once(small: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from hyperclone_onnx.frameworks import handoff
+    from hyperclone_onnx.frameworks.torch import load
+
+    big, plain, compiled = tmp_path / "big.onnx", handoff._read, []
+    expand(small, big, 2, check=False)
+    model = load(small)
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    model(torch.arange(6).reshape(2, 3)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    monkeypatch.setattr(handoff, "_read", lambda model, *others: compiled.append(model) or plain(model, *others))
+    arguments = ("handoff", big, "--to", "pytorch", "-o", tmp_path / "out", "--no-validate")
+    done = cli(*arguments, "--optimizer", tmp_path / "state.pt", "--freeze", "gain")
+    assert done.code == 0, done.stderr
+    assert compiled == [big]
+
+
 WRONG: dict[str, tuple[list[str], int, str]] = {
     "nothing to do": ([], 2, "say what to do: --list, or --to TARGET -o FOLDER"),
     "two things to do": (["--list", "--to", "jax", "-o", "OUT"], 2, "say what to do"),

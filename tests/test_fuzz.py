@@ -135,3 +135,54 @@ def test_declared_sizes_that_cannot_be(cli: Command, tmp_path: Path, size: int) 
     onnx.save(model, tmp_path / "model.onnx")
     outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--no-validate")
     assert outcome.code in (0, 3, 4) and "defect" not in outcome.error and "memory" not in outcome.error
+
+
+def test_a_split_of_another_number_of_outputs_than_it_says(cli: Command, tmp_path: Path) -> None:
+    """ONNX Runtime ends the process that loads it."""
+    model = onnx.shape_inference.infer_shapes(perceptron())
+    model.graph.node.append(onnx.helper.make_node("Split", ["h2"], ["s0", "s1"], "cut", axis=-1, num_outputs=1))
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(n, 1, ["batch", "sequence", 6]) for n in ("s0", "s1"))
+    onnx.save(model, tmp_path / "model.onnx")
+    outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--no-validate")
+    assert outcome.code == 3 and "Split 'cut' does not fit the specification" in outcome.error
+
+
+def test_a_declared_shape_of_other_elements(cli: Command, tmp_path: Path) -> None:
+    """The file declares 3 heads where a batch that the shape takes from elsewhere leaves 3 / batch of them."""
+    weights = normal(4, {"e": (31, 12), "p": (9, 12), "gain": (12,), "wq": (12, 12), "wo": (4, 31)})
+    weights |= {"some": np.array([-1, 4]), "three": np.array([3]), "one": np.array([1]), "zero": np.array([0])}
+    graph = (
+        "g (int64[1, sequence] ids, int64[batch, sequence] mask) => (float[batch, sequence, n, 31] logits) "
+        "<float[batch, sequence, 3, 4] heads> { "
+        "h = Gather (e, ids) n = LayerNormalization (h, gain) q = MatMul (n, wq) s = Shape (mask) "
+        "to = Concat <axis = 0> (s, some) heads = Reshape (q, to) sizes = Shape (heads) "
+        "few = Slice (sizes, zero, three) last = Slice (to, three) again = Concat <axis = 0> (few, last) "
+        "same = Reshape (heads, again) "
+        "logits = MatMul (same, wo) }"
+    )
+    onnx.save(build_model(graph, weights), tmp_path / "model.onnx")
+    outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--no-validate")
+    assert outcome.code == 3 and "(at Reshape " in outcome.error, outcome.error
+
+
+@pytest.mark.parametrize("gate", ["decay", "beta"])
+def test_a_gate_of_unknown_width(gate: str, cli: Command, tmp_path: Path) -> None:
+    """One that is sliced backwards has a length that the analysis does not tell: 1, or one for each head."""
+    weights = normal(5, {"e": (31, 12), "gain": (12,), "wq": (12, 12), "wk": (12, 12), "wv": (12, 12), "wa": (12, 3)})
+    weights |= normal(6, {"wb": (12, 3), "wo": (12, 31)})
+    weights |= {"minus": np.array([-1]), "before": np.array([-(2**60)]), "last": np.array([-1])}
+    other = {"decay": "beta", "beta": "decay"}[gate]
+    graph = (
+        "g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) { "
+        "h = Gather (e, ids) n = LayerNormalization (h, gain) q = MatMul (n, wq) k = MatMul (n, wk) v = MatMul (n, wv) "
+        f"a = MatMul (n, wa) b = MatMul (n, wb) {gate}0 = Sigmoid (a) {other} = Sigmoid (b) "
+        f"{gate} = Slice ({gate}0, minus, before, last, minus) y, state = com.microsoft.LinearAttention "
+        "<q_num_heads = 3, kv_num_heads = 3, update_rule = 'gated_delta'> (q, k, v, , decay, beta) "
+        "logits = MatMul (y, wo) }"
+    ).replace("'", '"')
+    model = build_model(graph, weights)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, tmp_path / "model.onnx")
+    run_source(tmp_path / "model.onnx", 0)
+    outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--no-validate")
+    assert outcome.code == 3 and "LinearAttention" in outcome.error and "gated by an axis" in outcome.error

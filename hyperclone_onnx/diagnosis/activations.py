@@ -28,7 +28,7 @@ from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.inference import infer, pin_interface
 from hyperclone_onnx.maps import grown_size, presented
 from hyperclone_onnx.plan import Plan, TakeBranch
-from hyperclone_onnx.rewrite import rewrite
+from hyperclone_onnx.rewriting import rewrite
 from hyperclone_onnx.sessions import Device, Runner
 from hyperclone_onnx.strategies import Strategy
 from hyperclone_onnx.unrounded import unrounded

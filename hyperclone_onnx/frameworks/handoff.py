@@ -21,7 +21,7 @@ from hyperclone_onnx.frameworks.compiling.program import Program, Weight
 from hyperclone_onnx.frameworks.compiling.trainable import Reasons, overridden, structural_roles
 from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.rewrite import check_fits, rewrite
+from hyperclone_onnx.rewriting import check_fits, rewrite
 
 PathLike = str | os.PathLike[str]
 

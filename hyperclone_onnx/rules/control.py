@@ -56,7 +56,7 @@ def _either(op: Op, one: Term, other: Term) -> Term:
         return one
     for term in (one, other):
         op.pin(term, "made in another size by the other branch")
-    return op.dim(None)
+    return op.pinned_dim(None, "made in two sizes by two branches")
 
 
 @relates("Loop")

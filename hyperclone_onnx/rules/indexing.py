@@ -7,7 +7,7 @@ import numpy as np
 from hyperclone_onnx.dims import Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
-from hyperclone_onnx.known import LIMIT, Known
+from hyperclone_onnx.known import LIMIT, Known, accumulated
 from hyperclone_onnx.rules.registry import edits, relates
 
 
@@ -248,7 +248,12 @@ def cumulative(op: Op) -> None:
     done = "summed" if op.node.op_type == "CumSum" else "multiplied"
     for term in axes if axis is None else [axes[op.axis(axis[0], len(axes))]]:
         op.pin(term, f"{done} step by step by {op.node.op_type}")
-    op.out(axes)
+    elements = op.known(0)
+    if elements is None or axis is None or op.node.op_type != "CumSum":
+        op.out(axes)
+        return
+    along = op.axis(axis[0], len(axes))
+    op.out(axes, accumulated(elements, along, bool(op.integer("exclusive", 0)), bool(op.integer("reverse", 0))))
 
 
 @relates("Compress")

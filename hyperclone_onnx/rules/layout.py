@@ -55,10 +55,24 @@ def reshape(op: Op) -> None:
             rest = rest if size is None else rest * size
         total = op.size(Product(tuple(axes)))
         sizes = [total.divided_by(rest) if size is None else size for size in sizes]
-    sizes = [guess if size is None else size for size, guess in zip(sizes, declared, strict=True)]
+    sizes = _with_declared(op, axes, sizes, declared)
     out = [axes[i] if i in copies else op.dim(size) for i, size in enumerate(sizes)]
     op.space.match(axes, out)
     _reshaped(op, out)
+
+
+def _with_declared(
+    op: Op, axes: Axes, sizes: Sequence[Size | None], declared: Sequence[Size | None]
+) -> list[Size | None]:
+    """Sizes that are not known, as the file declares them, unless there would be so many times as many elements."""
+    filled = [guess if size is None else size for size, guess in zip(sizes, declared, strict=True)]
+    total, made = op.size(Product(tuple(axes))), Size.of(1)
+    for size in filled:
+        if size is None:
+            return filled
+        made = made * size
+    times = (made.divided_by(total), total.divided_by(made))
+    return list(sizes) if made != total and any(each is not None for each in times) else filled
 
 
 def _shape_elements(op: Op, index: int) -> list[Size | None]:
@@ -218,6 +232,8 @@ def split(op: Op) -> None:
     axis = op.axis(op.integer("axis", 0), len(axes))
     total = op.static(axes[axis])
     count = len(op.node.outputs)
+    if op.integer("num_outputs", count) != count:
+        raise ValueError(f"num_outputs is {op.integer('num_outputs')}, and it has {count}")
     computed = op.opset >= 13 and op.has(1) and op.ints(1) is None
     op.parameter(1)
     sizes = None if computed else op.int_list("split", 1)
@@ -366,6 +382,10 @@ def edit_slice(op: GrownOp) -> None:
             if op.static(out[axis]) == 0:
                 starts.append(0)
                 ends.append(0)
+                continue
+            if op.static(term) is None:  # the whole of it
+                starts.append(0)
+                ends.append(END)
                 continue
             low = op.offset(term, first.static) if step == 1 else first.static
             high = low + op.grown(out[axis]) if step == 1 else op.grown(term)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import Concat, Product, Term
+from collections.abc import Sequence
+
+from hyperclone_onnx.dims import ONE, Concat, Product, Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op, Uniform
 from hyperclone_onnx.rules.attention import MICROSOFT, edit_heads, edit_scale, head_terms, relate_heads, split_heads
@@ -34,6 +36,16 @@ def _unify_all(op: Op, index: int, wanted: Axes) -> None:
             op.unify(one, other)
 
 
+def relate_gate(op: Op, term: Term, choices: Sequence[Term]) -> None:
+    """The last axis of a gate is one of several, which its size tells; where it does not, none of them can grow."""
+    for choice in choices:
+        if op.size(term) == op.size(choice):
+            op.unify(term, choice)
+            return
+    for each in (term, *choices):
+        op.pin(each, "gated by an axis of which the size does not tell what it numbers")
+
+
 @relates("LinearAttention", domain=MICROSOFT)
 def linear_attention(op: Op) -> None:
     """o_t[h, e] = scale sum_d q_t[h, d] S_t[h, d, e], with S_t = decay S_{t-1} + k_t v_t, or a delta rule's"""
@@ -56,10 +68,7 @@ def linear_attention(op: Op) -> None:
             axes = op.axes(index)
             for one, other in zip(axes[:2], (batch, length), strict=True):
                 op.unify(one, other)
-            if op.size(axes[2]) == op.size(kv_heads):
-                op.unify(axes[2], kv_heads)
-            elif index == 4:
-                op.unify(axes[2], Product((kv_heads, depth)))
+            relate_gate(op, axes[2], (kv_heads, Product((kv_heads, depth))) if index == 4 else (kv_heads, ONE))
     state = _windowed(op, "state_window", (batch, kv_heads, depth, value_depth))
     _unify_all(op, 3, state)
     op.out((batch, length, Product((many, value_depth))))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import Concat, Product, Term
+from hyperclone_onnx.dims import ONE, Concat, Product, Term
 from hyperclone_onnx.growth import GrownOp
 from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op, Uniform
 from hyperclone_onnx.rules.attention import divide_scores, edit_heads, head_terms, relate_heads, split_heads
+from hyperclone_onnx.rules.linear_attention import relate_gate
 from hyperclone_onnx.rules.registry import edits, relates
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
@@ -86,12 +87,11 @@ def linear_attention(op: Op) -> None:
 
     state = (batch, kv_heads, depth, value_depth)
     _unify_all(op, 3, state)
-    if op.has(4):
-        one_for_each_head = op.static(op.axes(4)[2]) == few
-        _unify_all(op, 4, (batch, length, kv_heads if one_for_each_head else Product((kv_heads, depth))))
-    if op.has(5):
-        one_for_all_heads = op.is_one(op.axes(5)[2])
-        _unify_all(op, 5, (batch, length, op.axes(5)[2] if one_for_all_heads else kv_heads))
+    for index, choices in ((4, (kv_heads, Product((kv_heads, depth)))), (5, (kv_heads, ONE))):
+        if op.has(index):
+            last = op.axes(index)[2]
+            _unify_all(op, index, (batch, length, last))
+            relate_gate(op, last, choices)
     op.fact(Fact.CONTRACTED_WITH_ACTIVATION, depth)
     op.fact(Fact.VALUE_AXIS, value_depth)
     op.dimensions.uniform.append(Uniform(op.node, depth))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
+
+from hyperclone_onnx import known
 from hyperclone_onnx.dims import ONE, Term
 from hyperclone_onnx.inference import Op
 from hyperclone_onnx.rules.registry import relates
@@ -24,7 +27,12 @@ def out_reduced(op: Op, reduced: Collection[int]) -> None:
     """Set the output's axes: the reduced ones are 1, or gone."""
     keep = op.integer("keepdims", 1)
     out: list[Term] = [ONE if i in reduced else term for i, term in enumerate(op.axes(0)) if keep or i not in reduced]
-    op.out(out)
+    elements = op.known(0) if op.node.op_type in known.FOLDS else None
+    if elements is not None:
+        elements = known.folded(op.node.op_type, elements, reduced)
+        if elements is not None and keep:
+            elements = np.expand_dims(elements, tuple(sorted(reduced)))
+    op.out(out, elements)
 
 
 @relates(*POWERS)

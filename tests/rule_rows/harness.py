@@ -23,7 +23,7 @@ from hyperclone_onnx.inference import Dimensions, infer
 from hyperclone_onnx.maps import SourceMap
 from hyperclone_onnx.normalise import normalise
 from hyperclone_onnx.planning import make_plan
-from hyperclone_onnx.rewrite import rewrite
+from hyperclone_onnx.rewriting import rewrite
 from hyperclone_onnx.sizing import Growth, name_dimensions
 from hyperclone_onnx.strategies import STRATEGIES, Strategy
 from rule_rows.references import REFERENCES

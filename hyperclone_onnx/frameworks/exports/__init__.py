@@ -110,7 +110,7 @@ def hand_over(
         state: dict[str, Any] | None = None
         if optimizer is not None:
             say("growing the optimizer's state")
-            written = write_optimizer(model, optimizer, folder, target, freeze=freeze, train=train, source=source)
+            written = write_optimizer(model, optimizer, folder, target, source=source, handoff=handoff)
             state = {**asdict(written), "file": Path(written.file).name}
         say("writing")
         weights = _write(target, tensors, folder, largest_file)

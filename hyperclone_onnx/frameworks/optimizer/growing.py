@@ -61,6 +61,7 @@ def write_optimizer(
     train: Sequence[str] = (),
     source: PathLike | None = None,
     translate: Translate | None = None,
+    handoff: Handoff | None = None,
 ) -> GrownState:
     """Grow the source's AdamW state by a grown file's plan, and write it where its trainer looks for it.
 
@@ -74,13 +75,14 @@ def write_optimizer(
         train: as for `load`.
         source: the source's file, if the state's names are those of its handoff and not those of `big`.
         translate: from other names and layouts.
+        handoff: `big` as `read` gives it for the same `freeze` and `train`, where that was done already.
 
     Raises:
         BadModel: a file cannot be read.
         BadRequest: `big` was not grown; the state does not fit it, or lacks a tensor that is trained.
         CannotWrite, Refused, MissingExtra: see `errors`.
     """
-    handoff = read(big, freeze=freeze, train=train)
+    handoff = handoff or read(big, freeze=freeze, train=train)
     plan = handoff.plan
     if plan is None:
         raise BadRequest(f"{big}: it carries no plan of its growth, by which an optimizer's state would grow")

@@ -166,7 +166,7 @@ class _Rewriter:
                 self._after(node.outputs[slot], [self._gather(f"{node.name}.map", source, axis)])
 
     def _resize(self, node: ir.Node, edit: ResizeVector) -> None:
-        """Where(static, literals, vector * numerators / denominators), each step only where it is needed."""
+        """Where(static, literals, Where(vector == keep, vector, vector * numerators / denominators)), as needed."""
         value = (node.outputs if edit.output else node.inputs)[edit.slot]
         assert value is not None
         scalar = edit.output and node.op_type == "Size"
@@ -180,6 +180,16 @@ class _Rewriter:
             numbers = [factor[position] for factor in edit.factors]
             if any(number != 1 for number in numbers):
                 steps.append(_Step(op_type, ((1, stored(numbers)),)))
+        if edit.keep is not None:
+            kept = ir.node(
+                "Equal", [value, stored([edit.keep] * len(edit.factors))], name=self._fresh(f"{value.name}.Equal")
+            )
+            kept.outputs[0].name, kept.outputs[0].type = (
+                self._fresh(f"{value.name}.kept"),
+                ir.TensorType(ir.DataType.BOOL),
+            )
+            _graph_of(node).insert_before(node, kept)
+            steps.append(_Step("Where", ((0, kept.outputs[0]), (1, value)), position=2))
         if any(literal is not None for literal in edit.literals):
             chosen = stored([literal is not None for literal in edit.literals], np.bool_)
             literals = stored([literal or 0 for literal in edit.literals])
