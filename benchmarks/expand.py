@@ -45,7 +45,7 @@ MODES: dict[str, tuple[str, ...]] = {
 }
 
 
-REST = 4.0
+REST = 2.0
 """Seconds between what went before and a run: deleting gigabytes keeps a disk busy after the call."""
 
 
