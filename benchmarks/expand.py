@@ -1,17 +1,21 @@
 """Time and memory of `expand`, beside `cat` of the same bytes, on a Llama of random weights.
 
-    python benchmarks/expand.py [--pairs 5] [--size 1] [--sizes 0.25 0.5 1] [--write] [--folder /var/tmp]
+    python benchmarks/expand.py [--pairs 5] [--size 1] [--sizes 0.25 0.5 1] [--larger 4] [--write] [--folder /var/tmp]
 
-Builds a model of 418 M float32 parameters (times --size; 1.7 GB) and doubles it (5.9 GB). `expand` and `cat` of its
-result into another file alternate; the ratio of each pair is taken, and their median given, so that a busy machine
-slows both. The disk is synchronised before every run. The peak is the process's own largest resident set (ru_maxrss),
-file pages that it maps included. Everything made is removed again. --write puts the tables and the plot into docs/.
+Builds a model of 418 M float32 parameters (times --size; 1.7 GB) and doubles it (5.9 GB). `expand` and `cat` of such a
+result into another file take turns, each the first in every other pair; the ratio of each pair is taken, and their
+median given, so that a busy machine slows both. Both begin alike: what they read is in the page cache, what they write
+does not exist, the disk is synchronised and has a few seconds to get over it. The peak is the process's own largest
+resident set (ru_maxrss), file pages that it maps included. Modules are compiled beforehand, as pip leaves them.
+--larger measures the memory of a model so many times larger, once in depth and vocabulary and once in width. Everything
+made is removed again. --write puts the tables and the plot into docs/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -28,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.large import scaled, write  # noqa: E402
+from models.large import SMALL, Sizes, scaled, write  # noqa: E402
 
 PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.png"
 BEGIN, END = "<!-- expand -->", "<!-- /expand -->"
@@ -39,6 +43,10 @@ MODES: dict[str, tuple[str, ...]] = {
     "expand --validate algebraic": ("--validate", "algebraic"),
     "expand --validate full": ("--validate", "full"),
 }
+
+
+REST = 2.0
+"""Seconds between what went before and a run: deleting gigabytes keeps a disk busy after the call."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,32 @@ class Model:
         beside = self.big.with_name(f"{self.big.name}.data")
         return beside if beside.exists() else self.big
 
+    @property
+    def result(self) -> Path:
+        """A result that is kept for `cat`."""
+        return self.path.with_name("result")
+
     def clear(self) -> None:
         for each in self.path.parent.glob("big.onnx*"):
             each.unlink()
 
+    def settle(self) -> None:
+        """Let every run begin alike."""
+        self.clear()
+        for each in (self.path.with_name(f"{self.path.name}.data"), self.result):
+            if each.exists():
+                subprocess.run(["cat", each], stdout=subprocess.DEVNULL, check=True)
+        os.sync()
+        time.sleep(REST)
 
-def measured(command: Sequence[str | Path], output: Any = subprocess.DEVNULL) -> Run:
-    os.sync()
+
+def measured(command: Sequence[str | Path], folder: Path, output: Any = subprocess.DEVNULL) -> Run:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(folder / "compiled")
     begin = time.perf_counter()
-    process = subprocess.Popen([str(each) for each in command], stdout=output, stderr=subprocess.PIPE, cwd=ROOT)
+    process = subprocess.Popen(
+        [str(each) for each in command], stdout=output, stderr=subprocess.PIPE, cwd=ROOT, env=environment
+    )
     assert process.stderr is not None
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -88,41 +113,52 @@ def measured(command: Sequence[str | Path], output: Any = subprocess.DEVNULL) ->
 
 
 def expand(model: Model, strategy: str, *options: str) -> Run:
-    model.clear()
+    model.settle()
     command = [sys.executable, "-m", "hyperclone_onnx", "expand", model.path, "--factor", "2", "-o", model.big]
-    return measured([*command, "--strategy", strategy, *options, "--device", "cpu", "--json"])
+    return measured([*command, "--strategy", strategy, *options, "--device", "cpu", "--json"], model.path.parent)
 
 
 def cat(model: Model) -> Run:
+    model.settle()
     copy = model.path.with_name("copy")
     with copy.open("wb") as file:
-        run = measured(["cat", model.data], file)
+        run = measured(["cat", model.result], model.path.parent, file)
     copy.unlink()
     return run
 
 
-def build(folder: Path, size: float) -> Model:
-    sizes = scaled(size)
-    path = folder / f"{size:g}.onnx"
+def build(folder: Path, sizes: Sizes, name: str) -> Model:
+    path = folder / f"{name}.onnx"
+    return Model(path, write(sizes, path))
+
+
+def prepare(folder: Path, size: float) -> Model:
+    """A model, and a result of it for `cat`."""
     needed = 4 * 9 * 418e6 * size
     if shutil.disk_usage(folder).free < needed:
         raise SystemExit(f"{folder}: a model of size {size:g} needs {needed / 1e9:.0f} GB while it is measured")
-    return Model(path, write(sizes, path))
+    model = build(folder, scaled(size), f"{size:g}")
+    expand(model, "symmetric", "--no-validate")
+    model.data.rename(model.result)
+    return model
 
 
 def remove(model: Model) -> None:
     model.clear()
+    model.result.unlink(missing_ok=True)
     for each in model.path.parent.glob(f"{model.path.name}*"):
         each.unlink()
 
 
 def pairs(model: Model, count: int) -> dict[str, list[tuple[Run, Run]]]:
     found: dict[str, list[tuple[Run, Run]]] = {strategy: [] for strategy in STRATEGIES}
-    for _ in range(count):
+    for number in range(count):
         for strategy in STRATEGIES:
+            copied = cat(model) if number % 2 else None
             grown = expand(model, strategy, "--no-validate")
-            found[strategy].append((grown, cat(model)))
-            say(f"{strategy}: expand {grown.seconds:.2f} s, cat {found[strategy][-1][1].seconds:.2f} s")
+            copied = copied or cat(model)
+            found[strategy].append((grown, copied))
+            say(f"{strategy}: expand {grown.seconds:.2f} s, cat {copied.seconds:.2f} s")
     return found
 
 
@@ -165,17 +201,39 @@ def by_size(folder: Path, sizes: Sequence[float], count: int) -> tuple[str, list
     rows = [["parameters", "grown", *STRATEGIES, "cat of the result", "peak memory"]]
     points: list[tuple[int, dict[str, float]]] = []
     for size in sizes:
-        model = build(folder, size)
+        model = prepare(folder, size)
         runs = pairs(model, count)
         seconds = {name: statistics.median(grown.seconds for grown, _ in each) for name, each in runs.items()}
         seconds["cat"] = statistics.median(copied.seconds for each in runs.values() for _, copied in each)
         peak = max(grown.peak for each in runs.values() for grown, _ in each)
-        grown_bytes = model.data.stat().st_size
+        grown_bytes = model.result.stat().st_size
         remove(model)
         points.append((model.parameters, seconds))
         times = [f"{seconds[name]:.2f} s" for name in (*STRATEGIES, "cat")]
         rows.append([f"{model.parameters / 1e6:.0f} M", f"{grown_bytes / 1e9:.2f} GB", *times, f"{peak:.0f} MB"])
     return table(rows), points
+
+
+def when_larger(folder: Path, times: float) -> str:
+    """The memory of a model and of larger ones."""
+    wide = math.sqrt(times)
+    wider = Sizes(
+        hidden=round(SMALL.hidden * wide),
+        heads=round(SMALL.heads * wide),
+        kv_heads=round(SMALL.kv_heads * wide),
+        ffn=round(SMALL.ffn * wide),
+        vocab=round(SMALL.vocab * wide),
+    )
+    rows = [["model", "parameters", "grown", *(f"peak memory, {strategy}" for strategy in STRATEGIES)]]
+    for name, sizes in (("1", SMALL), (f"{times:g}, deeper", scaled(times)), (f"{times:g}, wider", wider)):
+        model = build(folder, sizes, "larger")
+        peaks = [expand(model, strategy, "--no-validate").peak for strategy in STRATEGIES]
+        say(f"{name}: {peaks}")
+        grown = model.data.stat().st_size
+        remove(model)
+        cells = [f"{model.parameters / 1e6:.0f} M", f"{grown / 1e9:.1f} GB", *(f"{peak:.0f} MB" for peak in peaks)]
+        rows.append([name, *cells])
+    return table(rows)
 
 
 def plot(points: list[tuple[int, dict[str, float]]], path: Path) -> None:
@@ -220,15 +278,15 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--size", type=float, default=1.0, help="of the model that is compared with cat")
     parser.add_argument("--sizes", type=float, nargs="*", default=[0.25, 0.5, 1.0], help="of those that are plotted")
+    parser.add_argument("--larger", type=float, help="measure the memory of models so many times larger too")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--write", action="store_true", help="put the result into docs/")
     given = parser.parse_args()
     where = machine()
     with tempfile.TemporaryDirectory(prefix="expand-benchmark.", dir=given.folder) as name:
         folder = Path(name)
-        model = build(folder, given.size)
+        model = prepare(folder, given.size)
         say(f"{model.parameters:,} parameters")
-        expand(model, "symmetric", "--no-validate")  # the source's pages are cached, as the result's are for cat
         first = against_cat(model, given.pairs)
         modes = by_mode(model)
         remove(model)
@@ -237,6 +295,8 @@ def main() -> None:
         parts = [f"Measured on {where}.", f"### {title}", first, modes]
         if sizes:
             parts += ["### By size", sizes, "![Seconds by size](benchmarks.png)"]
+        if given.larger:
+            parts += ["### Memory", when_larger(folder, given.larger)]
         text = "\n\n".join(parts)
         print(text)
         if given.write:

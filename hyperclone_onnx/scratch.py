@@ -13,7 +13,7 @@ Array = npt.NDArray[Any]
 
 
 PAGE = 4096
-"""Arrays begin at a multiple of this: the disk can take them as they are."""
+"""Arrays begin at a multiple of this: whole pages are copied to whole pages when they are written."""
 
 
 class Scratch:

@@ -7,6 +7,7 @@ the system calls let other threads run, so that two cores are used by two thread
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import threading
@@ -24,7 +25,7 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import CannotWrite
 from hyperclone_onnx.grown_table import Piece
 from hyperclone_onnx.grown_tensor import GrownTensor, LazyGrown
-from hyperclone_onnx.output_file import OutputFile, straight
+from hyperclone_onnx.positioned import BINARY, write_at
 from hyperclone_onnx.scratch import Scratch
 from hyperclone_onnx.stored_rows import StoredRows
 
@@ -79,23 +80,31 @@ def write(layout: Layout, workers: int | None = None, progress: Progress | None 
         CannotWrite: a file cannot be made, or there is too little space.
         BadModel: a source cannot be read any more.
     """
-    direct, threads = straight(sum(layout.sizes.values())), workers_for(workers)
-    files: dict[Path, OutputFile] = {}
+    files: dict[Path, int] = {}
     try:
         for path, size in layout.sizes.items():
-            files[path] = OutputFile(path, size, direct=direct, writers=threads)
-        scratch = Scratch()
+            files[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+            _reserve(files[path], size)
         for path, offset, data in layout.fixed:
-            files[path].write(np.frombuffer(data, np.uint8), offset, scratch)
-        run(_jobs(layout.tensors, files, progress), threads)
-        for file in files.values():
-            file.finish()
+            write_at(files[path], memoryview(data), offset)
+        run(_jobs(layout.tensors, files, progress), workers)
     except OSError as problem:
         first = next(iter(layout.sizes), Path())
         raise CannotWrite(f"{first}: cannot be written ({problem.strerror or problem})") from problem
     finally:
-        for file in files.values():
-            file.close()
+        for descriptor in files.values():
+            os.close(descriptor)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as problem:
+            if problem.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+                raise
+    os.ftruncate(descriptor, size)
 
 
 # -- jobs -------------------------------------------------------------------------------------------------
@@ -139,7 +148,7 @@ def run(jobs: Iterator[Job], workers: int | None = None) -> None:
         raise failed[0]
 
 
-def _jobs(tensors: Sequence[Placed], files: dict[Path, OutputFile], progress: Progress | None) -> Iterator[Job]:
+def _jobs(tensors: Sequence[Placed], files: dict[Path, int], progress: Progress | None) -> Iterator[Job]:
     """What to do, in order: before the pieces of a tensor what the next one needs done before its own."""
     lock = threading.Lock()
     done = 0
@@ -185,11 +194,11 @@ class _Countdown:
             self._ended()
 
 
-def _write_piece(file: OutputFile, base: int, piece: Piece, remaining: _Countdown, scratch: Scratch) -> None:
+def _write_piece(descriptor: int, base: int, piece: Piece, remaining: _Countdown, scratch: Scratch) -> None:
     for array, offsets in piece(scratch):
-        data = array.reshape(-1).view(np.uint8) if array.size else np.empty(0, np.uint8)
+        data = memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
         for offset in offsets:
-            file.write(data, base + offset, scratch)
+            write_at(descriptor, data, base + offset)
     remaining.end()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from hyperclone_onnx import GrownTensor, Recipe, SourceMap, Strategy, grown_table
-from hyperclone_onnx.maps import Named
+from hyperclone_onnx.maps import Kept, Named
+from hyperclone_onnx.scratch import Scratch
 from hyperclone_onnx.strategies import STRATEGIES
 
 A, B, C = Named("a"), Named("b"), Named("c")
@@ -84,3 +87,31 @@ def test_a_weight_of_zero_gets_its_noise_too(level: float, dtype: ir.DataType) -
     np.testing.assert_array_equal(first, -second)
     rms = float(np.sqrt(np.mean(source.astype(np.float64) ** 2)))
     assert float(np.sqrt(np.mean(first**2))) == pytest.approx(rms / 2 * 10**-0.5, rel=0.05)
+
+
+def test_a_table_is_dropped_with_its_tensor() -> None:
+    """Index vectors are megabytes; a cycle would keep those of every tensor until the next collection."""
+    source = ir.Tensor(np.ones((4, 4), np.float32), name="w")
+    recipe = Recipe("w", axes=((Named("hidden"),), (Kept(4),)), shared=((0, 0),))
+    gc.disable()
+    try:
+        grown = GrownTensor(source, recipe, {"hidden": SourceMap(4, tile=2)}, Strategy("noisy-symmetric"))
+        table = weakref.ref(grown.table)
+        for piece in grown.pieces():
+            for _ in piece(Scratch()):
+                pass
+        assert table() is not None
+        del grown, piece
+        assert table() is None
+    finally:
+        gc.enable()
+
+
+def test_equal_maps_share_their_vectors() -> None:
+    one, other = SourceMap(6, tile=3), SourceMap(6, tile=3)
+    assert one.indices is other.indices
+    for times in (1, 2, 3):
+        for chosen in (SourceMap(5, tile=times), SourceMap(5, repeat=times)):
+            written_out = SourceMap(5, index=tuple(chosen.indices.tolist()))
+            for name in ("indices", "numbers", "counts"):
+                np.testing.assert_array_equal(getattr(chosen, name), getattr(written_out, name))

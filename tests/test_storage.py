@@ -14,7 +14,7 @@ import onnx
 import pytest
 from conftest import Command, names_in, perceptron
 
-from hyperclone_onnx import BadModel, expand, output_file, storage
+from hyperclone_onnx import BadModel, expand, storage, streaming
 
 Array = np.ndarray[Any, Any]
 
@@ -281,20 +281,20 @@ def no_space(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
     def reserve(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(output_file, "_reserve", reserve)
+    monkeypatch.setattr(streaming, "_reserve", reserve)
     return [], 2
 
 
 def half_written(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
     """The disk fails after the first write."""
-    write, calls = output_file.write_at, itertools.count()
+    write, calls = streaming.write_at, itertools.count()
 
     def failing(*arguments: Any) -> None:
         if next(calls):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         write(*arguments)
 
-    monkeypatch.setattr(output_file, "write_at", failing)
+    monkeypatch.setattr(streaming, "write_at", failing)
     return [], 2
 
 
