@@ -20,12 +20,13 @@ jax.config.update("jax_platforms", "cpu")
 def train_jax(task: Task, folder: Path, tell: Tell) -> None:
     """See `training.train`; neither dropout nor rates by fan-in."""
     recipe, data = task.recipe, corpus()
-    params, apply = load(task.model)
+    apply, params = load(task.model)
     decayed = jax.tree.map(lambda each: each.ndim > 1, params)
+    rates = jax.numpy.asarray([recipe.rate * recipe.share((step + 1) / task.steps) for step in range(task.steps)])
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
-            lambda step: recipe.rate * recipe.share((step + 1) / task.steps),
+            lambda step: rates[step],
             *recipe.betas,
             weight_decay=recipe.weight_decay,
             mask=decayed,
