@@ -43,8 +43,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Row:
-    """What a variant came to. Gains are ratios of what the model from random weights took to what this one took to
-    come to the same loss; None where it did not come to it."""
+    """What a variant came to.
+
+    Gains are ratios of what the model from random weights took, to what this one took to come to the same loss:
+    infinite where it began there, None where it did not come to it.
+    """
 
     variant: str
     recipe: Recipe
@@ -189,22 +192,25 @@ class Study:
 
     def ask_unannealed(self) -> Iterator[Row]:
         """A source whose rate was never let down is grown, and let down once."""
+        last = self.source_run.recipe.rate / 2
+        asked: list[tuple[StrategyName, float, int, float, tuple[float, ...]]] = [
+            ("noisy-diagonal", 1.0, 0, last / 2, (1 / 2, 1 / 1.6)),
+            ("noisy-diagonal", 1.0, 1, last / 2, (1 / 2, 1 / 1.6)),
+            ("noisy-diagonal", 1.0, 0, last, (1 / 2,)),
+            ("noisy-diagonal", 0.5, 0, last / 2, (1 / 2, 1 / 1.6)),
+            ("symmetric", 1.0, 0, last / 2, (1 / 2, 1 / 1.6)),
+        ]
         variants = {
-            f"{strategy}, source trained for {part:g}, seed {seed}": [
+            f"{strategy}, rate {rate:g}, source trained for {part:g}, seed {seed}": [
                 self.grown(
                     replace(self.winner, run=self.source(part, seed, annealed=False), strategy=strategy, seed=seed),
-                    replace(self.recipe, rate=self.source_run.recipe.rate / 4),
+                    replace(self.recipe, rate=rate),
                     budget,
                     seed,
                 )
-                for budget in (1 / 2, 1 / 1.6)
+                for budget in budgets
             ]
-            for strategy, part, seed in (
-                ("noisy-diagonal", 1.0, 0),
-                ("noisy-diagonal", 1.0, 1),
-                ("noisy-diagonal", 0.5, 0),
-                ("symmetric", 1.0, 0),
-            )
+            for strategy, part, seed, rate, budgets in asked
         }
         self.lab.do([run for runs in variants.values() for run in runs], "unannealed")
         for name, runs in variants.items():
