@@ -32,10 +32,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from pages import put  # noqa: E402
+
 from models.large import SMALL, Sizes, scaled, write  # noqa: E402
 
-PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.png"
-BEGIN, END = "<!-- expand -->", "<!-- /expand -->"
+PLOT = ROOT / "docs" / "benchmarks.png"
 STRATEGIES = ("symmetric", "noisy-symmetric")
 TARGETS = {"symmetric": 0.8, "noisy-symmetric": 1.2}
 MODES: dict[str, tuple[str, ...]] = {
@@ -267,12 +268,6 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores ({name}), {memory:.0f} GB; load {load:.1f} when it began"
 
 
-def put(text: str, page: Path) -> None:
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
@@ -300,11 +295,13 @@ def main() -> None:
         text = "\n\n".join(parts)
         print(text)
         if given.write:
-            put(text, PAGE)
+            put("benchmarks.md", "expand", text)
             if points:
                 plot(points, PLOT)
         elif points:
-            plot(points, Path("expand-benchmark.png"))
+            picture = Path("out") / "expand-benchmark.png"
+            picture.parent.mkdir(exist_ok=True)
+            plot(points, picture)
             print(json.dumps(points))
 
 

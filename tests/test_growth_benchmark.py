@@ -94,6 +94,18 @@ def test_what_was_interrupted_comes_to_the_same(tmp_path: Path, monkeypatch: pyt
     assert training.read_curve(tmp_path / "struck") == training.read_curve(tmp_path / "whole")
 
 
+def test_jax_learns_what_torch_learns(tmp_path: Path) -> None:
+    pytest.importorskip("optax")
+    export(SHAPE, 0, tmp_path / "start.onnx")
+    task = Task(tmp_path / "start.onnx", Recipe(1e-2), 12, 0, batch=2, length=16, evaluations=3, examined=16)
+    curves = {}
+    for framework in ("torch", "jax"):
+        training.train(replace(task, framework=framework), tmp_path / framework, lambda steps: None)
+        curves[framework] = [each.loss for each in training.read_curve(tmp_path / framework)]
+    assert curves["jax"] == pytest.approx(curves["torch"], abs=1e-4)
+    assert curves["jax"][-1] < curves["jax"][0] - 0.01
+
+
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Findings, Lab]]:
     size = Size(
