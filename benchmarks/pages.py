@@ -19,4 +19,5 @@ def put(page: str, name: str, text: str) -> None:
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     head, _, rest = path.read_text(encoding="utf-8").partition(begin)
     _, _, rest = rest.partition(end)
-    path.write_text(f"{head.rstrip()}\n\n{begin}\n{text.strip()}\n{end}\n{rest}".rstrip() + "\n", encoding="utf-8")
+    block = f"{begin}\n{text.strip()}\n{end}"
+    path.write_text(f"{head.rstrip()}\n\n{block}\n\n{rest.strip()}".rstrip() + "\n", encoding="utf-8")
