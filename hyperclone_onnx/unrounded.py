@@ -45,6 +45,7 @@ def unrounded(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Mod
     copy = model.clone()
     for graph in (copy.graph, *copy.graph.subgraphs()):
         for node in list(graph):
+            node.name = node.name or node.outputs[0].name
             if node.op_type == "MatMulNBits" and _rounds(node):
                 node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
             elif node.op_type in _FORMS:
@@ -73,7 +74,29 @@ def _replace(model: ir.Model, graph: ir.Graph, node: ir.Node, dtype: ir.DataType
         if leaves:
             old.name, new.name = f"{name}.codes", name
             new.type, new.shape = ir.TensorType(dtype), old.shape
+        if node.op_type in _SUMS:
+            _go_on(model, new, dtype)
     graph.remove(node, safe=True)
+
+
+def _go_on(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> None:
+    """Arithmetic on sums of integers is done in real numbers too: what is stored for it is cast."""
+    for user in dict.fromkeys(use.node for use in value.uses()):
+        if user.op_type not in ("Add", "Sub", "Mul", "Div") or user.domain:
+            continue
+        for number, other in enumerate(user.inputs):
+            tensor = other.const_value if other is not None and is_initializer(other) else None
+            if tensor is not None and tensor.dtype.is_integer():
+                real = _stored(f"{user.name}.real.{number}", tensor.numpy(), dtype)
+                model.graph.register_initializer(real)
+                user.replace_input_with(number, real)
+        _go_on(model, user.outputs[0], dtype)
+
+
+def _stored(name: str, array: Any, dtype: ir.DataType) -> ir.Value:
+    """Numbers as an initializer, not yet in a graph."""
+    tensor = ir.tensor(np.asarray(array, dtype=dtype.numpy()), name=name)
+    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)  # type: ignore[arg-type]
 
 
 class _Form:
@@ -100,9 +123,7 @@ class _Form:
         return None if tensor is None else np.asarray(tensor.numpy()).astype(self.dtype.numpy())
 
     def constant(self, array: Any) -> ir.Value:
-        name = f"{self.node.name}.real.stored.{len(self.stored)}"
-        tensor = ir.tensor(np.asarray(array, dtype=self.dtype.numpy()), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(self.dtype), const_value=tensor)  # type: ignore[arg-type]
+        value = _stored(f"{self.node.name}.real.stored.{len(self.stored)}", array, self.dtype)
         self.stored.append(value)
         return value
 
@@ -190,6 +211,10 @@ def _dequantize_linear(form: _Form) -> Results:
     zero = form.array(2)
     spread = [np.repeat(each, size, axis)[tuple(window)] for each in (scale, zero) if each is not None]
     return (form.constant((codes - (spread[1] if zero is not None else 0)) * spread[0]),)
+
+
+_SUMS = ("MatMulInteger", "ConvInteger")
+"""Operators whose results are integers that are no codes: they are added to, and divided, before they are scaled."""
 
 
 def _matmul_integer(form: _Form) -> Results:
