@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from hyperclone_onnx.diagnosis import diagnose
 
 from growing.corpus import corpus
 from growing.runs import Grown, Lab, Outcome
 from growing.study import Findings
+from hyperclone_onnx.diagnosis import diagnose
 from hyperclone_onnx.frameworks.torch import load
 
 LARGEST_ERROR = 1e-4
