@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from conftest import Command, build_model, names_in, normal
@@ -178,3 +179,26 @@ def test_inspect_gives_the_same_reasons(cli: Command, place: Path, name: str) ->
     row = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
     assert re.split(r"\s{2,}", row.strip())[2] == ("no" if name == "hidden" else "yes")
     assert ("CumSum" in row) == (name == "hidden")
+
+
+@pytest.mark.parametrize("axis", [5, 2, -3])
+def test_an_axis_that_the_operand_does_not_have(cli: Command, place: Path, axis: int) -> None:
+    stored = {"table": (11, 8), "down": (8, 7)}
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "ids"], ["x"]),
+        onnx.helper.make_node("Softmax", ["x"], ["s"], axis=axis, name="bad"),
+        onnx.helper.make_node("MatMul", ["s", "down"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 7])],
+        [onnx.numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in stored.items()],
+    )
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(made, place / "bad.onnx")
+    outcome = cli("expand", place / "bad.onnx", "--factor", "2", "--no-validate", "-o", place / "out.onnx")
+    assert outcome.code == 3
+    assert f"Softmax 'bad' does not fit the specification of its operator (axis {axis}" in outcome.stderr
+    assert not (place / "out.onnx").exists()
