@@ -15,6 +15,7 @@ import argparse
 import errno
 import hashlib
 import json
+import multiprocessing.connection  # noqa: F401 - read now: another user may not read where Python lies
 import os
 import random
 import resource
