@@ -81,9 +81,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one was", file=sys.stderr)
         return 130
-    print(report(findings, lab))
+    text = report(findings, lab)
+    print(text)
     if given.write:
-        put("growth.md", f"growth {size.name}", _with_pictures(report(findings, lab), folder, size.name))
+        put("growth.md", f"growth {size.name}", _with_pictures(text, folder, size.name))
     every = list(checks(findings, lab))
     for check in every:
         print(f"{'ok' if check.holds else 'FAILED'}: {check.what} ({check.found})")

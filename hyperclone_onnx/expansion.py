@@ -212,7 +212,7 @@ def expand(
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big, result = planned.analysis, planned.plan, planned.big, planned.result
     external = storage.needs_data_file(big) or len(analysis.files) > 1 or max_shard_size is not None
-    texts = {} if plan_out is None else {Path(plan_out): plan.dumps(indent=1) + "\n"}
+    texts = {} if plan_out is None else {Path(plan_out): _text(plan)}
     with storage.publication(out, beside=texts) as written:
         say("writing")
         writer.save(big, written, external=external, max_shard_size=max_shard_size, workers=workers, progress=progress)
@@ -253,13 +253,14 @@ def plan_file(
     """
     request = _Request(factor, requests, maps, strategy, untie, keep_interface)
     planned = _planned(model, None, request, plan_out, notify or _nobody, _Clock())
-    _write_plan(planned.plan, plan_out)
+    if plan_out is not None:
+        storage.write_text(Path(plan_out), _text(planned.plan))
     return planned.result
 
 
-def _write_plan(plan: Plan, plan_out: str | os.PathLike[str] | None) -> None:
-    if plan_out is not None:
-        storage.write_text(Path(plan_out), plan.dumps(indent=1) + "\n")
+def _text(plan: Plan) -> str:
+    """A plan as its file holds it."""
+    return plan.dumps(indent=1) + "\n"
 
 
 def _nobody(_: str) -> None:

@@ -29,6 +29,14 @@ CACHED: tuple[tuple[int, ...], ...] = ((2, 7, 3, 5), (3, 11, 4, 13), (2, 1, 6, 7
 sequences, and several for one (ONNX Runtime's attention takes no more on the CPU)."""
 
 
+def in_float32(feeds: Mapping[str, Array]) -> Feeds:
+    """The same inputs, those in half precision widened."""
+    return {
+        name: array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iub" else array
+        for name, array in feeds.items()
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """One set of inputs, and what it is."""

@@ -275,7 +275,7 @@ def _validate_wide(
                 save_wide(model, Path(folder) / name, ir.DataType.FLOAT)
                 runner = Runner(Path(folder) / name, device, isolated=True)
                 result.provider = result.provider or runner.provider
-                return lambda fed: runner.run({k: _in_float32(array) for k, array in fed.items()})
+                return lambda fed: runner.run(inputs.in_float32(fed))
 
             return start
 
@@ -283,10 +283,6 @@ def _validate_wide(
         result.wide, cases = _compare_runs(dimensions, *starters, plan, _interfaces(dimensions, grown, plan), seed)
     result.cases = result.cases or cases
     result.wide_tolerance, _ = tolerance_of(dimensions, plan, result.tensors, ir.DataType.FLOAT)
-
-
-def _in_float32(array: Array) -> Array:
-    return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iub" else array
 
 
 Sides = tuple[tuple[Interface, ...], tuple[Interface, ...], dict[str, Any]]

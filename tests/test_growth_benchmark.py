@@ -31,7 +31,7 @@ SHAPE = shape(32, layers=2, length=16)
 def test_when_a_curve_comes_to_a_loss(losses: tuple[float, ...], loss: float, step: float | None) -> None:
     curve = tuple(Point(10 * number, each) for number, each in enumerate(losses))
     run = Run(Random(SHAPE, 0), Recipe(1e-3), 20)
-    assert reached(Outcome(run, curve, Path(), 0.0, 0.0), loss) == step
+    assert reached(Outcome(run, curve, Path(), 0.0), loss) == step
 
 
 def test_flops_count_the_weights_that_are_multiplied_with() -> None:

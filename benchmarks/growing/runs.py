@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ import torch
 from growing.network import Shape, export
 from growing.training import Point, Recipe, Task, read_curve, train
 from hyperclone_onnx import Plan, Strategy, expand, validate_files
+from hyperclone_onnx.frameworks.handoff import read
 from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer
 from hyperclone_onnx.strategies import StrategyName
 
@@ -81,8 +81,7 @@ class Run:
     @property
     def key(self) -> str:
         """A name for its folder."""
-        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:10]
-        return f"{type(self.start).__name__.lower()}-{self.shape.width}-{self.steps}-{digest}"
+        return f"{type(self.start).__name__.lower()}-{self.shape.width}-{self.steps}-{_digest(self)}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,6 @@ class Outcome:
     run: Run
     curve: tuple[Point, ...]
     folder: Path
-    seconds: float
     flops_before: float
     """Of the runs that it started from."""
 
@@ -159,16 +157,16 @@ class Lab:
 
     def _do_all(self, runs: Sequence[Run], what: str) -> None:
         context = multiprocessing.get_context("spawn")
-        total, done = sum(run.steps for run in runs), 0
         unfinished = [run for run in runs if not (self._folder(run) / "result.json").exists()]
+        total = sum(run.steps for run in runs)
         done = total - sum(run.steps for run in unfinished)
         self.progress(done, total, what)
         if unfinished:
             with context.Manager() as manager, ProcessPoolExecutor(self.workers, context, _begin) as pool:
                 queue = manager.Queue()
-                waiting: set[Future[None]] = set()
-                for run in unfinished:
-                    waiting.add(pool.submit(_work, self._task(run), self._folder(run), queue))
+                waiting: set[Future[None]] = {
+                    pool.submit(_work, self._task(run), self._folder(run), queue) for run in unfinished
+                }
                 while waiting:
                     ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                     while not queue.empty():
@@ -183,26 +181,24 @@ class Lab:
         return self.folder / "runs" / run.key
 
     def _outcome(self, run: Run) -> Outcome:
-        folder = self._folder(run)
-        seconds = json.loads((folder / "result.json").read_text(encoding="utf-8"))["seconds"]
-        before = 0.0
+        before, folder = 0.0, self._folder(run)
         if not isinstance(run.start, Random):
             parent = run.start.run
             before = self.outcomes[parent].flops_before + self.flops(parent, parent.steps)
-        return Outcome(run, tuple(read_curve(folder)), folder, seconds, before)
+        return Outcome(run, tuple(read_curve(folder)), folder, before)
 
     def _task(self, run: Run) -> Task:
         given = self.settings
         model, optimizer = self._start(run)
-        common = {"batch": given.batch, "length": run.shape.length}
-        examined = {"evaluations": given.evaluations, "examined": given.examined}
         return Task(
             model,
             run.recipe,
             run.steps,
             run.seed,
-            **common,
-            **examined,
+            batch=given.batch,
+            length=run.shape.length,
+            evaluations=given.evaluations,
+            examined=given.examined,
             optimizer=optimizer,
             framework=run.framework,
             device=given.device,
@@ -227,11 +223,10 @@ class Lab:
             growth: dict[str, Any] = (
                 {"requests": {start.only: start.factor}} if start.only else {"factor": start.factor}
             )
-            uneven = start.strategy == "uneven"
-            strategy = Strategy("symmetric" if start.strategy == "uneven" else start.strategy, start.snr_db, start.seed)
+            name = "symmetric" if start.strategy == "uneven" else start.strategy
             partial = model.with_suffix(".partial.onnx")
-            expand(parent / "model.onnx", partial, **growth, strategy=strategy)
-            if uneven:
+            expand(parent / "model.onnx", partial, **growth, strategy=Strategy(name, start.snr_db, start.seed))
+            if start.strategy == "uneven":
                 _share_unevenly(partial, start.seed)
                 validation = validate_files(parent / "model.onnx", partial, mode="full")
                 assert not any(each.problem for each in validation.outputs), validation
@@ -241,8 +236,8 @@ class Lab:
         return model, _grown_state(model, parent / "optimizer.pt", start.state)
 
 
-def _digest(start: Random | Grown) -> str:
-    return hashlib.sha256(repr(start).encode()).hexdigest()[:10]
+def _digest(what: Run | Random | Grown) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:10]
 
 
 def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> Path:
@@ -252,11 +247,9 @@ def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> 
         return folder / "optimizer.pt"
     partial = folder.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
-    write_optimizer(model, state, partial, "pytorch")
+    handoff = read(model)
+    write_optimizer(model, state, partial, "pytorch", handoff=handoff)
     if kind == "half":
-        from hyperclone_onnx.frameworks.handoff import read
-
-        handoff = read(model)
         plan = handoff.plan
         assert plan is not None
         of_path = {each.path: each.initializer for each in handoff.program.weights}
@@ -286,20 +279,14 @@ def _share_unevenly(model: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for tensor in stored.graph.initializer:
         recipe = plan.tensors.get(tensor.name)
-        shared = (
-            []
-            if recipe is None
-            else [(axis, index) for axis, index in enumerate(recipe.index(plan.maps)) if index.count.max() > 1]
-        )
-        if shared:
-            ((axis, index),) = shared
-            values = onnx.numpy_helper.to_array(tensor).copy()
-            moved = np.take(rng.uniform(-0.5, 0.5, values.shape), index.collapsed, axis)
-            sign = np.where(index.number == 0, 1.0, -1.0).reshape(
-                [-1 if each == axis else 1 for each in range(values.ndim)]
-            )
-            values *= (1.0 + sign * moved).astype(values.dtype)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        for axis, index in enumerate(() if recipe is None else recipe.index(plan.maps)):
+            if index.count.max() > 1:
+                values = onnx.numpy_helper.to_array(tensor)
+                moved = np.take(rng.uniform(-0.5, 0.5, values.shape), index.collapsed, axis)
+                sign = np.where(index.number == 0, 1.0, -1.0)
+                sign = np.expand_dims(sign, [other for other in range(values.ndim) if other != axis])
+                values = values * (1.0 + sign * moved).astype(values.dtype)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     onnx.save(stored, model)
 
 

@@ -144,28 +144,31 @@ class Study:
             gains.append(flops / (own + best.flops_before) if own + best.flops_before else math.inf)
         return Row(variant, run.recipe, run.steps, best.curve[0].loss, best.loss, *gains, tuple(outcomes))
 
-    def compare(self, what: str, variants: Mapping[str, Run]) -> Iterator[Row]:
-        """One row for each variant."""
-        outcomes = self.lab.do(variants.values(), what)
-        for name, outcome in zip(variants, outcomes, strict=True):
-            yield self.row(name, [outcome])
+    def compare(self, what: str, variants: Mapping[str, Run | Sequence[Run]]) -> Iterator[Row]:
+        """One row for each variant; of several runs of one, by that which came to the target soonest."""
+        for name, outcomes in self.do(what, variants).items():
+            yield self.row(name, outcomes)
+
+    def do(self, what: str, variants: Mapping[str, Run | Sequence[Run]]) -> dict[str, list[Outcome]]:
+        """All runs at once, as many at a time as there are workers."""
+        every = {name: [runs] if isinstance(runs, Run) else runs for name, runs in variants.items()}
+        self.lab.do([run for runs in every.values() for run in runs], what)
+        return {name: self.lab.do(runs, what) for name, runs in every.items()}
 
     # -- the questions -------------------------------------------------------------------------------------------
 
     def ask_strategy(self) -> Iterator[Row]:
         """Each strategy at its best rate."""
-        every: dict[StrategyName, list[Run]] = {
+        every = {
             name: [
                 self.grown(Grown(self.source(), name, state="carried"), Recipe(rate, 0.0))
                 for rate in self.size.grown_rates
             ]
             for name in STRATEGIES
         }
-        self.lab.do([run for runs in every.values() for run in runs], "strategies")
-        best: dict[StrategyName, Outcome] = {}
+        best: dict[str, Outcome] = {}
         self.tables["rates"] = []
-        for name, runs in every.items():
-            outcomes = self.lab.do(runs, "strategies")
+        for name, outcomes in self.do("strategies", every).items():
             best[name] = min(outcomes, key=lambda each: each.loss)
             self.tables["rates"] += [self.row(f"{name}, rate {each.run.recipe.rate:g}", [each]) for each in outcomes]
             yield self.row(name, [best[name]])
@@ -175,20 +178,23 @@ class Study:
 
     def ask_recipe(self) -> Iterator[Row]:
         """The winner with smaller and smaller budgets, and other seeds of source, noise and data."""
-        for seed in range(self.size.seeds):
-            start = replace(self.winner, run=self.source(seed=seed), seed=seed)
-            runs = [
-                self.grown(start, replace(self.recipe, rate=rate), budget, seed)
-                for budget in (1 / 2, 1 / 3, 1 / 4, 1 / 5)
-                for rate in (self.recipe.rate, self.recipe.rate / 2)
-            ]
-            for name, some in (
-                ("half", runs[:2]),
-                ("a third", runs[2:4]),
-                ("a quarter", runs[4:6]),
-                ("a fifth", runs[6:]),
-            ):
-                yield self.row(f"{name} of the bytes, seed {seed}", self.lab.do(some, "the best recipe"))
+        budgets = {"half": 1 / 2, "a third": 1 / 3, "a quarter": 1 / 4, "a fifth": 1 / 5}
+        yield from self.compare(
+            "the best recipe",
+            {
+                f"{name} of the bytes, seed {seed}": [
+                    self.grown(
+                        replace(self.winner, run=self.source(seed=seed), seed=seed),
+                        replace(self.recipe, rate=rate),
+                        budget,
+                        seed,
+                    )
+                    for rate in (self.recipe.rate, self.recipe.rate / 2)
+                ]
+                for seed in range(self.size.seeds)
+                for name, budget in budgets.items()
+            },
+        )
 
     def ask_unannealed(self) -> Iterator[Row]:
         """A source whose rate was never let down is grown, and let down once."""
@@ -212,9 +218,7 @@ class Study:
             ]
             for strategy, part, seed, rate, budgets in asked
         }
-        self.lab.do([run for runs in variants.values() for run in runs], "unannealed")
-        for name, runs in variants.items():
-            yield self.row(name, self.lab.do(runs, "unannealed"))
+        yield from self.compare("unannealed", variants)
 
     def ask_small(self) -> Iterator[Row]:
         """The source trained on instead of grown: for the same bytes, and for the same FLOPs."""
@@ -243,9 +247,8 @@ class Study:
             ]
             for part in (0.5, 1.0, 2.0, 4.0)
         }
-        self.lab.do([run for runs in variants.values() for run in runs], "sources")
-        for name, runs in variants.items():
-            yield self.row(name, sorted(self.lab.do(runs, "sources"), key=lambda each: each.loss)[:1])
+        for name, outcomes in self.do("sources", variants).items():
+            yield self.row(name, [min(outcomes, key=lambda each: each.loss)])
 
     def ask_state(self) -> Iterator[Row]:
         """What becomes of the optimizer's state."""

@@ -20,7 +20,7 @@ from hyperclone_onnx.frameworks.absorb import absorb
 from hyperclone_onnx.frameworks.handoff import read
 from hyperclone_onnx.frameworks.optimizer.moments import step_factors
 from hyperclone_onnx.frameworks.optimizer.resume import resume_torch
-from hyperclone_onnx.frameworks.torch import OnnxModule, load
+from hyperclone_onnx.frameworks.torch import Block, OnnxModule, load
 
 SAVE_EVERY = 20.0
 """Seconds between checkpoints."""
@@ -173,7 +173,7 @@ def _groups(module: OnnxModule, task: Task) -> list[dict[str, Any]]:
 def _add_dropout(module: OnnxModule, share: float) -> None:
     if share:
         for layer in module.modules():
-            if type(layer).__name__ == "Block":
+            if isinstance(layer, Block):
                 layer.register_forward_hook(lambda layer, _, outputs: _dropped(layer.training, outputs, share))
 
 

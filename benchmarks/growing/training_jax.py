@@ -44,10 +44,10 @@ def train_jax(task: Task, folder: Path, tell: Tell) -> None:
         return optax.apply_updates(params, updates), state
 
     examined = jax.jit(loss_of)
-    windows = np.split(corpus().examination(task.examined, task.length), task.examined // 16)
-    started, curve = time.monotonic(), []
+    windows = np.split(data.examination(task.examined, task.length), task.examined // 16)
+    started, curve, times = time.monotonic(), [], task.times()
     for step in range(task.steps + 1):
-        if step in task.times():
+        if step in times:
             curve.append(Point(step, float(np.mean([examined(params, each) for each in windows]))))
         if step < task.steps:
             params, state = advance(params, state, data.batch(task.seed, step, task.batch, task.length))

@@ -177,7 +177,7 @@ def measure(
             for batch in _batches(values, case):
                 with _runner(analysis, batch, device, widened) as runner:
                     provider = runner.provider
-                    got = runner.run(_in_float32(case.feeds) if widened else case.feeds)
+                    got = runner.run(inputs.in_float32(case.feeds) if widened else case.feeds)
                 for value in batch:
                     made = spread_of(got.pop(value.name or ""), values[value])
                     if made is not None:
@@ -248,10 +248,3 @@ def _runner(analysis: Analysis, wanted: Sequence[ir.Value], device: Device, wide
     finally:
         model.graph.outputs[:] = outputs
     yield Runner(analysis.path, device, graph=message)
-
-
-def _in_float32(feeds: Mapping[str, Array]) -> dict[str, Array]:
-    return {
-        name: array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iub" else array
-        for name, array in feeds.items()
-    }

@@ -8,58 +8,27 @@ Writes ``tiny_gpt.onnx`` and a ``README.md`` with the numbers measured in this v
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import platform
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import build
+from corpus import read_corpus
 
 CONTEXT = 256
 BATCH = 16
 PEAK_RATE = 3e-3
 WARM_UP = 200
 WEIGHT_DECAY = 0.1
-# Tests, other people's packages, and what is generated rather than written: pydoc_data is documentation in
-# one huge string, encodings are tables so alike that held-out ones would flatter the validation loss.
-EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings"}
-VALIDATION_SHARE = 0.05
 INPUTS = ("input_ids", "attention_mask")
 PROMPTS = ("def main(", "class Parser:\n    def __init__(self", "import ")
 PIP_LINE = "pip install torch transformers rich onnx onnx-ir onnxscript onnxruntime"
-
-
-@dataclass
-class Corpus:
-    """The files' bytes, one after the other, each after a zero byte."""
-
-    train: bytes
-    validation: bytes
-    train_files: int
-    validation_files: int
-
-
-def read_corpus(root: Path) -> Corpus:
-    """The Python sources below ``root``, split by a hash of each file's relative name."""
-    parts: dict[bool, list[bytes]] = {False: [], True: []}
-    for file in sorted(root.rglob("*.py")):
-        name = file.relative_to(root)
-        # _sysconfigdata is written when Python is built and holds the builder's paths.
-        if EXCLUDED.intersection(name.parts) or name.name.startswith("_sysconfigdata"):
-            continue
-        digest = hashlib.sha256(name.as_posix().encode()).digest()
-        held_out = int.from_bytes(digest[:4], "big") < VALIDATION_SHARE * 2**32
-        parts[held_out].append(b"\0" + file.read_bytes())
-    train, validation = parts[False], parts[True]
-    return Corpus(b"".join(train), b"".join(validation), len(train), len(validation))
 
 
 def new_model() -> Any:
@@ -257,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {missing}; this script needs: {PIP_LINE}", file=sys.stderr)
         return 1
 
-    corpus = read_corpus(Path(sysconfig.get_path("stdlib")))
+    corpus = read_corpus()
     started = time.perf_counter()
     train(model, corpus.train, args.steps, args.seed, args.bf16)
     minutes = (time.perf_counter() - started) / 60
