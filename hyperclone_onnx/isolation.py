@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from hyperclone_onnx.errors import first_line
-from hyperclone_onnx.signals import STOPPING, deferred_signals
+from hyperclone_onnx.signals import STOPPING
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -47,8 +47,7 @@ class Isolated:
         from multiprocessing.connection import Pipe
 
         self._patience, self._broken = patience, ""
-        with deferred_signals():  # it drops sockets when it is interrupted, which a warning tells where those are shown
-            self._own, theirs = Pipe()
+        self._own, theirs = Pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other threads: the copy does not need them
             child = os.fork()
