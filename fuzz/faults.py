@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -188,6 +189,8 @@ def start(arguments: list[str], *, at: int | None = None, strike: Strike | None 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # As Python has it for every user: tests make an error of it, and an interrupted import drops what it has open.
+        warnings.simplefilter("ignore", ResourceWarning)
         if first is not None:
             first()
         calls = _watch(at, strike)
