@@ -36,6 +36,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from hyperclone_onnx.entry import listen
+from hyperclone_onnx.signals import STOPPING
+
 CALLS = frozenset("open os.mkdir os.rename os.remove os.rmdir os.truncate os.link os.listdir os.scandir".split())
 """The audit events that are calls to the file system, as far as they name a path."""
 
@@ -178,8 +181,10 @@ def start(arguments: list[str], *, at: int | None = None, strike: Strike | None 
     from hyperclone_onnx.cli import main
 
     read, write = os.pipe()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the copy listens, as the command does at once
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(write)
         return child, read
     code = 70
@@ -189,6 +194,8 @@ def start(arguments: list[str], *, at: int | None = None, strike: Strike | None 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        listen()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # As Python has it for every user: tests make an error of it, and an interrupted import drops what it has open.
         warnings.simplefilter("ignore", ResourceWarning)
         if first is not None:

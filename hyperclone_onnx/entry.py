@@ -15,12 +15,7 @@ EXIT_CODE = 130
 
 def main(name: str | None = None) -> None:
     """Run the command; `name` is what its messages call it."""
-    found = (getattr(signal, each, None) for each in ("SIGINT", "SIGTERM", "SIGHUP"))
-    stopping = [
-        each for each in found if each is not None and signal.getsignal(each) != signal.SIG_IGN
-    ]  # nohup's stays
-    for number in stopping:
-        signal.signal(number, _leave)
+    stopping = listen()
     from hyperclone_onnx.cli import main as command
 
     try:
@@ -29,6 +24,17 @@ def main(name: str | None = None) -> None:
         # Python, as it ends, puts back what kills: a command that has written its result would end as if it had not.
         for number in stopping:
             signal.signal(number, signal.SIG_IGN)
+
+
+def listen() -> list[signal.Signals]:
+    """From now on the signals that stop a command end this one at once, in one line; returns those that do."""
+    found = (getattr(signal, each, None) for each in ("SIGINT", "SIGTERM", "SIGHUP"))
+    stopping = [
+        each for each in found if each is not None and signal.getsignal(each) != signal.SIG_IGN
+    ]  # nohup's stays
+    for number in stopping:
+        signal.signal(number, _leave)
+    return stopping
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
