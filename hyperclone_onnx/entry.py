@@ -16,6 +16,9 @@ EXIT_CODE = 130
 def main(name: str | None = None) -> None:
     """Run the command; `name` is what its messages call it."""
     stopping = listen()
+    from hyperclone_onnx.deferred import defer
+
+    defer()
     from hyperclone_onnx.cli import main as command
 
     try:

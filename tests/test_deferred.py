@@ -1,0 +1,47 @@
+"""What a dependency imports and no command uses is not loaded, and is there when something asks for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+from conftest import ROOT, perceptron
+
+STATE = "import sys; loaded = 'sympy.core' in sys.modules; print(loaded)"
+
+
+def python(code: str, *arguments: str) -> list[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+
+
+def test_a_command_does_not_load_it(tmp_path: Path) -> None:
+    onnx.save(perceptron(), tmp_path / "small.onnx")
+    code = f"""
+import atexit, sys
+def tell():
+    {STATE}
+from hyperclone_onnx.entry import main
+sys.argv = ["hyperclone-onnx", "expand", "{tmp_path}/small.onnx", "--factor", "2", "-o", "{tmp_path}/big.onnx"]
+try:
+    main()
+finally:
+    tell()
+"""
+    assert python(code)[-1] == "False"
+
+
+def test_it_is_there_when_it_is_asked_for() -> None:
+    code = f"""
+from hyperclone_onnx.deferred import defer
+defer()
+import onnx_ir
+{STATE}
+half = onnx_ir.SymbolicDim("batch") // 2
+{STATE}
+import sympy, sympy.abc
+print(half == onnx_ir.SymbolicDim(str(half)), sympy.simplify(sympy.abc.x - sympy.abc.x))
+"""
+    assert python(code) == ["False", "True", "True", "0"]
