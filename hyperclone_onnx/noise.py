@@ -53,8 +53,16 @@ def quantiles() -> npt.NDArray[np.float32]:
         return _quantiles()
 
 
-def draw(key: int, width: int, rows: tuple[int, int], columns: tuple[int, int], scratch: Scratch) -> Array:
-    """Standard normal numbers for a window of a table of `width` columns.
+def draw(
+    key: int,
+    width: int,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    scratch: Scratch,
+    table: Array | None = None,
+    name: str = "noise.drawn",
+) -> Array:
+    """Normal numbers for a window of a table of `width` columns.
 
     Args:
         key: from `key_of`.
@@ -62,11 +70,14 @@ def draw(key: int, width: int, rows: tuple[int, int], columns: tuple[int, int], 
         rows: the first row, and how many.
         columns: the first column, and how many.
         scratch: holds the working arrays.
+        table: the quantiles to choose from, scaled; `quantiles` by default, of standard deviation one.
+        name: the working array that the numbers are in.
 
     Returns:
-        float32, shape (rows, columns); a view of a working array, valid until the next call.
+        shape (rows, columns), of the table's type; a view of a working array, valid until the next call with its name.
     """
     (top, height), (left, breadth) = rows, columns
+    table = quantiles() if table is None else table
     stride = -(-width // LANES)
     first, last = left // LANES, -(-(left + breadth) // LANES)
     words = last - first
@@ -85,7 +96,7 @@ def draw(key: int, width: int, rows: tuple[int, int], columns: tuple[int, int], 
     lanes = state.astype("<u8", copy=False).view("<u2").reshape(height, words * LANES)
     places = scratch.array("noise.places", lanes.shape, np.intp)
     np.copyto(places, lanes)
-    drawn = scratch.array("noise.drawn", lanes.shape, np.float32)
-    np.take(quantiles(), places, out=drawn, mode="clip")
+    drawn = scratch.array(name, lanes.shape, table.dtype)
+    np.take(table, places, out=drawn, mode="clip")
     skip = left - first * LANES
     return drawn[:, skip : skip + breadth]

@@ -119,3 +119,18 @@ def one_if_constant(array: Indices) -> Indices | int:
     if array.size and (array == array[0]).all():
         return int(array[0])
     return array
+
+
+def stretches(chosen: Any) -> list[tuple[slice, bool]] | None:
+    """Columns by whether they are chosen, shape (columns,) or one for all: in slices; None where they are many.
+
+    >>> stretches(np.array([True, True, False]))
+    [(slice(0, 2, None), True), (slice(2, 3, None), False)]
+    """
+    chosen = np.asarray(chosen)
+    if chosen.ndim == 0:
+        return [(slice(None), bool(chosen))]
+    bounds = [0, *(np.flatnonzero(np.diff(chosen)) + 1).tolist(), len(chosen)]
+    if len(bounds) - 1 > MANY:
+        return None
+    return [(slice(start, end), bool(chosen[start])) for start, end in itertools.pairwise(bounds)]

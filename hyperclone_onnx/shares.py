@@ -14,8 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.maps import AxisIndex, Indices
-from hyperclone_onnx.noise import draw, key_of
-from hyperclone_onnx.runs import Pick, Run, one_if_constant
+from hyperclone_onnx.noise import draw, key_of, quantiles
+from hyperclone_onnx.runs import Pick, Run, one_if_constant, stretches
 from hyperclone_onnx.scratch import Scratch
 from hyperclone_onnx.strategies import Strategy
 
@@ -110,11 +110,34 @@ class Sharer:
         self.tensor = tensor
         self.bits = PRECISION.get(dtype)
         self.work = np.float64 if dtype == ir.DataType.DOUBLE else np.float32
+        self._tables: dict[int, Array] = {}
 
     @property
     def all_alike(self) -> bool:
         """Whether every repeat gets the same."""
         return not self.noisy and not self.strategy.diagonal and self.bits is None
+
+    def table(self, count: int) -> Array:
+        """The noise to draw from for `count` repeats, as large as it is added."""
+        if count not in self._tables:
+            amplitude = 1.0 / (math.sqrt(count) if self.strategy.diagonal else count)
+            amplitude *= self.spread * (1.0 if count == 2 else math.sqrt(0.5))
+            self._tables[count] = np.multiply(quantiles(), self.work(amplitude), dtype=self.work)
+        return self._tables[count]
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """What one repeat's noise is, or its negative."""
+
+    values: Array
+    negative: bool = False
+
+    def part(self, columns: slice) -> _Noise:
+        return _Noise(self.values[:, columns], self.negative)
+
+    def added(self, to: Array, out: Array) -> None:
+        (np.subtract if self.negative else np.add)(to, self.values, out=out)
 
 
 class Block:
@@ -131,6 +154,7 @@ class Block:
         self.sharer, self.values, self.columns, self.scratch = sharer, values, columns, scratch
         self._draws: dict[tuple[int, int], Array] = {}
         self._whole: dict[int, list[Array]] = {}
+        self._by: tuple[Number, Array] | None = None
 
     def fill(self, row: Run, out: Array) -> None:
         """The grown columns of the rows that `row` repeats, shape (rows, grown columns)."""
@@ -157,65 +181,78 @@ class Block:
             self._plain(row, number, out)
 
     def _plain(self, row: Run, number: int, out: Array) -> None:
-        columns, values = self.columns, self.values
-        count = row.count * columns.count
+        count = row.count * self.columns.count
+        noise = self._noise(row, number, count) if self.sharer.noisy else None
         if not self.sharer.strategy.diagonal:
-            np.divide(values, _as(count, values), out=out)
-        else:
-            other = row.other_number * columns.other_count + columns.other_number
-            chosen = np.asarray(number == other % count)
-            if chosen.ndim == 0:
-                out[...] = values if chosen else 0
+            if noise is None:
+                np.divide(self.values, _as(count, self.values), out=out)
             else:
-                np.copyto(out, np.where(chosen, values, values.dtype.type(0)))
-        if self.sharer.noisy:
-            self._add_noise(row, number, count, out)
+                noise.added(self._divided(count), out)
+            return
+        other = row.other_number * self.columns.other_count + self.columns.other_number
+        chosen = number == other % count
+        parts = stretches(chosen)
+        if parts is None:
+            np.copyto(out, np.where(chosen, self.values, self.values.dtype.type(0)))
+            if noise is not None:
+                noise.added(out, out)
+            return
+        for where, taken in parts:
+            if noise is None or not taken:
+                out[:, where] = self.values[:, where] if taken else 0
+            if noise is not None:
+                noise.part(where).added(self.values[:, where] if taken else out[:, where], out[:, where])
 
-    def _add_noise(self, row: Run, number: int, count: Number, out: Array) -> None:
-        """Add noise that sums to zero over the repeats of each source index, and is drawn once for all of them.
+    def _divided(self, count: Number) -> Array:
+        """The values by `count`, once for all repeats."""
+        if self._by is None or not np.array_equal(self._by[0], count):
+            out = self.scratch.array("divided", self.values.shape, self.values.dtype)
+            self._by = count, np.divide(self.values, _as(count, self.values), out=out)
+        return self._by[1]
+
+    def _noise(self, row: Run, number: int, count: Number) -> _Noise | None:
+        """Noise that sums to zero over the repeats of each source index, and is drawn once for all of them.
 
         Two repeats get +g and -g; of more, repeat r gets (g_r - g_{r+1}) / sqrt(2), the last one wrapping to g_0, with
         g independent normal draws. An index that is not repeated gets none.
         """
         if isinstance(count, int):
             if count == 1:
-                return
+                return None
             if count == 2:
-                (np.add if number == 0 else np.subtract)(out, self._drawn(row, 0, count), out=out)
-                return
+                return _Noise(self._drawn(row, 0, count), negative=number == 1)
             own, following = (self._drawn(row, r % count, count) for r in (number, number + 1))
-            apart = np.subtract(own, following, out=self.scratch.array("noise.apart", out.shape, out.dtype))
-            np.add(out, apart, out=out)
-            return
+            return _Noise(np.subtract(own, following, out=self.scratch.array("noise.apart", own.shape, own.dtype)))
+        noise = self.scratch.array("noise.apart", self.values.shape, self.sharer.work)
+        noise[...] = -0.0  # added to anything it leaves it as it is
         for each in np.unique(count).tolist():
             if number < each > 1:
-                there = count == each
+                there = np.broadcast_to(count == each, noise.shape)
                 own = self._drawn(row, 0 if each == 2 else number, each)
                 if each == 2:
-                    noise = own if number == 0 else -own
+                    np.copyto(noise, own if number == 0 else -own, where=there)
                 else:
-                    noise = own - self._drawn(row, (number + 1) % each, each)
-                out[:, there] += noise[:, there]
+                    np.subtract(own, self._drawn(row, (number + 1) % each, each), out=noise, where=there)
+        return _Noise(noise)
 
     def _drawn(self, row: Run, repeat: int, count: int) -> Array:
         """The noise of one repeat on these rows, as large as it is added."""
         key = (repeat, count)
         if key not in self._draws:
             columns, sharer = self.columns, self.sharer
+            # Kept while the block lasts: the next block uses the same memory again.
             drawn = draw(
                 key_of(sharer.tensor, sharer.strategy.seed, repeat),
                 columns.width,
                 (row.collapsed, row.length),
                 (columns.low, columns.high - columns.low),
                 self.scratch,
+                sharer.table(count),
+                f"noise.{repeat}.{count}",
             )
             if columns.drawn.view(drawn) is None or drawn.shape[1] != columns.size:
                 drawn = drawn[:, columns.drawn.index]
-            # Kept while the block lasts: the next block uses the same memory again.
-            held = self.scratch.array(f"noise.{repeat}.{count}", drawn.shape, sharer.work)
-            amplitude = 1.0 / (math.sqrt(count) if sharer.strategy.diagonal else count)
-            amplitude *= sharer.spread * (1.0 if count == 2 else math.sqrt(0.5))
-            self._draws[key] = np.multiply(drawn, sharer.work(amplitude), out=held, dtype=sharer.work)
+            self._draws[key] = drawn
         return self._draws[key]
 
     def _of_few_bits(self, row: Run) -> list[Array]:
