@@ -15,6 +15,7 @@ import argparse
 import errno
 import hashlib
 import json
+import mmap
 import multiprocessing.connection  # noqa: F401 - read now: another user may not read where Python lies
 import os
 import random
@@ -66,6 +67,8 @@ class Scene:
     factor: int = 2
     plan: str = ""
     """Where the plan is to be written too."""
+    workers: int = 1
+    """Of several, each is a copy of the process; a strike meets it too."""
 
     @property
     def arguments(self) -> list[str]:
@@ -73,7 +76,8 @@ class Scene:
         paths = ["expand", str(self.root / self.source), "-o", str(self.root / self.out)]
         plan = ["--plan-out", str(self.root / self.plan)] if self.plan else []
         check = [] if self.validate else ["--no-validate"]
-        return [*paths, "--factor", str(self.factor), "--device", "cpu", *plan, *check]
+        workers = ["--workers", str(self.workers)]
+        return [*paths, "--factor", str(self.factor), "--device", "cpu", *workers, *plan, *check]
 
     def reset(self) -> None:
         """Put the folder into its first state."""
@@ -127,6 +131,7 @@ def scenes(folder: Path) -> list[Scene]:
         Scene("a pair over a pair", folder / "scene", "split.onnx", "big.onnx", "split"),
         Scene("a file and its plan", folder / "scene", "small.onnx", "big.onnx", plan="plan.json"),
         Scene("a folder", folder / "scene", "small", "big"),
+        Scene("a pair by copies", folder / "scene", "split.onnx", "big.onnx", "split", validate=True, workers=2),
     ]
 
 
@@ -217,13 +222,15 @@ def start(arguments: list[str], *, at: int | None = None, strike: Strike | None 
 
 def _watch(at: int | None, strike: Strike | None) -> list[int]:
     calls = [0]
+    struck = mmap.mmap(-1, 1)  # one for all copies of the process, each of which counts its calls
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in CALLS and arguments and isinstance(arguments[0], str | bytes | int | os.PathLike):
             path = os.fsdecode(arguments[0]) if not isinstance(arguments[0], int) else ""
             if ".partial" in path or "scene" in path:
                 calls[0] += 1
-                if calls[0] - 1 == at and strike is not None:
+                if calls[0] - 1 == at and strike is not None and not struck[0]:
+                    struck[0] = 1
                     strike()
 
     sys.addaudithook(hook)

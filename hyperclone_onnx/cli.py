@@ -169,10 +169,16 @@ _device_option = click.option(
     show_default=True,
     help="Where ONNX Runtime runs the models; auto takes CUDA when it starts, and says which ran.",
 )
-_model_path = click.Path(path_type=Path)
+_model_path = click.Path(readable=False, path_type=Path)  # who may not read is told as of any other bad file
 _VALIDATE = (
     "full: every tensor, and every output on random inputs. algebraic: every tensor and node, without running the "
     "models. By default full where both models fit in free memory, else algebraic and the first layers run."
+)
+_workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes at work; by default one for a small model, else as many as there are cores, at most 4. "
+    "The results are the same.",
 )
 _validate_option = click.option(
     "--validate", "validation", type=click.Choice(["full", "algebraic", "none"]), help=_VALIDATE
@@ -276,11 +282,7 @@ def _finite_or_none(context: click.Context, option: click.Parameter, value: floa
     metavar="GB",
     help="Gigabytes in one data file; more are spread over several. By default there is one, above 1.5 GB.",
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="Threads that compute and write; by default as many as there are cores, at most 4. The files are the same.",
-)
+@_workers_option
 @click.option(
     "--exclude",
     multiple=True,
@@ -417,14 +419,15 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
 @_device_option
 @click.option("--validate", "mode", type=click.Choice(["full", "algebraic"]), help=_VALIDATE)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the inputs.")
+@_workers_option
 @_json_option
 @_guarded
-def validate(small: Path, big: Path, device: Any, mode: Any, seed: int, as_json: bool) -> None:
+def validate(small: Path, big: Path, device: Any, mode: Any, seed: int, workers: int | None, as_json: bool) -> None:
     """Check that BIG, as it is stored, computes what SMALL computes (exit 1 when it does not)."""
     from hyperclone_onnx import report
     from hyperclone_onnx.expansion import validate_files
 
-    result = validate_files(small, big, device, seed, mode or "auto")
+    result = validate_files(small, big, device, seed, mode or "auto", workers)
     with _printing():
         if as_json:
             _print_json(result.to_json())

@@ -197,7 +197,7 @@ def expand(
         check: how much to validate: "full", "algebraic", "auto" (or True), False for nothing; see `validation`.
         precision: "float64" proves the graph in double precision besides.
         max_shard_size: bytes in one data file; more are spread over several.
-        workers: threads that compute and write. What is written does not depend on it.
+        workers: processes that compute, write and compare. What is written does not depend on it.
         plan_out: also write the plan there, as JSON.
         progress: told of each tensor written.
         notify: told of each stage begun.
@@ -354,6 +354,7 @@ def validate_files(
     device: Device = "auto",
     seed: int = 0,
     mode: Mode = "auto",
+    workers: int | None = None,
 ) -> Validation:
     """Compare a grown model file with its source, on the weights as they are stored.
 
@@ -364,7 +365,9 @@ def validate_files(
     analysis = analyse(small)
     grown = storage.load(big)
     plan = Plan.carried_by(grown.metadata_props)
-    result = validate(analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed, mode=mode)
+    result = validate(
+        analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed, mode=mode, workers=workers
+    )
     if plan is None:
         result.notes.append("the grown model carries no plan: its tensors were not compared, only its outputs")
     elif plan.source:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
+from hyperclone_onnx.parallel import share_out, workers_for
 from hyperclone_onnx.scratch import Scratch
 from hyperclone_onnx.stored_rows import StoredRows
-from hyperclone_onnx.streaming import CHUNK, Job, run
+from hyperclone_onnx.streaming import CHUNK
 
 
 def not_finite(model: ir.Model, workers: int | None = None) -> dict[str, int]:
@@ -20,38 +20,36 @@ def not_finite(model: ir.Model, workers: int | None = None) -> dict[str, int]:
 
     Read block by block, with a fixed amount of memory.
     """
-    counts: dict[tuple[str, int], int] = {}
-    run(_jobs(model, counts), workers)
-    totals: Counter[str] = Counter()
-    for (name, _), found in sorted(counts.items()):
-        totals[name] += found
-    return dict(totals)
+    tensors = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and _is_of_numbers(value.const_value.dtype)
+    }
+    found: dict[str, int] = {}
+
+    def counter() -> Callable[[str], tuple[str, int]]:
+        scratch = Scratch()
+        return lambda name: (name, _count(tensors[name], scratch))
+
+    size = sum(each.nbytes for each in tensors.values())
+    share_out(counter, list(tensors), workers_for(size, workers), lambda each: found.update([each]))
+    return {name: found[name] for name in tensors if found[name]}
 
 
-def _jobs(model: ir.Model, counts: dict[tuple[str, int], int]) -> Iterator[Job]:
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
-            continue
-        rows = StoredRows(tensor, 1, tensor.nbytes)
-        for start in range(0, tensor.nbytes, CHUNK):
-            yield partial(_count, counts, name, rows, start, min(CHUNK, tensor.nbytes - start), tensor.dtype.numpy())
+def _is_of_numbers(dtype: ir.DataType) -> bool:
+    return dtype.is_floating_point() and dtype.bitwidth >= 16
 
 
-def _count(
-    counts: dict[tuple[str, int], int],
-    name: str,
-    rows: StoredRows,
-    start: int,
-    size: int,
-    kind: np.dtype[Any],
-    scratch: Scratch,
-) -> None:
-    numbers = rows.read_bytes(start, size, scratch, "finite").view(kind)
+def _count(tensor: ir.TensorProtocol, scratch: Scratch) -> int:
+    rows, kind = StoredRows(tensor, 1, tensor.nbytes), tensor.dtype.numpy()
+    return sum(
+        _count_in(rows.read_bytes(start, min(CHUNK, tensor.nbytes - start), scratch).view(kind))
+        for start in range(0, tensor.nbytes, CHUNK)
+    )
+
+
+def _count_in(numbers: npt.NDArray[Any]) -> int:
     # A sum is several times faster than a test of each element; one that overflows is told apart then.
     with np.errstate(over="ignore", invalid="ignore"):
         total = numbers.sum(dtype=np.float32 if numbers.dtype.itemsize < 4 else None)
-    if not np.isfinite(total):
-        found = int(numbers.size - np.isfinite(numbers).sum())
-        if found:
-            counts[name, start] = found
+    return 0 if np.isfinite(total) else int(numbers.size - np.isfinite(numbers).sum())

@@ -152,10 +152,6 @@ class Table:
 
     # -- for files ----------------------------------------------------------------------------------------
 
-    def preparations(self) -> Iterator[Callable[[Scratch], None]]:
-        """What is worth doing before `pieces`; what is not done by then the pieces do."""
-        return iter(()) if self.level is None else self.level.preparations()
-
     def pieces(self) -> Iterator[Piece]:
         """What makes the tensor's bytes as they stand in a file."""
         runs = runs_of(self.rows) if self.columns.grown else []

@@ -8,7 +8,7 @@ piece (`grown_table.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,6 @@ from hyperclone_onnx.grown_table import Piece, Table
 from hyperclone_onnx.maps import Maps, grown_size
 from hyperclone_onnx.packing import pack, packed_width
 from hyperclone_onnx.plan import Recipe
-from hyperclone_onnx.scratch import Scratch
 from hyperclone_onnx.strategies import Strategy
 
 Array = npt.NDArray[Any]
@@ -110,10 +109,6 @@ class GrownTensor:
     def pieces(self) -> Iterator[Piece]:
         """What makes the tensor's bytes as they stand in a file, in any order, by any number of workers."""
         return self.table.pieces()
-
-    def preparations(self) -> Iterator[Callable[[Scratch], None]]:
-        """What is worth doing before `pieces`, in any order; the pieces do what is not done by then."""
-        return self.table.preparations()
 
     def as_lazy(self, name: str) -> LazyGrown:
         """This tensor for an ONNX graph; computed when it is written."""

@@ -59,7 +59,7 @@ class Isolated:
                 os._exit(1)
         theirs.close()
         self._end = weakref.finalize(self, _end, os.getpid(), child, self._own)
-        self._answer()
+        self.answer()
 
     def __call__(self, argument: Any) -> Any:
         """What the function makes of an argument.
@@ -68,13 +68,22 @@ class Isolated:
             BrokenDown: the copy was ended, now or by an earlier call, or does not answer.
             Exception: whatever the function raises.
         """
+        self.ask(argument)
+        return self.answer()
+
+    def ask(self, argument: Any) -> None:
+        """Give an argument to the function; `answer` waits for what it makes of it.
+
+        Raises:
+            BrokenDown: the copy was ended by an earlier call.
+        """
         if self._broken:
             raise BrokenDown(self._broken)
         with suppress(ConnectionError):  # who reads no more has left an answer, or has ended
             self._own.send(argument)
-        return self._answer()
 
-    def _answer(self) -> Any:
+    def answer(self) -> Any:
+        """Wait for what the function makes of the argument last asked; raises what a call does."""
         try:
             if not self._own.poll(self._patience):
                 self._broken = "it does not come to an end"
@@ -90,6 +99,15 @@ class Isolated:
         if problem is not None:
             raise problem
         return answer
+
+    def end(self) -> None:
+        """End the copy, whatever it is doing."""
+        self._broken = self._broken or "it was ended"
+        self._end()
+
+    def fileno(self) -> int:
+        """What can be read from when there is an answer."""
+        return self._own.fileno()
 
 
 def _end(owner: int, child: int, pipe: Connection) -> str:

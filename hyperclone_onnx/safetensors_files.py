@@ -78,7 +78,7 @@ def write_safetensors(
         max_shard_size: begin another file before one has more bytes than this; a larger tensor has one of its own.
         name: what the file is called; several are numbered after it.
         metadata: texts for the header, such as ``{"format": "pt"}``.
-        workers: threads that compute and write. The files do not depend on it.
+        workers: processes that compute and write; see `parallel.workers_for`. The files do not depend on it.
         progress: told of each tensor written.
 
     Returns:

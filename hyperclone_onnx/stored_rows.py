@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.page_cache import BATCH, Stretches, forget
 from hyperclone_onnx.positioned import BINARY, read_at
 from hyperclone_onnx.scratch import Scratch
 
@@ -30,15 +31,17 @@ class StoredRows:
         tensor: the tensor; one in a file is read from there whenever rows are asked for.
         count: the number of rows.
         width: the bytes of a row.
+        forget: let the page cache forget what was read: a large file that is read once would fill it.
     """
 
-    def __init__(self, tensor: ir.TensorProtocol, count: int, width: int) -> None:
+    def __init__(self, tensor: ir.TensorProtocol, count: int, width: int, *, forget: bool = False) -> None:
         self.count, self.width = count, width
         self._tensor = tensor
         self._external = tensor if isinstance(tensor, ir.ExternalTensor) else None
         self._file: int | None = None
         self._memory: Array | None = None
         self._lock = threading.Lock()
+        self._read = Stretches() if forget and tensor.nbytes > BATCH else None
 
     def read(self, first: int, count: int, scratch: Scratch, name: str = "rows") -> Array:
         """Rows [first, first + count) as bytes, shape (count, width); not to be changed.
@@ -77,11 +80,14 @@ class StoredRows:
             return
         path = self._external.path if self._external is not None else ""
         try:
-            got = read_at(self._descriptor(), memoryview(into.reshape(-1).data), offset)
+            descriptor = self._descriptor()
+            got = read_at(descriptor, memoryview(into.reshape(-1).data), offset)
         except OSError as problem:
             raise BadModel(f"{path}: cannot be read ({problem.strerror or problem})") from problem
         if got < into.size:
             raise BadModel(f"{path}: ends within tensor {self._tensor.name!r}: it was changed while being read")
+        if self._read is not None:
+            forget(self._read.add(descriptor, offset, got))
 
     def _descriptor(self) -> int:
         with self._lock:

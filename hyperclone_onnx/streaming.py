@@ -1,18 +1,17 @@
-"""Tensors into files at given places, block by block, by a few threads: the engine behind every format.
+"""Tensors into files at given places, block by block, by a few processes: the engine behind every format.
 
-A tensor is made of pieces (`grown_table.py`); a thread makes a piece in working memory of its own and writes it with
-`pwrite`. Nothing depends on which thread makes what, or when: the files are the same for any number of them. numpy and
-the system calls let other threads run, so that two cores are used by two threads.
+A tensor is made of pieces (`grown_table.py`), each made in working memory that is used again, and written with
+`pwrite`. Nothing depends on which process makes what, or when: the files are the same for any number of them.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,11 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import CannotWrite
 from hyperclone_onnx.grown_table import Piece
 from hyperclone_onnx.grown_tensor import GrownTensor, LazyGrown
+from hyperclone_onnx.parallel import share_out, workers_for
 from hyperclone_onnx.positioned import BINARY, write_at
 from hyperclone_onnx.scratch import Scratch
 from hyperclone_onnx.stored_rows import StoredRows
+from hyperclone_onnx.write_behind import WriteBehind
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -35,9 +36,6 @@ Progress = Callable[[int, int], None]
 
 CHUNK = 1 << 20
 """What is merely copied is copied in blocks of this many bytes."""
-
-Job = Callable[[Scratch], None]
-
 
 Streamed = Any
 """A tensor of a model, or anything that has a shape, a numpy type and gives its rows as arrays."""
@@ -62,17 +60,6 @@ class Layout:
     tensors: Sequence[Placed]
 
 
-def workers_for(wanted: int | None = None) -> int:
-    """How many threads write."""
-    return max(1, wanted if wanted is not None else min(4, _cores()))
-
-
-def _cores() -> int:
-    with suppress(AttributeError, OSError):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def write(layout: Layout, workers: int | None = None, progress: Progress | None = None) -> None:
     """Write the files of a layout; all their space is taken first, so that a full disk is told at once.
 
@@ -87,13 +74,56 @@ def write(layout: Layout, workers: int | None = None, progress: Progress | None 
             _reserve(files[path], size)
         for path, offset, data in layout.fixed:
             write_at(files[path], memoryview(data), offset)
-        run(_jobs(layout.tensors, files, progress), workers)
+        _write_tensors(layout, files, workers, progress)
     except OSError as problem:
         first = next(iter(layout.sizes), Path())
         raise CannotWrite(f"{first}: cannot be written ({problem.strerror or problem})") from problem
     finally:
         for descriptor in files.values():
             os.close(descriptor)
+
+
+def _write_tensors(layout: Layout, files: dict[Path, int], workers: int | None, progress: Progress | None) -> None:
+    tensors, size = layout.tensors, sum(layout.sizes.values())
+    count = itertools.count(1)
+
+    def one_more(_: None) -> None:
+        if progress is not None:
+            progress(next(count), len(tensors))
+
+    with ExitStack() as stack:
+
+        def writer() -> Callable[[int], None]:
+            behind, scratch = stack.enter_context(WriteBehind(size)), Scratch()  # in a copy it ends with the copy
+            return lambda index: _write_tensor(tensors[index], files, behind, scratch)
+
+        largest_first = sorted(range(len(tensors)), key=lambda index: -_bytes(tensors[index].tensor))
+        alone = not all(_is_copied_with_us(each.tensor) for each in tensors)
+        share_out(writer, largest_first, 1 if alone else workers_for(size, workers), one_more)
+
+
+def _is_copied_with_us(tensor: Streamed) -> bool:
+    """Whether a copy of this process can use the tensor: what belongs to another library may need its threads."""
+    return isinstance(tensor, LazyGrown | ir.ExternalTensor) or (
+        isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray)
+    )
+
+
+def _bytes(tensor: Streamed) -> int:
+    if isinstance(tensor, ir.TensorProtocol):
+        return tensor.nbytes
+    size: int = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+    return size
+
+
+def _write_tensor(placed: Placed, files: dict[Path, int], behind: WriteBehind, scratch: Scratch) -> None:
+    descriptor = files[placed.file]
+    for piece in _pieces(placed.tensor):
+        for array, offsets in piece(scratch):
+            data = memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
+            for offset in offsets:
+                write_at(descriptor, data, placed.offset + offset)
+                behind.wrote(descriptor, placed.offset + offset, len(data))
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -107,111 +137,16 @@ def _reserve(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
-# -- jobs -------------------------------------------------------------------------------------------------
-
-
-def run(jobs: Iterator[Job], workers: int | None = None) -> None:
-    """Do all jobs, each with working memory of its thread; the first error ends all, and is raised.
-
-    Jobs are taken in order, one by one, when a thread is free; the calling thread is one of them.
-    """
-    lock = threading.Lock()
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        scratch = Scratch()
-        while True:
-            try:
-                with lock:
-                    job = None if failed else next(jobs, None)
-                if job is None:
-                    return
-                job(scratch)
-            except BaseException as problem:
-                failed.append(problem)
-                return
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers_for(workers) - 1)]
-    try:
-        for thread in threads:
-            thread.start()
-        work()
-    except BaseException as problem:  # a signal between two jobs
-        failed.append(problem)
-    for thread in threads:  # none is left behind: it would write into files that are closed
-        while thread.is_alive():
-            try:
-                thread.join()
-            except BaseException as problem:
-                failed.append(problem)
-    if failed:
-        raise failed[0]
-
-
-def _jobs(tensors: Sequence[Placed], files: dict[Path, int], progress: Progress | None) -> Iterator[Job]:
-    """What to do, in order: before the pieces of a tensor what the next one needs done before its own."""
-    lock = threading.Lock()
-    done = 0
-
-    def one_more() -> None:
-        nonlocal done
-        with lock:
-            done += 1
-            if progress is not None:
-                progress(done, len(tensors))
-
-    def begun(index: int) -> tuple[Iterator[Job], Iterator[Piece]]:
-        return prepared(tensors[index].tensor) if index < len(tensors) else (iter(()), iter(()))
-
-    preparations, pieces = begun(0)
-    yield from preparations
-    for index, placed in enumerate(tensors):
-        preparations, following = begun(index + 1)
-        yield from preparations
-        remaining = _Countdown(one_more)
-        for piece in pieces:
-            remaining.more()
-            yield partial(_write_piece, files[placed.file], placed.offset, piece, remaining)
-        remaining.end()
-        pieces = following
-
-
-class _Countdown:
-    """Calls back once when as many parts have ended as were begun, and no more will begin."""
-
-    def __init__(self, ended: Callable[[], None]) -> None:
-        self._lock, self._left, self._ended = threading.Lock(), 1, ended
-
-    def more(self) -> None:
-        with self._lock:
-            self._left += 1
-
-    def end(self) -> None:
-        with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self._ended()
-
-
-def _write_piece(descriptor: int, base: int, piece: Piece, remaining: _Countdown, scratch: Scratch) -> None:
-    for array, offsets in piece(scratch):
-        data = memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
-        for offset in offsets:
-            write_at(descriptor, data, base + offset)
-    remaining.end()
-
-
-def prepared(tensor: Streamed) -> tuple[Iterator[Job], Iterator[Piece]]:
-    """What is worth doing before a tensor's pieces, and the pieces that make its bytes."""
+def _pieces(tensor: Streamed) -> Iterator[Piece]:
+    """What makes a tensor's bytes."""
     if isinstance(tensor, LazyGrown):
         grown: GrownTensor = tensor.grown.fresh()
-        return grown.preparations(), grown.pieces()
+        return grown.pieces()
     if isinstance(tensor, ir.ExternalTensor):
-        return iter(()), _copied(tensor)
+        return _copied(tensor)
     if isinstance(tensor, ir.TensorProtocol):
-        return iter(()), iter((partial(_whole, tensor),))
-    return iter(()), _by_rows(tensor)
+        return iter((partial(_whole, tensor),))
+    return _by_rows(tensor)
 
 
 def _copied(tensor: ir.ExternalTensor) -> Iterator[Piece]:

@@ -1,7 +1,7 @@
 """Is every grown tensor right? Its repeats are added up, from the file, and compared with the source tensor.
 
 One weight that is off by a part in a thousand stands out here, however little it moves an output. Both files are read
-block by block, by a few threads, and never held whole.
+block by block, by a few processes, and never held whole.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.grown_table import BLOCK, Table
 from hyperclone_onnx.grown_tensor import GrownTensor
+from hyperclone_onnx.parallel import share_out, workers_for
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.runs import Run, runs_of
 from hyperclone_onnx.scratch import Scratch
 from hyperclone_onnx.shares import Columns
 from hyperclone_onnx.stored_rows import StoredRows
 from hyperclone_onnx.strategies import Strategy
-from hyperclone_onnx.streaming import CHUNK, Job, run
+from hyperclone_onnx.streaming import CHUNK
 
 Array = npt.NDArray[Any]
 Compare = Callable[[Scratch], "_Sums"]
@@ -61,23 +62,14 @@ class _Sums:
 
 @dataclass
 class _Checked:
-    """A tensor, how it is compared block by block, and what each block gave."""
+    """A tensor, and what comparing all its blocks found."""
 
     name: str
     bound: float
     """How large an error rounding leaves, as a part of the largest stored magnitude."""
     shared: bool
     planned: bool
-    blocks: dict[int, _Sums] = field(default_factory=dict)
-
-    @property
-    def sums(self) -> _Sums:
-        """All blocks together, added up in their order."""
-        total = _Sums()
-        for _, each in sorted(self.blocks.items()):
-            total.worst, total.largest = max(total.worst, each.worst), max(total.largest, each.largest)
-            total.error, total.power = total.error + each.error, total.power + each.power
-        return total
+    sums: _Sums
 
 
 def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan, workers: int | None = None) -> TensorReport:
@@ -86,9 +78,23 @@ def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan, workers: int | 
     Raises:
         BadModel: a tensor that the plan names is missing, or a file cannot be read.
     """
+    unplanned = [
+        name
+        for name, value in source.graph.initializers.items()
+        if name not in plan.tensors and name in grown.graph.initializers and value.const_value is not None
+    ]
+    names = [*plan.tensors, *unplanned]
+    place = {name: index for index, name in enumerate(names)}
+    sizes = {name: _stored(grown, name).nbytes for name in names}
     found: list[_Checked] = []
-    run(_jobs(source, grown, plan, found), workers)
-    return _report(found)
+
+    def checker() -> Callable[[str], _Checked]:
+        scratch = Scratch()
+        return lambda name: _check(source, grown, plan, name, scratch)
+
+    largest_first = sorted(names, key=lambda name: -sizes[name])
+    share_out(checker, largest_first, workers_for(sum(sizes.values()), workers), found.append)
+    return _report(sorted(found, key=lambda each: place[each.name]))
 
 
 def _report(found: list[_Checked]) -> TensorReport:
@@ -114,37 +120,30 @@ def _report(found: list[_Checked]) -> TensorReport:
     return report
 
 
-def _jobs(source: ir.Model, grown: ir.Model, plan: Plan, found: list[_Checked]) -> Iterator[Job]:
-    for name, recipe in plan.tensors.items():
-        made = GrownTensor(_stored(source, recipe.source), recipe, plan.maps, plan.strategy)
-        stored = _stored(grown, name)
-        checked = _Checked(name, 0.0, made.is_shared, planned=True)
-        found.append(checked)
-        if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
-            checked.blocks[0] = _Sums(worst=math.inf)
-            continue
-        if made.is_shared:
-            table = _exact_table(made)
-            most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]
-            checked.bound = max(math.prod(most), 1) * _eps(made.dtype)
-            compared = _sums_of_repeats(table, stored, made.dtype)
-        else:
-            compared = _copies(made, stored)
-        yield from _numbered(checked, compared)
-    for name, value in source.graph.initializers.items():
-        if name in plan.tensors or name not in grown.graph.initializers or value.const_value is None:
-            continue
-        checked = _Checked(name, 0.0, shared=False, planned=False)
-        found.append(checked)
-        yield from _numbered(checked, _identical(value.const_value, _stored(grown, name)))
+def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Scratch) -> _Checked:
+    stored, recipe = _stored(grown, name), plan.tensors.get(name)
+    if recipe is None:
+        compared = _identical(_stored(source, name), stored)
+        return _Checked(name, 0.0, shared=False, planned=False, sums=_added_up(compared, scratch))
+    made = GrownTensor(_stored(source, recipe.source), recipe, plan.maps, plan.strategy)
+    if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
+        return _Checked(name, 0.0, made.is_shared, planned=True, sums=_Sums(worst=math.inf))
+    if not made.is_shared:
+        return _Checked(name, 0.0, shared=False, planned=True, sums=_added_up(_copies(made, stored), scratch))
+    table = _exact_table(made)
+    most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]
+    bound = max(math.prod(most), 1) * _eps(made.dtype)
+    compared = _sums_of_repeats(table, stored, made.dtype)
+    return _Checked(name, bound, shared=True, planned=True, sums=_added_up(compared, scratch))
 
 
-def _numbered(checked: _Checked, compared: Iterator[Compare]) -> Iterator[Job]:
-    def job(index: int, compare: Compare, scratch: Scratch) -> None:
-        checked.blocks[index] = compare(scratch)
-
-    for index, compare in enumerate(compared):
-        yield partial(job, index, compare)
+def _added_up(compared: Iterator[Compare], scratch: Scratch) -> _Sums:
+    total = _Sums()
+    for compare in compared:
+        each = compare(scratch)
+        total.worst, total.largest = max(total.worst, each.worst), max(total.largest, each.largest)
+        total.error, total.power = total.error + each.error, total.power + each.power
+    return total
 
 
 def _stored(model: ir.Model, name: str) -> ir.TensorProtocol:
@@ -183,7 +182,7 @@ def _same_bytes(sides: list[StoredRows], start: int, count: int, scratch: Scratc
 
 def _copies(made: GrownTensor, stored: ir.TensorProtocol) -> Iterator[Compare]:
     """Every piece is made again and compared with what the file has in each of its places."""
-    file = StoredRows(stored, 1, stored.nbytes)
+    file = StoredRows(stored, 1, stored.nbytes, forget=True)
     for piece in made.pieces():
         yield partial(_same_piece, piece, file, made.dtype)
 
@@ -220,7 +219,7 @@ def _sums_of_repeats(table: Table, stored: ir.TensorProtocol, dtype: ir.DataType
     """One comparison for each block of rows of the collapsed tensor."""
     columns = Columns(table.columns)
     kind = np.dtype(dtype.numpy())
-    file = StoredRows(stored, table.rows.grown, columns.grown * kind.itemsize)
+    file = StoredRows(stored, table.rows.grown, columns.grown * kind.itemsize, forget=True)
     step = max(1, BLOCK // 2 // max(1, columns.size))
     repeats: dict[int, list[Run]] = defaultdict(list)
     for each in runs_of(table.rows):

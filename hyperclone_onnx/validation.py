@@ -157,7 +157,7 @@ def validate(
         device: where to run.
         seed: of the random inputs.
         mode: how much is done.
-        workers: threads that compare tensors.
+        workers: processes that compare tensors; see `parallel.workers_for`.
 
     Raises:
         Refused: the source runs on none of the inputs that could be made for it.

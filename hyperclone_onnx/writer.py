@@ -48,7 +48,7 @@ def save(
         external: whether the tensors go into a data file beside it.
         max_shard_size: with `external`, begin another data file before one has more bytes than this
             (``big.onnx-00001-of-00003.data``); a larger tensor has a file of its own.
-        workers: threads that compute and write; by default as many as there are cores, at most 4. The files do not
+        workers: processes that compute and write; see `parallel.workers_for`. The files do not
             depend on it.
         progress: told of each tensor written.
 

@@ -18,7 +18,7 @@ from hyperclone_onnx.locked_folder import partial_folder, take_folder
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of a process")
 faults = pytest.importorskip("fuzz.faults") if hasattr(os, "fork") else None
 
-SCENES = ["a file", "a pair", "a pair over a pair", "a file and its plan", "a folder"]
+SCENES = ["a file", "a pair", "a pair over a pair", "a file and its plan", "a folder", "a pair by copies"]
 
 
 def scene(folder: Path, name: str) -> faults.Scene:  # type: ignore[name-defined]

@@ -296,14 +296,15 @@ def test_a_full_disk_is_told_before_anything_is_computed(
         raise AssertionError("computed")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(streaming, "run", computed)
+    monkeypatch.setattr(streaming, "share_out", computed)
     with pytest.raises(CannotWrite, match="No space left"):
         expand(fixed, tmp_path / "big.onnx", 2)
     assert names_in(tmp_path) == {"fixed.onnx"}
 
 
-def test_an_error_in_a_thread_ends_the_run_with_it(
-    fixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_in_a_worker_ends_the_run_with_it(
+    fixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     calls: list[int] = []
     results: Callable[..., Any] = grown_table.Table.results
@@ -316,7 +317,7 @@ def test_an_error_in_a_thread_ends_the_run_with_it(
 
     monkeypatch.setattr(grown_table.Table, "results", failing)
     with pytest.raises(MemoryError):
-        expand(fixed, tmp_path / "big.onnx", 2, workers=3)
+        expand(fixed, tmp_path / "big.onnx", 2, workers=workers)
     assert names_in(tmp_path) == {"fixed.onnx"}
 
 
@@ -346,22 +347,3 @@ def test_files_are_the_same_where_the_system_reads_and_writes_at_no_place(
         if name.startswith("a.onnx-"):
             assert (tmp_path / name).read_bytes() == (tmp_path / name.replace("a", "b", 1)).read_bytes()
     assert len(names_in(tmp_path)) > 4
-
-
-def test_an_interrupt_leaves_no_thread_behind() -> None:
-    """It may come at any moment: when jobs are taken, done, or waited for."""
-    import signal
-    import threading
-    import time
-
-    before = threading.active_count()
-    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for delay in (0.01, 0.03, 0.05):
-            signal.setitimer(signal.ITIMER_REAL, delay)
-            with pytest.raises(KeyboardInterrupt):
-                streaming.run((lambda _: time.sleep(0.002) for _ in range(1000)), workers=3)
-            assert threading.active_count() == before
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)

@@ -1,0 +1,133 @@
+"""What large files leave in the page cache: little; what they hold is not touched by it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from hyperclone_onnx import page_cache, stored_rows, write_behind
+from hyperclone_onnx.page_cache import Stretches, joined
+from hyperclone_onnx.scratch import Scratch
+from hyperclone_onnx.stored_rows import StoredRows
+from hyperclone_onnx.write_behind import WriteBehind
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no such advice")
+
+
+@pytest.fixture
+def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """The stretches that the system was told of, with batches of 1,000 bytes and a window of 4,000."""
+    told: list[tuple[int, int, int]] = []
+    for module in (page_cache, stored_rows, write_behind):
+        monkeypatch.setattr(module, "BATCH", 1000)
+    monkeypatch.setattr(write_behind, "WINDOW", 4000)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: told.append(arguments[:3]))
+    return told
+
+
+def test_neighbours_are_joined_and_files_kept_apart() -> None:
+    assert joined([(3, 8, 9), (4, 0, 2), (3, 0, 4), (3, 2, 8), (4, 3, 4)]) == [(3, 0, 9), (4, 0, 2), (4, 3, 4)]
+    assert joined([]) == []
+
+
+def test_stretches_come_when_they_are_many(advised: list[tuple[int, int, int]]) -> None:
+    stretches = Stretches()
+    assert [stretches.add(3, start, 300) for start in (0, 300, 900)] == [[], [], []]
+    assert stretches.add(3, 600, 300) == [(3, 0, 1200)]
+    assert stretches.add(3, 1200, 999) == []
+
+
+def until(condition: object, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:  # type: ignore[operator]
+        time.sleep(0.001)
+
+
+def test_what_was_written_is_sent_and_later_forgotten_in_order(advised: list[tuple[int, int, int]]) -> None:
+    with WriteBehind(20_000) as behind:
+        for start in range(0, 8000, 500):
+            behind.wrote(7, start, 500)
+        until(lambda: len(advised) == 12)
+    sent = [(7, start, 1000) for start in range(0, 8000, 1000)]
+    assert [each for each in sent if advised.count(each) == 2] == sent[:4]
+    assert [each for each in sent if advised.count(each) == 1] == sent[4:]
+    first = {each: advised.index(each) for each in sent}
+    again = {each: len(advised) - 1 - advised[::-1].index(each) for each in sent[:4]}
+    assert all(again[each] > first[sent[index + 4]] for index, each in enumerate(sent[:4]))
+
+
+def test_little_is_left_to_the_system(advised: list[tuple[int, int, int]]) -> None:
+    before = threading.active_count()
+    with WriteBehind(4000) as behind:
+        behind.wrote(7, 0, 4000)
+        assert threading.active_count() == before
+    assert advised == []
+
+
+def test_writing_does_not_wait_for_a_slow_disk(
+    advised: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it end later than the one call that is under way."""
+    arrive = threading.Event()
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: (advised.append(arguments[:3]), arrive.wait(10)))
+    behind = WriteBehind(20_000)
+    with behind:
+        for start in range(0, 8000, 500):
+            behind.wrote(7, start, 500)
+        until(lambda: advised)
+        threading.Timer(0.05, arrive.set).start()
+    assert len(advised) == 1
+
+
+def test_an_interrupt_while_the_thread_ends_leaves_none(
+    advised: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would use files that are closed by then."""
+    through: list[int] = []
+    monkeypatch.setattr(
+        os,
+        "posix_fadvise",
+        lambda *arguments: (advised.append(arguments[:3]), time.sleep(0.2), through.append(1)),
+    )
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), WriteBehind(20_000) as behind:
+            behind.wrote(7, 0, 1000)
+            until(lambda: advised)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert through == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_what_was_read_once_is_forgotten(advised: list[tuple[int, int, int]], tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8)
+    (tmp_path / "data").write_bytes(data.tobytes())
+    tensor = ir.ExternalTensor(
+        "data", 0, 10_000, ir.DataType.UINT8, shape=ir.Shape([10_000]), name="w", base_dir=tmp_path
+    )
+    for forget in (False, True):
+        rows, scratch = StoredRows(tensor, 100, 100, forget=forget), Scratch()
+        found = [rows.read(first, 5, scratch).copy() for first in range(0, 100, 5)]
+        np.testing.assert_array_equal(np.concatenate(found).reshape(-1), data)
+        assert sum(size for _, _, size in advised) == (10_000 if forget else 0)
+
+
+def test_a_large_file_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the system's own advice: pages are sent and dropped while others are written."""
+    monkeypatch.setattr(write_behind, "WINDOW", 16 << 20)
+    data = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
+    with (tmp_path / "data").open("wb") as file, WriteBehind(48 << 20) as behind:
+        for number in range(48):
+            os.pwrite(file.fileno(), bytes([number]) + data[1:], number << 20)
+            behind.wrote(file.fileno(), number << 20, 1 << 20)
+    whole = (tmp_path / "data").read_bytes()
+    assert all(whole[n << 20 : (n + 1) << 20] == bytes([n]) + data[1:] for n in range(48))
