@@ -95,22 +95,29 @@ class Model:
         time.sleep(REST)
 
 
+HELPER = """
+import json, os, subprocess, sys, time
+begin = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - begin
+print(json.dumps([seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, status]), file=sys.stderr)
+"""
+"""Runs a command from a small process: a process begins with the largest resident set of the one it comes from."""
+
+
 def measured(command: Sequence[str | Path], folder: Path, output: Any = subprocess.DEVNULL) -> Run:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(folder / "compiled")
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        [str(each) for each in command], stdout=output, stderr=subprocess.PIPE, cwd=ROOT, env=environment
-    )
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed: {said.decode(errors='replace')[-500:]}")
-    scale = 2**20 if sys.platform == "darwin" else 2**10
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / scale)
+    ended = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", HELPER, *map(str, command)],
+        stdout=output, stderr=subprocess.PIPE, cwd=ROOT, env=environment, check=True, text=True,
+    )  # fmt: skip
+    *said, last = ended.stderr.splitlines()
+    seconds, cpu, peak, status = json.loads(last)
+    if status:
+        raise SystemExit(f"{' '.join(map(str, command))} failed: {said[-1:]}")
+    return Run(seconds, cpu, peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def expand(model: Model, strategy: str, *options: str) -> Run:

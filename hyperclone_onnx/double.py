@@ -137,7 +137,8 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
     writer.save(model, path, external=True)
     if not any(not node.domain and node.op_type in _REFUSED_WHEN_RUN for node in model.graph.all_nodes()):
         try:
-            return Runner(path, "cpu", isolated=True).run, "ONNX Runtime"
+            weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+            return Runner(path, "cpu", isolated=True, weights=weights).run, "ONNX Runtime"
         except Refused:
             pass
     import onnx.reference

@@ -86,7 +86,7 @@ class Isolated:
         """Wait for what the function makes of the argument last asked; raises what a call does."""
         try:
             if not self._own.poll(self._patience):
-                self._broken = "it does not come to an end"
+                self._broken = f"it does not come to an end within {self._patience:.0f} s"
                 raise BrokenDown(self._broken)
             problem, answer = self._own.recv()
         except (EOFError, ConnectionError):

@@ -42,6 +42,13 @@ def providers(device: Device, available: Sequence[str]) -> list[str | tuple[str,
     return [cuda, "CPUExecutionProvider"]
 
 
+PATIENCE = 300.0
+"""Seconds that loading a model, or running it on a few short inputs, may take besides reading its weights."""
+
+SLOW = 1e7
+"""Bytes a second, of weights that are read and used on a busy machine with a slow disk."""
+
+
 class Runner:
     """A session on one model file.
 
@@ -51,6 +58,8 @@ class Runner:
         graph: the serialised model to run in the place of what stands in the file; its data files are the file's.
         isolated: run in a copy of this process, where one can be had: ONNX Runtime aborts on some graphs. Not on CUDA
             where this process has it in use: it does not survive that a process is copied.
+        weights: the bytes of the model's weights. An isolated run has `PATIENCE` seconds, and as many more as it takes
+            to read these slowly: a Loop may never end.
 
     Raises:
         BadRequest: CUDA was asked for and could not start.
@@ -64,6 +73,7 @@ class Runner:
         graph: bytes | None = None,
         *,
         isolated: bool = False,
+        weights: int = 0,
     ) -> None:
         import onnxruntime as ort
 
@@ -71,7 +81,9 @@ class Runner:
         start = functools.partial(_started, ort, path, wanted, graph)
         alone = isolated and isolation.POSSIBLE and (wanted == ["CPUExecutionProvider"] or not _has_cuda())
         try:
-            self._ask: Callable[[_Feeds | None], Any] = isolation.Isolated(start) if alone else start()
+            self._ask: Callable[[_Feeds | None], Any] = (
+                isolation.Isolated(start, PATIENCE + weights / SLOW) if alone else start()
+            )
             self.provider, inputs, self.outputs = self._ask(None)
         except isolation.BrokenDown as problem:
             raise Refused(

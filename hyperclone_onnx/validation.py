@@ -180,9 +180,11 @@ def validate(
         result.scope = "as asked"
     ran_on: list[str] = []
 
+    weights = _weights(grown)  # the larger ones
+
     def starter(path: str | os.PathLike[str]) -> Callable[[], Run]:
         def start() -> Run:
-            runner = Runner(path, device, isolated=True)
+            runner = Runner(path, device, isolated=True, weights=weights)
             ran_on.append(runner.provider)
             return runner.run
 
@@ -240,7 +242,7 @@ def _validate_first_layers(
         def starter(model: ir.Model, name: str) -> Callable[[], Run]:
             def start() -> Run:
                 writer.save(cut_off(model, cut.name), Path(scratch) / name, external=True)
-                runner = Runner(Path(scratch) / name, device, isolated=True)
+                runner = Runner(Path(scratch) / name, device, isolated=True, weights=_weights(model))
                 result.provider = runner.provider
                 return runner.run
 
@@ -273,7 +275,7 @@ def _validate_wide(
         def starter(model: ir.Model, name: str) -> Callable[[], Run]:
             def start() -> Run:
                 save_wide(model, Path(folder) / name, ir.DataType.FLOAT)
-                runner = Runner(Path(folder) / name, device, isolated=True)
+                runner = Runner(Path(folder) / name, device, isolated=True, weights=2 * _weights(model))
                 result.provider = result.provider or runner.provider
                 return lambda fed: runner.run(inputs.in_float32(fed))
 

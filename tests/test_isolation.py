@@ -199,3 +199,18 @@ def test_runners_alone_and_not(small: Path) -> None:
             runner.run({})
     with pytest.raises(Refused, match="cannot load it"):
         Runner(small.with_name("none.onnx"), "cpu", isolated=True)
+
+
+def test_a_loop_that_never_ends(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command does, in one line."""
+    graph = """g (float[n, 12] x, bool go) => (float[n, 12] y) {
+        h = MatMul (x, w) limit = Constant <value = int64 {9223372036854775807}> ()
+        y = Loop (limit, go, h) <body = b (int64 i, bool before, float[n, 12] h_in)
+            => (bool after, float[n, 12] h_out) { after = Identity (before) h_out = Identity (h_in) }>
+    }"""
+    onnx.save(build_model(graph, {"w": np.ones((12, 12), np.float32)}), tmp_path / "small.onnx")
+    monkeypatch.setattr(sessions, "PATIENCE", 2.0)
+    outcome = cli("expand", tmp_path / "small.onnx", "--set", "width=2", "-o", tmp_path / "big.onnx")
+    assert outcome.code == 3, outcome.error
+    assert "does not come to an end within 2 s" in outcome.error
+    assert names_in(tmp_path) == {"small.onnx"}
