@@ -101,23 +101,35 @@ def _quiet(_: str) -> None:
 
 
 def _files(source: Path, exclude: Sequence[str]) -> list[Path]:
-    """The files of a folder, by their paths in it; hidden ones are left out."""
-    found = [each.relative_to(source) for each in sorted(source.rglob("*")) if each.is_file()]
-    return [
-        each
-        for each in found
-        if not any(part.startswith(".") for part in each.parts)
-        and not any(fnmatch.fnmatch(each.as_posix(), pattern) for pattern in exclude)
-    ]
+    """The files of a folder, and links to folders, by their paths in it; what is hidden is left out.
+
+    Raises:
+        BadModel: a folder in it cannot be read.
+    """
+
+    def unreadable(problem: OSError) -> None:
+        raise BadModel(f"{problem.filename}: cannot be read ({problem.strerror or problem})") from problem
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(source, onerror=unreadable):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        paths = [Path(place) / each for each in (*folders, *files) if not each.startswith(".")]
+        found += [each.relative_to(source) for each in paths if each.is_file() or each.is_symlink()]
+    return sorted(each for each in found if not any(fnmatch.fnmatch(each.as_posix(), pattern) for pattern in exclude))
 
 
 def _check_links(source: Path, files: list[Path]) -> None:
-    """Refuse links that lead out of the folder: what lies elsewhere is not copied with it.
+    """Refuse links that lead out of the folder, to another folder, or nowhere: they are no files to copy.
 
     Raises:
         BadRequest: there is one.
     """
     for each in files:
+        if not (source / each).is_file():
+            raise BadRequest(
+                f"{source / each}: a link to a folder, or to nothing; put the files themselves there, or leave it out: "
+                f"--exclude {each.as_posix()}"
+            )
         if not (source / each).resolve().is_relative_to(source):
             raise BadRequest(
                 f"{source / each}: a link that leads out of the folder; put the file itself there, or leave it out: "

@@ -217,7 +217,8 @@ def _publish(out: Path, place: LockedFolder, durable: bool | None, texts: Mappin
                 why = f"cannot be written ({problem.strerror or problem})"
                 raise CannotWrite(f"{out} is written and complete, but {path} {why}") from problem
         if durable or old:
-            _sync(out.parent)
+            with suppress(OSError):  # it is there, whole; it is the names that a power cut might take back
+                _sync(out.parent)
 
 
 def _data_of(out: Path) -> list[Path]:

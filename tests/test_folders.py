@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,3 +187,31 @@ def test_wrong_folders(
     done = cli("expand", *arguments, "--factor", "2")
     assert done.code in (2, 4) and error in done.stderr
     assert names_in(Path()) == {"t5", "there"}
+
+
+def test_a_folder_within_that_cannot_be_read_is_told(
+    cli: Command, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds is not left out in silence."""
+    scan = os.scandir
+
+    def forbidden(path: str) -> object:
+        if str(path).endswith("onnx"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate")
+    assert (done.code, done.error) == (4, f"error: {parts}/onnx: cannot be read (Permission denied)")
+    monkeypatch.undo()
+    assert names_in(tmp_path) == {"t5"}
+
+
+@pytest.mark.parametrize("target", ["onnx", "nowhere"])
+def test_a_link_to_a_folder_or_to_nothing_is_told(target: str, cli: Command, parts: Path, tmp_path: Path) -> None:
+    (parts / "latest").symlink_to(parts / target)
+    done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate")
+    assert done.code == 2 and "latest: a link to a folder, or to nothing" in done.error
+    assert names_in(tmp_path) == {"t5"}
+    done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate", "--exclude", "latest")
+    assert done.code == 0 and names_in(tmp_path / "big") == {"config.json", "onnx"}

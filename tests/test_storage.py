@@ -14,7 +14,7 @@ import onnx
 import pytest
 from conftest import Command, names_in, perceptron
 
-from hyperclone_onnx import BadModel, expand, storage, streaming
+from hyperclone_onnx import BadModel, expand, publication, storage, streaming
 
 Array = np.ndarray[Any, Any]
 
@@ -456,3 +456,22 @@ def test_errors_of_the_api_are_the_same(folder: Path) -> None:
     (folder / "model.onnx").write_text("no model")
     with pytest.raises(BadModel, match=r"model\.onnx: not a readable ONNX model"):
         expand(folder / "model.onnx", folder / "big.onnx", 2)
+
+
+def test_a_folder_whose_names_cannot_be_secured_takes_nothing_back(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is there, whole; that is no failure."""
+    out = tmp_path / "big.onnx"
+    expand(small, out, 2)
+    sync = publication._sync
+
+    def failing(path: Path) -> None:
+        if path.is_dir():
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        sync(path)
+
+    monkeypatch.setattr(publication, "_sync", failing)
+    before = out.read_bytes()
+    expand(small, out, 3)
+    assert out.read_bytes() != before
