@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -98,20 +98,32 @@ class _Interrupt(KeyboardInterrupt):
     """
 
 
-def _stop(_number: int, _frame: FrameType | None) -> None:
+def _stop(_number: int, frame: FrameType | None) -> None:
     """End the command, unless it ends already, or it is too late: what has been published is there, and is reported."""
     global _interrupted
     if not _ending and publication.finished() is None:
         _interrupted = True
+        while frame is not None:
+            if frame.f_code is _unraisable.__code__:  # what is raised in there is lost as well
+                return _interrupt_soon()
+            frame = frame.f_back
         raise _Interrupt
 
 
 def _unraisable(problem: sys.UnraisableHookArgs) -> None:
     """Interrupt again what an interrupt did not end, since it fell into a place that lets no exception out."""
     if issubclass(problem.exc_type, KeyboardInterrupt):
-        threading.Timer(0.001, _thread.interrupt_main).start()
+        _interrupt_soon()
     else:
         sys.__unraisablehook__(problem)
+
+
+def _interrupt_soon() -> None:
+    def interrupt() -> None:
+        time.sleep(0.001)
+        _thread.interrupt_main()
+
+    _thread.start_new_thread(interrupt, ())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

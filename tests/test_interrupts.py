@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, names_in
@@ -106,3 +107,24 @@ def test_an_interrupt_as_the_command_ends(small: Path) -> None:
     command = [sys.executable, "-c", code, "inspect", str(small)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "") and "hidden" in done.stdout
+
+
+def test_an_interrupt_that_meets_the_hook_for_lost_ones_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised in there is ignored, with a traceback."""
+    from hyperclone_onnx import cli
+
+    begun: list[int] = []
+
+    def again() -> None:
+        begun.append(1)
+        if len(begun) < 3:
+            cli._stop(signal.SIGINT, sys._getframe())
+
+    monkeypatch.setattr(cli, "_ending", False)
+    monkeypatch.setattr(cli, "_interrupted", False)
+    monkeypatch.setattr(cli, "_interrupt_soon", again)
+    monkeypatch.setattr(cli.publication, "finished", lambda: None)
+    cli._unraisable(SimpleNamespace(exc_type=KeyboardInterrupt))  # type: ignore[arg-type]
+    assert len(begun) == 3 and cli._interrupted
+    with pytest.raises(KeyboardInterrupt):
+        cli._stop(signal.SIGINT, sys._getframe())

@@ -152,9 +152,7 @@ def conclude(
     inner = [each for each in layers if each.name not in (BEFORE, AFTER, WHOLE) and each.verdict != "unknown"]
     where = f"{len(inner)} of {len(inner)} layers" if inner else "the model"
     noisy, diagonal = (text in str(strategy.get("name", "")) for text in ("noisy", "diagonal"))
-    advice = (
-        "Grow it with more noise (a lower --snr-db)" if noisy else "Grow it with noise (--strategy noisy-symmetric)"
-    )
+    advice = "Grow it with more noise (a lower --snr-db)" if noisy else "Grow it with noise (--strategy noisy-diagonal)"
     advice = "Grow it before it is quantised: codes take no noise" if quantised else f"{advice}, or train with dropout"
     if found["tied"] == total:
         rounding = " (only rounding errors part diagonal clones)" if diagonal else ""
