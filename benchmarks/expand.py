@@ -6,7 +6,7 @@ Builds a model of 418 M float32 parameters (times --size; 1.7 GB) and doubles it
 result into another file take turns, each the first in every other pair; the ratio of each pair is taken, and their
 median given, so that a busy machine slows both. Both begin alike: what they read is in the page cache, what they write
 does not exist, the disk is synchronised and has a few seconds to get over it. The peak is the largest resident set of
-any of its processes (ru_maxrss), file pages that they map included. Modules are compiled beforehand, as pip leaves them.
+any of its processes (ru_maxrss), file pages that they map included. Modules are compiled beforehand, as by pip.
 --larger measures the memory of a model so many times larger, once in depth and vocabulary and once in width. Everything
 made is removed again. --write puts the tables and the plot into docs/.
 """

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import wraps
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -104,10 +105,15 @@ def _stop(_number: int, frame: FrameType | None) -> None:
     if not _ending and publication.finished() is None:
         _interrupted = True
         while frame is not None:
-            if frame.f_code is _unraisable.__code__:  # what is raised in there is lost as well
+            if _lets_nothing_out(frame):
                 return _interrupt_soon()
             frame = frame.f_back
         raise _Interrupt
+
+
+def _lets_nothing_out(frame: FrameType) -> bool:
+    """Whether what is raised within is lost, as in the hook below, or aborts, as in C++ that is being imported."""
+    return frame.f_code is _unraisable.__code__ or isinstance(frame.f_locals.get("self"), ExtensionFileLoader)
 
 
 def _unraisable(problem: sys.UnraisableHookArgs) -> None:

@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ROOT, names_in
+
+from hyperclone_onnx import cli
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
 
@@ -109,10 +114,25 @@ def test_an_interrupt_as_the_command_ends(small: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "") and "hidden" in done.stdout
 
 
-def test_an_interrupt_that_meets_the_hook_for_lost_ones_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is raised in there is ignored, with a traceback."""
-    from hyperclone_onnx import cli
+class Initialising(ExtensionFileLoader):
+    """C++ that runs Python as it is imported."""
 
+    def exec_module(self, _module: Any) -> None:
+        cli._stop(signal.SIGINT, sys._getframe())
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda: cli._unraisable(SimpleNamespace(exc_type=KeyboardInterrupt)),  # type: ignore[arg-type]
+        lambda: Initialising("m", "m.so").exec_module(None),
+    ],
+    ids=["the hook for lost ones", "C++ that is being imported"],
+)
+def test_an_interrupt_where_nothing_gets_out_comes_again(
+    place: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is raised there is ignored, with a traceback, or aborts."""
     begun: list[int] = []
 
     def again() -> None:
@@ -124,7 +144,7 @@ def test_an_interrupt_that_meets_the_hook_for_lost_ones_is_not_lost(monkeypatch:
     monkeypatch.setattr(cli, "_interrupted", False)
     monkeypatch.setattr(cli, "_interrupt_soon", again)
     monkeypatch.setattr(cli.publication, "finished", lambda: None)
-    cli._unraisable(SimpleNamespace(exc_type=KeyboardInterrupt))  # type: ignore[arg-type]
+    place()
     assert len(begun) == 3 and cli._interrupted
     with pytest.raises(KeyboardInterrupt):
         cli._stop(signal.SIGINT, sys._getframe())
