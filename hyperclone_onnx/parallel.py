@@ -86,7 +86,7 @@ def share_out(
                     busy.add(ready)
     except BrokenDown as problem:
         raise CannotWrite(
-            f"a copy of this process was ended ({problem}); is memory short? --workers 1 makes none"
+            f"a copy of this process was lost: {problem}; is memory short? --workers 1 makes none"
         ) from problem
     finally:
         for each in copies:
