@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hyperclone_onnx.errors import BadModel
@@ -295,6 +297,18 @@ class Plan:
         except (ValueError, RecursionError) as problem:
             raise BadModel(f"a plan that is not JSON: {problem}") from problem
         return Plan.from_json(data if isinstance(data, dict) else {})
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> Plan:
+        """Read a plan from the file that ``--plan-out`` wrote.
+
+        Raises:
+            BadModel: it cannot be read, or holds no plan.
+        """
+        try:
+            return Plan.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, BadModel) as problem:
+            raise BadModel(f"{path}: not a readable plan ({problem})") from problem
 
     @staticmethod
     def carried_by(metadata: Mapping[str, str]) -> Plan | None:

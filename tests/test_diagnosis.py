@@ -568,7 +568,7 @@ ERRORS = [
     (("big.onnx", "--inputs", "wrong.npz"), 3, "runs on none of the inputs"),
     (("big.onnx", "--source", "other.onnx"), 2, "--source other.onnx: 'embedding' has the shape (31, 8)"),
     (("big.onnx", "--source", "none.onnx"), 4, "none.onnx"),
-    (("big.onnx", "--plan", "none.json"), 2, "--plan none.json: it cannot be read"),
+    (("big.onnx", "--plan", "none.json"), 4, "none.json: not a readable plan"),
     (("big.onnx", "--plan", "bad.npz"), 4, "a plan that is not JSON"),
     (("torn.onnx",), 4, "torn.onnx: its metadata holds a malformed plan"),
     (("lacking.onnx",), 4, "lacking.onnx: it has no tensor 'gain.grown', which the plan names"),

@@ -115,11 +115,7 @@ def _plan_of(path: Path, grown: ir.Model, given: PathLike | Plan | None) -> Plan
     if isinstance(given, Plan):
         return given
     if given is not None:
-        try:
-            text = Path(given).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise BadRequest(f"--plan {given}: it cannot be read ({problem})") from problem
-        return Plan.loads(text)
+        return Plan.read(given)
     try:
         carried = Plan.carried_by(grown.metadata_props)
     except BadModel as problem:

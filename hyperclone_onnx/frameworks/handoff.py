@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from hyperclone_onnx import storage
-from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.compiling.blocks import with_blocks
 from hyperclone_onnx.frameworks.compiling.compiler import compile_program
@@ -90,11 +89,7 @@ def _divisors(tensors: Iterable[str], plan: Plan | None) -> Reasons:
 def _grown(model: PathLike, plan: Plan | PathLike) -> ir.Model:
     """The grown model, of which nothing is computed yet."""
     if not isinstance(plan, Plan):
-        path = Path(plan)
-        try:
-            plan = Plan.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as problem:
-            raise BadModel(f"{path}: not a readable plan ({problem})") from problem
+        plan = Plan.read(plan)
     source = normalise(storage.load(model))
     check_fits(plan, source)
     return rewrite(source, plan)
