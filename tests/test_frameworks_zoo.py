@@ -118,7 +118,7 @@ def outputs(made: Any) -> list[Array]:
 
 
 def assert_same_outputs(path: Path, feeds: dict[str, Array], name: str, want: Array, *found: Array) -> None:
-    """Each within float32's rounding of ONNX Runtime's; where that itself is further off, of its result in float64."""
+    """Each within float32's rounding of ONNX Runtime's; where that is further off from float64, no more than twice so."""
     if all(relative(got, want) < OUTPUTS for got in found):
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def assert_same_outputs(path: Path, feeds: dict[str, Array], name: str, want: Ar
         exact = run({key: widened(each) for key, each in feeds.items()})[name]
     assert relative(want, exact) > OUTPUTS, "ONNX Runtime is right"
     for got in found:
-        assert relative(got, exact) < max(OUTPUTS, relative(want, exact))
+        assert relative(got, exact) < max(OUTPUTS, 2 * relative(want, exact))
 
 
 def widened(array: Array) -> Array:
