@@ -118,7 +118,7 @@ def outputs(made: Any) -> list[Array]:
 
 
 def assert_same_outputs(path: Path, feeds: dict[str, Array], name: str, want: Array, *found: Array) -> None:
-    """Each within float32's rounding of ONNX Runtime's; where that is further off from float64, at most twice as far."""
+    """Each within float32's rounding of ONNX Runtime's; where that is off from float64, at most twice as far off."""
     if all(relative(got, want) < OUTPUTS for got in found):
         return
     with tempfile.TemporaryDirectory() as folder:
