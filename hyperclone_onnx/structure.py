@@ -116,6 +116,10 @@ def _calls(body: Any, functions: Iterable[Key]) -> Counter[Key]:
 # -- names ------------------------------------------------------------------------------------------------
 
 
+_FIELDS = {onnx.AttributeProto.TENSOR: "t", onnx.AttributeProto.GRAPH: "g", onnx.AttributeProto.TYPE_PROTO: "tp"}
+"""Where attributes that are messages have their value; numbers and texts have one in any case."""
+
+
 class _Scope:
     """One graph, or the body of a function, within the names that it can see."""
 
@@ -137,6 +141,7 @@ class _Scope:
         for name in (name for name in own if any(name in names for names in outer_before)):
             raise BadModel(f"{self.file}: {name!r} in {self.where} has the name of a value outside it")
         for node in self.body.node:
+            self._check_text(node, node.op_type, node.domain, node.name, *node.input, *node.output)
             for name in node.input:
                 if name and not any(name in names for names in visible):
                     raise BadModel(f"{self.file}: {_named(node)} reads {name!r}, which nothing makes")
@@ -173,13 +178,26 @@ class _Scope:
                 raise BadModel(f"{self.file}: {name!r} is made more than once in {self.where}")
         return {*inputs, *stored, *outputs}
 
+    def _check_text(self, node: onnx.NodeProto, *names: Any) -> None:
+        """Protobuf gives a text that is no UTF-8 as bytes."""
+        for name in names:
+            if not isinstance(name, str):
+                raise BadModel(f"{self.file}: {_named(node)} has a name that is no UTF-8 text: {name!r}")
+
     def _check_attribute(self, node: onnx.NodeProto, attribute: onnx.AttributeProto) -> None:
+        self._check_text(node, attribute.name, attribute.ref_attr_name)
+        field = _FIELDS.get(attribute.type)
+        untyped = not attribute.name or attribute.type == onnx.AttributeProto.UNDEFINED
+        if not attribute.ref_attr_name and (untyped or (field is not None and not attribute.HasField(field))):
+            raise BadModel(f"{self.file}: attribute {attribute.name!r} of {_named(node)} has no name, type or value")
         if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
             raise Refused(f"{self.file}: {_named(node)} holds a sparse tensor, which does not grow: make it dense")
         for tensor in (attribute.t, *attribute.tensors) if attribute.HasField("t") else attribute.tensors:
             self._check_tensor(tensor, f"{attribute.name} of {_named(node)}")
 
     def _check_tensor(self, tensor: onnx.TensorProto, name: str) -> None:
+        if tensor.data_type == onnx.TensorProto.UNDEFINED:
+            raise BadModel(f"{self.file}: tensor {name!r} has no type")
         if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > LARGEST:
             shape = " x ".join(map(str, tensor.dims[:8]))
             raise BadModel(f"{self.file}: tensor {name!r} has a shape that cannot be: {shape}")
