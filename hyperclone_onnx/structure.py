@@ -163,6 +163,9 @@ class _Scope:
         if self.is_graph and self.body.sparse_initializer:
             name = self.body.sparse_initializer[0].values.name
             raise Refused(f"{self.file}: tensor {name!r} is sparse, which does not grow: store it as a dense one")
+        for name in (*inputs, *stored):
+            if not isinstance(name, str):
+                raise BadModel(f"{self.file}: {self.where} has a name that is no UTF-8 text: {name!r}")
         for name in stored:
             if not name:
                 raise BadModel(f"{self.file}: a stored tensor of {self.where} has no name")

@@ -287,6 +287,18 @@ def unknown_type(model: Model) -> None:
     model.graph.initializer[0].data_type = 177
 
 
+def untyped(model: Model) -> None:
+    model.graph.initializer[0].data_type = 0
+
+
+def attribute_of_nothing(model: Model) -> None:
+    model.graph.node[1].attribute.add()
+
+
+def attribute_without_a_tensor(model: Model) -> None:
+    model.graph.node[1].attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
+
+
 SPOILT: list[tuple[Spoil, int, str]] = [
     (negative_size, 4, "shape that cannot be"),
     (sizes_beyond, 4, "shape that cannot be"),
@@ -310,6 +322,9 @@ SPOILT: list[tuple[Spoil, int, str]] = [
     (without_a_name, 4, "no name"),
     (bad_perm, 3, "Transpose"),
     (unknown_type, 4, "malformed"),
+    (untyped, 4, "no type"),
+    (attribute_of_nothing, 4, "no name, type or value"),
+    (attribute_without_a_tensor, 4, "no name, type or value"),
 ]
 
 
@@ -530,3 +545,12 @@ def test_the_report_names_weights_that_are_no_numbers(cli: Command, tmp_path: Pa
     outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
     assert outcome.code == 0, outcome.error
     assert "infinite or not a number grow as they are: bias.0 (1 elements)" in outcome.stdout
+
+
+def test_a_name_that_is_no_text(cli: Command, tmp_path: Path) -> None:
+    """Protobuf gives it as bytes, which nothing can be looked up, sorted or printed by."""
+    onnx.save(perceptron(), tmp_path / "model.onnx")
+    data = (tmp_path / "model.onnx").read_bytes()
+    assert data.count(b"MatMul") > 1
+    (tmp_path / "model.onnx").write_bytes(data.replace(b"MatMul", b"Mat\x8bul", 1))
+    refused(cli, tmp_path, 4, "no UTF-8 text")
