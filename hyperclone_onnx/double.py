@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx import writer
 from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.memory import weight_bytes
 from hyperclone_onnx.sessions import Runner
 
 Array = npt.NDArray[Any]
@@ -137,8 +138,7 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
     writer.save(model, path, external=True)
     if not any(not node.domain and node.op_type in _REFUSED_WHEN_RUN for node in model.graph.all_nodes()):
         try:
-            weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-            return Runner(path, "cpu", isolated=True, weights=weights).run, "ONNX Runtime"
+            return Runner(path, "cpu", isolated=True, weights=weight_bytes(model)).run, "ONNX Runtime"
         except Refused:
             pass
     import onnx.reference

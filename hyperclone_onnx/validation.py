@@ -32,7 +32,7 @@ from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.first_blocks import Cut, cut_off, find_cut, repeated
 from hyperclone_onnx.graph_check import check_graph
 from hyperclone_onnx.inference import Dimensions
-from hyperclone_onnx.memory import free_memory
+from hyperclone_onnx.memory import free_memory, weight_bytes
 from hyperclone_onnx.plan import Interface, Plan
 from hyperclone_onnx.sessions import Device, Runner
 from hyperclone_onnx.tensor_check import TensorReport, check_tensors
@@ -180,7 +180,7 @@ def validate(
         result.scope = "as asked"
     ran_on: list[str] = []
 
-    weights = _weights(grown)  # the larger ones
+    weights = weight_bytes(grown)  # the larger ones
 
     def starter(path: str | os.PathLike[str]) -> Callable[[], Run]:
         def start() -> Run:
@@ -207,13 +207,9 @@ def validate(
     return result
 
 
-def _weights(model: ir.Model) -> int:
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-
-
 def _fits(source: ir.Model, grown: ir.Model) -> tuple[bool, str]:
     """Whether both models fit in free memory, and the figures."""
-    free, needed = free_memory(), _weights(source) + _weights(grown)
+    free, needed = free_memory(), weight_bytes(source) + weight_bytes(grown)
     if free is None:
         return True, f"{needed / 1e9:.1f} GB of weights; this system does not say how much memory is free"
     fits = needed <= free
@@ -242,7 +238,7 @@ def _validate_first_layers(
         def starter(model: ir.Model, name: str) -> Callable[[], Run]:
             def start() -> Run:
                 writer.save(cut_off(model, cut.name), Path(scratch) / name, external=True)
-                runner = Runner(Path(scratch) / name, device, isolated=True, weights=_weights(model))
+                runner = Runner(Path(scratch) / name, device, isolated=True, weights=weight_bytes(model))
                 result.provider = runner.provider
                 return runner.run
 
@@ -262,7 +258,7 @@ def _validate_wide(
     result: Validation, dimensions: Dimensions, grown: ir.Model, plan: Plan | None, device: Device, seed: int
 ) -> None:
     """Compare both models in float32 and without the rounding of activations."""
-    if _weights(grown) > WIDEST:
+    if weight_bytes(grown) > WIDEST:
         result.notes.append("too large to be compared in float32 besides")
         return
     try:
@@ -275,7 +271,7 @@ def _validate_wide(
         def starter(model: ir.Model, name: str) -> Callable[[], Run]:
             def start() -> Run:
                 save_wide(model, Path(folder) / name, ir.DataType.FLOAT)
-                runner = Runner(Path(folder) / name, device, isolated=True, weights=2 * _weights(model))
+                runner = Runner(Path(folder) / name, device, isolated=True, weights=2 * weight_bytes(model))
                 result.provider = result.provider or runner.provider
                 return lambda fed: runner.run(inputs.in_float32(fed))
 

@@ -15,6 +15,7 @@ from hyperclone_onnx.diagnosis.layers import Layers
 from hyperclone_onnx.diagnosis.model import ValueDiagnosis
 from hyperclone_onnx.diagnosis.value_axes import value_axes
 from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.memory import weight_bytes
 from hyperclone_onnx.plan import Plan
 from hyperclone_onnx.sessions import Device
 from hyperclone_onnx.unrounded import Unsupported, rounds, unrounded
@@ -101,7 +102,7 @@ def _widened(analysis: Analysis) -> tuple[bool, list[str]]:
     coarse = computed_type(analysis.dimensions) in HALVES
     if not coarse and not rounds(model):
         return False, []
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    size = weight_bytes(model)
     if size > WIDEST:
         return False, ["too large to be run in float32: what it rounds itself hides small distances of activations"]
     try:
