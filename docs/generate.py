@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import hyperclone_onnx.rules  # noqa: E402, F401 - importing it registers the rules
-from hyperclone_onnx import analyse, report  # noqa: E402
+from hyperclone_onnx import analyse  # noqa: E402
+from hyperclone_onnx.reports import report  # noqa: E402
 from hyperclone_onnx.rules import registry  # noqa: E402
 from models import zoo_store  # noqa: E402
 

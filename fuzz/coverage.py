@@ -23,13 +23,13 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["hyperclone_onnx"]):
-    import hyperclone_onnx.known
+    import hyperclone_onnx.algebra.shape_values
     import hyperclone_onnx.rules  # noqa: F401
-    from hyperclone_onnx import report
-    from hyperclone_onnx.analysis import analyse
+    from hyperclone_onnx.analysis.analysing import analyse
     from hyperclone_onnx.errors import HypercloneError
     from hyperclone_onnx.expansion import plan_expansion
-    from hyperclone_onnx.rewriting import rewrite
+    from hyperclone_onnx.reports import report
+    from hyperclone_onnx.rewriting.rewriting import rewrite
 
 import numpy as np
 import onnx

@@ -38,7 +38,7 @@ import numpy as np
 import onnx
 
 from hyperclone_onnx.entry import listen
-from hyperclone_onnx.signals import STOPPING
+from hyperclone_onnx.system.signals import STOPPING
 
 CALLS = frozenset("open os.mkdir os.rename os.remove os.rmdir os.truncate os.link os.listdir os.scandir".split())
 """The audit events that are calls to the file system, as far as they name a path."""
@@ -183,7 +183,7 @@ Strike = Callable[[], None]
 def start(arguments: list[str], *, at: int | None = None, strike: Strike | None = None, first: Strike | None = None,
           counter: Path | None = None) -> tuple[int, int]:  # fmt: skip
     """Begin a run in a copy of this process, which strikes before its call number `at`; returns (process, stderr)."""
-    from hyperclone_onnx.cli import main
+    from hyperclone_onnx.commands.cli import main
 
     read, write = os.pipe()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the copy listens, as the command does at once
@@ -566,7 +566,7 @@ def main() -> int:
     parser.add_argument("--scene", help="one way to publish alone, such as 'a pair'; or 'limits', which are not of one")
     arguments = parser.parse_args()
     import hyperclone_onnx.folders
-    import hyperclone_onnx.report  # noqa: F401  before the copies are made
+    import hyperclone_onnx.reports.report  # noqa: F401  before the copies are made
 
     failed = 0
 

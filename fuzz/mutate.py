@@ -30,7 +30,7 @@ from fuzz.oracle import TOLERANCE, Unrun, compare, run_source, sensitivity
 from fuzz.seeds import write_beginnings, write_zoo
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, Refused
 from hyperclone_onnx.expansion import expand
-from hyperclone_onnx.strategies import Strategy
+from hyperclone_onnx.plan.strategies import Strategy
 
 LIMIT = 40.0
 """Seconds of a processor after which a case counts as a hang; ten times as much by the clock, where others work too."""

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # as `typing` has it, whose import alone takes longer than Python does to start
 if TYPE_CHECKING:
-    from hyperclone_onnx.analysis import Analysis, analyse
+    from hyperclone_onnx.analysis.analysing import Analysis, analyse
     from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, ModelsDiffer, Refused
     from hyperclone_onnx.expansion import Expansion, expand, plan_expansion, validate_files
     from hyperclone_onnx.folders import FolderExpansion, expand_folder
-    from hyperclone_onnx.grown_tensor import GrownTensor
-    from hyperclone_onnx.maps import SourceMap
-    from hyperclone_onnx.plan import Plan, Recipe
-    from hyperclone_onnx.rewriting import rewrite
-    from hyperclone_onnx.strategies import Strategy
-    from hyperclone_onnx.validation import Validation
+    from hyperclone_onnx.plan.maps import SourceMap
+    from hyperclone_onnx.plan.plans import Plan, Recipe
+    from hyperclone_onnx.plan.strategies import Strategy
+    from hyperclone_onnx.rewriting.rewriting import rewrite
+    from hyperclone_onnx.tensors.grown_tensor import GrownTensor
+    from hyperclone_onnx.validation.validating import Validation
 
 __version__ = "0.1.0"
 
@@ -48,16 +48,16 @@ __all__ = [
 # Names are imported where they are first used: a command answers, and Ctrl-C ends it, before half a second of imports.
 # No submodule may have the name of anything here, for it would take its place.
 _HOMES = {
-    "analysis": "Analysis analyse",
+    "analysis.analysing": "Analysis analyse",
     "errors": "BadModel BadRequest CannotWrite HypercloneError ModelsDiffer Refused",
     "expansion": "Expansion expand plan_expansion validate_files",
     "folders": "FolderExpansion expand_folder",
-    "grown_tensor": "GrownTensor",
-    "maps": "SourceMap",
-    "plan": "Plan Recipe",
-    "rewriting": "rewrite",
-    "strategies": "Strategy",
-    "validation": "Validation",
+    "plan.maps": "SourceMap",
+    "plan.plans": "Plan Recipe",
+    "plan.strategies": "Strategy",
+    "rewriting.rewriting": "rewrite",
+    "tensors.grown_tensor": "GrownTensor",
+    "validation.validating": "Validation",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

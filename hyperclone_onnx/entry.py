@@ -16,10 +16,10 @@ EXIT_CODE = 130
 def main(name: str | None = None) -> None:
     """Run the command; `name` is what its messages call it."""
     stopping = listen()
-    from hyperclone_onnx.deferred import defer
+    from hyperclone_onnx.system.lazy_modules import defer
 
     defer()
-    from hyperclone_onnx.cli import main as command
+    from hyperclone_onnx.commands.cli import main as command
 
     try:
         command(prog_name=name)

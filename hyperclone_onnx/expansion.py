@@ -11,21 +11,24 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from hyperclone_onnx import storage, writer
-from hyperclone_onnx.analysis import Analysis, analyse, count_parameters, is_code
-from hyperclone_onnx.dims import Dim
+from hyperclone_onnx.algebra.dims import Dim
+from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters, is_code
 from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
-from hyperclone_onnx.finite import not_finite
-from hyperclone_onnx.maps import SourceMap
-from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.planning import make_plan
-from hyperclone_onnx.provenance import provenance
-from hyperclone_onnx.rewriting import rewrite
-from hyperclone_onnx.sessions import Device
-from hyperclone_onnx.sizing import Growth, explain, size
-from hyperclone_onnx.strategies import Strategy
-from hyperclone_onnx.streaming import Progress
-from hyperclone_onnx.validation import NOTHING_COMPARED, Mode, Validation, validate, validate_double
+from hyperclone_onnx.plan.maps import SourceMap
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.plan.strategies import Strategy
+from hyperclone_onnx.planning.making import make_plan
+from hyperclone_onnx.planning.provenance import provenance
+from hyperclone_onnx.planning.request import Growth, explain, size
+from hyperclone_onnx.publishing.publication import check_output, data_name, publication, write_text
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.rewriting.rewriting import rewrite
+from hyperclone_onnx.validation.not_finite import not_finite
+from hyperclone_onnx.validation.sessions import Device
+from hyperclone_onnx.validation.validating import NOTHING_COMPARED, Mode, Validation, validate, validate_double
+from hyperclone_onnx.writing import onnx_files as writer
+from hyperclone_onnx.writing.onnx_files import needs_data_file
+from hyperclone_onnx.writing.streaming import Progress
 
 Precision = Literal["stored", "float64"]
 Notify = Callable[[str], None]
@@ -151,10 +154,10 @@ def _planned(
     analysis = analyse(model)
     taken = set(analysis.files)
     if out is not None:
-        storage.check_output(out, taken)
-        taken |= {out.resolve(), out.with_name(storage.data_name(out)).resolve()}
+        check_output(out, taken)
+        taken |= {out.resolve(), out.with_name(data_name(out)).resolve()}
     if plan_out is not None:
-        storage.check_output(Path(plan_out), taken)
+        check_output(Path(plan_out), taken)
     say("planning")
     growth, plan = _plan(analysis, request)
     big = rewrite(analysis.model, plan)
@@ -211,15 +214,15 @@ def expand(
     request = _Request(factor, requests, maps, strategy, untie, keep_interface)
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big, result = planned.analysis, planned.plan, planned.big, planned.result
-    external = storage.needs_data_file(big) or len(analysis.files) > 1 or max_shard_size is not None
+    external = needs_data_file(big) or len(analysis.files) > 1 or max_shard_size is not None
     texts = {} if plan_out is None else {Path(plan_out): _text(plan)}
-    with storage.publication(out, beside=texts) as written:
+    with publication(out, beside=texts) as written:
         say("writing")
         writer.save(big, written, external=external, max_shard_size=max_shard_size, workers=workers, progress=progress)
         clock.lap(result, "write")
         if mode is not None:
             say("validating")
-            grown = storage.load(written)
+            grown = loading.load(written)
             result.validation = validate(
                 analysis.path, written, analysis.dimensions, grown, plan, device=device, mode=mode, workers=workers
             )
@@ -230,7 +233,7 @@ def expand(
             clock.lap(result, "validate")
             if not result.validation.equal:
                 raise ModelsDiffer(_differs(out, result.validation))
-        storage.check_unchanged(analysis.stamps)
+        loading.check_unchanged(analysis.stamps)
         say("publishing")
     return result
 
@@ -254,7 +257,7 @@ def plan_file(
     request = _Request(factor, requests, maps, strategy, untie, keep_interface)
     planned = _planned(model, None, request, plan_out, notify or _nobody, _Clock())
     if plan_out is not None:
-        storage.write_text(Path(plan_out), _text(planned.plan))
+        write_text(Path(plan_out), _text(planned.plan))
     return planned.result
 
 
@@ -363,7 +366,7 @@ def validate_files(
         Refused, BadRequest: see `validation.validate`.
     """
     analysis = analyse(small)
-    grown = storage.load(big)
+    grown = loading.load(big)
     plan = Plan.carried_by(grown.metadata_props)
     result = validate(
         analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed, mode=mode, workers=workers

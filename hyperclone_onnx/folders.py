@@ -17,11 +17,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
-from hyperclone_onnx.analysis import analyse
+from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.errors import BadModel, BadRequest, NothingGrows, Refused
 from hyperclone_onnx.expansion import Expansion, Notify, expand
-from hyperclone_onnx.sizing import name_dimensions
+from hyperclone_onnx.planning.request import name_dimensions
+from hyperclone_onnx.publishing.publication import publication_folder
+from hyperclone_onnx.reading import loading
 
 
 @dataclass
@@ -78,7 +79,7 @@ def expand_folder(
     source, out = Path(folder).resolve(), Path(output)
     if out.resolve() == source or out.resolve().is_relative_to(source):
         raise BadRequest(f"{out}: lies in the source folder; choose another output")
-    with storage.publication_folder(out) as partial:
+    with publication_folder(out) as partial:
         files = _files(source, exclude)
         _check_links(source, files)
         models = [each for each in files if each.suffix == ".onnx"]
@@ -170,7 +171,7 @@ def _grow_models(
     for each in models:
         (partial / each).parent.mkdir(parents=True, exist_ok=True)
         own = {role: times for role, times in asked.items() if role in roles[each]}
-        data |= storage.source_files(source / each, storage.load(source / each))
+        data |= loading.source_files(source / each, loading.load(source / each))
 
         def tell(stage: str, name: str = each.as_posix()) -> None:
             say(f"{name}: {stage}")
@@ -232,7 +233,7 @@ def _link(name: str) -> str:
 
 def _interface(before: Path, after: Path) -> Iterator[tuple[str, Sizes]]:
     """The inputs and outputs of a model, each with the sizes of its axes."""
-    graphs = [storage.load(path).graph for path in (before, after)]
+    graphs = [loading.load(path).graph for path in (before, after)]
     old, new = ({value.name or "": value for value in (*graph.inputs, *graph.outputs)} for graph in graphs)
     for name, value in old.items():
         shapes = [_sizes(each) for each in (value, new[name])]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Pytest puts only the folder of this file on the path; `models` lies beside it.
 sys.path.insert(0, str(ROOT))
 
-from hyperclone_onnx.signals import STOPPING  # noqa: E402
+from hyperclone_onnx.system.signals import STOPPING  # noqa: E402
 from models import zoo_store  # noqa: E402
 
 Array = np.ndarray[Any, Any]
@@ -47,7 +47,7 @@ Command = Callable[..., Outcome]
 @pytest.fixture
 def cli() -> Iterator[Command]:
     """Runs `hyperclone-onnx ARGUMENTS...` in this process."""
-    from hyperclone_onnx.cli import main
+    from hyperclone_onnx.commands.cli import main
 
     def run(*arguments: str | os.PathLike[str]) -> Outcome:
         result = CliRunner().invoke(main, [os.fspath(each) for each in arguments])

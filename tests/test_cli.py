@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 import hyperclone_onnx
 from hyperclone_onnx import Plan
-from hyperclone_onnx.cli import main
-from hyperclone_onnx.training_recipe import RECIPE
+from hyperclone_onnx.commands.cli import main
+from hyperclone_onnx.planning.training_recipe import RECIPE
 
 COMMANDS = main.commands if isinstance(main, click.Group) else {}
 STAGES = ["reading ...", "planning ...", "writing ...", "validating ...", "publishing ..."]
@@ -136,7 +136,7 @@ def test_expand_ends_with_0(cli: Command, place: Path) -> None:
 
 
 def test_a_model_that_differs_is_not_published(cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperclone_onnx.validation.tolerance_of", lambda *_: (0.0, "none at all"))
+    monkeypatch.setattr("hyperclone_onnx.validation.validating.tolerance_of", lambda *_: (0.0, "none at all"))
     outcome = cli(*GROW.split(), "--factor", "2", "--json")
     assert (outcome.code, outcome.stdout) == (1, "")
     assert "big.onnx was not written: the grown model differs from its source: output logits" in outcome.error
@@ -373,7 +373,7 @@ def test_a_process_ends_with_the_same_codes(cli_process: Command, place: Path) -
 
 def test_importing_the_package_is_light() -> None:
     heavy = ("torch", "jax", "onnxruntime", "tensorflow", "transformers")
-    code = f"import sys, hyperclone_onnx, hyperclone_onnx.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, hyperclone_onnx, hyperclone_onnx.commands.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
@@ -494,7 +494,7 @@ def test_an_interruption_while_publishing(
     cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Either it is too late and OUT stays, or it is in time and nothing does; the error must say which."""
-    from hyperclone_onnx import locked_folder
+    from hyperclone_onnx.publishing import locked_folder
 
     def then_interrupt(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:

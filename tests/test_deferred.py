@@ -35,7 +35,7 @@ finally:
 
 def test_it_is_there_when_it_is_asked_for() -> None:
     code = f"""
-from hyperclone_onnx.deferred import defer
+from hyperclone_onnx.system.lazy_modules import defer
 defer()
 import onnx_ir
 {STATE}

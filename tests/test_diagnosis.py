@@ -24,8 +24,8 @@ from hyperclone_onnx.diagnosis import Diagnosis, TensorDiagnosis, activations, d
 from hyperclone_onnx.diagnosis.distance import joint, spread, spread_along
 from hyperclone_onnx.diagnosis.rank import spectrum
 from hyperclone_onnx.diagnosis.verdict import lasting
-from hyperclone_onnx.maps import Axis, ConcatOf, Kept, Named, ProductOf, index_axis
-from hyperclone_onnx.plan import METADATA_KEY
+from hyperclone_onnx.plan.maps import Axis, ConcatOf, Kept, Named, ProductOf, index_axis
+from hyperclone_onnx.plan.plans import METADATA_KEY
 
 Zoo = Callable[[str], Path]
 EXACT = ("symmetric", "diagonal")

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperclone_onnx.dims import Concat, Dim, Product, Space, Term
+from hyperclone_onnx.algebra.dims import Concat, Dim, Product, Space, Term
+from hyperclone_onnx.algebra.sizes import Size
+from hyperclone_onnx.analysis.walk import Dimensions
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.growth import GrownTerms
-from hyperclone_onnx.inference import Dimensions
-from hyperclone_onnx.maps import SourceMap, index_axis
-from hyperclone_onnx.sizes import Size
-from hyperclone_onnx.sizing import Growth, NamedDim, explain
+from hyperclone_onnx.plan.maps import SourceMap, index_axis
+from hyperclone_onnx.planning.request import Growth, NamedDim, explain
+from hyperclone_onnx.rules.grown_op import GrownTerms
 
 Tree = int | tuple[str, tuple["Tree", ...]]
 """A dimension's size, or a product ("*") or concatenation ("+") of trees."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hyperclone_onnx import ModelsDiffer, Strategy, expand, expansion
-from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.plan.plans import Plan
 
 Zoo = Callable[[str], Path]
 Edit = Callable[[np.ndarray], None]

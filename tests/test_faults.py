@@ -12,8 +12,9 @@ import onnx
 import pytest
 from conftest import Command, names_in, perceptron
 
-from hyperclone_onnx import BadRequest, CannotWrite, Plan, storage
-from hyperclone_onnx.locked_folder import partial_folder, take_folder
+from hyperclone_onnx import BadRequest, CannotWrite, Plan
+from hyperclone_onnx.publishing.locked_folder import partial_folder, take_folder
+from hyperclone_onnx.publishing.publication import data_name, publication, publication_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of a process")
 faults = pytest.importorskip("fuzz.faults") if hasattr(os, "fork") else None
@@ -135,29 +136,29 @@ def test_a_plan_appears_with_its_model_or_not_at_all(
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "made"
-    with pytest.raises(ZeroDivisionError), storage.publication_folder(out) as folder:
+    with pytest.raises(ZeroDivisionError), publication_folder(out) as folder:
         (folder / "file").write_text("half")
         raise ZeroDivisionError
     assert names_in(tmp_path) == set()
     out.mkdir()  # an empty one is no obstacle
-    with storage.publication_folder(out) as folder:
+    with publication_folder(out) as folder:
         assert folder.name == "made" and folder.parent.parent == tmp_path
         (folder / "below").mkdir()
         (folder / "below" / "file").write_text("whole")
         assert names_in(out) == set()
     assert names_in(tmp_path) == {"made"} and (out / "below" / "file").read_text() == "whole"
-    with pytest.raises(BadRequest, match="exists already"), storage.publication_folder(out):
+    with pytest.raises(BadRequest, match="exists already"), publication_folder(out):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadRequest, match="exists already"), storage.publication_folder(tmp_path / "file"):
+    with pytest.raises(BadRequest, match="exists already"), publication_folder(tmp_path / "file"):
         pass
-    with pytest.raises(CannotWrite, match="does not exist"), storage.publication_folder(tmp_path / "no" / "made"):
+    with pytest.raises(CannotWrite, match="does not exist"), publication_folder(tmp_path / "no" / "made"):
         pass
 
 
 def test_a_folder_that_fills_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "made"
-    with pytest.raises(CannotWrite), storage.publication_folder(out) as folder:
+    with pytest.raises(CannotWrite), publication_folder(out) as folder:
         (folder / "file").write_text("ours")
         out.mkdir()
         (out / "theirs").write_text("theirs")
@@ -166,14 +167,14 @@ def test_a_folder_that_fills_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "big.onnx"
-    with storage.publication(out) as written:
+    with publication(out) as written:
         with (
             pytest.raises(CannotWrite, match=f"another run .process {os.getpid()}. is writing it"),
-            storage.publication(out),
+            publication(out),
         ):
             pass
         written.write_text("first")
-        with storage.publication(tmp_path / "other.onnx") as other:  # another output is another matter
+        with publication(tmp_path / "other.onnx") as other:  # another output is another matter
             other.write_text("other")
     assert out.read_text() == "first" and names_in(tmp_path) == {"big.onnx", "other.onnx"}
 
@@ -184,7 +185,7 @@ def test_what_a_killed_run_left_is_reclaimed(tmp_path: Path) -> None:
     (place.folder / "half").write_text("of a model")
     (place.folder / "float64").mkdir()
     place._unlock()  # as the kernel does for a process that ends
-    with storage.publication(out) as written:
+    with publication(out) as written:
         assert names_in(written.parent) == {".lock"}
         written.write_text("whole")
     assert names_in(tmp_path) == {"big.onnx"}
@@ -195,14 +196,14 @@ def test_a_folder_of_somebody_else_is_not_trusted(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").write_text("precious")
     partial_folder(out).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CannotWrite, match="in the way"), storage.publication(out):
+    with pytest.raises(CannotWrite, match="in the way"), publication(out):
         pass
     assert (tmp_path / "elsewhere" / "precious").read_text() == "precious"
 
 
 def test_names_of_data_files(tmp_path: Path) -> None:
     out = tmp_path / "big.onnx"
-    assert storage.data_name(out) == "big.onnx.data"
+    assert data_name(out) == "big.onnx.data"
     for expected, taken in (
         ("big.onnx.data", None),
         ("big.onnx.1.data", "big.onnx.data"),
@@ -211,8 +212,8 @@ def test_names_of_data_files(tmp_path: Path) -> None:
     ):
         if taken:
             (tmp_path / taken).write_text("")
-        with storage.publication(out) as written:
-            assert storage.data_name(written) == expected
+        with publication(out) as written:
+            assert data_name(written) == expected
             written.write_text("")
 
 

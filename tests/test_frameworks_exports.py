@@ -14,7 +14,7 @@ from conftest import Command, names_in
 
 from hyperclone_onnx import BadModel, expand
 from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest
-from hyperclone_onnx.training_recipe import RECIPE
+from hyperclone_onnx.planning.training_recipe import RECIPE
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 

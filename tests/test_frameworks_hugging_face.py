@@ -14,7 +14,8 @@ import onnx_ir as ir
 import pytest
 from conftest import Command, names_in
 
-from hyperclone_onnx import BadRequest, ModelsDiffer, expand, storage
+from hyperclone_onnx import BadRequest, ModelsDiffer, expand
+from hyperclone_onnx.reading import loading
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -175,7 +176,7 @@ def test_a_grown_checkpoint_computes_what_its_source_does(
     want, got = logits(loaded(folder / "hf"), inputs), logits(loaded(tmp_path / "out"), inputs)
     np.testing.assert_allclose(got, tiled(want, got.shape), atol=2e-5 * np.abs(want).max())
     back = read_trained(tmp_path / "out")
-    stored = storage.load(tmp_path / "big.onnx").graph.initializers
+    stored = loading.load(tmp_path / "big.onnx").graph.initializers
     for initializer, array in back.items():
         np.testing.assert_allclose(array(), stored[initializer].const_value.numpy(), rtol=3e-7)
 
@@ -297,7 +298,7 @@ def test_a_file_that_was_not_grown_is_said(exported: Exported, tmp_path: Path, c
 
 def replaced(big: Path, out: Path, arrays: Mapping[str, Callable[[], Array]]) -> Path:
     """The file with other weights."""
-    model = storage.load(big)
+    model = loading.load(big)
     for name, array in arrays.items():
         value = model.graph.initializers[name]
         assert value.const_value is not None

@@ -26,8 +26,8 @@ from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer  # noqa
 from hyperclone_onnx.frameworks.optimizer.moments import GrownMoment, Moments, grow_moments, step_factors  # noqa: E402
 from hyperclone_onnx.frameworks.optimizer.resume import resume_torch  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
-from hyperclone_onnx.maps import presented  # noqa: E402
-from hyperclone_onnx.plan import Plan  # noqa: E402
+from hyperclone_onnx.plan.maps import presented  # noqa: E402
+from hyperclone_onnx.plan.plans import Plan  # noqa: E402
 from models import zoo_store  # noqa: E402
 
 Array = np.ndarray[Any, Any]

@@ -19,8 +19,8 @@ pytest.importorskip("transformers")
 
 from hyperclone_onnx import Strategy, expand  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
-from hyperclone_onnx.grown_tensor import GrownTensor  # noqa: E402
-from hyperclone_onnx.plan import Plan  # noqa: E402
+from hyperclone_onnx.plan.plans import Plan  # noqa: E402
+from hyperclone_onnx.tensors.grown_tensor import GrownTensor  # noqa: E402
 from models import zoo  # noqa: E402
 from models.zoo_families import FAMILIES  # noqa: E402
 

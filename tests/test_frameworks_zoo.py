@@ -22,9 +22,9 @@ jax = pytest.importorskip("jax")
 from zoo_harness import make_feeds, session  # noqa: E402
 
 from hyperclone_onnx import expand  # noqa: E402
-from hyperclone_onnx.double import double_runner, to_double  # noqa: E402
 from hyperclone_onnx.frameworks import jax as in_jax  # noqa: E402
 from hyperclone_onnx.frameworks import torch as in_torch  # noqa: E402
+from hyperclone_onnx.validation.wide import double_runner, to_double  # noqa: E402
 from models import zoo_store  # noqa: E402
 
 Array = np.ndarray[Any, Any]

@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from hyperclone_onnx import GrownTensor, Recipe, SourceMap, Strategy, grown_table
-from hyperclone_onnx.maps import Kept, Named
-from hyperclone_onnx.scratch import Scratch
-from hyperclone_onnx.strategies import STRATEGIES
+from hyperclone_onnx import GrownTensor, Recipe, SourceMap, Strategy
+from hyperclone_onnx.plan.maps import Kept, Named
+from hyperclone_onnx.plan.strategies import STRATEGIES
+from hyperclone_onnx.tensors import table as grown_table
+from hyperclone_onnx.tensors.scratch import Scratch
 
 A, B, C = Named("a"), Named("b"), Named("c")
 RECIPE = Recipe("w", ((A, C), (B,)), ((0, 0),))

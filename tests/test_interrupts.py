@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, names_in
 
-from hyperclone_onnx import cli
+from hyperclone_onnx.commands import cli
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
 

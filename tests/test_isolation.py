@@ -16,9 +16,10 @@ import onnx
 import pytest
 from conftest import ROOT, Command, build_model, names_in, perceptron
 
-from hyperclone_onnx import Refused, sessions
-from hyperclone_onnx.isolation import POSSIBLE, BrokenDown, Isolated
-from hyperclone_onnx.sessions import Runner
+from hyperclone_onnx import Refused
+from hyperclone_onnx.system.isolation import POSSIBLE, BrokenDown, Isolated
+from hyperclone_onnx.validation import sessions
+from hyperclone_onnx.validation.sessions import Runner
 
 pytestmark = pytest.mark.skipif(not POSSIBLE, reason="processes cannot be copied here")
 
@@ -101,7 +102,7 @@ def test_a_copy_ends_with_its_object() -> None:
 def test_a_copy_ends_with_the_command(number: int) -> None:
     """Ctrl-C comes through at once, though the copy is busy; and a kill leaves nobody behind."""
     code = (
-        "import os, time; from hyperclone_onnx.isolation import Isolated\n"
+        "import os, time; from hyperclone_onnx.system.isolation import Isolated\n"
         "pids = lambda _: os.getpid()\n"
         "def work(_):\n    time.sleep(600)\n"
         "one, other = Isolated(lambda: pids), Isolated(lambda: lambda n: work(n) if n else os.getpid())\n"

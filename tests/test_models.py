@@ -18,8 +18,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from hyperclone_onnx.double import save_wide
-from hyperclone_onnx.unrounded import unrounded
+from hyperclone_onnx.validation.unrounded import unrounded
+from hyperclone_onnx.validation.wide import save_wide
 from models import dialects
 from models.build import SOURCES
 
@@ -37,7 +37,7 @@ MEASURED = """
 import atexit, pathlib, sys
 status = pathlib.Path("/proc/self/status")
 atexit.register(lambda: print(status.read_text().partition("VmHWM:")[2].split()[0], file=sys.stderr))
-from hyperclone_onnx.cli import main
+from hyperclone_onnx.commands.cli import main
 main()
 """
 

@@ -14,18 +14,10 @@ from conftest import Command, names_in, perceptron
 from onnx import numpy_helper
 from test_validation import CHANGES, edit, set_plan
 
-from hyperclone_onnx import (
-    BadRequest,
-    ModelsDiffer,
-    Plan,
-    Strategy,
-    expand,
-    expansion,
-    memory,
-    validate_files,
-    validation,
-)
-from hyperclone_onnx.strategies import STRATEGIES
+from hyperclone_onnx import BadRequest, ModelsDiffer, Plan, Strategy, expand, expansion, validate_files
+from hyperclone_onnx.plan.strategies import STRATEGIES
+from hyperclone_onnx.system import memory
+from hyperclone_onnx.validation import validating as validation
 
 Array = np.ndarray[Any, Any]
 Zoo = Callable[[str], Path]

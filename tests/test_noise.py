@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hyperclone_onnx.noise import draw, key_of, quantiles
-from hyperclone_onnx.scratch import Scratch
+from hyperclone_onnx.tensors.noise import draw, key_of, quantiles
+from hyperclone_onnx.tensors.scratch import Scratch
 
 
 def table(rows: int, columns: int, seed: int = 0, repeat: int = 0, name: str = "w") -> np.ndarray:

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 import hyperclone_onnx.rules
-from hyperclone_onnx.inference import infer
-from hyperclone_onnx.normalise import normalise
+from hyperclone_onnx.analysis.walk import infer
+from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.rules import registry
 
 assert hyperclone_onnx.rules  # importing it registers the rules

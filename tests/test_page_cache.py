@@ -12,11 +12,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from hyperclone_onnx import page_cache, stored_rows, write_behind
-from hyperclone_onnx.page_cache import Stretches, joined
-from hyperclone_onnx.scratch import Scratch
-from hyperclone_onnx.stored_rows import StoredRows
-from hyperclone_onnx.write_behind import WriteBehind
+from hyperclone_onnx.system import page_cache, write_behind
+from hyperclone_onnx.system.page_cache import Stretches, joined
+from hyperclone_onnx.system.write_behind import WriteBehind
+from hyperclone_onnx.tensors import stored_rows
+from hyperclone_onnx.tensors.scratch import Scratch
+from hyperclone_onnx.tensors.stored_rows import StoredRows
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no such advice")
 

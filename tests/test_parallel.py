@@ -13,8 +13,10 @@ import onnx
 import pytest
 from conftest import names_in, perceptron
 
-from hyperclone_onnx import CannotWrite, expand, grown_table, isolation, parallel, validate_files
-from hyperclone_onnx.parallel import SMALL, share_out, workers_for
+from hyperclone_onnx import CannotWrite, expand, validate_files
+from hyperclone_onnx.system import isolation, parallel
+from hyperclone_onnx.system.parallel import SMALL, share_out, workers_for
+from hyperclone_onnx.tensors import table as grown_table
 
 pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="processes cannot be copied here")
 

@@ -8,13 +8,13 @@ import pytest
 import rule_rows
 from rule_rows.harness import COVERED, MICROSOFT, ROWS, Build, Model, activation, check
 
-from hyperclone_onnx.inference import infer
-from hyperclone_onnx.maps import SourceMap
-from hyperclone_onnx.normalise import normalise
-from hyperclone_onnx.plan import ScaleInput
-from hyperclone_onnx.planning import make_plan
+from hyperclone_onnx.analysis.walk import infer
+from hyperclone_onnx.plan.maps import SourceMap
+from hyperclone_onnx.plan.plans import ScaleInput
+from hyperclone_onnx.planning.making import make_plan
+from hyperclone_onnx.planning.request import Growth, name_dimensions
+from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.rules import registry
-from hyperclone_onnx.sizing import Growth, name_dimensions
 
 assert rule_rows  # importing it registers the rows
 

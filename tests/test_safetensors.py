@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from hyperclone_onnx import BadRequest, GrownTensor, Recipe, SourceMap, Strategy
-from hyperclone_onnx.maps import Named
-from hyperclone_onnx.safetensors_files import write_safetensors
+from hyperclone_onnx.plan.maps import Named
+from hyperclone_onnx.writing.safetensors_files import write_safetensors
 
 Array = np.ndarray[Any, Any]
 KINDS = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1", "BF16": "<u2"}

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 import hyperclone_onnx
-from hyperclone_onnx import analyse, plan_expansion, report, rewrite, sharing
+from hyperclone_onnx import analyse, plan_expansion, rewrite
+from hyperclone_onnx.analysis.walk import Use
 from hyperclone_onnx.expansion import plan_file
-from hyperclone_onnx.inference import Use
+from hyperclone_onnx.planning import sharing
+from hyperclone_onnx.reports import report
 from models.large import LLAMA_405B, Sizes, write
 
 PACKAGE = str(Path(hyperclone_onnx.__file__).parent)

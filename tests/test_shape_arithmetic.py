@@ -11,10 +11,12 @@ import pytest
 from conftest import build_model, normal
 
 from fuzz.oracle import compare, run_source
-from hyperclone_onnx import Refused, analyse, expand, known, plan_expansion, rewrite, writer
-from hyperclone_onnx.plan import ResizeVector
-from hyperclone_onnx.sizes import Size
-from hyperclone_onnx.strategies import Strategy
+from hyperclone_onnx import Refused, analyse, expand, plan_expansion, rewrite
+from hyperclone_onnx.algebra import shape_values as known
+from hyperclone_onnx.algebra.sizes import Size
+from hyperclone_onnx.plan.plans import ResizeVector
+from hyperclone_onnx.plan.strategies import Strategy
+from hyperclone_onnx.writing import onnx_files as writer
 
 OPERATORS = {
     "Identity": "{y} = Identity ({x})",

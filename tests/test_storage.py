@@ -14,7 +14,9 @@ import onnx
 import pytest
 from conftest import Command, names_in, perceptron
 
-from hyperclone_onnx import BadModel, expand, publication, storage, streaming
+from hyperclone_onnx import BadModel, expand
+from hyperclone_onnx.publishing.publication import publication
+from hyperclone_onnx.writing import onnx_files, streaming
 
 Array = np.ndarray[Any, Any]
 
@@ -256,7 +258,7 @@ def test_inline_in_inline_out(cli: Command, folder: Path) -> None:
 def test_weights_beyond_the_limit_get_a_data_file(cli: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("expand", folder / "model.onnx", "--factor", "2", "-o")
     assert cli(*arguments, folder / "inline.onnx").code == 0
-    monkeypatch.setattr(storage, "INLINE_LIMIT", 10_000)
+    monkeypatch.setattr(onnx_files, "INLINE_LIMIT", 10_000)
     assert cli(*arguments, folder / "big.onnx", "--precision", "float64").code == 0
     assert names_in(folder) == {"model.onnx", "inline.onnx", "big.onnx", "big.onnx.data"}
     assert external_locations(folder / "big.onnx") == {"big.onnx.data"}
@@ -299,7 +301,7 @@ def half_written(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
 
 
 def models_differ(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
-    monkeypatch.setattr("hyperclone_onnx.validation.tolerance_of", lambda *_: (0.0, "none at all"))
+    monkeypatch.setattr("hyperclone_onnx.validation.validating.tolerance_of", lambda *_: (0.0, "none at all"))
     return [], 1
 
 
@@ -406,7 +408,7 @@ def test_a_good_run_replaces_what_was_there(cli: Command, request: pytest.Fixtur
 def test_a_good_run_leaves_no_stale_data_file(cli: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("expand", folder / "model.onnx", "--factor", "2", "-o", folder / "big.onnx")
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "INLINE_LIMIT", 0)
+        patch.setattr(onnx_files, "INLINE_LIMIT", 0)
         assert cli(*arguments).code == 0
     assert cli(*arguments).code == 0
     assert names_in(folder) == {"model.onnx", "big.onnx"}
@@ -445,7 +447,7 @@ def test_a_link_at_out_is_replaced_not_followed(cli: Command, folder: Path) -> N
 
 def test_publication_leaves_nothing_on_any_exception(tmp_path: Path) -> None:
     out = tmp_path / "big.onnx"
-    with pytest.raises(KeyboardInterrupt), storage.publication(out) as written:
+    with pytest.raises(KeyboardInterrupt), publication(out) as written:
         assert written.name == out.name and written.parent.parent == tmp_path
         written.write_text("half")
         raise KeyboardInterrupt

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hyperclone_onnx import Plan, analyse, plan_expansion
-from hyperclone_onnx.training_recipe import RECIPE, fan_in_growth
+from hyperclone_onnx.planning.training_recipe import RECIPE, fan_in_growth
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hyperclone_onnx.unrounded import rounds, unrounded
+from hyperclone_onnx.validation.unrounded import rounds, unrounded
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.integers(-127, 128, (8, 6)).astype(np.int8)

@@ -16,12 +16,15 @@ import pytest
 from conftest import Command, build_model, names_in, perceptron
 from onnx import numpy_helper
 
-from hyperclone_onnx import BadRequest, Plan, Strategy, expand, planning, sharing, validate_files, validation
-from hyperclone_onnx.plan import METADATA_KEY, ScaleInput
-from hyperclone_onnx.sessions import Runner, providers
-from hyperclone_onnx.strategies import STRATEGIES
-from hyperclone_onnx.tensor_check import TensorReport
-from hyperclone_onnx.validation import DOUBLE_TOLERANCE
+from hyperclone_onnx import BadRequest, Plan, Strategy, expand, validate_files
+from hyperclone_onnx.plan.plans import METADATA_KEY, ScaleInput
+from hyperclone_onnx.plan.strategies import STRATEGIES
+from hyperclone_onnx.planning import making as planning
+from hyperclone_onnx.planning import sharing
+from hyperclone_onnx.validation import validating as validation
+from hyperclone_onnx.validation.sessions import Runner, providers
+from hyperclone_onnx.validation.tensor_check import TensorReport
+from hyperclone_onnx.validation.validating import DOUBLE_TOLERANCE
 
 Array = np.ndarray[Any, Any]
 

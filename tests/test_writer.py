@@ -17,11 +17,13 @@ import pytest
 from conftest import names_in, perceptron
 from onnx import numpy_helper
 
-from hyperclone_onnx import CannotWrite, GrownTensor, Recipe, SourceMap, Strategy, expand, grown_table, streaming
-from hyperclone_onnx.maps import Axis, ConcatOf, Kept, Named
-from hyperclone_onnx.scratch import Scratch
-from hyperclone_onnx.strategies import STRATEGIES, StrategyName
-from hyperclone_onnx.writer import data_files, save
+from hyperclone_onnx import CannotWrite, GrownTensor, Recipe, SourceMap, Strategy, expand
+from hyperclone_onnx.plan.maps import Axis, ConcatOf, Kept, Named
+from hyperclone_onnx.plan.strategies import STRATEGIES, StrategyName
+from hyperclone_onnx.tensors import table as grown_table
+from hyperclone_onnx.tensors.scratch import Scratch
+from hyperclone_onnx.writing import streaming
+from hyperclone_onnx.writing.onnx_files import data_files, save
 
 Array = np.ndarray[Any, Any]
 

@@ -25,8 +25,8 @@ from zoo_harness import (
 )
 
 from hyperclone_onnx import Strategy, analyse, expand
-from hyperclone_onnx.report import inspection
-from hyperclone_onnx.strategies import STRATEGIES, StrategyName
+from hyperclone_onnx.plan.strategies import STRATEGIES, StrategyName
+from hyperclone_onnx.reports.report import inspection
 from models import zoo_store
 
 Array = np.ndarray[Any, Any]

@@ -8,7 +8,7 @@ import pytest
 from zoo_harness import Expected, Zoo, assert_computes_the_same, parameters
 
 from hyperclone_onnx import Strategy, expand
-from hyperclone_onnx.strategies import STRATEGIES
+from hyperclone_onnx.plan.strategies import STRATEGIES
 from models import zoo_store
 
 BOTH_SIZINGS = {name.split(".")[0] for name in zoo_store.names() if name.endswith(".collide")}

@@ -20,7 +20,7 @@ from growing.training import Point, Recipe, Task, read_curve, train
 from hyperclone_onnx import Plan, Strategy, expand, validate_files
 from hyperclone_onnx.frameworks.handoff import read
 from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer
-from hyperclone_onnx.strategies import StrategyName
+from hyperclone_onnx.plan.strategies import StrategyName
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from growing.network import Shape, shape
 from growing.runs import Continued, Grown, Lab, Outcome, Random, Run
 from growing.training import Recipe
-from hyperclone_onnx.strategies import STRATEGIES, StrategyName
+from hyperclone_onnx.plan.strategies import STRATEGIES, StrategyName
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from hyperclone_onnx import feeds as inputs
-from hyperclone_onnx.analysis import Analysis
+from hyperclone_onnx.analysis.analysing import Analysis
+from hyperclone_onnx.analysis.walk import infer, pin_interface
 from hyperclone_onnx.diagnosis.distance import Array, Spread, joint, spread_along
 from hyperclone_onnx.diagnosis.value_axes import Factor, ValueAxes
-from hyperclone_onnx.double import save_wide
 from hyperclone_onnx.errors import BadRequest, Refused
-from hyperclone_onnx.inference import infer, pin_interface
-from hyperclone_onnx.maps import grown_size, presented
-from hyperclone_onnx.plan import Plan, TakeBranch
-from hyperclone_onnx.rewriting import rewrite
-from hyperclone_onnx.sessions import Device, Runner
-from hyperclone_onnx.strategies import Strategy
-from hyperclone_onnx.unrounded import unrounded
+from hyperclone_onnx.plan.maps import grown_size, presented
+from hyperclone_onnx.plan.plans import Plan, TakeBranch
+from hyperclone_onnx.plan.strategies import Strategy
+from hyperclone_onnx.rewriting.rewriting import rewrite
+from hyperclone_onnx.validation import feeds as inputs
+from hyperclone_onnx.validation.sessions import Device, Runner
+from hyperclone_onnx.validation.unrounded import unrounded
+from hyperclone_onnx.validation.wide import save_wide
 
 BUDGET = 256 << 20
 """Bytes of activations that one run may give."""

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
-from hyperclone_onnx.analysis import analyse
+from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.diagnosis.layers import find_layers
 from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis, TensorDiagnosis, ValueDiagnosis
 from hyperclone_onnx.diagnosis.tensors import compare_tensors, load_source, with_ranks
 from hyperclone_onnx.diagnosis.values import Measured, Sampling, compare_values
 from hyperclone_onnx.diagnosis.verdict import conclude, lasting, over_elements, over_values, part
 from hyperclone_onnx.errors import BadModel, BadRequest
-from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.provenance import provenance
-from hyperclone_onnx.sessions import Device
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.provenance import provenance
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.validation.sessions import Device
 
 Notify = Callable[[str], None]
 PathLike = str | os.PathLike[str]
@@ -61,7 +61,7 @@ def diagnose(
     say = notify or (lambda _: None)
     say("reading")
     path = Path(model)
-    grown = storage.load(path)
+    grown = loading.load(path)
     how = _plan_of(path, grown, plan)
     analysis = analyse(path) if activations else None
     small = None if source is None else load_source(Path(source), how)

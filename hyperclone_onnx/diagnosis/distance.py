@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hyperclone_onnx.maps import Indices
+from hyperclone_onnx.plan.maps import Indices
 
 Array = npt.NDArray[Any]
 

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hyperclone_onnx import storage
 from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis
 from hyperclone_onnx.errors import BadRequest
+from hyperclone_onnx.publishing.publication import publication
 
 LOWEST = 1e-9
 """Where a distance of exactly 0 is drawn on the logarithmic axis."""
@@ -53,7 +53,7 @@ def save_plot(found: Diagnosis, path: Path) -> None:
     if ranked:
         _draw_ranks(axes[1], found, height)
     figure.suptitle(f"{Path(found.model).name}: {_headline(found)}", fontsize=11)
-    with storage.publication(path) as written:
+    with publication(path) as written:
         figure.savefig(written, format="png", dpi=120)
 
 

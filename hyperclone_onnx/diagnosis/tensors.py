@@ -8,17 +8,17 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
 from hyperclone_onnx.diagnosis.layers import Layers
 from hyperclone_onnx.diagnosis.model import Rank, TensorDiagnosis
 from hyperclone_onnx.diagnosis.rank import as_matrix, spectrum
 from hyperclone_onnx.diagnosis.verdict import weight_tolerance
 from hyperclone_onnx.diagnosis.weights import compare, layout, read, source_layout
 from hyperclone_onnx.errors import BadModel, BadRequest
-from hyperclone_onnx.maps import grown_size
-from hyperclone_onnx.normalise import normalise
-from hyperclone_onnx.packing import packed_width
-from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.plan.maps import grown_size
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.normalise import normalise
+from hyperclone_onnx.tensors.packing import packed_width
 
 
 def compare_tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[TensorDiagnosis]:
@@ -82,7 +82,7 @@ def load_source(path: Path, plan: Plan) -> ir.Model:
     Raises:
         BadRequest: it is another one.
     """
-    model = normalise(storage.load(path))
+    model = normalise(loading.load(path))
     for name, recipe in plan.tensors.items():
         value = model.graph.initializers.get(recipe.source)
         if value is None or value.const_value is None:

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from hyperclone_onnx.analysis import Analysis
+from hyperclone_onnx.analysis.analysing import Analysis
 from hyperclone_onnx.diagnosis import activations as runs
 from hyperclone_onnx.diagnosis.layers import Layers
 from hyperclone_onnx.diagnosis.model import ValueDiagnosis
 from hyperclone_onnx.diagnosis.value_axes import value_axes
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.memory import weight_bytes
-from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.sessions import Device
-from hyperclone_onnx.unrounded import Unsupported, rounds, unrounded
-from hyperclone_onnx.validation import HALVES, WIDEST, computed_type, tolerance_of
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.system.memory import weight_bytes
+from hyperclone_onnx.validation.sessions import Device
+from hyperclone_onnx.validation.unrounded import Unsupported, rounds, unrounded
+from hyperclone_onnx.validation.validating import HALVES, WIDEST, computed_type, tolerance_of
 
 PathLike = str | os.PathLike[str]
 

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx import storage, writer
 from hyperclone_onnx.errors import BadRequest, HypercloneError, Refused
 from hyperclone_onnx.frameworks.checkpoints import read_weights
 from hyperclone_onnx.frameworks.checkpoints.matching import match
@@ -22,6 +21,10 @@ from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, fr
 from hyperclone_onnx.frameworks.compiling.program import Weight
 from hyperclone_onnx.frameworks.handoff import read
 from hyperclone_onnx.frameworks.parity import check_parity
+from hyperclone_onnx.publishing.publication import check_output, publication
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.writing import onnx_files as writer
+from hyperclone_onnx.writing.onnx_files import needs_data_file
 
 Array = npt.NDArray[Any]
 Given = Mapping[str, Callable[[], Array]]
@@ -71,21 +74,21 @@ def absorb(
     """
     out = Path(output)
     floating = [each for each in read(model).program.weights if ir.DataType(each.element_type).is_floating_point()]
-    target = storage.load(model)
-    files = storage.source_files(Path(model), target)
-    external = storage.needs_data_file(target) or len(files) > 1
+    target = loading.load(model)
+    files = loading.source_files(Path(model), target)
+    external = needs_data_file(target) or len(files) > 1
     if isinstance(weights, str | os.PathLike):
         checkpoint = Path(weights)
         files |= {each.resolve() for each in (checkpoint, *checkpoint.glob("**/*"))}
-        storage.check_output(out, files)
+        check_output(out, files)
         found = _found(checkpoint, floating)
     else:
-        storage.check_output(out, files)
+        check_output(out, files)
         found = _matched(_flat(weights), floating, "what was given")
     casts: Counter[str] = Counter()
     _replace(target, found, casts)
     missing = sorted({each.initializer for each in floating if each.role != "constant"} - set(found))
-    with storage.publication(out) as written:
+    with publication(out) as written:
         try:
             writer.save(target, written, external=external)
         except Exception as problem:

@@ -9,7 +9,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.compiling.blocks import with_blocks
@@ -18,9 +17,10 @@ from hyperclone_onnx.frameworks.compiling.naming import paths
 from hyperclone_onnx.frameworks.compiling.preparation import prepare, prepare_model
 from hyperclone_onnx.frameworks.compiling.program import Program, Weight
 from hyperclone_onnx.frameworks.compiling.trainable import Reasons, overridden, structural_roles
-from hyperclone_onnx.normalise import normalise
-from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.rewriting import check_fits, rewrite
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.normalise import normalise
+from hyperclone_onnx.rewriting.rewriting import check_fits, rewrite
 
 PathLike = str | os.PathLike[str]
 
@@ -90,7 +90,7 @@ def _grown(model: PathLike, plan: Plan | PathLike) -> ir.Model:
     """The grown model, of which nothing is computed yet."""
     if not isinstance(plan, Plan):
         plan = Plan.read(plan)
-    source = normalise(storage.load(model))
+    source = normalise(loading.load(model))
     check_fits(plan, source)
     return rewrite(source, plan)
 

@@ -15,7 +15,7 @@ from hyperclone_onnx.frameworks.compiling.program import Program, Weight
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
 from hyperclone_onnx.frameworks.handoff import PathLike, bind, read
 from hyperclone_onnx.frameworks.slices import read_slice, read_whole
-from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.plan.plans import Plan
 
 try:
     import jax

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hyperclone_onnx.analysis import analyse
+from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.errors import ModelsDiffer, Refused
-from hyperclone_onnx.feeds import cases
 from hyperclone_onnx.frameworks.compiling.naming import nested
 from hyperclone_onnx.frameworks.compiling.program import Program
 from hyperclone_onnx.frameworks.handoff import read
-from hyperclone_onnx.sessions import Runner
-from hyperclone_onnx.validation import tolerance_of
+from hyperclone_onnx.validation.feeds import cases
+from hyperclone_onnx.validation.sessions import Runner
+from hyperclone_onnx.validation.validating import tolerance_of
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, Callable[[], Array]]

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.grown_tensor import LazyGrown
-from hyperclone_onnx.scratch import Scratch
-from hyperclone_onnx.stored_rows import StoredRows
+from hyperclone_onnx.tensors.grown_tensor import LazyGrown
+from hyperclone_onnx.tensors.scratch import Scratch
+from hyperclone_onnx.tensors.stored_rows import StoredRows
 
 Array = npt.NDArray[Any]
 Windows = tuple[slice, ...]

@@ -15,7 +15,7 @@ from hyperclone_onnx.frameworks.compiling.program import Body, Program, Weight
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
 from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, bind, read
 from hyperclone_onnx.frameworks.slices import blocks, read_slice, shifted
-from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.plan.plans import Plan
 
 try:
     import torch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import Term
-from hyperclone_onnx.inference import Axes, CannotTell, Op
+from hyperclone_onnx.algebra.dims import Term
+from hyperclone_onnx.analysis.walk import Axes, CannotTell, Op
 from hyperclone_onnx.rules.attention import MICROSOFT
 from hyperclone_onnx.rules.registry import relates
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hyperclone_onnx import known
-from hyperclone_onnx.dims import ONE, Term, product
-from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.algebra import shape_values as known
+from hyperclone_onnx.algebra.dims import ONE, Term, product
+from hyperclone_onnx.algebra.sizes import Size
+from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.registry import edits, relates
-from hyperclone_onnx.sizes import Size
 
 
 def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = None, fixed: bool = True) -> list[Term]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from hyperclone_onnx import known
-from hyperclone_onnx.inference import Op
-from hyperclone_onnx.known import Known
+from hyperclone_onnx.algebra import shape_values as known
+from hyperclone_onnx.algebra.shape_values import Known
+from hyperclone_onnx.analysis.walk import Op
 from hyperclone_onnx.rules.registry import relates
 
 UNARY = (

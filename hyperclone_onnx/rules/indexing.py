@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from hyperclone_onnx.dims import Term
-from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
-from hyperclone_onnx.known import LIMIT, Known, accumulated
+from hyperclone_onnx.algebra.dims import Term
+from hyperclone_onnx.algebra.shape_values import LIMIT, Known, accumulated
+from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.registry import edits, relates
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hyperclone_onnx.dims import ONE, Concat, Product, Term
-from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
-from hyperclone_onnx.known import Known, known
+from hyperclone_onnx.algebra.dims import ONE, Concat, Product, Term
+from hyperclone_onnx.algebra.shape_values import Known, known
+from hyperclone_onnx.algebra.sizes import Size
+from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.registry import edits, relates
-from hyperclone_onnx.sizes import Size
 
 END = 2**31 - 1
 """Slice bounds from here on mean "to the end"."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import ONE, Concat, Term
-from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.algebra.dims import ONE, Concat, Term
+from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.contractions import gemm, note_roles
+from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.indexing import index_by
 from hyperclone_onnx.rules.registry import edits, relates
 

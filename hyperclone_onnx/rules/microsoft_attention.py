@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import Concat, Product, Term
-from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import CannotTell, Fact, Op
+from hyperclone_onnx.algebra.dims import Concat, Product, Term
+from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
 from hyperclone_onnx.rules.attention import (
     MICROSOFT,
     edit_heads,
@@ -15,6 +14,7 @@ from hyperclone_onnx.rules.attention import (
     split_heads,
     total_length,
 )
+from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.registry import edits, relates
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import ONE, Concat, Term
-from hyperclone_onnx.inference import CannotTell, Fact, Op
-from hyperclone_onnx.known import span
+from hyperclone_onnx.algebra.dims import ONE, Concat, Term
+from hyperclone_onnx.algebra.shape_values import span
+from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
 from hyperclone_onnx.rules.attention import MICROSOFT
 from hyperclone_onnx.rules.indexing import edit_gather_nd, gather_nd, index_by, trilu
 from hyperclone_onnx.rules.registry import edits, relates

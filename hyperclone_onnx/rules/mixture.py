@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hyperclone_onnx.dims import Concat, Product, Term
-from hyperclone_onnx.inference import CannotTell, Fact, Op
+from hyperclone_onnx.algebra.dims import Concat, Product, Term
+from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
 from hyperclone_onnx.rules.attention import MICROSOFT
 from hyperclone_onnx.rules.registry import relates
 

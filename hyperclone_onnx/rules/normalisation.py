@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.dims import ONE
-from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import CannotTell, Fact, Op
+from hyperclone_onnx.algebra.dims import ONE
+from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
+from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.registry import edits, relates
 
 

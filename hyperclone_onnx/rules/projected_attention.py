@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from hyperclone_onnx.dims import Concat, Product, Term
-from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import CannotTell, Fact, Op
+from hyperclone_onnx.algebra.dims import Concat, Product, Term
+from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
 from hyperclone_onnx.rules.attention import (
     MICROSOFT,
     edit_heads,
@@ -17,6 +16,7 @@ from hyperclone_onnx.rules.attention import (
     split_heads,
     total_length,
 )
+from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.microsoft_attention import attend_tokens, first_of_three, relate_beams, relate_mask
 from hyperclone_onnx.rules.registry import edits, relates
 

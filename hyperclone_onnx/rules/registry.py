@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from hyperclone_onnx.growth import GrownOp
-    from hyperclone_onnx.inference import Op
+    from hyperclone_onnx.analysis.walk import Op
+    from hyperclone_onnx.rules.grown_op import GrownOp
 
 Relation = Callable[["Op"], None]
 Edit = Callable[["GrownOp"], None]

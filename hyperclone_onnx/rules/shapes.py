@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from hyperclone_onnx.dims import Product, Term
-from hyperclone_onnx.growth import GrownOp
-from hyperclone_onnx.inference import CannotTell, Op
-from hyperclone_onnx.known import known, span
+from hyperclone_onnx.algebra.dims import Product, Term
+from hyperclone_onnx.algebra.shape_values import known, span
+from hyperclone_onnx.analysis.walk import CannotTell, Op
+from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.registry import edits, relates
 
 

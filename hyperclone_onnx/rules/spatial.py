@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from hyperclone_onnx.dims import Product, Term
-from hyperclone_onnx.inference import CannotTell, Op
+from hyperclone_onnx.algebra.dims import Product, Term
+from hyperclone_onnx.analysis.walk import CannotTell, Op
 from hyperclone_onnx.rules.registry import relates
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.inference import CannotTell, Op
+from hyperclone_onnx.algebra.sizes import Size
+from hyperclone_onnx.analysis.walk import CannotTell, Op
 from hyperclone_onnx.rules.registry import relates
-from hyperclone_onnx.sizes import Size
 
 
 @relates("DFT")

@@ -16,16 +16,16 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import hyperclone_onnx.rules
-from hyperclone_onnx import feeds
-from hyperclone_onnx.dims import Dim
+from hyperclone_onnx.algebra.dims import Dim
+from hyperclone_onnx.analysis.walk import Dimensions, infer
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.inference import Dimensions, infer
-from hyperclone_onnx.maps import SourceMap
-from hyperclone_onnx.normalise import normalise
-from hyperclone_onnx.planning import make_plan
-from hyperclone_onnx.rewriting import rewrite
-from hyperclone_onnx.sizing import Growth, name_dimensions
-from hyperclone_onnx.strategies import STRATEGIES, Strategy
+from hyperclone_onnx.plan.maps import SourceMap
+from hyperclone_onnx.plan.strategies import STRATEGIES, Strategy
+from hyperclone_onnx.planning.making import make_plan
+from hyperclone_onnx.planning.request import Growth, name_dimensions
+from hyperclone_onnx.reading.normalise import normalise
+from hyperclone_onnx.rewriting.rewriting import rewrite
+from hyperclone_onnx.validation import feeds
 from rule_rows.references import REFERENCES
 
 assert hyperclone_onnx.rules  # importing it registers the rules

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hyperclone_onnx.packing import pack
+from hyperclone_onnx.tensors.packing import pack
 from rule_rows.harness import MICROSOFT, Model, activation, row
 from rule_rows.quantised import codes, scale_for, single
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.frameworks.compiling.program import Program, Role
-from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.training_recipe import fan_in_growth
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.training_recipe import fan_in_growth
 
 NAME = "manifest.json"
 VERSION = 1

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hyperclone_onnx.errors import BadModel, BadRequest, first_line
-from hyperclone_onnx.safetensors_files import TYPES
+from hyperclone_onnx.writing.safetensors_files import TYPES
 
 Array = npt.NDArray[Any]
 

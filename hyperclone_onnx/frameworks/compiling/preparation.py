@@ -13,16 +13,16 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hyperclone_onnx import storage
-from hyperclone_onnx.analysis import OLDEST_OPSET
+from hyperclone_onnx.analysis.analysing import OLDEST_OPSET
 from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.frameworks.compiling import ops as _table  # noqa: F401 - importing it fills the table
 from hyperclone_onnx.frameworks.compiling import registry
 from hyperclone_onnx.frameworks.compiling.compiler import bound_attributes, registry_name
 from hyperclone_onnx.frameworks.compiling.fusions import fuse, put_in_place
 from hyperclone_onnx.frameworks.compiling.host_values import LARGEST, is_constant
-from hyperclone_onnx.normalise import normalise
-from hyperclone_onnx.onnx_inference import infer_types
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.normalise import normalise
+from hyperclone_onnx.reading.type_inference import infer_types
 
 CONTROL = ("If", "Loop", "Scan")
 """Operators with bodies."""
@@ -38,7 +38,7 @@ def prepare(path: str | os.PathLike[str]) -> ir.Model:
         Refused: its opset is too old, or an operator is not covered.
     """
     file = Path(path)
-    return prepare_model(storage.load(file), str(file))
+    return prepare_model(loading.load(file), str(file))
 
 
 def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:

@@ -16,10 +16,10 @@ from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
 from hyperclone_onnx.frameworks.handoff import PathLike, read
 from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
-from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.publication import publication_folder
-from hyperclone_onnx.safetensors_files import write_safetensors
-from hyperclone_onnx.training_recipe import RECIPE, TrainingRecipe
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.training_recipe import RECIPE, TrainingRecipe
+from hyperclone_onnx.publishing.publication import publication_folder
+from hyperclone_onnx.writing.safetensors_files import write_safetensors
 
 Target = Literal["pytorch", "jax", "safetensors", "hf"]
 TARGETS: tuple[Target, ...] = ("pytorch", "jax", "safetensors", "hf")

@@ -17,7 +17,7 @@ from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, Loade
 from hyperclone_onnx.frameworks.hugging_face.layout import Layout, grown_shape, laid_out, put_back
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, constant
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source
-from hyperclone_onnx.maps import Indices
+from hyperclone_onnx.plan.maps import Indices
 
 Array = npt.NDArray[Any]
 

@@ -15,17 +15,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from hyperclone_onnx import storage
-from hyperclone_onnx.analysis import Analysis, analyse
-from hyperclone_onnx.double import save_wide
+from hyperclone_onnx.analysis.analysing import Analysis, analyse
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.feeds import Case, cases
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import to_numpy
 from hyperclone_onnx.frameworks.hugging_face.recording import floating_outputs, run_model
-from hyperclone_onnx.maps import Indices, index_axis, presented
-from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.sessions import Runner
-from hyperclone_onnx.validation import HALVES, tolerance_of
+from hyperclone_onnx.plan.maps import Indices, index_axis, presented
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.validation.feeds import Case, cases
+from hyperclone_onnx.validation.sessions import Runner
+from hyperclone_onnx.validation.validating import HALVES, tolerance_of
+from hyperclone_onnx.validation.wide import save_wide
 
 Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
@@ -128,7 +128,7 @@ def relative_error(got: Array, want: Array) -> float:
 
 def _runner(big: Path) -> Runner:
     """A session on the file; on a copy in float32 where it computes in fewer bits, its weights widened exactly."""
-    model = storage.load(big)
+    model = loading.load(big)
     stored = [each.const_value for each in model.graph.initializers.values() if each.const_value is not None]
     if not any(each.dtype in HALVES and each.size > 1 for each in stored):
         return Runner(big, "cpu")

@@ -17,8 +17,8 @@ import torch
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, quiet, stored_tensors
-from hyperclone_onnx.maps import Axis, ConcatOf, Maps, Named, ProductOf, grown_size
-from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.plan.maps import Axis, ConcatOf, Maps, Named, ProductOf, grown_size
+from hyperclone_onnx.plan.plans import Plan
 
 Path = tuple[str | int, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -79,7 +79,7 @@ def sizes(plan: Plan) -> dict[int, list[int]]:
 
 
 def _unmapped(maps: Maps) -> Maps:
-    from hyperclone_onnx.maps import SourceMap
+    from hyperclone_onnx.plan.maps import SourceMap
 
     return {name: SourceMap(each.size, tile=1) for name, each in maps.items()}
 

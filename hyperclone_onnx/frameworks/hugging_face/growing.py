@@ -32,7 +32,7 @@ from hyperclone_onnx.frameworks.hugging_face.reading import MANIFEST, manifest
 from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown
-from hyperclone_onnx.safetensors_files import write_safetensors
+from hyperclone_onnx.writing.safetensors_files import write_safetensors
 
 Array = npt.NDArray[Any]
 Notify = Callable[[str], None]

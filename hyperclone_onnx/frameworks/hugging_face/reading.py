@@ -15,7 +15,7 @@ from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.frameworks.checkpoints import read_weights
 from hyperclone_onnx.frameworks.hugging_face.layout import Layout, put_back
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown
-from hyperclone_onnx.plan import Plan
+from hyperclone_onnx.plan.plans import Plan
 
 Array = npt.NDArray[Any]
 

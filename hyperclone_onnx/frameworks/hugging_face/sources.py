@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx import storage
-from hyperclone_onnx.analysis import analyse
+from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.errors import BadModel, BadRequest
-from hyperclone_onnx.grown_tensor import GrownTensor
-from hyperclone_onnx.maps import AxisIndex, Indices, index_kept
-from hyperclone_onnx.plan import Plan, Recipe
+from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
+from hyperclone_onnx.plan.plans import Plan, Recipe
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.tensors.grown_tensor import GrownTensor
 
 Array = npt.NDArray[Any]
 
@@ -76,7 +76,7 @@ def read_grown(path: Path) -> Grown:
         BadModel: it cannot be read.
         BadRequest: it carries no plan.
     """
-    model = storage.load(path)
+    model = loading.load(path)
     plan = Plan.carried_by(model.metadata_props)
     if plan is None:
         raise BadRequest(f"{path}: it carries no plan: only a file that hyperclone-onnx grew can be handed to hf")

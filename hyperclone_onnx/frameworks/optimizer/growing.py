@@ -17,9 +17,9 @@ from hyperclone_onnx.frameworks.compiling.program import Weight
 from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, read
 from hyperclone_onnx.frameworks.optimizer.moments import GrownMoments, Moments, forget, grow_moments, separated
 from hyperclone_onnx.frameworks.optimizer.saved_state import FIRST, SECOND, STEP, Group, State, read_state
-from hyperclone_onnx.maps import Kept
-from hyperclone_onnx.plan import Plan
-from hyperclone_onnx.safetensors_files import Tensor, write_safetensors
+from hyperclone_onnx.plan.maps import Kept
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.writing.safetensors_files import Tensor, write_safetensors
 
 Kind = Literal["safetensors", "pytorch", "jax"]
 FILES: Mapping[Kind, str] = {

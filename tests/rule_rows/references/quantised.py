@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hyperclone_onnx.packing import unpack
+from hyperclone_onnx.tensors.packing import unpack
 from rule_rows.references.registry import ACTIVATIONS, Array, reference, softmax
 
 

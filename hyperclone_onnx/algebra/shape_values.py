@@ -1,0 +1,290 @@
+"""What is known of small integer tensors before the model runs: shapes, indices, axis lists.
+
+Exporters compute shapes at run time from `Shape`, `Gather`, `Concat` and arithmetic. Each element of such a
+tensor is followed here as an exact `Size`, or None when it is unknown. All elements speak of the *source*
+model's sizes, in the grown graph too (see `docs/design.md`, "Sizes stay the source's").
+
+What no polynomial expresses (a rounded quotient, a maximum) is a symbol named by its expression, so that two
+ways to compute one size are seen to be one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Collection
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hyperclone_onnx.algebra.sizes import FRACTION, Size, function
+
+Known = npt.NDArray[np.object_]
+"""An array of `Size | None` with the tensor's own shape."""
+
+LIMIT = 1024
+"""Tensors with more elements than this are data, not shapes."""
+
+Element = Size | None
+
+
+def truncated(elements: Known) -> Known | None:
+    """The elements of a conversion to integers: a fraction is rounded towards zero."""
+    return _mapped(lambda item: None if item is None else UNARY["Floor"](item), elements)
+
+
+def known(values: Any) -> Known:
+    """An array of known elements from integers, booleans, Sizes and Nones (any nesting numpy accepts)."""
+    array = np.asarray(values, dtype=object)
+    flat = [item if item is None else Size.of(_integer(item)) for item in array.ravel()]
+    result = np.empty(len(flat), dtype=object)
+    result[:] = flat
+    return result.reshape(array.shape)
+
+
+def _integer(item: Any) -> int | Size:
+    return item if isinstance(item, Size) else int(item)
+
+
+def static_values(elements: Known | None) -> list[int] | None:
+    """The elements as integers in row-major order, or None unless every one of them is static."""
+    if elements is None:
+        return None
+    values = [None if item is None else item.static for item in elements.ravel()]
+    return None if None in values else values  # type: ignore[return-value]
+
+
+def _sign(size: Size) -> int | None:
+    """The sign of a polynomial whose symbols are lengths (at least 0): 1 and -1 mean strictly so."""
+    if size.static is not None:
+        return int(np.sign(size.static))
+    constant = dict(size.terms).get((), 0)
+    coefficients = [c for m, c in size.terms if m]
+    if all(c > 0 for c in coefficients) and constant > 0:
+        return 1
+    if all(c < 0 for c in coefficients) and constant < 0:
+        return -1
+    return None
+
+
+def _truth(answer: bool | None) -> Element:
+    return None if answer is None else Size.of(int(answer))
+
+
+def _compare(test: Callable[[int], bool]) -> Callable[[Size, Size], Element]:
+    def compare(a: Size, b: Size) -> Element:
+        sign = _sign(a - b)
+        return None if sign is None else _truth(test(sign))
+
+    return compare
+
+
+def _divide(a: Size, b: Size) -> Element:
+    exact = a.divided_by(b)
+    if exact is not None:
+        return exact
+    if a.static is not None and b.static:
+        quotient = abs(a.static) // abs(b.static)  # ONNX Div truncates towards zero
+        return Size.of(quotient if (a.static < 0) == (b.static < 0) else -quotient)
+    return floor_of(a, b)
+
+
+def floor_of(a: Size, b: int | Size) -> Element:
+    """The quotient of two lengths, rounded down; None where one of them may be negative, or is a fraction."""
+    divisor = Size.of(b)
+    exact = a.divided_by(divisor)
+    if exact is not None:
+        return exact
+    if a.static is not None and divisor.static:
+        return Size.of(a.static // divisor.static)
+    return function("floor", a, divisor) if _are_whole_lengths(a, divisor) else None
+
+
+def ceil_of(a: Size, b: int | Size) -> Element:
+    """The quotient of two lengths, rounded up; None where one of them may be negative, or is a fraction."""
+    divisor = Size.of(b)
+    if a.static is not None and divisor.static:
+        return Size.of(-(-a.static // divisor.static))
+    exact = a.divided_by(divisor)
+    if exact is not None:
+        return exact
+    return function("ceil", a, divisor) if _are_whole_lengths(a, divisor) else None
+
+
+def _are_whole_lengths(*sizes: Size) -> bool:
+    return all(size.is_length and size.is_whole for size in sizes)
+
+
+def _quotient(a: Size, b: Size) -> Element:
+    """The quotient in floating point; what is not whole is kept for the rounding that follows."""
+    exact = a.divided_by(b)
+    if exact is not None or b == Size.of(0) or not _are_whole_lengths(a, b):
+        return exact
+    return Size.symbol(f"{FRACTION}{a}{FRACTION}{b}")
+
+
+def _rounded(name: str, rounding: Callable[[Fraction], int]) -> Callable[[Size], Element]:
+    def rounded(size: Size) -> Element:
+        if size.is_whole:
+            return size
+        symbol = size.lone_symbol
+        if symbol is None or not symbol.startswith(FRACTION):
+            return None
+        above, below = symbol[len(FRACTION) :].split(FRACTION)
+        if above.isdigit() and below.isdigit():
+            return Size.of(rounding(Fraction(int(above), int(below))))
+        return Size.symbol(f"{name}({above}, {below})")
+
+    return rounded
+
+
+def _modulo(a: Size, b: Size) -> Element:
+    if a.divided_by(b) is not None:
+        return Size.of(0)
+    if a.static is not None and b.static:
+        return Size.of(a.static % b.static)
+    return function("mod", a, b) if _are_whole_lengths(a, b) else None
+
+
+def _extreme(pick_larger: bool) -> Callable[[Size, Size], Element]:
+    def extreme(a: Size, b: Size) -> Element:
+        if a == b:
+            return a
+        sign = _sign(a - b)
+        if sign:
+            return a if (sign > 0) == pick_larger else b
+        if not _are_whole_lengths(a, b):
+            return None
+        return function("max" if pick_larger else "min", *sorted((a, b), key=str))
+
+    return extreme
+
+
+def _both(a: Size, b: Size) -> Element:
+    return _truth(bool(a.static and b.static)) if a.static is not None and b.static is not None else None
+
+
+def _either(a: Size, b: Size) -> Element:
+    return _truth(bool(a.static or b.static)) if a.static is not None and b.static is not None else None
+
+
+BINARY: dict[str, Callable[[Size, Size], Element]] = {
+    "Add": lambda a, b: a + b,
+    "Sub": lambda a, b: a - b,
+    "Mul": lambda a, b: a * b,
+    "Div": _divide,
+    "Mod": _modulo,
+    "Max": _extreme(True),
+    "Min": _extreme(False),
+    "Equal": _compare(lambda sign: sign == 0),
+    "Less": _compare(lambda sign: sign < 0),
+    "LessOrEqual": _compare(lambda sign: sign <= 0),
+    "Greater": _compare(lambda sign: sign > 0),
+    "GreaterOrEqual": _compare(lambda sign: sign >= 0),
+    "And": _both,
+    "Or": _either,
+}
+
+UNARY: dict[str, Callable[[Size], Element]] = {
+    "Neg": lambda a: -a,
+    "Abs": lambda a: None if _sign(a) is None else (-a if _sign(a) == -1 else a),
+    "Not": lambda a: None if a.static is None else Size.of(int(not a.static)),
+    "Floor": _rounded("floor", math.floor),
+    "Ceil": _rounded("ceil", math.ceil),
+    "Round": _rounded("round", round),
+}
+
+
+def unary(op_type: str, operand: Known) -> Known | None:
+    """The elements of a unary operator's output."""
+    function = UNARY[op_type]
+    return _mapped(lambda item: None if item is None else function(item), operand)
+
+
+def binary(op_type: str, left: Known, right: Known, integer: bool = True) -> Known | None:
+    """The elements of a broadcasting binary operator's output; division truncates only for integer types."""
+    function = BINARY[op_type] if integer or op_type != "Div" else _quotient
+    return _mapped(lambda a, b: None if a is None or b is None else function(a, b), left, right)
+
+
+FOLDS: dict[str, tuple[str, int | None]] = {
+    "ReduceSum": ("Add", 0),
+    "ReduceProd": ("Mul", 1),
+    "ReduceMax": ("Max", None),
+    "ReduceMin": ("Min", None),
+}
+"""What takes the elements along axes together: by which operator, and what it makes of none."""
+
+
+def folded(op_type: str, elements: Known, axes: Collection[int]) -> Known | None:
+    """The elements of a reduction, the reduced axes being gone; None where nothing is known."""
+    name, empty = FOLDS[op_type]
+    moved = np.moveaxis(elements, sorted(axes), range(len(axes)))
+    kept = moved.shape[len(axes) :]
+    rows = moved.reshape(math.prod(moved.shape[: len(axes)]), math.prod(kept))
+    if len(rows) == 0:
+        return None if empty is None else known(np.full(kept, empty))
+    total: Known = functools.reduce(functools.partial(_combined, name), rows[1:], rows[0])
+    return total.reshape(kept)
+
+
+def accumulated(elements: Known, axis: int, exclusive: bool, reverse: bool) -> Known:
+    """The elements of a CumSum along an axis."""
+    moved = np.moveaxis(elements, axis, 0)[:: -1 if reverse else 1]
+    rows = moved.reshape(len(moved), math.prod(moved.shape[1:]))
+    sums, total = np.empty_like(rows), known(np.zeros(rows.shape[1:], dtype=int))
+    for number, row in enumerate(rows):
+        before, total = total, _combined("Add", total, row)
+        sums[number] = before if exclusive else total
+    return np.moveaxis(sums.reshape(moved.shape)[:: -1 if reverse else 1], 0, axis)
+
+
+def _combined(name: str, left: Known, right: Known) -> Known:
+    """A binary operator on vectors of one length."""
+    function = BINARY[name]
+    both = _mapped(lambda a, b: None if a is None or b is None else function(a, b), left, right)
+    assert both is not None, "they are no larger than what they are a part of"
+    return both
+
+
+def where(condition: Known, left: Known, right: Known) -> Known | None:
+    """The elements of ``Where``: an unknown condition still tells when both sides agree."""
+
+    def choose(test: Element, a: Element, b: Element) -> Element:
+        if test is None or test.static is None:
+            return a if a == b else None
+        return a if test.static else b
+
+    return _mapped(choose, condition, left, right)
+
+
+def span(first: int, last: int, step: int) -> tuple[int, Known | None]:
+    """The length of a range, and its elements as long as they are few enough to be followed."""
+    if step == 0:
+        raise ValueError("a step of 0")
+    values = range(first, last, step)
+    length = max(0, -(-(last - first) // step))  # len() ends at 2^63
+    return length, known(list(values)) if length <= LIMIT else None
+
+
+def _mapped(function: Callable[..., Element], *operands: Known) -> Known | None:
+    if math.prod(np.broadcast_shapes(*(each.shape for each in operands))) > LIMIT:
+        return None
+    result = np.frompyfunc(lambda *items: _bounded(function(*items)), len(operands), 1)(*operands)
+    return known(result)
+
+
+MOST_TERMS, LONGEST, LARGEST = 64, 4096, 2**63 - 1
+"""The terms of a size, the letters of its symbols, and its coefficients: what is beyond is no length of an axis."""
+
+
+def _bounded(item: Element) -> Element:
+    """An element as long as it is one that a shape can have: no product of products grows without end."""
+    if not isinstance(item, Size):
+        return item
+    within = len(item.terms) <= MOST_TERMS and all(
+        len(m) <= MOST_TERMS and abs(c) <= LARGEST and sum(map(len, m)) <= LONGEST for m, c in item.terms
+    )
+    return item if within else None

@@ -1,0 +1,4 @@
+"""Planning a growth.
+
+In: the dimensions of a model and a request. Out: a plan.
+"""

@@ -1,0 +1,139 @@
+"""Bring a model into the form the analysis reads: one flat main graph, constants stored, every node named."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from hyperclone_onnx.analysis.walk import is_initializer
+from hyperclone_onnx.reading.reblock import reblock
+from hyperclone_onnx.reading.type_inference import infer_types
+
+_MOVERS = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
+
+
+def normalise(model: ir.Model) -> ir.Model:
+    """Inline functions, store constants, name nodes, and give each user of a re-laid weight its own copy.
+
+    The model is changed in place and returned; what it computes stays the same.
+    """
+    _import_domains(model)
+    for graph in (model.graph, *model.graph.subgraphs()):
+        _compute_stored_outputs(graph)
+    ir.passes.Sequential(
+        passes.InlinePass(),
+        passes.RemoveInitializersFromInputsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+    )(model)
+    reblock(model.graph)
+    _drop_unused(model.graph)
+    passes.TopologicalSortPass()(model)
+    _name_nodes(model.graph)
+    _unshare_moved_weights(model.graph)
+    _fill_types(model)
+    return model
+
+
+def _import_domains(model: ir.Model) -> None:
+    """Import what ONNX Runtime's optimizer forgets to: the domains of the nodes that it made."""
+    for node in model.graph.all_nodes():
+        model.graph.opset_imports.setdefault(node.domain, 1)
+
+
+def _compute_stored_outputs(graph: ir.Graph) -> None:
+    """Put an Identity between a stored tensor, or a Constant, and the graph's output that it is."""
+    for position, value in enumerate(graph.outputs):
+        producer = value.producer()
+        if not is_initializer(value) and (producer is None or producer.op_type != "Constant"):
+            continue
+        name, value.name = value.name, f"{value.name}.stored"
+        node = ir.node("Identity", [value])
+        result = node.outputs[0]
+        tensor = value.const_value if producer is None else _constant_tensor(producer)
+        # What the tensor is counts, not what the file declares.
+        kind = value.type if tensor is None else ir.TensorType(tensor.dtype)
+        shape = value.shape if tensor is None else ir.Shape(tensor.shape.numpy())
+        result.name, result.type, result.shape = name, kind, shape
+        graph.append(node)
+        graph.outputs[position] = result
+
+
+def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    value = node.attributes.get("value")
+    return None if value is None else value.as_tensor()
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    taken: set[str] = set()
+    for number, node in enumerate(graph.all_nodes()):
+        name = node.name or f"{node.op_type}_{number}"
+        while name in taken:
+            name = f"{name}_{number}"
+        node.name = name
+        taken.add(name)
+
+
+def _unshare_moved_weights(graph: ir.Graph) -> None:
+    """Copy a Transpose (or the like) of a stored tensor for each of its users.
+
+    The users may contract different axes of it, or none.
+    """
+    for node in reversed(list(graph)):
+        if node.domain or node.op_type not in _MOVERS or not node.inputs or len(node.outputs) != 1:
+            continue
+        output = node.outputs[0]
+        if output.is_graph_output() or not _only_from_storage(node):
+            continue
+        for number, use in enumerate(list(output.uses())[1:], 1):
+            if use.node.graph is not graph:
+                continue
+            copy = ir.Node(
+                node.domain,
+                node.op_type,
+                node.inputs,
+                list(node.attributes.values()),
+                num_outputs=1,
+                name=f"{node.name}.{number}",
+            )
+            copy.outputs[0].name = f"{output.name}.{number}"
+            copy.outputs[0].type, copy.outputs[0].shape = output.type, output.shape
+            graph.insert_before(node, copy)
+            use.node.replace_input_with(use.idx, copy.outputs[0])
+
+
+def _only_from_storage(node: ir.Node) -> bool:
+    value = node.inputs[0]
+    while value is not None and not is_initializer(value):
+        producer = value.producer()
+        if producer is None or producer.domain or producer.op_type not in _MOVERS or not producer.inputs:
+            return False
+        value = producer.inputs[0]
+    return value is not None
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    """Remove the nodes and the stored tensors that nothing reads.
+
+    Outputs of a node stay, read or not: ONNX Runtime's Attention takes a past only where it makes a present.
+    """
+    kept = {*graph.outputs, *graph.inputs}
+    for node in reversed(list(graph)):
+        if not any(output in kept or output.uses() for output in node.outputs):
+            graph.remove(node, safe=True)
+            continue
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                _drop_unused(attribute.as_graph())
+            elif attribute.type == ir.AttributeType.GRAPHS:
+                for body in attribute.as_graphs():
+                    _drop_unused(body)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in kept:
+            del graph.initializers[name]
+
+
+def _fill_types(model: ir.Model) -> None:
+    """Let ONNX's own shape inference fill in element types (and shapes) that the file does not declare."""
+    if any(value.dtype is None for node in model.graph for value in node.outputs):
+        infer_types(model)

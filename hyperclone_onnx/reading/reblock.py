@@ -1,0 +1,119 @@
+"""Smaller blocks for weights that are quantised in blocks whose last one is not full.
+
+576 columns in blocks of 128 leave half a block at the end of each row, and no repetition of the row keeps the blocks
+together. In blocks of 64, each with the scale of the block it was cut from, the weight is the same and the row is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from hyperclone_onnx.tensors.packing import pack, packed_width, unpack
+
+Array = npt.NDArray[Any]
+SMALLEST = 16
+"""ONNX Runtime's smallest block."""
+
+
+def reblock(graph: ir.Graph) -> None:
+    """Cut the blocks of every MatMulNBits and GatherBlockQuantized whose rows they do not fill.
+
+    What no power of two from 16 on fills stays as it is.
+    """
+    for node in graph:
+        if node.domain == "com.microsoft" and node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            blocks = _blocks_of_columns(node) if node.op_type == "MatMulNBits" else _blocks_of_table(node)
+            if blocks is not None and blocks.smaller < blocks.size and all(map(_is_stored, node.inputs[:4][2:])):
+                blocks.cut(graph, node)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Rows of `width` numbers of `bits` bits, quantised in blocks of `size`."""
+
+    rows: int
+    width: int
+    size: int
+    bits: int
+
+    @property
+    def smaller(self) -> int:
+        """The largest block that fills a row, from the smallest that there is; the present size if none does."""
+        largest = self.width & -self.width  # the largest power of two that divides it
+        return largest if SMALLEST <= largest < self.size and self.width % self.size else self.size
+
+    def cut(self, graph: ir.Graph, node: ir.Node) -> None:
+        """Give a node's codes, scales and zero points smaller blocks."""
+        changes = [(2, self._scales), (3, self._zeros)]
+        if node.op_type == "MatMulNBits":
+            changes.append((1, self._codes))
+        for slot, change in changes:
+            value = node.inputs[slot] if slot < len(node.inputs) else None
+            if value is not None:
+                node.replace_input_with(slot, _changed(graph, value, f"{value.name}.blocks_of_{self.smaller}", change))
+        node.attributes["block_size"] = ir.AttrInt64("block_size", self.smaller)
+
+    def _codes(self, array: Array) -> Array:
+        rows = array.reshape(self.rows, -1)[:, : packed_width(self.width, self.bits)]
+        return rows.reshape(self.rows, self.width // self.smaller, packed_width(self.smaller, self.bits))
+
+    def _repeated(self, numbers: Array) -> Array:
+        return np.repeat(numbers, self.size // self.smaller, axis=1)[:, : self.width // self.smaller]
+
+    def _scales(self, array: Array) -> Array:
+        numbers = self._repeated(array.reshape(self.rows, -1))
+        return numbers if array.ndim > 1 else numbers.reshape(-1)
+
+    def _zeros(self, array: Array) -> Array:
+        if array.dtype.kind not in "iu" or self.bits == 8:
+            return self._scales(array)
+        numbers = pack(self._repeated(unpack(array, (self.rows, -(-self.width // self.size)), self.bits)), self.bits)
+        return numbers if array.ndim > 1 else numbers.reshape(-1)
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    return value is None or value.const_value is not None
+
+
+def _integer(node: ir.Node, name: str, default: int) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else default
+
+
+def _blocks_of_columns(node: ir.Node) -> _Blocks | None:
+    if not _is_stored(node.inputs[1]) or any(node.inputs[4:5]) or _integer(node, "weight_prepacked", 0):
+        return None
+    if any(name not in node.attributes for name in ("N", "K", "block_size")):
+        return None
+    rows, width, size = (_integer(node, name, 0) for name in ("N", "K", "block_size"))
+    return _Blocks(rows, width, size, _integer(node, "bits", 4))
+
+
+def _blocks_of_table(node: ir.Node) -> _Blocks | None:
+    data = node.inputs[0]
+    tensor = None if data is None else data.const_value
+    if tensor is None or len(tensor.shape) != 2 or tensor.dtype.bitwidth > 8:
+        return None
+    if _integer(node, "gather_axis", 0) != 0 or _integer(node, "quantize_axis", 1) not in (1, -1):
+        return None
+    rows, count = tensor.shape.numpy()
+    bits = _integer(node, "bits", 4) if tensor.dtype == ir.DataType.UINT8 else 8  # others are one to an element
+    return _Blocks(rows, count * 8 // bits, _integer(node, "block_size", 128), bits)
+
+
+def _changed(graph: ir.Graph, value: ir.Value, name: str, change: Callable[[Array], Array]) -> ir.Value:
+    """A stored value computed from another one; the other is dropped when nothing reads it any more."""
+    known = graph.initializers.get(name)
+    if known is not None:
+        return known
+    tensor = value.const_value
+    assert tensor is not None
+    made = ir.tensor(np.ascontiguousarray(change(tensor.numpy())), dtype=tensor.dtype, name=name)
+    result = ir.Value(name=name, shape=made.shape, type=ir.TensorType(made.dtype), const_value=made)  # type: ignore[arg-type]
+    graph.register_initializer(result)
+    return result

@@ -1,0 +1,88 @@
+"""ONNX's own type and shape inference, in a process of its own: a malformed graph can end the one that it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.system.isolation import POSSIBLE, BrokenDown, Isolated
+
+BULK = 1024
+"""Tensors of more bytes are left out: no shape is computed from them."""
+
+PATIENCE = 120.0
+"""Seconds; graphs of 20,000 nodes take a few."""
+
+
+def infer_types(model: ir.Model) -> None:
+    """Fill in the element types and shapes of values that the file does not declare, as far as they can be told.
+
+    Raises:
+        BadModel: the inference does not come to an end, or ends its process.
+    """
+    try:
+        graph = _without_bulk(model)
+        text = graph.SerializeToString()
+    except Exception:  # nothing can be told of what cannot be written down
+        return
+    made = _isolated(text) if POSSIBLE else _infer(text)
+    if made:
+        _merge(model, onnx.ModelProto.FromString(made))
+
+
+def _without_bulk(model: ir.Model) -> onnx.ModelProto:
+    """The model, its large tensors being inputs: their types and shapes are known."""
+    stored = dict(model.graph.initializers)
+    large = [value for value in stored.values() if value.const_value is not None and value.const_value.nbytes > BULK]
+    own = list(model.graph.inputs)
+    try:
+        for value in large:
+            del model.graph.initializers[value.name or ""]
+            if value not in own:
+                model.graph.inputs.append(value)
+        return ir.to_proto(model)
+    finally:
+        model.graph.inputs[:] = own
+        model.graph.initializers.clear()
+        model.graph.initializers.update(stored)
+
+
+def _infer(text: bytes) -> bytes:
+    try:
+        model = onnx.ModelProto.FromString(text)
+        made = onnx.shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=False)
+        return bytes(made.SerializeToString())
+    except Exception:  # it says so of graphs that it cannot tell: nothing is learnt
+        return b""
+
+
+def _merge(model: ir.Model, inferred: onnx.ModelProto) -> None:
+    """Take over what was learnt; only that is made of the message, not a second model."""
+    for own, learnt in zip(model.graphs(), _graphs(inferred.graph), strict=False):
+        infos = {info.name: info for info in (*learnt.value_info, *learnt.output)}
+        for value in (value for node in own for value in node.outputs):
+            info = infos.get(value.name or "")
+            if info is not None:
+                found = ir.serde.deserialize_value_info_proto(info, None)
+                value.shape = value.shape if found.shape is None else found.shape
+                if found.type is not None and value.type != found.type:  # of a sequence it is not the elements'
+                    value.type = found.type
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the bodies within it, in the order of `ir.Model.graphs`."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _graphs(body)
+
+
+def _isolated(text: bytes) -> bytes:
+    try:
+        return bytes(Isolated(lambda: _infer, PATIENCE)(text))
+    except BrokenDown as problem:
+        raise BadModel(f"a malformed graph: ONNX's own type inference breaks down on it ({problem})") from problem

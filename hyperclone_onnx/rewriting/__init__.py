@@ -1,0 +1,4 @@
+"""Applying a plan to a graph.
+
+In: the source graph and a plan. Out: the grown graph, whose tensors are computed when they are read.
+"""

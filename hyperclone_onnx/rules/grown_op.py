@@ -1,0 +1,271 @@
+"""A node in the grown model, as the rule that edits it sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import onnx_ir as ir
+
+from hyperclone_onnx.algebra.dims import Concat, Dim, Product, Term, product
+from hyperclone_onnx.analysis.walk import Axes, Op, describe
+from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.plan.maps import Axis, ConcatOf, Kept, Named, ProductOf, canonical_axis, grown_size
+from hyperclone_onnx.plan.plans import Edit, GatherOutput, ResizeVector, ScaleInput, SetAttribute, SetInput
+from hyperclone_onnx.planning.request import Growth
+
+
+class GrownTerms:
+    """Terms read with a growth: sizes in the grown model, and axes as plan expressions."""
+
+    def __init__(self, growth: Growth) -> None:
+        self.space = growth.dimensions.space
+        self.named = growth.maps
+        self.maps = dict(growth.maps.values())
+
+    def grows(self, term: Term) -> bool:
+        """Whether any atom of the axis grows."""
+        return any(atom in self.named for atom in self.space.atoms(term))
+
+    def expression(self, term: Term) -> Axis | None:
+        """The axis as plan data; parts that keep their size are one number. None for a symbolic part."""
+        resolved = self.space.resolve(term)
+        if not self.grows(resolved):
+            size = self.space.static(resolved)
+            return None if size is None else Kept(size)
+        if isinstance(resolved, Dim):
+            return Named(self.named[resolved][0])
+        parts = resolved.factors if isinstance(resolved, Product) else resolved.segments
+        expressions = tuple(self.expression(part) for part in parts)
+        if any(each is None for each in expressions):
+            return None
+        kind = ProductOf if isinstance(resolved, Product) else ConcatOf
+        return kind(expressions)  # type: ignore[arg-type]
+
+    def factors(self, term: Term) -> tuple[Axis, ...] | None:
+        """The axis as a sequence of factors, outermost first; None when a factor is symbolic."""
+        expressions = tuple(self.expression(factor) for factor in self.space.factors(term))
+        return None if None in expressions else expressions  # type: ignore[return-value]
+
+    def recipe_axes(self, axes: Axes) -> tuple[tuple[Axis, ...], ...]:
+        """The axes of a stored tensor as a recipe has them: factors, or one number for an axis that is kept."""
+        made: list[tuple[Axis, ...]] = []
+        for term in axes:
+            factors = self.factors(term)
+            assert factors is not None, "an initializer's axis is static"
+            made.append(factors if self.grows(term) else (Kept(self.space.static(term) or 0),))
+        return tuple(made)
+
+    def canonical(self, axes: tuple[tuple[Axis, ...], ...]) -> tuple[object, ...]:
+        """Recipe axes with each dimension's name replaced by its map: equal where the tensors come out equal."""
+        return tuple(canonical_axis(factor, self.maps) for axis in axes for factor in (*axis, Kept(0)))
+
+    def written(self, term: Term) -> str:
+        """The parts of an axis and what each grows by, for messages."""
+        return ", ".join(
+            f"{self.named[atom][0]} x{self.growth(atom)}" if atom in self.named else str(atom)
+            for atom in self.space.atoms(term)
+        )
+
+    def grown(self, term: Term) -> int:
+        """The length of a static axis in the grown model."""
+        expression = self.expression(term)
+        if expression is None:
+            raise Refused(f"an axis of size {self.space.size(term)} must be known before running to grow")
+        return grown_size(expression, self.maps)
+
+    def growth(self, term: Term) -> Fraction:
+        """Grown length over source length; for a symbolic axis, that of its static factors."""
+        ratio = Fraction(1)
+        for factor in self.space.factors(term):
+            size = self.space.static(factor)
+            if self.grows(factor) and size:
+                ratio *= Fraction(self.grown(factor), size)
+        return ratio
+
+    def offset(self, term: Term, at: int) -> int:
+        """Where source boundary `at` of an axis lies in the grown axis.
+
+        Raises:
+            Refused: no segment begins there.
+        """
+        resolved = self.space.resolve(term)
+        if at == 0:
+            return 0
+        if at == self.space.static(resolved):
+            return self.grown(resolved)
+        if not self.grows(resolved):
+            return at
+        if isinstance(resolved, Product):
+            inner = Product(resolved.factors[1:])
+            unit = self.space.static(inner) or 1
+            if at % unit == 0:
+                return self.offset(resolved.factors[0], at // unit) * self.grown(inner)
+        if isinstance(resolved, Concat):
+            moved = 0
+            for segment in resolved.segments:
+                size = self.space.static(segment) or 0
+                if at < size:
+                    return moved + self.offset(segment, at)
+                at -= size
+                moved += self.grown(segment)
+                if at == 0:
+                    return moved
+        raise Refused(f"index {at} of an axis of size {self.space.size(resolved)} is no boundary of its parts")
+
+
+class GrownOp(Op):
+    """One node under a growth: everything `Op` tells, grown sizes, and the edits that a rule asks for."""
+
+    def __init__(self, growth: Growth, terms: GrownTerms, node: ir.Node, opset: int) -> None:
+        super().__init__(growth.dimensions, node, opset)
+        self.terms = terms
+        self.edits: list[Edit] = []
+        self.name = node.name or ""
+
+    def out_axes(self, index: int) -> Axes:
+        """The axes of an output."""
+        return self.dimensions.axes[self.node.outputs[index]] or ()
+
+    def grows(self, term: Term) -> bool:
+        """Whether any part of the axis grows."""
+        return self.terms.grows(term)
+
+    def grown(self, term: Term) -> int:
+        """The length of a static axis in the grown model."""
+        return self.terms.grown(term)
+
+    def growth(self, term: Term) -> Fraction:
+        """Grown length over source length."""
+        return self.terms.growth(term)
+
+    def offset(self, term: Term, at: int) -> int:
+        """Where source boundary `at` lies in the grown axis."""
+        return self.terms.offset(term, at)
+
+    def factored(self, term: Term, inner: int) -> tuple[Term, Term]:
+        """An axis as (outer, inner of source size `inner`); of segments, their outer parts side by side.
+
+        Raises:
+            Refused: its parts do not end in one inner part of that size.
+        """
+        resolved = self.space.resolve(term)
+        if isinstance(resolved, Concat) and self.static(resolved) != inner:
+            parts = [self.factored(segment, inner) for segment in resolved.segments]
+            if len({within for _, within in parts}) == 1:
+                return Concat(tuple(outer for outer, _ in parts)), parts[0][1]
+        else:
+            outer = list(self.space.factors(resolved))
+            within: Term = Product(())
+            while outer and (self.static(within) or 0) < inner:
+                within = product(outer.pop(), *self.space.factors(within))
+            if self.static(within) == inner:
+                return Product(tuple(outer)), within
+        raise self.refuse(f"an axis of {self.size(resolved)} does not end in one part of {inner}")
+
+    def refuse(self, why: str) -> Refused:
+        """The error for an edit that cannot be made."""
+        return Refused(f"{describe(self.node)} cannot be edited: {why}")
+
+    # -- edits --------------------------------------------------------------------------------------------
+
+    def set_attribute(self, name: str, value: float | Sequence[int]) -> None:
+        """Give an attribute another value."""
+        self.edits.append(SetAttribute(self.name, name, value if isinstance(value, int | float) else tuple(value)))
+
+    def divide_input(self, index: int, term: Term, power: float = 1.0) -> None:
+        """Divide an input by (the number of repeats of each index of `term`) ** power, the same for all of them."""
+        factors = self.terms.factors(term)
+        assert factors is not None
+        self.edits.append(ScaleInput(self.name, index, ((-1, factors),), power))
+
+    def remove_attribute(self, name: str) -> None:
+        """Drop an attribute, if the node has it."""
+        if name in self.node.attributes:
+            self.edits.append(SetAttribute(self.name, name, None))
+
+    def set_input(self, index: int, values: Sequence[int], shape: Sequence[int] | None = None) -> None:
+        """Give an integer input literal elements (a vector, unless `shape` says otherwise)."""
+        dimensions = (len(values),) if shape is None else tuple(shape)
+        self.edits.append(SetInput(self.name, index, tuple(values), dimensions))
+
+    def replace_elements(self, index: int, elements: Sequence[int | None]) -> None:
+        """Replace some elements of an integer vector input; None leaves one as it is."""
+        self._resize(index, elements, [Fraction(1)] * len(elements))
+
+    def scale_input(self, index: int, factors: Sequence[Fraction]) -> None:
+        """Multiply the elements of an integer vector input."""
+        self._resize(index, [None] * len(factors), factors)
+
+    def resize_input(self, index: int, axes: Axes, keep: tuple[int, ...]) -> None:
+        """Make a shape-like input ask for grown axes; elements in `keep` mean themselves and stay.
+
+        `axes` are aligned with the vector at the right. A static axis becomes a literal; a symbolic composite
+        one (batch * heads) is multiplied, and where its element is known only when running, it may be one of `keep`
+        then.
+        """
+        elements = self.known(index)
+        length = self.static(self.axes(index)[0]) if elements is None else elements.size
+        axes = axes[len(axes) - (length or 0) :]
+        literals: list[int | None] = []
+        factors: list[Fraction] = []
+        spared: int | None = None
+        for position, term in enumerate(axes):
+            literal, factor = None, Fraction(1)
+            element = None if elements is None else elements.ravel()[position]
+            stays = element is not None and element.static in keep
+            if self.grows(term) and not stays:
+                if self.static(term) is not None:
+                    literal = self.grown(term)
+                else:
+                    factor = self.growth(term)
+                    if element is None:
+                        spared = next((each for each in keep if each != 0), None)
+            literals.append(literal)
+            factors.append(factor)
+        self._resize(index, literals, factors, spared)
+
+    def resize_output(self, index: int, literals: Sequence[int | None], factors: Sequence[Fraction]) -> None:
+        """Change elements of an integer vector output."""
+        if any(literal is not None for literal in literals) or any(factor != 1 for factor in factors):
+            self.edits.append(ResizeVector(self.name, index, True, tuple(literals), _pairs(factors)))
+
+    def _resize(
+        self, index: int, literals: Sequence[int | None], factors: Sequence[Fraction], keep: int | None = None
+    ) -> None:
+        if all(literal is None for literal in literals) and all(factor == 1 for factor in factors):
+            return
+        old = self.ints(index)
+        if old is None:
+            self.edits.append(ResizeVector(self.name, index, False, tuple(literals), _pairs(factors), keep))
+            return
+        new: list[int] = []
+        for literal, value, factor in zip(literals, old, factors, strict=True):
+            scaled = value * factor
+            new.append(literal if literal is not None else scaled.numerator // scaled.denominator)
+        self.set_input(index, new)
+
+    def gather_output(self, index: int, axis: int) -> None:
+        """Repeat an output along an axis, which the node makes in the source's size.
+
+        Raises:
+            Refused: the length of the axis is known only when running, in part.
+        """
+        term = self.out_axes(index)[axis]
+        factors = self.terms.factors(term)
+        if factors is None:
+            raise self.refuse(
+                f"what it makes would have to be repeated along an axis of {self.size(term)}, of which a part is known "
+                f"only when running ({self.terms.written(term)}); keep that dimension with --set"
+            )
+        self.edits.append(GatherOutput(self.name, index, axis, factors))
+
+    def shape_of(self, index: int) -> tuple[int, ...]:
+        """The static shape of a small known input."""
+        elements = self.known(index)
+        return () if elements is None else tuple(int(n) for n in np.shape(elements))
+
+
+def _pairs(factors: Sequence[Fraction]) -> tuple[tuple[int, int], ...]:
+    return tuple((factor.numerator, factor.denominator) for factor in factors)

@@ -1,0 +1,95 @@
+"""The first layers of a model that is too large to be run whole: both graphs, cut behind one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from hyperclone_onnx.analysis.walk import Dimensions, is_initializer
+from hyperclone_onnx.plan.maps import Axis, Maps, index_axis
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.request import Growth, name_dimensions
+from hyperclone_onnx.rules.grown_op import GrownTerms
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A value of the source that the grown graph has under the same name, repeated along its axes."""
+
+    name: str
+    axes: tuple[tuple[Axis, ...] | None, ...]
+    nodes: int
+    """How many nodes of the source make it."""
+    bytes: int
+    """The weights that those read, of both models."""
+
+
+def find_cut(dimensions: Dimensions, grown: ir.Model, plan: Plan, budget: int) -> Cut | None:
+    """The last value, in graph order, that can be made with no more than `budget` bytes of weights; None if none can.
+
+    It is one that at least two nodes read, as a residual stream is: what one node alone reads may have been scaled on
+    the way, on behalf of the sum behind it.
+    """
+    graph = dimensions.model.graph
+    terms = _terms(dimensions, plan)
+    made = {value.name for node in grown.graph for value in node.outputs}
+    weights = dimensions.constants | dimensions.picked
+    best: Cut | None = None
+    reached: set[ir.Value] = set()
+    total = 0
+    for number, node in enumerate(graph, 1):
+        for value in (each for each in node.inputs if each is not None and is_initializer(each)):
+            if value not in reached:
+                reached.add(value)
+                total += _bytes(value, grown)
+        if total > budget:
+            break
+        for value in node.outputs:
+            axes = dimensions.axes.get(value)
+            floating = value.dtype is not None and value.dtype.is_floating_point()
+            if len(value.uses()) < 2 or value.name not in made or value in weights or not floating:
+                continue
+            if not axes or not any(map(terms.grows, axes)):
+                continue
+            factors = tuple(terms.factors(term) if terms.grows(term) else None for term in axes)
+            best = Cut(value.name or "", factors, number, total)
+    return best
+
+
+def _terms(dimensions: Dimensions, plan: Plan) -> GrownTerms:
+    """The dimensions read with a plan's maps."""
+    named = name_dimensions(dimensions)
+    maps = {each.dim: (each.name, plan.dims[each.name].map) for each in named if each.name in plan.dims}
+    return GrownTerms(Growth(dimensions, named, maps))
+
+
+def _bytes(value: ir.Value, grown: ir.Model) -> int:
+    """The bytes of a tensor in both models."""
+    own = value.const_value.nbytes if value.const_value is not None else 0
+    other = grown.graph.initializers.get(value.name or "")
+    return own + (own if other is None or other.const_value is None else other.const_value.nbytes)
+
+
+def cut_off(model: ir.Model, name: str) -> ir.Model:
+    """A copy of a model that ends with one value."""
+    short = model.clone()
+    value = next(each for node in short.graph for each in node.outputs if each.name == name)
+    short.graph.outputs[:] = [value]
+    passes.RemoveUnusedNodesPass()(short)
+    short.metadata_props.clear()
+    return short
+
+
+def repeated(array: Array, cut: Cut, maps: Maps) -> Array:
+    """The cut's value as the grown graph has it inside."""
+    for axis, factors in enumerate(cut.axes):
+        if factors is not None:
+            array = np.take(array, index_axis([(factor, False) for factor in factors], maps).source, axis=axis)
+    return array

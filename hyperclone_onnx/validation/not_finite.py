@@ -1,0 +1,55 @@
+"""Stored weights that are infinite, or not a number: they grow as they are, and the report says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from hyperclone_onnx.system.parallel import share_out, workers_for
+from hyperclone_onnx.tensors.scratch import Scratch
+from hyperclone_onnx.tensors.stored_rows import StoredRows
+from hyperclone_onnx.writing.streaming import CHUNK
+
+
+def not_finite(model: ir.Model, workers: int | None = None) -> dict[str, int]:
+    """How many elements of each stored tensor are infinite or not a number; tensors without any are left out.
+
+    Read block by block, with a fixed amount of memory.
+    """
+    tensors = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and _is_of_numbers(value.const_value.dtype)
+    }
+    found: dict[str, int] = {}
+
+    def counter() -> Callable[[str], tuple[str, int]]:
+        scratch = Scratch()
+        return lambda name: (name, _count(tensors[name], scratch))
+
+    size = sum(each.nbytes for each in tensors.values())
+    share_out(counter, list(tensors), workers_for(size, workers), lambda each: found.update([each]))
+    return {name: found[name] for name in tensors if found[name]}
+
+
+def _is_of_numbers(dtype: ir.DataType) -> bool:
+    return dtype.is_floating_point() and dtype.bitwidth >= 16
+
+
+def _count(tensor: ir.TensorProtocol, scratch: Scratch) -> int:
+    rows, kind = StoredRows(tensor, 1, tensor.nbytes), tensor.dtype.numpy()
+    return sum(
+        _count_in(rows.read_bytes(start, min(CHUNK, tensor.nbytes - start), scratch).view(kind))
+        for start in range(0, tensor.nbytes, CHUNK)
+    )
+
+
+def _count_in(numbers: npt.NDArray[Any]) -> int:
+    # A sum is several times faster than a test of each element; one that overflows is told apart then.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = numbers.sum(dtype=np.float32 if numbers.dtype.itemsize < 4 else None)
+    return 0 if np.isfinite(total) else int(numbers.size - np.isfinite(numbers).sum())

@@ -1,0 +1,154 @@
+"""Running models with ONNX Runtime: which provider, with which options, and what to say of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hyperclone_onnx.errors import BadRequest, Refused, first_line
+from hyperclone_onnx.system import isolation
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Device = Literal["auto", "cpu", "cuda"]
+Array = npt.NDArray[Any]
+_Feeds = dict[str, Array]
+
+CUDA_OPTIONS: Mapping[str, str] = {"use_tf32": "0"}
+"""TF32 rounds float32 products to 10 bits: equal models would look unequal."""
+
+
+def providers(device: Device, available: Sequence[str]) -> list[str | tuple[str, dict[str, str]]]:
+    """The execution providers to ask for, most wanted first.
+
+    Raises:
+        BadRequest: CUDA is asked for and this ONNX Runtime was not built with it.
+    """
+    cuda: tuple[str, dict[str, str]] = ("CUDAExecutionProvider", dict(CUDA_OPTIONS))
+    has_cuda = "CUDAExecutionProvider" in available
+    if device == "cuda" and not has_cuda:
+        raise BadRequest(
+            "--device cuda: this ONNX Runtime has no CUDA provider; install hyperclone-onnx[cuda], or use --device cpu"
+        )
+    if device == "cpu" or not has_cuda:
+        return ["CPUExecutionProvider"]
+    return [cuda, "CPUExecutionProvider"]
+
+
+PATIENCE = 300.0
+"""Seconds that loading a model, or running it on a few short inputs, may take besides reading its weights."""
+
+SLOW = 1e7
+"""Bytes a second, of weights that are read and used on a busy machine with a slow disk."""
+
+
+class Runner:
+    """A session on one model file.
+
+    Args:
+        path: the model file.
+        device: where to run; "auto" falls back to the CPU when CUDA cannot start.
+        graph: the serialised model to run in the place of what stands in the file; its data files are the file's.
+        isolated: run in a copy of this process, where one can be had: ONNX Runtime aborts on some graphs. Not on CUDA
+            where this process has it in use: it does not survive that a process is copied.
+        weights: the bytes of the model's weights. An isolated run has `PATIENCE` seconds, and as many more as it takes
+            to read these slowly: a Loop may never end.
+
+    Raises:
+        BadRequest: CUDA was asked for and could not start.
+        Refused: ONNX Runtime cannot load the model, or breaks down on it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: Device = "auto",
+        graph: bytes | None = None,
+        *,
+        isolated: bool = False,
+        weights: int = 0,
+    ) -> None:
+        import onnxruntime as ort
+
+        wanted = providers(device, ort.get_available_providers())
+        start = functools.partial(_started, ort, path, wanted, graph)
+        alone = isolated and isolation.POSSIBLE and (wanted == ["CPUExecutionProvider"] or not _has_cuda())
+        try:
+            self._ask: Callable[[_Feeds | None], Any] = (
+                isolation.Isolated(start, PATIENCE + weights / SLOW) if alone else start()
+            )
+            self.provider, inputs, self.outputs = self._ask(None)
+        except isolation.BrokenDown as problem:
+            raise Refused(
+                f"{path}: ONNX Runtime breaks down on it ({problem}); --no-validate grows a model without running it"
+            ) from problem
+        except Exception as problem:  # ONNX Runtime's exceptions share no base class
+            raise Refused(f"{path}: ONNX Runtime cannot load it ({first_line(problem, 300)})") from problem
+        self.inputs = set(inputs)
+        if device == "cuda" and self.provider != "CUDAExecutionProvider":
+            raise BadRequest(
+                "--device cuda: the CUDA provider did not start (no GPU, or no CUDA 13 and cuDNN 9); "
+                "install hyperclone-onnx[cuda], or use --device cpu"
+            )
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the model.
+
+        Raises:
+            RuntimeError: it does not run on these inputs.
+        """
+        try:
+            values = self._ask({name: a for name, a in feeds.items() if name in self.inputs})
+        except isolation.BrokenDown as problem:
+            raise RuntimeError(f"ONNX Runtime breaks down on it: {problem}") from problem
+        except Exception as problem:  # ONNX Runtime's exceptions share no base class
+            raise RuntimeError(first_line(problem, 300)) from problem
+        return {name: np.asarray(value) for name, value in zip(self.outputs, values, strict=True)}
+
+
+def _has_cuda() -> bool:
+    """Whether CUDA's driver is loaded, or cannot be seen not to be."""
+    try:
+        return "/libcuda.so" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+
+
+def _started(
+    ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None
+) -> Callable[[_Feeds | None], Sequence[Any]]:
+    """A session as a function: of feeds the outputs, of None its provider and the names of its inputs and outputs."""
+    session = _session(ort, path, wanted, graph)
+
+    def ask(feeds: _Feeds | None) -> Sequence[Any]:
+        if feeds is not None:
+            outputs: Sequence[Any] = session.run(None, feeds)
+            return outputs
+        names = ([each.name for each in side] for side in (session.get_inputs(), session.get_outputs()))
+        return session.get_providers()[0], *names
+
+    return ask
+
+
+def _session(
+    ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None
+) -> onnxruntime.InferenceSession:
+    options = ort.SessionOptions()
+    # The runtime's own fusions have changed results before: compare the graphs as they are.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 4
+    # Weights are laid out anew otherwise, in memory; so they stay in the file's pages, and a session starts at once.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    ort.set_default_logger_severity(4)
+    if graph is not None:
+        folder = os.fspath(Path(path).resolve().parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        return ort.InferenceSession(graph, options, providers=list(wanted))
+    return ort.InferenceSession(os.fspath(path), options, providers=list(wanted))

@@ -1,0 +1,272 @@
+"""Is every grown tensor right? Its repeats are added up, from the file, and compared with the source tensor.
+
+One weight that is off by a part in a thousand stands out here, however little it moves an output. Both files are read
+block by block, by a few processes, and never held whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.plan.strategies import Strategy
+from hyperclone_onnx.system.parallel import share_out, workers_for
+from hyperclone_onnx.tensors.grown_tensor import GrownTensor
+from hyperclone_onnx.tensors.scratch import Scratch
+from hyperclone_onnx.tensors.shares import Columns
+from hyperclone_onnx.tensors.stored_rows import StoredRows
+from hyperclone_onnx.tensors.stretches import Run, runs_of
+from hyperclone_onnx.tensors.table import BLOCK, Table
+from hyperclone_onnx.writing.streaming import CHUNK
+
+Array = npt.NDArray[Any]
+Compare = Callable[[Scratch], "_Sums"]
+
+
+@dataclass
+class TensorReport:
+    """How the grown tensors compare with their sources."""
+
+    checked: int = 0
+    residue: float = 0.0
+    """Root mean square over tensors of: rms(sum of repeats - source) / rms(source). Rounding leaves it."""
+    worst: str = ""
+    worst_error: float = 0.0
+    """The largest error in units of its rounding bound; above 1 the tensor is wrong."""
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Sums:
+    """What comparing one block found."""
+
+    worst: float = 0.0
+    """The largest error of a sum of repeats."""
+    largest: float = 0.0
+    """The largest stored magnitude."""
+    error: float = 0.0
+    """The sum of squared errors."""
+    power: float = 0.0
+    """The sum of squared source weights."""
+
+
+@dataclass
+class _Checked:
+    """A tensor, and what comparing all its blocks found."""
+
+    name: str
+    bound: float
+    """How large an error rounding leaves, as a part of the largest stored magnitude."""
+    shared: bool
+    planned: bool
+    sums: _Sums
+
+
+def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan, workers: int | None = None) -> TensorReport:
+    """Add up the repeats of every grown tensor and compare with the source; other tensors must be unchanged.
+
+    Raises:
+        BadModel: a tensor that the plan names is missing, or a file cannot be read.
+    """
+    unplanned = [
+        name
+        for name, value in source.graph.initializers.items()
+        if name not in plan.tensors and name in grown.graph.initializers and value.const_value is not None
+    ]
+    names = [*plan.tensors, *unplanned]
+    place = {name: index for index, name in enumerate(names)}
+    sizes = {name: _stored(grown, name).nbytes for name in names}
+    found: list[_Checked] = []
+
+    def checker() -> Callable[[str], _Checked]:
+        scratch = Scratch()
+        return lambda name: _check(source, grown, plan, name, scratch)
+
+    largest_first = sorted(names, key=lambda name: -sizes[name])
+    share_out(checker, largest_first, workers_for(sum(sizes.values()), workers), found.append)
+    return _report(sorted(found, key=lambda each: place[each.name]))
+
+
+def _report(found: list[_Checked]) -> TensorReport:
+    report = TensorReport(checked=len(found))
+    squares: list[float] = []
+    for each in found:
+        sums = each.sums
+        bound = each.bound * sums.largest
+        if not each.planned:
+            if sums.worst:
+                report.wrong.append(f"{each.name}: it should be the source's own and differs")
+            continue
+        if each.shared:
+            squares.append(math.inf if math.isinf(sums.worst) else sums.error / sums.power if sums.power else 0.0)
+        excess = sums.worst / bound if bound else (math.inf if sums.worst else 0.0)
+        if excess > report.worst_error:
+            report.worst, report.worst_error = each.name, excess
+        if excess > 1.0:
+            report.wrong.append(
+                f"{each.name}: the repeats differ from the source by {sums.worst:.1e} (rounding: {bound:.1e})"
+            )
+    report.residue = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+    return report
+
+
+def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Scratch) -> _Checked:
+    stored, recipe = _stored(grown, name), plan.tensors.get(name)
+    if recipe is None:
+        compared = _identical(_stored(source, name), stored)
+        return _Checked(name, 0.0, shared=False, planned=False, sums=_added_up(compared, scratch))
+    made = GrownTensor(_stored(source, recipe.source), recipe, plan.maps, plan.strategy)
+    if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
+        return _Checked(name, 0.0, made.is_shared, planned=True, sums=_Sums(worst=math.inf))
+    if not made.is_shared:
+        return _Checked(name, 0.0, shared=False, planned=True, sums=_added_up(_copies(made, stored), scratch))
+    table = _exact_table(made)
+    most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]
+    bound = max(math.prod(most), 1) * _eps(made.dtype)
+    compared = _sums_of_repeats(table, stored, made.dtype)
+    return _Checked(name, bound, shared=True, planned=True, sums=_added_up(compared, scratch))
+
+
+def _added_up(compared: Iterator[Compare], scratch: Scratch) -> _Sums:
+    total = _Sums()
+    for compare in compared:
+        each = compare(scratch)
+        total.worst, total.largest = max(total.worst, each.worst), max(total.largest, each.largest)
+        total.error, total.power = total.error + each.error, total.power + each.power
+    return total
+
+
+def _stored(model: ir.Model, name: str) -> ir.TensorProtocol:
+    value = model.graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        raise BadModel(f"the model has no tensor {name!r}, which the plan names: it was not grown by this plan")
+    return value.const_value
+
+
+def _eps(dtype: ir.DataType) -> float:
+    return 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
+
+
+# -- tensors that no plan changes -------------------------------------------------------------------------
+
+
+def _identical(one: ir.TensorProtocol, other: ir.TensorProtocol) -> Iterator[Compare]:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        yield lambda _: _Sums(worst=math.inf)
+    elif one.dtype == ir.DataType.STRING:
+        same = np.array_equal(one.numpy(), other.numpy())
+        yield lambda _: _Sums(worst=0.0 if same else math.inf)
+    else:
+        sides = [StoredRows(tensor, 1, tensor.nbytes) for tensor in (one, other)]
+        for start in range(0, one.nbytes, CHUNK):
+            yield partial(_same_bytes, sides, start, min(CHUNK, one.nbytes - start))
+
+
+def _same_bytes(sides: list[StoredRows], start: int, count: int, scratch: Scratch) -> _Sums:
+    one, other = (side.read_bytes(start, count, scratch, f"side.{i}") for i, side in enumerate(sides))
+    return _Sums(worst=0.0 if np.array_equal(one, other) else math.inf)
+
+
+# -- copies -----------------------------------------------------------------------------------------------
+
+
+def _copies(made: GrownTensor, stored: ir.TensorProtocol) -> Iterator[Compare]:
+    """Every piece is made again and compared with what the file has in each of its places."""
+    file = StoredRows(stored, 1, stored.nbytes, forget=True)
+    for piece in made.pieces():
+        yield partial(_same_piece, piece, file, made.dtype)
+
+
+def _same_piece(piece: Any, file: StoredRows, dtype: ir.DataType, scratch: Scratch) -> _Sums:
+    sums = _Sums()
+    for array, offsets in piece(scratch):
+        want = array.reshape(-1).view(np.uint8)
+        for offset in offsets:
+            got = file.read_bytes(offset, want.size, scratch, "got")
+            if not np.array_equal(got, want):
+                sums.worst = max(sums.worst, _difference(got, want, dtype))
+    return sums
+
+
+def _difference(got: Array, want: Array, dtype: ir.DataType) -> float:
+    """The largest difference of two runs of bytes as numbers; infinite where they are no floats, or not finite."""
+    if not dtype.is_floating_point() or dtype.bitwidth < 8:
+        return math.inf
+    a, b = (np.frombuffer(each.tobytes(), dtype=dtype.numpy()).astype(np.float64) for each in (got, want))
+    differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+    return float(np.nan_to_num(np.abs(a - b)[differ], nan=math.inf, posinf=math.inf).max(initial=0.0))
+
+
+# -- shares -----------------------------------------------------------------------------------------------
+
+
+def _exact_table(made: GrownTensor) -> Table:
+    """The same tensor with its source's values in double precision."""
+    return Table(made.source, made.recipe, made.maps, Strategy("symmetric"), ir.DataType.DOUBLE)
+
+
+def _sums_of_repeats(table: Table, stored: ir.TensorProtocol, dtype: ir.DataType) -> Iterator[Compare]:
+    """One comparison for each block of rows of the collapsed tensor."""
+    columns = Columns(table.columns)
+    kind = np.dtype(dtype.numpy())
+    file = StoredRows(stored, table.rows.grown, columns.grown * kind.itemsize, forget=True)
+    step = max(1, BLOCK // 2 // max(1, columns.size))
+    repeats: dict[int, list[Run]] = defaultdict(list)
+    for each in runs_of(table.rows):
+        for part in each.cut(step, each.collapsed):
+            repeats[part.collapsed // step].append(part)
+    for block, runs in sorted(repeats.items()):
+        yield partial(_add_up, table, columns, file, kind, block * step, runs)
+
+
+def _add_up(
+    table: Table, columns: Columns, file: StoredRows, kind: Any, low: int, runs: list[Run], scratch: Scratch
+) -> _Sums:
+    high = max(each.collapsed + each.length for each in runs)
+    shape = (high - low, columns.size)
+    total, want, error = (scratch.array(name, shape, np.float64) for name in ("total", "want", "error"))
+    total[...] = 0.0
+    largest = 0.0
+    known: set[tuple[int, int]] = set()
+    for each in runs:
+        got = file.read(each.start, each.length, scratch, "got").view(kind)
+        largest = max(largest, _peak(got))
+        rows = slice(each.collapsed - low, each.collapsed - low + each.length)
+        for part in columns.parts:
+            taken = part.taken.index
+            if part.taken.whole:
+                where = total[rows, int(taken[0]) : int(taken[-1]) + 1]
+                np.add(where, got[:, part.columns], out=where)
+            else:
+                total[rows, taken] += got[:, part.columns]
+        if (each.collapsed, each.length) not in known:
+            known.add((each.collapsed, each.length))
+            want[rows] = table.values(each, columns, scratch)
+    with np.errstate(invalid="ignore"):
+        np.subtract(total, want, out=error)
+    worst = max(float(error.max(initial=0.0)), -float(error.min(initial=0.0)))
+    if not math.isfinite(worst):
+        finite = np.isfinite(total) & np.isfinite(want)
+        same = (total == want) | (np.isnan(total) & np.isnan(want))
+        worst = math.inf if not (finite | same).all() else float(np.abs(error[finite]).max(initial=0.0))
+        error, want = error[finite], want[finite]
+    return _Sums(worst, largest, float(np.square(error, out=error).sum()), float(np.square(want, out=want).sum()))
+
+
+def _peak(stored: Array) -> float:
+    """The largest finite magnitude."""
+    peak = max(float(stored.max(initial=0)), -float(stored.min(initial=0)))
+    if math.isfinite(peak):
+        return peak
+    finite = stored[np.isfinite(stored)]
+    return max(float(finite.max(initial=0)), -float(finite.min(initial=0)))

@@ -1,0 +1,161 @@
+"""Safetensors files, streamed: tensors of any size, stored, grown or computed row by row, in bounded memory.
+
+The format (https://github.com/huggingface/safetensors): eight bytes that give the header's length, the header as JSON,
+and the tensors' bytes without gaps. Several files have an index beside them, as transformers writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadRequest
+from hyperclone_onnx.tensors.grown_tensor import GrownTensor
+from hyperclone_onnx.writing.onnx_files import shard_name
+from hyperclone_onnx.writing.streaming import Layout, Placed, Progress, Streamed, write
+
+NAME = "model.safetensors"
+HEADER = 4096
+"""The header is padded with spaces to whole pages: tensors then begin where they can be mapped."""
+
+TYPES = {
+    ir.DataType.DOUBLE: "F64",
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
+    ir.DataType.FLOAT8E5M2: "F8_E5M2",
+    ir.DataType.INT64: "I64",
+    ir.DataType.INT32: "I32",
+    ir.DataType.INT16: "I16",
+    ir.DataType.INT8: "I8",
+    ir.DataType.UINT64: "U64",
+    ir.DataType.UINT32: "U32",
+    ir.DataType.UINT16: "U16",
+    ir.DataType.UINT8: "U8",
+    ir.DataType.BOOL: "BOOL",
+}
+
+
+class Rows(Protocol):
+    """Anything that gives its rows: a lazy tensor, a slice of a safetensors file, a memory map."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> Any: ...  # noqa: D102
+
+    def __getitem__(self, window: Any) -> Any: ...
+
+
+Tensor = GrownTensor | ir.TensorProtocol | Rows
+"""A grown tensor, one of a model, or anything that has a shape, a numpy (or onnx_ir) type and gives its rows."""
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor],
+    folder: str | os.PathLike[str],
+    max_shard_size: int | None = None,
+    *,
+    name: str = NAME,
+    metadata: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write tensors as ``model.safetensors``, or as several files with ``model.safetensors.index.json``.
+
+    Args:
+        tensors: the tensors by name, in the order in which files are filled.
+        folder: an existing folder; publishing it whole is the caller's business.
+        max_shard_size: begin another file before one has more bytes than this; a larger tensor has one of its own.
+        name: what the file is called; several are numbered after it.
+        metadata: texts for the header, such as ``{"format": "pt"}``.
+        workers: processes that compute and write; see `parallel.workers_for`. The files do not depend on it.
+        progress: told of each tensor written.
+
+    Returns:
+        The files written, the index last.
+
+    Raises:
+        BadRequest: a tensor is of a type that the format has not, or the limit is no size.
+        CannotWrite, BadModel: see `streaming.write`.
+    """
+    if max_shard_size is not None and max_shard_size < 1:
+        raise BadRequest(f"a file of at most {max_shard_size} bytes holds nothing")
+    place = Path(folder)
+    sizes = {each: _bytes(each, tensor) for each, tensor in tensors.items()}
+    shards = list(_shards(sizes, max_shard_size))
+    layouts: dict[Path, int] = {}
+    fixed: list[tuple[Path, int, bytes]] = []
+    placed: list[Placed] = []
+    for index, names in enumerate(shards):
+        path = place / shard_name(name, index, len(shards))
+        # Wide elements first: every tensor is then aligned to its own.
+        names.sort(key=lambda each: -_type(each, tensors[each]).bitwidth)
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        for each in names:
+            shape = [int(size) for size in _shape(tensors[each])]
+            kind = TYPES[_type(each, tensors[each])]
+            header[each] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + sizes[each]]}
+            end += sizes[each]
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-(len(text) + 8) % HEADER)
+        fixed.append((path, 0, len(text).to_bytes(8, "little") + text))
+        base = 8 + len(text)
+        placed += [Placed(_streamed(tensors[each]), path, base + header[each]["data_offsets"][0]) for each in names]
+        layouts[path] = base + end
+    if len(shards) > 1:
+        path = place / f"{name}.index.json"
+        where = {each: shard_name(name, i, len(shards)) for i, names in enumerate(shards) for each in names}
+        index_of_files = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
+        text = (json.dumps(index_of_files, indent=2, ensure_ascii=False) + "\n").encode()
+        layouts[path] = len(text)
+        fixed.append((path, 0, text))
+    write(Layout(layouts, fixed, placed), workers, progress)
+    return list(layouts)
+
+
+def _shards(sizes: Mapping[str, int], limit: int | None) -> Iterator[list[str]]:
+    names: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if names and limit is not None and total + size > limit:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    yield names
+
+
+def _type(name: str, tensor: Tensor) -> ir.DataType:
+    dtype = tensor.dtype
+    kind = dtype if isinstance(dtype, ir.DataType) else ir.DataType.from_numpy(np.dtype(dtype))
+    if kind not in TYPES:
+        raise BadRequest(f"{name!r} is of the type {kind.name.lower()}, which safetensors files do not hold")
+    return kind
+
+
+def _shape(tensor: Tensor) -> Sequence[int]:
+    if isinstance(tensor, GrownTensor):
+        return tensor.stored_shape
+    shape: Any = tensor.shape
+    return tuple(shape.numpy() if isinstance(shape, ir.Shape) else shape)
+
+
+def _bytes(name: str, tensor: Tensor) -> int:
+    return math.prod(_shape(tensor)) * _type(name, tensor).bitwidth // 8
+
+
+def _streamed(tensor: Tensor) -> Streamed:
+    if isinstance(tensor, GrownTensor):
+        return tensor.as_lazy("")
+    return tensor

@@ -1,0 +1,178 @@
+"""Tensors into files at given places, block by block, by a few processes: the engine behind every format.
+
+A tensor is made of pieces (`grown_table.py`), each made in working memory that is used again, and written with
+`pwrite`. Nothing depends on which process makes what, or when: the files are the same for any number of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import CannotWrite
+from hyperclone_onnx.system.parallel import share_out, workers_for
+from hyperclone_onnx.system.positioned import BINARY, write_at
+from hyperclone_onnx.system.write_behind import WriteBehind
+from hyperclone_onnx.tensors.grown_tensor import GrownTensor, LazyGrown
+from hyperclone_onnx.tensors.scratch import Scratch
+from hyperclone_onnx.tensors.stored_rows import StoredRows
+from hyperclone_onnx.tensors.table import Piece
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]
+"""Called with (tensors written, tensors in all)."""
+
+CHUNK = 1 << 20
+"""What is merely copied is copied in blocks of this many bytes."""
+
+Streamed = Any
+"""A tensor of a model, or anything that has a shape, a numpy type and gives its rows as arrays."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor and where its bytes belong."""
+
+    tensor: Streamed
+    file: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files to write: how long each is, what is in it besides tensors, and the tensors."""
+
+    sizes: dict[Path, int]
+    fixed: Sequence[tuple[Path, int, bytes]]
+    """(file, offset, bytes)"""
+    tensors: Sequence[Placed]
+
+
+def write(layout: Layout, workers: int | None = None, progress: Progress | None = None) -> None:
+    """Write the files of a layout; all their space is taken first, so that a full disk is told at once.
+
+    Raises:
+        CannotWrite: a file cannot be made, or there is too little space.
+        BadModel: a source cannot be read any more.
+    """
+    files: dict[Path, int] = {}
+    try:
+        for path, size in layout.sizes.items():
+            files[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+            _reserve(files[path], size)
+        for path, offset, data in layout.fixed:
+            write_at(files[path], memoryview(data), offset)
+        _write_tensors(layout, files, workers, progress)
+    except OSError as problem:
+        first = next(iter(layout.sizes), Path())
+        raise CannotWrite(f"{first}: cannot be written ({problem.strerror or problem})") from problem
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+
+
+def _write_tensors(layout: Layout, files: dict[Path, int], workers: int | None, progress: Progress | None) -> None:
+    tensors, size = layout.tensors, sum(layout.sizes.values())
+    count = itertools.count(1)
+
+    def one_more(_: None) -> None:
+        if progress is not None:
+            progress(next(count), len(tensors))
+
+    with ExitStack() as stack:
+
+        def writer() -> Callable[[int], None]:
+            behind, scratch = stack.enter_context(WriteBehind(size)), Scratch()  # in a copy it ends with the copy
+            return lambda index: _write_tensor(tensors[index], files, behind, scratch)
+
+        largest_first = sorted(range(len(tensors)), key=lambda index: -_bytes(tensors[index].tensor))
+        alone = not all(_is_copied_with_us(each.tensor) for each in tensors)
+        share_out(writer, largest_first, 1 if alone else workers_for(size, workers), one_more)
+
+
+def _is_copied_with_us(tensor: Streamed) -> bool:
+    """Whether a copy of this process can use the tensor: what belongs to another library may need its threads."""
+    return isinstance(tensor, LazyGrown | ir.ExternalTensor) or (
+        isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray)
+    )
+
+
+def _bytes(tensor: Streamed) -> int:
+    if isinstance(tensor, ir.TensorProtocol):
+        return tensor.nbytes
+    size: int = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+    return size
+
+
+def _write_tensor(placed: Placed, files: dict[Path, int], behind: WriteBehind, scratch: Scratch) -> None:
+    descriptor = files[placed.file]
+    for piece in _pieces(placed.tensor):
+        for array, offsets in piece(scratch):
+            data = memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
+            for offset in offsets:
+                write_at(descriptor, data, placed.offset + offset)
+                behind.wrote(descriptor, placed.offset + offset, len(data))
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as problem:
+            if problem.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+                raise
+    os.ftruncate(descriptor, size)
+
+
+def _pieces(tensor: Streamed) -> Iterator[Piece]:
+    """What makes a tensor's bytes."""
+    if isinstance(tensor, LazyGrown):
+        grown: GrownTensor = tensor.grown.fresh()
+        return grown.pieces()
+    if isinstance(tensor, ir.ExternalTensor):
+        return _copied(tensor)
+    if isinstance(tensor, ir.TensorProtocol):
+        return iter((partial(_whole, tensor),))
+    return _by_rows(tensor)
+
+
+def _copied(tensor: ir.ExternalTensor) -> Iterator[Piece]:
+    stored = StoredRows(tensor, 1, tensor.nbytes)
+
+    def piece(start: int, scratch: Scratch) -> Iterator[tuple[Array, Sequence[int]]]:
+        yield stored.read_bytes(start, min(CHUNK, tensor.nbytes - start), scratch), [start]
+
+    for start in range(0, tensor.nbytes, CHUNK):
+        yield partial(piece, start)
+
+
+def _whole(tensor: ir.TensorProtocol, _: Scratch) -> Iterator[tuple[Array, Sequence[int]]]:
+    """A tensor that lies in memory, or that can only be computed whole."""
+    yield np.frombuffer(tensor.tobytes(), dtype=np.uint8), [0]
+
+
+def _by_rows(tensor: Any) -> Iterator[Piece]:
+    shape = [int(size) for size in tensor.shape]
+    size = np.dtype(tensor.dtype).itemsize
+
+    def piece(start: int, end: int, _: Scratch) -> Iterator[tuple[Array, Sequence[int]]]:
+        rows = np.ascontiguousarray(tensor[start:end] if shape else np.asarray(tensor).reshape(1))
+        yield rows, [start * math.prod(shape[1:]) * size]
+
+    rows = shape[0] if shape else 1
+    step = max(1, CHUNK // max(1, math.prod(shape[1:]) * size))
+    for start in range(0, rows, step):
+        yield partial(piece, start, min(start + step, rows))
