@@ -13,13 +13,14 @@ import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Dim
 from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters, is_code
+from hyperclone_onnx.analysis.roles import explain
 from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
 from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.provenance import provenance
-from hyperclone_onnx.planning.request import Growth, explain, size
+from hyperclone_onnx.planning.request import Growth, size
 from hyperclone_onnx.publishing.publication import check_output, data_name, publication, write_text
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.rewriting.rewriting import rewrite

@@ -18,9 +18,9 @@ from typing import Any
 import onnx_ir as ir
 
 from hyperclone_onnx.analysis.analysing import analyse
+from hyperclone_onnx.analysis.roles import name_dimensions
 from hyperclone_onnx.errors import BadModel, BadRequest, NothingGrows, Refused
 from hyperclone_onnx.expansion import Expansion, Notify, expand
-from hyperclone_onnx.planning.request import name_dimensions
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.reading import loading
 

@@ -13,10 +13,11 @@ from hyperclone_onnx import SourceMap
 from hyperclone_onnx.algebra.dims import ONE, Concat, Dim, Product, Space, Term
 from hyperclone_onnx.algebra.shape_values import binary, known, static_values, truncated, unary, where
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.analysis.walk import Dimensions, parse_size
 from hyperclone_onnx.plan.maps import index_axis
 from hyperclone_onnx.planning.request import Growth
-from hyperclone_onnx.rules.grown_op import GrownTerms
+from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.rules.grown_terms import GrownTerms
+from hyperclone_onnx.rules.op import parse_size
 
 B, S = Size.symbol("batch"), Size.symbol("sequence")
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from hyperclone_onnx.algebra.dims import Concat, Dim, Product, Space, Term
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.analysis.walk import Dimensions
+from hyperclone_onnx.analysis.roles import NamedDim, explain
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.plan.maps import SourceMap, index_axis
-from hyperclone_onnx.planning.request import Growth, NamedDim, explain
-from hyperclone_onnx.rules.grown_op import GrownTerms
+from hyperclone_onnx.planning.request import Growth
+from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.rules.grown_terms import GrownTerms
 
 Tree = int | tuple[str, tuple["Tree", ...]]
 """A dimension's size, or a product ("*") or concatenation ("+") of trees."""

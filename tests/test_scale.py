@@ -13,10 +13,10 @@ import pytest
 
 import hyperclone_onnx
 from hyperclone_onnx import analyse, plan_expansion, rewrite
-from hyperclone_onnx.analysis.walk import Use
 from hyperclone_onnx.expansion import plan_file
 from hyperclone_onnx.planning import sharing
 from hyperclone_onnx.reports import report
+from hyperclone_onnx.rules.dimensions import Use
 from models.large import LLAMA_405B, Sizes, write
 
 PACKAGE = str(Path(hyperclone_onnx.__file__).parent)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from hyperclone_onnx.analysis.walk import Dimensions, infer, pin_interface
+from hyperclone_onnx.analysis.roles import NamedDim, name_dimensions
+from hyperclone_onnx.analysis.walk import infer, pin_interface
 from hyperclone_onnx.errors import BadModel, Refused
-from hyperclone_onnx.planning.request import NamedDim, name_dimensions
-from hyperclone_onnx.publishing.journal import Stamp
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.normalise import normalise
+from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.system.stamps import Stamp
 
 OLDEST_OPSET = 7
 """Before this, elementwise operators broadcast along an axis given as an attribute."""

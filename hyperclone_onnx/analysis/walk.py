@@ -7,427 +7,16 @@ cannot tell, pins every axis it touches.
 
 from __future__ import annotations
 
-import enum
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-
 import onnx_ir as ir
 
-from hyperclone_onnx.algebra import shape_values as known
-from hyperclone_onnx.algebra.dims import ONE, Dim, Product, Space, Term
-from hyperclone_onnx.algebra.shape_values import Known
+from hyperclone_onnx.algebra import shape_values
+from hyperclone_onnx.algebra.dims import Dim, Product, Space, Term
 from hyperclone_onnx.algebra.sizes import Size
 from hyperclone_onnx.errors import HypercloneError, Refused
-
-Axes = tuple[Term, ...]
-Use = tuple[ir.Node, int]
-"""One use of an initializer: the node and the input's position."""
-
-
-class Fact(enum.Enum):
-    """What was seen to happen to an axis; roles are read off these."""
-
-    CONTRACTED_WITH_WEIGHT = "contracted with a weight"
-    CONTRACTED_WITH_ACTIVATION = "contracted between two activations"
-    BATCHED = "batch axis of a contraction between two activations"
-    VALUE_AXIS = "free axis of a contraction between two activations"
-    WEIGHT_OUTPUT = "output axis of a weight"
-    NORMALISED = "normalised"
-    INDEXED = "indexed by values"
-    EMBEDDING = "width of an embedding table"
-    EXPANDED = "made by repetition"
-    SOFTMAX = "axis of a softmax"
-    SPATIAL = "numbers places, which a window moves along"
-    CHOSEN = "numbers what is chosen from"
-    GROUPED = "numbers groups of channels that are convolved or normalised apart"
-    STATE = "carried from step to step by a recurrence"
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Operand axes that one operator multiplies and sums over, all of them the same `term`.
-
-    `power` is 1 where the sum enters linearly, 0.5 where it enters squared (ReduceL2). Quantised operators sum
-    `integers`; any one of the inputs `scales` multiplies what comes out, the inputs `biases` (in units of that
-    scale) included.
-    """
-
-    node: ir.Node
-    term: Term
-    sites: tuple[tuple[int, int], ...]
-    power: float = 1.0
-    integers: bool = False
-    scales: tuple[int, ...] = ()
-    biases: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """An axis over which `node` averages: it must repeat every index equally often."""
-
-    node: ir.Node
-    term: Term
-
-
-@dataclass
-class Dimensions:
-    """What the walk found: the axes of every value, and all that later stages need to know of them."""
-
-    model: ir.Model
-    space: Space
-    axes: dict[ir.Value, Axes | None] = field(default_factory=dict)
-    use_axes: dict[Use, Axes] = field(default_factory=dict)
-    known: dict[ir.Value, Known] = field(default_factory=dict)
-    constants: set[ir.Value] = field(default_factory=set)
-    picked: set[ir.Value] = field(default_factory=set)
-    """Values that hold weights picked from stored tensors, such as the experts that a token is sent to."""
-    sums: list[Sum] = field(default_factory=list)
-    uniform: list[Uniform] = field(default_factory=list)
-    facts: dict[Fact, list[tuple[Term, ir.Node]]] = field(default_factory=lambda: defaultdict(list))
-    index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
-    sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)
-    """The axes of each element of a sequence of tensors, where their number is known."""
-    lost: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)
-    """Why the rank of a value is not known, and the node to blame."""
-    packed: dict[Use, int] = field(default_factory=dict)
-    """The uses that hold several numbers in a byte, with the bits of each number."""
-    unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    idle: set[ir.Node] = field(default_factory=set)
-    """The nodes of branches that never run, which the grown graph has no more."""
-    walked: list[ir.Node] = field(default_factory=list)
-    """Every node that was related, those of subgraphs that a rule walks into included, in order."""
-
-    def axes_of(self, node: ir.Node, index: int) -> Axes | None:
-        """The axes of a node's input, None where its rank is unknown."""
-        value = node.inputs[index]
-        if value is None:
-            return None
-        if is_initializer(value):
-            return self.use_axes.get((node, index))
-        return self.axes.get(value)
-
-    def is_weight(self, value: ir.Value | None) -> bool:
-        """Whether a value is stored, or picked from what is stored by indices."""
-        return value in self.constants or value in self.picked
-
-    def initializer_uses(self) -> Iterator[tuple[ir.Value, Use, Axes]]:
-        """Every use of an initializer by a node of the main graph, in graph order."""
-        for use, axes in self.use_axes.items():
-            value = use[0].inputs[use[1]]
-            assert value is not None
-            yield value, use, axes
-
-
-def is_initializer(value: ir.Value) -> bool:
-    """Whether the value is stored in the model rather than computed or fed."""
-    return value.const_value is not None and value.producer() is None
-
-
-def describe(node: ir.Node) -> str:
-    """How a node is named in messages: ``MatMul '/layer.0/q_proj'``."""
-    domain = f"{node.domain}." if node.domain else ""
-    return f"{domain}{node.op_type} {node.name!r}" if node.name else f"{domain}{node.op_type}"
-
-
-class CannotTell(Exception):
-    """Raised inside a rule when it cannot relate this node's axes; the engine then pins them.
-
-    `place` is the node to blame, where it is not this one.
-    """
-
-    def __init__(self, reason: str, place: str = "") -> None:
-        super().__init__(reason)
-        self.place = place
-
-
-class Op:
-    """One node as its rule sees it: operands' axes and known elements in, output axes out."""
-
-    def __init__(self, dimensions: Dimensions, node: ir.Node, opset: int) -> None:
-        self.dimensions = dimensions
-        self.space = dimensions.space
-        self.node = node
-        self.opset = opset
-
-    # -- operands -----------------------------------------------------------------------------------------
-
-    @property
-    def count(self) -> int:
-        """The number of input slots, absent optional ones included."""
-        return len(self.node.inputs)
-
-    def has(self, index: int) -> bool:
-        """Whether an optional input is given."""
-        return index < self.count and self.node.inputs[index] is not None
-
-    def value(self, index: int) -> ir.Value:
-        """The input value itself."""
-        value = self.node.inputs[index] if index < self.count else None
-        if value is None:
-            raise CannotTell(f"input {index} is missing")
-        return value
-
-    def axes(self, index: int) -> Axes:
-        """The axes of an input.
-
-        Raises:
-            CannotTell: its rank is unknown.
-        """
-        value = self.value(index)
-        axes = self.dimensions.axes_of(self.node, index)
-        if axes is None:
-            raise CannotTell(*self.dimensions.lost.get(value, ("an operand of unknown rank", "")))
-        return axes
-
-    def rank(self, index: int) -> int:
-        """The number of axes of an input."""
-        return len(self.axes(index))
-
-    def known(self, index: int) -> Known | None:
-        """The known elements of a small integer input."""
-        return self.dimensions.known.get(self.value(index)) if self.has(index) else None
-
-    def ints(self, index: int) -> list[int] | None:
-        """The elements of an input as integers, None unless all are known."""
-        return known.static_values(self.known(index))
-
-    def is_constant(self, index: int) -> bool:
-        """Whether an input is computed from initializers alone."""
-        return self.value(index) in self.dimensions.constants
-
-    def is_weight(self, index: int) -> bool:
-        """Whether an input is stored, or picked from what is stored by indices (the experts of a token)."""
-        return self.dimensions.is_weight(self.value(index))
-
-    def picked(self) -> None:
-        """State that the first output holds whole weights, picked from a stored tensor."""
-        self.dimensions.picked.add(self.node.outputs[0])
-
-    # -- attributes ---------------------------------------------------------------------------------------
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """An integer attribute.
-
-        Raises:
-            CannotTell: it is absent and has no default.
-        """
-        attribute = self.node.attributes.get(name)
-        if attribute is None:
-            if default is None:
-                raise CannotTell(f"attribute {name} is missing")
-            return default
-        return attribute.as_int()
-
-    def text(self, name: str, default: str) -> str:
-        """A string attribute."""
-        attribute = self.node.attributes.get(name)
-        return default if attribute is None else attribute.as_string()
-
-    def int_list(self, name: str, index: int | None) -> list[int] | None:
-        """A list that is an attribute in old opsets and input `index` in new ones; None when absent.
-
-        Raises:
-            CannotTell: it is an input whose elements are not known.
-        """
-        attribute = self.node.attributes.get(name)
-        if attribute is not None:
-            return list(attribute.as_ints())
-        if index is None or not self.has(index):
-            return None
-        self.parameter(index)
-        values = self.ints(index)
-        if values is None:
-            raise CannotTell(f"{name} computed at run time")
-        return values
-
-    def parameter(self, index: int) -> None:
-        """State that an input's elements are parameters of the operator: its own axes keep their size."""
-        if self.has(index):
-            for term in self.dimensions.axes_of(self.node, index) or ():
-                self.pin(term, "its elements are parameters of an operator")
-
-    # -- terms --------------------------------------------------------------------------------------------
-
-    def size(self, term: Term) -> Size:
-        """The length of an axis, in the source model."""
-        return self.space.size(term)
-
-    def static(self, term: Term) -> int | None:
-        """The length of an axis as an integer, None when symbolic."""
-        return self.space.static(term)
-
-    def dim(self, size: int | Size | None) -> Term:
-        """A new dimension; of unknown size for None.
-
-        Raises:
-            CannotTell: there is no such size.
-        """
-        if size is not None and Size.of(size).static_or(0) < 0:
-            raise CannotTell(f"an axis of size {size}")
-        return self.space.unknown() if size is None else self.space.dim(size)
-
-    def pinned_dim(self, size: int | Size | None, reason: str) -> Term:
-        """A new dimension that keeps its size."""
-        term = self.dim(size)
-        self.space.pin(term, reason)
-        return term
-
-    def is_one(self, term: Term) -> bool:
-        """Whether an axis has the literal size 1 (and may be stretched by broadcasting)."""
-        return self.static(term) == 1
-
-    def unify(self, left: Term, right: Term) -> None:
-        """State that two axes are the same."""
-        self.space.unify(left, right)
-
-    def pin(self, term: Term, reason: str) -> None:
-        """State that an axis must keep its size."""
-        self.space.pin(term, reason)
-
-    def merge(self, terms: Iterable[Term]) -> Term:
-        """The axis that aligned axes broadcast to.
-
-        Size-1 axes stretch. A symbolic axis that meets a static one may be 1 at run time, so the two are not
-        unified: the static one is pinned.
-        """
-        wide = [term for term in terms if not self.is_one(term)]
-        if not wide:
-            return ONE
-        static = [term for term in wide if self.static(term) is not None]
-        if static and len(static) < len(wide):
-            for term in wide:
-                self.pin(term, "meets an axis whose size is not known before running")
-        same = static or wide
-        for term in same[1:]:
-            self.unify(same[0], term)
-        return same[0]
-
-    def broadcast(self, operands: Sequence[Axes]) -> Axes:
-        """The axes that operands broadcast to, aligned at the right (ONNX multidirectional broadcasting)."""
-        rank = max((len(axes) for axes in operands), default=0)
-        aligned = [(ONE,) * (rank - len(axes)) + tuple(axes) for axes in operands]
-        return tuple(self.merge(column) for column in zip(*aligned, strict=True))
-
-    def axis(self, axis: int, rank: int) -> int:
-        """A possibly negative axis as an index from the front.
-
-        Raises:
-            ValueError: there is no such axis, which no specification allows.
-        """
-        if not -rank <= axis < rank:
-            raise ValueError(f"axis {axis} of a value of rank {rank}")
-        return axis % rank
-
-    def walk(self, *bodies: ir.Graph) -> None:
-        """Relate the nodes of bodies whose inputs have their axes."""
-        place = self.space.place
-        for body in bodies:
-            walk(self.dimensions, body)
-        self.space.place = place
-
-    # -- results ------------------------------------------------------------------------------------------
-
-    def out(self, axes: Sequence[Term], elements: Known | None = None, index: int = 0) -> None:
-        """Set the axes of an output, and what is known of its elements."""
-        if index >= len(self.node.outputs):
-            return
-        value = self.node.outputs[index]
-        if elements is not None and elements.size <= known.LIMIT and elements.ndim == len(axes):
-            self.dimensions.known[value] = elements
-            # The elements tell a length that the axes may not.
-            axes = [self.dim(n) if self.static(t) is None else t for t, n in zip(axes, elements.shape, strict=True)]
-        self.dimensions.axes[value] = tuple(axes)
-
-    def fact(self, kind: Fact, term: Term) -> None:
-        """Record what happens to an axis here."""
-        self.dimensions.facts[kind].append((term, self.node))
-
-    def uniform(self, term: Term) -> None:
-        """State that this node averages over an axis."""
-        self.fact(Fact.NORMALISED, term)
-        self.dimensions.uniform.append(Uniform(self.node, term))
-
-    def sum_over(
-        self,
-        *sites: tuple[int, int],
-        power: float = 1.0,
-        integers: bool = False,
-        scales: tuple[int, ...] = (),
-        biases: tuple[int, ...] = (),
-    ) -> None:
-        """State that this node multiplies and sums over these (input, axis) sites, which are one axis.
-
-        It also records who takes part: a weight, or activations only. See `Sum` for the rest.
-        """
-        terms = [self.axes(index)[axis] for index, axis in sites]
-        sites = tuple((index, self.axis(axis, self.rank(index))) for index, axis in sites)
-        for term in terms[1:]:
-            self.unify(terms[0], term)
-        for index, _ in sites if not integers else ():
-            dtype = self.value(index).dtype
-            if dtype is not None and not dtype.is_floating_point() and not scales:
-                self.pin(terms[0], "summed in integers, which no share divides")
-        given = (tuple(index for index in slots if self.has(index)) for slots in (scales, biases))
-        self.dimensions.sums.append(Sum(self.node, terms[0], sites, power, integers, *given))
-        if len(sites) > 1:
-            weighted = any(self.is_weight(index) for index, _ in sites)
-            kind = Fact.CONTRACTED_WITH_WEIGHT if weighted else Fact.CONTRACTED_WITH_ACTIVATION
-            self.fact(kind, terms[0])
-
-    def packed(self, index: int, axes: Axes, bits: int) -> None:
-        """State that an input holds numbers of `bits` bits in bytes, its last axis padded row by row to whole bytes.
-
-        `axes` are those of the numbers. Only a stored input can be packed again.
-
-        Raises:
-            CannotTell: it is computed.
-        """
-        if not is_initializer(self.value(index)):
-            raise CannotTell("packed numbers that are computed")
-        self.dimensions.use_axes[self.node, index] = tuple(axes)
-        self.dimensions.packed[self.node, index] = bits
-
-    def declared(self, output: ir.Value) -> list[Size | None] | None:
-        """The shape that the file declares for an output, None when it declares none."""
-        return declared_shape(output)
-
-
-def declared_shape(value: ir.Value) -> list[Size | None] | None:
-    """The shape a file declares for a value: integers, symbols and simple expressions of symbols."""
-    if value.shape is None:
-        return None
-    sizes: list[Size | None] = []
-    for dim in value.shape.dims:
-        if isinstance(dim, int):
-            sizes.append(Size.of(dim) if dim >= 0 else None)  # -1 is how some files say that they do not know
-        else:
-            sizes.append(parse_size(dim.value) if dim.value else None)
-    return sizes
-
-
-_SIMPLE = re.compile(r"[A-Za-z_][\w.]*|\d+|[+*]")
-
-
-def parse_size(text: str) -> Size:
-    """A symbolic dimension as a polynomial, where it is a sum of products; otherwise a symbol of that name.
-
-    >>> str(parse_size("past + sequence"))
-    'past + sequence'
-    """
-    tokens = _SIMPLE.findall(text)
-    if "".join(tokens) != text.replace(" ", "") or len(tokens) % 2 == 0:
-        return Size.symbol(text)
-    total, part = Size.of(0), Size.of(1)
-    for position, token in enumerate(tokens):
-        if (token in "+*") != (position % 2 == 1):
-            return Size.symbol(text)
-        if token == "+":
-            total, part = total + part, Size.of(1)
-        elif token != "*":
-            part = part * (int(token) if token.isdigit() else Size.symbol(token))
-    return total + part
+from hyperclone_onnx.graphs import MOVES_OR_CASTS, captured_values, describe, is_initializer, opset_of
+from hyperclone_onnx.rules import registry
+from hyperclone_onnx.rules.dimensions import Axes, Dimensions, Fact, Use
+from hyperclone_onnx.rules.op import CannotTell, Op, declared_shape
 
 
 def infer(model: ir.Model) -> Dimensions:
@@ -467,9 +56,7 @@ def _unify_measured_uses(dimensions: Dimensions) -> None:
 
 def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
     """Relate the nodes of a graph, or of a subgraph whose outer values are related already."""
-    from hyperclone_onnx.rules import registry
-
-    opsets = dimensions.model.graph.opset_imports
+    main = dimensions.model.graph
     for node in graph:
         dimensions.space.place = describe(node)
         dimensions.walked.append(node)
@@ -479,7 +66,7 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
         elif node.op_type in _STILL_WEIGHTS and node.inputs and node.inputs[0] in dimensions.picked:
             dimensions.picked.update(node.outputs)
         rule = registry.relation(node.domain, node.op_type)
-        op = Op(dimensions, node, opsets.get(node.domain, 1))
+        op = Op(dimensions, node, opset_of(main, node.domain), walk)
         purpose = registry.pin_reason(node.domain, node.op_type)
         try:
             if purpose is not None:
@@ -503,16 +90,17 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
                 _declare_pinned(op, value, "an output no rule describes")
 
 
-_STILL_WEIGHTS = frozenset(
-    "Cast DequantizeLinear Flatten Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split()
-)
+_STILL_WEIGHTS = MOVES_OR_CASTS | {"DequantizeLinear", "Slice", "Split"}
+"""Operators whose output holds whole weights where their first input does."""
 
 
 def _is_constant(dimensions: Dimensions, node: ir.Node) -> bool:
     if not node.inputs or any(True for _ in captured_values(node)):
         return False
     return all(
-        value is None or value in dimensions.constants or known.static_values(dimensions.known.get(value)) is not None
+        value is None
+        or value in dimensions.constants
+        or shape_values.static_values(dimensions.known.get(value)) is not None
         for value in node.inputs
     )
 
@@ -539,10 +127,10 @@ def _read_inputs(dimensions: Dimensions) -> None:
 
 def _read_known(dimensions: Dimensions, value: ir.Value) -> None:
     tensor = value.const_value
-    if tensor is None or tensor.size > known.LIMIT:
+    if tensor is None or tensor.size > shape_values.LIMIT:
         return
     if tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL) or _is_whole_number(tensor):
-        dimensions.known[value] = known.known(tensor.numpy())
+        dimensions.known[value] = shape_values.known(tensor.numpy())
 
 
 def _is_whole_number(tensor: ir.TensorProtocol) -> bool:
@@ -577,22 +165,6 @@ def _declare_pinned(op: Op, value: ir.Value, reason: str, gap: bool = True) -> N
         op.dimensions.lost[value] = (reason, op.space.place)
     op.space.pin(Product(axes or ()), reason, gap)
     op.dimensions.axes[value] = axes
-
-
-def captured_values(node: ir.Node) -> Iterator[ir.Value]:
-    """The values of enclosing graphs that a node's subgraphs read."""
-    for attribute in node.attributes.values():
-        graphs: Sequence[ir.Graph] = ()
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs = (attribute.as_graph(),)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs = tuple(attribute.as_graphs())
-        for graph in graphs:
-            inner = list(graph.all_nodes())
-            own = {output for each in inner for output in each.outputs} | set(graph.inputs)
-            for each in inner:
-                yield from (v for v in each.inputs if v is not None and v not in own)
-            yield from (v for v in graph.outputs if v is not None and v not in own)
 
 
 def pin_interface(dimensions: Dimensions) -> None:
@@ -639,6 +211,3 @@ def atoms_in_order(dimensions: Dimensions) -> list[Dim]:
                 if atom.size.static is not None and dimensions.space.static(atom) != 1:
                     seen.setdefault(atom)
     return list(seen)
-
-
-__all__ = ["Axes", "CannotTell", "Dimensions", "Fact", "Op", "Refused", "Sum", "Uniform", "infer"]

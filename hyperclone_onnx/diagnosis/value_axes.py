@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Concat, Dim, Product, Term
-from hyperclone_onnx.analysis.walk import Dimensions
 from hyperclone_onnx.diagnosis.distance import joint
 from hyperclone_onnx.plan.maps import Axis, ConcatOf, Indices, Kept, Maps, Named, ProductOf, grown_size, index_axis
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.rules.dimensions import Dimensions
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from hyperclone_onnx.diagnosis.layers import Layers
 from hyperclone_onnx.diagnosis.model import ValueDiagnosis
 from hyperclone_onnx.diagnosis.value_axes import value_axes
 from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
-from hyperclone_onnx.system.memory import weight_bytes
 from hyperclone_onnx.validation.sessions import Device
 from hyperclone_onnx.validation.unrounded import Unsupported, rounds, unrounded
 from hyperclone_onnx.validation.validating import HALVES, WIDEST, computed_type, tolerance_of

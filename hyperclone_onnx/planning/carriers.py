@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Term
-from hyperclone_onnx.analysis.walk import Axes, Dimensions, Use, is_initializer
+from hyperclone_onnx.graphs import MOVES_ELEMENTS, is_initializer
 from hyperclone_onnx.plan.maps import index_axis
-from hyperclone_onnx.rules.grown_op import GrownTerms
+from hyperclone_onnx.rules.dimensions import Axes, Dimensions, Use
+from hyperclone_onnx.rules.grown_terms import GrownTerms
 
 Marks = frozenset[int]
 """The axes of a value over which a contraction sums."""
@@ -19,7 +20,8 @@ _SHARING = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataT
 """The element types that can hold a share of a weight."""
 
 
-LAYOUT = frozenset(["Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Neg"])
+LAYOUT = MOVES_ELEMENTS | {"Neg"}
+"""Operators that move the elements of their input, or change their sign."""
 
 
 @dataclass

@@ -7,15 +7,18 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from hyperclone_onnx.analysis.walk import Axes, Dimensions, Use, describe
 from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.graphs import describe, opset_of
 from hyperclone_onnx.plan.maps import Kept
 from hyperclone_onnx.plan.plans import Edit, Feed, GrownDim, Interface, Plan, Recipe
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.planning.carriers import Tracer
 from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.planning.sharing import Sharing
-from hyperclone_onnx.rules.grown_op import GrownOp, GrownTerms
+from hyperclone_onnx.rules import registry
+from hyperclone_onnx.rules.dimensions import Axes, Dimensions, Use
+from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.grown_terms import GrownTerms
 
 
 def make_plan(
@@ -38,7 +41,7 @@ def make_plan(
         Refused: a norm would average over unequally repeated parts, or a node cannot be edited.
     """
     dimensions = growth.dimensions
-    _check_averages(dimensions, GrownTerms(growth))
+    _check_averages(dimensions, growth.terms)
     sharing = Sharing(growth, untie)
     sharing.share_sums()
     tensors, feeds = _tensors(sharing)
@@ -57,15 +60,12 @@ def make_plan(
 
 
 def _node_edits(growth: Growth, terms: GrownTerms) -> Iterable[Edit]:
-    from hyperclone_onnx.rules import registry
-
     dimensions = growth.dimensions
-    opsets = dimensions.model.graph.opset_imports
     for node in dimensions.walked:
         edit = registry.edit(node.domain, node.op_type)
         if edit is None or not _touched(dimensions, terms, node):
             continue
-        op = GrownOp(growth, terms, node, opsets.get(node.domain, 1))
+        op = GrownOp(dimensions, terms, node, opset_of(dimensions.model.graph, node.domain))
         try:
             edit(op)
         except Refused as problem:

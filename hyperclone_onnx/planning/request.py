@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections import defaultdict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-import onnx_ir as ir
-
 from hyperclone_onnx.algebra.dims import Concat, Dim, Space, Term
-from hyperclone_onnx.analysis.walk import Dimensions, Fact, atoms_in_order
+from hyperclone_onnx.analysis.roles import NamedDim, explain, name_dimensions
 from hyperclone_onnx.errors import BadRequest, NothingGrows, Refused
 from hyperclone_onnx.plan.maps import SourceMap
+from hyperclone_onnx.rules.dimensions import Dimensions, Fact
+from hyperclone_onnx.rules.grown_terms import GrownTerms
 
 GROWN_BY_FACTOR = ("hidden", "ffn", "heads", "width")
 """The roles that ``--factor`` grows: HyperCloning's widths. Head sizes and head groups are kept."""
@@ -23,20 +22,6 @@ REQUIRED = ("hidden", "ffn", "heads")
 input's own width may keep its size in a grown model."""
 
 LARGEST_FACTOR = 1 << 20
-
-
-@dataclass(frozen=True)
-class NamedDim:
-    """An atomic dimension with the role its uses give it and a name that is unique in the model."""
-
-    dim: Dim
-    role: str
-    name: str
-
-    @property
-    def size(self) -> int:
-        """Its size in the source model."""
-        return self.dim.size.static_or(0)
 
 
 @dataclass
@@ -49,136 +34,10 @@ class Growth:
     beside: set[Dim] = field(default_factory=set)
     """Dimensions that keep their size because another factor of the same width grows."""
 
-
-def name_dimensions(dimensions: Dimensions) -> list[NamedDim]:
-    """Give every atomic dimension a role and a name, in order of appearance."""
-    facts = _facts_by_atom(dimensions)
-    groups = _head_groups(dimensions, facts)
-    by_role: dict[str, list[Dim]] = defaultdict(list)
-    order: list[tuple[Dim, str]] = []
-    vocabulary = _vocabulary(dimensions)
-    for atom in atoms_in_order(dimensions):
-        role = _role(atom, facts.get(atom, frozenset()), groups, vocabulary)
-        by_role[role].append(atom)
-        order.append((atom, role))
-    numbers = {atom: number for atoms in by_role.values() for number, atom in enumerate(atoms)}
-    return [
-        NamedDim(atom, role, role if len(by_role[role]) == 1 else f"{role}.{numbers[atom]}") for atom, role in order
-    ]
-
-
-def _facts_by_atom(dimensions: Dimensions) -> dict[Dim, frozenset[Fact]]:
-    found: dict[Dim, set[Fact]] = defaultdict(set)
-    space = dimensions.space
-    # A free axis belongs to a head only where heads that weights make batch the contraction (in a state-space model
-    # none do, in whatever sizes its batch is fixed).
-    weighted = {
-        atom
-        for kind in (Fact.CONTRACTED_WITH_WEIGHT, Fact.WEIGHT_OUTPUT)
-        for term, _ in dimensions.facts[kind]
-        for atom in space.atoms(term)
-    }
-    headed = {
-        node
-        for term, node in dimensions.facts[Fact.BATCHED]
-        if any(atom in weighted and space.static(atom) is not None for atom in space.atoms(term))
-    }
-    for kind, sightings in dimensions.facts.items():
-        for term, node in sightings:
-            if kind is not Fact.VALUE_AXIS or node in headed:
-                for atom in space.atoms(term):
-                    found[atom].add(kind)
-    # A residual stream that meets another one (a similarity of two encoders) is no head either.
-    inside = {
-        atom
-        for t, node in dimensions.facts[Fact.CONTRACTED_WITH_ACTIVATION]
-        if node in headed
-        for atom in space.atoms(t)
-    }
-    for atom, kinds in found.items():
-        if atom not in inside and {Fact.CONTRACTED_WITH_WEIGHT, Fact.NORMALISED} <= kinds:
-            kinds.discard(Fact.CONTRACTED_WITH_ACTIVATION)
-    return {atom: frozenset(kinds) for atom, kinds in found.items()}
-
-
-def _head_groups(dimensions: Dimensions, facts: Mapping[Dim, frozenset[Fact]]) -> set[Dim]:
-    """The head axes along which keys and values are only repeated (grouped-query attention).
-
-    The batch axis of such an attention is (key/value heads, group). An axis that is all repetition is the query
-    heads of a multi-query model: those are heads.
-    """
-    space = dimensions.space
-    repeated = {
-        resolved for term, _ in dimensions.facts[Fact.EXPANDED] if isinstance(resolved := space.resolve(term), Dim)
-    }
-    groups: set[Dim] = set()
-    batches: dict[tuple[Dim, ...], None] = {}
-    per_node: dict[object, list[Dim]] = defaultdict(list)
-    for term, node in dimensions.facts[Fact.BATCHED]:
-        per_node[node].extend(atom for atom in space.atoms(term) if _is_weighted(facts[atom]))
-    for atoms in per_node.values():
-        batches.setdefault(tuple(atoms))
-    for batch in batches:
-        inner = [atom for atom in batch if atom in repeated]
-        groups.update(inner if len(inner) < len(batch) else inner[1:])
-    return groups
-
-
-def _is_weighted(facts: frozenset[Fact]) -> bool:
-    return not facts.isdisjoint({Fact.CONTRACTED_WITH_WEIGHT, Fact.WEIGHT_OUTPUT})
-
-
-def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[Dim]) -> str:
-    stream = Fact.CONTRACTED_WITH_WEIGHT in facts and not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING})
-    if Fact.INDEXED in facts and not stream:
-        return "vocab" if atom in vocabulary else "positions"
-    if Fact.SOFTMAX in facts and not _is_weighted(facts):
-        return "positions"
-    if _is_weighted(facts) and atom.pin is not None and not atom.pin.gap and _is_a_count(facts):
-        return "width"
-    if _is_weighted(facts):
-        if Fact.BATCHED in facts:
-            return "group" if atom in groups else "heads"
-        if not facts.isdisjoint({Fact.CONTRACTED_WITH_ACTIVATION, Fact.VALUE_AXIS}):
-            return "head_dim"
-    if Fact.CONTRACTED_WITH_WEIGHT in facts:
-        if not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING, Fact.STATE}):
-            return "hidden"
-        return "ffn" if Fact.WEIGHT_OUTPUT in facts else "width"
-    lost = Fact.WEIGHT_OUTPUT in facts and atom.pin is not None and atom.pin.gap
-    return "width" if lost else "other"
-
-
-def _is_a_count(facts: frozenset[Fact]) -> bool:
-    """Whether an axis numbers places or choices (a router's experts), so that it is no width of the model's own."""
-    stream = not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING, Fact.STATE})
-    return Fact.SPATIAL in facts or (not stream and not facts.isdisjoint({Fact.SOFTMAX, Fact.CHOSEN}))
-
-
-def _vocabulary(dimensions: Dimensions) -> set[Dim]:
-    """The tables that the graph's integer inputs index directly, or only reshaped or converted."""
-    return {
-        atom
-        for indices, term in dimensions.index_tables
-        if source_input(dimensions, indices) is not None
-        for atom in dimensions.space.atoms(term)
-    }
-
-
-def source_input(dimensions: Dimensions, value: ir.Value) -> ir.Value | None:
-    """The graph input whose very elements a value holds, None when it is computed from them."""
-    while not (value.is_graph_input() and value in dimensions.model.graph.inputs):
-        producer = value.producer()
-        if producer is None or producer.domain or producer.op_type not in _MOVERS:
-            return None
-        origin = producer.inputs[0]
-        if origin is None:
-            return None
-        value = origin
-    return value
-
-
-_MOVERS = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
+    @property
+    def terms(self) -> GrownTerms:
+        """The dimensions, read with these maps."""
+        return GrownTerms(self.dimensions.space, self.maps)
 
 
 def size(
@@ -316,15 +175,3 @@ def refusal(dimensions: Dimensions, each: NamedDim, named: list[NamedDim]) -> st
     reason = explain(dimensions, each.dim)
     keep = f"--set {each.name}=1" if any(other.name != each.name for other in named) else "a smaller request"
     return f"{each.name} (size {each.size}) cannot grow: {reason}. To keep its size and grow the rest: {keep}"
-
-
-def explain(dimensions: Dimensions, dim: Dim, longest: int = 6) -> str:
-    """Why a dimension is pinned: the reason, the node, and the chain of nodes that leads there."""
-    if dim.pin is None:
-        return "it is not pinned"
-    space = dimensions.space
-    start = space.first_related(dim.uid)
-    chain = space.chain(start, dim.pin.origin)
-    if len(chain) > longest:
-        chain = [*chain[: longest // 2], f"... {len(chain) - longest} more ...", *chain[-longest // 2 :]]
-    return str(dim.pin) + (f"; reached by way of {' -> '.join(chain)}" if chain else "")

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from hyperclone_onnx.analysis.walk import Axes, Sum, Use, describe, is_initializer
 from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.graphs import describe, is_initializer
 from hyperclone_onnx.plan.plans import DivideOutput, Edit, ScaleInput, SetAttribute
 from hyperclone_onnx.planning.carriers import LAYOUT, Carriers, Marks, Tracer
 from hyperclone_onnx.planning.request import Growth
-from hyperclone_onnx.rules.grown_op import GrownTerms
+from hyperclone_onnx.rules.dimensions import Axes, Sum, Use
 
 Group = tuple[Sum, ...]
 """Sums of one node that one operand must carry together: those that share operands."""
@@ -45,7 +45,7 @@ class Sharing:
     def __post_init__(self) -> None:
         self.dimensions = self.growth.dimensions
         self.space = self.dimensions.space
-        self.terms = GrownTerms(self.growth)
+        self.terms = self.growth.terms
         self.tracer = Tracer(self.dimensions, self.terms)
         self._by_use: dict[Use, list[Group]] = defaultdict(list)
         self._carried_nodes: set[ir.Node] = set()

@@ -9,22 +9,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from hyperclone_onnx.system.stamps import Stamp, stamp
+
 JOURNAL = ".journal"
 
 
 def data_files(out_name: str) -> re.Pattern[str]:
     """The names that data files of OUT have: plain or numbered, whole or in shards."""
     return re.compile(re.escape(out_name) + r"(?:\.(?P<number>\d+))?(?:-\d+-of-\d+)?\.(?:data|safetensors)")
-
-
-Stamp = tuple[int, int, int]
-"""Inode, bytes, and nanoseconds of the last change: which file stood there."""
-
-
-def stamp(path: Path) -> Stamp:
-    """What tells one file from another that has its name later."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from pathlib import Path
 import onnx
 
 from hyperclone_onnx.errors import BadRequest, CannotWrite, HypercloneError
-from hyperclone_onnx.publishing.journal import Journal, data_files, stamp
+from hyperclone_onnx.publishing.journal import Journal, data_files
 from hyperclone_onnx.publishing.locked_folder import LockedFolder, clear, partial_folder, take_folder
 from hyperclone_onnx.system.signals import deferred_signals
+from hyperclone_onnx.system.stamps import stamp
 
 LARGEST_REFERRING = 256 << 20
 """A model file with its weights elsewhere is smaller than this; a larger one is not read for the names of its data."""

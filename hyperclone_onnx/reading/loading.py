@@ -13,9 +13,9 @@ import onnx
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel, first_line
-from hyperclone_onnx.publishing.journal import Stamp, stamp
 from hyperclone_onnx.reading.field_count import Malformed, count_parts
 from hyperclone_onnx.reading.structure import check_structure
+from hyperclone_onnx.system.stamps import Stamp, stamp
 
 LARGEST_FILE = 2**31 - 1
 """A protobuf ends here."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hyperclone_onnx.analysis.walk import is_initializer
+from hyperclone_onnx.graphs import MOVES_OR_CASTS, is_initializer
 from hyperclone_onnx.reading.reblock import reblock
 from hyperclone_onnx.reading.type_inference import infer_types
-
-_MOVERS = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 
 
 def normalise(model: ir.Model) -> ir.Model:
@@ -80,7 +78,7 @@ def _unshare_moved_weights(graph: ir.Graph) -> None:
     The users may contract different axes of it, or none.
     """
     for node in reversed(list(graph)):
-        if node.domain or node.op_type not in _MOVERS or not node.inputs or len(node.outputs) != 1:
+        if node.domain or node.op_type not in MOVES_OR_CASTS or not node.inputs or len(node.outputs) != 1:
             continue
         output = node.outputs[0]
         if output.is_graph_output() or not _only_from_storage(node):
@@ -106,7 +104,7 @@ def _only_from_storage(node: ir.Node) -> bool:
     value = node.inputs[0]
     while value is not None and not is_initializer(value):
         producer = value.producer()
-        if producer is None or producer.domain or producer.op_type not in _MOVERS or not producer.inputs:
+        if producer is None or producer.domain or producer.op_type not in MOVES_OR_CASTS or not producer.inputs:
             return False
         value = producer.inputs[0]
     return value is not None

@@ -12,12 +12,12 @@ from rich.table import Table as RichTable
 
 from hyperclone_onnx.algebra.dims import Dim, Product, Space, Term
 from hyperclone_onnx.analysis.analysing import Analysis, count_parameters
-from hyperclone_onnx.analysis.walk import Dimensions
+from hyperclone_onnx.analysis.roles import NamedDim, explain
 from hyperclone_onnx.errors import printable
 from hyperclone_onnx.expansion import Expansion
 from hyperclone_onnx.folders import FolderExpansion
-from hyperclone_onnx.planning.request import NamedDim, explain
 from hyperclone_onnx.planning.training_recipe import RECIPE
+from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.validation.validating import DOUBLE_TOLERANCE, OutputReport, Validation
 
 

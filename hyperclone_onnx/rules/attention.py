@@ -7,9 +7,10 @@ import math
 import numpy as np
 
 from hyperclone_onnx.algebra.dims import Concat, Product, Term
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op, Uniform
+from hyperclone_onnx.rules.dimensions import Axes, Fact, Uniform
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.indexing import index_by
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 MICROSOFT = "com.microsoft"

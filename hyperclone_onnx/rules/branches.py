@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import Term
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Op
 from hyperclone_onnx.rules.attention import MICROSOFT
+from hyperclone_onnx.rules.dimensions import Axes
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import relates
 
 MIXED = "branches that are mixed"

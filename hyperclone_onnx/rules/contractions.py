@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 from hyperclone_onnx.algebra.dims import Term
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.dimensions import Axes, Fact
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import relates
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from hyperclone_onnx.algebra import shape_values as known
 from hyperclone_onnx.algebra.dims import ONE, Term, product
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 

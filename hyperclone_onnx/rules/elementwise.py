@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.algebra import shape_values as known
 from hyperclone_onnx.algebra.shape_values import Known
-from hyperclone_onnx.analysis.walk import Op
+from hyperclone_onnx.rules.op import Op
 from hyperclone_onnx.rules.registry import relates
 
 UNARY = (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import Term
-from hyperclone_onnx.analysis.walk import CannotTell, Op
 from hyperclone_onnx.rules.attention import divide_scores, relate_heads, relate_scores
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 PREVIEW = "ai.onnx.preview"

@@ -1,4 +1,4 @@
-"""A node in the grown model, as the rule that edits it sees it."""
+"""One node in the grown model, as the rule that edits it sees it."""
 
 from __future__ import annotations
 
@@ -8,118 +8,24 @@ from fractions import Fraction
 import numpy as np
 import onnx_ir as ir
 
-from hyperclone_onnx.algebra.dims import Concat, Dim, Product, Term, product
-from hyperclone_onnx.analysis.walk import Axes, Op, describe
+from hyperclone_onnx.algebra.dims import Concat, Product, Term, product
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.plan.maps import Axis, ConcatOf, Kept, Named, ProductOf, canonical_axis, grown_size
+from hyperclone_onnx.graphs import describe
 from hyperclone_onnx.plan.plans import Edit, GatherOutput, ResizeVector, ScaleInput, SetAttribute, SetInput
-from hyperclone_onnx.planning.request import Growth
+from hyperclone_onnx.rules.dimensions import Axes, Dimensions
+from hyperclone_onnx.rules.grown_terms import GrownTerms
+from hyperclone_onnx.rules.op import Op
 
 
-class GrownTerms:
-    """Terms read with a growth: sizes in the grown model, and axes as plan expressions."""
-
-    def __init__(self, growth: Growth) -> None:
-        self.space = growth.dimensions.space
-        self.named = growth.maps
-        self.maps = dict(growth.maps.values())
-
-    def grows(self, term: Term) -> bool:
-        """Whether any atom of the axis grows."""
-        return any(atom in self.named for atom in self.space.atoms(term))
-
-    def expression(self, term: Term) -> Axis | None:
-        """The axis as plan data; parts that keep their size are one number. None for a symbolic part."""
-        resolved = self.space.resolve(term)
-        if not self.grows(resolved):
-            size = self.space.static(resolved)
-            return None if size is None else Kept(size)
-        if isinstance(resolved, Dim):
-            return Named(self.named[resolved][0])
-        parts = resolved.factors if isinstance(resolved, Product) else resolved.segments
-        expressions = tuple(self.expression(part) for part in parts)
-        if any(each is None for each in expressions):
-            return None
-        kind = ProductOf if isinstance(resolved, Product) else ConcatOf
-        return kind(expressions)  # type: ignore[arg-type]
-
-    def factors(self, term: Term) -> tuple[Axis, ...] | None:
-        """The axis as a sequence of factors, outermost first; None when a factor is symbolic."""
-        expressions = tuple(self.expression(factor) for factor in self.space.factors(term))
-        return None if None in expressions else expressions  # type: ignore[return-value]
-
-    def recipe_axes(self, axes: Axes) -> tuple[tuple[Axis, ...], ...]:
-        """The axes of a stored tensor as a recipe has them: factors, or one number for an axis that is kept."""
-        made: list[tuple[Axis, ...]] = []
-        for term in axes:
-            factors = self.factors(term)
-            assert factors is not None, "an initializer's axis is static"
-            made.append(factors if self.grows(term) else (Kept(self.space.static(term) or 0),))
-        return tuple(made)
-
-    def canonical(self, axes: tuple[tuple[Axis, ...], ...]) -> tuple[object, ...]:
-        """Recipe axes with each dimension's name replaced by its map: equal where the tensors come out equal."""
-        return tuple(canonical_axis(factor, self.maps) for axis in axes for factor in (*axis, Kept(0)))
-
-    def written(self, term: Term) -> str:
-        """The parts of an axis and what each grows by, for messages."""
-        return ", ".join(
-            f"{self.named[atom][0]} x{self.growth(atom)}" if atom in self.named else str(atom)
-            for atom in self.space.atoms(term)
-        )
-
-    def grown(self, term: Term) -> int:
-        """The length of a static axis in the grown model."""
-        expression = self.expression(term)
-        if expression is None:
-            raise Refused(f"an axis of size {self.space.size(term)} must be known before running to grow")
-        return grown_size(expression, self.maps)
-
-    def growth(self, term: Term) -> Fraction:
-        """Grown length over source length; for a symbolic axis, that of its static factors."""
-        ratio = Fraction(1)
-        for factor in self.space.factors(term):
-            size = self.space.static(factor)
-            if self.grows(factor) and size:
-                ratio *= Fraction(self.grown(factor), size)
-        return ratio
-
-    def offset(self, term: Term, at: int) -> int:
-        """Where source boundary `at` of an axis lies in the grown axis.
-
-        Raises:
-            Refused: no segment begins there.
-        """
-        resolved = self.space.resolve(term)
-        if at == 0:
-            return 0
-        if at == self.space.static(resolved):
-            return self.grown(resolved)
-        if not self.grows(resolved):
-            return at
-        if isinstance(resolved, Product):
-            inner = Product(resolved.factors[1:])
-            unit = self.space.static(inner) or 1
-            if at % unit == 0:
-                return self.offset(resolved.factors[0], at // unit) * self.grown(inner)
-        if isinstance(resolved, Concat):
-            moved = 0
-            for segment in resolved.segments:
-                size = self.space.static(segment) or 0
-                if at < size:
-                    return moved + self.offset(segment, at)
-                at -= size
-                moved += self.grown(segment)
-                if at == 0:
-                    return moved
-        raise Refused(f"index {at} of an axis of size {self.space.size(resolved)} is no boundary of its parts")
+def _walks_nothing(_dimensions: Dimensions, _graph: ir.Graph) -> None:
+    """Bodies are related before anything grows."""
 
 
 class GrownOp(Op):
     """One node under a growth: everything `Op` tells, grown sizes, and the edits that a rule asks for."""
 
-    def __init__(self, growth: Growth, terms: GrownTerms, node: ir.Node, opset: int) -> None:
-        super().__init__(growth.dimensions, node, opset)
+    def __init__(self, dimensions: Dimensions, terms: GrownTerms, node: ir.Node, opset: int) -> None:
+        super().__init__(dimensions, node, opset, _walks_nothing)
         self.terms = terms
         self.edits: list[Edit] = []
         self.name = node.name or ""

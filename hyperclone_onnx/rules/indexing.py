@@ -6,8 +6,9 @@ import numpy as np
 
 from hyperclone_onnx.algebra.dims import Term
 from hyperclone_onnx.algebra.shape_values import LIMIT, Known, accumulated
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from hyperclone_onnx.algebra.dims import ONE, Concat, Product, Term
 from hyperclone_onnx.algebra.shape_values import Known, known
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
+from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 END = 2**31 - 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hyperclone_onnx.algebra.dims import ONE, Concat, Product, Term
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op, Uniform
 from hyperclone_onnx.rules.attention import MICROSOFT, edit_heads, edit_scale, head_terms, relate_heads, split_heads
+from hyperclone_onnx.rules.dimensions import Axes, Fact, Uniform
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 RECURRENT = "a recurrence runs along it"

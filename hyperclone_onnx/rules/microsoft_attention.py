@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import Concat, Product, Term
-from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
 from hyperclone_onnx.rules.attention import (
     MICROSOFT,
     edit_heads,
@@ -14,7 +13,9 @@ from hyperclone_onnx.rules.attention import (
     split_heads,
     total_length,
 )
+from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 

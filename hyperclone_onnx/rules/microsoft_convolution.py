@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import Term
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.attention import MICROSOFT
+from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 SPACE = "a spatial axis"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import ONE, Concat, Term
 from hyperclone_onnx.algebra.shape_values import span
-from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
 from hyperclone_onnx.rules.attention import MICROSOFT
+from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.indexing import edit_gather_nd, gather_nd, index_by, trilu
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 from hyperclone_onnx.rules.shapes import edit_range
 

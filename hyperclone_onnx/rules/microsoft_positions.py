@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 from hyperclone_onnx.algebra.dims import ONE, Product, Term
-from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
 from hyperclone_onnx.rules.attention import MICROSOFT, edit_heads, head_terms, rotate, split_heads
+from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import ONE
-from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
+from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 

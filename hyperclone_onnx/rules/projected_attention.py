@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 from hyperclone_onnx.algebra.dims import Concat, Product, Term
-from hyperclone_onnx.analysis.walk import CannotTell, Fact, Op
 from hyperclone_onnx.rules.attention import (
     MICROSOFT,
     edit_heads,
@@ -16,8 +15,10 @@ from hyperclone_onnx.rules.attention import (
     split_heads,
     total_length,
 )
+from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.microsoft_attention import attend_tokens, first_of_three, relate_beams, relate_mask
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 FIXED_SCALE = "scores are divided by the root of its size, which no attribute changes"

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hyperclone_onnx.algebra.dims import ONE, Term
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op
 from hyperclone_onnx.rules.contractions import relate_matmul
 from hyperclone_onnx.rules.convolution import edit_groups, pool, relate_conv
+from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.indexing import index_by
 from hyperclone_onnx.rules.layout import side_by_side
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.reductions import out_reduced
 from hyperclone_onnx.rules.registry import edits, relates
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import ONE, Concat, Product, Term
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Fact, Op, Uniform
 from hyperclone_onnx.rules.attention import divide_scores, edit_heads, head_terms, relate_heads, split_heads
+from hyperclone_onnx.rules.dimensions import Axes, Fact, Uniform
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.linear_attention import relate_gate
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}

@@ -8,7 +8,7 @@ import numpy as np
 
 from hyperclone_onnx.algebra import shape_values as known
 from hyperclone_onnx.algebra.dims import ONE, Term
-from hyperclone_onnx.analysis.walk import Op
+from hyperclone_onnx.rules.op import Op
 from hyperclone_onnx.rules.registry import relates
 
 POWERS = {"ReduceSum": 1.0, "ReduceL1": 1.0, "ReduceLogSum": 1.0, "ReduceL2": 0.5, "ReduceSumSquare": 0.5}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from hyperclone_onnx.analysis.walk import Op
     from hyperclone_onnx.rules.grown_op import GrownOp
+    from hyperclone_onnx.rules.op import Op
 
 Relation = Callable[["Op"], None]
 Edit = Callable[["GrownOp"], None]

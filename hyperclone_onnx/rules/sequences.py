@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hyperclone_onnx.algebra.shape_values import LIMIT, known
-from hyperclone_onnx.analysis.walk import Axes, CannotTell, Op
+from hyperclone_onnx.rules.dimensions import Axes
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.layout import side_by_side
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, pinned, relates
 
 Elements = list[Axes]

@@ -10,8 +10,8 @@ from fractions import Fraction
 
 from hyperclone_onnx.algebra.dims import Product, Term
 from hyperclone_onnx.algebra.shape_values import known, span
-from hyperclone_onnx.analysis.walk import CannotTell, Op
 from hyperclone_onnx.rules.grown_op import GrownOp
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hyperclone_onnx.algebra.dims import Product, Term
-from hyperclone_onnx.analysis.walk import CannotTell, Op
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import relates
 
 

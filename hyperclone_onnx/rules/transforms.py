@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.analysis.walk import CannotTell, Op
+from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import relates
 
 

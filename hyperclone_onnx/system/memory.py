@@ -1,4 +1,4 @@
-"""How much memory is free for this process, and how much a model's weights take.
+"""How much memory is free for this process.
 
 Free is what the system can give without swapping, within the container's limit.
 """
@@ -9,14 +9,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-import onnx_ir as ir
-
 _GROUPS = Path("/sys/fs/cgroup")
-
-
-def weight_bytes(model: ir.Model) -> int:
-    """The bytes of all the tensors that a model's graph stores."""
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def free_memory() -> int | None:

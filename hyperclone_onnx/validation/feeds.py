@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Term
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.analysis.walk import Dimensions
+from hyperclone_onnx.analysis.roles import source_input
 from hyperclone_onnx.plan.maps import Maps, presented
 from hyperclone_onnx.plan.plans import Interface
-from hyperclone_onnx.planning.request import source_input
+from hyperclone_onnx.rules.dimensions import Dimensions
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]

@@ -10,11 +10,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hyperclone_onnx.analysis.walk import Dimensions, is_initializer
+from hyperclone_onnx.analysis.roles import name_dimensions
+from hyperclone_onnx.graphs import is_initializer
 from hyperclone_onnx.plan.maps import Axis, Maps, index_axis
 from hyperclone_onnx.plan.plans import Plan
-from hyperclone_onnx.planning.request import Growth, name_dimensions
-from hyperclone_onnx.rules.grown_op import GrownTerms
+from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.rules.grown_terms import GrownTerms
 
 Array = npt.NDArray[Any]
 
@@ -67,7 +68,7 @@ def _terms(dimensions: Dimensions, plan: Plan) -> GrownTerms:
     """The dimensions read with a plan's maps."""
     named = name_dimensions(dimensions)
     maps = {each.dim: (each.name, plan.dims[each.name].map) for each in named if each.name in plan.dims}
-    return GrownTerms(Growth(dimensions, named, maps))
+    return GrownTerms(dimensions.space, maps)
 
 
 def _bytes(value: ir.Value, grown: ir.Model) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from hyperclone_onnx.analysis.walk import describe
+from hyperclone_onnx.graphs import describe
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.rewriting.rewriting import rewrite
 

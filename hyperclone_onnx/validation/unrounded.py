@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir import tape
 
-from hyperclone_onnx.analysis.walk import is_initializer
+from hyperclone_onnx.graphs import is_initializer
 
 Array = npt.NDArray[Any]
 MICROSOFT = "com.microsoft"

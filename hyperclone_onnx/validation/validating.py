@@ -25,10 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.analysis.walk import Dimensions
 from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Interface, Plan
-from hyperclone_onnx.system.memory import free_memory, weight_bytes
+from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.system.memory import free_memory
 from hyperclone_onnx.validation import feeds as inputs
 from hyperclone_onnx.validation.first_blocks import Cut, cut_off, find_cut, repeated
 from hyperclone_onnx.validation.graph_check import check_graph

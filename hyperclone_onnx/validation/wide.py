@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.system.memory import weight_bytes
+from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.validation.sessions import Runner
 from hyperclone_onnx.writing import onnx_files as writer
 

@@ -17,14 +17,16 @@ from onnx.reference import ReferenceEvaluator
 
 import hyperclone_onnx.rules
 from hyperclone_onnx.algebra.dims import Dim
-from hyperclone_onnx.analysis.walk import Dimensions, infer
+from hyperclone_onnx.analysis.roles import name_dimensions
+from hyperclone_onnx.analysis.walk import infer
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.plan.strategies import STRATEGIES, Strategy
 from hyperclone_onnx.planning.making import make_plan
-from hyperclone_onnx.planning.request import Growth, name_dimensions
+from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.rewriting.rewriting import rewrite
+from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.validation import feeds
 from rule_rows.references import REFERENCES
 

@@ -1,0 +1,63 @@
+"""The few questions about an `onnx_ir` graph that several packages ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+
+DEFAULT_DOMAIN = ""
+"""The domain of ONNX's own operators; ``ai.onnx`` is another spelling of it (`canonical_domain`)."""
+
+MOVES_ELEMENTS = frozenset(["Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
+"""Operators of the default domain that put the elements of one input into another shape or order, and no more."""
+
+MOVES_OR_CASTS = MOVES_ELEMENTS | {"Cast"}
+"""The same, and conversions to another element type."""
+
+
+def canonical_domain(domain: str) -> str:
+    """A domain in the one spelling that is used here.
+
+    >>> canonical_domain("ai.onnx"), canonical_domain("com.microsoft")
+    ('', 'com.microsoft')
+    """
+    return DEFAULT_DOMAIN if domain == "ai.onnx" else domain
+
+
+def opset_of(graph: ir.Graph, domain: str = DEFAULT_DOMAIN) -> int:
+    """The version of a domain that a graph imports; 1 where it imports none."""
+    return graph.opset_imports.get(domain, 1)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """The bytes of all tensors that the main graph of a model stores."""
+    stored = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in stored if tensor is not None)
+
+
+def is_initializer(value: ir.Value) -> bool:
+    """Whether the value is stored in the model rather than computed or fed."""
+    return value.const_value is not None and value.producer() is None
+
+
+def describe(node: ir.Node) -> str:
+    """How a node is named in messages: ``MatMul '/layer.0/q_proj'``."""
+    domain = f"{node.domain}." if node.domain else ""
+    return f"{domain}{node.op_type} {node.name!r}" if node.name else f"{domain}{node.op_type}"
+
+
+def captured_values(node: ir.Node) -> Iterator[ir.Value]:
+    """The values of enclosing graphs that a node's subgraphs read."""
+    for attribute in node.attributes.values():
+        graphs: Sequence[ir.Graph] = ()
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs = (attribute.as_graph(),)
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs = tuple(attribute.as_graphs())
+        for graph in graphs:
+            inner = list(graph.all_nodes())
+            own = {output for each in inner for output in each.outputs} | set(graph.inputs)
+            for each in inner:
+                yield from (v for v in each.inputs if v is not None and v not in own)
+            yield from (v for v in graph.outputs if v is not None and v not in own)

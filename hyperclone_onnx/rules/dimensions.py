@@ -1,0 +1,112 @@
+"""What the walk over a graph learns: the axes of every value, what happens to them, and which sums run over them."""
+
+from __future__ import annotations
+
+import enum
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from hyperclone_onnx.algebra.dims import Space, Term
+from hyperclone_onnx.algebra.shape_values import Known
+from hyperclone_onnx.graphs import is_initializer
+
+Axes = tuple[Term, ...]
+Use = tuple[ir.Node, int]
+"""One use of an initializer: the node and the input's position."""
+
+
+class Fact(enum.Enum):
+    """What was seen to happen to an axis; roles are read off these."""
+
+    CONTRACTED_WITH_WEIGHT = "contracted with a weight"
+    CONTRACTED_WITH_ACTIVATION = "contracted between two activations"
+    BATCHED = "batch axis of a contraction between two activations"
+    VALUE_AXIS = "free axis of a contraction between two activations"
+    WEIGHT_OUTPUT = "output axis of a weight"
+    NORMALISED = "normalised"
+    INDEXED = "indexed by values"
+    EMBEDDING = "width of an embedding table"
+    EXPANDED = "made by repetition"
+    SOFTMAX = "axis of a softmax"
+    SPATIAL = "numbers places, which a window moves along"
+    CHOSEN = "numbers what is chosen from"
+    GROUPED = "numbers groups of channels that are convolved or normalised apart"
+    STATE = "carried from step to step by a recurrence"
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Operand axes that one operator multiplies and sums over, all of them the same `term`.
+
+    `power` is 1 where the sum enters linearly, 0.5 where it enters squared (ReduceL2). Quantised operators sum
+    `integers`; any one of the inputs `scales` multiplies what comes out, the inputs `biases` (in units of that
+    scale) included.
+    """
+
+    node: ir.Node
+    term: Term
+    sites: tuple[tuple[int, int], ...]
+    power: float = 1.0
+    integers: bool = False
+    scales: tuple[int, ...] = ()
+    biases: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """An axis over which `node` averages: it must repeat every index equally often."""
+
+    node: ir.Node
+    term: Term
+
+
+@dataclass
+class Dimensions:
+    """What the walk found: the axes of every value, and all that later stages need to know of them."""
+
+    model: ir.Model
+    space: Space
+    axes: dict[ir.Value, Axes | None] = field(default_factory=dict)
+    use_axes: dict[Use, Axes] = field(default_factory=dict)
+    known: dict[ir.Value, Known] = field(default_factory=dict)
+    constants: set[ir.Value] = field(default_factory=set)
+    picked: set[ir.Value] = field(default_factory=set)
+    """Values that hold weights picked from stored tensors, such as the experts that a token is sent to."""
+    sums: list[Sum] = field(default_factory=list)
+    uniform: list[Uniform] = field(default_factory=list)
+    facts: dict[Fact, list[tuple[Term, ir.Node]]] = field(default_factory=lambda: defaultdict(list))
+    index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
+    sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)
+    """The axes of each element of a sequence of tensors, where their number is known."""
+    lost: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)
+    """Why the rank of a value is not known, and the node to blame."""
+    packed: dict[Use, int] = field(default_factory=dict)
+    """The uses that hold several numbers in a byte, with the bits of each number."""
+    unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    idle: set[ir.Node] = field(default_factory=set)
+    """The nodes of branches that never run, which the grown graph has no more."""
+    walked: list[ir.Node] = field(default_factory=list)
+    """Every node that was related, those of subgraphs that a rule walks into included, in order."""
+
+    def axes_of(self, node: ir.Node, index: int) -> Axes | None:
+        """The axes of a node's input, None where its rank is unknown."""
+        value = node.inputs[index]
+        if value is None:
+            return None
+        if is_initializer(value):
+            return self.use_axes.get((node, index))
+        return self.axes.get(value)
+
+    def is_weight(self, value: ir.Value | None) -> bool:
+        """Whether a value is stored, or picked from what is stored by indices."""
+        return value in self.constants or value in self.picked
+
+    def initializer_uses(self) -> Iterator[tuple[ir.Value, Use, Axes]]:
+        """Every use of an initializer by a node of the main graph, in graph order."""
+        for use, axes in self.use_axes.items():
+            value = use[0].inputs[use[1]]
+            assert value is not None
+            yield value, use, axes
