@@ -31,7 +31,7 @@ from hyperclone_onnx.plan.maps import (
 from hyperclone_onnx.plan.strategies import Strategy
 
 VERSION = 1
-METADATA_KEY = "hyperclone_onnx.plan.plans"
+METADATA_KEY = "hyperclone_onnx.plan"
 
 
 @dataclass(frozen=True)
