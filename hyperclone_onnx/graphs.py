@@ -9,6 +9,9 @@ import onnx_ir as ir
 DEFAULT_DOMAIN = ""
 """The domain of ONNX's own operators; ``ai.onnx`` is another spelling of it (`canonical_domain`)."""
 
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
 MOVES_ELEMENTS = frozenset(["Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 """Operators of the default domain that put the elements of one input into another shape or order, and no more."""
 

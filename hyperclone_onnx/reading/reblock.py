@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.tensors.packing import pack, packed_width, unpack
 
 Array = npt.NDArray[Any]
@@ -27,7 +28,7 @@ def reblock(graph: ir.Graph) -> None:
     What no power of two from 16 on fills stays as it is.
     """
     for node in graph:
-        if node.domain == "com.microsoft" and node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+        if node.domain == MICROSOFT and node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             blocks = _blocks_of_columns(node) if node.op_type == "MatMulNBits" else _blocks_of_table(node)
             if blocks is not None and blocks.smaller < blocks.size and all(map(_is_stored, node.inputs[:4][2:])):
                 blocks.cut(graph, node)

@@ -7,13 +7,12 @@ import math
 import numpy as np
 
 from hyperclone_onnx.algebra.dims import Concat, Product, Term
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.dimensions import Axes, Fact, Uniform
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.indexing import index_by
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
-
-MICROSOFT = "com.microsoft"
 
 
 def split_heads(op: Op, term: Term, heads: int) -> tuple[Term, Term]:
@@ -220,7 +219,6 @@ def _unify_all(op: Op, axes: Axes, wanted: Axes) -> None:
 
 
 @relates("RotaryEmbedding")
-@relates("RotaryEmbedding", domain=MICROSOFT)
 def rotary_embedding(op: Op) -> None:
     """(y1, y2)[i] = (x1 cos - x2 sin, x1 sin + x2 cos)[i] for the pairs i of the rotated part of head_dim"""
     cosines, sines, positions = _rotary_slots(op)
@@ -244,7 +242,6 @@ def rotary_embedding(op: Op) -> None:
 
 
 @edits("RotaryEmbedding")
-@edits("RotaryEmbedding", domain=MICROSOFT)
 def edit_rotary(op: GrownOp) -> None:
     """The count of heads and the width of the rotated part."""
     axes = op.axes(0)

@@ -65,3 +65,11 @@ def softmax(op: Op) -> None:
         op.fact(Fact.SOFTMAX, term)
         op.pin(term, f"{op.node.op_type} runs over it")
     op.out(axes)
+
+
+@relates("LpNormalization")
+def lp_normalisation(op: Op) -> None:
+    """Y[.., j, ..] = X[.., j, ..] / (sum_k |X[.., k, ..]|^p)^(1/p): no scale of X changes Y"""
+    axes = op.axes(0)
+    op.pin(axes[op.axis(op.integer("axis", -1), len(axes))], "divided by its norm, of which no input carries a share")
+    op.out(axes)

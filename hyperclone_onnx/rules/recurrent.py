@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hyperclone_onnx.algebra.dims import ONE, Concat, Product, Term
 from hyperclone_onnx.rules.attention import divide_scores, edit_heads, head_terms, relate_heads, split_heads
 from hyperclone_onnx.rules.dimensions import Axes, Fact, Uniform
 from hyperclone_onnx.rules.grown_op import GrownOp
-from hyperclone_onnx.rules.linear_attention import relate_gate
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
@@ -68,6 +69,16 @@ def edit_recurrent(op: GrownOp) -> None:
 
 
 # -- linear attention -------------------------------------------------------------------------------------
+
+
+def relate_gate(op: Op, term: Term, choices: Sequence[Term]) -> None:
+    """The last axis of a gate is one of several, which its size tells; where it does not, none of them can grow."""
+    for choice in choices:
+        if op.size(term) == op.size(choice):
+            op.unify(term, choice)
+            return
+    for each in (term, *choices):
+        op.pin(each, "gated by an axis of which the size does not tell what it numbers")
 
 
 @relates("LinearAttention")

@@ -77,3 +77,12 @@ def arg_extreme(op: Op) -> None:
     axis = op.axis(op.integer("axis", 0), op.rank(0))
     op.pin(op.axes(0)[axis], f"searched by {op.node.op_type}")
     out_reduced(op, [axis])
+
+
+@relates("Det")
+def det(op: Op) -> None:
+    """Y[..] = the determinant of X[.., :, :]: equal rows make it 0"""
+    axes = op.axes(0)
+    for term in axes[-2:]:
+        op.pin(term, "the rows and columns of a determinant")
+    op.out(axes[:-2])

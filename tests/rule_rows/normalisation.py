@@ -72,3 +72,12 @@ def softmax(m: Model, op: str) -> None:
         want = "".join("p" if i == first else "g" for i in range(len(shape)))
     x = m.operand(shape, want, stored=False, kind=np.float32 if m.runtime else np.float64)
     m.node(op, x, want=want, **({"axis": axis - m.pick(0, len(shape) if m.opset >= 11 else 0)} if given else {}))
+
+
+@row("LpNormalization", seeds=8)
+def lp_normalisation(m: Model) -> None:
+    shape = m.shape(1, 3)
+    axis = m.size(0, len(shape) - 1)
+    want = "".join("p" if i == axis else "g" for i in range(len(shape)))
+    x = activation(m, shape, want)
+    m.node("LpNormalization", x, want=want, axis=axis - m.pick(0, len(shape)), p=m.size(1, 2))

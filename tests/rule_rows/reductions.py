@@ -81,3 +81,10 @@ def arg_extreme(m: Model, op: str) -> None:
     attributes |= {"select_last_index": m.size(0, 1)} if m.coin() else {}
     want = "".join("p" if i == axis else "g" for i in range(len(shape)))
     m.node(op, m.operand(shape, want, stored=False), **attributes)
+
+
+@row("Det", seeds=6)
+def det(m: Model) -> None:
+    batch, n = m.shape(1, 2), m.size()
+    x = m.operand((*batch, n, n), "g" * len(batch) + "pp", stored=False)
+    m.node("Det", x, want="g" * len(batch))

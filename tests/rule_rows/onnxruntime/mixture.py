@@ -1,4 +1,4 @@
-"""Rows for the rule of `hyperclone_onnx.rules.mixture`."""
+"""Rows for the rule of `hyperclone_onnx.rules.onnxruntime.mixture`."""
 
 from __future__ import annotations
 

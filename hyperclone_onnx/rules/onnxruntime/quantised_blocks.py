@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hyperclone_onnx.algebra.dims import Product, Term
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.indexing import index_by
-from hyperclone_onnx.rules.mixture import fused_rows, relate_experts
+from hyperclone_onnx.rules.onnxruntime.mixture import fused_rows, relate_experts
 from hyperclone_onnx.rules.op import CannotTell, Op
-from hyperclone_onnx.rules.quantised import BLOCK, MICROSOFT, blocks_of, parameters
+from hyperclone_onnx.rules.quantised import BLOCK, blocks_of, parameters
 from hyperclone_onnx.rules.registry import edits, relates
 
 

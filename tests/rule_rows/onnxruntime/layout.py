@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.microsoft_layout`."""
+"""Rows for the rules of `hyperclone_onnx.rules.onnxruntime.layout`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from onnx import TensorProto
 
 from rule_rows.harness import MICROSOFT, Model, activation, letters, narrow, row
-from rule_rows.microsoft_attention import fixed, offsets
+from rule_rows.onnxruntime.attention import fixed, offsets
 
 
 @row("ExpandDims", domain=MICROSOFT, seeds=4)

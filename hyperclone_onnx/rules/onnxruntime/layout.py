@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import ONE, Concat, Term
 from hyperclone_onnx.algebra.shape_values import span
-from hyperclone_onnx.rules.attention import MICROSOFT
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.indexing import edit_gather_nd, gather_nd, index_by, trilu
 from hyperclone_onnx.rules.op import CannotTell, Op

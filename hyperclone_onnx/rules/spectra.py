@@ -1,4 +1,4 @@
-"""Operators that mix a whole axis in a way that no repetition commutes with; the other axes pass through them."""
+"""Fourier transforms: a repeated signal has another spectrum, so the transformed axis keeps its size."""
 
 from __future__ import annotations
 
@@ -52,20 +52,3 @@ def stft(op: Op) -> None:
         op.pin(term, "transformed by STFT")
     declared = op.declared(op.node.outputs[0]) or [None, None, None, Size.of(2)]
     op.out((batch, *(op.pinned_dim(size, "transformed by STFT") for size in declared[1:])))
-
-
-@relates("Det")
-def det(op: Op) -> None:
-    """Y[..] = the determinant of X[.., :, :]: equal rows make it 0"""
-    axes = op.axes(0)
-    for term in axes[-2:]:
-        op.pin(term, "the rows and columns of a determinant")
-    op.out(axes[:-2])
-
-
-@relates("LpNormalization")
-def lp_normalisation(op: Op) -> None:
-    """Y[.., j, ..] = X[.., j, ..] / (sum_k |X[.., k, ..]|^p)^(1/p): no scale of X changes Y"""
-    axes = op.axes(0)
-    op.pin(axes[op.axis(op.integer("axis", -1), len(axes))], "divided by its norm, of which no input carries a share")
-    op.out(axes)

@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.microsoft_positions`."""
+"""Rows for the rules of `hyperclone_onnx.rules.onnxruntime.positions`."""
 
 from __future__ import annotations
 

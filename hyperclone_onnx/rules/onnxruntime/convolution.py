@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import Term
-from hyperclone_onnx.rules.attention import MICROSOFT
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.op import CannotTell, Op

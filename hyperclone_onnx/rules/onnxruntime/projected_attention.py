@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 from hyperclone_onnx.algebra.dims import Concat, Product, Term
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.attention import (
-    MICROSOFT,
     edit_heads,
     edit_scale,
     head_terms,
@@ -17,7 +17,7 @@ from hyperclone_onnx.rules.attention import (
 )
 from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
-from hyperclone_onnx.rules.microsoft_attention import attend_tokens, first_of_three, relate_beams, relate_mask
+from hyperclone_onnx.rules.onnxruntime.attention import attend_tokens, first_of_three, relate_beams, relate_mask
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 

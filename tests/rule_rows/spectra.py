@@ -1,10 +1,10 @@
-"""Rows for the rules of `hyperclone_onnx.rules.transforms`."""
+"""Rows for the rules of `hyperclone_onnx.rules.spectra`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rule_rows.harness import Model, activation, row
+from rule_rows.harness import Model, row
 
 
 @row("DFT", seeds=16)
@@ -30,19 +30,3 @@ def stft(m: Model) -> None:
     x = m.operand((m.size(), 12, 1), "gpp", stored=False)
     inputs = [x, m.ints(2), m.operand((4,), "p", stored=True)]
     m.node("STFT", *inputs, *([m.ints(4)] if m.coin() else []), want="gppp", onesided=m.size(0, 1))
-
-
-@row("Det", seeds=6)
-def det(m: Model) -> None:
-    batch, n = m.shape(1, 2), m.size()
-    x = m.operand((*batch, n, n), "g" * len(batch) + "pp", stored=False)
-    m.node("Det", x, want="g" * len(batch))
-
-
-@row("LpNormalization", seeds=8)
-def lp_normalisation(m: Model) -> None:
-    shape = m.shape(1, 3)
-    axis = m.size(0, len(shape) - 1)
-    want = "".join("p" if i == axis else "g" for i in range(len(shape)))
-    x = activation(m, shape, want)
-    m.node("LpNormalization", x, want=want, axis=axis - m.pick(0, len(shape)), p=m.size(1, 2))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import ONE, Concat, Term
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.contractions import gemm, note_roles
 from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.indexing import index_by
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
-
-MICROSOFT = "com.microsoft"
 
 
 @relates("Gelu", "QuickGelu", "ScaledSiLU", "MurmurHash3", "SampleOp", domain=MICROSOFT)

@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.microsoft_attention`."""
+"""Rows for the rules of `hyperclone_onnx.rules.onnxruntime.attention`."""
 
 from __future__ import annotations
 

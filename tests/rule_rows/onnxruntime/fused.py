@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.microsoft`."""
+"""Rows for the rules of `hyperclone_onnx.rules.onnxruntime.fused`."""
 
 from __future__ import annotations
 

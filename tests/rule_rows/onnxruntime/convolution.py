@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.microsoft_convolution`."""
+"""Rows for the rules of `hyperclone_onnx.rules.onnxruntime.convolution`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.grouped_attention`."""
+"""Rows for the rules of `hyperclone_onnx.rules.onnxruntime.grouped_attention`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rule_rows.harness import MICROSOFT, Model, activation, narrow, row
-from rule_rows.microsoft_attention import fixed, place, scaled, sequences
+from rule_rows.onnxruntime.attention import fixed, place, scaled, sequences
 
 
 def operands(m: Model, leading: tuple[int, ...], heads: int, kv: int, d: int) -> list[str]:

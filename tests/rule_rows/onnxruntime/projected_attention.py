@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.projected_attention`."""
+"""Rows for the rules of `hyperclone_onnx.rules.onnxruntime.projected_attention`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rule_rows.harness import MICROSOFT, Model, activation, narrow, row
-from rule_rows.microsoft_attention import fixed, offsets, place, scaled, scores_bias, sequences
+from rule_rows.onnxruntime.attention import fixed, offsets, place, scaled, scores_bias, sequences
 
 
 @row("Attention", domain=MICROSOFT, seeds=16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.rules.attention import MICROSOFT
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.registry import pinned
 
 pinned(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from hyperclone_onnx.algebra.dims import ONE, Concat, Product, Term
-from hyperclone_onnx.rules.attention import MICROSOFT, edit_heads, edit_scale, head_terms, relate_heads, split_heads
+from hyperclone_onnx.graphs import MICROSOFT
+from hyperclone_onnx.rules.attention import edit_heads, edit_scale, head_terms, relate_heads, split_heads
 from hyperclone_onnx.rules.dimensions import Axes, Fact, Uniform
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.op import CannotTell, Op
+from hyperclone_onnx.rules.recurrent import relate_gate
 from hyperclone_onnx.rules.registry import edits, relates
 
 RECURRENT = "a recurrence runs along it"
@@ -35,16 +35,6 @@ def _unify_all(op: Op, index: int, wanted: Axes) -> None:
     if op.has(index):
         for one, other in zip(op.axes(index), wanted, strict=True):
             op.unify(one, other)
-
-
-def relate_gate(op: Op, term: Term, choices: Sequence[Term]) -> None:
-    """The last axis of a gate is one of several, which its size tells; where it does not, none of them can grow."""
-    for choice in choices:
-        if op.size(term) == op.size(choice):
-            op.unify(term, choice)
-            return
-    for each in (term, *choices):
-        op.pin(each, "gated by an axis of which the size does not tell what it numbers")
 
 
 @relates("LinearAttention", domain=MICROSOFT)

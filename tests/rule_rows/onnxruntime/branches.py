@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.branches`."""
+"""Rows for the rules of `hyperclone_onnx.rules.onnxruntime.branches`."""
 
 from __future__ import annotations
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 import itertools
 
 from hyperclone_onnx.algebra.dims import ONE, Product, Term
-from hyperclone_onnx.rules.attention import MICROSOFT, edit_heads, head_terms, rotate, split_heads
+from hyperclone_onnx.graphs import MICROSOFT
+from hyperclone_onnx.rules.attention import (
+    edit_heads,
+    edit_rotary,
+    head_terms,
+    rotary_embedding,
+    rotate,
+    split_heads,
+)
 from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
+
+relates("RotaryEmbedding", domain=MICROSOFT)(rotary_embedding)
+edits("RotaryEmbedding", domain=MICROSOFT)(edit_rotary)
 
 
 @relates("GemmaRotaryEmbedding", domain=MICROSOFT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hyperclone_onnx.algebra.dims import Concat, Product, Term
-from hyperclone_onnx.rules.attention import MICROSOFT
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import relates

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import Concat, Product, Term
+from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.attention import (
-    MICROSOFT,
     edit_heads,
     edit_scale,
     head_terms,

@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.quantised_blocks`."""
+"""Rows for the rules of `hyperclone_onnx.rules.onnxruntime.quantised_blocks`."""
 
 from __future__ import annotations
 
