@@ -6,7 +6,7 @@ import numpy as np
 from onnx import TensorProto
 
 from rule_rows.harness import MICROSOFT, Model, row
-from rule_rows.quantised import codes, scale_for, single, zero
+from rule_rows.quantised import codes, scale_for, single, weight_codes, zero
 
 
 def tensor(m: Model, shape: tuple[int, ...]) -> list[str]:
@@ -32,7 +32,7 @@ def matmul_integer_to_float(m: Model) -> None:
     m.runtime, m.equal, m.tolerance = True, True, 1e-6
     k, n = m.size(), m.size()
     x = m.node("Identity", m.operand(codes(m, (2, 3, k), np.uint8), stored=False), inner=True)
-    w, per = m.operand(codes(m, (k, n), np.int8), stored=True), m.pick((), (n,))
+    w, per = m.operand(weight_codes(m, (k, n), np.int8), stored=True), m.pick((), (n,))
     scales = [m.operand(scale_for(m), stored=False), m.operand(scale_for(m, *per), stored=m.coin(0.7))]
     bias = m.operand(scale_for(m, n)) if m.coin() else ""
     zeros = [zero(m, np.uint8), zero(m, np.int8, *per)]
@@ -44,7 +44,11 @@ def dynamic_quantize_matmul(m: Model) -> None:
     m.runtime, m.equal, m.tolerance = True, True, 1e-6
     k, n = m.size(), m.size()
     per = m.pick((1,), (n,))
-    operands = [single(m, (2, k)), m.operand(codes(m, (k, n), np.int8), stored=True), m.operand(scale_for(m, *per))]
+    operands = [
+        single(m, (2, k)),
+        m.operand(weight_codes(m, (k, n), np.int8), stored=True),
+        m.operand(scale_for(m, *per)),
+    ]
     zeros = [zero(m, np.int8, *per), m.operand(scale_for(m, n)) if m.coin() else ""]
     m.node("DynamicQuantizeMatMul", *operands, *zeros, domain=MICROSOFT, want="gg")
 
@@ -167,7 +171,7 @@ def qattention(m: Model) -> None:
     heads, depth, k, s = m.size(1, 3), m.size(), m.size(), m.size()
     width = 3 * heads * depth
     x = m.node("Identity", m.operand(codes(m, (2, s, k), np.uint8), stored=False), inner=True)
-    w, per = m.operand(codes(m, (k, width), np.int8), stored=True), m.pick((), (width,))
+    w, per = m.operand(weight_codes(m, (k, width), np.int8), stored=True), m.pick((), (width,))
     operands = [x, w, m.operand(scale_for(m, width), stored=True), m.operand(scale_for(m), stored=m.coin())]
     operands += [m.operand(scale_for(m, *per), stored=m.coin(0.7)), "", zero(m, np.uint8), zero(m, np.int8)]
     given = {"num_heads": heads} | ({"unidirectional": 1} if m.coin() else {})
