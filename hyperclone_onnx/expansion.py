@@ -25,8 +25,9 @@ from hyperclone_onnx.publishing.publication import check_output, data_name, publ
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.rewriting.rewriting import rewrite
 from hyperclone_onnx.validation.not_finite import not_finite
+from hyperclone_onnx.validation.outputs import NOTHING_COMPARED
 from hyperclone_onnx.validation.sessions import Device
-from hyperclone_onnx.validation.validating import NOTHING_COMPARED, Mode, Validation, validate, validate_double
+from hyperclone_onnx.validation.validating import Mode, Validation, validate, validate_double
 from hyperclone_onnx.writing import onnx_files as writer
 from hyperclone_onnx.writing.onnx_files import needs_data_file
 from hyperclone_onnx.writing.streaming import Progress
@@ -35,7 +36,7 @@ Precision = Literal["stored", "float64"]
 Notify = Callable[[str], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kept:
     """A dimension that was not asked to grow, or may not."""
 
@@ -45,9 +46,9 @@ class Kept:
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Expansion:
-    """What an expansion did."""
+    """The report of an expansion."""
 
     source: str
     output: str | None
@@ -163,8 +164,8 @@ def _planned(
     growth, plan = _plan(analysis, request)
     big = rewrite(analysis.model, plan)
     result = _report(analysis, out, growth, plan, big)
-    clock.lap(result, "plan")
-    return _Planned(analysis, plan, big, result)
+    clock.lap("plan")
+    return _Planned(analysis, plan, big, replace(result, seconds=clock.seconds))
 
 
 def expand(
@@ -214,29 +215,30 @@ def expand(
     out, mode, clock = Path(output), _mode(check, precision), _Clock()
     request = _Request(factor, requests, maps, strategy, untie, keep_interface)
     planned = _planned(model, out, request, plan_out, say, clock)
-    analysis, plan, big, result = planned.analysis, planned.plan, planned.big, planned.result
+    analysis, plan, big = planned.analysis, planned.plan, planned.big
+    validation: Validation | None = None
     external = needs_data_file(big) or len(analysis.files) > 1 or max_shard_size is not None
     texts = {} if plan_out is None else {Path(plan_out): _text(plan)}
     with publication(out, beside=texts) as written:
         say("writing")
         writer.save(big, written, external=external, max_shard_size=max_shard_size, workers=workers, progress=progress)
-        clock.lap(result, "write")
+        clock.lap("write")
         if mode is not None:
             say("validating")
             grown = loading.load(written)
-            result.validation = validate(
+            validation = validate(
                 analysis.path, written, analysis.dimensions, grown, plan, device=device, mode=mode, workers=workers
             )
             if precision == "float64":
                 say("validating in float64")
-                _check_double(analysis, plan, written.parent, result.validation)
-            _note_not_finite(analysis, result.validation)
-            clock.lap(result, "validate")
-            if not result.validation.equal:
-                raise ModelsDiffer(_differs(out, result.validation))
+                validation = _with_float64(validation, analysis, plan, written.parent)
+            validation = _with_not_finite(validation, analysis)
+            clock.lap("validate")
+            if not validation.equal:
+                raise ModelsDiffer(_differs(out, validation))
         loading.check_unchanged(analysis.stamps)
         say("publishing")
-    return result
+    return replace(planned.result, validation=validation, seconds=clock.seconds)
 
 
 def plan_file(
@@ -279,31 +281,33 @@ def _mode(check: bool | Mode, precision: Precision) -> Mode | None:
     return "auto" if check is True else check
 
 
-def _note_not_finite(analysis: Analysis, validation: Validation) -> None:
-    """Say which weights are no numbers.
+def _with_not_finite(validation: Validation, analysis: Analysis) -> Validation:
+    """The same, with a note of the weights that are no numbers.
 
     Raises:
         Refused: for that reason no output is one, so that there is nothing to compare.
     """
     unreal = not_finite(analysis.model)
     if not unreal:
-        return
+        return validation
     first, *rest = [f"{name} ({count} elements)" for name, count in unreal.items()]
     named = f"{first}{f' and {len(rest)} more tensors' if rest else ''}"
-    silent = [each.problem.startswith(NOTHING_COMPARED) for each in validation.outputs]
+    silent = [output.problem.startswith(NOTHING_COMPARED) for output in validation.outputs]
     if validation.problems and silent and all(silent):
         raise Refused(
             f"{analysis.path}: no output is a number, so that nothing can be compared: the weights of {named} are "
             "infinite or not a number; --no-validate grows them as they are"
         )
-    validation.notes.append(f"weights that are infinite or not a number grow as they are: {named}")
+    return validation.with_notes(f"weights that are infinite or not a number grow as they are: {named}")
 
 
-def _check_double(analysis: Analysis, plan: Plan, folder: Path, validation: Validation) -> None:
+def _with_float64(validation: Validation, analysis: Analysis, plan: Plan, folder: Path) -> Validation:
+    """The same, with both models compared in float64."""
     scratch = folder / "float64"
     scratch.mkdir()
     wide = rewrite(analysis.model, plan, ir.DataType.DOUBLE)
-    validation.double, validation.double_by = validate_double(analysis.dimensions, wide, plan, scratch)
+    outputs, by = validate_double(analysis.dimensions, wide, plan, scratch)
+    return replace(validation, double=outputs, double_by=by)
 
 
 def _differs(out: Path, validation: Validation) -> str:
@@ -343,12 +347,16 @@ def _why_kept(growth: Growth, dim: Dim) -> str:
 
 
 class _Clock:
+    """The seconds that each stage took."""
+
     def __init__(self) -> None:
         self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
 
-    def lap(self, result: Expansion, stage: str) -> None:
+    def lap(self, stage: str) -> None:
+        """Note the end of a stage."""
         now = time.perf_counter()
-        result.seconds[stage] = round(now - self.last, 3)
+        self.seconds[stage] = round(now - self.last, 3)
         self.last = now
 
 
@@ -373,10 +381,12 @@ def validate_files(
         analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed, mode=mode, workers=workers
     )
     if plan is None:
-        result.notes.append("the grown model carries no plan: its tensors were not compared, only its outputs")
-    elif plan.source:
+        return result.with_notes("the grown model carries no plan: its tensors were not compared, only its outputs")
+    if plan.source:
         own = provenance(analysis.model, {})
         other = [part for part in ("graph", "weights") if plan.source.get(part) != own[part]]
         if other:
-            result.notes.append(f"the plan was made from another source: its {' and '.join(other)} had other digests")
+            return result.with_notes(
+                f"the plan was made from another source: its {' and '.join(other)} had other digests"
+            )
     return result

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def _grow_models(
             continue
         except Refused as problem:
             raise Refused(f"{each}: {problem}. Or leave the file out: --exclude {each.as_posix()}") from problem
-        made.source, made.output = str(source / each), str(Path(result.output) / each)
+        made = replace(made, source=str(source / each), output=str(Path(result.output) / each))
         result.models[each.as_posix()] = made
     return data
 

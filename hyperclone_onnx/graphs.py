@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import ml_dtypes
 import onnx_ir as ir
 
 DEFAULT_DOMAIN = ""
@@ -31,6 +32,15 @@ def canonical_domain(domain: str) -> str:
 def opset_of(graph: ir.Graph, domain: str = DEFAULT_DOMAIN) -> int:
     """The version of a domain that a graph imports; 1 where it imports none."""
     return graph.opset_imports.get(domain, 1)
+
+
+def eps_of(dtype: ir.DataType) -> float:
+    """The gap between 1 and the next larger number of a floating-point type.
+
+    >>> eps_of(ir.DataType.BFLOAT16)
+    0.0078125
+    """
+    return float(ml_dtypes.finfo(dtype.numpy()).eps)  # type: ignore[no-untyped-call]
 
 
 def weight_bytes(model: ir.Model) -> int:

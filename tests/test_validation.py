@@ -21,10 +21,12 @@ from hyperclone_onnx.plan.plans import METADATA_KEY, ScaleInput
 from hyperclone_onnx.plan.strategies import STRATEGIES
 from hyperclone_onnx.planning import making as planning
 from hyperclone_onnx.planning import sharing
+from hyperclone_onnx.validation import running
 from hyperclone_onnx.validation import validating as validation
+from hyperclone_onnx.validation.outputs import OutputReport
 from hyperclone_onnx.validation.sessions import Runner, providers
 from hyperclone_onnx.validation.tensor_check import TensorReport
-from hyperclone_onnx.validation.validating import DOUBLE_TOLERANCE
+from hyperclone_onnx.validation.tolerance import DOUBLE_TOLERANCE
 
 Array = np.ndarray[Any, Any]
 
@@ -475,12 +477,12 @@ def test_steps_of_rounded_activations_are_no_difference(
     """A last bit moves a code by a whole step; without the rounding nothing is left of it."""
     model = tmp_path / "model.onnx"
     integer_model(model)
-    compare, calls = validation._compare, itertools.count()
+    compare, calls = running.compare, itertools.count()
 
-    def with_a_step(report: Any, want: Any, got: Any, *rest: Any, **options: Any) -> None:
-        compare(report, want, got * (1.02 if next(calls) == 0 else 1.0), *rest, **options)
+    def with_a_step(name: str, want: Any, got: Any, **options: Any) -> OutputReport:
+        return compare(name, want, got * (1.02 if next(calls) == 0 else 1.0), **options)
 
-    monkeypatch.setattr(validation, "_compare", with_a_step)
+    monkeypatch.setattr(running, "compare", with_a_step)
     done = cli("expand", model, "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu", "--json")
     assert done.code == 0, done.error
     report = json.loads(done.stdout)["validation"]

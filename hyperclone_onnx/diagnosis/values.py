@@ -18,8 +18,9 @@ from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.validation.sessions import Device
+from hyperclone_onnx.validation.tolerance import HALVES, computed_type, tolerance_of
 from hyperclone_onnx.validation.unrounded import Unsupported, rounds, unrounded
-from hyperclone_onnx.validation.validating import HALVES, WIDEST, computed_type, tolerance_of
+from hyperclone_onnx.validation.validating import WIDEST
 
 PathLike = str | os.PathLike[str]
 

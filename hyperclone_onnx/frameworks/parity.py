@@ -17,7 +17,7 @@ from hyperclone_onnx.frameworks.compiling.program import Program
 from hyperclone_onnx.frameworks.handoff import read
 from hyperclone_onnx.validation.feeds import cases
 from hyperclone_onnx.validation.sessions import Runner
-from hyperclone_onnx.validation.validating import tolerance_of
+from hyperclone_onnx.validation.tolerance import tolerance_of
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, Callable[[], Array]]

@@ -18,7 +18,9 @@ from hyperclone_onnx.expansion import Expansion
 from hyperclone_onnx.folders import FolderExpansion
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.rules.dimensions import Dimensions
-from hyperclone_onnx.validation.validating import DOUBLE_TOLERANCE, OutputReport, Validation
+from hyperclone_onnx.validation.outputs import OutputReport
+from hyperclone_onnx.validation.tolerance import DOUBLE_TOLERANCE
+from hyperclone_onnx.validation.validating import Validation
 
 
 class Table(RichTable):

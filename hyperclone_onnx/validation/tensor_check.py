@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.system.parallel import share_out, workers_for
@@ -33,7 +34,7 @@ Array = npt.NDArray[Any]
 Compare = Callable[[Scratch], "_Sums"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class TensorReport:
     """How the grown tensors compare with their sources."""
 
@@ -43,12 +44,12 @@ class TensorReport:
     worst: str = ""
     worst_error: float = 0.0
     """The largest error in units of its rounding bound; above 1 the tensor is wrong."""
-    wrong: list[str] = field(default_factory=list)
+    wrong: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sums:
-    """What comparing one block found."""
+    """How one block compares, or several."""
 
     worst: float = 0.0
     """The largest error of a sum of repeats."""
@@ -59,17 +60,52 @@ class _Sums:
     power: float = 0.0
     """The sum of squared source weights."""
 
+    def joined(self, other: _Sums) -> _Sums:
+        """Both as one."""
+        return _Sums(
+            max(self.worst, other.worst),
+            max(self.largest, other.largest),
+            self.error + other.error,
+            self.power + other.power,
+        )
 
-@dataclass
+
+@dataclass(frozen=True)
 class _Checked:
-    """A tensor, and what comparing all its blocks found."""
+    """A tensor, and how all its blocks compare."""
 
     name: str
-    bound: float
+    eps: float
     """How large an error rounding leaves, as a part of the largest stored magnitude."""
     shared: bool
     planned: bool
     sums: _Sums
+
+    @property
+    def bound(self) -> float:
+        """How large an error rounding leaves."""
+        return self.eps * self.sums.largest
+
+    @property
+    def excess(self) -> float:
+        """The error in units of its bound; an unplanned tensor must be the source's own."""
+        return self.sums.worst / self.bound if self.bound else (math.inf if self.sums.worst else 0.0)
+
+    @property
+    def problem(self) -> str:
+        """Why the tensor is wrong, empty where it is right."""
+        if self.excess <= 1.0:
+            return ""
+        if not self.planned:
+            return "it should be the source's own and differs"
+        return f"the repeats differ from the source by {self.sums.worst:.1e} (rounding: {self.bound:.1e})"
+
+    @property
+    def residue(self) -> float:
+        """The squared error of the sums of repeats, as a part of the squared source weights."""
+        if math.isinf(self.sums.worst):
+            return math.inf
+        return self.sums.error / self.sums.power if self.sums.power else 0.0
 
 
 def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan, workers: int | None = None) -> TensorReport:
@@ -86,38 +122,28 @@ def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan, workers: int | 
     names = [*plan.tensors, *unplanned]
     place = {name: index for index, name in enumerate(names)}
     sizes = {name: _stored(grown, name).nbytes for name in names}
-    found: list[_Checked] = []
+    checked: list[_Checked] = []
 
     def checker() -> Callable[[str], _Checked]:
         scratch = Scratch()
         return lambda name: _check(source, grown, plan, name, scratch)
 
     largest_first = sorted(names, key=lambda name: -sizes[name])
-    share_out(checker, largest_first, workers_for(sum(sizes.values()), workers), found.append)
-    return _report(sorted(found, key=lambda each: place[each.name]))
+    share_out(checker, largest_first, workers_for(sum(sizes.values()), workers), checked.append)
+    return _report(sorted(checked, key=lambda tensor: place[tensor.name]))
 
 
-def _report(found: list[_Checked]) -> TensorReport:
-    report = TensorReport(checked=len(found))
-    squares: list[float] = []
-    for each in found:
-        sums = each.sums
-        bound = each.bound * sums.largest
-        if not each.planned:
-            if sums.worst:
-                report.wrong.append(f"{each.name}: it should be the source's own and differs")
-            continue
-        if each.shared:
-            squares.append(math.inf if math.isinf(sums.worst) else sums.error / sums.power if sums.power else 0.0)
-        excess = sums.worst / bound if bound else (math.inf if sums.worst else 0.0)
-        if excess > report.worst_error:
-            report.worst, report.worst_error = each.name, excess
-        if excess > 1.0:
-            report.wrong.append(
-                f"{each.name}: the repeats differ from the source by {sums.worst:.1e} (rounding: {bound:.1e})"
-            )
-    report.residue = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
-    return report
+def _report(checked: list[_Checked]) -> TensorReport:
+    planned = [tensor for tensor in checked if tensor.planned]
+    residues = [tensor.residue for tensor in planned if tensor.shared]
+    worst = max(planned, key=lambda tensor: tensor.excess, default=None)
+    return TensorReport(
+        len(checked),
+        math.sqrt(sum(residues) / len(residues)) if residues else 0.0,
+        worst.name if worst is not None and worst.excess else "",
+        worst.excess if worst is not None else 0.0,
+        tuple(f"{tensor.name}: {tensor.problem}" for tensor in checked if tensor.problem),
+    )
 
 
 def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Scratch) -> _Checked:
@@ -132,7 +158,7 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
         return _Checked(name, 0.0, shared=False, planned=True, sums=_added_up(_copies(made, stored), scratch))
     table = _exact_table(made)
     most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]
-    bound = max(math.prod(most), 1) * _eps(made.dtype)
+    bound = max(math.prod(most), 1) * eps_of(made.dtype)
     compared = _sums_of_repeats(table, stored, made.dtype)
     return _Checked(name, bound, shared=True, planned=True, sums=_added_up(compared, scratch))
 
@@ -140,9 +166,7 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
 def _added_up(compared: Iterator[Compare], scratch: Scratch) -> _Sums:
     total = _Sums()
     for compare in compared:
-        each = compare(scratch)
-        total.worst, total.largest = max(total.worst, each.worst), max(total.largest, each.largest)
-        total.error, total.power = total.error + each.error, total.power + each.power
+        total = total.joined(compare(scratch))
     return total
 
 
@@ -151,10 +175,6 @@ def _stored(model: ir.Model, name: str) -> ir.TensorProtocol:
     if value is None or value.const_value is None:
         raise BadModel(f"the model has no tensor {name!r}, which the plan names: it was not grown by this plan")
     return value.const_value
-
-
-def _eps(dtype: ir.DataType) -> float:
-    return 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
 
 
 # -- tensors that no plan changes -------------------------------------------------------------------------
@@ -188,14 +208,14 @@ def _copies(made: GrownTensor, stored: ir.TensorProtocol) -> Iterator[Compare]:
 
 
 def _same_piece(piece: Any, file: StoredRows, dtype: ir.DataType, scratch: Scratch) -> _Sums:
-    sums = _Sums()
+    worst = 0.0
     for array, offsets in piece(scratch):
         want = array.reshape(-1).view(np.uint8)
         for offset in offsets:
             got = file.read_bytes(offset, want.size, scratch, "got")
             if not np.array_equal(got, want):
-                sums.worst = max(sums.worst, _difference(got, want, dtype))
-    return sums
+                worst = max(worst, _difference(got, want, dtype))
+    return _Sums(worst)
 
 
 def _difference(got: Array, want: Array, dtype: ir.DataType) -> float:

@@ -24,7 +24,7 @@ from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.validation.feeds import Case, cases
 from hyperclone_onnx.validation.sessions import Runner
-from hyperclone_onnx.validation.validating import HALVES, tolerance_of
+from hyperclone_onnx.validation.tolerance import HALVES, tolerance_of
 from hyperclone_onnx.validation.wide import save_wide
 
 Array = npt.NDArray[Any]

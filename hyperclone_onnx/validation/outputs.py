@@ -1,0 +1,132 @@
+"""Comparing what two models compute: one output after the other, over all input sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hyperclone_onnx.rules.dimensions import Dimensions
+
+Array = npt.NDArray[Any]
+
+NOTHING_COMPARED = "nothing was compared"
+
+
+@dataclass(frozen=True)
+class OutputReport:
+    """How one output compares, over one input set or several."""
+
+    name: str
+    max_absolute: float = 0.0
+    max_relative: float = 0.0
+    """The largest difference, as a part of the output's largest element."""
+    top1_agreement: float | None = None
+    kl_divergence: float | None = None
+    problem: str = ""
+
+    def joined(self, other: OutputReport) -> OutputReport:
+        """Both reports of one output as one: the larger errors, the lower agreement, the later problem."""
+        agreements = [one for one in (self.top1_agreement, other.top1_agreement) if one is not None]
+        divergences = [one for one in (self.kl_divergence, other.kl_divergence) if one is not None]
+        return OutputReport(
+            self.name,
+            max(self.max_absolute, other.max_absolute),
+            max(self.max_relative, other.max_relative),
+            min(agreements, default=None),
+            max(divergences, default=None),
+            other.problem or self.problem,
+        )
+
+    def problem_beyond(self, tolerance: float) -> str:
+        """Why this output differs, empty where it is equal within the tolerance."""
+        if self.problem or self.max_relative <= tolerance:
+            return self.problem
+        return f"relative error {self.max_relative:.1e} > {tolerance:.1e}"
+
+
+def joined_by_name(reports: list[OutputReport]) -> tuple[OutputReport, ...]:
+    """One report for each output, in order of first appearance."""
+    by_name: dict[str, OutputReport] = {}
+    for report in reports:
+        known = by_name.get(report.name)
+        by_name[report.name] = report if known is None else known.joined(report)
+    return tuple(by_name.values())
+
+
+def compare(name: str, want: Array, got: Array | None, *, logits: bool = False, tile: bool = False) -> OutputReport:
+    """Compare one output of the grown model with the source's, repeated where it grew.
+
+    Args:
+        name: of the output.
+        want: what the grown model should give.
+        got: what it gave, None where it has no such output.
+        logits: whether the last axis numbers classes; then the most likely class and the divergence are compared too.
+        tile: whether axes that changed size are taken for tiled.
+    """
+    if got is None:
+        return OutputReport(name, problem="the grown model has no such output")
+    if tile:
+        want = tile_to(want, got.shape)
+    if want.shape != got.shape:
+        return OutputReport(name, problem=f"shape {got.shape}, expected {want.shape}")
+    if want.dtype.kind in "iub" and want.dtype == got.dtype:
+        return OutputReport(name, problem="" if np.array_equal(want, got) else "values that must be identical differ")
+    a, b = np.asarray(want, dtype=np.float64), np.asarray(got, dtype=np.float64)
+    finite = np.isfinite(a)
+    if not (np.array_equal(finite, np.isfinite(b)) and np.array_equal(a[~finite], b[~finite], equal_nan=True)):
+        return OutputReport(name, problem="infinite, or not a number, in other places than the source's")
+    error = np.abs(a[finite] - b[finite])
+    if error.size == 0:
+        silent = f"{NOTHING_COMPARED}: the source gives no number" if np.isnan(a).any() else ""
+        return OutputReport(name, problem=silent)
+    largest = float(np.abs(a[finite]).max())
+    return OutputReport(
+        name,
+        float(error.max()),
+        float(error.max()) / (largest or 1.0),
+        float(np.mean(a.argmax(-1) == b.argmax(-1))) if logits else None,
+        _kl_divergence(a, b) if logits else None,
+    )
+
+
+def tile_to(array: Array, shape: Any) -> Array:
+    """Tile an array to a shape; axes that are not a multiple stay.
+
+    >>> tile_to(np.zeros((2, 3)), (4, 3)).shape
+    (4, 3)
+    """
+    if shape is None or len(shape) != array.ndim:
+        return array
+    repeats = [
+        wide // narrow if isinstance(wide, int) and narrow and wide % narrow == 0 else 1
+        for narrow, wide in zip(array.shape, shape, strict=True)
+    ]
+    return np.tile(array, repeats)
+
+
+def _kl_divergence(a: Array, b: Array) -> float:
+    """The largest KL(softmax a || softmax b) over the last axis, in nats."""
+
+    def log_softmax(x: Array) -> Array:
+        shifted = x - x.max(-1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+    with np.errstate(invalid="ignore"):  # a word that cannot come adds nothing: 0 log 0
+        p, q = log_softmax(a), log_softmax(b)
+        return float(np.maximum(np.where(np.exp(p) > 0.0, np.exp(p) * (p - q), 0.0).sum(-1), 0.0).max())
+
+
+def logits_outputs(dimensions: Dimensions) -> set[str]:
+    """The outputs whose last axis numbers classes or a vocabulary: nothing in the graph contracts it."""
+    names: set[str] = set()
+    space = dimensions.space
+    for value in dimensions.model.graph.outputs:
+        axes = dimensions.axes.get(value)
+        if axes and value.dtype is not None and value.dtype.is_floating_point():
+            atoms = list(space.atoms(axes[-1]))
+            if len(atoms) == 1 and atoms[0].pin is not None and space.static(axes[-1]) is not None:
+                names.add(value.name or "")
+    return names
