@@ -17,9 +17,6 @@ from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.system.stamps import Stamp
 
-OLDEST_OPSET = 7
-"""Before this, elementwise operators broadcast along an axis given as an attribute."""
-
 
 @dataclass(frozen=True)
 class Analysis:
@@ -54,15 +51,10 @@ def analyse(path: str | os.PathLike[str]) -> Analysis:
     model = loading.load(file)
     loading.check_unchanged(before)
     stamps = loading.stamps(loading.source_files(file, model))
-    opset = model.graph.opset_imports.get("", 1)
-    if opset < OLDEST_OPSET:
-        raise Refused(
-            f"{file}: opset {opset} is too old (before {OLDEST_OPSET}): convert it with onnx.version_converter"
-        )
     try:
         normalise(model)
-    except BadModel as problem:
-        raise BadModel(f"{file}: {problem}") from problem
+    except (BadModel, Refused) as problem:
+        raise type(problem)(f"{file}: {problem}") from problem
     except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
         raise BadModel(f"{file}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     dimensions = infer(model)

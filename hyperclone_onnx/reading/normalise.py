@@ -6,6 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from hyperclone_onnx.graphs import MOVES_OR_CASTS, is_initializer
+from hyperclone_onnx.reading.opsets import settle_opsets
 from hyperclone_onnx.reading.reblock import reblock
 from hyperclone_onnx.reading.type_inference import infer_types
 
@@ -14,8 +15,12 @@ def normalise(model: ir.Model) -> ir.Model:
     """Inline functions, store constants, name nodes, and give each user of a re-laid weight its own copy.
 
     The model is changed in place and returned; what it computes stays the same.
+
+    Raises:
+        BadModel: its graphs, or its imports, contradict themselves.
+        Refused: see `settle_opsets`.
     """
-    _import_domains(model)
+    settle_opsets(model)
     for graph in (model.graph, *model.graph.subgraphs()):
         _compute_stored_outputs(graph)
     ir.passes.Sequential(
@@ -31,12 +36,6 @@ def normalise(model: ir.Model) -> ir.Model:
     _unshare_moved_weights(model.graph)
     _fill_types(model)
     return model
-
-
-def _import_domains(model: ir.Model) -> None:
-    """Import what ONNX Runtime's optimizer forgets to: the domains of the nodes that it made."""
-    for node in model.graph.all_nodes():
-        model.graph.opset_imports.setdefault(node.domain, 1)
 
 
 def _compute_stored_outputs(graph: ir.Graph) -> None:

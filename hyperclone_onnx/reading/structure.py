@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 
 from hyperclone_onnx.errors import BadModel, Refused
+from hyperclone_onnx.graphs import canonical_domain
 
 MOST_NODES = 500_000
 """More nodes than any model has; a chain of functions that call each other twice asks for more than memory holds."""
@@ -76,7 +77,7 @@ def _check_functions(file: str, model: onnx.ModelProto) -> None:
     """Refuse functions that call themselves, or that unfold into more nodes than there can be."""
     functions: dict[Key, onnx.FunctionProto] = {}
     for function in model.functions:
-        key = (function.domain, function.name, getattr(function, "overload", ""))
+        key = (canonical_domain(function.domain), function.name, function.overload)
         if key in functions:
             raise BadModel(f"{file}: function {function.name!r} is defined twice")
         functions[key] = function
@@ -108,7 +109,7 @@ def _calls(body: Any, functions: Iterable[Key]) -> Counter[Key]:
     waiting = [body]
     while waiting:
         for node in waiting.pop().node:
-            counts[node.domain, node.op_type, getattr(node, "overload", "")] += 1
+            counts[canonical_domain(node.domain), node.op_type, node.overload] += 1
             waiting.extend(_bodies(node))
     return counts
 

@@ -59,23 +59,19 @@ def pinned(reason: str, *op_types: str, domain: str = "") -> None:
         _pinned[domain, op_type] = reason
 
 
-def _domain(domain: str) -> str:
-    return "" if domain == "ai.onnx" else domain
-
-
 def relation(domain: str, op_type: str) -> Relation | None:
     """The relation of an operator, None when it has no rule."""
-    return _relations.get((_domain(domain), op_type))
+    return _relations.get((domain, op_type))
 
 
 def edit(domain: str, op_type: str) -> Edit | None:
     """The edit of an operator, None when it needs none."""
-    return _edits.get((_domain(domain), op_type))
+    return _edits.get((domain, op_type))
 
 
 def pin_reason(domain: str, op_type: str) -> str | None:
     """Why an operator is pinned on purpose, None when it is not."""
-    return _pinned.get((_domain(domain), op_type))
+    return _pinned.get((domain, op_type))
 
 
 def pinned_operators() -> dict[tuple[str, str], str]:
@@ -90,4 +86,4 @@ def ruled() -> list[tuple[str, str]]:
 
 def name(node: ir.Node) -> str:
     """An operator's name with its domain: ``com.microsoft.Attention``."""
-    return f"{node.domain}.{node.op_type}" if _domain(node.domain) else node.op_type
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type

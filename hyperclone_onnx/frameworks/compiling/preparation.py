@@ -13,7 +13,6 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hyperclone_onnx.analysis.analysing import OLDEST_OPSET
 from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.frameworks.compiling import ops as _table  # noqa: F401 - importing it fills the table
 from hyperclone_onnx.frameworks.compiling import registry
@@ -22,6 +21,7 @@ from hyperclone_onnx.frameworks.compiling.fusions import fuse, put_in_place
 from hyperclone_onnx.frameworks.compiling.host_values import LARGEST, is_constant
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.normalise import normalise
+from hyperclone_onnx.reading.opsets import settle_opsets
 from hyperclone_onnx.reading.type_inference import infer_types
 
 CONTROL = ("If", "Loop", "Scan")
@@ -43,18 +43,16 @@ def prepare(path: str | os.PathLike[str]) -> ir.Model:
 
 def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
     """The same for a model in memory, which is changed in place and returned."""
-    opset = model.graph.opset_imports.get("", 1)
-    if opset < OLDEST_OPSET:
-        raise Refused(f"{name}: opset {opset} is too old (before {OLDEST_OPSET}): convert it first")
     try:
-        for node in model.graph.all_nodes():  # ONNX Runtime's optimiser forgets to import its own domain
-            model.graph.opset_imports.setdefault(node.domain, 1)
+        settle_opsets(model)
         passes.InlinePass()(model)
         for _ in range(DEEPEST):
             if not _inline_bodies(model):
                 break
         normalise(model)
         _store_constant_outputs(model)
+    except (BadModel, Refused) as problem:
+        raise type(problem)(f"{name}: {problem}") from problem
     except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
         raise BadModel(f"{name}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     check(model, name)
