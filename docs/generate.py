@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import hyperclone_onnx.rules  # noqa: E402, F401 - importing it registers the rules
 from hyperclone_onnx import analyse  # noqa: E402
-from hyperclone_onnx.reports import report  # noqa: E402
+from hyperclone_onnx.reports.inspection import grouped_tensors, tensor_axes  # noqa: E402
 from hyperclone_onnx.rules import registry  # noqa: E402
 from models import zoo_store  # noqa: E402
 
@@ -49,7 +49,7 @@ def zoo_page() -> str:
                 continue
             family = name.removesuffix(".distinct")
             rows.append(f"| {family} | {cells} |")
-            lines = report.grouped_tensors(report.tensor_axes(analysis))
+            lines = grouped_tensors(tensor_axes(analysis))
             named = [line for line in lines if not line.startswith(("val_", "permute", "t_"))]
             details.append(f"### {family}\n\n```text\n" + "\n".join(named) + "\n```\n")
     headers = [f"| {kind} | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}" for kind in ("family", "graph")]

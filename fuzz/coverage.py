@@ -28,7 +28,7 @@ with atheris.instrument_imports(include=["hyperclone_onnx"]):
     from hyperclone_onnx.analysis.analysing import analyse
     from hyperclone_onnx.errors import HypercloneError
     from hyperclone_onnx.expansion import plan_expansion
-    from hyperclone_onnx.reports import report
+    from hyperclone_onnx.reports.inspection import inspection
     from hyperclone_onnx.rewriting.rewriting import rewrite
 
 import numpy as np
@@ -69,7 +69,7 @@ class Target:
 
     def _run(self) -> str:
         analysis = analyse(self.file)
-        report.inspection(analysis)
+        inspection(analysis)
         plan = plan_expansion(analysis, 2)
         plan.dumps()
         rewrite(analysis.model, plan)

@@ -183,7 +183,7 @@ Strike = Callable[[], None]
 def start(arguments: list[str], *, at: int | None = None, strike: Strike | None = None, first: Strike | None = None,
           counter: Path | None = None) -> tuple[int, int]:  # fmt: skip
     """Begin a run in a copy of this process, which strikes before its call number `at`; returns (process, stderr)."""
-    from hyperclone_onnx.commands.cli import main
+    from hyperclone_onnx.commands.main import main
 
     read, write = os.pipe()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the copy listens, as the command does at once
@@ -566,7 +566,8 @@ def main() -> int:
     parser.add_argument("--scene", help="one way to publish alone, such as 'a pair'; or 'limits', which are not of one")
     arguments = parser.parse_args()
     import hyperclone_onnx.folders
-    import hyperclone_onnx.reports.report  # noqa: F401  before the copies are made
+    import hyperclone_onnx.reports.expansion
+    import hyperclone_onnx.reports.folder  # noqa: F401  before the copies are made
 
     failed = 0
 

@@ -1,16 +1,19 @@
-"""Where the command begins. From here on Ctrl-C ends it with one line, also while half a second of imports runs."""
+"""Where the command begins.
+
+From its first line on Ctrl-C ends the command with one line on stderr, also during the half second in which Python
+imports what the command needs.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 
+from hyperclone_onnx.errors import INTERRUPTED, INTERRUPTED_EXIT_CODE
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
-
-INTERRUPTED = "interrupted; nothing was written"
-EXIT_CODE = 130
 
 
 def main(name: str | None = None) -> None:
@@ -19,30 +22,32 @@ def main(name: str | None = None) -> None:
     from hyperclone_onnx.system.lazy_modules import defer
 
     defer()
-    from hyperclone_onnx.commands.cli import main as command
+    from hyperclone_onnx.commands.main import main as command
 
     try:
         command(prog_name=name)
     finally:
-        # Python, as it ends, puts back what kills: a command that has written its result would end as if it had not.
+        # As Python ends, it gives these signals their default action back, which kills: a command that has written its
+        # result would then end with the exit code of a failure.
         for number in stopping:
             signal.signal(number, signal.SIG_IGN)
 
 
 def listen() -> list[signal.Signals]:
-    """From now on the signals that stop a command end this one at once, in one line; returns those that do."""
-    found = (getattr(signal, each, None) for each in ("SIGINT", "SIGTERM", "SIGHUP"))
-    stopping = [
-        each for each in found if each is not None and signal.getsignal(each) != signal.SIG_IGN
-    ]  # nohup's stays
+    """Let the signals that stop a command end this process at once; returns those signals.
+
+    A signal that the process was started to ignore (as nohup does) stays ignored.
+    """
+    known = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    stopping = [number for number in known if number is not None and signal.getsignal(number) != signal.SIG_IGN]
     for number in stopping:
         signal.signal(number, _leave)
     return stopping
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    """End at once: an exception would come out of whatever is being imported, if it came out at all."""
+    """End at once: an import may catch an exception, or turn it into another one."""
     try:
         os.write(2, f"error: {INTERRUPTED}\n".encode())
     finally:
-        os._exit(EXIT_CODE)
+        os._exit(INTERRUPTED_EXIT_CODE)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+INTERRUPTED = "interrupted; nothing was written"
+"""The last line of a command that a signal ended."""
+
+INTERRUPTED_EXIT_CODE = 130
+"""Its exit code: 128 and the number of SIGINT, as shells count."""
+
 
 class HypercloneError(Exception):
     """Base of every error this package raises on purpose. The text is complete: what, where, why, what to do."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.planning.request import Growth, size
+from hyperclone_onnx.progress import Notify, Progress, tell_nobody
 from hyperclone_onnx.publishing.publication import check_output, data_name, publication, write_text
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.rewriting.rewriting import rewrite
@@ -30,10 +31,8 @@ from hyperclone_onnx.validation.sessions import Device
 from hyperclone_onnx.validation.validating import Mode, Validation, validate, validate_double
 from hyperclone_onnx.writing import onnx_files as writer
 from hyperclone_onnx.writing.onnx_files import needs_data_file
-from hyperclone_onnx.writing.streaming import Progress
 
 Precision = Literal["stored", "float64"]
-Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def expand(
         BadModel, BadRequest, Refused, CannotWrite: see `errors`.
         ModelsDiffer: the grown model is not equal; nothing is published.
     """
-    say = notify or _nobody
+    say = notify or tell_nobody
     out, mode, clock = Path(output), _mode(check, precision), _Clock()
     request = _Request(factor, requests, maps, strategy, untie, keep_interface)
     planned = _planned(model, out, request, plan_out, say, clock)
@@ -258,7 +257,7 @@ def plan_file(
     Arguments and errors are those of `expand`.
     """
     request = _Request(factor, requests, maps, strategy, untie, keep_interface)
-    planned = _planned(model, None, request, plan_out, notify or _nobody, _Clock())
+    planned = _planned(model, None, request, plan_out, notify or tell_nobody, _Clock())
     if plan_out is not None:
         write_text(Path(plan_out), _text(planned.plan))
     return planned.result
@@ -267,10 +266,6 @@ def plan_file(
 def _text(plan: Plan) -> str:
     """A plan as its file holds it."""
     return plan.dumps(indent=1) + "\n"
-
-
-def _nobody(_: str) -> None:
-    """Tell nobody."""
 
 
 def _mode(check: bool | Mode, precision: Precision) -> Mode | None:

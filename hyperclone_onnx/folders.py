@@ -20,7 +20,8 @@ import onnx_ir as ir
 from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.analysis.roles import name_dimensions
 from hyperclone_onnx.errors import BadModel, BadRequest, NothingGrows, Refused
-from hyperclone_onnx.expansion import Expansion, Notify, expand
+from hyperclone_onnx.expansion import Expansion, expand
+from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.reading import loading
 
@@ -88,17 +89,13 @@ def expand_folder(
         result = FolderExpansion(str(folder), str(out))
         asked = dict(requests or {})
         roles = _roles(source, models, asked)
-        data = _grow_models(result, source, partial, models, factor, (asked, roles), notify or _quiet, options)
+        data = _grow_models(result, source, partial, models, factor, (asked, roles), notify or tell_nobody, options)
         check_fit(source, partial, models)
         for each in files:
             if each not in models and (source / each).resolve() not in data:
                 _copy(source / each, partial / each)
                 result.copied.append(str(each))
     return result
-
-
-def _quiet(_: str) -> None:
-    """Tell nobody."""
 
 
 def _files(source: Path, exclude: Sequence[str]) -> list[Path]:

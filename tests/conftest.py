@@ -47,7 +47,7 @@ Command = Callable[..., Outcome]
 @pytest.fixture
 def cli() -> Iterator[Command]:
     """Runs `hyperclone-onnx ARGUMENTS...` in this process."""
-    from hyperclone_onnx.commands.cli import main
+    from hyperclone_onnx.commands.main import main
 
     def run(*arguments: str | os.PathLike[str]) -> Outcome:
         result = CliRunner().invoke(main, [os.fspath(each) for each in arguments])

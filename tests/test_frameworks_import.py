@@ -16,7 +16,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_package_imports_no_framework() -> None:
-    code = f"import sys, hyperclone_onnx, hyperclone_onnx.commands.cli; print([n for n in {HEAVY} if n in sys.modules])"
+    code = (
+        f"import sys, hyperclone_onnx, hyperclone_onnx.commands.main; print([n for n in {HEAVY} if n in sys.modules])"
+    )
     assert python(code).stdout.strip() == "[]"
 
 
@@ -68,7 +70,7 @@ def test_each_command_names_the_extra_that_it_misses(command: str, extra: str, s
     missing = ("torch", "jax", "array_api_compat", "transformers")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['hyperclone-onnx', *{given!r}]\n"
-        "from hyperclone_onnx.commands.cli import main; main()"
+        "from hyperclone_onnx.commands.main import main; main()"
     )
     done = python(code)
     assert done.returncode == 2 and f"`pip install hyperclone-onnx[{extra}]`" in done.stderr.splitlines()[-1]

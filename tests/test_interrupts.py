@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, names_in
 
-from hyperclone_onnx.commands import cli
+from hyperclone_onnx.commands import guard
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
 
@@ -118,13 +118,13 @@ class Initialising(ExtensionFileLoader):
     """C++ that runs Python as it is imported."""
 
     def exec_module(self, _module: Any) -> None:
-        cli._stop(signal.SIGINT, sys._getframe())
+        guard._stop(signal.SIGINT, sys._getframe())
 
 
 @pytest.mark.parametrize(
     "place",
     [
-        lambda: cli._unraisable(SimpleNamespace(exc_type=KeyboardInterrupt)),  # type: ignore[arg-type]
+        lambda: guard._unraisable(SimpleNamespace(exc_type=KeyboardInterrupt)),  # type: ignore[arg-type]
         lambda: Initialising("m", "m.so").exec_module(None),
     ],
     ids=["the hook for lost ones", "C++ that is being imported"],
@@ -138,13 +138,13 @@ def test_an_interrupt_where_nothing_gets_out_comes_again(
     def again() -> None:
         begun.append(1)
         if len(begun) < 3:
-            cli._stop(signal.SIGINT, sys._getframe())
+            guard._stop(signal.SIGINT, sys._getframe())
 
-    monkeypatch.setattr(cli, "_ending", False)
-    monkeypatch.setattr(cli, "_interrupted", False)
-    monkeypatch.setattr(cli, "_interrupt_soon", again)
-    monkeypatch.setattr(cli.publication, "finished", lambda: None)
+    monkeypatch.setattr(guard, "_ending", False)
+    monkeypatch.setattr(guard, "_interrupted", False)
+    monkeypatch.setattr(guard, "_interrupt_soon", again)
+    monkeypatch.setattr(guard.publication, "finished", lambda: None)
     place()
-    assert len(begun) == 3 and cli._interrupted
+    assert len(begun) == 3 and guard._interrupted
     with pytest.raises(KeyboardInterrupt):
-        cli._stop(signal.SIGINT, sys._getframe())
+        guard._stop(signal.SIGINT, sys._getframe())

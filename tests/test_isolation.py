@@ -170,7 +170,8 @@ def test_an_abort_of_the_command_itself(small: Path, tmp_path: Path) -> None:
     """As where ONNX Runtime runs in the command's process: nothing is at OUT, and the next run reclaims the rest."""
     out = tmp_path / "big.onnx"
     code = (
-        "import os, sys; from hyperclone_onnx import isolation, sessions; isolation.POSSIBLE = False\n"
+        "import os; from hyperclone_onnx.system import isolation; isolation.POSSIBLE = False\n"
+        "from hyperclone_onnx.validation import sessions\n"
         "sessions._session = lambda *_: os.abort()\n"
         "from hyperclone_onnx.entry import main; main()"
     )

@@ -37,7 +37,7 @@ MEASURED = """
 import atexit, pathlib, sys
 status = pathlib.Path("/proc/self/status")
 atexit.register(lambda: print(status.read_text().partition("VmHWM:")[2].split()[0], file=sys.stderr))
-from hyperclone_onnx.commands.cli import main
+from hyperclone_onnx.commands.main import main
 main()
 """
 

@@ -15,7 +15,7 @@ import hyperclone_onnx
 from hyperclone_onnx import analyse, plan_expansion, rewrite
 from hyperclone_onnx.expansion import plan_file
 from hyperclone_onnx.planning import sharing
-from hyperclone_onnx.reports import report
+from hyperclone_onnx.reports.inspection import inspection
 from hyperclone_onnx.rules.dimensions import Use
 from models.large import LLAMA_405B, Sizes, write
 
@@ -57,7 +57,7 @@ def work(folder: Path, layers: int, stages: tuple[str, ...]) -> dict[str, int]:
         "analyse": lambda: analyse(path),
         "plan": lambda: plan_expansion(analysis, 2),
         "rewrite": lambda: rewrite(analysis.model, plan),
-        "inspect": lambda: report.inspection(analysis),
+        "inspect": lambda: inspection(analysis),
     }
     return {stage: instructions(calls[stage]) for stage in stages or calls}
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import Command, names_in, perceptron
 
 from hyperclone_onnx import BadModel, expand
-from hyperclone_onnx.publishing.publication import publication
+from hyperclone_onnx.publishing import publication
 from hyperclone_onnx.writing import onnx_files, streaming
 
 Array = np.ndarray[Any, Any]
@@ -447,7 +447,7 @@ def test_a_link_at_out_is_replaced_not_followed(cli: Command, folder: Path) -> N
 
 def test_publication_leaves_nothing_on_any_exception(tmp_path: Path) -> None:
     out = tmp_path / "big.onnx"
-    with pytest.raises(KeyboardInterrupt), publication(out) as written:
+    with pytest.raises(KeyboardInterrupt), publication.publication(out) as written:
         assert written.name == out.name and written.parent.parent == tmp_path
         written.write_text("half")
         raise KeyboardInterrupt

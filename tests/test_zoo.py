@@ -26,7 +26,7 @@ from zoo_harness import (
 
 from hyperclone_onnx import Strategy, analyse, expand
 from hyperclone_onnx.plan.strategies import STRATEGIES, StrategyName
-from hyperclone_onnx.reports.report import inspection
+from hyperclone_onnx.reports.inspection import inspection
 from models import zoo_store
 
 Array = np.ndarray[Any, Any]

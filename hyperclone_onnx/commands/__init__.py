@@ -1,4 +1,4 @@
-"""The command line.
+"""The command line: a file for each command.
 
-In: arguments. Out: an exit code, results on stdout, and progress and errors on stderr.
+In: the arguments of one command. Out: an exit code, the result on stdout, and progress and errors on stderr.
 """

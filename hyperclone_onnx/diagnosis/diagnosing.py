@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from hyperclone_onnx.diagnosis.verdict import conclude, lasting, over_elements, 
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.provenance import provenance
+from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.validation.sessions import Device
 
-Notify = Callable[[str], None]
 PathLike = str | os.PathLike[str]
 
 
@@ -58,7 +58,7 @@ def diagnose(
         BadModel: a file cannot be read, or is not what the plan grew.
         Refused: the model runs on none of the inputs.
     """
-    say = notify or (lambda _: None)
+    say = notify or tell_nobody
     say("reading")
     path = Path(model)
     grown = loading.load(path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis
-from hyperclone_onnx.reports.report import Table
+from hyperclone_onnx.reports.tables import Table
 
 
 def print_diagnosis(console: Console, found: Diagnosis) -> None:

@@ -35,7 +35,7 @@ def weights(model: PathLike, *, freeze: Sequence[str] = (), train: Sequence[str]
 
 def print_weights(console: Any, rows: Sequence[dict[str, Any]]) -> None:
     """The rows as a table, and the counts of parameters."""
-    from hyperclone_onnx.reports.report import Table
+    from hyperclone_onnx.reports.tables import Table
 
     table = Table(box=None, pad_edge=False)
     for heading in ("role", "initializer", "shape", "why"):

@@ -27,8 +27,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import onnx
-
 from hyperclone_onnx.errors import BadRequest, CannotWrite, HypercloneError
 from hyperclone_onnx.publishing.journal import Journal, data_files
 from hyperclone_onnx.publishing.locked_folder import LockedFolder, clear, partial_folder, take_folder
@@ -228,6 +226,8 @@ def _data_of(out: Path) -> list[Path]:
     named = [each for each in out.parent.iterdir() if pattern.fullmatch(each.name) and each.is_file()]
     if not named or out.is_symlink() or not out.is_file() or out.stat().st_size > LARGEST_REFERRING:
         return []
+    import onnx  # here, because every command imports this module, and this takes longer than all the rest of it
+
     try:
         model = onnx.load(out, load_external_data=False)
     except Exception:  # whatever is there, it is no model whose data files these are

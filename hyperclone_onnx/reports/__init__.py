@@ -1,4 +1,4 @@
-"""What the commands print.
+"""What the commands print: a file for each report.
 
-In: the results of the other packages. Out: text for a terminal, or plain data for JSON.
+In: the results of analysis, expansion and validation. Out: lines and tables on a console, or plain data for JSON.
 """

@@ -1,4 +1,4 @@
-"""Modules that are loaded when something asks for what is in them, not when they are imported.
+"""Modules that Python loads when something in them is used, not when they are imported.
 
 `onnx_ir` imports SymPy for arithmetic on symbolic shapes, which no command does: a fifth of a second, and 30 MB.
 """
@@ -6,19 +6,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import LazyLoader
-from types import ModuleType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
 
 DEFERRED = ("sympy", "onnx_ir._symbolic_shapes")
-"""The second uses the first as it is loaded."""
+"""The second module uses the first while it is loaded."""
 
 
-class _Deferring(MetaPathFinder):
+class _Finder:
+    """Finds the deferred modules as Python would, and gives them a loader that waits for their first use."""
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name in DEFERRED else None
+        if name not in DEFERRED:
+            return None
+        from importlib.util import LazyLoader
+
+        spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = LazyLoader(spec.loader)
         return spec
@@ -26,4 +33,4 @@ class _Deferring(MetaPathFinder):
 
 def defer() -> None:
     """From now on, load these modules when they are used."""
-    sys.meta_path.insert(0, _Deferring())
+    sys.meta_path.insert(0, _Finder())

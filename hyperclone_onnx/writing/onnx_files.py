@@ -14,9 +14,10 @@ import onnx
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest, CannotWrite
+from hyperclone_onnx.progress import Progress
 from hyperclone_onnx.publishing.publication import data_name
 from hyperclone_onnx.reading.loading import tensors
-from hyperclone_onnx.writing.streaming import Layout, Placed, Progress, write
+from hyperclone_onnx.writing.streaming import Layout, Placed, write
 
 SMALL = 256
 """Tensors of no more bytes stay in the model file, as onnx_ir has it."""

@@ -17,9 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
+from hyperclone_onnx.progress import Progress
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
 from hyperclone_onnx.writing.onnx_files import shard_name
-from hyperclone_onnx.writing.streaming import Layout, Placed, Progress, Streamed, write
+from hyperclone_onnx.writing.streaming import Layout, Placed, Streamed, write
 
 NAME = "model.safetensors"
 HEADER = 4096

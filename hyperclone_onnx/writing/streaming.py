@@ -22,6 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import CannotWrite
+from hyperclone_onnx.progress import Progress
 from hyperclone_onnx.system.parallel import share_out, workers_for
 from hyperclone_onnx.system.positioned import BINARY, write_at
 from hyperclone_onnx.system.write_behind import WriteBehind
@@ -31,8 +32,6 @@ from hyperclone_onnx.tensors.stored_rows import StoredRows
 from hyperclone_onnx.tensors.table import Piece
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, int], None]
-"""Called with (tensors written, tensors in all)."""
 
 CHUNK = 1 << 20
 """What is merely copied is copied in blocks of this many bytes."""

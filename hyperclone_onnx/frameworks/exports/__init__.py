@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 
@@ -16,13 +16,12 @@ from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
 from hyperclone_onnx.frameworks.handoff import PathLike, read
 from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
+from hyperclone_onnx.frameworks.targets import Target
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.training_recipe import RECIPE, TrainingRecipe
+from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.writing.safetensors_files import write_safetensors
-
-Target = Literal["pytorch", "jax", "safetensors", "hf"]
-TARGETS: tuple[Target, ...] = ("pytorch", "jax", "safetensors", "hf")
 
 CHECKPOINT = "checkpoint"
 """The folder of a checkpoint that is one, within the folder of the handoff."""
@@ -30,7 +29,6 @@ CHECKPOINT = "checkpoint"
 LARGEST_FILE = 5_000_000_000
 """Bytes of weights in one safetensors file, unless told otherwise."""
 
-Notify = Callable[[str], None]
 Tensors = Mapping[str, ir.TensorProtocol]
 
 
@@ -92,7 +90,7 @@ def hand_over(
     """
     if (target == "hf") != (like is not None):
         raise BadRequest("--like names the checkpoint that --to hf grows: give both or neither")
-    say = notify or (lambda _: None)
+    say = notify or tell_nobody
     with publication_folder(Path(output)) as folder:
         if target == "hf":
             assert like is not None

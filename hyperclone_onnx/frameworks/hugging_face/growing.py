@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from hyperclone_onnx.frameworks.hugging_face.reading import MANIFEST, manifest
 from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown
+from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.writing.safetensors_files import write_safetensors
 
 Array = npt.NDArray[Any]
-Notify = Callable[[str], None]
 
 LARGEST_FILE = 5_000_000_000
 """Bytes of one safetensors file, as transformers' own limit has long been."""
@@ -62,7 +62,7 @@ def grow_checkpoint(
         MissingExtra: transformers is not installed.
     """
     big, like, folder = Path(big), Path(like), Path(folder)
-    say = notify or (lambda _: None)
+    say = notify or tell_nobody
     say("reading")
     grown, checkpoint = read_grown(big), read_checkpoint(like)
     given = Given.read(checkpoint)

@@ -1,0 +1,177 @@
+"""``hyperclone-onnx expand``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hyperclone_onnx.commands.guard import guarded
+from hyperclone_onnx.commands.options import (
+    device_option,
+    finite,
+    json_option,
+    model_path,
+    parse_requests,
+    seed_option,
+    shard_size_option,
+    validate_option,
+    workers_option,
+)
+from hyperclone_onnx.commands.printing import console, print_json, printing, progress, say
+from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRATEGIES, Strategy
+
+
+@click.command()
+@click.argument("model", type=model_path)
+@click.option("-o", "--output", type=model_path, help="The file to write, e.g. big.onnx.")
+@click.option(
+    "--factor",
+    type=click.IntRange(min=1),
+    help="Grow hidden, ffn, heads (query and key/value) and other widths by this; head sizes are kept.",
+)
+@click.option(
+    "--set",
+    "requests",
+    multiple=True,
+    metavar="ROLE=N",
+    callback=parse_requests,
+    help="Grow one role (hidden, ffn, heads, group, head_dim) or one dimension (ffn.3) by N; 1 keeps it.",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(STRATEGIES),
+    default="noisy-diagonal",
+    show_default=True,
+    help="How the repeats share a weight. Without noise the repeats of a unit get equal gradients and, in a model "
+    "trained without dropout, stay equal for ever: the added width is then dead weight.",
+)
+@click.option(
+    "--snr-db",
+    type=click.FloatRange(LOWEST_SNR_DB, HIGHEST_SNR_DB),
+    callback=finite,
+    default=10.0,
+    show_default=True,
+    help="Weight power over noise power, in dB.",
+)
+@seed_option("the noise")
+@click.option("--untie", is_flag=True, help="Split a tied embedding instead of keeping it one tensor.")
+@click.option(
+    "--interface",
+    type=click.Choice(["grow", "keep"]),
+    default="grow",
+    show_default=True,
+    help="keep: inputs and outputs keep the source's shapes, so that the grown model is a drop-in.",
+)
+@device_option
+@validate_option("validation", "full", "algebraic", "none")
+@click.option("--no-validate", is_flag=True, help="The same as --validate none.")
+@click.option(
+    "--precision",
+    type=click.Choice(["stored", "float64"]),
+    default="stored",
+    show_default=True,
+    help="float64: also build and run both models in double precision, where rounding can hide nothing.",
+)
+@click.option("--plan-out", type=model_path, help="Also write the plan, as JSON.")
+@click.option("--plan-only", is_flag=True, help="Plan and report, and write nothing but --plan-out.")
+@shard_size_option("Gigabytes in one data file; more are spread over several. By default there is one, above 1.5 GB.")
+@workers_option
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out files of a folder, such as 'onnx/*_q4.onnx'.",
+)
+@json_option
+@guarded
+def expand(
+    model: Path,
+    output: Path | None,
+    factor: int | None,
+    requests: dict[str, int],
+    strategy: Any,
+    snr_db: float,
+    seed: int,
+    untie: bool,
+    interface: str,
+    device: Any,
+    validation: str | None,
+    no_validate: bool,
+    precision: Any,
+    plan_out: Path | None,
+    plan_only: bool,
+    max_shard_size: int | None,
+    workers: int | None,
+    exclude: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Grow MODEL into a larger model that computes the same, and write it only once that is proven.
+
+    MODEL may be a folder: every .onnx file in it grows by itself, the other files are copied, and OUTPUT is the new
+    folder.
+    """
+    if factor is None and not requests:
+        raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2")
+    if output is None and not plan_only:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    if no_validate and validation not in (None, "none"):
+        raise click.UsageError(f"--no-validate and --validate {validation} contradict each other")
+    if not model.is_dir() and exclude:
+        raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
+    if model.is_dir() and plan_out is not None:
+        raise click.UsageError("--plan-out is for one model; each grown file carries its plan in its metadata")
+    if plan_only and (model.is_dir() or output is not None):
+        raise click.UsageError("--plan-only plans one model and writes no other: give a file, and no -o")
+
+    growth: dict[str, Any] = {
+        "factor": factor or 1,
+        "requests": requests,
+        "strategy": Strategy(strategy, snr_db, seed),
+        "untie": untie,
+        "keep_interface": interface == "keep",
+    }
+    if output is None:
+        _plan(model, growth, plan_out, as_json)
+        return
+    how: dict[str, Any] = {
+        "device": device,
+        "check": False if no_validate or validation == "none" else validation or True,
+        "precision": precision,
+        "max_shard_size": max_shard_size,
+        "workers": workers,
+    }
+    if model.is_dir():
+        _expand_folder(model, output, exclude, growth | how, as_json)
+    else:
+        _expand_file(model, output, growth | how | {"plan_out": plan_out}, as_json)
+
+
+def _plan(model: Path, growth: dict[str, Any], plan_out: Path | None, as_json: bool) -> None:
+    from hyperclone_onnx.expansion import plan_file
+    from hyperclone_onnx.reports.expansion import print_expansion
+
+    result = plan_file(model, **growth, plan_out=plan_out, notify=say)
+    with printing():
+        print_json(result.to_json()) if as_json else print_expansion(console(), result)
+
+
+def _expand_file(model: Path, output: Path, options: dict[str, Any], as_json: bool) -> None:
+    from hyperclone_onnx.expansion import expand as run
+    from hyperclone_onnx.reports.expansion import print_expansion
+
+    with progress() as (notify, tensors_done):
+        result = run(model, output, **options, notify=notify, progress=tensors_done)
+    with printing():
+        print_json(result.to_json()) if as_json else print_expansion(console(), result)
+
+
+def _expand_folder(model: Path, output: Path, exclude: tuple[str, ...], options: dict[str, Any], as_json: bool) -> None:
+    from hyperclone_onnx.folders import expand_folder
+    from hyperclone_onnx.reports.folder import print_folder
+
+    with progress() as (notify, tensors_done):
+        result = expand_folder(model, output, exclude=exclude, **options, notify=notify, progress=tensors_done)
+    with printing():
+        print_json(result.to_json()) if as_json else print_folder(console(), result)

@@ -1,0 +1,87 @@
+"""``hyperclone-onnx handoff``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hyperclone_onnx.commands.guard import guarded
+from hyperclone_onnx.commands.options import json_option, model_path, no_validate_option, shard_size_option
+from hyperclone_onnx.commands.printing import console, print_json, printing, progress
+from hyperclone_onnx.frameworks.targets import TARGETS
+
+
+@click.command()
+@click.argument("model", type=model_path)
+@click.option("--list", "listing", is_flag=True, help="Show each stored tensor: trained or not, and why.")
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(TARGETS),
+    help="Write the weights as a checkpoint of torch.distributed.checkpoint or of Orbax, as safetensors, or as a "
+    "Hugging Face checkpoint.",
+)
+@click.option("-o", "--output", type=model_path, help="The folder to make.")
+@click.option("--like", type=model_path, help="For hf: the Hugging Face checkpoint of the small model.")
+@click.option("--source", type=model_path, help="The small ONNX file, for names or tensors that MODEL does not hold.")
+@click.option("--optimizer", type=model_path, help="The small model's AdamW state, to grow beside the weights.")
+@click.option("--freeze", multiple=True, metavar="GLOB", help="Tensors that are not to be trained, by name.")
+@click.option("--train", multiple=True, metavar="GLOB", help="Tensors that are to be trained; stronger than --freeze.")
+@shard_size_option("Gigabytes in one safetensors file; more are spread over several.", default=5.0)
+@no_validate_option
+@json_option
+@guarded
+def handoff(
+    model: Path,
+    listing: bool,
+    target: Any,
+    output: Path | None,
+    like: Path | None,
+    source: Path | None,
+    optimizer: Path | None,
+    freeze: tuple[str, ...],
+    train: tuple[str, ...],
+    max_shard_size: int,
+    no_validate: bool,
+    as_json: bool,
+) -> None:
+    """Hand MODEL over to a trainer: list what it would train, or write a checkpoint (--to TARGET -o FOLDER).
+
+    In Python, `hyperclone_onnx.frameworks.torch.load` and `hyperclone_onnx.frameworks.jax.load` take the file itself.
+    """
+    if listing == (target is not None):
+        raise click.UsageError("say what to do: --list, or --to TARGET -o FOLDER")
+    if listing:
+        _list(model, freeze, train, as_json)
+        return
+    if output is None:
+        raise click.UsageError("name the folder to make: -o FOLDER")
+    from hyperclone_onnx.frameworks.exports import hand_over
+    from hyperclone_onnx.frameworks.exports.report import print_handover
+
+    with progress() as (notify, _):
+        result = hand_over(
+            model,
+            target,
+            output,
+            like=like,
+            source=source,
+            optimizer=optimizer,
+            freeze=freeze,
+            train=train,
+            largest_file=max_shard_size,
+            check=not no_validate,
+            notify=notify,
+        )
+    with printing():
+        print_json(result.to_json()) if as_json else print_handover(console(), model, result)
+
+
+def _list(model: Path, freeze: tuple[str, ...], train: tuple[str, ...], as_json: bool) -> None:
+    from hyperclone_onnx.frameworks.listing import print_weights, weights
+
+    rows = weights(model, freeze=freeze, train=train)
+    with printing():
+        print_json({"model": str(model), "weights": rows}) if as_json else print_weights(console(), rows)

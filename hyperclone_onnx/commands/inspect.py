@@ -1,0 +1,25 @@
+"""``hyperclone-onnx inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hyperclone_onnx.commands.guard import guarded
+from hyperclone_onnx.commands.options import json_option, model_path
+from hyperclone_onnx.commands.printing import console, print_json, printing
+
+
+@click.command()
+@click.argument("model", type=model_path)
+@json_option
+@guarded
+def inspect(model: Path, as_json: bool) -> None:
+    """Show the dimensions of MODEL: which can grow, which cannot and why, and what each tensor's axes are."""
+    from hyperclone_onnx.analysis.analysing import analyse
+    from hyperclone_onnx.reports.inspection import inspection, print_inspection
+
+    analysis = analyse(model)
+    with printing():
+        print_json(inspection(analysis)) if as_json else print_inspection(console(), analysis)

@@ -1,0 +1,84 @@
+"""Options that several commands have, and the parsers of their values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+model_path = click.Path(readable=False, path_type=Path)
+"""A path. The command reports a file that it cannot read itself (exit code 4): click would end with 2."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where ONNX Runtime runs the models. auto takes CUDA when it starts; the report says which ran.",
+)
+
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes at work; by default one for a small model, else as many as there are cores, at most 4. "
+    "The results are the same.",
+)
+
+no_validate_option = click.option("--no-validate", is_flag=True, help="Do not compare ONNX Runtime with the framework.")
+
+_HOW_TO_VALIDATE = (
+    "full: every tensor, and every output on random inputs. algebraic: every tensor and node, without running the "
+    "models. By default full where both models fit in free memory, else algebraic and the first layers run."
+)
+
+
+def validate_option(name: str, *modes: str) -> Decorator:
+    """``--validate`` as the argument `name`, with some of its modes."""
+    return click.option("--validate", name, type=click.Choice(modes), help=_HOW_TO_VALIDATE)
+
+
+def seed_option(what: str) -> Decorator:
+    """``--seed``, which draws something."""
+    return click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help=f"Draws {what}.")
+
+
+def shard_size_option(text: str, default: float | None = None) -> Decorator:
+    """``--max-shard-size`` in gigabytes; the command gets bytes, as `max_shard_size`."""
+    return click.option(
+        "--max-shard-size",
+        type=click.FloatRange(min=0.0, min_open=True),
+        callback=_bytes,
+        default=default,
+        show_default=default is not None,
+        metavar="GB",
+        help=text,
+    )
+
+
+def finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    """A callback that refuses infinity and NaN, which click takes for numbers."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number; give one such as 10")
+    return value
+
+
+def _bytes(context: click.Context, option: click.Parameter, gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else max(1, int(finite(context, option, gigabytes) * 1e9))
+
+
+def parse_requests(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    """A callback that makes a factor by role of texts such as ``ffn=2``."""
+    requests: dict[str, int] = {}
+    for text in values:
+        name, equals, number = text.partition("=")
+        if not equals or not name or not (number.isascii() and number.isdigit()) or int(number) < 1:
+            raise click.BadParameter(f"{text!r}: write ROLE=N, such as ffn=2 or head_dim=1, with N a whole number")
+        requests[name] = int(number)
+    return requests

@@ -1,0 +1,40 @@
+"""``hyperclone-onnx validate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hyperclone_onnx.commands.guard import guarded
+from hyperclone_onnx.commands.options import (
+    device_option,
+    json_option,
+    model_path,
+    seed_option,
+    validate_option,
+    workers_option,
+)
+from hyperclone_onnx.commands.printing import console, print_json, printing
+
+
+@click.command()
+@click.argument("small", type=model_path)
+@click.argument("big", type=model_path)
+@device_option
+@validate_option("mode", "full", "algebraic")
+@seed_option("the inputs")
+@workers_option
+@json_option
+@guarded
+def validate(small: Path, big: Path, device: Any, mode: Any, seed: int, workers: int | None, as_json: bool) -> None:
+    """Check that BIG, as it is stored, computes what SMALL computes (exit 1 when it does not)."""
+    from hyperclone_onnx.expansion import validate_files
+    from hyperclone_onnx.reports.validation import print_validation
+
+    result = validate_files(small, big, device, seed, mode or "auto", workers)
+    with printing():
+        print_json(result.to_json()) if as_json else print_validation(console(), result)
+    if not result.equal:
+        raise SystemExit(1)

@@ -1,0 +1,15 @@
+"""How a long piece of work says how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Notify = Callable[[str], None]
+"""Called with the name of each stage as it begins."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of tensors that are done, and the number of all tensors."""
+
+
+def tell_nobody(_stage: str) -> None:
+    """A `Notify` for callers who do not want to know."""

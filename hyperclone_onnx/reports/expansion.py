@@ -1,0 +1,61 @@
+"""The report of `expand` for one model: what grew, what did not and why, the sizes, and how equal the models are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from rich.console import Console
+
+from hyperclone_onnx.expansion import Expansion
+from hyperclone_onnx.planning.training_recipe import RECIPE
+from hyperclone_onnx.reports.tables import counted, plain_table, print_line
+from hyperclone_onnx.reports.validation import print_validation
+
+
+def print_expansion(console: Console, result: Expansion) -> None:
+    """Print the whole report."""
+    _print_grown(console, result)
+    _print_kept(console, result)
+    if result.quantised and result.plan.strategy.name != "symmetric":
+        print_line(
+            console,
+            f"{result.quantised} quantised tensors repeat their codes, their scales divided: their shares are equal, "
+            "and without noise",
+        )
+    for name, copies in result.separated.items():
+        console.print(f"{name} is stored once in the source, and separately here: {', '.join(copies)}", markup=False)
+    ratio = result.parameters_after / max(result.parameters_before, 1)
+    console.print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,} (x{ratio:.2f})")
+    took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    if result.output is None:
+        console.print(f"planned, nothing written ({took})", markup=False)
+        return
+    if result.validation is None:
+        console.print("not validated (--validate none)")
+    else:
+        print_validation(console, result.validation)
+    print_line(console, f"wrote {result.output} ({took})")
+    for line in RECIPE.lines():
+        print_line(console, line)
+
+
+def _print_grown(console: Console, result: Expansion) -> None:
+    rows: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    for name, dim in result.plan.dims.items():
+        rows[dim.role, dim.map.size, dim.map.grown].append(name)
+    table = plain_table("grew", "from", "to")
+    for (role, before, after), names in rows.items():
+        table.add_row(names[0] if len(names) == 1 else counted(role, len(names)), str(before), str(after))
+    console.print(table)
+
+
+def _print_kept(console: Console, result: Expansion) -> None:
+    rows: dict[tuple[str, int, str], int] = defaultdict(int)
+    for dimension in result.kept:
+        rows[dimension.role, dimension.size, dimension.reason] += 1
+    if not rows:
+        return
+    table = plain_table("kept", "size", "why")
+    for (role, size, reason), count in rows.items():
+        table.add_row(counted(role, count), str(size), reason)
+    console.print(table)

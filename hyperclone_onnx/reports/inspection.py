@@ -1,0 +1,127 @@
+"""The report of `inspect`: dimensions by role, and the axes of every tensor, written as einops writes axes."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from hyperclone_onnx.algebra.dims import Dim, Product, Space, Term
+from hyperclone_onnx.analysis.analysing import Analysis, count_parameters
+from hyperclone_onnx.analysis.roles import NamedDim, explain
+from hyperclone_onnx.reports.tables import Table, counted, plain_table, print_line
+from hyperclone_onnx.rules.dimensions import Dimensions
+
+
+class TermWriter:
+    """Writes terms with the names of their dimensions: ``(3 heads head_dim)``."""
+
+    def __init__(self, space: Space, named: Sequence[NamedDim]) -> None:
+        self.space = space
+        self.names = {dimension.dim: dimension.name for dimension in named if dimension.role != "other"}
+
+    def axis(self, term: Term) -> str:
+        """One axis."""
+        resolved = self.space.resolve(term)
+        if isinstance(resolved, Dim):
+            return self.names.get(resolved) or str(self.space.size(resolved))
+        if resolved == Product(()):
+            return "1"
+        if isinstance(resolved, Product):
+            return "(" + " ".join(self.axis(factor) for factor in resolved.factors) + ")"
+        return "(" + " + ".join(self._segment(segment) for segment in resolved.segments) + ")"
+
+    def _segment(self, term: Term) -> str:
+        """A segment of a concatenation; a product stands there without brackets."""
+        text = self.axis(term)
+        return text[1:-1] if isinstance(self.space.resolve(term), Product) and text.startswith("(") else text
+
+    def axes(self, terms: Iterable[Term]) -> str:
+        """All axes of a value."""
+        return " ".join(self.axis(term) for term in terms)
+
+
+def tensor_axes(analysis: Analysis) -> dict[str, list[str]]:
+    """The axes of each stored tensor with at least one axis, one entry for each way in which it is used."""
+    writer = TermWriter(analysis.dimensions.space, analysis.named)
+    ways: dict[str, dict[str, None]] = defaultdict(dict)
+    for value, _, axes in analysis.dimensions.initializer_uses():
+        if axes and value.dtype is not None and value.dtype.is_floating_point():
+            ways[value.name or ""].setdefault(writer.axes(axes))
+    return {name: list(texts) for name, texts in ways.items()}
+
+
+def inspection(analysis: Analysis) -> dict[str, Any]:
+    """The whole report as plain data."""
+    dimensions = analysis.dimensions
+    writer = TermWriter(dimensions.space, analysis.named)
+    graph = analysis.model.graph
+
+    def interface(values: Iterable[Any]) -> dict[str, str | None]:
+        return {
+            value.name: None if dimensions.axes.get(value) is None else writer.axes(dimensions.axes[value] or ())
+            for value in values
+        }
+
+    return {
+        "model": str(analysis.path),
+        "parameters": count_parameters(analysis.model),
+        "nodes": len(graph),
+        "opset": graph.opset_imports.get("", None),
+        "dimensions": [
+            {
+                "name": dimension.name,
+                "role": dimension.role,
+                "size": dimension.size,
+                "growable": dimension.dim.growable,
+                "reason": None if dimension.dim.pin is None else explain(dimensions, dimension.dim),
+            }
+            for dimension in analysis.named
+            if dimension.role != "other"
+        ],
+        "inputs": interface(graph.inputs),
+        "outputs": interface(graph.outputs),
+        "tensors": tensor_axes(analysis),
+        "operators_without_rule": {name: len(nodes) for name, nodes in sorted(dimensions.unruled.items())},
+    }
+
+
+def print_inspection(console: Console, analysis: Analysis) -> None:
+    """Print the dimensions by role, and every kind of tensor with its axes."""
+    data = inspection(analysis)
+    console.print(f"{data['model']}: {data['parameters']:,} parameters, {data['nodes']} nodes, opset {data['opset']}")
+    console.print(_dimension_table(analysis.dimensions, analysis.named))
+    for side in ("inputs", "outputs"):
+        for name, axes in data[side].items():
+            console.print(f"{side[:-1]} {name}: {axes if axes is not None else 'of unknown rank'}", markup=False)
+    console.print("\ntensors:")
+    for line in grouped_tensors(data["tensors"]):
+        print_line(console, f"  {line}")
+    if data["operators_without_rule"]:
+        listed = ", ".join(f"{name} x{count}" for name, count in data["operators_without_rule"].items())
+        console.print(f"\nno rule for (what they touch keeps its size): {listed}", markup=False)
+
+
+def grouped_tensors(tensors: dict[str, list[str]]) -> list[str]:
+    """A line for each kind of tensor: layers that are alike share one."""
+    groups: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+    for name, ways in tensors.items():
+        kind = re.sub(r"\d+", "*", name)
+        groups[kind, tuple(re.sub(r"([a-z_]+)\.\d+", r"\1", way) for way in ways)] += 1
+    return [f"{counted(kind, count)}: {' and '.join(ways)}" for (kind, ways), count in groups.items()]
+
+
+def _dimension_table(dimensions: Dimensions, named: Sequence[NamedDim]) -> Table:
+    table = plain_table("dimension", "size", "grows", "why not")
+    rows: dict[tuple[str, int, str], list[str]] = defaultdict(list)
+    for dimension in named:
+        if dimension.role != "other":
+            why = "" if dimension.dim.pin is None else explain(dimensions, dimension.dim)
+            rows[dimension.role, dimension.size, why].append(dimension.name)
+    for (role, size, why), names in rows.items():
+        label = names[0] if len(names) == 1 else f"{role} x{len(names)} ({names[0]} .. {names[-1]})"
+        table.add_row(label, str(size), "no" if why else "yes", why)
+    return table
