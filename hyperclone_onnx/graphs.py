@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import ml_dtypes
 import onnx_ir as ir
@@ -58,6 +58,55 @@ def describe(node: ir.Node) -> str:
     """How a node is named in messages: ``MatMul '/layer.0/q_proj'``."""
     domain = f"{node.domain}." if node.domain else ""
     return f"{domain}{node.op_type} {node.name!r}" if node.name else f"{domain}{node.op_type}"
+
+
+class FreshNames:
+    """Names for new values and new nodes of a graph, which nothing in it, nor in the bodies inside it, has.
+
+    >>> x = ir.Input("x")
+    >>> fresh = FreshNames(ir.Graph([x], [], nodes=[ir.node("Relu", [x], name="x.scale")]))
+    >>> fresh.value("x"), fresh.value("x"), fresh.value("x.scale"), fresh.node("x.scale")
+    ('x.1', 'x.2', 'x.scale', 'x.scale.1')
+    """
+
+    def __init__(self, graph: ir.Graph, reserved: Iterable[str] = ()) -> None:
+        """Begin with all names that the graph has, and with names of values that are reserved."""
+        values: set[str | None] = set(reserved)
+        nodes: set[str | None] = set()
+        for part in (graph, *graph.subgraphs()):
+            values.update((*part.initializers, *(value.name for value in part.inputs)))
+            for node in part:
+                nodes.add(node.name)
+                values.update(value.name for value in node.outputs)
+        self._values, self._nodes = _Names(values), _Names(nodes)
+
+    def value(self, hint: str) -> str:
+        """The hint itself, or the first of ``hint.1``, ``hint.2``, ... that no value has; it is taken from now on."""
+        return self._values.take(hint)
+
+    def node(self, hint: str) -> str:
+        """The same, such that no node has it."""
+        return self._nodes.take(hint)
+
+
+class _Names:
+    def __init__(self, taken: set[str | None]) -> None:
+        self._taken = taken
+        self._numbers: dict[str, int] = {}
+
+    def take(self, hint: str) -> str:
+        name, number = hint, self._numbers.get(hint, 0)
+        while name in self._taken:
+            number += 1
+            name = f"{hint}.{number}"
+        self._numbers[hint] = number
+        self._taken.add(name)
+        return name
+
+
+def stem(node: ir.Node) -> str:
+    """How names that are made for a node begin: with its own name or, where it has none, with its operator's."""
+    return node.name or node.op_type
 
 
 def captured_values(node: ir.Node) -> Iterator[ir.Value]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir import tape
 
-from hyperclone_onnx.graphs import is_initializer
+from hyperclone_onnx.graphs import FreshNames, is_initializer, stem
 
 Array = npt.NDArray[Any]
 MICROSOFT = "com.microsoft"
@@ -43,13 +43,13 @@ def unrounded(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Mod
         Unsupported: it has a quantised operator without such a form.
     """
     copy = model.clone()
+    fresh = FreshNames(copy.graph)
     for graph in (copy.graph, *copy.graph.subgraphs()):
         for node in list(graph):
-            node.name = node.name or node.outputs[0].name
             if node.op_type == "MatMulNBits" and _rounds(node):
                 node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
             elif node.op_type in _FORMS:
-                _replace(copy, graph, node, dtype)
+                _replace(copy, graph, node, dtype, fresh)
     outputs = set(copy.graph.outputs)
     for node in copy.graph.all_nodes():
         for value in node.outputs:
@@ -58,28 +58,28 @@ def unrounded(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Mod
     return copy
 
 
-def _replace(model: ir.Model, graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
-    form = _Form(node, dtype)
+def _replace(model: ir.Model, graph: ir.Graph, node: ir.Node, dtype: ir.DataType, fresh: FreshNames) -> None:
+    form = _Form(node, dtype, fresh)
     results = _FORMS[node.op_type](form)
     graph.insert_before(node, form.tape.nodes)
     for number, made in enumerate(form.tape.nodes):
-        made.name = f"{node.name}.real.{number}"
+        made.name = fresh.node(f"{stem(node)}.real.{number}")
         for value in made.outputs:
-            value.name = value.name or f"{made.name}.out"
+            value.name = value.name or fresh.value(f"{made.name}.out")
     for value in form.stored:
         model.graph.register_initializer(value)
     for old, new in zip(node.outputs, results, strict=False):
         name, leaves = old.name, old.is_graph_output()
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         if leaves:
-            old.name, new.name = f"{name}.codes", name
+            old.name, new.name = fresh.value(f"{name}.codes"), name
             new.type, new.shape = ir.TensorType(dtype), old.shape
         if node.op_type in _SUMS:
-            _go_on(model, new, dtype)
+            _go_on(model, new, dtype, fresh)
     graph.remove(node, safe=True)
 
 
-def _go_on(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> None:
+def _go_on(model: ir.Model, value: ir.Value, dtype: ir.DataType, fresh: FreshNames) -> None:
     """Arithmetic on sums of integers is done in real numbers too: what is stored for it is cast."""
     for user in dict.fromkeys(use.node for use in value.uses()):
         if user.op_type not in ("Add", "Sub", "Mul", "Div") or user.domain:
@@ -87,10 +87,10 @@ def _go_on(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> None:
         for number, other in enumerate(user.inputs):
             tensor = other.const_value if other is not None and is_initializer(other) else None
             if tensor is not None and tensor.dtype.is_integer():
-                real = _stored(f"{user.name}.real.{number}", tensor.numpy(), dtype)
+                real = _stored(fresh.value(f"{stem(user)}.real.{number}"), tensor.numpy(), dtype)
                 model.graph.register_initializer(real)
                 user.replace_input_with(number, real)
-        _go_on(model, user.outputs[0], dtype)
+        _go_on(model, user.outputs[0], dtype, fresh)
 
 
 def _stored(name: str, array: Any, dtype: ir.DataType) -> ir.Value:
@@ -102,9 +102,10 @@ def _stored(name: str, array: Any, dtype: ir.DataType) -> ir.Value:
 class _Form:
     """A quantised node on its way to real numbers."""
 
-    def __init__(self, node: ir.Node, dtype: ir.DataType) -> None:
+    def __init__(self, node: ir.Node, dtype: ir.DataType, fresh: FreshNames) -> None:
         self.node = node
         self.dtype = dtype
+        self._fresh = fresh
         self.tape = tape.Tape()
         self.stored: list[ir.Value] = []
 
@@ -123,9 +124,12 @@ class _Form:
         return None if tensor is None else np.asarray(tensor.numpy()).astype(self.dtype.numpy())
 
     def constant(self, array: Any) -> ir.Value:
-        value = _stored(f"{self.node.name}.real.stored.{len(self.stored)}", array, self.dtype)
+        value = _stored(self._new_name(), array, self.dtype)
         self.stored.append(value)
         return value
+
+    def _new_name(self) -> str:
+        return self._fresh.value(f"{stem(self.node)}.real.stored")
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         result = self.tape.op(op_type, list(inputs), attributes, domain=domain)
@@ -138,7 +142,7 @@ class _Form:
         tensor = value.const_value if is_initializer(value) else None
         if tensor is None:
             return self.op("Cast", value, to=int(self.dtype))
-        codes, dtype, name = tensor, self.dtype, f"{self.node.name}.real.stored.{len(self.stored)}"
+        codes, dtype, name = tensor, self.dtype, self._new_name()
         shape = ir.Shape(codes.shape.numpy())
         lazy = ir.LazyTensor(
             lambda: ir.Tensor(codes.numpy().astype(dtype.numpy()), name=name), dtype=dtype, shape=shape, name=name

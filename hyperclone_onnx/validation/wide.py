@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.graphs import weight_bytes
+from hyperclone_onnx.graphs import FreshNames, stem, weight_bytes
 from hyperclone_onnx.validation.sessions import Runner
 from hyperclone_onnx.writing import onnx_files as writer
 
@@ -26,9 +26,10 @@ _NARROW = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def to_double(model: ir.Model) -> ir.Model:
     """The model with every floating-point value and tensor in float64, changed in place and returned."""
     _widen(model, ir.DataType.DOUBLE)
+    fresh = FreshNames(model.graph)
     for node in list(model.graph.all_nodes()):
         if not node.domain and node.op_type in _NORMS:
-            _write_out_norm(model, node)
+            _write_out_norm(model, node, fresh)
     return model
 
 
@@ -63,7 +64,7 @@ def _widen(model: ir.Model, dtype: ir.DataType) -> None:
             node.attributes["value"] = ir.AttrTensor("value", _widened(tensor.as_tensor(), dtype))
 
 
-def _write_out_norm(model: ir.Model, node: ir.Node) -> None:
+def _write_out_norm(model: ir.Model, node: ir.Node, fresh: FreshNames) -> None:
     """Replace a normalisation by primitives: the fused kernels average in float32 whatever they are fed."""
     graph = node.graph
     x, scale = node.inputs[0], node.inputs[1]
@@ -76,15 +77,15 @@ def _write_out_norm(model: ir.Model, node: ir.Node) -> None:
     epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
     made: list[ir.Node] = []
 
-    def step(op_type: str, *inputs: ir.Value | None, **given: int) -> ir.Value:
-        made.append(ir.node(op_type, list(inputs), given))
+    def step(op_type: str, *inputs: ir.Value | None, **given: int | Sequence[int]) -> ir.Value:
+        hint = f"{stem(node)}.{len(made) + 1}"
+        made.append(ir.node(op_type, list(inputs), given, name=fresh.node(hint)))
         result = made[-1].outputs[0]
-        result.type = ir.TensorType(ir.DataType.DOUBLE)
-        made[-1].name = result.name = f"{node.name}.{len(made)}"
+        result.name, result.type = fresh.value(hint), ir.TensorType(ir.DataType.DOUBLE)
         return result
 
     def stored(hint: str, array: Array) -> ir.Value:
-        tensor = ir.tensor(array, name=f"{node.name}.{hint}")
+        tensor = ir.tensor(array, name=fresh.value(f"{stem(node)}.{hint}"))
         value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), const_value=tensor)
         model.graph.register_initializer(value)
         return value
@@ -100,10 +101,7 @@ def _write_out_norm(model: ir.Model, node: ir.Node) -> None:
     def mean(value: ir.Value) -> ir.Value:
         if opset >= 18:
             return step("ReduceMean", value, stored(f"axes.{len(made)}", axes), keepdims=1)
-        made.append(ir.node("ReduceMean", [value], {"axes": axes.tolist(), "keepdims": 1}))
-        made[-1].name = made[-1].outputs[0].name = f"{node.name}.{len(made)}"
-        made[-1].outputs[0].type = ir.TensorType(ir.DataType.DOUBLE)
-        return made[-1].outputs[0]
+        return step("ReduceMean", value, axes=axes.tolist(), keepdims=1)
 
     centred = step("Sub", x, mean(x)) if node.op_type == "LayerNormalization" else x
     variance = step("Add", mean(step("Mul", centred, centred)), stored("epsilon", np.float64(epsilon).reshape(1)))

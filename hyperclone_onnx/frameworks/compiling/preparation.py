@@ -19,6 +19,7 @@ from hyperclone_onnx.frameworks.compiling import registry
 from hyperclone_onnx.frameworks.compiling.compiler import bound_attributes, registry_name
 from hyperclone_onnx.frameworks.compiling.fusions import fuse, put_in_place
 from hyperclone_onnx.frameworks.compiling.host_values import LARGEST, is_constant
+from hyperclone_onnx.graphs import FreshNames
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.reading.opsets import settle_opsets
@@ -64,11 +65,12 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
 
 def _store_constant_outputs(model: ir.Model) -> None:
     """Constants that are outputs of the graph, which normalising leaves alone, as stored tensors too."""
+    fresh = FreshNames(model.graph)
     for node in list(model.graph.all_nodes()):
         if node.op_type == "Constant" and "value" in node.attributes:
             output = node.outputs[0]
             tensor = node.attributes["value"].as_tensor()
-            name = f"{output.name}.value"
+            name = fresh.value(f"{output.name}.value")
             value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=output.shape, const_value=tensor)
             model.graph.register_initializer(value)
             copy = ir.node("Identity", [value])
