@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hyperclone_onnx.graphs import MOVES_OR_CASTS, is_initializer
+from hyperclone_onnx.graphs import MOVES_OR_CASTS, FreshNames, is_initializer
 from hyperclone_onnx.reading.opsets import settle_opsets
 from hyperclone_onnx.reading.reblock import reblock
 from hyperclone_onnx.reading.type_inference import infer_types
@@ -21,8 +21,9 @@ def normalise(model: ir.Model) -> ir.Model:
         Refused: see `settle_opsets`.
     """
     settle_opsets(model)
+    fresh = FreshNames(model.graph)
     for graph in (model.graph, *model.graph.subgraphs()):
-        _compute_stored_outputs(graph)
+        _compute_stored_outputs(graph, fresh)
     ir.passes.Sequential(
         passes.InlinePass(),
         passes.RemoveInitializersFromInputsPass(),
@@ -38,13 +39,13 @@ def normalise(model: ir.Model) -> ir.Model:
     return model
 
 
-def _compute_stored_outputs(graph: ir.Graph) -> None:
+def _compute_stored_outputs(graph: ir.Graph, fresh: FreshNames) -> None:
     """Put an Identity between a stored tensor, or a Constant, and the graph's output that it is."""
     for position, value in enumerate(graph.outputs):
         producer = value.producer()
         if not is_initializer(value) and (producer is None or producer.op_type != "Constant"):
             continue
-        name, value.name = value.name, f"{value.name}.stored"
+        name, value.name = value.name, fresh.value(f"{value.name}.stored")
         node = ir.node("Identity", [value])
         result = node.outputs[0]
         tensor = value.const_value if producer is None else _constant_tensor(producer)
@@ -76,6 +77,7 @@ def _unshare_moved_weights(graph: ir.Graph) -> None:
 
     The users may contract different axes of it, or none.
     """
+    fresh = FreshNames(graph)
     for node in reversed(list(graph)):
         if node.domain or node.op_type not in MOVES_OR_CASTS or not node.inputs or len(node.outputs) != 1:
             continue
@@ -91,9 +93,9 @@ def _unshare_moved_weights(graph: ir.Graph) -> None:
                 node.inputs,
                 list(node.attributes.values()),
                 num_outputs=1,
-                name=f"{node.name}.{number}",
+                name=fresh.node(f"{node.name}.{number}"),
             )
-            copy.outputs[0].name = f"{output.name}.{number}"
+            copy.outputs[0].name = fresh.value(f"{output.name}.{number}")
             copy.outputs[0].type, copy.outputs[0].shape = output.type, output.shape
             graph.insert_before(node, copy)
             use.node.replace_input_with(use.idx, copy.outputs[0])

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.graphs import MICROSOFT
+from hyperclone_onnx.graphs import MICROSOFT, FreshNames
 from hyperclone_onnx.tensors.packing import pack, packed_width, unpack
 
 Array = npt.NDArray[Any]
@@ -27,11 +27,13 @@ def reblock(graph: ir.Graph) -> None:
 
     What no power of two from 16 on fills stays as it is.
     """
+    fresh = FreshNames(graph)
+    changed: _Changed = {}
     for node in graph:
         if node.domain == MICROSOFT and node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             blocks = _blocks_of_columns(node) if node.op_type == "MatMulNBits" else _blocks_of_table(node)
             if blocks is not None and blocks.smaller < blocks.size and all(map(_is_stored, node.inputs[:4][2:])):
-                blocks.cut(graph, node)
+                blocks.cut(graph, node, fresh, changed)
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,19 @@ class _Blocks:
         largest = self.width & -self.width  # the largest power of two that divides it
         return largest if SMALLEST <= largest < self.size and self.width % self.size else self.size
 
-    def cut(self, graph: ir.Graph, node: ir.Node) -> None:
-        """Give a node's codes, scales and zero points smaller blocks."""
+    def cut(self, graph: ir.Graph, node: ir.Node, fresh: FreshNames, changed: _Changed) -> None:
+        """Give a node's codes, scales and zero points smaller blocks; nodes that share a tensor share the new one."""
         changes = [(2, self._scales), (3, self._zeros)]
         if node.op_type == "MatMulNBits":
             changes.append((1, self._codes))
         for slot, change in changes:
             value = node.inputs[slot] if slot < len(node.inputs) else None
-            if value is not None:
-                node.replace_input_with(slot, _changed(graph, value, f"{value.name}.blocks_of_{self.smaller}", change))
+            if value is None:
+                continue
+            key = value, self.smaller, slot
+            if key not in changed:
+                changed[key] = _store(graph, fresh.value(f"{value.name}.blocks_of_{self.smaller}"), value, change)
+            node.replace_input_with(slot, changed[key])
         node.attributes["block_size"] = ir.AttrInt64("block_size", self.smaller)
 
     def _codes(self, array: Array) -> Array:
@@ -76,6 +82,10 @@ class _Blocks:
             return self._scales(array)
         numbers = pack(self._repeated(unpack(array, (self.rows, -(-self.width // self.size)), self.bits)), self.bits)
         return numbers if array.ndim > 1 else numbers.reshape(-1)
+
+
+_Changed = dict[tuple[ir.Value, int, int], ir.Value]
+"""What a stored value became in blocks of a size, at an input of a node."""
 
 
 def _is_stored(value: ir.Value | None) -> bool:
@@ -107,11 +117,8 @@ def _blocks_of_table(node: ir.Node) -> _Blocks | None:
     return _Blocks(rows, count * 8 // bits, _integer(node, "block_size", 128), bits)
 
 
-def _changed(graph: ir.Graph, value: ir.Value, name: str, change: Callable[[Array], Array]) -> ir.Value:
-    """A stored value computed from another one; the other is dropped when nothing reads it any more."""
-    known = graph.initializers.get(name)
-    if known is not None:
-        return known
+def _store(graph: ir.Graph, name: str, value: ir.Value, change: Callable[[Array], Array]) -> ir.Value:
+    """A stored value computed from another one."""
     tensor = value.const_value
     assert tensor is not None
     made = ir.tensor(np.ascontiguousarray(change(tensor.numpy())), dtype=tensor.dtype, name=name)
