@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.graphs import describe, opset_of
+from hyperclone_onnx.graphs import FreshNames, describe, opset_of
 from hyperclone_onnx.plan.maps import Kept
 from hyperclone_onnx.plan.plans import Edit, Feed, GrownDim, Interface, Plan, Recipe
 from hyperclone_onnx.plan.strategies import Strategy
@@ -105,7 +105,7 @@ def _tensors(sharing: Sharing) -> tuple[dict[str, Recipe], list[Feed]]:
         recipes[recipe.source].setdefault(key, (recipe, []))[1].append(use)
     tensors: dict[str, Recipe] = {}
     feeds: list[Feed] = []
-    taken = set(dimensions.model.graph.initializers)
+    fresh = FreshNames(dimensions.model.graph)
     for name, variants in recipes.items():
         kept_elsewhere = _read_elsewhere(dimensions, name)
         ordered = sorted(variants.values(), key=lambda variant: not _is_trivial(variant[0]))
@@ -114,8 +114,7 @@ def _tensors(sharing: Sharing) -> tuple[dict[str, Recipe], list[Feed]]:
                 if not _is_trivial(recipe):
                     tensors[name] = recipe
                 continue
-            own = next(f"{name}.{i}" for i in range(1, len(taken) + 2) if f"{name}.{i}" not in taken)
-            taken.add(own)
+            own = fresh.value(name)
             tensors[own] = recipe
             feeds.extend(Feed(node.name or "", index, own) for node, index in uses)
     return tensors, feeds

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
+from hyperclone_onnx.graphs import FreshNames
 from hyperclone_onnx.plan.maps import index_axis, presented
 from hyperclone_onnx.plan.plans import (
     METADATA_KEY,
@@ -85,7 +86,7 @@ class _Rewriter:
         self.maps = plan.maps
         self.dtype = dtype
         self.nodes = {node.name: node for node in self.graph.all_nodes()}
-        self.names = {v.name for v in (*self.graph.inputs, *(o for n in self.nodes.values() for o in n.outputs))}
+        self._fresh = FreshNames(self.graph, plan.tensors)
 
     def run(self) -> None:
         self._grow_tensors()
@@ -131,10 +132,7 @@ class _Rewriter:
         return value
 
     def _constant(self, hint: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
-        name, number = hint, 0
-        while name in self.graph.initializers or name in self.names:
-            number += 1
-            name = f"{hint}.{number}"
+        name = self._fresh.value(hint)
         return self._store(name, ir.Tensor(array, dtype=dtype, name=name))
 
     # -- edits --------------------------------------------------------------------------------------------
@@ -182,10 +180,10 @@ class _Rewriter:
                 steps.append(_Step(op_type, ((1, stored(numbers)),)))
         if edit.keep is not None:
             kept = ir.node(
-                "Equal", [value, stored([edit.keep] * len(edit.factors))], name=self._fresh(f"{value.name}.Equal")
+                "Equal", [value, stored([edit.keep] * len(edit.factors))], name=self._fresh.node(f"{value.name}.Equal")
             )
             kept.outputs[0].name, kept.outputs[0].type = (
-                self._fresh(f"{value.name}.kept"),
+                self._fresh.value(f"{value.name}.kept"),
                 ir.TensorType(ir.DataType.BOOL),
             )
             _graph_of(node).insert_before(node, kept)
@@ -225,12 +223,12 @@ class _Rewriter:
         branch.outputs.clear()
         branch.remove(moved)
         for value in (value for inner in moved for value in inner.outputs):
-            value.name = self._fresh(f"{node.name}.{value.name}")
+            value.name = self._fresh.value(f"{node.name}.{value.name}")
         graph.insert_before(node, moved)
         for output, result in zip(node.outputs, results, strict=True):
-            passed = ir.node("Identity", [result], name=self._fresh(f"{node.name}.Identity"))
+            passed = ir.node("Identity", [result], name=self._fresh.node(f"{node.name}.Identity"))
             passed.outputs[0].name, passed.outputs[0].type = output.name, output.type
-            output.name = self._fresh(f"{output.name}.branch")
+            output.name = self._fresh.value(f"{output.name}.branch")
             graph.insert_before(node, passed)
             output.replace_all_uses_with(passed.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
@@ -252,14 +250,14 @@ class _Rewriter:
         result = ir.Value(name=value.name, type=value.type)
         producer = value.producer()
         if producer is None:  # a graph input keeps its name
-            result.name = self._fresh(f"{value.name}.grown")
+            result.name = self._fresh.value(f"{value.name}.grown")
         if leaving:
             outputs = self.graph.outputs
             outputs[outputs.index(value)] = result
         else:
             value.replace_all_uses_with(result, replace_graph_outputs=True)
         if producer is not None:
-            value.name = self._fresh(f"{value.name}.source")
+            value.name = self._fresh.value(f"{value.name}.source")
         made = self._chain(value, steps, result)
         first = next(iter(self.graph), None)
         if producer is not None:
@@ -278,19 +276,11 @@ class _Rewriter:
             node = ir.node(step.op_type, inputs, attributes, outputs=[result] if last and result else None)
             if not last:
                 node.outputs[0].type = value.type
-                node.outputs[0].name = self._fresh(f"{value.name}.{step.op_type.lower()}")
-            node.name = self._fresh(f"{value.name}.{step.op_type}")
+                node.outputs[0].name = self._fresh.value(f"{value.name}.{step.op_type.lower()}")
+            node.name = self._fresh.node(f"{value.name}.{step.op_type}")
             made.append(node)
             value = node.outputs[0]
         return made
-
-    def _fresh(self, hint: str) -> str:
-        name, number = hint, 0
-        while name in self.names:
-            number += 1
-            name = f"{hint}.{number}"
-        self.names.add(name)
-        return name
 
     # -- interface ----------------------------------------------------------------------------------------
 
