@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from conftest import perceptron
 
@@ -17,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 from hyperclone_onnx import Strategy, expand  # noqa: E402
 from hyperclone_onnx.diagnosis import Diagnosis, diagnose  # noqa: E402
+from hyperclone_onnx.diagnosis.verdict import weight_tolerance  # noqa: E402
 from hyperclone_onnx.frameworks.absorb import absorb  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
 
@@ -84,7 +87,17 @@ def test_what_is_tied_stays_so_and_all_else_parts(
         assert not after.stuck and {each.verdict for each in after.layers} & {"parting", "parted"}
 
 
+@pytest.fixture(params=[1, 7])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many threads of PyTorch's; 7 share out a matrix of 24 columns unequally."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("strategy", ["symmetric", "noisy-symmetric"])
+@pytest.mark.usefixtures("threads")
 def test_a_trained_model_in_single_precision(tmp_path: Path, strategy: Any) -> None:
     onnx.save(perceptron(), tmp_path / "small.onnx")
     big = tmp_path / "big.onnx"
@@ -97,6 +110,9 @@ def test_a_trained_model_in_single_precision(tmp_path: Path, strategy: Any) -> N
     assert sum(changed) > 5, "nothing was trained"
     found = diagnose(trained, tmp_path / "small.onnx")
     if strategy == "symmetric":
-        assert found.stuck and found.activations == 0.0 and found.weights == 0.0
+        # The threads of a matrix product divide its columns among them, and where a share ends another kernel may add
+        # up the same terms in another order: clones in different columns are equal up to rounding, not to the bit.
+        rounding = weight_tolerance(ir.DataType.FLOAT, 2)
+        assert found.stuck and max(found.activations, found.weights) < rounding
     else:
         assert not found.stuck and found.activations > 0.01 and found.conclusion.startswith("the clones part")
