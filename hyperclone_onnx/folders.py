@@ -1,16 +1,19 @@
 """Growing a model that is several files: an encoder and a decoder, a decoder with and without its cache.
 
-Each file grows by itself, by the same factors, and what one file makes another must still be able to read: the folder
-appears only when every file is equal to its source and they fit together.
+Each model grows by itself, by the same factors. A model that reads what another one makes must still be able to: the
+output folder appears only when every grown model is equal to its source and they fit together.
 """
 
 from __future__ import annotations
 
+import filecmp
 import fnmatch
+import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,10 @@ import onnx_ir as ir
 
 from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.analysis.roles import name_dimensions
-from hyperclone_onnx.errors import BadModel, BadRequest, NothingGrows, Refused
-from hyperclone_onnx.expansion import Expansion, expand
+from hyperclone_onnx.errors import BadModel, BadRequest, HypercloneError, NothingGrows, Refused
+from hyperclone_onnx.expansion import Expansion, expand, plan_file
 from hyperclone_onnx.progress import Notify, tell_nobody
+from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.reading import loading
 
@@ -34,7 +38,7 @@ class FolderExpansion:
     output: str
     models: dict[str, Expansion] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
-    """Models in which nothing can grow, copied as they are."""
+    """Models in which nothing can grow, copied with their data as they are."""
     copied: list[str] = field(default_factory=list)
     """Files that are no models: a tokenizer, a configuration."""
 
@@ -43,7 +47,7 @@ class FolderExpansion:
         return {
             "source": self.source,
             "output": self.output,
-            "models": {name: each.to_json() for name, each in self.models.items()},
+            "models": {name: expansion.to_json() for name, expansion in self.models.items()},
             "unchanged": self.unchanged,
             "copied": self.copied,
         }
@@ -61,45 +65,149 @@ def expand_folder(
 ) -> FolderExpansion:
     """Grow every .onnx file in a folder and its folders into a new folder, and copy the other files.
 
+    A data file of a model, one that is left out too, is no other file: it is copied only with a model that is copied.
+
     Args:
         folder: the source.
         output: the folder to make; it must not exist, or be empty.
         factor: as for `expansion.expand`.
-        requests: a factor by role; a file that has not the role is not concerned by it.
+        requests: a factor by role; a model without the role ignores it.
         exclude: patterns of files to leave out, as they are called within the folder (``onnx/*_q4.onnx``).
-        notify: told of each file and stage begun.
+        notify: called with each model and each stage as it begins.
         options: passed on to `expansion.expand`.
 
     Raises:
-        BadRequest: the output exists, a link leads out of the folder, no file has a role that was asked for, or a
-            dimension of one file was named.
+        BadRequest: the output exists, a link leads out of the folder, no model has a role that was asked for, or a
+            dimension of one model was named.
         BadModel: there is no model in the folder, or one of them cannot be read.
-        Refused: one of the files cannot grow so, or the grown files would not fit together.
+        Refused: one of the models cannot grow so, or the grown models would not fit together.
         CannotWrite, ModelsDiffer: see `expansion.expand`.
     """
     source, out = Path(folder).resolve(), Path(output)
     if out.resolve() == source or out.resolve().is_relative_to(source):
         raise BadRequest(f"{out}: lies in the source folder; choose another output")
     with publication_folder(out) as partial:
-        files = _files(source, exclude)
+        files, left_out = _files(source, exclude)
         _check_links(source, files)
-        models = [each for each in files if each.suffix == ".onnx"]
+        models = [file for file in files if file.suffix == ".onnx"]
         if not models:
             raise BadModel(f"{folder}: no .onnx file in this folder")
-        result = FolderExpansion(str(folder), str(out))
-        asked = dict(requests or {})
-        roles = _roles(source, models, asked)
-        data = _grow_models(result, source, partial, models, factor, (asked, roles), notify or tell_nobody, options)
+        work = _Work(FolderExpansion(str(folder), str(out)), source, partial, factor, notify or tell_nobody, options)
+        work.requests = _requests_by_model(source, models, requests or {})
+        work.data = {model: _data_of(source / model) for model in models}
+        no_others = set[Path]().union(*work.data.values(), _data_of_models_left_out(source, left_out))
+        work.copy_others(file for file in files if file not in models and (source / file).resolve() not in no_others)
+        work.grow()
         check_fit(source, partial, models)
-        for each in files:
-            if each not in models and (source / each).resolve() not in data:
-                _copy(source / each, partial / each)
-                result.copied.append(str(each))
-    return result
+    return work.result
 
 
-def _files(source: Path, exclude: Sequence[str]) -> list[Path]:
-    """The files of a folder, and links to folders, by their paths in it; what is hidden is left out.
+@dataclass
+class _Work:
+    """What is done for one folder."""
+
+    result: FolderExpansion
+    source: Path
+    partial: Path
+    """The folder that becomes the output."""
+    factor: int
+    say: Notify
+    options: Mapping[str, Any]
+    requests: dict[Path, dict[str, int]] = field(default_factory=dict)
+    """For each model the requests for the roles that it has."""
+    data: dict[Path, set[Path]] = field(default_factory=dict)
+    """For each model its data files, resolved."""
+
+    def copy_others(self, files: Iterable[Path]) -> None:
+        """Copy the files that are no part of a model.
+
+        They come before the models: a grown model then gives its data file a name that is free.
+        """
+        for file in files:
+            _copy(self.source / file, self.partial / file)
+            self.result.copied.append(file.as_posix())
+
+    def grow(self) -> None:
+        """Grow each model, or copy it where nothing in it can grow.
+
+        Raises:
+            Refused: one of them cannot grow so.
+        """
+        # A model that is copied needs its data files under their own names. So it is copied before any model grows
+        # that would give one of these names to its own data.
+        copied = [model for model in self.data if self._keeps_names(model) and not self._can_grow(model)]
+        for model in copied:
+            self._copy_model(model)
+        for model in self.data:
+            if model not in copied:
+                self._grow_model(model)
+
+    def _keeps_names(self, model: Path) -> bool:
+        """Whether the model reads a file that has the name of another model's grown data."""
+        others = [self.source / other for other in self.data if other != model]
+        return any(
+            path.parent == other.parent and data_files(other.name).fullmatch(path.name)
+            for path, other in itertools.product(self.data[model], others)
+        )
+
+    def _can_grow(self, model: Path) -> bool:
+        options = {name: self.options[name] for name in PLANNING_OPTIONS if name in self.options}
+        try:
+            plan_file(self.source / model, self.factor, self.requests[model], **options)
+        except NothingGrows:
+            return False
+        except Refused:
+            return True  # `_grow_model` reports it, with the name of the file
+        return True
+
+    def _grow_model(self, model: Path) -> None:
+        path, name = self.source / model, model.as_posix()
+        (self.partial / model).parent.mkdir(parents=True, exist_ok=True)
+
+        def say(stage: str) -> None:
+            self.say(f"{name}: {stage}")
+
+        try:
+            grown = expand(path, self.partial / model, self.factor, self.requests[model], notify=say, **self.options)
+        except NothingGrows:
+            self._copy_model(model)
+            return
+        except Refused as problem:
+            raise Refused(f"{model}: {problem}. Or leave the file out: --exclude {name}") from problem
+        self.result.models[name] = replace(grown, source=str(path), output=str(Path(self.result.output) / model))
+
+    def _copy_model(self, model: Path) -> None:
+        """Copy a model and its own data files; those lie in its folder, or below."""
+        path, target = self.source / model, self.partial / model
+        _copy(path, target)
+        for data in self.data[model]:
+            inside = data.relative_to(path.resolve().parent)
+            copy = target.parent / inside
+            if not copy.exists():
+                _copy(data, copy)
+            elif not filecmp.cmp(data, copy, shallow=False):  # two models may share a data file
+                raise Refused(
+                    f"{model}: its data file {inside} and another file would have one name; rename one of them"
+                )
+        self.result.unchanged.append(model.as_posix())
+
+
+PLANNING_OPTIONS = ("maps", "strategy", "untie", "keep_interface")
+"""The options of `expansion.expand` that decide the plan."""
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+# -- the files --------------------------------------------------------------------------------------------
+
+
+def _files(source: Path, exclude: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The files of a folder by their paths in it: those to grow or copy, and those that a pattern leaves out.
+
+    Links to folders are among them, for `_check_links` to refuse. Hidden files are in neither.
 
     Raises:
         BadModel: a folder in it cannot be read.
@@ -108,12 +216,13 @@ def _files(source: Path, exclude: Sequence[str]) -> list[Path]:
     def unreadable(problem: OSError) -> None:
         raise BadModel(f"{problem.filename}: cannot be read ({problem.strerror or problem})") from problem
 
-    found: list[Path] = []
-    for place, folders, files in os.walk(source, onerror=unreadable):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        paths = [Path(place) / each for each in (*folders, *files) if not each.startswith(".")]
-        found += [each.relative_to(source) for each in paths if each.is_file() or each.is_symlink()]
-    return sorted(each for each in found if not any(fnmatch.fnmatch(each.as_posix(), pattern) for pattern in exclude))
+    files: list[Path] = []
+    for place, folders, names in os.walk(source, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(place) / name for name in (*folders, *names) if not name.startswith(".")]
+        files += [path.relative_to(source) for path in paths if path.is_file() or path.is_symlink()]
+    excluded = [file for file in files if any(fnmatch.fnmatch(file.as_posix(), pattern) for pattern in exclude)]
+    return sorted(set(files) - set(excluded)), sorted(excluded)
 
 
 def _check_links(source: Path, files: list[Path]) -> None:
@@ -122,75 +231,49 @@ def _check_links(source: Path, files: list[Path]) -> None:
     Raises:
         BadRequest: there is one.
     """
-    for each in files:
-        if not (source / each).is_file():
+    for file in files:
+        if not (source / file).is_file():
             raise BadRequest(
-                f"{source / each}: a link to a folder, or to nothing; put the files themselves there, or leave it out: "
-                f"--exclude {each.as_posix()}"
+                f"{source / file}: a link to a folder, or to nothing; put the files themselves there, or leave it out: "
+                f"--exclude {file.as_posix()}"
             )
-        if not (source / each).resolve().is_relative_to(source):
+        if not (source / file).resolve().is_relative_to(source):
             raise BadRequest(
-                f"{source / each}: a link that leads out of the folder; put the file itself there, or leave it out: "
-                f"--exclude {each.as_posix()}"
+                f"{source / file}: a link that leads out of the folder; put the file itself there, or leave it out: "
+                f"--exclude {file.as_posix()}"
             )
 
 
-def _roles(source: Path, models: list[Path], asked: Mapping[str, int]) -> dict[Path, set[str]]:
-    """The roles of each model's dimensions.
+def _requests_by_model(source: Path, models: list[Path], asked: Mapping[str, int]) -> dict[Path, dict[str, int]]:
+    """For each model the requests for roles that its dimensions have.
 
     Raises:
         BadRequest: none of them has a role that is asked for.
     """
     if not asked:
-        return {}
-    found = {each: {named.role for named in name_dimensions(analyse(source / each).dimensions)} for each in models}
-    every = set().union(*found.values()) - {"other"}
+        return {model: {} for model in models}
+    roles = {model: {named.role for named in name_dimensions(analyse(source / model).dimensions)} for model in models}
+    known = set[str]().union(*roles.values()) - {"other"}
     for name in asked:
-        if name not in every:
+        if name not in known:
             numbered = " (numbered dimensions are one file's own)" if "." in name else ""
-            raise BadRequest(f"no model in {source} has a dimension {name!r}{numbered}; they have {sorted(every)}")
-    return found
+            raise BadRequest(f"no model in {source} has a dimension {name!r}{numbered}; they have {sorted(known)}")
+    return {model: {role: times for role, times in asked.items() if role in roles[model]} for model in models}
 
 
-def _grow_models(
-    result: FolderExpansion,
-    source: Path,
-    partial: Path,
-    models: list[Path],
-    factor: int,
-    request: tuple[dict[str, int], dict[Path, set[str]]],
-    say: Notify,
-    options: Mapping[str, Any],
-) -> set[Path]:
-    """Grow each model; returns the files that hold their data."""
-    asked, roles = request
+def _data_of(path: Path) -> set[Path]:
+    """The data files of a model, resolved."""
+    return loading.source_files(path, loading.load(path)) - {path.resolve()}
+
+
+def _data_of_models_left_out(source: Path, files: list[Path]) -> set[Path]:
+    """The data files of models that are left out, as far as these can be read: they would be of no use to anybody."""
     data: set[Path] = set()
-    for each in models:
-        (partial / each).parent.mkdir(parents=True, exist_ok=True)
-        own = {role: times for role, times in asked.items() if role in roles[each]}
-        data |= loading.source_files(source / each, loading.load(source / each))
-
-        def tell(stage: str, name: str = each.as_posix()) -> None:
-            say(f"{name}: {stage}")
-
-        try:
-            made = expand(source / each, partial / each, factor, own, notify=tell, **options)
-        except NothingGrows:
-            for file in (source / each, *(f for f in data if f.parent == (source / each).parent)):
-                _copy(file, partial / file.relative_to(source))
-            result.unchanged.append(each.as_posix())
-            continue
-        except Refused as problem:
-            raise Refused(f"{each}: {problem}. Or leave the file out: --exclude {each.as_posix()}") from problem
-        made = replace(made, source=str(source / each), output=str(Path(result.output) / each))
-        result.models[each.as_posix()] = made
+    for file in files:
+        if file.suffix == ".onnx":
+            with suppress(HypercloneError):
+                data |= _data_of(source / file)
     return data
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        shutil.copyfile(source, target)
 
 
 # -- do they fit together? --------------------------------------------------------------------------------
@@ -200,13 +283,13 @@ Sizes = list[tuple[int | None, int | None]]
 
 
 def check_fit(source: Path, grown: Path, models: Sequence[Path]) -> None:
-    """Check that what one grown file makes, another that reads it takes in the same size.
+    """Check that a tensor which one model makes and another reads still has one size in both.
 
-    Outputs and inputs are taken for the same tensor by their names, as exporters give them: ``last_hidden_state`` of
-    an encoder is ``encoder_hidden_states``, ``present`` is ``past_key_values``.
+    An output and an input are the same tensor where exporters give them matching names: ``last_hidden_state`` of an
+    encoder is ``encoder_hidden_states``, ``present`` is ``past_key_values``.
 
     Raises:
-        Refused: two files would no longer fit.
+        Refused: two models would no longer fit.
     """
     seen: dict[str, tuple[Path, Sizes]] = {}
     for model in models:
@@ -222,7 +305,7 @@ def check_fit(source: Path, grown: Path, models: Sequence[Path]) -> None:
 
 
 def _link(name: str) -> str:
-    """What a tensor is called between files."""
+    """The name by which models share a tensor."""
     if name == "last_hidden_state":
         return "encoder_hidden_states"
     return re.sub(r"^(present|past)(_key_values|_keys|_values)?(?=[._])", "cache", name)
@@ -233,8 +316,7 @@ def _interface(before: Path, after: Path) -> Iterator[tuple[str, Sizes]]:
     graphs = [loading.load(path).graph for path in (before, after)]
     old, new = ({value.name or "": value for value in (*graph.inputs, *graph.outputs)} for graph in graphs)
     for name, value in old.items():
-        shapes = [_sizes(each) for each in (value, new[name])]
-        yield name, list(zip(*shapes, strict=False))
+        yield name, list(zip(_sizes(value), _sizes(new[name]), strict=False))
 
 
 def _sizes(value: ir.Value) -> list[int | None]:

@@ -215,3 +215,102 @@ def test_a_link_to_a_folder_or_to_nothing_is_told(target: str, cli: Command, par
     assert names_in(tmp_path) == {"t5"}
     done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate", "--exclude", "latest")
     assert done.code == 0 and names_in(tmp_path / "big") == {"config.json", "onnx"}
+
+
+# -- external data ----------------------------------------------------------------------------------------
+
+
+def save_split(model: onnx.ModelProto, path: Path, location: str) -> None:
+    """A model with its weights in another file, which may lie in a folder below."""
+    (path.parent / location).parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=0)
+
+
+def fixed() -> onnx.ModelProto:
+    """A model with a weight, in which nothing can grow: a table that only leaves the graph."""
+    return build_model("g (int64[n] ids) => (float[n, 5] y) { y = Gather (table, ids) }", normal(5, {"table": (7, 5)}))
+
+
+def run_fixed(path: Path) -> np.ndarray:
+    return np.asarray(session(path).run(None, {"ids": np.arange(7)})[0])
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("grown_first", [True, False])
+@pytest.mark.parametrize("location", ["fixed.bin", "weights/fixed.bin"])
+def test_a_model_that_is_copied_takes_its_own_data_along_and_no_other_s(
+    cli: Command, tmp_path: Path, grown_first: bool, location: str
+) -> None:
+    folder = tmp_path / "two"
+    folder.mkdir()
+    grown, copied = ("a.onnx", "b.onnx") if grown_first else ("b.onnx", "a.onnx")
+    save_split(perceptron(), folder / grown, "grown.bin")
+    save_split(fixed(), folder / copied, location)
+    done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--device", "cpu", "--json")
+    assert done.code == 0, done.error
+    report = json.loads(done.stdout)
+    assert (report["unchanged"], list(report["models"]), report["copied"]) == ([copied], [grown], [])
+    assert files_in(tmp_path / "big") == {grown, f"{grown}.data", copied, location}
+    np.testing.assert_array_equal(run_fixed(tmp_path / "big" / copied), run_fixed(folder / copied))
+
+
+@pytest.mark.parametrize("grown_first", [True, False])
+def test_a_model_that_is_copied_keeps_data_that_is_named_as_another_s(
+    cli: Command, tmp_path: Path, grown_first: bool
+) -> None:
+    """The grown model would give this name to its own data, and takes another one."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    grown, copied = ("a.onnx", "b.onnx") if grown_first else ("b.onnx", "a.onnx")
+    save_split(perceptron(), folder / grown, "weights.bin")
+    save_split(fixed(), folder / copied, f"{grown}.data")
+    done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--device", "cpu")
+    assert done.code == 0, done.error
+    assert files_in(tmp_path / "big") == {grown, f"{grown}.1.data", copied, f"{grown}.data"}
+    np.testing.assert_array_equal(run_fixed(tmp_path / "big" / copied), run_fixed(folder / copied))
+    assert cli("validate", folder / grown, tmp_path / "big" / grown, "--device", "cpu").code == 0
+
+
+def test_two_models_share_one_data_file(cli: Command, tmp_path: Path) -> None:
+    """One of them grows and leaves the file behind; the other one is copied and needs it."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    save_split(perceptron(), folder / "a.onnx", "a.onnx.data")
+    other = onnx.load(folder / "a.onnx", load_external_data=False)
+    table = next(tensor for tensor in other.graph.initializer if tensor.name == "embedding")
+    del other.graph.initializer[:], other.graph.node[1:]
+    other.graph.initializer.append(table)
+    other.graph.node[0].output[0] = "logits"
+    other.graph.output[0].type.tensor_type.shape.dim[2].dim_value = 12
+    (folder / "b.onnx").write_bytes(other.SerializeToString())
+    done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--device", "cpu")
+    assert done.code == 0, done.error
+    assert files_in(tmp_path / "big") == {"a.onnx", "a.onnx.1.data", "b.onnx", "a.onnx.data"}
+    feeds = {"ids": np.arange(6).reshape(2, 3)}
+    before, after = (session(place / "b.onnx").run(None, feeds)[0] for place in (folder, tmp_path / "big"))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_other_files_keep_their_names(cli: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_split(perceptron(), folder / "model.onnx", "weights.bin")
+    (folder / "model.onnx.data").write_text("notes on the data")
+    done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--device", "cpu")
+    assert done.code == 0, done.error
+    assert files_in(tmp_path / "big") == {"model.onnx", "model.onnx.1.data", "model.onnx.data"}
+    assert (tmp_path / "big" / "model.onnx.data").read_text() == "notes on the data"
+
+
+def test_the_data_of_a_model_that_is_left_out_is_left_out(cli: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name in ("a", "b"):
+        save_split(perceptron(), folder / f"{name}.onnx", f"{name}.bin")
+    (folder / "c.onnx").write_text("no model")
+    done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--exclude", "[bc].onnx", "--device", "cpu")
+    assert done.code == 0, done.error
+    assert files_in(tmp_path / "big") == {"a.onnx", "a.onnx.data"}
