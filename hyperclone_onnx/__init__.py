@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from hyperclone_onnx.expansion import Expansion, expand, plan_expansion, validate_files
     from hyperclone_onnx.folders import FolderExpansion, expand_folder
     from hyperclone_onnx.plan.maps import SourceMap
-    from hyperclone_onnx.plan.plans import Plan, Recipe
+    from hyperclone_onnx.plan.plans import Plan
+    from hyperclone_onnx.plan.recipes import Recipe
     from hyperclone_onnx.plan.strategies import Strategy
     from hyperclone_onnx.rewriting.rewriting import rewrite
     from hyperclone_onnx.tensors.grown_tensor import GrownTensor
@@ -53,7 +54,8 @@ _HOMES = {
     "expansion": "Expansion expand plan_expansion validate_files",
     "folders": "FolderExpansion expand_folder",
     "plan.maps": "SourceMap",
-    "plan.plans": "Plan Recipe",
+    "plan.plans": "Plan",
+    "plan.recipes": "Recipe",
     "plan.strategies": "Strategy",
     "rewriting.rewriting": "rewrite",
     "tensors.grown_tensor": "GrownTensor",

@@ -14,7 +14,6 @@ from hyperclone_onnx.algebra.dims import ONE, Concat, Dim, Product, Space, Term
 from hyperclone_onnx.algebra.shape_values import binary, known, static_values, truncated, unary, where
 from hyperclone_onnx.algebra.sizes import Size
 from hyperclone_onnx.plan.maps import index_axis
-from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.rules.grown_terms import GrownTerms
 from hyperclone_onnx.rules.op import parse_size
@@ -164,7 +163,7 @@ def test_two_descriptions_of_one_axis_grow_alike(pair: tuple[list[int], list[int
         extra = rng.integers(0, size, int(rng.integers(0, 3)))
         index = rng.permutation(np.concatenate([np.arange(size), extra]))
         maps[atom] = (f"d{atom.uid}", SourceMap(size, index=tuple(index.tolist())))
-    terms = GrownTerms(Growth(dimensions, [], maps))
+    terms = GrownTerms(dimensions.space, maps)
     sources = []
     for term in (one, other):
         factors = terms.factors(term)

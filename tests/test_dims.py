@@ -14,7 +14,6 @@ from hyperclone_onnx.algebra.sizes import Size
 from hyperclone_onnx.analysis.roles import NamedDim, explain
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.plan.maps import SourceMap, index_axis
-from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.rules.grown_terms import GrownTerms
 
@@ -47,7 +46,7 @@ def grown_terms(space: Space, terms: Sequence[Term], seed: int) -> GrownTerms:
         if atom.growable and size:
             index = rng.permutation([*range(size), *rng.integers(0, size, rng.integers(0, 4))])
             maps[atom] = (f"d{atom.uid}", SourceMap(size, index=tuple(index.tolist())))
-    return GrownTerms(Growth(Dimensions(None, space), [], maps))  # type: ignore[arg-type]
+    return GrownTerms(space, maps)
 
 
 def source(terms: GrownTerms, axis: Term) -> list[int]:

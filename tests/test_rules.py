@@ -10,8 +10,8 @@ from rule_rows.harness import COVERED, MICROSOFT, ROWS, Build, Model, activation
 
 from hyperclone_onnx.analysis.roles import name_dimensions
 from hyperclone_onnx.analysis.walk import infer
+from hyperclone_onnx.plan.edits import ScaleInput
 from hyperclone_onnx.plan.maps import SourceMap
-from hyperclone_onnx.plan.plans import ScaleInput
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.reading.normalise import normalise

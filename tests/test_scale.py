@@ -77,13 +77,13 @@ def test_a_search_through_every_layer_in_every_layer_would_show(
 ) -> None:
     """As `marks_of` once was."""
 
-    def marks_of(self: sharing.Sharing, use: Use) -> Any:
+    def marks_of(self: sharing._Divider, use: Use) -> Any:
         for found in self.carried.values():
             if use in found.marks:
                 return frozenset(a for a in found.marks[use] if self.terms.grows(self.dimensions.use_axes[use][a]))
         return frozenset()
 
-    monkeypatch.setattr(sharing.Sharing, "marks_of", marks_of)
+    monkeypatch.setattr(sharing._Divider, "marks_of", marks_of)
     assert excess(tmp_path, "plan")["plan"] > 0.03
 
 

@@ -14,7 +14,7 @@ from fuzz.oracle import compare, run_source
 from hyperclone_onnx import Refused, analyse, expand, plan_expansion, rewrite
 from hyperclone_onnx.algebra import shape_values as known
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.plan.plans import ResizeVector
+from hyperclone_onnx.plan.edits import ResizeVector
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.writing import onnx_files as writer
 

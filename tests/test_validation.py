@@ -17,7 +17,8 @@ from conftest import Command, build_model, names_in, perceptron
 from onnx import numpy_helper
 
 from hyperclone_onnx import BadRequest, Plan, Strategy, expand, validate_files
-from hyperclone_onnx.plan.plans import METADATA_KEY, ScaleInput
+from hyperclone_onnx.plan.edits import ScaleInput
+from hyperclone_onnx.plan.plans import METADATA_KEY
 from hyperclone_onnx.plan.strategies import STRATEGIES
 from hyperclone_onnx.planning import making as planning
 from hyperclone_onnx.planning import sharing
@@ -496,7 +497,7 @@ def test_a_wrong_scale_is_found_among_rounded_activations(
     """What is off by a part in 100, one step of 8 bits, shows without the rounding."""
     model = tmp_path / "model.onnx"
     integer_model(model)
-    monkeypatch.setattr(sharing.Sharing, "_rescale", off_by_a_percent(sharing.Sharing._rescale))
+    monkeypatch.setattr(sharing._Divider, "_rescale", off_by_a_percent(sharing._Divider._rescale))
     monkeypatch.setattr(validation, "check_tensors", lambda *_: TensorReport())
     done = cli("expand", model, "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
     assert done.code == 1

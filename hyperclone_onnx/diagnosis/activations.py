@@ -24,8 +24,9 @@ from hyperclone_onnx.analysis.walk import infer, pin_interface
 from hyperclone_onnx.diagnosis.distance import Array, Spread, joint, spread_along
 from hyperclone_onnx.diagnosis.value_axes import Factor, ValueAxes
 from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.plan.edits import TakeBranch
 from hyperclone_onnx.plan.maps import grown_size, presented
-from hyperclone_onnx.plan.plans import Plan, TakeBranch
+from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.rewriting.rewriting import rewrite
 from hyperclone_onnx.validation import feeds as inputs

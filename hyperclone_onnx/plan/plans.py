@@ -1,95 +1,31 @@
 """The plan: everything that growing a model will do, as frozen data without a weight in it.
 
-It has a recipe for each stored tensor, an edit for each node that carries sizes, and the maps of the graph's
-inputs and outputs. It is written as versioned JSON, so that the same plan can grow another store that holds the
-same tensors (a checkpoint, optimizer moments).
+It has the transforms of the source graph, a recipe for each tensor that changes, an edit for each node that carries
+sizes, and the maps of the graph's inputs and outputs. It is written as versioned JSON. So the same plan can grow
+another store that holds the same tensors (a checkpoint, optimizer moments).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hyperclone_onnx.errors import BadModel
-from hyperclone_onnx.plan.maps import (
-    Axis,
-    AxisIndex,
-    Kept,
-    Maps,
-    SourceMap,
-    axis_from_json,
-    axis_to_json,
-    grown_size,
-    index_axis,
-    source_size,
-)
+from hyperclone_onnx.plan.edits import Edit, ScaleInput, edit_from_json
+from hyperclone_onnx.plan.maps import Axis, SourceMap, axis_from_json, axis_to_json, grown_size
+from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
 
 VERSION = 1
 METADATA_KEY = "hyperclone_onnx.plan"
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one grown tensor is made from one source tensor.
-
-    `axes[a]` lists the factors of axis a, outermost first. `shared` names the (axis, factor) pairs whose repeats
-    divide the weight among them; every other repeat copies it. `scale` multiplies the result. With `bits`, the
-    stored tensor holds numbers of so many bits packed in bytes, and `axes` are those of the numbers.
-    """
-
-    source: str
-    axes: tuple[tuple[Axis, ...], ...]
-    shared: tuple[tuple[int, int], ...] = ()
-    scale: float = 1.0
-    bits: int | None = None
-
-    @property
-    def grows(self) -> bool:
-        """Whether any axis is another than the source's."""
-        return any(not isinstance(factor, Kept) for axis in self.axes for factor in axis)
-
-    def index(self, maps: Maps) -> tuple[AxisIndex, ...]:
-        """What every index of each grown axis refers to."""
-        shared = set(self.shared)
-        return tuple(
-            index_axis([(factor, (a, f) in shared) for f, factor in enumerate(axis)], maps)
-            for a, axis in enumerate(self.axes)
-        )
-
-    def source_shape(self, maps: Maps) -> tuple[int, ...]:
-        """The shape of the tensor that it grows."""
-        return tuple(math.prod(source_size(factor, maps) for factor in axis) for axis in self.axes)
-
-    def to_json(self) -> dict[str, Any]:
-        """The recipe as plain data."""
-        data: dict[str, Any] = {
-            "source": self.source,
-            "axes": [[axis_to_json(factor) for factor in axis] for axis in self.axes],
-        }
-        if self.shared:
-            data["shared"] = [list(pair) for pair in self.shared]
-        if self.scale != 1.0:
-            data["scale"] = self.scale
-        if self.bits is not None:
-            data["bits"] = self.bits
-        return data
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Recipe:
-        """The inverse of `to_json`."""
-        return Recipe(
-            data["source"],
-            tuple(tuple(axis_from_json(factor) for factor in axis) for axis in data["axes"]),
-            tuple((axis, factor) for axis, factor in data.get("shared", ())),
-            data.get("scale", 1.0),
-            data.get("bits"),
-        )
+_NUMBERED = re.compile(r"(\.\d+)?")
+"""What follows the name of a constant where that name was taken."""
 
 
 @dataclass(frozen=True)
@@ -99,86 +35,6 @@ class Feed:
     node: str
     input: int
     tensor: str
-
-
-@dataclass(frozen=True)
-class SetAttribute:
-    """Set an attribute of a node; None removes it."""
-
-    node: str
-    name: str
-    value: int | float | tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class SetInput:
-    """Replace an integer input of a node by a literal (`shape` is its shape, () for a scalar)."""
-
-    node: str
-    input: int
-    values: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ResizeVector:
-    """Change elements of a vector of sizes that the graph computes: an input, or an output, of a node.
-
-    Element i becomes `literals[i]`, or, where that is None, itself times `factors[i]` (numerator, denominator). An
-    element that is `keep` when the model runs stays so: it is no size (-1 in a Reshape, 1 in an Expand).
-    """
-
-    node: str
-    slot: int
-    output: bool
-    literals: tuple[int | None, ...]
-    factors: tuple[tuple[int, int], ...]
-    keep: int | None = None
-
-
-@dataclass(frozen=True)
-class ScaleInput:
-    """Multiply a node's input, along some axes, by (number of repeats of each index) ** -power."""
-
-    node: str
-    input: int
-    axes: tuple[tuple[int, tuple[Axis, ...]], ...]
-    """(axis counted from the last, -1 being the last; the factors of that axis)"""
-    power: float
-
-
-@dataclass(frozen=True)
-class DivideOutput:
-    """Divide a node's integer output, a sum of equal repeats, by their number."""
-
-    node: str
-    output: int
-    divisor: int
-
-
-@dataclass(frozen=True)
-class TakeBranch:
-    """Put the nodes of one branch in the place of an If whose condition is known: the other branch never runs."""
-
-    node: str
-    branch: str
-
-
-@dataclass(frozen=True)
-class GatherOutput:
-    """Repeat a node's output along an axis that the node itself can only make in the source's size."""
-
-    node: str
-    output: int
-    axis: int
-    factors: tuple[Axis, ...]
-
-
-Edit = SetAttribute | SetInput | ResizeVector | ScaleInput | DivideOutput | TakeBranch | GatherOutput
-_EDITS = {
-    kind.__name__: kind
-    for kind in (SetAttribute, SetInput, ResizeVector, ScaleInput, DivideOutput, TakeBranch, GatherOutput)
-}
 
 
 @dataclass(frozen=True)
@@ -208,8 +64,30 @@ class GrownDim:
 
 
 @dataclass(frozen=True)
+class TransformStep:
+    """A transform of the source graph, by its name and options (see `transforms`), that comes before any growth."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The step as plain data."""
+        return {"transform": self.name, **self.options}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> TransformStep:
+        """The inverse of `to_json`."""
+        return TransformStep(data["transform"], {name: value for name, value in data.items() if name != "transform"})
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All of one growth. `tensors` maps each grown tensor's name to its recipe; `feeds` says who reads it."""
+    """All of one growth.
+
+    `tensors` maps the name of each grown tensor to its recipe. `feeds` says which inputs read another tensor than in
+    the source. `added` names the constants that growth put into the graph; it is None in a plan that was not applied
+    yet, and in files of releases that did not record them.
+    """
 
     dims: Mapping[str, GrownDim]
     tensors: Mapping[str, Recipe]
@@ -220,6 +98,8 @@ class Plan:
     strategy: Strategy
     keep_interface: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
+    transforms: tuple[TransformStep, ...] = ()
+    added: tuple[str, ...] | None = None
 
     @property
     def maps(self) -> dict[str, SourceMap]:
@@ -227,13 +107,16 @@ class Plan:
         return {name: dim.map for name, dim in self.dims.items()}
 
     def brings_in(self, name: str) -> bool:
-        """Whether a tensor of the grown model is a divisor that growth put in: the source has none such."""
-        nodes = (edit.node for edit in self.edits if isinstance(edit, ScaleInput))
-        return name not in self.tensors and any(name.startswith(f"{node}.scale") for node in nodes)
+        """Whether a tensor of the grown model is a constant that growth put in: the source has none such."""
+        if self.added is not None:
+            return name in self.added
+        nodes = {edit.node for edit in self.edits if isinstance(edit, ScaleInput)}
+        node, is_scale, number = name.rpartition(".scale")
+        return bool(is_scale) and node in nodes and name not in self.tensors and _NUMBERED.fullmatch(number) is not None
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return {
+        data = {
             "version": VERSION,
             "source": dict(self.source),
             "strategy": self.strategy.to_json(),
@@ -241,12 +124,17 @@ class Plan:
             "dims": {
                 name: {"role": dim.role, "size": dim.map.size, **dim.map.to_json()} for name, dim in self.dims.items()
             },
-            "inputs": [each.to_json() for each in self.inputs],
-            "outputs": [each.to_json() for each in self.outputs],
+            "inputs": [value.to_json() for value in self.inputs],
+            "outputs": [value.to_json() for value in self.outputs],
             "tensors": {name: recipe.to_json() for name, recipe in self.tensors.items()},
             "feeds": [[feed.node, feed.input, feed.tensor] for feed in self.feeds],
-            "edits": [_edit_to_json(edit) for edit in self.edits],
+            "edits": [edit.to_json() for edit in self.edits],
         }
+        if self.transforms:
+            data["transforms"] = [step.to_json() for step in self.transforms]
+        if self.added is not None:
+            data["added"] = list(self.added)
+        return data
 
     def dumps(self, indent: int | None = None) -> str:
         """The plan as JSON text, compact unless `indent` is given."""
@@ -270,12 +158,14 @@ class Plan:
                 },
                 tensors={name: Recipe.from_json(recipe) for name, recipe in data["tensors"].items()},
                 feeds=tuple(Feed(*feed) for feed in data["feeds"]),
-                edits=tuple(_edit_from_json(edit) for edit in data["edits"]),
-                inputs=tuple(Interface.from_json(each) for each in data["inputs"]),
-                outputs=tuple(Interface.from_json(each) for each in data["outputs"]),
+                edits=tuple(edit_from_json(edit) for edit in data["edits"]),
+                inputs=tuple(Interface.from_json(value) for value in data["inputs"]),
+                outputs=tuple(Interface.from_json(value) for value in data["outputs"]),
                 strategy=Strategy(**data["strategy"]),
                 keep_interface=data["keep_interface"],
                 source=dict(data["source"]),
+                transforms=tuple(TransformStep.from_json(step) for step in data.get("transforms", ())),
+                added=None if data.get("added") is None else tuple(map(str, data["added"])),
             )
             maps = plan.maps
             for recipe in plan.tensors.values():
@@ -319,31 +209,3 @@ class Plan:
         """
         text = metadata.get(METADATA_KEY)
         return Plan.loads(text) if text else None
-
-
-def _edit_to_json(edit: Edit) -> dict[str, Any]:
-    data: dict[str, Any] = {"edit": type(edit).__name__}
-    for name, value in vars(edit).items():
-        if isinstance(edit, ScaleInput) and name == "axes":
-            value = [[axis, [axis_to_json(f) for f in factors]] for axis, factors in value]
-        elif isinstance(edit, GatherOutput) and name == "factors":
-            value = [axis_to_json(f) for f in value]
-        elif isinstance(edit, ResizeVector) and name == "keep" and value is None:
-            continue
-        data[name] = value
-    return data
-
-
-def _edit_from_json(data: Mapping[str, Any]) -> Edit:
-    fields = {name: value for name, value in data.items() if name != "edit"}
-    kind = _EDITS[data["edit"]]
-    if kind is ScaleInput:
-        fields["axes"] = tuple((axis, tuple(map(axis_from_json, factors))) for axis, factors in fields["axes"])
-    elif kind is GatherOutput:
-        fields["factors"] = tuple(map(axis_from_json, fields["factors"]))
-    else:
-        fields = {
-            name: tuple(tuple(x) if isinstance(x, list) else x for x in value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-    return kind(**fields)

@@ -9,12 +9,15 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import FreshNames, describe, opset_of
+from hyperclone_onnx.plan.edits import Edit
 from hyperclone_onnx.plan.maps import Kept
-from hyperclone_onnx.plan.plans import Edit, Feed, GrownDim, Interface, Plan, Recipe
+from hyperclone_onnx.plan.origins import Origin
+from hyperclone_onnx.plan.plans import Feed, GrownDim, Interface, Plan
+from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.planning.carriers import Tracer
 from hyperclone_onnx.planning.request import Growth
-from hyperclone_onnx.planning.sharing import Sharing
+from hyperclone_onnx.planning.sharing import Division, divide_sums
 from hyperclone_onnx.rules import registry
 from hyperclone_onnx.rules.dimensions import Axes, Dimensions, Use
 from hyperclone_onnx.rules.grown_op import GrownOp
@@ -40,21 +43,21 @@ def make_plan(
     Raises:
         Refused: a norm would average over unequally repeated parts, or a node cannot be edited.
     """
-    dimensions = growth.dimensions
-    _check_averages(dimensions, growth.terms)
-    sharing = Sharing(growth, untie)
-    sharing.share_sums()
-    tensors, feeds = _tensors(sharing)
-    edits = [*sharing.edits, *_node_edits(growth, sharing.terms)]
-    roles = {each.name: each.role for each in growth.named}
+    dimensions, terms = growth.dimensions, growth.terms
+    chosen = strategy or Strategy()
+    _check_averages(dimensions, terms)
+    division = divide_sums(growth, untie)
+    tensors, feeds = _tensors(growth, division, chosen)
+    edits = [*division.edits, *_node_edits(growth, terms)]
+    roles = {dim.name: dim.role for dim in growth.named}
     return Plan(
-        dims={name: GrownDim(roles[name], chosen) for name, chosen in growth.maps.values()},
+        dims={name: GrownDim(roles[name], source_map) for name, source_map in growth.maps.values()},
         tensors=tensors,
         feeds=tuple(feeds),
         edits=tuple(edits),
-        inputs=tuple(_interface(dimensions.model.graph.inputs, sharing)),
-        outputs=tuple(_interface(dimensions.model.graph.outputs, sharing)),
-        strategy=strategy or Strategy(),
+        inputs=tuple(_interface(dimensions.model.graph.inputs, growth)),
+        outputs=tuple(_interface(dimensions.model.graph.outputs, growth)),
+        strategy=chosen,
         keep_interface=keep_interface,
     )
 
@@ -95,23 +98,25 @@ def _check_averages(dimensions: Dimensions, terms: GrownTerms) -> None:
             )
 
 
-def _tensors(sharing: Sharing) -> tuple[dict[str, Recipe], list[Feed]]:
+def _tensors(growth: Growth, division: Division, strategy: Strategy) -> tuple[dict[str, Recipe], list[Feed]]:
     """A recipe for each tensor that changes, and the uses that read another tensor than before."""
-    dimensions = sharing.dimensions
+    dimensions, terms = growth.dimensions, growth.terms
+    names = list(dimensions.model.graph.initializers)
     recipes: dict[str, dict[object, tuple[Recipe, list[Use]]]] = defaultdict(dict)
     for value, use, axes in dimensions.initializer_uses():
-        recipe = _recipe(sharing, value.name or "", use, axes)
-        key = (sharing.terms.canonical(recipe.axes), recipe.shared, recipe.scale, recipe.bits)
-        recipes[recipe.source].setdefault(key, (recipe, []))[1].append(use)
+        name = value.name or ""
+        recipe = _recipe(growth, division, strategy.law.origin(name, names), use, axes)
+        key = (recipe.origin, terms.canonical(recipe.axes), recipe.shared, recipe.scale, recipe.bits)
+        recipes[name].setdefault(key, (recipe, []))[1].append(use)
     tensors: dict[str, Recipe] = {}
     feeds: list[Feed] = []
     fresh = FreshNames(dimensions.model.graph)
     for name, variants in recipes.items():
         kept_elsewhere = _read_elsewhere(dimensions, name)
-        ordered = sorted(variants.values(), key=lambda variant: not _is_trivial(variant[0]))
+        ordered = sorted(variants.values(), key=lambda variant: not variant[0].is_trivial)
         for number, (recipe, uses) in enumerate(ordered):
-            if number == 0 and not (kept_elsewhere and not _is_trivial(recipe)):
-                if not _is_trivial(recipe):
+            if number == 0 and not (kept_elsewhere and not recipe.is_trivial):
+                if not recipe.is_trivial:
                     tensors[name] = recipe
                 continue
             own = fresh.value(name)
@@ -120,15 +125,15 @@ def _tensors(sharing: Sharing) -> tuple[dict[str, Recipe], list[Feed]]:
     return tensors, feeds
 
 
-def _recipe(sharing: Sharing, source: str, use: Use, axes: Axes) -> Recipe:
-    factors = sharing.terms.recipe_axes(axes)
+def _recipe(growth: Growth, division: Division, origin: Origin, use: Use, axes: Axes) -> Recipe:
+    factors = growth.terms.recipe_axes(axes)
     shared = tuple(
         (axis, position)
-        for axis in sorted(sharing.marks_of(use))
+        for axis in sorted(division.marks.get(use, ()))
         for position, factor in enumerate(factors[axis])
         if not isinstance(factor, Kept)
     )
-    return Recipe(source, factors, shared, sharing.scales.get(use, 1.0), sharing.dimensions.packed.get(use))
+    return Recipe(origin, factors, shared, division.scales.get(use, 1.0), growth.dimensions.packed.get(use))
 
 
 def _read_elsewhere(dimensions: Dimensions, name: str) -> bool:
@@ -137,13 +142,10 @@ def _read_elsewhere(dimensions: Dimensions, name: str) -> bool:
     return any((use.node, use.idx) not in dimensions.use_axes for use in uses)
 
 
-def _is_trivial(recipe: Recipe) -> bool:
-    return not recipe.grows and recipe.scale == 1.0
-
-
-def _interface(values: Iterable[ir.Value], sharing: Sharing) -> Iterable[Interface]:
+def _interface(values: Iterable[ir.Value], growth: Growth) -> Iterable[Interface]:
     """The grown inputs or outputs."""
+    terms = growth.terms
     for value in values:
-        axes = sharing.dimensions.axes.get(value) or ()
-        if any(sharing.terms.grows(term) for term in axes):
-            yield Interface(value.name or "", tuple(sharing.terms.factors(term) for term in axes))
+        axes = growth.dimensions.axes.get(value) or ()
+        if any(terms.grows(term) for term in axes):
+            yield Interface(value.name or "", tuple(terms.factors(term) for term in axes))

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import describe, is_initializer
-from hyperclone_onnx.plan.plans import DivideOutput, Edit, ScaleInput, SetAttribute
+from hyperclone_onnx.plan.edits import DivideOutput, Edit, ScaleInput, SetAttribute
 from hyperclone_onnx.planning.carriers import LAYOUT, Carriers, Marks, Tracer
 from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.rules.dimensions import Axes, Sum, Use
@@ -28,30 +28,53 @@ LARGEST_SUM, LARGEST_PRODUCT = 2**31 - 1, 255 * 255
 """Products of bytes are added up in 32 bits."""
 
 
-@dataclass
-class Sharing:
-    """The division of every sum over a grown axis.
+@dataclass(frozen=True)
+class Division:
+    """Where every sum over a grown axis is divided.
 
-    `marks_of` tells the axes along which a stored tensor shares, `scales` what multiplies it, `edits` what divides
-    in the graph.
+    `marks` has the growing axes along which a use of a stored tensor shares it among the repeats, `scales` a number
+    that multiplies the tensor for a use, and `edits` the divisions in the graph.
     """
 
-    growth: Growth
-    untie: bool
-    edits: list[Edit] = field(default_factory=list)
-    carried: dict[Group, Carriers] = field(default_factory=dict)
-    scales: dict[Use, float] = field(default_factory=dict)
+    marks: Mapping[Use, Marks]
+    scales: Mapping[Use, float]
+    edits: tuple[Edit, ...]
 
-    def __post_init__(self) -> None:
-        self.dimensions = self.growth.dimensions
+
+def divide_sums(growth: Growth, untie: bool) -> Division:
+    """Decide, for each node that sums over a grown axis, what divides the sum.
+
+    Args:
+        growth: the source map of each dimension.
+        untie: let two uses of one tensor share it along different axes, so that it is split.
+
+    Raises:
+        Refused: a sum cannot be divided.
+    """
+    divider = _Divider(growth, untie)
+    divider.divide()
+    uses = growth.dimensions.use_axes
+    marks = {use: marks for use in uses if (marks := divider.marks_of(use))}
+    return Division(marks, dict(divider.scales), tuple(divider.edits))
+
+
+class _Divider:
+    """The state of `divide_sums`: which groups of sums weights carry so far, and which scalars divide the others."""
+
+    def __init__(self, growth: Growth, untie: bool) -> None:
+        self.untie = untie
+        self.edits: list[Edit] = []
+        self.carried: dict[Group, Carriers] = {}
+        self.scales: dict[Use, float] = {}
+        self.dimensions = growth.dimensions
         self.space = self.dimensions.space
-        self.terms = self.growth.terms
+        self.terms = growth.terms
         self.tracer = Tracer(self.dimensions, self.terms)
         self._by_use: dict[Use, list[Group]] = defaultdict(list)
         self._carried_nodes: set[ir.Node] = set()
 
-    def share_sums(self) -> None:
-        """Decide, for each node that sums over a grown axis, who divides."""
+    def divide(self) -> None:
+        """Divide every sum, by weights where they can and by scalars elsewhere."""
         groups = _independent([each for each in self.dimensions.sums if self.terms.grows(each.term)])
         for group in groups:
             carriers = self._weights_that_carry(group)

@@ -16,7 +16,7 @@ def print_expansion(console: Console, result: Expansion) -> None:
     """Print the whole report."""
     _print_grown(console, result)
     _print_kept(console, result)
-    if result.quantised and result.plan.strategy.name != "symmetric":
+    if result.quantised and not result.plan.strategy.law.is_even:
         print_line(
             console,
             f"{result.quantised} quantised tensors repeat their codes, their scales divided: their shares are equal, "

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Product, Term
 from hyperclone_onnx.algebra.shape_values import static_values
-from hyperclone_onnx.plan.plans import TakeBranch
+from hyperclone_onnx.plan.edits import TakeBranch
 from hyperclone_onnx.rules.dimensions import Axes
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.op import CannotTell, Op

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from hyperclone_onnx.algebra.dims import Concat, Product, Term, product
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import describe
-from hyperclone_onnx.plan.plans import Edit, GatherOutput, ResizeVector, ScaleInput, SetAttribute, SetInput
+from hyperclone_onnx.plan.edits import Edit, GatherOutput, ResizeVector, ScaleInput, SetAttribute, SetInput
 from hyperclone_onnx.rules.dimensions import Axes, Dimensions
 from hyperclone_onnx.rules.grown_terms import GrownTerms
 from hyperclone_onnx.rules.op import Op

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.plan.maps import Maps, grown_size
-from hyperclone_onnx.plan.plans import Recipe
+from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.tensors.packing import pack, packed_width
 from hyperclone_onnx.tensors.table import Piece, Table

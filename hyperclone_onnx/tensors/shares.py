@@ -105,7 +105,8 @@ class Sharer:
 
     def __init__(self, strategy: Strategy, dtype: ir.DataType, tensor: str, spread: float) -> None:
         self.strategy = strategy
-        self.spread = spread if strategy.noisy else 0.0
+        self.law = strategy.law
+        self.spread = spread if self.law.noisy else 0.0
         self.noisy = self.spread > 0.0
         self.tensor = tensor
         self.bits = PRECISION.get(dtype)
@@ -115,12 +116,12 @@ class Sharer:
     @property
     def all_alike(self) -> bool:
         """Whether every repeat gets the same."""
-        return not self.noisy and not self.strategy.diagonal and self.bits is None
+        return not self.noisy and self.law.shares_equally and self.bits is None
 
     def table(self, count: int) -> Array:
         """The noise to draw from for `count` repeats, as large as it is added."""
         if count not in self._tables:
-            amplitude = 1.0 / (math.sqrt(count) if self.strategy.diagonal else count)
+            amplitude = self.law.noise_scale(count)
             amplitude *= self.spread * (1.0 if count == 2 else math.sqrt(0.5))
             self._tables[count] = np.multiply(quantiles(), self.work(amplitude), dtype=self.work)
         return self._tables[count]
@@ -183,14 +184,15 @@ class Block:
     def _plain(self, row: Run, number: int, out: Array) -> None:
         count = row.count * self.columns.count
         noise = self._noise(row, number, count) if self.sharer.noisy else None
-        if not self.sharer.strategy.diagonal:
+        law = self.sharer.law
+        if law.shares_equally:
             if noise is None:
                 np.divide(self.values, _as(count, self.values), out=out)
             else:
                 noise.added(self._divided(count), out)
             return
         other = row.other_number * self.columns.other_count + self.columns.other_number
-        chosen = number == other % count
+        chosen = law.takes_whole(number, count, other)
         parts = stretches(chosen)
         if parts is None:
             np.copyto(out, np.where(chosen, self.values, self.values.dtype.type(0)))

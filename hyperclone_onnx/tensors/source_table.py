@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.plan.maps import AxisIndex
-from hyperclone_onnx.plan.plans import Recipe
+from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.tensors.packing import packed_width, unpack
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.stored_rows import StoredRows

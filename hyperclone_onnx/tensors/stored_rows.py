@@ -1,6 +1,6 @@
 """Stored tensors read a few rows at a time, into memory that is used again.
 
-A tensor that lies in a file is read with `pread`, not mapped: mapped pages would count as this process's memory, and
+A tensor that lies in a file is read with `pread`, not mapped. Mapped pages would count as this process's memory, and
 a file that is cut short while it is read would be a signal instead of an error.
 """
 
@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,20 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.system.page_cache import BATCH, Stretches, forget
 from hyperclone_onnx.system.positioned import BINARY, read_at
+from hyperclone_onnx.tensors.assembled import DrawnTensor, JoinedTensor
 from hyperclone_onnx.tensors.scratch import Scratch
 
 Array = npt.NDArray[Any]
+
+
+class ByteSource(Protocol):
+    """Gives any of a tensor's bytes."""
+
+    def fill(self, start: int, into: Array) -> None:
+        """Read bytes from `start` on, as many as `into` has."""
+
+    def close(self) -> None:
+        """Give back files and memory; reading opens them again."""
 
 
 class StoredRows:
@@ -31,17 +42,15 @@ class StoredRows:
         tensor: the tensor; one in a file is read from there whenever rows are asked for.
         count: the number of rows.
         width: the bytes of a row.
-        forget: let the page cache forget what was read: a large file that is read once would fill it.
+        forget: let the page cache forget the bytes that were read: a large file that is read once would fill it.
     """
 
     def __init__(self, tensor: ir.TensorProtocol, count: int, width: int, *, forget: bool = False) -> None:
         self.count, self.width = count, width
         self._tensor = tensor
-        self._external = tensor if isinstance(tensor, ir.ExternalTensor) else None
-        self._file: int | None = None
+        self._source = _byte_source(tensor, forget)
         self._memory: Array | None = None
         self._lock = threading.Lock()
-        self._read = Stretches() if forget and tensor.nbytes > BATCH else None
 
     def read(self, first: int, count: int, scratch: Scratch, name: str = "rows") -> Array:
         """Rows [first, first + count) as bytes, shape (count, width); not to be changed.
@@ -49,36 +58,75 @@ class StoredRows:
         Raises:
             BadModel: the file ends before them, or cannot be read any more.
         """
-        if self._external is None:
+        if self._source is None:
             return self._in_memory()[first : first + count]
         into = scratch.array(name, (count, self.width), np.uint8)
-        self._pread((self._external.offset or 0) + first * self.width, into)
+        self._source.fill(first * self.width, into)
         return into
 
     def read_part(self, first: int, count: int, start: int, length: int, scratch: Scratch, name: str = "rows") -> Array:
         """Bytes [start, start + length) of each of some rows, shape (count, length)."""
-        if self._external is None:
+        if self._source is None:
             return self._in_memory()[first : first + count, start : start + length]
         if length == self.width or length * 4 > self.width * 3 or self.width < mmap.PAGESIZE:
             return self.read(first, count, scratch, name)[:, start : start + length]
         into = scratch.array(name, (count, length), np.uint8)
-        base = (self._external.offset or 0) + start
         for row in range(count):
-            self._pread(base + (first + row) * self.width, into[row])
+            self._source.fill((first + row) * self.width + start, into[row])
         return into
 
     def read_bytes(self, start: int, count: int, scratch: Scratch, name: str = "rows") -> Array:
-        """Some bytes, wherever rows begin, shape (count,)."""
-        if self._external is None:
+        """Bytes [start, start + count) of the whole tensor, shape (count,)."""
+        if self._source is None:
             return self._in_memory().reshape(-1)[start : start + count]
         into = scratch.array(name, (count,), np.uint8)
-        self._pread((self._external.offset or 0) + start, into)
+        self._source.fill(start, into)
         return into
 
-    def _pread(self, offset: int, into: Array) -> None:
+    def _in_memory(self) -> Array:
+        with self._lock:
+            if self._memory is None:
+                array = self._tensor.numpy()
+                if array.nbytes != self.count * self.width:  # several numbers to a byte
+                    array = np.frombuffer(self._tensor.tobytes(), dtype=np.uint8)
+                self._memory = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(self.count, self.width)
+            return self._memory
+
+    def close(self) -> None:
+        """Give back files and memory; reading opens them again."""
+        with self._lock:
+            self._memory = None
+        if self._source is not None:
+            self._source.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _byte_source(tensor: ir.TensorProtocol, forget: bool) -> ByteSource | None:
+    """The source of a tensor's bytes; None for one that lies in memory, or can only be had whole."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return _FileBytes(tensor, forget)
+    if isinstance(tensor, JoinedTensor) and tensor.has_whole_runs:
+        return _JoinedBytes(tensor, forget)
+    if isinstance(tensor, DrawnTensor):
+        return _DrawnBytes(tensor)
+    return None
+
+
+class _FileBytes:
+    """The bytes of a tensor in a file."""
+
+    def __init__(self, tensor: ir.ExternalTensor, forget: bool) -> None:
+        self._tensor = tensor
+        self._file: int | None = None
+        self._lock = threading.Lock()
+        self._read = Stretches() if forget and tensor.nbytes > BATCH else None
+
+    def fill(self, start: int, into: Array) -> None:
         if not into.size:
             return
-        path = self._external.path if self._external is not None else ""
+        path, offset = self._tensor.path, (self._tensor.offset or 0) + start
         try:
             descriptor = self._descriptor()
             got = read_at(descriptor, memoryview(into.reshape(-1).data), offset)
@@ -92,26 +140,49 @@ class StoredRows:
     def _descriptor(self) -> int:
         with self._lock:
             if self._file is None:
-                assert self._external is not None
-                self._file = os.open(self._external.path, os.O_RDONLY | BINARY)
+                self._file = os.open(self._tensor.path, os.O_RDONLY | BINARY)
             return self._file
 
-    def _in_memory(self) -> Array:
-        with self._lock:
-            if self._memory is None:
-                array = self._tensor.numpy()
-                if array.nbytes != self.count * self.width:  # several numbers to a byte
-                    array = np.frombuffer(self._tensor.tobytes(), dtype=np.uint8)
-                self._memory = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(self.count, self.width)
-            return self._memory
-
     def close(self) -> None:
-        """Give back the file and the memory; reading opens them again."""
         with self._lock:
-            file, self._file, self._memory = self._file, None, None
+            file, self._file = self._file, None
         if file is not None:
             with suppress(OSError):
                 os.close(file)
 
-    def __del__(self) -> None:
-        self.close()
+
+class _JoinedBytes:
+    """The bytes of several tensors as those of one."""
+
+    def __init__(self, tensor: JoinedTensor, forget: bool) -> None:
+        self._tensor = tensor
+        self._parts = [StoredRows(part, 1, part.nbytes, forget=forget) for part in tensor.parts]
+        self._scratch = threading.local()
+
+    def fill(self, start: int, into: Array) -> None:
+        if not hasattr(self._scratch, "own"):
+            self._scratch.own = Scratch()
+        flat, at = into.reshape(-1), 0
+        for part, offset, size in self._tensor.places(start, into.size):
+            flat[at : at + size] = self._parts[part].read_bytes(offset, size, self._scratch.own)
+            at += size
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+
+class _DrawnBytes:
+    """The bytes of numbers drawn by a law."""
+
+    def __init__(self, tensor: DrawnTensor) -> None:
+        self._tensor = tensor
+
+    def fill(self, start: int, into: Array) -> None:
+        item = self._tensor.kind.itemsize
+        first, last = start // item, -(-(start + into.size) // item)
+        made = np.ascontiguousarray(self._tensor.elements(first, last - first, Scratch())).view(np.uint8)
+        into.reshape(-1)[...] = made[start - first * item :][: into.size]
+
+    def close(self) -> None:
+        pass

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.plan.maps import Maps, join_axes
-from hyperclone_onnx.plan.plans import Recipe
+from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.tensors.noise_level import NoiseLevel
 from hyperclone_onnx.tensors.packing import pack
@@ -58,7 +58,7 @@ class Table:
         self.columns = join_axes(self.axes[self.split :])
         self.source = SourceTable(source, recipe, self.axes, self.split)
         self.out_type = np.dtype(dtype.numpy() if recipe.bits is None else np.uint8)
-        noisy = recipe.shared and strategy.noisy
+        noisy = recipe.shared and strategy.law.noisy
         self.level = NoiseLevel(self.source, strategy.snr_db) if noisy else None
 
     # -- computing ----------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class Table:
         if not self.recipe.shared:
             return None
         spread = 0.0 if self.level is None else self.level.value * abs(self.recipe.scale)
-        return Sharer(self.strategy, self.dtype, self.recipe.source, spread)
+        return Sharer(self.strategy, self.dtype, self.recipe.noise_name, spread)
 
     @cached_property
     def _every_column(self) -> Columns:

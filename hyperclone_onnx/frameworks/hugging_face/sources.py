@@ -14,7 +14,8 @@ import onnx_ir as ir
 from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
-from hyperclone_onnx.plan.plans import Plan, Recipe
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
 

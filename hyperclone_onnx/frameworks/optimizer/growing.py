@@ -166,7 +166,7 @@ def _means(plan: Plan, names: Iterable[str]) -> list[str]:
             for a, axis in enumerate(recipe.axes)
             for f, factor in enumerate(axis)
         )
-        if source in several or (copies and plan.strategy.name != "symmetric"):
+        if source in several or (copies and not plan.strategy.law.is_even):
             found.append(name)
     return found
 

@@ -30,7 +30,8 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import Array, StoredArray
 from hyperclone_onnx.plan.maps import Maps
-from hyperclone_onnx.plan.plans import Plan, Recipe
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
 

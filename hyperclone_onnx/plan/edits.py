@@ -1,0 +1,279 @@
+"""The edits of a plan: what changes at a node that carries sizes. Each class owns its JSON and its application.
+
+An edit is applied through an `Editor`, which holds the graph. So an edit is data that knows what to ask for, and
+nothing here depends on how a graph is stored. The class names are part of the plan's format.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hyperclone_onnx.plan.maps import Axis, Maps, axis_from_json, axis_to_json, index_axis
+
+Array = npt.NDArray[Any]
+Operand = Any
+"""A value of the graph, as the editor hands it out."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node to insert. The value that passes through takes position `position` among its operands."""
+
+    op_type: str
+    operands: tuple[Operand, ...]
+    position: int = 0
+    axis: int | None = None
+
+
+class Editor(Protocol):
+    """The graph that is being grown, as an edit sees it. Nodes are named; slots count inputs, or outputs."""
+
+    maps: Maps
+
+    def set_attribute(self, node: str, name: str, value: Any) -> None:
+        """Set an attribute; None removes it."""
+
+    def integers(self, node: str, slot: int, output: bool = False) -> Any:
+        """The numpy type of an integer input or output; int64 where it is absent."""
+
+    def is_scalar_output(self, node: str) -> bool:
+        """Whether the node's output is one number (Size), where others have a vector."""
+
+    def constant(self, hint: str, array: Array) -> Operand:
+        """Store an array under `hint`, or a name that begins with it."""
+
+    def factor(self, hint: str, node: str, slot: int, divisors: Array) -> tuple[str, Operand]:
+        """("Mul", the inverses) or ("Div", the divisors), whichever the input's type holds exactly."""
+
+    def equal_to(self, node: str, slot: int, output: bool, constant: Operand) -> Operand:
+        """A new value: whether the elements of an input or output equal the constant's."""
+
+    def value(self, node: str, slot: int, output: bool = False) -> Operand:
+        """An input or an output of a node."""
+
+    def replace_input(self, node: str, slot: int, operand: Operand) -> None:
+        """Let an input read another value; the input may be absent so far."""
+
+    def insert(self, node: str, slot: int, output: bool, steps: Sequence[Step]) -> None:
+        """Insert steps in front of an input, or behind an output."""
+
+    def take_branch(self, node: str, branch: str) -> None:
+        """Put the nodes of one branch in the place of an If."""
+
+
+class Edit(ABC):
+    """A change at one node. A subclass is a frozen dataclass, registered by `edit`."""
+
+    node: str
+    comes_last: ClassVar[bool] = False
+    """Whether it waits until all others are applied."""
+
+    @abstractmethod
+    def apply(self, editor: Editor) -> None:
+        """Change the graph."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The edit as plain data: the name of its class, and its fields."""
+        return {"edit": type(self).__name__, **self._fields_to_json()}
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def _fields_from_json(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields, with lists turned into tuples."""
+        return {name: _as_tuple(value) for name, value in data.items()}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(part) for part in value) if isinstance(value, list) else value
+
+
+_kinds: dict[str, type[Edit]] = {}
+
+
+def edit(kind: type[Edit]) -> type[Edit]:
+    """Register a class of edits by its name."""
+    if kind.__name__ in _kinds:
+        raise ValueError(f"there is an edit {kind.__name__} already")
+    _kinds[kind.__name__] = kind
+    return kind
+
+
+def edit_from_json(data: Mapping[str, Any]) -> Edit:
+    """The inverse of `Edit.to_json`.
+
+    Raises:
+        KeyError: no class of that name is registered.
+    """
+    kind = _kinds[data["edit"]]
+    make: Callable[..., Edit] = kind
+    return make(**kind._fields_from_json({name: value for name, value in data.items() if name != "edit"}))
+
+
+@edit
+@dataclass(frozen=True)
+class SetAttribute(Edit):
+    """Set an attribute of a node; None removes it."""
+
+    node: str
+    name: str
+    value: int | float | tuple[int, ...] | None
+
+    def apply(self, editor: Editor) -> None:
+        """Set it."""
+        editor.set_attribute(self.node, self.name, list(self.value) if isinstance(self.value, tuple) else self.value)
+
+
+@edit
+@dataclass(frozen=True)
+class SetInput(Edit):
+    """Replace an integer input of a node by a literal (`shape` is its shape, () for a scalar)."""
+
+    node: str
+    input: int
+    values: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def apply(self, editor: Editor) -> None:
+        """Store the literal, and let the input read it."""
+        array = np.asarray(self.values, dtype=editor.integers(self.node, self.input)).reshape(self.shape)
+        editor.replace_input(self.node, self.input, editor.constant(f"{self.node}.sizes", array))
+
+
+@edit
+@dataclass(frozen=True)
+class ResizeVector(Edit):
+    """Change elements of a vector of sizes that the graph computes: an input, or an output, of a node.
+
+    Element i becomes `literals[i]`, or, where that is None, itself times `factors[i]` (numerator, denominator). An
+    element that is `keep` when the model runs stays so: it is no size (-1 in a Reshape, 1 in an Expand).
+    """
+
+    node: str
+    slot: int
+    output: bool
+    literals: tuple[int | None, ...]
+    factors: tuple[tuple[int, int], ...]
+    keep: int | None = None
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        data = super()._fields_to_json()
+        if self.keep is None:
+            del data["keep"]
+        return data
+
+    def apply(self, editor: Editor) -> None:
+        """Where(is literal, literals, Where(vector == keep, vector, vector * numerators / denominators)), as needed."""
+        scalar = self.output and editor.is_scalar_output(self.node)
+        integers = editor.integers(self.node, self.slot, self.output)
+
+        def stored(items: Sequence[int | bool], dtype: Any = integers) -> Operand:
+            return editor.constant(f"{self.node}.sizes", np.asarray(items[0] if scalar else items, dtype=dtype))
+
+        steps: list[Step] = []
+        for op_type, position in (("Mul", 0), ("Div", 1)):
+            numbers = [factor[position] for factor in self.factors]
+            if any(number != 1 for number in numbers):
+                steps.append(Step(op_type, (stored(numbers),)))
+        if self.keep is not None:
+            kept = editor.equal_to(self.node, self.slot, self.output, stored([self.keep] * len(self.factors)))
+            vector = editor.value(self.node, self.slot, self.output)
+            steps.append(Step("Where", (kept, vector), position=2))
+        if any(literal is not None for literal in self.literals):
+            is_literal = stored([literal is not None for literal in self.literals], np.bool_)
+            literals = stored([literal or 0 for literal in self.literals])
+            steps.append(Step("Where", (is_literal, literals), position=2))
+        editor.insert(self.node, self.slot, self.output, steps)
+
+
+@edit
+@dataclass(frozen=True)
+class ScaleInput(Edit):
+    """Multiply a node's input, along some axes, by (number of repeats of each index) ** -power."""
+
+    node: str
+    input: int
+    axes: tuple[tuple[int, tuple[Axis, ...]], ...]
+    """(axis counted from the last, -1 being the last; the factors of that axis)"""
+    power: float
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        axes = [[axis, [axis_to_json(factor) for factor in factors]] for axis, factors in self.axes]
+        return {**super()._fields_to_json(), "axes": axes}
+
+    @classmethod
+    def _fields_from_json(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        axes = tuple((axis, tuple(map(axis_from_json, factors))) for axis, factors in data["axes"])
+        return {**data, "axes": axes}
+
+    def apply(self, editor: Editor) -> None:
+        """Insert a product, or a quotient where only the divisors are exact in the input's type."""
+        steps: list[Step] = []
+        for axis, factors in self.axes:
+            counts = index_axis([(factor, True) for factor in factors], editor.maps).count
+            divisors = counts.astype(np.float64) ** self.power
+            uniform = counts.min() == counts.max()
+            shaped = divisors[0] if uniform else divisors.reshape(-1, *[1] * (-axis - 1))
+            op_type, operand = editor.factor(f"{self.node}.scale", self.node, self.input, shaped)
+            steps.append(Step(op_type, (operand,)))
+        editor.insert(self.node, self.input, False, steps)
+
+
+@edit
+@dataclass(frozen=True)
+class DivideOutput(Edit):
+    """Divide a node's integer output, a sum of equal repeats, by their number."""
+
+    node: str
+    output: int
+    divisor: int
+
+    def apply(self, editor: Editor) -> None:
+        """Insert the quotient."""
+        divisor = editor.constant(f"{self.node}.repeats", np.asarray(self.divisor, dtype=np.int32))
+        editor.insert(self.node, self.output, True, [Step("Div", (divisor,))])
+
+
+@edit
+@dataclass(frozen=True)
+class TakeBranch(Edit):
+    """Put the nodes of one branch in the place of an If whose condition is known: the other branch never runs."""
+
+    node: str
+    branch: str
+    comes_last: ClassVar[bool] = True  # edits of the branch's own nodes find them where they were
+
+    def apply(self, editor: Editor) -> None:
+        """Move the nodes."""
+        editor.take_branch(self.node, self.branch)
+
+
+@edit
+@dataclass(frozen=True)
+class GatherOutput(Edit):
+    """Repeat a node's output along an axis that the node itself can only make in the source's size."""
+
+    node: str
+    output: int
+    axis: int
+    factors: tuple[Axis, ...]
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        return {**super()._fields_to_json(), "factors": [axis_to_json(factor) for factor in self.factors]}
+
+    @classmethod
+    def _fields_from_json(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        return {**data, "factors": tuple(map(axis_from_json, data["factors"]))}
+
+    def apply(self, editor: Editor) -> None:
+        """Insert the Gather."""
+        source = index_axis([(factor, False) for factor in self.factors], editor.maps).source
+        index = editor.constant(f"{self.node}.map", source)
+        editor.insert(self.node, self.output, True, [Step("Gather", (index,), axis=self.axis)])
