@@ -85,8 +85,8 @@ class Plan:
     """All of one growth.
 
     `tensors` maps the name of each grown tensor to its recipe. `feeds` says which inputs read another tensor than in
-    the source. `added` names the constants that growth put into the graph; it is None in a plan that was not applied
-    yet, and in files of releases that did not record them.
+    the source. `added` names the constants that growth put into the graph. It is None where their names tell them:
+    rewriting records them in the grown model where a tensor of the source has a name of that form.
     """
 
     dims: Mapping[str, GrownDim]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ Array = npt.NDArray[Any]
 
 
 def rewrite(source: ir.Model, plan: Plan, dtype: ir.DataType | None = None) -> ir.Model:
-    """The grown model, its tensors lazy. Its metadata hold the plan, with the names of the constants that were added.
+    """The grown model, its tensors lazy. Its metadata hold the plan.
 
     Args:
         source: the transformed source (`transforms.source_of`) that the plan was made from.
@@ -38,13 +39,18 @@ def rewrite(source: ir.Model, plan: Plan, dtype: ir.DataType | None = None) -> i
         named = {value.name: value for value in values}
         for interface in side:
             _set_interface(editor, plan, interface, named[interface.name])
-    model.metadata_props[METADATA_KEY] = replace(plan, added=tuple(editor.added)).dumps()
+    model.metadata_props[METADATA_KEY] = _recorded(plan, model, editor.added).dumps()
     return model
 
 
-def applied(plan: Plan, grown: ir.Model) -> Plan:
-    """The plan as the grown model carries it: with the names of the constants that were added."""
-    return Plan.carried_by(grown.metadata_props) or plan
+def _recorded(plan: Plan, model: ir.Model, added: Collection[str]) -> Plan:
+    """The plan, with the names of the constants that were added where it would take another tensor for one of them."""
+    floats = [
+        name for name, value in model.graph.initializers.items() if value.dtype and value.dtype.is_floating_point()
+    ]
+    if all(plan.brings_in(name) == (name in added) for name in floats):
+        return plan
+    return replace(plan, added=tuple(added))
 
 
 def check_fits(plan: Plan, source: ir.Model) -> None:
