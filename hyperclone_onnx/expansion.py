@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_paramete
 from hyperclone_onnx.analysis.roles import explain
 from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
 from hyperclone_onnx.plan.maps import SourceMap
-from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.plan.plans import Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.provenance import provenance
@@ -25,6 +25,7 @@ from hyperclone_onnx.progress import Notify, Progress, tell_nobody
 from hyperclone_onnx.publishing.publication import check_output, data_name, publication, write_text
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.rewriting.rewriting import rewrite
+from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.validation.not_finite import not_finite
 from hyperclone_onnx.validation.outputs import NOTHING_COMPARED
 from hyperclone_onnx.validation.sessions import Device
@@ -112,6 +113,15 @@ class _Request:
     strategy: Strategy | None
     untie: bool
     keep_interface: bool
+    transforms: Sequence[TransformStep] = ()
+    allow_change: bool = False
+
+    def __post_init__(self) -> None:
+        law = None if self.strategy is None else self.strategy.law
+        if law is not None and not law.preserves and not self.allow_change:
+            raise BadRequest(
+                f"the strategy {law.name!r} changes what the model computes: allow_change=True says that you want that"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain data, but for the strategy: that is the plan's."""
@@ -128,7 +138,7 @@ def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
     growth = size(analysis.dimensions, request.factor, request.requests, request.maps)
     plan = make_plan(growth, request.strategy, untie=request.untie, keep_interface=request.keep_interface)
     options = {**request.to_json(), "strategy": plan.strategy.to_json()}
-    return growth, replace(plan, source=provenance(analysis.model, options))
+    return growth, replace(plan, source=provenance(analysis.model, options), transforms=analysis.transforms)
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,7 @@ def _planned(
 ) -> _Planned:
     """Read a model, check where the result and the plan are to go, and plan."""
     say("reading")
-    analysis = analyse(model)
+    analysis = analyse(model, request.transforms)
     taken = set(analysis.files)
     if out is not None:
         check_output(out, taken)
@@ -177,6 +187,8 @@ def expand(
     strategy: Strategy | None = None,
     untie: bool = False,
     keep_interface: bool = False,
+    transforms: Sequence[TransformStep] = (),
+    allow_change: bool = False,
     device: Device = "auto",
     check: bool | Mode = True,
     precision: Precision = "stored",
@@ -197,6 +209,8 @@ def expand(
         strategy: how repeats share weights; noisy-diagonal at 10 dB by default.
         untie: split tensors that are stored once but divided in one use only.
         keep_interface: inputs and outputs keep the source's shapes.
+        transforms: steps that change the source graph before it grows (see `transforms`).
+        allow_change: allow a strategy that does not preserve the function; how far outputs moved is then reported.
         device: where to validate.
         check: how much to validate: "full", "algebraic", "auto" (or True), False for nothing; see `validation`.
         precision: "float64" proves the graph in double precision besides.
@@ -212,7 +226,7 @@ def expand(
     """
     say = notify or tell_nobody
     out, mode, clock = Path(output), _mode(check, precision), _Clock()
-    request = _Request(factor, requests, maps, strategy, untie, keep_interface)
+    request = _Request(factor, requests, maps, strategy, untie, keep_interface, transforms, allow_change)
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big = planned.analysis, planned.plan, planned.big
     validation: Validation | None = None
@@ -233,7 +247,7 @@ def expand(
                 validation = _with_float64(validation, analysis, plan, written.parent)
             validation = _with_not_finite(validation, analysis)
             clock.lap("validate")
-            if not validation.equal:
+            if validation.problems:
                 raise ModelsDiffer(_differs(out, validation))
         loading.check_unchanged(analysis.stamps)
         say("publishing")
@@ -313,16 +327,17 @@ def _differs(out: Path, validation: Validation) -> str:
 
 def _report(analysis: Analysis, out: Path | None, growth: Growth, plan: Plan, big: ir.Model) -> Expansion:
     kept = [
-        Kept(each.name, each.role, each.size, _why_kept(growth, each.dim))
-        for each in growth.named
-        if each.name not in plan.dims and each.role != "other"
+        Kept(named.name, named.role, named.size, _why_kept(growth, named.dim))
+        for named in growth.named
+        if named.name not in plan.dims and named.role != "other"
     ]
     variants: dict[str, list[str]] = {}
+    quantised = 0
     for name, recipe in plan.tensors.items():
-        if name != recipe.source and analysis.model.graph.initializers[recipe.source].const_value.size > 1:  # type: ignore[union-attr]
-            variants.setdefault(recipe.source, []).append(name)
-    stored = analysis.model.graph.initializers
-    codes = [each for each in plan.tensors.values() if is_code(stored[each.source].const_value.dtype)]  # type: ignore[union-attr]
+        tensor = assemble(recipe.origin, analysis.model)
+        if isinstance(recipe.origin, str) and name != recipe.origin and tensor.size > 1:
+            variants.setdefault(recipe.origin, []).append(name)
+        quantised += recipe.grows and is_code(tensor.dtype)
     return Expansion(
         str(analysis.path),
         None if out is None else str(out),
@@ -331,7 +346,7 @@ def _report(analysis: Analysis, out: Path | None, growth: Growth, plan: Plan, bi
         count_parameters(analysis.model),
         count_parameters(big),
         variants,
-        sum(each.grows for each in codes),
+        quantised,
     )
 
 
@@ -369,9 +384,9 @@ def validate_files(
         BadModel: one of the files cannot be read.
         Refused, BadRequest: see `validation.validate`.
     """
-    analysis = analyse(small)
     grown = loading.load(big)
     plan = Plan.carried_by(grown.metadata_props)
+    analysis = analyse(small, () if plan is None else plan.transforms)
     result = validate(
         analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed, mode=mode, workers=workers
     )

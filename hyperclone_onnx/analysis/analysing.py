@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +11,23 @@ import onnx_ir as ir
 
 from hyperclone_onnx.analysis.roles import NamedDim, name_dimensions
 from hyperclone_onnx.analysis.walk import infer, pin_interface
-from hyperclone_onnx.errors import BadModel, Refused
-from hyperclone_onnx.reading import loading
-from hyperclone_onnx.reading.normalise import normalise
+from hyperclone_onnx.plan.plans import TransformStep
 from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.system.stamps import Stamp
+from hyperclone_onnx.transforms.source import source_of
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A normalised source model with its dimensions."""
+    """A normalised and transformed source model with its dimensions."""
 
     path: Path
     model: ir.Model
     dimensions: Dimensions
     stamps: Mapping[Path, Stamp]
     """The files that the model is read from, each with what tells it from another version."""
+    transforms: tuple[TransformStep, ...] = ()
+    """The steps that made the model from the file."""
 
     @property
     def files(self) -> frozenset[Path]:
@@ -39,27 +40,17 @@ class Analysis:
         return name_dimensions(self.dimensions)
 
 
-def analyse(path: str | os.PathLike[str]) -> Analysis:
-    """Read a model, normalise it and find its dimensions.
+def analyse(path: str | os.PathLike[str], transforms: Iterable[TransformStep] = ()) -> Analysis:
+    """Read a model, normalise it, apply the transforms, and find its dimensions.
 
     Raises:
         BadModel: the file is not a readable, complete ONNX model.
         Refused: its opset is too old.
     """
-    file = Path(path)
-    before = loading.stamps({file.resolve()}) if file.is_file() else {}
-    model = loading.load(file)
-    loading.check_unchanged(before)
-    stamps = loading.stamps(loading.source_files(file, model))
-    try:
-        normalise(model)
-    except (BadModel, Refused) as problem:
-        raise type(problem)(f"{file}: {problem}") from problem
-    except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
-        raise BadModel(f"{file}: a malformed graph ({type(problem).__name__}: {problem})") from problem
-    dimensions = infer(model)
+    source = source_of(path, transforms)
+    dimensions = infer(source.model)
     pin_interface(dimensions)
-    return Analysis(file, model, dimensions, stamps)
+    return Analysis(source.path, source.model, dimensions, source.stamps, source.transforms)
 
 
 def count_parameters(model: ir.Model) -> int:

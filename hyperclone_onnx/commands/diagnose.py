@@ -54,8 +54,8 @@ def diagnose(
     """
     from hyperclone_onnx.diagnosis import diagnose as run
     from hyperclone_onnx.diagnosis.plot import require_matplotlib, save_plot
-    from hyperclone_onnx.diagnosis.report import print_diagnosis
     from hyperclone_onnx.publishing.publication import check_output, write_text
+    from hyperclone_onnx.reports.diagnosis import print_diagnosis
 
     sized = any(context.get_parameter_source(name) == ParameterSource.COMMANDLINE for name in ("batch", "length"))
     taken = [path.resolve() for path in (model, source, plan, inputs) if path is not None]

@@ -59,7 +59,7 @@ def handoff(
     if output is None:
         raise click.UsageError("name the folder to make: -o FOLDER")
     from hyperclone_onnx.frameworks.exports import hand_over
-    from hyperclone_onnx.frameworks.exports.report import print_handover
+    from hyperclone_onnx.reports.handover import print_handover
 
     with progress() as (notify, _):
         result = hand_over(
@@ -80,7 +80,8 @@ def handoff(
 
 
 def _list(model: Path, freeze: tuple[str, ...], train: tuple[str, ...], as_json: bool) -> None:
-    from hyperclone_onnx.frameworks.listing import print_weights, weights
+    from hyperclone_onnx.frameworks.listing import weights
+    from hyperclone_onnx.reports.weights import print_weights
 
     rows = weights(model, freeze=freeze, train=train)
     with printing():

@@ -1,5 +1,8 @@
 """How far the clones of a grown model have parted: in its weights, in its activations, layer by layer.
 
+In: a grown file, perhaps trained since, and its plan. Out: distances and ranks by tensor, layer and role, and a
+verdict.
+
 >>> from hyperclone_onnx.diagnosis import diagnose
 >>> diagnose("trained.onnx").stuck  # doctest: +SKIP
 False

@@ -15,10 +15,12 @@ from hyperclone_onnx.diagnosis.verdict import weight_tolerance
 from hyperclone_onnx.diagnosis.weights import compare, layout, read, source_layout
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.plan.maps import grown_size
+from hyperclone_onnx.plan.origins import Origin
 from hyperclone_onnx.plan.plans import Plan
-from hyperclone_onnx.reading import loading
-from hyperclone_onnx.reading.normalise import normalise
+from hyperclone_onnx.rewriting.rewriting import check_fits
+from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.tensors.packing import packed_width
+from hyperclone_onnx.transforms.source import source_of
 
 
 def compare_tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[TensorDiagnosis]:
@@ -82,17 +84,11 @@ def load_source(path: Path, plan: Plan) -> ir.Model:
     Raises:
         BadRequest: it is another one.
     """
-    model = normalise(loading.load(path))
-    for name, recipe in plan.tensors.items():
-        value = model.graph.initializers.get(recipe.source)
-        if value is None or value.const_value is None:
-            raise BadRequest(f"--source {path}: it has no tensor {recipe.source!r}, from which {name!r} was grown")
-        shape = tuple(int(size) for size in value.const_value.shape.numpy())
-        if recipe.bits is None and shape != recipe.source_shape(plan.maps):
-            raise BadRequest(
-                f"--source {path}: {recipe.source!r} has the shape {shape}; {name!r} was grown from one of "
-                f"{recipe.source_shape(plan.maps)}"
-            )
+    model = source_of(path, plan.transforms).model
+    try:
+        check_fits(plan, model)
+    except BadRequest as problem:
+        raise BadRequest(f"--source {path}: {problem}") from problem
     return model
 
 
@@ -100,7 +96,7 @@ def with_ranks(
     tensors: list[TensorDiagnosis], grown: ir.Model, plan: Plan, source: ir.Model | None
 ) -> list[TensorDiagnosis]:
     """The tensors with the ranks of those that are matrices of floating-point numbers."""
-    known: dict[tuple[str, object], float] = {}
+    known: dict[tuple[Origin, object], float] = {}
     found = []
     for each in tensors:
         recipe = plan.tensors[each.name]
@@ -116,10 +112,10 @@ def with_ranks(
         made = spectrum(matrix)
         before = None
         if source is not None:
-            key = recipe.source, (recipe.axes, recipe.shared)
+            key = recipe.origin, (recipe.axes, recipe.shared)
             if key not in known:
                 small = source_layout(recipe, plan.maps)
-                own = as_matrix(read(_stored(source, recipe.source), recipe, small), small)
+                own = as_matrix(read(assemble(recipe.origin, source), recipe, small), small)
                 known[key] = 1.0 if own is None else spectrum(own).effective
             before = known[key]
         rank = Rank(made.effective, made.stable, min(matrix.shape), before, made.by)

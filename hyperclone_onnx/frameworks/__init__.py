@@ -1,5 +1,8 @@
 """Grown models in PyTorch and JAX: ``frameworks.torch.load`` and ``frameworks.jax.load``.
 
+In: an ONNX file, or trained weights. Out: a module, a function or a checkpoint to train, or the ONNX file with those
+weights.
+
 Nothing here is imported by ``import hyperclone_onnx``; each framework comes with its own extra.
 """
 

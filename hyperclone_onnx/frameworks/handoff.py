@@ -18,9 +18,8 @@ from hyperclone_onnx.frameworks.compiling.preparation import prepare, prepare_mo
 from hyperclone_onnx.frameworks.compiling.program import Program, Weight
 from hyperclone_onnx.frameworks.compiling.trainable import Reasons, overridden, structural_roles
 from hyperclone_onnx.plan.plans import Plan
-from hyperclone_onnx.reading import loading
-from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.rewriting.rewriting import check_fits, rewrite
+from hyperclone_onnx.transforms.source import source_of
 
 PathLike = str | os.PathLike[str]
 
@@ -90,7 +89,7 @@ def _grown(model: PathLike, plan: Plan | PathLike) -> ir.Model:
     """The grown model, of which nothing is computed yet."""
     if not isinstance(plan, Plan):
         plan = Plan.read(plan)
-    source = normalise(loading.load(model))
+    source = source_of(model, plan.transforms).model
     check_fits(plan, source)
     return rewrite(source, plan)
 

@@ -40,6 +40,12 @@ def print_validation(console: Console, validation: Validation) -> None:
         print_line(console, f"note: {note}")
     for problem in validation.problems:
         print_line(console, f"DIFFERS: {problem}")
+    if not validation.preserves:
+        moved = f"outputs moved by up to {validation.largest_change:.1e} (relative)"
+        print_line(
+            console, f"the strategy changes the function: {moved}" if not validation.problems else "NOT AS PLANNED"
+        )
+        return
     verdict = "equal" if validation.mode == "full" else "equal in what was compared"
     console.print(verdict if validation.equal else "NOT EQUAL")
 

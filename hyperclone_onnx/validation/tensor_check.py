@@ -22,6 +22,7 @@ from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.system.parallel import share_out, workers_for
+from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.shares import Columns
@@ -151,7 +152,7 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
     if recipe is None:
         compared = _identical(_stored(source, name), stored)
         return _Checked(name, 0.0, shared=False, planned=False, sums=_added_up(compared, scratch))
-    made = GrownTensor(_stored(source, recipe.source), recipe, plan.maps, plan.strategy)
+    made = GrownTensor(assemble(recipe.origin, source), recipe, plan.maps, plan.strategy)
     if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
         return _Checked(name, 0.0, made.is_shared, planned=True, sums=_Sums(worst=math.inf))
     if not made.is_shared:

@@ -76,10 +76,21 @@ class Validation:
     """Why that mode, and what it covers."""
     graph: tuple[str, ...] = ()
     """Where the grown graph is not what the plan makes of the source's."""
+    preserves: bool = True
+    """Whether the growth was to preserve the function. Where it was not, differences of numbers are only reported."""
 
     @property
     def problems(self) -> list[str]:
-        """What differs, a line each; empty when the models are equal."""
+        """What is not as it should be, a line for each; empty where the grown model may be published."""
+        if self.preserves:
+            return self.differences
+        reports = (*self.outputs, *(self.wide or ()), *(self.double or ()))
+        broken = [f"output {report.name}: {report.problem}" for report in reports if report.problem]
+        return [*(f"graph: {text}" for text in self.graph), *broken]
+
+    @property
+    def differences(self) -> list[str]:
+        """What differs, a line for each; empty when the models are equal."""
         steps = self.rounds and self.wide is not None
         return [
             *(f"tensor {text}" for text in (self.tensors.wrong if self.tensors else ())),
@@ -92,7 +103,12 @@ class Validation:
     @property
     def equal(self) -> bool:
         """Whether the models are equal."""
-        return not self.problems
+        return not self.differences
+
+    @property
+    def largest_change(self) -> float:
+        """The largest relative error of an output."""
+        return max((report.max_relative for report in self.outputs), default=0.0)
 
     def with_notes(self, *notes: str) -> Validation:
         """The same with more notes."""
@@ -100,7 +116,10 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """The outcome as plain data."""
-        return {"equal": self.equal, "problems": self.problems, **asdict(self)}
+        data = asdict(self)
+        if self.preserves:
+            del data["preserves"]
+        return {"equal": self.equal, "problems": self.problems, **data}
 
 
 def _problems(outputs: Sequence[OutputReport], tolerance: float, where: str) -> list[str]:
@@ -143,7 +162,8 @@ def validate(
     pair = Pair(dimensions, grown, plan, device, seed)
     tensors = check_tensors(pair.source, grown, plan, workers) if plan is not None else None
     tolerance, reason = tolerance_of(dimensions, plan, tensors)
-    begun = Validation("", (), (), tensors, tolerance, reason, rounds=rounds(pair.source))
+    preserves = plan is None or plan.strategy.law.preserves
+    begun = Validation("", (), (), tensors, tolerance, reason, rounds=rounds(pair.source), preserves=preserves)
     fits, figures = _fits(pair)
     if plan is None or mode == "full" or (mode == "auto" and fits):
         return _full(replace(begun, scope="as asked" if mode == "full" else figures), pair, small, big)

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
+from hyperclone_onnx.transforms.source import source_of
 
 Array = npt.NDArray[Any]
 
@@ -107,7 +107,7 @@ def from_file(grown: Grown, path: Path) -> dict[str, Source]:
     Raises:
         BadModel: the file cannot be read, or is not what the plan was made from.
     """
-    stored = analyse(path).model.graph.initializers
+    stored = source_of(path, grown.plan.transforms).model.graph.initializers
     found = {}
     for name in grown.tensors:
         recipe = grown.recipe(name)

@@ -1,0 +1,46 @@
+"""The transforms by name. A new one is a function with `@transform`, in a module that `source.py` imports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.plan.plans import TransformStep
+
+Transform = Callable[[ir.Model, Mapping[str, Any]], ir.Model]
+"""Makes a graph from a normalised one, which it may change. The result is normalised as well."""
+
+_transforms: dict[str, Transform] = {}
+
+
+def transform(name: str) -> Callable[[Transform], Transform]:
+    """Register a transform under the name that plans have it by.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+
+    def register(function: Transform) -> Transform:
+        if name in _transforms:
+            raise ValueError(f"there is a transform {name!r} already")
+        _transforms[name] = function
+        return function
+
+    return register
+
+
+def transformed(model: ir.Model, steps: Iterable[TransformStep]) -> ir.Model:
+    """A normalised graph after some steps, in order.
+
+    Raises:
+        BadModel: this release does not have one of the transforms.
+    """
+    for step in steps:
+        if step.name not in _transforms:
+            known = ", ".join(sorted(_transforms))
+            raise BadModel(f"the plan asks for the transform {step.name!r}; this release has {known} and no more")
+        model = _transforms[step.name](model, step.options)
+    return model

@@ -1,0 +1,50 @@
+"""The source of a growth: a file, read, normalised and transformed. Every command takes it from here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadModel, Refused
+from hyperclone_onnx.plan.plans import TransformStep
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.normalise import normalise
+from hyperclone_onnx.system.stamps import Stamp
+from hyperclone_onnx.transforms import identity  # noqa: F401  (registers it)
+from hyperclone_onnx.transforms.registry import transformed
+
+
+@dataclass(frozen=True)
+class Source:
+    """A transformed source graph, and the files that it was read from."""
+
+    path: Path
+    model: ir.Model
+    stamps: Mapping[Path, Stamp]
+    """Each file, with what tells it from another version of it."""
+    transforms: tuple[TransformStep, ...] = ()
+
+
+def source_of(path: str | os.PathLike[str], transforms: Iterable[TransformStep] = ()) -> Source:
+    """Read a source, normalise it and apply the transforms that a plan records.
+
+    Raises:
+        BadModel: the file is not a readable, complete ONNX model, or a transform is not known.
+        Refused: its opset is too old, or a transform cannot be applied to it.
+    """
+    file, steps = Path(path), tuple(transforms)
+    before = loading.stamps({file.resolve()}) if file.is_file() else {}
+    model = loading.load(file)
+    loading.check_unchanged(before)
+    stamps = loading.stamps(loading.source_files(file, model))
+    try:
+        model = transformed(normalise(model), steps)
+    except (BadModel, Refused) as problem:
+        raise type(problem)(f"{file}: {problem}") from problem
+    except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
+        raise BadModel(f"{file}: a malformed graph ({type(problem).__name__}: {problem})") from problem
+    return Source(file, model, stamps, steps)

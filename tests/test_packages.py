@@ -1,0 +1,103 @@
+"""Which package may import which: the order of the stages, so that no import makes a circle between them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hyperclone_onnx
+
+ROOT = Path(hyperclone_onnx.__file__).parent
+
+ORDER = """
+errors progress
+algebra
+plan
+graphs
+system
+tensors
+publishing
+rules
+reading
+transforms
+analysis
+planning
+rewriting
+writing
+validation
+expansion
+folders
+diagnosis
+frameworks
+reports
+commands
+entry
+__main__
+""".split()
+"""From the ones that know nothing of the others to the ones that use all of them."""
+
+PUBLIC_FACE = "__init__"
+"""The package's own file names where its public names are; it imports nothing of them before they are asked for."""
+
+
+def package_of(module: str) -> str:
+    """The part of the package that a dotted name, or a path, lies in.
+
+    >>> package_of("hyperclone_onnx.plan.maps")
+    'plan'
+    """
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else PUBLIC_FACE
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """What a file imports of the package, with line numbers; imports within functions and for types included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names if alias.name.startswith("hyperclone_onnx"))
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hyperclone_onnx"):
+            if node.module == "hyperclone_onnx":
+                yield from ((f"hyperclone_onnx.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield node.module, node.lineno
+
+
+def own_package(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def upward(path: Path, package: str) -> list[str]:
+    """The imports of a file that lead to a package that comes after its own."""
+    if package == PUBLIC_FACE:
+        return []
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for module, line in imports(path)
+        if package_of(module) != package and ORDER.index(package_of(module)) > ORDER.index(package)
+    ]
+
+
+def test_every_package_has_its_place() -> None:
+    packages = {own_package(path) for path in ROOT.rglob("*.py")} - {PUBLIC_FACE}
+    assert packages == set(ORDER)
+
+
+def test_no_package_imports_one_that_comes_after_it() -> None:
+    assert [text for path in sorted(ROOT.rglob("*.py")) for text in upward(path, own_package(path))] == []
+
+
+def test_an_import_in_a_function_that_leads_upward_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_packages.ROOT", tmp_path)
+    path = tmp_path / "algebra" / "dims.py"
+    path.parent.mkdir()
+    path.write_text("def late():\n    from hyperclone_onnx.planning.making import make_plan\n")
+    assert upward(path, "algebra") == ["algebra/dims.py:2 imports hyperclone_onnx.planning.making"]
+
+
+def test_every_package_says_what_comes_in_and_what_goes_out() -> None:
+    for path in ROOT.glob("*/__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert "In: " in text and "Out: " in text, path
