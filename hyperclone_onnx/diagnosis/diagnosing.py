@@ -18,6 +18,7 @@ from hyperclone_onnx.diagnosis.values import Measured, Sampling, compare_values
 from hyperclone_onnx.diagnosis.verdict import conclude, lasting, over_elements, over_values, part
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.activations import activations as activations_of
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.reading import loading
@@ -65,19 +66,20 @@ def diagnose(
     how = _plan_of(path, grown, plan)
     analysis = analyse(path) if activations else None
     small = None if source is None else load_source(Path(source), how)
+    planned = None if small is None or not activations else activations_of(small.dimensions, how)
     layers = find_layers(grown, how)
     notes: list[str] = []
-    if small is not None and how.source and how.source.get("weights") != provenance(small, {})["weights"]:
+    if small is not None and how.source and how.source.get("weights") != provenance(small.model, {})["weights"]:
         notes.append(f"{source} holds other weights than those that were grown: ranks are compared with its own")
     say("comparing weights")
     tensors = compare_tensors(path, grown, how, layers)
     if ranks:
         say("computing ranks")
-        tensors = with_ranks(tensors, grown, how, small)
+        tensors = with_ranks(tensors, grown, how, None if small is None else small.model)
     measured = Measured()
     if analysis is not None:
         say("running")
-        measured = compare_values(analysis, how, layers, Sampling(inputs, lengths, seed, device))
+        measured = compare_values(analysis, how, layers, Sampling(inputs, lengths, seed, device), planned)
     tied = lasting(tensors)
     by_layer = _by_layer(layers.names, tensors, measured, tied)
     by_role = _by_role({name: dim.role for name, dim in how.dims.items()}, tensors, measured, tied)

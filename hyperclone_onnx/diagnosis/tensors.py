@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from hyperclone_onnx.analysis.analysing import Analysis, analyse
 from hyperclone_onnx.diagnosis.layers import Layers
 from hyperclone_onnx.diagnosis.model import Rank, TensorDiagnosis
 from hyperclone_onnx.diagnosis.rank import as_matrix, spectrum
@@ -20,7 +21,6 @@ from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.rewriting.rewriting import check_fits
 from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.tensors.packing import packed_width
-from hyperclone_onnx.transforms.source import source_of
 
 
 def compare_tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[TensorDiagnosis]:
@@ -78,18 +78,18 @@ def _packed_bytes(shape: tuple[int, ...], bits: int) -> int:
     return math.prod(rows) * packed_width(width, bits)
 
 
-def load_source(path: Path, plan: Plan) -> ir.Model:
+def load_source(path: Path, plan: Plan) -> Analysis:
     """The model that the plan grew.
 
     Raises:
         BadRequest: it is another one.
     """
-    model = source_of(path, plan.transforms).model
+    analysis = analyse(path, plan.transforms)
     try:
-        check_fits(plan, model)
+        check_fits(plan, analysis.model)
     except BadRequest as problem:
         raise BadRequest(f"--source {path}: {problem}") from problem
-    return model
+    return analysis
 
 
 def with_ranks(

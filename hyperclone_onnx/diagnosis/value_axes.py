@@ -1,9 +1,9 @@
 """Which indices of a grown model's activations are clones of one another.
 
-The plan has the source maps of stored tensors' axes, and of the interface's. The grown graph is walked like any graph:
-its dimensions are found by what operators relate. Where a stored tensor meets both, a dimension learns its map; every
-activation's axes are made of such dimensions. A dimension that learns none is taken for kept: fewer clones are compared
-then, never others.
+With the source at hand, planning knows the axes of every value (`planning.activations`). A grown file alone has a plan
+with the source maps of its tensors' axes. Then the grown graph is walked like any graph. Where an axis of a stored
+tensor is known both to the plan and to the walk, a dimension learns its map, and the axes of activations are made of
+such dimensions. A dimension that learns none is taken for kept: fewer clones are compared then, never others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hyperclone_onnx.algebra.dims import Concat, Dim, Product, Term
 from hyperclone_onnx.diagnosis.distance import joint
 from hyperclone_onnx.plan.maps import Axis, ConcatOf, Indices, Kept, Maps, Named, ProductOf, grown_size, index_axis
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.activations import Activations
 from hyperclone_onnx.rules.dimensions import Dimensions
 
 
@@ -38,14 +39,34 @@ class ValueAxes:
     maps: Maps
     sources: dict[Dim, tuple[Indices, tuple[str, ...]]] = field(default_factory=dict)
     contradicted: set[Dim] = field(default_factory=set)
+    planned: Activations | None = None
+    """The axes by the name of the value, where the source was at hand."""
 
     def factors(self, value: ir.Value) -> list[list[Factor]] | None:
         """The factors of each axis of a value; None where no part of it grew, or its axes are not known."""
         axes = self.dimensions.axes.get(value)
         if not axes:
             return None
+        if self.planned is not None:
+            planned = self.planned.get(value.name or "")
+            same_rank = planned is not None and len(planned) == len(axes)
+            return [self._planned(*pair) for pair in zip(planned, axes, strict=True)] if planned and same_rank else None
         found = [_merged([self._factor(term) for term in self.dimensions.space.factors(axis)]) for axis in axes]
         return found if any(each.source is not None for factors in found for each in factors) else None
+
+    def _planned(self, axis: tuple[Axis, ...] | None, term: Term) -> list[Factor]:
+        """The factors of an axis that the plan has; one that does not grow has the length that the walk knows."""
+        if axis is None:
+            return [Factor(self.dimensions.space.static(term), None)]
+        sizes = [grown_size(part, self.maps) for part in axis]
+        return _merged(
+            [
+                Factor(size, index_axis([(part, False)], self.maps).source, tuple(names_in(part)))
+                if names_in(part)
+                else Factor(size, None)
+                for part, size in zip(axis, sizes, strict=True)
+            ]
+        )
 
     def _factor(self, term: Term) -> Factor:
         size = self.dimensions.space.static(term)
@@ -127,9 +148,11 @@ class ValueAxes:
             self.sources[dim] = source, tuple(dict.fromkeys((*(known[1] if known else ()), *names)))
 
 
-def value_axes(dimensions: Dimensions, plan: Plan) -> ValueAxes:
-    """Learn the maps of a grown graph's dimensions from the plan."""
-    found = ValueAxes(dimensions, plan.maps)
+def value_axes(dimensions: Dimensions, plan: Plan, planned: Activations | None = None) -> ValueAxes:
+    """The maps of a grown graph's axes: those that were planned, or else those that can be learnt from the plan."""
+    found = ValueAxes(dimensions, plan.maps, planned=planned)
+    if planned is not None:
+        return found
     for value, _, axes in dimensions.initializer_uses():
         recipe = plan.tensors.get(value.name or "")
         if recipe is not None and len(recipe.axes) == len(axes):

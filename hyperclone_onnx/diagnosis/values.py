@@ -17,6 +17,7 @@ from hyperclone_onnx.diagnosis.value_axes import value_axes
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.activations import Activations
 from hyperclone_onnx.validation.sessions import Device
 from hyperclone_onnx.validation.tolerance import HALVES, computed_type, tolerance_of
 from hyperclone_onnx.validation.unrounded import Unsupported, rounds, unrounded
@@ -47,27 +48,33 @@ class Measured:
     notes: tuple[str, ...] = ()
 
 
-def compare_values(analysis: Analysis, plan: Plan, layers: Layers, sampling: Sampling) -> Measured:
+def compare_values(
+    analysis: Analysis, plan: Plan, layers: Layers, sampling: Sampling, planned: Activations | None = None
+) -> Measured:
     """Run a grown model and compare the clones in its activations.
+
+    `planned` has the axes of its values, where the source was at hand.
 
     Raises:
         BadRequest: the inputs do not fit, or the device is not to be had.
         Refused: the model does not run on the inputs, or on the device, that were asked for.
     """
     try:
-        return _compare_values(analysis, plan, layers, sampling)
+        return _compare_values(analysis, plan, layers, sampling, planned)
     except Refused as problem:
         if sampling.inputs is not None or sampling.lengths is not None or sampling.device == "cuda":
             raise
         return Measured(notes=(f"no activation was compared, weights alone were judged: {problem}",))
 
 
-def _compare_values(analysis: Analysis, plan: Plan, layers: Layers, sampling: Sampling) -> Measured:
+def _compare_values(
+    analysis: Analysis, plan: Plan, layers: Layers, sampling: Sampling, planned: Activations | None
+) -> Measured:
     notes: list[str] = []
     flat = runs.without_branches(analysis)
     if flat is not analysis:
         notes.append("of each If the larger branch was run, in its place")
-    wanted = runs.measured_values(flat, value_axes(flat.dimensions, plan))
+    wanted = runs.measured_values(flat, value_axes(flat.dimensions, plan, planned))
     if not wanted:
         notes.append("no activation was compared: what has clones is computed inside the bodies of Loop or Scan")
         return Measured(notes=tuple(notes))

@@ -10,12 +10,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hyperclone_onnx.analysis.roles import name_dimensions
 from hyperclone_onnx.graphs import is_initializer
-from hyperclone_onnx.plan.maps import Axis, Maps, index_axis
+from hyperclone_onnx.plan.maps import Maps, index_axis
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.activations import ValueAxes, activations
 from hyperclone_onnx.rules.dimensions import Dimensions
-from hyperclone_onnx.rules.grown_terms import GrownTerms
 
 Array = npt.NDArray[Any]
 
@@ -25,7 +24,7 @@ class Cut:
     """A value of the source that the grown graph has under the same name, repeated along its axes."""
 
     name: str
-    axes: tuple[tuple[Axis, ...] | None, ...]
+    axes: ValueAxes
     nodes: int
     """How many nodes of the source make it."""
     bytes: int
@@ -39,7 +38,7 @@ def find_cut(dimensions: Dimensions, grown: ir.Model, plan: Plan, budget: int) -
     the way, on behalf of the sum behind it.
     """
     graph = dimensions.model.graph
-    terms = _terms(dimensions, plan)
+    axes_of = activations(dimensions, plan)
     made = {value.name for node in grown.graph for value in node.outputs}
     weights = dimensions.constants | dimensions.picked
     best: Cut | None = None
@@ -53,22 +52,12 @@ def find_cut(dimensions: Dimensions, grown: ir.Model, plan: Plan, budget: int) -
         if total > budget:
             break
         for value in node.outputs:
-            axes = dimensions.axes.get(value)
             floating = value.dtype is not None and value.dtype.is_floating_point()
             if len(value.uses()) < 2 or value.name not in made or value in weights or not floating:
                 continue
-            if not axes or not any(map(terms.grows, axes)):
-                continue
-            factors = tuple(terms.factors(term) if terms.grows(term) else None for term in axes)
-            best = Cut(value.name or "", factors, number, total)
+            if value.name in axes_of:
+                best = Cut(value.name, axes_of[value.name], number, total)
     return best
-
-
-def _terms(dimensions: Dimensions, plan: Plan) -> GrownTerms:
-    """The dimensions read with a plan's maps."""
-    named = name_dimensions(dimensions)
-    maps = {each.dim: (each.name, plan.dims[each.name].map) for each in named if each.name in plan.dims}
-    return GrownTerms(dimensions.space, maps)
 
 
 def _bytes(value: ir.Value, grown: ir.Model) -> int:
