@@ -198,7 +198,8 @@ def start(arguments: list[str], *, at: int | None = None, strike: Strike | None 
         os.dup2(write, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in STOPPING:  # a background job may have inherited that they are ignored
+            signal.signal(number, signal.SIG_DFL)
         listen()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # As Python has it for every user: tests make an error of it, and an interrupted import drops what it has open.

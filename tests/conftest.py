@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,6 +64,35 @@ def cli() -> Iterator[Command]:
 def command_line(*arguments: str | os.PathLike[str]) -> list[str]:
     """The command as a process of its own."""
     return [sys.executable, "-m", "hyperclone_onnx", *(os.fspath(each) for each in arguments)]
+
+
+LAUNCHER = """
+import os, signal, sys
+for name, action in (pair.split("=") for pair in sys.argv[1].split(",")):
+    signal.signal(getattr(signal, name), getattr(signal, action))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def with_signals(command: Sequence[str | os.PathLike[str]], **actions: str) -> list[str]:
+    """A command that starts with the default actions of the signals that stop it, or with other `actions`.
+
+    A shell has its background jobs ignore SIGINT, and `nohup` has them ignore SIGHUP; tests run so would hand that on.
+    """
+    known = {number.name: "SIG_DFL" for number in STOPPING} | actions
+    given = ",".join(f"{name}={action}" for name, action in known.items())
+    return [sys.executable, "-I", "-S", "-c", LAUNCHER, given, *map(os.fspath, command)]
+
+
+@pytest.fixture
+def hearing_signals() -> Iterator[None]:
+    """For a test that sends itself a signal: this process has Python's own handlers, whatever it was started with."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

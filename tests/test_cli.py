@@ -17,7 +17,7 @@ import click
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, Command, command_line, names_in, perceptron
+from conftest import ROOT, Command, command_line, names_in, perceptron, with_signals
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -455,11 +455,15 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / name).unlink()
 
 
-def stop(folder: Path, arguments: list[str], stage: str, number: signal.Signals, wait: Callable[[], bool]) -> str:
-    """Send a signal once the stage has begun and `wait` is over; returns stderr's last line."""
-    with subprocess.Popen(
-        command_line(*arguments), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+def stop(
+    folder: Path, arguments: list[str], stage: str, number: signal.Signals, wait: Callable[[], bool], **actions: str
+) -> str:
+    """Send a signal once the stage has begun and `wait` is over; returns stderr's last line.
+
+    The command starts with the default actions of signals, or with other `actions`.
+    """
+    command = with_signals(command_line(*arguments), **actions)
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stderr:
             if line.startswith(stage):
@@ -467,6 +471,9 @@ def stop(folder: Path, arguments: list[str], stage: str, number: signal.Signals,
         deadline = time.monotonic() + 20
         while not wait() and time.monotonic() < deadline:
             time.sleep(0.005)
+        for name, action in actions.items():
+            if action == "SIG_IGN":
+                process.send_signal(signal.Signals[name])
         process.send_signal(number)
         rest, output = process.stderr.read(), process.stdout.read()
         process.wait(timeout=60)
@@ -475,24 +482,41 @@ def stop(folder: Path, arguments: list[str], stage: str, number: signal.Signals,
     return rest.strip().splitlines()[-1]
 
 
+def written_in(folder: Path, source: str, stage: str) -> Callable[[], bool]:
+    """Whether, in the stage of writing, there is something written."""
+
+    def written() -> bool:
+        parts = [file for part in folder.glob(".big.onnx.*") for file in part.iterdir() if file.stat().st_size]
+        return stage != "writing" or source != "split.onnx" or bool(parts)
+
+    return written
+
+
+def assert_stops(folder: Path, source: str, stage: str, number: signal.Signals, **actions: str) -> None:
+    """The command ends with one line and leaves everything as it was."""
+    (folder / "big.onnx").write_text("what was there before")
+    before = names_in(folder)
+    arguments = ["expand", source, "--factor", "4", "-o", "big.onnx"]
+    last = stop(folder, arguments, stage, number, written_in(folder, source, stage), **actions)
+    assert last == "error: interrupted; nothing was written"
+    assert names_in(folder) == before
+    assert (folder / "big.onnx").read_text() == "what was there before"
+    (folder / "big.onnx").unlink()
+
+
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("source", ["inline.onnx", "split.onnx"])
 @pytest.mark.parametrize("stage", ["reading", "writing", "validating"])
 def test_a_signal_leaves_nothing(large: Path, source: str, stage: str, number: signal.Signals) -> None:
-    (large / "big.onnx").write_text("what was there before")
-    before = names_in(large)
+    assert_stops(large, source, stage, number)
 
-    def writing() -> bool:
-        """Whether, in the stage of writing, there is something written."""
-        parts = [file for folder in large.glob(".big.onnx.*") for file in folder.iterdir() if file.stat().st_size]
-        return stage != "writing" or source != "split.onnx" or bool(parts)
 
-    arguments = ["expand", source, "--factor", "4", "-o", "big.onnx"]
-    assert stop(large, arguments, stage, number, writing) == "error: interrupted; nothing was written"
-    assert names_in(large) == before
-    assert (large / "big.onnx").read_text() == "what was there before"
-    (large / "big.onnx").unlink()
+@posix
+@pytest.mark.parametrize("stage", ["reading", "writing", "validating"])
+def test_a_command_in_the_background_still_ends_on_sigterm(large: Path, stage: str) -> None:
+    """A shell starts it with SIGINT ignored, `nohup` with SIGHUP ignored: both are sent here too, and do nothing."""
+    assert_stops(large, "split.onnx", stage, signal.SIGTERM, SIGINT="SIG_IGN", SIGHUP="SIG_IGN")
 
 
 @pytest.mark.parametrize("moment", ["model", "temporary folder"])

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT, names_in
+from conftest import ROOT, names_in, with_signals
 
 from hyperclone_onnx.commands import guard
 
@@ -58,7 +58,7 @@ finally:
 
 def struck(at: int, how: str, number: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     code = STRIKER.format(at=at, how=how, number=int(number))
-    command = [sys.executable, "-c", code, *arguments]
+    command = with_signals([sys.executable, "-c", code, *arguments])
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
 
 
@@ -87,7 +87,7 @@ def test_an_interrupt_after_some_time(entry: str, small: Path) -> None:
     """What comes before the command's first line, hundredths of a second after the start, is Python's to answer."""
     ends = set()
     for delay in (0.3, 0.5, 0.7):
-        command = [*ENTRIES[entry], "inspect", str(small)]
+        command = with_signals([*ENTRIES[entry], "inspect", str(small)])
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
@@ -109,7 +109,7 @@ def test_an_interrupt_as_the_command_ends(small: Path) -> None:
         "class Last:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n        kill(pid, 2); kill(pid, 15)\n"
         "sys.last = Last(); atexit.register(os.kill, os.getpid(), 2); main()"
     )
-    command = [sys.executable, "-c", code, "inspect", str(small)]
+    command = with_signals([sys.executable, "-c", code, "inspect", str(small)])
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "") and "hidden" in done.stdout
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, Command, build_model, names_in, perceptron
+from conftest import ROOT, Command, build_model, names_in, perceptron, with_signals
 
 from hyperclone_onnx import Refused
 from hyperclone_onnx.system.isolation import POSSIBLE, BrokenDown, Isolated
@@ -82,6 +82,19 @@ def test_what_ends_a_copy_is_told(number: int) -> None:
         Isolated(lambda: os.kill(os.getpid(), number))  # type: ignore[arg-type, return-value]
 
 
+def test_a_crash_of_a_copy_is_not_seen() -> None:
+    """Python's own report of a crash goes to a copy of stderr here, as under pytest."""
+    code = (
+        "import faulthandler, os; faulthandler.enable(file=os.dup(2))\n"
+        "from hyperclone_onnx.system.isolation import BrokenDown, Isolated\n"
+        "try:\n    Isolated(os.abort)\nexcept BrokenDown as problem:\n    print(problem, flush=True)\n"
+        "os.abort()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout == "it ended by SIGABRT\n"
+    assert done.returncode == -signal.SIGABRT and done.stderr.count("Fatal Python error") == 1  # of the first process
+
+
 def test_one_that_does_not_come_to_an_end() -> None:
     isolated = Isolated(lambda: never, patience=0.2)
     with pytest.raises(BrokenDown, match="does not come to an end"):
@@ -108,7 +121,7 @@ def test_a_copy_ends_with_the_command(number: int) -> None:
         "one, other = Isolated(lambda: pids), Isolated(lambda: lambda n: work(n) if n else os.getpid())\n"
         "print(one(0), other(0), flush=True); other(1)"
     )
-    command = [sys.executable, "-c", code]
+    command = with_signals([sys.executable, "-c", code])
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
     assert process.stdout is not None
     copies = list(map(int, process.stdout.readline().split()))

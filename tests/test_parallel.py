@@ -64,6 +64,7 @@ def test_a_copy_that_is_killed_is_told(tmp_path: Path) -> None:
     assert children() == before
 
 
+@pytest.mark.usefixtures("hearing_signals")
 def test_an_interrupt_leaves_no_copy() -> None:
     """It may come at any moment: when copies are made, or waited for."""
     before = children()

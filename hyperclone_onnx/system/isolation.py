@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -133,7 +134,10 @@ def _serve(pipe: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
         signal.signal(number, signal.SIG_IGN)  # the first process ends this one
     if sys.platform == "linux":  # also where it is killed
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library says when it breaks down is for no user
+    # A user learns of a crash here from the first process, in one line: neither a library's last words nor Python's
+    # traceback of every thread is to be seen. Python may write the latter to a copy of stderr, as pytest asks it to.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    faulthandler.disable()
     try:
         function = make()
     except Exception as problem:
