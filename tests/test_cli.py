@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from hyperclone_onnx import Plan
 from hyperclone_onnx.commands.main import COMMANDS as LISTED
 from hyperclone_onnx.commands.main import main
 from hyperclone_onnx.planning.training_recipe import RECIPE
+from hyperclone_onnx.rules import registry
 
 COMMANDS = main.commands if isinstance(main, click.Group) else {}
 STAGES = ["reading ...", "planning ...", "writing ...", "validating ...", "publishing ..."]
@@ -145,18 +147,59 @@ def test_a_model_that_differs_is_not_published(cli: Command, place: Path, monkey
     assert cli(*GROW.split(), "--factor", "2", "--no-validate").code == 0
 
 
-def test_a_defect_is_one_line_and_says_how_to_report_it(
-    cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError("first line\nsecond line")
+def a_mistake(*_: Any, **__: Any) -> None:
+    raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("hyperclone_onnx.expansion.make_plan", fail)
+
+def in_planning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperclone_onnx.expansion.make_plan", a_mistake)
+
+
+def in_a_rule_s_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._edits, ("", "Gather"), a_mistake)
+
+
+def in_publishing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperclone_onnx.publishing.publication._data_of", a_mistake)
+
+
+@pytest.mark.parametrize("spoil", [in_planning, in_a_rule_s_edit, in_publishing])
+def test_a_defect_is_one_line_and_says_how_to_report_it(
+    cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    spoil(monkeypatch)
+    before = names_in(place)
     outcome = cli(*GROW.split(), "--factor", "2")
     assert (outcome.code, outcome.stdout) == (3, "")
-    assert "ZeroDivisionError: first line" in outcome.error and "HYPERCLONE_DEBUG=1" in outcome.error
+    assert "a defect of hyperclone-onnx (ZeroDivisionError: first line); nothing was written" in outcome.error
+    assert "HYPERCLONE_DEBUG=1" in outcome.error and "second line" not in outcome.stderr
+    assert names_in(place) == before
     monkeypatch.setenv("HYPERCLONE_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
+        cli(*GROW.split(), "--factor", "2")
+    assert names_in(place) == before
+
+
+def test_a_defect_after_the_model_is_written_says_that_it_is_there(
+    cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperclone_onnx.reports.expansion.print_validation", a_mistake)
+    outcome = cli(*GROW.split(), "--factor", "2")
+    assert outcome.code == 3 and outcome.error.startswith("error: big.onnx is written and complete, but this model met")
+    assert "nothing was written" not in outcome.stderr
+    assert cli("inspect", "big.onnx").code == 0
+
+
+def test_what_the_system_refuses_is_no_defect(cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "some/file")
+
+    monkeypatch.setattr("hyperclone_onnx.expansion.make_plan", refuse)
+    outcome = cli(*GROW.split(), "--factor", "2")
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert outcome.error == "error: some/file: the system reports an error (Too many open files)"
+    monkeypatch.setenv("HYPERCLONE_DEBUG", "1")
+    with pytest.raises(OSError, match="Too many"):
         cli(*GROW.split(), "--factor", "2")
 
 
