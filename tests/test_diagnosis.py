@@ -566,7 +566,11 @@ ERRORS = [
     (("big.onnx", "--inputs", "bad.npz"), 2, "--inputs bad.npz: not a readable .npz file"),
     (("big.onnx", "--inputs", "other.npz"), 2, "--inputs other.npz: it lacks 'ids'; the model's inputs are 'ids'"),
     (("big.onnx", "--inputs", "wrong.npz"), 3, "runs on none of the inputs"),
-    (("big.onnx", "--source", "other.onnx"), 2, "--source other.onnx: 'embedding' has the shape (31, 8)"),
+    (
+        ("big.onnx", "--source", "other.onnx"),
+        2,
+        "--source other.onnx: the plan is for another model: 'embedding' has the shape (31, 8)",
+    ),
     (("big.onnx", "--source", "none.onnx"), 4, "none.onnx"),
     (("big.onnx", "--plan", "none.json"), 4, "none.json: not a readable plan"),
     (("big.onnx", "--plan", "bad.npz"), 4, "a plan that is not JSON"),

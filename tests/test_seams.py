@@ -266,3 +266,20 @@ def test_a_tensor_of_the_source_is_not_taken_for_one_that_growth_put_in(name: st
     assert not any(carried.brings_in(tensor) for tensor in source.graph.initializers)
     added = set(grown.graph.initializers) - set(source.graph.initializers) - set(carried.tensors)
     assert added and all(map(carried.brings_in, added))
+
+
+@pytest.mark.frameworks
+def test_a_transform_goes_through_the_handoff_and_back(small: Path, tmp_path: Path) -> None:
+    from hyperclone_onnx.frameworks.absorb import absorb
+    from hyperclone_onnx.frameworks.torch import load
+
+    big, plan_file = tmp_path / "big.onnx", tmp_path / "plan.json"
+    expand(small, big, 2, transforms=IDENTITY, plan_out=plan_file)
+    planned, stored = load(small, plan=plan_file).state_dict(), load(big).state_dict()
+    assert planned.keys() == stored.keys()
+    assert all(bool((planned[name] == stored[name]).all()) for name in stored)
+    trained = tmp_path / "trained.onnx"
+    absorb(big, {name: tensor + 1 for name, tensor in stored.items()}, trained)
+    carried = Plan.carried_by(dict(ir.load(trained).metadata_props))
+    assert carried is not None and carried.transforms == IDENTITY
+    assert not validate_files(small, trained).equal
