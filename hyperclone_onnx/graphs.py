@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import ml_dtypes
 import onnx_ir as ir
@@ -109,17 +109,20 @@ def stem(node: ir.Node) -> str:
     return node.name or node.op_type
 
 
+def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs that a node has as attributes: the branches of an If, the body of a Loop or a Scan."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
 def captured_values(node: ir.Node) -> Iterator[ir.Value]:
     """The values of enclosing graphs that a node's subgraphs read."""
-    for attribute in node.attributes.values():
-        graphs: Sequence[ir.Graph] = ()
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs = (attribute.as_graph(),)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs = tuple(attribute.as_graphs())
-        for graph in graphs:
-            inner = list(graph.all_nodes())
-            own = {output for each in inner for output in each.outputs} | set(graph.inputs)
-            for each in inner:
-                yield from (v for v in each.inputs if v is not None and v not in own)
-            yield from (v for v in graph.outputs if v is not None and v not in own)
+    for body in bodies_of(node):
+        inner = list(body.all_nodes())
+        own = {output for each in inner for output in each.outputs} | set(body.inputs)
+        for each in inner:
+            yield from (v for v in each.inputs if v is not None and v not in own)
+        yield from (v for v in body.outputs if v is not None and v not in own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hyperclone_onnx.graphs import MOVES_OR_CASTS, FreshNames, is_initializer
+from hyperclone_onnx.graphs import MOVES_OR_CASTS, FreshNames, bodies_of, is_initializer
 from hyperclone_onnx.reading.opsets import settle_opsets
 from hyperclone_onnx.reading.reblock import reblock
 from hyperclone_onnx.reading.type_inference import infer_types
@@ -121,12 +121,8 @@ def _drop_unused(graph: ir.Graph) -> None:
         if not any(output in kept or output.uses() for output in node.outputs):
             graph.remove(node, safe=True)
             continue
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                _drop_unused(attribute.as_graph())
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                for body in attribute.as_graphs():
-                    _drop_unused(body)
+        for body in bodies_of(node):
+            _drop_unused(body)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and value not in kept:
             del graph.initializers[name]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.graphs import FreshNames, stem, weight_bytes
+from hyperclone_onnx.graphs import FreshNames, opset_of, stem, weight_bytes
 from hyperclone_onnx.validation.sessions import Runner
 from hyperclone_onnx.writing import onnx_files as writer
 
@@ -96,7 +96,7 @@ def _write_out_norm(model: ir.Model, node: ir.Node, fresh: FreshNames) -> None:
             return
         axis -= rank
     axes = np.arange(axis, 0, dtype=np.int64)
-    opset = model.graph.opset_imports.get("", 1)
+    opset = opset_of(model.graph)
 
     def mean(value: ir.Value) -> ir.Value:
         if opset >= 18:

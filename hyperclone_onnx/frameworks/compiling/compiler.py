@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.compiling import registry
-from hyperclone_onnx.frameworks.compiling.host_values import HostValues, always_goes_on, is_constant
+from hyperclone_onnx.frameworks.compiling.host_values import HostValues, always_goes_on
 from hyperclone_onnx.frameworks.compiling.program import (
     Body,
     Call,
@@ -31,6 +31,7 @@ from hyperclone_onnx.frameworks.compiling.program import (
     Weight,
 )
 from hyperclone_onnx.frameworks.compiling.registry import Operator
+from hyperclone_onnx.graphs import is_initializer, opset_of
 
 
 def identifier(name: str, taken: set[str]) -> str:
@@ -94,7 +95,7 @@ class _Compiler:
 
     def operand(self, value: ir.Value) -> Operand:
         """A value as an array."""
-        if is_constant(value):
+        if is_initializer(value):
             return self.stored(value)
         if value in self.hosts.host:
             return Lifted(Local(self.variable(value)), int(value.dtype or ir.DataType.INT64))
@@ -102,7 +103,7 @@ class _Compiler:
 
     def host_operand(self, value: ir.Value) -> Operand:
         """A value as Python numbers."""
-        if is_constant(value):
+        if is_initializer(value):
             return Number(numbers(value))
         return Local(self.variable(value))
 
@@ -122,7 +123,7 @@ class _Compiler:
         return tuple(self.step(node) for node in graph)
 
     def step(self, node: ir.Node) -> Step:
-        if node.domain in ("", "ai.onnx"):
+        if not node.domain:
             match node.op_type:
                 case "If":
                     return self.choice(node)
@@ -141,7 +142,7 @@ class _Compiler:
         condition = node.inputs[0]
         assert condition is not None
         operand = self.host_operand(condition) if condition in self.hosts.host else self.operand(condition)
-        if is_constant(condition):
+        if is_initializer(condition):
             operand = Number(bool(numbers(condition)))
         bodies = [self.body(node.attributes[name].as_graph()) for name in ("then_branch", "else_branch")]
         return Choice(node.name or "", operand, bodies[0], bodies[1], self.outputs(node))
@@ -174,7 +175,7 @@ class _Compiler:
         return operand
 
     def walk(self, node: ir.Node) -> Walk:
-        if self.model.graph.opset_imports.get("", 1) < 9:
+        if opset_of(self.model.graph) < 9:
             raise Refused(f"Scan (node {node.name!r}) is of opset 8, which has a batch of its own: it has no handoff")
         graph = node.attributes["body"].as_graph()
         many = node.attributes["num_scan_inputs"].as_int()
@@ -223,17 +224,16 @@ class _Compiler:
             inputs.pop()
         attributes = bound_attributes(node, form, self.model.graph.opset_imports)
         outputs = self.outputs(node)[: dict(attributes).get("outputs", len(node.outputs))]
-        domain = "" if node.domain == "ai.onnx" else node.domain
         creates = "device" in form.keywords
-        return Call(node.name or "", domain, node.op_type, tuple(inputs), outputs, attributes, host, creates)
+        return Call(node.name or "", node.domain, node.op_type, tuple(inputs), outputs, attributes, host, creates)
 
     def _has_array(self, node: ir.Node) -> bool:
         skip = 1 if node.op_type == "Where" else 0
-        return any(value is not None and not is_constant(value) for value in node.inputs[skip:])
+        return any(value is not None and not is_initializer(value) for value in node.inputs[skip:])
 
     def _is_scalar(self, value: ir.Value) -> bool:
         tensor = value.const_value
-        return is_constant(value) and tensor is not None and len(tensor.shape) == 0 and value.name not in self.roles
+        return is_initializer(value) and tensor is not None and len(tensor.shape) == 0 and value.name not in self.roles
 
 
 def numbers(value: ir.Value) -> Any:
@@ -301,4 +301,4 @@ def _is_default(node: ir.Node, attribute: ir.Attr, opsets: Mapping[str, int]) ->
 
 def registry_name(node: ir.Node) -> str:
     """An operator's name with its domain."""
-    return f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type

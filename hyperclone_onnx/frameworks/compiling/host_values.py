@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.compiling import registry
+from hyperclone_onnx.graphs import bodies_of, is_initializer
 
 _WHOLE = frozenset(
     [
@@ -25,11 +24,6 @@ _WHOLE = frozenset(
 )
 LARGEST = 1024
 """A stored tensor with more elements than this is data, not sizes."""
-
-
-def is_constant(value: ir.Value) -> bool:
-    """Whether a value is stored."""
-    return value.const_value is not None and value.producer() is None
 
 
 class HostValues:
@@ -52,7 +46,7 @@ class HostValues:
 
     def is_known(self, value: ir.Value | None) -> bool:
         """Whether a value's elements are Python numbers."""
-        return value is not None and (value in self.host or is_constant(value))
+        return value is not None and (value in self.host or is_initializer(value))
 
     def runs_on_host(self, node: ir.Node) -> bool:
         """Whether a node computes with Python numbers alone; the shape of an array is asked of the array."""
@@ -64,7 +58,7 @@ class HostValues:
 
     def _demand(self, graph: ir.Graph) -> None:
         for node in reversed(list(graph)):
-            for inner in _subgraphs(node):
+            for inner in bodies_of(node):
                 self._loops |= {value: (node, place) for place, value in enumerate(inner.inputs)}
                 known = -1
                 while known != len(self.host):  # a state that is needed makes others needed
@@ -86,7 +80,7 @@ class HostValues:
                 self._need(value, node)
 
     def _need(self, value: ir.Value, reader: ir.Node) -> None:
-        if is_constant(value) or value in self.host:
+        if is_initializer(value) or value in self.host:
             return
         if value in self._loops:
             self._need_in_turns(value, reader)
@@ -126,13 +120,13 @@ class HostValues:
 
     def _follow(self, graph: ir.Graph) -> None:
         for node in graph:
-            for inner in _subgraphs(node):
+            for inner in bodies_of(node):
                 self._follow(inner)
             if self._stays_on_host(node):
                 self.host.update(node.outputs)
 
     def _stays_on_host(self, node: ir.Node) -> bool:
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain:
             return False
         if node.op_type in ("Shape", "Size"):
             return True
@@ -144,7 +138,7 @@ class HostValues:
             return False  # these make arrays; only a reader that needs numbers makes them numbers
         given = [value for value in node.inputs if value is not None]
         return any(value in self.host for value in given) and all(
-            value in self.host or (is_constant(value) and _is_small(value)) for value in given
+            value in self.host or (is_initializer(value) and _is_small(value)) for value in given
         )
 
 
@@ -152,13 +146,13 @@ def always_goes_on(node: ir.Node) -> bool:
     """Whether a Loop's condition holds before and after every turn."""
     graph = node.attributes["body"].as_graph()
     start = node.inputs[1] if len(node.inputs) > 1 else None
-    if start is not None and not (is_constant(start) and bool(np.asarray(start.const_value).all())):
+    if start is not None and not (is_initializer(start) and bool(np.asarray(start.const_value).all())):
         return False
     value: ir.Value | None = graph.outputs[0]
     while value is not None and value is not graph.inputs[1]:
         producer = value.producer()
         if producer is None:
-            return is_constant(value) and bool(np.asarray(value.const_value).all())
+            return is_initializer(value) and bool(np.asarray(value.const_value).all())
         value = producer.inputs[0] if producer.op_type == "Identity" else None
     return value is not None
 
@@ -170,9 +164,3 @@ def _is_small(value: ir.Value) -> bool:
 
 def _has_host_form(node: ir.Node) -> bool:
     return node.op_type in ("Shape", "Size") or registry.host_operator(node.domain, node.op_type) is not None
-
-
-def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()

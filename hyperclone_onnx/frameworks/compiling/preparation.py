@@ -18,8 +18,8 @@ from hyperclone_onnx.frameworks.compiling import ops as _table  # noqa: F401 - i
 from hyperclone_onnx.frameworks.compiling import registry
 from hyperclone_onnx.frameworks.compiling.compiler import bound_attributes, registry_name
 from hyperclone_onnx.frameworks.compiling.fusions import fuse, put_in_place
-from hyperclone_onnx.frameworks.compiling.host_values import LARGEST, is_constant
-from hyperclone_onnx.graphs import FreshNames
+from hyperclone_onnx.frameworks.compiling.host_values import LARGEST
+from hyperclone_onnx.graphs import FreshNames, is_initializer, opset_of
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.reading.opsets import settle_opsets
@@ -91,7 +91,7 @@ def _inline_bodies(model: ir.Model) -> bool:
         infer_types(model)
     found = False
     for number, node in enumerate(missing):
-        function = _function_body(node, model.graph.opset_imports.get(node.domain, 1), f"body{number}")
+        function = _function_body(node, opset_of(model.graph, node.domain), f"body{number}")
         if function is not None:
             node.overload = function.overload
             model.functions[function.identifier()] = function
@@ -181,7 +181,7 @@ def _fold(model: ir.Model) -> None:
         outputs = [value for value in node.outputs if value.uses()]
         if len(node.outputs) != 1 or not outputs or outputs[0].is_graph_output():
             continue
-        if node.op_type == "Shape" and node.inputs[0] is not None and is_constant(node.inputs[0]):
+        if node.op_type == "Shape" and node.inputs[0] is not None and is_initializer(node.inputs[0]):
             window = slice(*(node.attributes[n].as_int() if n in node.attributes else None for n in ("start", "end")))
             tensor = node.inputs[0].const_value
             assert tensor is not None
@@ -203,7 +203,7 @@ def _fold(model: ir.Model) -> None:
 
 def _is_whole(value: ir.Value) -> bool:
     tensor = value.const_value
-    return is_constant(value) and tensor is not None and tensor.size <= LARGEST and tensor.dtype.is_integer()
+    return is_initializer(value) and tensor is not None and tensor.size <= LARGEST and tensor.dtype.is_integer()
 
 
 def _store(model: ir.Model, node: ir.Node, array: npt.NDArray[Any]) -> None:

@@ -103,12 +103,12 @@ def faster(framework: str, *op_types: str, domain: str = "") -> Callable[[Implem
 
 def operator(domain: str, op_type: str) -> Operator | None:
     """An operator of the table, None when it is not covered."""
-    return _operators.get(("" if domain == "ai.onnx" else domain, op_type))
+    return _operators.get((domain, op_type))
 
 
 def host_operator(domain: str, op_type: str) -> Operator | None:
     """An operator's form for Python numbers, None when it has none."""
-    return None if domain not in ("", "ai.onnx") else _host.get(op_type)
+    return None if domain else _host.get(op_type)
 
 
 def host_operators() -> dict[str, Operator]:

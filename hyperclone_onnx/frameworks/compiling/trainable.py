@@ -13,14 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
-from hyperclone_onnx.frameworks.compiling.host_values import is_constant
 from hyperclone_onnx.frameworks.compiling.program import Role
+from hyperclone_onnx.graphs import MOVES_OR_CASTS, bodies_of, is_initializer
 
-LAYOUT = frozenset(
-    """
-    Cast Concat Expand Flatten Identity Neg Reshape Slice Split Squeeze Tile Transpose Unsqueeze Cos Sin
-    """.split()
-)
+LAYOUT = MOVES_OR_CASTS | frozenset("Concat Cos Expand Neg Sin Slice Split Tile".split())
 """Operators whose result is still the tensor itself, laid out anew (or the angles that it holds)."""
 
 MASKED = -1e4
@@ -139,7 +135,7 @@ class _Structure:
     def _is_position_bias(self, value: ir.Value) -> bool:
         """Whether a tensor is cut to sizes known only when running, and then only added to a softmax's operand."""
         cut = any(
-            use.node.op_type == "Slice" and not all(v is None or is_constant(v) for v in use.node.inputs)
+            use.node.op_type == "Slice" and not all(v is None or is_initializer(v) for v in use.node.inputs)
             for each in self._laid_out(value)
             for use in each.uses()
         )
@@ -160,11 +156,11 @@ class _Structure:
             if node.op_type in ("Shape", "Size"):
                 continue
             for _ in range(2 if node.op_type in ("Loop", "Scan") else 1):  # a state may become an activation in a turn
-                for inner in _branches(node):
+                for inner in bodies_of(node):
                     self._enter(node, inner)
                     self._follow_graph(inner)
             reached = [self.sources[v] for v in node.inputs if v is not None and v in self.sources]
-            reached += [self.sources[v] for inner in _branches(node) for v in inner.outputs if v in self.sources]
+            reached += [self.sources[v] for inner in bodies_of(node) for v in inner.outputs if v in self.sources]
             table = node.inputs[0] if node.inputs else None
             if table is not None and _is_lookup(node, 0):
                 stored = _origin(table)
@@ -234,7 +230,7 @@ class _Structure:
 def _is_made_of_stored(value: ir.Value) -> bool:
     producer = value.producer()
     if producer is None:
-        return is_constant(value)
+        return is_initializer(value)
     return all(each is None or _is_made_of_stored(each) for each in producer.inputs)
 
 
@@ -256,14 +252,14 @@ def _is_lookup(node: ir.Node, index: int) -> bool:
     """Whether an input is a table that this node looks rows up in, by indices that are not stored."""
     if node.op_type == "EmbedLayerNormalization":
         return index in (2, 3, 4)
-    if index != 0 or node.op_type not in ("Gather", "GatherElements", "GatherND") or node.domain not in ("", "ai.onnx"):
+    if index != 0 or node.op_type not in ("Gather", "GatherElements", "GatherND") or node.domain:
         return False
     return node.inputs[1] is not None and not _is_made_of_stored(node.inputs[1])
 
 
 def _origin(value: ir.Value) -> ir.Value | None:
     """The stored tensor that a value is, laid out anew."""
-    while not is_constant(value):
+    while not is_initializer(value):
         producer = value.producer()
         if producer is None or producer.op_type not in LAYOUT or producer.inputs[0] is None:
             return None
@@ -290,9 +286,3 @@ def _is_floating(value: ir.Value) -> bool:
 
 def _lowest(tensor: ir.TensorProtocol) -> float:
     return float(np.asarray(tensor.numpy()).astype(np.float32).min())
-
-
-def _branches(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()

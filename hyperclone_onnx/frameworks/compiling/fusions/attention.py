@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.frameworks.compiling.fusions.graphs import number, only, put_in_place, with_number
-from hyperclone_onnx.frameworks.compiling.host_values import is_constant
 from hyperclone_onnx.frameworks.compiling.registry import INTERNAL
+from hyperclone_onnx.graphs import is_initializer, opset_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class _Scores:
 def fuse_attention(softmax: ir.Node) -> None:
     """MatMul(Softmax(scale * MatMul(Q, K^T) + biases), V)"""
     axis = softmax.attributes.get("axis")
-    opset = softmax.graph.opset_imports.get("", 1) if isinstance(softmax.graph, ir.Graph) else 1
+    opset = opset_of(softmax.graph) if isinstance(softmax.graph, ir.Graph) else 1
     if opset < 13 or (axis is not None and axis.as_int() != -1):
         return
     last = _after(softmax.outputs[0])
@@ -71,7 +71,7 @@ def _at_axis_two(unsqueeze: ir.Node) -> bool:
     if "axes" in unsqueeze.attributes:
         return list(unsqueeze.attributes["axes"].as_ints()) == [2]
     axes = unsqueeze.inputs[1]
-    return axes is not None and is_constant(axes) and np.asarray(axes.const_value).ravel().tolist() == [2]
+    return axes is not None and is_initializer(axes) and np.asarray(axes.const_value).ravel().tolist() == [2]
 
 
 def _after(weights: ir.Value) -> ir.Node | None:

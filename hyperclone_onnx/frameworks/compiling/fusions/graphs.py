@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from hyperclone_onnx.frameworks.compiling.host_values import is_constant
+from hyperclone_onnx.graphs import is_initializer
 
 
 def number(value: ir.Value | None) -> float | None:
     """The one number that is stored in a value without axes."""
-    if value is None or not is_constant(value) or value.const_value is None or len(value.const_value.shape):
+    if value is None or not is_initializer(value) or value.const_value is None or len(value.const_value.shape):
         return None
     return float(value.const_value.numpy())
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from hyperclone_onnx.frameworks.compiling.fusions.graphs import only, put_in_place
-from hyperclone_onnx.frameworks.compiling.host_values import is_constant
 from hyperclone_onnx.frameworks.compiling.registry import INTERNAL
+from hyperclone_onnx.graphs import is_initializer
 
 
 def fuse_linear(add: ir.Node) -> bool:
@@ -22,7 +22,7 @@ def fuse_linear(add: ir.Node) -> bool:
 
 def _stored_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     """The sizes of a stored floating tensor."""
-    if value is None or not is_constant(value) or value.const_value is None:
+    if value is None or not is_initializer(value) or value.const_value is None:
         return None
     tensor = value.const_value
     return tuple(int(size) for size in tensor.shape.numpy()) if tensor.dtype.is_floating_point() else None

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.frameworks.compiling.fusions.graphs import number, only, put_in_place
-from hyperclone_onnx.frameworks.compiling.host_values import is_constant
 from hyperclone_onnx.frameworks.compiling.registry import INTERNAL
+from hyperclone_onnx.graphs import is_initializer
 
 
 def fuse_norm(node: ir.Node) -> bool:
@@ -60,7 +60,7 @@ def _over_last_axis(mean: ir.Node) -> bool:
     if "axes" in mean.attributes:
         return list(mean.attributes["axes"].as_ints()) == [-1]
     axes = mean.inputs[1] if len(mean.inputs) > 1 else None
-    return axes is not None and is_constant(axes) and np.asarray(axes.const_value).ravel().tolist() == [-1]
+    return axes is not None and is_initializer(axes) and np.asarray(axes.const_value).ravel().tolist() == [-1]
 
 
 def _gain(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
@@ -72,6 +72,6 @@ def _gain(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
     if product.op_type != "Mul" or product.domain:
         return None
     scale = product.inputs[1] if product.inputs[0] is output else product.inputs[0]
-    if scale is None or not is_constant(scale) or scale.const_value is None or len(scale.const_value.shape) != 1:
+    if scale is None or not is_initializer(scale) or scale.const_value is None or len(scale.const_value.shape) != 1:
         return None
     return product, scale
