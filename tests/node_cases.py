@@ -109,15 +109,15 @@ def check(case: Any, framework: str) -> None:
 
 def run(model: ir.Model, framework: str, inputs: list[Array]) -> list[Array]:
     """What a model makes of its inputs in a framework, in 64 bits where the model says so."""
+    from hyperclone_onnx.frameworks.compiled_model import compile_model
     from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
-    from hyperclone_onnx.frameworks.handoff import read
 
     with _wide(framework):
         xp = import_module(f"hyperclone_onnx.frameworks.compiling.namespaces.{framework}")
-        handoff = read(model)
-        program = handoff.program
+        compiled_model = compile_model(model)
+        program = compiled_model.program
         source = function_source("run", "weights", program.body, lambda path: f"weights[{path!r}]", str)
-        weights = {w.path: _put(framework, handoff.tensors[w.initializer].numpy()) for w in program.weights}
+        weights = {w.path: _put(framework, compiled_model.tensors[w.initializer].numpy()) for w in program.weights}
         given = [_put(framework, each) for each in inputs]
         given = [xp.numbers(v) if each.host else v for each, v in zip(program.inputs, given, strict=True)]
         return [_get(framework, each) for each in compiled(source, framework)(weights, *given)]

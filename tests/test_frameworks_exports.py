@@ -157,17 +157,19 @@ def test_the_optimizers_state_grows_beside_the_weights(target: str, zoo: Zoo, tm
 def test_a_file_is_compiled_once(small: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from hyperclone_onnx.frameworks import handoff
+    from hyperclone_onnx.frameworks import compiled_model
     from hyperclone_onnx.frameworks.torch import load
 
-    big, plain, compiled = tmp_path / "big.onnx", handoff._read, []
+    big, plain, compiled = tmp_path / "big.onnx", compiled_model._compile, []
     expand(small, big, 2, check=False)
     model = load(small)
     optimizer = torch.optim.AdamW(model.named_parameters())
     model(torch.arange(6).reshape(2, 3)).sum().backward()
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    monkeypatch.setattr(handoff, "_read", lambda model, *others: compiled.append(model) or plain(model, *others))
+    monkeypatch.setattr(
+        compiled_model, "_compile", lambda model, *others: compiled.append(model) or plain(model, *others)
+    )
     arguments = ("handoff", big, "--to", "pytorch", "-o", tmp_path / "out", "--no-validate")
     done = cli(*arguments, "--optimizer", tmp_path / "state.pt", "--freeze", "gain")
     assert done.code == 0, done.stderr

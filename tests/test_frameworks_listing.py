@@ -131,12 +131,12 @@ def test_a_mask_is_not_trained(tmp_path: Path) -> None:
 def test_a_divisor_that_growth_put_in_is_no_weight(zoo: Zoo, tmp_path: Path) -> None:
     """Unequally repeated heads are divided by a vector: an Add or Mul with stored numbers, as a gain is."""
     from hyperclone_onnx import SourceMap, analyse, expand
-    from hyperclone_onnx.frameworks.handoff import read
+    from hyperclone_onnx.frameworks.compiled_model import compile_model
 
     source, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
     heads = next(each for each in analyse(source).named if each.role == "head_dim")
     index = (*range(heads.size), 0)
     plan = expand(source, big, maps={heads.name: SourceMap(heads.size, index=index)}, check=False).plan
-    added = [each for each in read(big).program.weights if plan.brings_in(each.initializer)]
+    added = [each for each in compile_model(big).program.weights if plan.brings_in(each.initializer)]
     assert added and all(each.role == "constant" for each in added)
     assert {each.reason for each in added if each.shape} == {"a divisor that growth put in"}

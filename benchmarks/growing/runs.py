@@ -18,7 +18,7 @@ import torch
 from growing.network import Shape, export
 from growing.training import Point, Recipe, Task, read_curve, train
 from hyperclone_onnx import Plan, Strategy, expand, validate_files
-from hyperclone_onnx.frameworks.handoff import read
+from hyperclone_onnx.frameworks.compiled_model import compile_model
 from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer
 from hyperclone_onnx.plan.strategies import StrategyName
 
@@ -247,12 +247,12 @@ def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> 
         return folder / "optimizer.pt"
     partial = folder.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
-    handoff = read(model)
-    write_optimizer(model, state, partial, "pytorch", handoff=handoff)
+    compiled = compile_model(model)
+    write_optimizer(model, state, partial, "pytorch", compiled=compiled)
     if kind == "half":
-        plan = handoff.plan
+        plan = compiled.plan
         assert plan is not None
-        of_path = {each.path: each.initializer for each in handoff.program.weights}
+        of_path = {each.path: each.initializer for each in compiled.program.weights}
         saved = torch.load(partial / "optimizer.pt", weights_only=True)
         names = {
             number: name

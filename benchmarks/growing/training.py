@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from growing.corpus import corpus
 from hyperclone_onnx.frameworks.absorb import absorb
-from hyperclone_onnx.frameworks.handoff import read
+from hyperclone_onnx.frameworks.compiled_model import compile_model
 from hyperclone_onnx.frameworks.optimizer.moments import step_factors
 from hyperclone_onnx.frameworks.optimizer.resume import resume_torch
 from hyperclone_onnx.frameworks.torch import Block, OnnxModule, load
@@ -157,7 +157,7 @@ def train_torch(task: Task, folder: Path, tell: Tell) -> None:
 
 def _groups(module: OnnxModule, task: Task) -> list[dict[str, Any]]:
     """Matrices decay, vectors do not; by fan-in, each kind of growth is a group."""
-    plan = read(task.model).plan if task.recipe.by_fan_in else None
+    plan = compile_model(task.model).plan if task.recipe.by_fan_in else None
     groups: dict[tuple[float, float], list[Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

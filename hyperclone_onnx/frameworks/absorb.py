@@ -18,8 +18,8 @@ from hyperclone_onnx.errors import BadRequest, HypercloneError, Refused
 from hyperclone_onnx.frameworks.checkpoints import read_weights
 from hyperclone_onnx.frameworks.checkpoints.matching import match
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, from_torch
+from hyperclone_onnx.frameworks.compiled_model import compile_model
 from hyperclone_onnx.frameworks.compiling.program import Weight
-from hyperclone_onnx.frameworks.handoff import read
 from hyperclone_onnx.frameworks.parity import check_parity
 from hyperclone_onnx.publishing.publication import check_output, publication
 from hyperclone_onnx.reading import loading
@@ -73,7 +73,9 @@ def absorb(
         CannotWrite, Refused, MissingExtra: see `errors`.
     """
     out = Path(output)
-    floating = [each for each in read(model).program.weights if ir.DataType(each.element_type).is_floating_point()]
+    floating = [
+        each for each in compile_model(model).program.weights if ir.DataType(each.element_type).is_floating_point()
+    ]
     target = loading.load(model)
     files = loading.source_files(Path(model), target)
     external = needs_data_file(target) or len(files) > 1

@@ -9,11 +9,11 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
+from hyperclone_onnx.frameworks.compiled_model import PathLike, bind, compile_model
 from hyperclone_onnx.frameworks.compiling.blocks import block_paths
 from hyperclone_onnx.frameworks.compiling.naming import nested
 from hyperclone_onnx.frameworks.compiling.program import Program, Weight
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
-from hyperclone_onnx.frameworks.handoff import PathLike, bind, read
 from hyperclone_onnx.frameworks.slices import read_slice, read_whole
 from hyperclone_onnx.plan.plans import Plan
 
@@ -59,12 +59,12 @@ def load(
         BadRequest: a glob matches nothing, or the plan is for another model.
         Refused: an operator, or a form of one, is not covered.
     """
-    handoff = read(model, plan=plan, freeze=freeze, train=train)
+    compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train)
     place = _over(shard) if isinstance(shard, jax.sharding.Mesh) else shard
     params: dict[str, Any] = {}
     constants: dict[str, Any] = {}
-    for weight in handoff.program.weights:
-        tensor = handoff.tensors[weight.initializer]
+    for weight in compiled_model.program.weights:
+        tensor = compiled_model.tensors[weight.initializer]
         kind = params if weight.role == "trainable" else constants
         if place is None:
             kind[weight.path] = jax.numpy.asarray(read_whole(tensor))
@@ -72,7 +72,7 @@ def load(
             kind[weight.path] = read_whole(tensor)
         else:
             kind[weight.path] = _in_parts(tensor, place(weight.path, weight.shape), weight)
-    return _Apply(handoff.program, nested(constants)), nested(params)
+    return _Apply(compiled_model.program, nested(constants)), nested(params)
 
 
 def _in_parts(tensor: ir.TensorProtocol, sharding: Any, weight: Weight) -> Any:

@@ -7,17 +7,17 @@ from typing import Any
 
 import onnx_ir as ir
 
-from hyperclone_onnx.frameworks.handoff import PathLike, read
+from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
 
 
 def weights(model: PathLike, *, freeze: Sequence[str] = (), train: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A row for each stored tensor that a framework would hold, as plain data.
 
     Raises:
-        BadModel, BadRequest, Refused: see `handoff.read`.
+        BadModel, BadRequest, Refused: see `compile_model`.
         MissingExtra: neither extra is installed.
     """
-    program = read(model, freeze=freeze, train=train).program
+    program = compile_model(model, freeze=freeze, train=train).program
     return [
         {
             "initializer": each.initializer,

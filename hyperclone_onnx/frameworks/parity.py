@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.errors import ModelsDiffer, Refused
+from hyperclone_onnx.frameworks.compiled_model import compile_model
 from hyperclone_onnx.frameworks.compiling.naming import nested
 from hyperclone_onnx.frameworks.compiling.program import Program
-from hyperclone_onnx.frameworks.handoff import read
 from hyperclone_onnx.validation.feeds import cases
 from hyperclone_onnx.validation.sessions import Runner
 from hyperclone_onnx.validation.tolerance import tolerance_of
@@ -72,7 +72,7 @@ def _framework_runner(
     except ImportError:
         from hyperclone_onnx.frameworks.jax import load as load_function
 
-        program = read(path).program
+        program = compile_model(path).program
         given = [glob.escape(each.initializer) for each in program.weights if each.path in (weights or {})]
         apply, params = load_function(path, train=given)
         if weights is not None:

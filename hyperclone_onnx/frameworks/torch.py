@@ -10,10 +10,10 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.frameworks import MissingExtra
+from hyperclone_onnx.frameworks.compiled_model import CompiledModel, PathLike, bind, compile_model
 from hyperclone_onnx.frameworks.compiling.blocks import block_paths
 from hyperclone_onnx.frameworks.compiling.program import Body, Program, Weight
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
-from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, bind, read
 from hyperclone_onnx.frameworks.slices import blocks, read_slice, shifted
 from hyperclone_onnx.plan.plans import Plan
 
@@ -57,15 +57,15 @@ def load(
         BadRequest: a glob matches nothing, or the plan is for another model.
         Refused: an operator, or a form of one, is not covered, or a parameter is sharded in a way that is not known.
     """
-    handoff = read(model, plan=plan, freeze=freeze, train=train)
+    compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train)
     if shard is None:
-        module = OnnxModule(handoff)
+        module = OnnxModule(compiled_model)
         return module if _is_meta(device) else module.materialize(device)
     if _is_meta(device):
         raise BadRequest(
             "shard= reads each rank's part at once; on the meta device there is none: leave one of both out"
         )
-    module = OnnxModule(handoff)
+    module = OnnxModule(compiled_model)
     if callable(shard):
         shard(module)
     else:
@@ -135,10 +135,10 @@ class Folder(torch.nn.Module):
 class OnnxModule(torch.nn.Module):
     """A whole graph, on the meta device until it is materialized; see `load`."""
 
-    def __init__(self, handoff: Handoff) -> None:
+    def __init__(self, model: CompiledModel) -> None:
         super().__init__()
-        self.program: Program = handoff.program
-        self._stored: dict[str, ir.TensorProtocol] | None = handoff.tensors
+        self.program: Program = model.program
+        self._stored: dict[str, ir.TensorProtocol] | None = model.tensors
         self._add_blocks()
         for weight in self.program.weights:
             parent, leaf = self._parent(weight.path)

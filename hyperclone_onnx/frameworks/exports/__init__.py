@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
-from hyperclone_onnx.frameworks.handoff import PathLike, read
+from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
 from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
 from hyperclone_onnx.frameworks.targets import Target
 from hyperclone_onnx.plan.plans import Plan
@@ -100,21 +100,21 @@ def hand_over(
             return _to_hugging_face(Path(model), Path(like), source, folder, output, say)
         say("reading")
         _require(target)
-        handoff = read(model, freeze=freeze, train=train)
-        parameters = entries(handoff.program, handoff.plan)
+        compiled = compile_model(model, freeze=freeze, train=train)
+        parameters = entries(compiled.program, compiled.plan)
         if not parameters:
             raise BadRequest(f"{model}: it has no floating tensor that a trainer would hold")
-        tensors = {each.path: handoff.tensors[each.initializer] for each in parameters}
+        tensors = {each.path: compiled.tensors[each.initializer] for each in parameters}
         state: dict[str, Any] | None = None
         if optimizer is not None:
             say("growing the optimizer's state")
-            written = write_optimizer(model, optimizer, folder, target, source=source, handoff=handoff)
+            written = write_optimizer(model, optimizer, folder, target, source=source, compiled=compiled)
             state = {**asdict(written), "file": Path(written.file).name}
         say("writing")
         weights = _write(target, tensors, folder, largest_file)
-        growth = None if handoff.plan is None else _growth(handoff.plan)
+        growth = None if compiled.plan is None else _growth(compiled.plan)
         state_file = None if state is None else str(state["file"])
-        training = None if handoff.plan is None else RECIPE
+        training = None if compiled.plan is None else RECIPE
         advice = None if training is None else training.to_json()
         Manifest(Path(model).name, target, weights, state_file, growth, parameters, advice).write(folder)
         by = _checked(model, folder, say) if check else None

@@ -13,8 +13,8 @@ from hyperclone_onnx.errors import BadRequest, CannotWrite
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.checkpoints.matching import match
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, read_safetensors
+from hyperclone_onnx.frameworks.compiled_model import CompiledModel, PathLike, compile_model
 from hyperclone_onnx.frameworks.compiling.program import Weight
-from hyperclone_onnx.frameworks.handoff import Handoff, PathLike, read
 from hyperclone_onnx.frameworks.optimizer.moments import GrownMoments, Moments, forget, grow_moments, separated
 from hyperclone_onnx.frameworks.optimizer.saved_state import FIRST, SECOND, STEP, Group, State, read_state
 from hyperclone_onnx.plan.maps import Kept
@@ -61,7 +61,7 @@ def write_optimizer(
     train: Sequence[str] = (),
     source: PathLike | None = None,
     translate: Translate | None = None,
-    handoff: Handoff | None = None,
+    compiled: CompiledModel | None = None,
 ) -> GrownState:
     """Grow the source's AdamW state by a grown file's plan, and write it where its trainer looks for it.
 
@@ -75,18 +75,18 @@ def write_optimizer(
         train: as for `load`.
         source: the source's file, if the state's names are those of its handoff and not those of `big`.
         translate: from other names and layouts.
-        handoff: `big` as `read` gives it for the same `freeze` and `train`, where that was done already.
+        compiled: what `compile_model` makes of `big` with the same `freeze` and `train`, where that was done already.
 
     Raises:
         BadModel: a file cannot be read.
         BadRequest: `big` was not grown; the state does not fit it, or lacks a tensor that is trained.
         CannotWrite, Refused, MissingExtra: see `errors`.
     """
-    handoff = handoff or read(big, freeze=freeze, train=train)
-    plan = handoff.plan
+    compiled = compiled or compile_model(big, freeze=freeze, train=train)
+    plan = compiled.plan
     if plan is None:
         raise BadRequest(f"{big}: it carries no plan of its growth, by which an optimizer's state would grow")
-    weights = [each for each in handoff.program.weights if each.role in ("trainable", "frozen")]
+    weights = [each for each in compiled.program.weights if each.role in ("trainable", "frozen")]
     saved = read_state(state)
     known = _names(plan, weights, source)
     moments, names = _moments(saved, known, str(state), translate)
@@ -101,7 +101,7 @@ def write_optimizer(
     out = Path(folder) / FILES[kind]
     try:
         if kind == "pytorch":
-            _write_torch(out, handoff, by_path, _groups(saved, names, plan, weights))
+            _write_torch(out, compiled, by_path, _groups(saved, names, plan, weights))
         else:
             _write_safetensors(out, by_path, kind)
     finally:
@@ -114,7 +114,7 @@ def _names(plan: Plan, weights: Sequence[Weight], source: PathLike | None) -> di
     """The source's initializer, by each name that it may have in a state."""
     known: dict[str, str] = {}
     if source is not None:
-        known |= {each.path: each.initializer for each in read(source).program.weights}
+        known |= {each.path: each.initializer for each in compile_model(source).program.weights}
         known |= {each: each for each in known.values()}
     for each in weights:
         recipe = plan.tensors.get(each.initializer)
@@ -202,14 +202,16 @@ def _groups(saved: State, names: Mapping[str, str], plan: Plan, weights: Sequenc
     return [Group(group.settings, frozenset(own)) for group, own in zip(saved.groups, members, strict=True)]
 
 
-def _write_torch(out: Path, handoff: Handoff, grown: Mapping[str, GrownMoments], groups: Sequence[Group]) -> None:
+def _write_torch(
+    out: Path, compiled: CompiledModel, grown: Mapping[str, GrownMoments], groups: Sequence[Group]
+) -> None:
     try:
         import torch
     except ImportError as problem:
         raise MissingExtra("torch", problem) from problem
     from hyperclone_onnx.frameworks.torch import OnnxModule
 
-    names = [name for name, _ in OnnxModule(handoff).named_parameters()]
+    names = [name for name, _ in OnnxModule(compiled).named_parameters()]
     if not groups:
         nothing = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).state_dict()["param_groups"][0]
         settings = {key: value for key, value in nothing.items() if key != "params"}

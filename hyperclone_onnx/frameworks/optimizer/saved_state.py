@@ -14,7 +14,7 @@ from hyperclone_onnx.errors import BadModel, BadRequest, first_line
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.checkpoints import read_weights
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, from_torch
-from hyperclone_onnx.frameworks.handoff import PathLike
+from hyperclone_onnx.frameworks.compiled_model import PathLike
 
 FIRST, SECOND, STEP = ("exp_avg", "mu"), ("exp_avg_sq", "nu"), ("step", "count")
 """What PyTorch and optax call the two moments and the number of steps."""

@@ -1,4 +1,4 @@
-"""What every framework's `load` begins with: a file, compiled."""
+"""A model file, compiled: what each framework's `load` begins with."""
 
 from __future__ import annotations
 
@@ -25,41 +25,44 @@ PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class Handoff:
-    """A program, and the stored tensors that it names; none is read before it is asked for."""
+class CompiledModel:
+    """A program, and the stored tensors that it uses; a tensor is read when a framework asks for it."""
 
     program: Program
     tensors: dict[str, ir.TensorProtocol]
     """By initializer."""
     plan: Plan | None = None
-    """How the model was grown, where it says so."""
+    """How the model was grown; None where its file carries no plan."""
 
 
-def read(
+def compile_model(
     model: PathLike | ir.Model,
     *,
     plan: Plan | PathLike | None = None,
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
-) -> Handoff:
+) -> CompiledModel:
     """Compile a model file, or a model in memory (which is changed).
 
-    With a plan, `model` is the small model that the plan is for, and what is compiled is the grown one; its tensors
-    are computed when they are asked for.
+    Args:
+        model: the model or, with a plan, the small model that the plan grows.
+        plan: what to compile is the model that this plan makes; its tensors are computed when they are asked for.
+        freeze: globs of initializer names that are not to be trained.
+        train: globs of initializer names that are to be trained, whatever the structure says.
 
     Raises:
         BadModel, BadRequest, Refused: see `errors`.
         MissingExtra: neither extra is installed.
     """
     try:
-        return _read(model, plan, freeze, train)
+        return _compile(model, plan, freeze, train)
     except ModuleNotFoundError as problem:
         raise MissingExtra("torch", problem) from problem
 
 
-def _read(
+def _compile(
     model: PathLike | ir.Model, plan: Plan | PathLike | None, freeze: Sequence[str], train: Sequence[str]
-) -> Handoff:
+) -> CompiledModel:
     if plan is not None:
         if isinstance(model, ir.Model):
             raise BadRequest("a plan grows a model file, not a model in memory: rewrite it first")
@@ -69,17 +72,17 @@ def _read(
     structural = structural_roles(prepared, train)
     structural |= _divisors(structural, carried)
     program = with_blocks(compile_program(prepared, structural, paths(prepared.graph.initializers)))
-    # What is asked for changes no name: a checkpoint fits however its tensors were trained.
+    # Blocks come first: `freeze` and `train` then change no path, and a checkpoint fits whatever was trained.
     asked = overridden(structural, freeze, train)
-    program = replace(program, weights=tuple(_with_role(each, asked) for each in program.weights))
+    program = replace(program, weights=tuple(_with_role(weight, asked) for weight in program.weights))
     tensors = {
         name: value.const_value for name, value in prepared.graph.initializers.items() if value.const_value is not None
     }
-    return Handoff(program, tensors, carried)
+    return CompiledModel(program, tensors, carried)
 
 
 def _divisors(tensors: Iterable[str], plan: Plan | None) -> Reasons:
-    """What growth itself put in to divide by is no weight."""
+    """Numbers that growth put in to divide by: they are not trained."""
     if plan is None:
         return {}
     return {name: ("constant", "a divisor that growth put in") for name in tensors if plan.brings_in(name)}
@@ -100,12 +103,12 @@ def _with_role(weight: Weight, asked: Reasons) -> Weight:
 
 
 def bind(program: Program, positional: Sequence[Any], named: dict[str, Any]) -> list[Any]:
-    """The inputs of a program in its order, given by position and by name.
+    """The values of a program's inputs in its order; they are given by position and by name.
 
     Raises:
         BadRequest: one is missing, unknown, or given twice.
     """
-    names = [each.name for each in program.inputs]
+    names = [entry.name for entry in program.inputs]
     if len(positional) > len(names):
         raise BadRequest(f"{len(positional)} inputs given, the model has {len(names)}: {', '.join(names)}")
     given = dict(zip(names, positional, strict=False))
