@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.diagnosis.layers import AFTER, BEFORE, WHOLE
 from hyperclone_onnx.diagnosis.model import PartDiagnosis, TensorDiagnosis, ValueDiagnosis, Verdict
+from hyperclone_onnx.graphs import eps_of
 
 PARTED = 0.1
 """From this distance on clones have parted; those with nothing in common are 0.71 apart, if there are two."""
@@ -39,9 +40,8 @@ def weight_tolerance(dtype: ir.DataType, clones: int) -> float:
     """
     if not dtype.is_floating_point():
         return 0.0
-    eps = 2.0**-7 if dtype == ir.DataType.BFLOAT16 else float(np.finfo(dtype.numpy()).eps)
-    trained = float(np.finfo(np.float64 if dtype == ir.DataType.DOUBLE else np.float32).eps)
-    return eps * clones * math.sqrt(clones) / 2.0 + ROUNDINGS * trained
+    trained = eps_of(ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT)
+    return eps_of(dtype) * clones * math.sqrt(clones) / 2.0 + ROUNDINGS * trained
 
 
 def lasting(tensors: Sequence[TensorDiagnosis]) -> frozenset[str]:

@@ -19,6 +19,7 @@ from hyperclone_onnx.analysis.analysing import Analysis, analyse
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import to_numpy
 from hyperclone_onnx.frameworks.hugging_face.recording import floating_outputs, run_model
+from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.maps import Indices, index_axis, presented
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.reading import loading
@@ -45,8 +46,7 @@ class Feeding:
     def tolerance(self) -> tuple[float, str]:
         """The relative error that rounding explains in float32, and how it is made up."""
         rounding, reason = tolerance_of(self.analysis.dimensions, None, None, ir.DataType.FLOAT)
-        eps = float(np.finfo(np.float32).eps)
-        residue = RESIDUE * eps * math.sqrt(len(self.analysis.dimensions.sums) or 1)
+        residue = RESIDUE * eps_of(ir.DataType.FLOAT) * math.sqrt(len(self.analysis.dimensions.sums) or 1)
         return rounding + residue, f"{reason} + {RESIDUE:.0f} x eps of the shares"
 
 

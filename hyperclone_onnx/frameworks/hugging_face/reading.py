@@ -15,6 +15,7 @@ from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.frameworks.checkpoints import read_weights
 from hyperclone_onnx.frameworks.hugging_face.layout import Layout, put_back
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown
+from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.plans import Plan
 
 Array = npt.NDArray[Any]
@@ -120,7 +121,7 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
 
 
 def _is_as_before(array: Array, before: Sequence[float]) -> bool:
-    rounding = 1e-5 if array.dtype.itemsize >= 4 else 2.0**-7
+    rounding = max(1e-5, eps_of(ir.DataType.from_numpy(array.dtype)))
     total, power, largest = _moments(array)
     scale = before[2] * max(array.size, 1)
     return (

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
@@ -121,7 +122,7 @@ def from_file(grown: Grown, path: Path) -> dict[str, Source]:
             raise BadModel(
                 f"{path}: its tensor {recipe.source!r} is of another size: {grown.path} was not grown from it"
             )
-        found[name] = Source(array, _rounding(value.const_value) * _largest(array))
+        found[name] = Source(array, eps_of(value.const_value.dtype) * _largest(array))
     return found
 
 
@@ -140,10 +141,10 @@ def added_up(grown: Grown) -> tuple[dict[str, Source], list[str]]:
         recipe = grown.recipe(name)
         array = tensor.numpy()
         if recipe is None:
-            found[name] = Source(_wide(array), _rounding(tensor) * _largest(array))
+            found[name] = Source(_wide(array), eps_of(tensor.dtype) * _largest(array))
             continue
         source, error = _collapsed(grown, name, array, recipe)
-        tolerance = 4 * grown.shared(name) * _rounding(tensor) * _largest(array) / abs(recipe.scale)
+        tolerance = 4 * grown.shared(name) * eps_of(tensor.dtype) * _largest(array) / abs(recipe.scale)
         if not error <= tolerance:
             torn.append(name)
         found[name] = Source(source, tolerance)
@@ -193,10 +194,3 @@ def _wide(array: Array) -> Array:
 
 def _largest(array: Array) -> float:
     return float(np.abs(array).max(initial=0.0))
-
-
-def _rounding(tensor: ir.TensorProtocol) -> float:
-    """The relative rounding of a type."""
-    if tensor.dtype == ir.DataType.BFLOAT16:
-        return 2.0**-8
-    return float(np.finfo(tensor.dtype.numpy()).eps)
