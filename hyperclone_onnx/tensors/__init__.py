@@ -1,4 +1,4 @@
-"""Grown tensors.
+"""Computes grown tensors.
 
-In: a source tensor and its recipe. Out: any slice of the grown tensor, computed from a few source rows at a time.
+In: a source tensor and its recipe. Out: any slice of the grown tensor, computed from the source rows that it needs.
 """

@@ -1,6 +1,6 @@
-"""The tensor that a recipe grows: a stored one, several stored ones joined, or numbers drawn by a law.
+"""Builds the tensor that a recipe grows: one stored tensor, several joined ones, or numbers drawn by a law.
 
-Joined and drawn tensors give any of their bytes by themselves, so that a tensor of any size is streamed from them.
+Any bytes of a joined or drawn tensor are computed without the rest of it. So such a tensor is streamed, however large.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def assemble(origin: Origin, source: ir.Model) -> ir.TensorProtocol:
-    """The tensor that an origin names, from the stored tensors of a model.
+    """Build the tensor that an origin describes.
+
+    Args:
+        origin: one stored tensor, a join of several, or a law.
+        source: the model that has the stored tensors.
 
     Raises:
-        ValueError: the tensors cannot be joined so.
+        KeyError: the model has no tensor of a name in `origin`.
+        ValueError: the shapes or the types of the tensors do not allow the join.
     """
     stored = source.graph.initializers
 
@@ -42,9 +47,14 @@ def assemble(origin: Origin, source: ir.Model) -> ir.TensorProtocol:
 
 
 class JoinedTensor(ir.LazyTensor):
-    """Several tensors as one.
+    """Several tensors, joined into one.
 
-    Its bytes are runs of the parts' bytes: for each index in front of the axis, a run of each part in turn.
+    Its bytes are runs of the bytes of the parts. For each index of the axes in front of the join's axis, there is one
+    run of each part, in the order of the parts.
+
+    Args:
+        joined: the axis, and the names of the parts.
+        parts: the tensors to join, in the order of the names.
 
     Raises:
         ValueError: the shapes or the types of the parts do not allow it.
@@ -59,12 +69,12 @@ class JoinedTensor(ir.LazyTensor):
         self.parts = list(parts)
         self.before = math.prod(shape[: joined.axis])
         self.runs = [part.nbytes // max(self.before, 1) for part in parts]
-        """The bytes of a run of each part."""
+        """The number of bytes in a run, for each part."""
         self.has_whole_runs = all(
-            math.prod(own[joined.axis :]) * part.dtype.bitwidth % 8 == 0
-            for own, part in zip(shapes, parts, strict=True)
+            math.prod(part_shape[joined.axis :]) * part.dtype.bitwidth % 8 == 0
+            for part_shape, part in zip(shapes, parts, strict=True)
         )
-        """Whether each run begins with a byte of its own."""
+        """Whether every run fills whole bytes."""
         join = np.stack if joined.stacked else np.concatenate
         super().__init__(
             lambda: ir.Tensor(join([part.numpy() for part in parts], axis=joined.axis), dtype=parts[0].dtype),
@@ -74,23 +84,23 @@ class JoinedTensor(ir.LazyTensor):
         )
 
     def places(self, start: int, count: int) -> list[tuple[int, int, int]]:
-        """Where bytes [start, start + count) lie: (part, offset in it, how many), in order."""
-        whole = sum(self.runs)
+        """Where bytes [start, start + count) lie: (number of the part, offset in the part, number of bytes)."""
+        row_size = sum(self.runs)
         places: list[tuple[int, int, int]] = []
         while count:
-            row, at = divmod(start, whole)
+            row, offset = divmod(start, row_size)
             part = 0
-            while at >= self.runs[part]:
-                at -= self.runs[part]
+            while offset >= self.runs[part]:
+                offset -= self.runs[part]
                 part += 1
-            size = min(count, self.runs[part] - at)
-            places.append((part, row * self.runs[part] + at, size))
+            size = min(count, self.runs[part] - offset)
+            places.append((part, row * self.runs[part] + offset, size))
             start, count = start + size, count - size
         return places
 
 
 class DrawnTensor(ir.LazyTensor):
-    """Numbers drawn by a law. An element depends on the name, the seed and its place alone (see `noise`)."""
+    """Numbers drawn by a law. An element depends only on the name, the seed and its place (see `noise`)."""
 
     def __init__(self, drawn: Drawn) -> None:
         self.drawn = drawn
@@ -104,7 +114,7 @@ class DrawnTensor(ir.LazyTensor):
         )
 
     def elements(self, start: int, count: int, scratch: Scratch) -> Array:
-        """Elements [start, start + count) in row-major order."""
+        """Elements [start, start + count) in row-major order, shape (count,)."""
         if self.drawn.law == "constant":
             return np.full(count, self.drawn.scale).astype(self.kind)
         width = int(self.drawn.shape[-1]) if self.drawn.shape else 1

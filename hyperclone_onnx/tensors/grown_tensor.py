@@ -1,8 +1,8 @@
-"""Any slice of a grown tensor, computed from the source tensor and a recipe alone.
+"""A grown tensor, any slice of which is computed from the source tensor and a recipe.
 
-The result of a slice does not depend on how the tensor is sliced, nor on who computes the other slices: all of it is
-elementwise, and noise is a function of its place (`noise.py`). What a file needs is made piece by
-piece (`grown_table.py`).
+An element has the same value in every slice that contains it. This holds because the computation is elementwise, and
+because noise depends only on its place in the tensor (`noise.py`). The bytes of a file are computed piece by piece
+(`table.py`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ Array = npt.NDArray[Any]
 
 
 class GrownTensor:
-    """The grown tensor that `recipe` makes from `source`, lazily.
+    """The grown tensor that `recipe` describes, computed from `source` on demand.
 
     Args:
-        source: the source tensor; one in a file is read from there, a few rows at a time.
-        recipe: the axes and what is shared.
+        source: the source tensor. A tensor in a file is read a few rows at a time.
+        recipe: the axes, and which of their dimensions are shared.
         maps: the source map of each named dimension.
-        strategy: how shared dimensions divide the weight.
-        dtype: the type to compute and return, by default the source's; float64 proves a plan exactly.
+        strategy: the strategy that divides a weight along its shared dimensions.
+        dtype: the type of the computation and of the result, by default the source's type. Float64 shows that a plan
+            is right: the shares of a float32 weight then add up to it, with almost no rounding error.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class GrownTensor:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape in the file, which differs from `shape` where several numbers are packed in a byte."""
+        """The shape in the file. It differs from `shape` where several numbers are packed in a byte."""
         if self.recipe.bits is None:
             return self.shape
         *rows, width = self.shape
@@ -65,58 +66,71 @@ class GrownTensor:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it takes in a file."""
+        """The number of bytes that the tensor takes in a file."""
         return -(-math.prod(self.stored_shape) * self.dtype.bitwidth // 8)
 
     @property
     def is_shared(self) -> bool:
-        """Whether any repeats divide the weight among them."""
+        """Whether any repeats divide the weight among themselves."""
         return bool(self.recipe.shared)
 
     @property
     def is_copy(self) -> bool:
-        """Whether every element is one of the source's, bit by bit."""
+        """Whether every element is bit by bit an element of the source."""
         return not self.is_shared and self.recipe.scale == 1.0 and self.dtype == self.source.dtype
 
     @cached_property
     def table(self) -> Table:
-        """The tensor as rows and columns."""
+        """The tensor as rows and columns. The first use computes its index vectors."""
         return Table(self.source, self.recipe, self.maps, self.strategy, self.dtype)
 
     def fresh(self) -> GrownTensor:
-        """The same tensor with nothing held in memory."""
+        """The same tensor, without the table of this one, which may hold megabytes."""
         return GrownTensor(self.source, self.recipe, self.maps, self.strategy, self.dtype)
 
     def stored(self) -> Array:
-        """The whole tensor as it stands in the file, of shape `stored_shape`."""
+        """The whole tensor as a file stores it, of shape `stored_shape`."""
         array = self.numpy()
         if self.recipe.bits is None:
             return array
         return pack(array, self.recipe.bits).reshape(self.stored_shape)
 
     def numpy(self) -> Array:
-        """The whole tensor."""
+        """The whole tensor, of shape `shape`."""
         return self[()]
 
     def __getitem__(self, windows: tuple[slice, ...]) -> Array:
-        """A slice of the grown tensor: one slice with step 1 for each leading axis.
+        """A slice of the grown tensor.
 
-        Only what the slice needs is read and computed (where there is noise, the source is read once, for its level).
+        Only the part of the source that the slice needs is read. But the first slice of a tensor with noise reads the
+        whole source, from which the level of the noise is computed.
+
+        Args:
+            windows: a slice with step 1 for each of the leading axes. The other axes are not cut.
+
+        Raises:
+            BadModel: the source's file cannot be read, or ends too early.
         """
         full = (*windows, *[slice(None)] * (len(self.shape) - len(windows)))
         return self.table.window(full)
 
     def pieces(self) -> Iterator[Piece]:
-        """What makes the tensor's bytes as they stand in a file, in any order, by any number of workers."""
+        """The functions that compute the tensor's bytes for a file.
+
+        Workers may call them in any order and at the same time, each with its own `Scratch`.
+        """
         return self.table.pieces()
 
     def as_lazy(self, name: str) -> LazyGrown:
-        """This tensor for an ONNX graph; computed when it is written."""
+        """This tensor as a tensor of an ONNX graph. It is computed when the graph is written."""
         return LazyGrown(self, name)
 
 
 class LazyGrown(ir.LazyTensor):
-    """A grown tensor in a graph. A writer that knows it streams `grown` instead of asking for the whole."""
+    """A grown tensor in a graph.
+
+    The writers of this package stream `grown`. Any other user of the graph gets the whole tensor.
+    """
 
     def __init__(self, grown: GrownTensor, name: str) -> None:
         self.grown = grown

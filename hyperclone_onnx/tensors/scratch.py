@@ -1,4 +1,4 @@
-"""Working arrays that are used again: asking the system for fresh pages costs more than the arithmetic on them."""
+"""Working arrays that are used again, because fresh memory from the system costs more time than the arithmetic."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-
 PAGE = 4096
-"""Arrays begin at a multiple of this: whole pages are copied to whole pages when they are written."""
+"""Working arrays begin at multiples of this number of bytes, so that a file receives whole pages from whole pages."""
 
 
 class Scratch:
-    """Named working arrays of one thread. An array is valid until its name is asked for again."""
+    """Named working arrays of one thread. An array is valid until its name is used again."""
 
     def __init__(self) -> None:
         self._held: dict[str, npt.NDArray[np.uint8]] = {}
 
     def array(self, name: str, shape: Sequence[int], dtype: Any) -> Array:
-        """An array of undefined content."""
+        """A working array with undefined content, of the given shape and numpy type."""
         kind = np.dtype(dtype)
         size = math.prod(shape) * kind.itemsize
         held = self._held.get(name)

@@ -1,6 +1,7 @@
-"""The shares of a weight's repeats, on the collapsed tensor: where each shared index stands once.
+"""Divides the values of a weight among their repeats.
 
-Everything here is elementwise, so that a share does not depend on the window that it is computed in.
+The shares are computed on the collapsed tensor, in which each shared index stands once. All computation is elementwise.
+So a share does not depend on the window in which it is computed.
 """
 
 from __future__ import annotations
@@ -23,17 +24,24 @@ Array = npt.NDArray[Any]
 Number = Indices | int
 
 PRECISION = {ir.DataType.FLOAT16: (11, -24, 65504.0), ir.DataType.BFLOAT16: (8, -133, 3.3895e38)}
-"""The bits of a significand, the exponent of the least number, and the largest one, of types in which rounding shares
-would show."""
+"""(bits of the significand, exponent of the smallest positive number, largest number) of the types that are coarse.
+
+In these types, shares that are rounded one by one would not add up to the weight.
+"""
 
 
 class Columns:
-    """The columns of a window of the grown tensor, and those of the collapsed tensor that they come from."""
+    """The columns of a window of the grown tensor, and the columns of the collapsed tensor from which they come.
+
+    Args:
+        axis: the columns of the window.
+        whole: all columns of the grown tensor, where the window does not have them all.
+    """
 
     def __init__(self, axis: AxisIndex, whole: AxisIndex | None = None) -> None:
         collapsed, first, place = _unique(axis.collapsed)
         self.width = axis.collapsed_size if whole is None else whole.collapsed_size
-        """The columns of the whole collapsed tensor."""
+        """The number of columns of the whole collapsed tensor."""
         self.grown = axis.grown
         self.collapsed = collapsed
         self.low = int(collapsed[0]) if len(collapsed) else 0
@@ -42,25 +50,25 @@ class Columns:
         self.first_source = int(source.min()) if len(source) else 0
         self.sources = int(source.max()) + 1 - self.first_source if len(source) else 0
         self.pick = Pick(source - self.first_source)
-        """The collapsed columns out of the source's, counted from `first_source`."""
+        """Picks the collapsed columns from the columns of the source that begin at `first_source`."""
         self.drawn = Pick(collapsed - self.low)
         self.count = one_if_constant(axis.count[first])
         self.other_number = one_if_constant(axis.other_number[first])
         self.other_count = one_if_constant(axis.other_count[first])
         self.parts = list(_parts(axis, place))
-        """(number, count, the columns that this repeat fills, the collapsed columns that fill them)"""
+        """The columns of the window, divided by the repeat that fills them."""
         self.direct = len(self.parts) == 1 and len(collapsed) == axis.grown and bool((np.diff(place) == 1).all())
-        """Whether the columns are the collapsed ones."""
+        """Whether the columns of the window are the collapsed columns, in the same order."""
 
     @property
     def size(self) -> int:
-        """How many collapsed columns there are."""
+        """The number of collapsed columns."""
         return len(self.collapsed)
 
 
 def _unique(index: Indices) -> tuple[Indices, slice | Indices, Indices]:
-    """The different indices in order, where each stands first, and which of them each index is."""
-    if len(index) and bool((np.diff(index) == 1).all()):  # none is repeated: nothing is to be sorted
+    """`numpy.unique` of an index vector: (its values in order, where each stands first, the number of each element)."""
+    if len(index) and bool((np.diff(index) == 1).all()):  # the usual case; it needs no sorting
         return index, slice(None), index - index[0]
     collapsed, first, place = np.unique(index, return_index=True, return_inverse=True)
     return collapsed, first, place.reshape(-1)
@@ -68,12 +76,16 @@ def _unique(index: Indices) -> tuple[Indices, slice | Indices, Indices]:
 
 @dataclass(frozen=True)
 class Part:
-    """The columns that are filled by one repeat of their source index."""
+    """The columns of a window that one repeat of their source index fills."""
 
     number: int
+    """The number of the repeat, from 0."""
     count: int
+    """The number of repeats."""
     columns: slice | Indices
+    """The columns that are filled."""
     taken: Pick
+    """The collapsed columns that fill them."""
 
 
 def _parts(axis: AxisIndex, place: Indices) -> list[Part]:
@@ -82,25 +94,25 @@ def _parts(axis: AxisIndex, place: Indices) -> list[Part]:
     number, count = one_if_constant(axis.number), one_if_constant(axis.count)
     if isinstance(number, int) and isinstance(count, int):
         return [Part(number, count, slice(0, axis.grown), Pick(place))]
-    kinds = axis.count * (int(axis.number.max()) + 1) + axis.number
+    labels = axis.count * (int(axis.number.max()) + 1) + axis.number
     parts: list[Part] = []
-    for kind in np.unique(kinds):
-        columns = np.flatnonzero(kinds == kind)
+    for label in np.unique(labels):
+        columns = np.flatnonzero(labels == label)
         number, count = int(axis.number[columns[0]]), int(axis.count[columns[0]])
-        together = int(columns[-1]) - int(columns[0]) + 1 == len(columns)
-        where = slice(int(columns[0]), int(columns[-1]) + 1) if together else columns
+        contiguous = int(columns[-1]) - int(columns[0]) + 1 == len(columns)
+        where = slice(int(columns[0]), int(columns[-1]) + 1) if contiguous else columns
         parts.append(Part(number, count, where, Pick(place[columns])))
     return parts
 
 
 class Sharer:
-    """Divides the values of one weight among repeats.
+    """Knows how one weight is divided among repeats.
 
     Args:
-        strategy: how.
-        dtype: the type that the shares are stored in.
-        tensor: the name by which noise is drawn.
-        spread: the noise's standard deviation for a weight that is not divided; 0 for none.
+        strategy: the strategy whose law divides the weight.
+        dtype: the type in which the shares are stored.
+        tensor: the name of the tensor, by which its noise is drawn.
+        spread: the standard deviation of the noise on a weight that is not divided; 0 for no noise.
     """
 
     def __init__(self, strategy: Strategy, dtype: ir.DataType, tensor: str, spread: float) -> None:
@@ -115,11 +127,11 @@ class Sharer:
 
     @property
     def all_alike(self) -> bool:
-        """Whether every repeat gets the same."""
+        """Whether all repeats get the same numbers."""
         return not self.noisy and self.law.shares_equally and self.bits is None
 
     def table(self, count: int) -> Array:
-        """The noise to draw from for `count` repeats, as large as it is added."""
+        """The table of quantiles from which the noise of `count` repeats is drawn, scaled to its final size."""
         if count not in self._tables:
             amplitude = self.law.noise_scale(count)
             amplitude *= self.spread * (1.0 if count == 2 else math.sqrt(0.5))
@@ -129,7 +141,7 @@ class Sharer:
 
 @dataclass(frozen=True)
 class _Noise:
-    """What one repeat's noise is, or its negative."""
+    """The noise of one repeat: `values`, or their negatives."""
 
     values: Array
     negative: bool = False
@@ -137,28 +149,28 @@ class _Noise:
     def part(self, columns: slice) -> _Noise:
         return _Noise(self.values[:, columns], self.negative)
 
-    def added(self, to: Array, out: Array) -> None:
-        (np.subtract if self.negative else np.add)(to, self.values, out=out)
+    def add_to(self, numbers: Array, out: Array) -> None:
+        (np.subtract if self.negative else np.add)(numbers, self.values, out=out)
 
 
 class Block:
-    """The values of some rows of the collapsed tensor, divided among repeats on demand.
+    """A block of rows of the collapsed tensor, whose values are divided among repeats on demand.
 
     Args:
-        sharer: how they are divided.
-        values: shape (rows, collapsed columns), in the sharer's working type; not changed.
-        columns: which columns they are.
-        scratch: holds working arrays.
+        sharer: says how the values are divided.
+        values: shape (rows, collapsed columns), in the working type of `sharer`. They are not changed.
+        columns: the columns of the values.
+        scratch: holds the working arrays.
     """
 
     def __init__(self, sharer: Sharer, values: Array, columns: Columns, scratch: Scratch) -> None:
         self.sharer, self.values, self.columns, self.scratch = sharer, values, columns, scratch
         self._draws: dict[tuple[int, int], Array] = {}
-        self._whole: dict[int, list[Array]] = {}
-        self._by: tuple[Number, Array] | None = None
+        self._rounded: dict[int, list[Array]] = {}
+        self._quotient: tuple[Number, Array] | None = None
 
     def fill(self, row: Run, out: Array) -> None:
-        """The grown columns of the rows that `row` repeats, shape (rows, grown columns)."""
+        """Write the grown columns of the rows that `row` repeats into `out`, shape (rows, grown columns)."""
         columns = self.columns
         for part in columns.parts:
             number = row.number * part.count + part.number
@@ -175,74 +187,78 @@ class Block:
                     out[:, part.columns] = share[:, part.taken.index]
 
     def share(self, row: Run, number: int, out: Array) -> None:
-        """What repeat `number` takes of all values."""
+        """Write the share of repeat `number` into `out`, shape (rows, collapsed columns)."""
         if self.sharer.bits is not None:
-            out[...] = self._of_few_bits(row)[number]
+            out[...] = self._rounded_shares(row)[number]
         else:
-            self._plain(row, number, out)
+            self._exact_share(row, number, out)
 
-    def _plain(self, row: Run, number: int, out: Array) -> None:
+    def _exact_share(self, row: Run, number: int, out: Array) -> None:
+        """The share of repeat `number` in the working type, not rounded to the stored type."""
         count = row.count * self.columns.count
         noise = self._noise(row, number, count) if self.sharer.noisy else None
         law = self.sharer.law
         if law.shares_equally:
             if noise is None:
-                np.divide(self.values, _as(count, self.values), out=out)
+                np.divide(self.values, _converted(count, self.values), out=out)
             else:
-                noise.added(self._divided(count), out)
+                noise.add_to(self._divided(count), out)
             return
-        other = row.other_number * self.columns.other_count + self.columns.other_number
-        chosen = law.takes_whole(number, count, other)
-        parts = stretches(chosen)
+        output_number = row.other_number * self.columns.other_count + self.columns.other_number
+        takes_whole = law.takes_whole(number, count, output_number)
+        parts = stretches(takes_whole)
         if parts is None:
-            np.copyto(out, np.where(chosen, self.values, self.values.dtype.type(0)))
+            np.copyto(out, np.where(takes_whole, self.values, self.values.dtype.type(0)))
             if noise is not None:
-                noise.added(out, out)
+                noise.add_to(out, out)
             return
-        for where, taken in parts:
-            if noise is None or not taken:
-                out[:, where] = self.values[:, where] if taken else 0
+        for where, is_taken in parts:
+            if noise is None or not is_taken:
+                out[:, where] = self.values[:, where] if is_taken else 0
             if noise is not None:
-                noise.part(where).added(self.values[:, where] if taken else out[:, where], out[:, where])
+                noise.part(where).add_to(self.values[:, where] if is_taken else out[:, where], out[:, where])
 
     def _divided(self, count: Number) -> Array:
-        """The values by `count`, once for all repeats."""
-        if self._by is None or not np.array_equal(self._by[0], count):
+        """The values divided by `count`, computed once for all repeats."""
+        if self._quotient is None or not np.array_equal(self._quotient[0], count):
             out = self.scratch.array("divided", self.values.shape, self.values.dtype)
-            self._by = count, np.divide(self.values, _as(count, self.values), out=out)
-        return self._by[1]
+            self._quotient = count, np.divide(self.values, _converted(count, self.values), out=out)
+        return self._quotient[1]
 
     def _noise(self, row: Run, number: int, count: Number) -> _Noise | None:
-        """Noise that sums to zero over the repeats of each source index, and is drawn once for all of them.
+        """The noise of repeat `number`. It sums to zero over the repeats of each source index.
 
-        Two repeats get +g and -g; of more, repeat r gets (g_r - g_{r+1}) / sqrt(2), the last one wrapping to g_0, with
-        g independent normal draws. An index that is not repeated gets none.
+        The g are independent normal draws, and each is drawn once for all repeats. Two repeats get +g and -g. Of more
+        than two, repeat r gets (g_r - g_{r+1}) / sqrt(2), and the last one gets (g_r - g_0) / sqrt(2). An index that is
+        not repeated gets no noise.
         """
         if isinstance(count, int):
             if count == 1:
                 return None
             if count == 2:
                 return _Noise(self._drawn(row, 0, count), negative=number == 1)
-            own, following = (self._drawn(row, r % count, count) for r in (number, number + 1))
-            return _Noise(np.subtract(own, following, out=self.scratch.array("noise.apart", own.shape, own.dtype)))
+            draws, following = (self._drawn(row, repeat % count, count) for repeat in (number, number + 1))
+            return _Noise(
+                np.subtract(draws, following, out=self.scratch.array("noise.apart", draws.shape, draws.dtype))
+            )
         noise = self.scratch.array("noise.apart", self.values.shape, self.sharer.work)
-        noise[...] = -0.0  # added to anything it leaves it as it is
-        for each in np.unique(count).tolist():
-            if number < each > 1:
-                there = np.broadcast_to(count == each, noise.shape)
-                own = self._drawn(row, 0 if each == 2 else number, each)
-                if each == 2:
-                    np.copyto(noise, own if number == 0 else -own, where=there)
+        noise[...] = -0.0  # x + -0.0 is x for every x; x + 0.0 would turn -0.0 into 0.0
+        for repeats in np.unique(count).tolist():
+            if number < repeats > 1:
+                where = np.broadcast_to(count == repeats, noise.shape)
+                draws = self._drawn(row, 0 if repeats == 2 else number, repeats)
+                if repeats == 2:
+                    np.copyto(noise, draws if number == 0 else -draws, where=where)
                 else:
-                    np.subtract(own, self._drawn(row, (number + 1) % each, each), out=noise, where=there)
+                    np.subtract(draws, self._drawn(row, (number + 1) % repeats, repeats), out=noise, where=where)
         return _Noise(noise)
 
     def _drawn(self, row: Run, repeat: int, count: int) -> Array:
-        """The noise of one repeat on these rows, as large as it is added."""
+        """The draws g of one of `count` repeats for the values of this block, scaled to their final size."""
         key = (repeat, count)
         if key not in self._draws:
             columns, sharer = self.columns, self.sharer
-            # Kept while the block lasts: the next block uses the same memory again.
+            # A working array of its own for each repeat: a block needs its draws again, and the next block reuses them.
             drawn = draw(
                 key_of(sharer.tensor, sharer.strategy.seed, repeat),
                 columns.width,
@@ -257,17 +273,18 @@ class Block:
             self._draws[key] = drawn
         return self._draws[key]
 
-    def _of_few_bits(self, row: Run) -> list[Array]:
-        """The shares of all repeats, where they must be whole units in the last place to add up.
+    def _rounded_shares(self, row: Run) -> list[Array]:
+        """The shares of all repeats, rounded so that they add up exactly in a coarse type.
 
-        Those of the weight do, as long as all shares are near enough to it to have that unit; the last repeat takes
-        what the others leave.
+        Every share is a whole multiple of the weight's unit in the last place. The shares are kept small enough for the
+        type to hold such multiples exactly. The last repeat takes the rest of the weight.
         """
-        if row.collapsed not in self._whole:
-            self._whole = {row.collapsed: self._divide_units(row)}
-        return self._whole[row.collapsed]
+        if row.collapsed not in self._rounded:
+            self._rounded = {row.collapsed: self._divide_units(row)}
+        return self._rounded[row.collapsed]
 
     def _divide_units(self, row: Run) -> list[Array]:
+        """Divide the weights, counted in their units in the last place, among the repeats."""
         assert self.sharer.bits is not None
         count = row.count * self.columns.count
         most_repeats = int(np.max(count))
@@ -275,26 +292,26 @@ class Block:
         all_finite = bool(finite.all())
         values = self.values if all_finite else np.where(finite, self.values, 0).astype(self.values.dtype)
 
-        def held(name: str) -> Array:
+        def working(name: str) -> Array:
             return self.scratch.array(f"few.{name}", values.shape, values.dtype)
 
-        unit, most = _unit(values, *self.sharer.bits, self.sharer.spread, held("unit"), held("most"))
-        rest = np.divide(values, unit, out=held("rest"))
+        unit, most = _unit(values, *self.sharer.bits, self.sharer.spread, working("unit"), working("most"))
+        rest = np.divide(values, unit, out=working("rest"))
         np.multiply(np.rint(rest, out=rest), unit, out=rest)
-        bound, plain = held("bound"), Block(self.sharer, values, self.columns, self.scratch)
-        plain._draws = self._draws
+        bound, exact = working("bound"), Block(self.sharer, values, self.columns, self.scratch)
+        exact._draws = self._draws
         shares: list[Array] = []
         for number in range(most_repeats):
-            share = held(f"share.{number}")
+            share = working(f"share.{number}")
             shares.append(share)
             if isinstance(count, int) and number == count - 1:
                 np.copyto(share, rest)
                 break
-            plain._plain(row, number, share)
-            with np.errstate(over="ignore"):  # far more than the weight: it is cut below
+            exact._exact_share(row, number, share)
+            with np.errstate(over="ignore"):  # strong noise on a small weight; the bounds below cut it
                 np.divide(share, unit, out=share)
             np.multiply(np.rint(share, out=share), unit, out=share)
-            np.maximum(np.subtract(rest, most, out=bound), np.negative(most, out=held("least")), out=bound)
+            np.maximum(np.subtract(rest, most, out=bound), np.negative(most, out=working("least")), out=bound)
             np.maximum(share, bound, out=share)
             np.minimum(np.add(rest, most, out=bound), most, out=bound)
             np.minimum(share, bound, out=share)
@@ -307,22 +324,33 @@ class Block:
         return shares
 
 
-def _as(number: Number, like: Array) -> Any:
+def _converted(number: Number, like: Array) -> Any:
+    """A number, or one for each column, in the type of `like`."""
     return like.dtype.type(number) if isinstance(number, int) else number.astype(like.dtype)
 
 
 def _unit(
     values: Array, bits: int, least: int, largest: float, spread: float, unit: Array, most: Array
 ) -> tuple[Array, Array]:
-    """The unit in the last place of each value in a type of few bits, and the largest number that has it.
+    """The unit in the last place of each value in a coarse type, and the largest number that has this unit.
 
-    Zero has a unit fine enough for the noise, so that it gets its share of it.
+    The unit of zero is made fine enough for the noise, so that a weight of zero gets noise too.
+
+    Args:
+        values: float32.
+        bits: the bits of the type's significand.
+        least: the exponent of the type's smallest positive number.
+        largest: the type's largest number.
+        spread: the standard deviation of the noise.
+        unit: receives the units, in the shape of `values`.
+        most: receives the largest numbers.
     """
-    np.bitwise_and(values.view(np.uint32), np.uint32(0x7F800000), out=unit.view(np.uint32))  # 2 ** floor(log2 |value|)
+    # Without sign and significand, the bits of a float32 are 2 ** floor(log2 |value|).
+    np.bitwise_and(values.view(np.uint32), np.uint32(0x7F800000), out=unit.view(np.uint32))
     np.multiply(unit, np.float32(2.0 ** (1 - bits)), out=unit)
     np.maximum(unit, np.float32(2.0**least), out=unit)
     if spread > 0.0:
-        fine = max(least, math.frexp(spread)[1] + 3 - bits)  # the largest number of that unit is 8 to 16 spreads
-        np.copyto(unit, np.float32(2.0**fine), where=values == 0)
+        exponent = max(least, math.frexp(spread)[1] + 3 - bits)  # the largest number of this unit is 8 to 16 spreads
+        np.copyto(unit, np.float32(2.0**exponent), where=values == 0)
     np.minimum(np.multiply(unit, np.float32(2.0**bits - 1.0), out=most), np.float32(largest), out=most)
     return unit, most

@@ -1,4 +1,4 @@
-"""A source tensor as the rows and columns that its grown tensor is made of, read a few rows at a time."""
+"""Reads a source tensor as rows and columns, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class SourceTable:
     """A source tensor as rows and columns of numbers.
 
     Args:
-        source: the tensor; one in a file is read from there.
-        recipe: says whether several of its numbers are packed in a byte.
-        axes: the grown tensor's axes.
-        split: how many of them are rows.
+        source: the tensor. A tensor in a file is read from there.
+        recipe: says whether several numbers are packed in a byte.
+        axes: the axes of the grown tensor.
+        split: the number of leading axes that are rows.
     """
 
     def __init__(self, source: ir.TensorProtocol, recipe: Recipe, axes: Sequence[AxisIndex], split: int) -> None:
@@ -35,10 +35,10 @@ class SourceTable:
         self.width = math.prod(axis.source_size for axis in axes[split:])
         self._grown_width = math.prod(axis.grown for axis in axes[split:])
         self.bits = recipe.bits or (source.dtype.bitwidth if source.dtype.bitwidth < 8 else None)
-        """The bits of a number where several are stored in a byte."""
+        """The bits of a number where a byte stores several numbers; else None."""
         self.type = np.dtype(source.dtype.numpy() if not self._packed else np.uint8)
         self.by_rows = all(self._whole_bytes(width) for width in (self.width, self._grown_width))
-        """Whether each row, of the source and of the grown tensor, begins with a byte of its own."""
+        """Whether every row of the source and of the grown tensor fills whole bytes."""
         self._stored = self._open(source)
 
     def _whole_bytes(self, elements: int) -> bool:
@@ -47,9 +47,9 @@ class SourceTable:
     def _open(self, source: ir.TensorProtocol) -> StoredRows:
         if self.by_rows:
             return StoredRows(source, self.height, self._row_bytes(self.width, "source_size", self.type.itemsize))
-        # Rows that begin within a byte are held in memory, one number to a byte.
-        plain = ir.Tensor(np.ascontiguousarray(source.numpy()).view(np.uint8), name=source.name)
-        return StoredRows(plain, self.height, self.width)
+        # Rows that begin inside a byte cannot be read by themselves. We unpack the whole tensor, one number to a byte.
+        unpacked = ir.Tensor(np.ascontiguousarray(source.numpy()).view(np.uint8), name=source.name)
+        return StoredRows(unpacked, self.height, self.width)
 
     def _row_bytes(self, elements: int, size: str, item: int) -> int:
         if self._packed and self._axes:
@@ -58,11 +58,14 @@ class SourceTable:
         return elements * self.bits // 8 if self.bits is not None else elements * item
 
     def grown_row_bytes(self, item: int) -> int:
-        """The bytes of a row of the grown tensor, whose numbers have `item` bytes where they are not packed."""
+        """The number of bytes in a row of the grown tensor; a number that is not packed has `item` bytes."""
         return self._row_bytes(self._grown_width, "grown", item)
 
     def read(self, first: int, count: int, start: int, length: int, scratch: Scratch) -> Array:
-        """Columns [start, start + length) of some source rows, one number to an element.
+        """Columns [start, start + length) of source rows [first, first + count).
+
+        Returns:
+            shape (count, length), one number to an element, of the type `type`.
 
         Raises:
             BadModel: see `StoredRows.read`.
@@ -70,7 +73,7 @@ class SourceTable:
         if self.bits is None or not self.by_rows:
             item = self.type.itemsize
             return self._stored.read_part(first, count, start * item, length * item, scratch).view(self.type)
-        raw = self._stored.read(first, count, scratch)
+        packed = self._stored.read(first, count, scratch)
         last = self._axes[-1].source_size if self._packed and self._axes else self.width
-        numbers = unpack(raw, (count * (self.width // max(last, 1)), last), self.bits).reshape(count, self.width)
+        numbers = unpack(packed, (count * (self.width // max(last, 1)), last), self.bits).reshape(count, self.width)
         return numbers[:, start : start + length].view(self.type)

@@ -1,7 +1,8 @@
-"""Stored tensors read a few rows at a time, into memory that is used again.
+"""Reads stored tensors a few rows at a time, into memory that is used again.
 
-A tensor that lies in a file is read with `pread`, not mapped. Mapped pages would count as this process's memory, and
-a file that is cut short while it is read would be a signal instead of an error.
+A tensor in a file is read with `pread` and not mapped into memory, for two reasons. Mapped pages count as memory of
+this process. And if somebody shortens the file while it is read, a mapping ends the process with a signal, whereas
+`pread` reads fewer bytes, which we report.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ Array = npt.NDArray[Any]
 
 
 class ByteSource(Protocol):
-    """Gives any of a tensor's bytes."""
+    """Reads or computes any bytes of a tensor."""
 
     def fill(self, start: int, into: Array) -> None:
-        """Read bytes from `start` on, as many as `into` has."""
+        """Fill `into` with the bytes of the tensor from `start` on."""
 
     def close(self) -> None:
-        """Give back files and memory; reading opens them again."""
+        """Release files and memory. The next read opens them again."""
 
 
 class StoredRows:
     """A stored tensor as rows of bytes.
 
     Args:
-        tensor: the tensor; one in a file is read from there whenever rows are asked for.
+        tensor: the tensor. A tensor in a file is read from there, again for each request.
         count: the number of rows.
-        width: the bytes of a row.
-        forget: let the page cache forget the bytes that were read: a large file that is read once would fill it.
+        width: the number of bytes in a row.
+        forget: remove the bytes from the page cache after reading. A large file that is read once would fill it.
     """
 
     def __init__(self, tensor: ir.TensorProtocol, count: int, width: int, *, forget: bool = False) -> None:
@@ -53,10 +54,16 @@ class StoredRows:
         self._lock = threading.Lock()
 
     def read(self, first: int, count: int, scratch: Scratch, name: str = "rows") -> Array:
-        """Rows [first, first + count) as bytes, shape (count, width); not to be changed.
+        """Rows [first, first + count) as bytes, shape (count, width). The caller must not change them.
+
+        Args:
+            first: the first row.
+            count: the number of rows.
+            scratch: holds the working arrays.
+            name: the name of the working array that receives the rows.
 
         Raises:
-            BadModel: the file ends before them, or cannot be read any more.
+            BadModel: the file cannot be read any more, or it ends before these rows.
         """
         if self._source is None:
             return self._in_memory()[first : first + count]
@@ -65,9 +72,14 @@ class StoredRows:
         return into
 
     def read_part(self, first: int, count: int, start: int, length: int, scratch: Scratch, name: str = "rows") -> Array:
-        """Bytes [start, start + length) of each of some rows, shape (count, length)."""
+        """Bytes [start, start + length) of each row in [first, first + count), shape (count, length).
+
+        Raises:
+            BadModel: see `read`.
+        """
         if self._source is None:
             return self._in_memory()[first : first + count, start : start + length]
+        # One large read is faster than many small ones that skip little.
         if length == self.width or length * 4 > self.width * 3 or self.width < mmap.PAGESIZE:
             return self.read(first, count, scratch, name)[:, start : start + length]
         into = scratch.array(name, (count, length), np.uint8)
@@ -76,7 +88,11 @@ class StoredRows:
         return into
 
     def read_bytes(self, start: int, count: int, scratch: Scratch, name: str = "rows") -> Array:
-        """Bytes [start, start + count) of the whole tensor, shape (count,)."""
+        """Bytes [start, start + count) of the whole tensor, shape (count,).
+
+        Raises:
+            BadModel: see `read`.
+        """
         if self._source is None:
             return self._in_memory().reshape(-1)[start : start + count]
         into = scratch.array(name, (count,), np.uint8)
@@ -93,7 +109,7 @@ class StoredRows:
             return self._memory
 
     def close(self) -> None:
-        """Give back files and memory; reading opens them again."""
+        """Release files and memory. The next read opens them again."""
         with self._lock:
             self._memory = None
         if self._source is not None:
@@ -104,7 +120,7 @@ class StoredRows:
 
 
 def _byte_source(tensor: ir.TensorProtocol, forget: bool) -> ByteSource | None:
-    """The source of a tensor's bytes; None for one that lies in memory, or can only be had whole."""
+    """The source of a tensor's bytes; None for a tensor in memory, and for one that is only available as a whole."""
     if isinstance(tensor, ir.ExternalTensor):
         return _FileBytes(tensor, forget)
     if isinstance(tensor, JoinedTensor) and tensor.has_whole_runs:
@@ -129,13 +145,13 @@ class _FileBytes:
         path, offset = self._tensor.path, (self._tensor.offset or 0) + start
         try:
             descriptor = self._descriptor()
-            got = read_at(descriptor, memoryview(into.reshape(-1).data), offset)
+            size = read_at(descriptor, memoryview(into.reshape(-1).data), offset)
         except OSError as problem:
             raise BadModel(f"{path}: cannot be read ({problem.strerror or problem})") from problem
-        if got < into.size:
+        if size < into.size:
             raise BadModel(f"{path}: ends within tensor {self._tensor.name!r}: it was changed while being read")
         if self._read is not None:
-            forget(self._read.add(descriptor, offset, got))
+            forget(self._read.add(descriptor, offset, size))
 
     def _descriptor(self) -> int:
         with self._lock:
@@ -152,7 +168,7 @@ class _FileBytes:
 
 
 class _JoinedBytes:
-    """The bytes of several tensors as those of one."""
+    """The bytes of several tensors that are joined into one."""
 
     def __init__(self, tensor: JoinedTensor, forget: bool) -> None:
         self._tensor = tensor
@@ -160,12 +176,12 @@ class _JoinedBytes:
         self._scratch = threading.local()
 
     def fill(self, start: int, into: Array) -> None:
-        if not hasattr(self._scratch, "own"):
-            self._scratch.own = Scratch()
-        flat, at = into.reshape(-1), 0
+        if not hasattr(self._scratch, "arrays"):
+            self._scratch.arrays = Scratch()
+        flat, filled = into.reshape(-1), 0
         for part, offset, size in self._tensor.places(start, into.size):
-            flat[at : at + size] = self._parts[part].read_bytes(offset, size, self._scratch.own)
-            at += size
+            flat[filled : filled + size] = self._parts[part].read_bytes(offset, size, self._scratch.arrays)
+            filled += size
 
     def close(self) -> None:
         for part in self._parts:
@@ -181,8 +197,8 @@ class _DrawnBytes:
     def fill(self, start: int, into: Array) -> None:
         item = self._tensor.kind.itemsize
         first, last = start // item, -(-(start + into.size) // item)
-        made = np.ascontiguousarray(self._tensor.elements(first, last - first, Scratch())).view(np.uint8)
-        into.reshape(-1)[...] = made[start - first * item :][: into.size]
+        content = np.ascontiguousarray(self._tensor.elements(first, last - first, Scratch())).view(np.uint8)
+        into.reshape(-1)[...] = content[start - first * item :][: into.size]
 
     def close(self) -> None:
         pass

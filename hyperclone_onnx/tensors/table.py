@@ -1,8 +1,8 @@
-"""A grown tensor as rows and columns, computed a few source rows at a time.
+"""Computes a grown tensor as rows and columns, a few source rows at a time.
 
-The last axes, as many as make a row of moderate length, are the columns; the others are the rows. Rows that repeat the
-same source rows are made together: the source is read once, noise is drawn once, and rows that come out alike are made
-once and named for several places.
+The last axes are the columns: as many axes as keep a row at a moderate length. The other axes are the rows. Grown rows
+that repeat the same source rows are computed together. So their source rows are read once, and their noise is drawn
+once. Rows that are equal are computed once and written to several places.
 """
 
 from __future__ import annotations
@@ -30,22 +30,34 @@ from hyperclone_onnx.tensors.stretches import Run, runs_of
 Array = npt.NDArray[Any]
 
 BLOCK = 1 << 17
-"""Tensors are computed in blocks of about this many elements: half a megabyte of float32 stays in a core's cache."""
+"""The number of elements in a block. Half a megabyte of float32 stays in the cache of a processor core."""
 
 WIDE = 1 << 18
-"""Axes are columns as long as a row has no more elements than this."""
+"""The most elements of a row."""
 
 SHORT = 1 << 14
-"""Runs of fewer bytes than this are gathered before they are written."""
+"""Runs with fewer bytes than this are gathered into one array before they are written."""
 
 Piece = Callable[[Scratch], Iterator[tuple[Array, Sequence[int]]]]
-"""Makes some bytes of a tensor; each array belongs at every one of the byte offsets beside it."""
+"""Computes a part of a tensor's bytes.
+
+It yields (array, byte offsets in the tensor). The array belongs at each of the offsets, and is valid until the next one
+is requested.
+"""
 
 
 class Table:
-    """A grown tensor as rows and columns: the indices of both, and where the source's rows are read.
+    """A grown tensor as rows and columns: the indices of both, and the reader of the source rows.
 
-    Indices are vectors, megabytes for a long axis: a table is made where a tensor is used, and dropped with it.
+    The index vectors of a long axis take megabytes. So a table is created at the first use of a tensor, and it lives no
+    longer than the tensor.
+
+    Args:
+        source: the source tensor.
+        recipe: the recipe of the grown tensor.
+        maps: the source map of each named dimension.
+        strategy: the strategy that divides shared dimensions.
+        dtype: the type of the result.
     """
 
     def __init__(
@@ -61,11 +73,9 @@ class Table:
         noisy = recipe.shared and strategy.law.noisy
         self.level = NoiseLevel(self.source, strategy.snr_db) if noisy else None
 
-    # -- computing ----------------------------------------------------------------------------------------
-
     @cached_property
     def _sharer(self) -> Sharer | None:
-        """Who divides the repeats; None where nothing is divided."""
+        """Divides the weight among repeats; None where the recipe shares nothing."""
         if not self.recipe.shared:
             return None
         spread = 0.0 if self.level is None else self.level.value * abs(self.recipe.scale)
@@ -80,43 +90,49 @@ class Table:
         if not self.recipe.shared and self.recipe.scale == 1.0:
             return self.out_type
         if not self.dtype.is_floating_point():
-            return np.dtype(np.int64)  # biases in units of a scale that shrinks: whole multiples
+            return np.dtype(np.int64)  # quantised biases: their scale shrinks, so they grow by a whole factor
         return np.dtype(np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32)
 
     def values(self, run: Run, columns: Columns, scratch: Scratch) -> Array:
-        """The source's values at collapsed columns of the rows that `run` repeats, times the recipe's scale."""
-        found = self.source.read(run.source, run.length, columns.first_source, columns.sources, scratch)
+        """The collapsed columns of the source rows that `run` repeats, multiplied by the recipe's scale.
+
+        Returns:
+            shape (run.length, columns.size), in the working type.
+        """
+        rows = self.source.read(run.source, run.length, columns.first_source, columns.sources, scratch)
         work, scale = self._working_type, self.recipe.scale
-        values = columns.pick.view(found)
+        values = columns.pick.view(rows)
         if values is None or values.dtype != work:
-            values = columns.pick.into(found, scratch.array("picked", (run.length, columns.size), work))
+            values = columns.pick.into(rows, scratch.array("picked", (run.length, columns.size), work))
         if scale != 1.0:
             factor = work.type(round(scale) if work.kind == "i" else scale)
             values = np.multiply(values, factor, out=scratch.array("scaled", values.shape, work))
         return values
 
     def results(self, runs: Sequence[Run], columns: Columns, scratch: Scratch) -> Iterator[tuple[Array, list[Run]]]:
-        """The grown rows of runs that repeat the same source rows; those that come out alike are made once.
+        """Compute the grown rows of runs that repeat the same source rows. Equal rows are computed once.
 
-        An array is valid until the next one is asked for.
+        Yields:
+            (rows, the runs that have them); the rows have shape (length of a run, grown columns) and the type
+            `out_type`. An array is valid until the next one is requested.
         """
         values = self.values(runs[0], columns, scratch)
         sharer = self._sharer
         if sharer is None:
             yield self._cast(values, scratch), list(runs)
             return
-        alike: dict[tuple[int, ...], list[Run]] = defaultdict(list)
+        equal_runs: dict[tuple[int, ...], list[Run]] = defaultdict(list)
         for run in runs:
-            rest = () if sharer.all_alike else (run.collapsed, run.number, run.other_number)
-            alike[run.count, *rest].append(run)
+            key = () if sharer.all_alike else (run.collapsed, run.number, run.other_number)
+            equal_runs[run.count, *key].append(run)
         blocks: dict[int, Block] = {}
-        for same in sorted(alike.values(), key=lambda each: (each[0].collapsed, each[0].number)):
-            run = same[0]
+        for group in sorted(equal_runs.values(), key=lambda runs: (runs[0].collapsed, runs[0].number)):
+            run = group[0]
             if run.collapsed not in blocks:
                 blocks = {run.collapsed: Block(sharer, values, columns, scratch)}
             out = scratch.array("out", (run.length, columns.grown), values.dtype)
             blocks[run.collapsed].fill(run, out)
-            yield self._cast(out, scratch), same
+            yield self._cast(out, scratch), group
 
     def _cast(self, values: Array, scratch: Scratch) -> Array:
         if values.dtype == self.out_type:
@@ -126,7 +142,7 @@ class Table:
         return out
 
     def window(self, windows: Sequence[slice], scratch: Scratch | None = None) -> Array:
-        """A slice of the grown tensor, a window for each axis."""
+        """A slice of the grown tensor, of the type `out_type`; one window for each axis."""
         scratch = scratch or Scratch()
         axes = [axis[window] for axis, window in zip(self.axes, windows, strict=True)]
         out = np.empty([axis.grown for axis in axes], dtype=self.out_type)
@@ -134,26 +150,30 @@ class Table:
         table = out.reshape(rows.grown, columns.grown)
         if out.size:
             for runs in self._grouped(runs_of(rows), columns.size):
-                for made, same in self.results(runs, columns, scratch):
-                    for run in same:
-                        table[run.start : run.start + run.length] = made
+                for values, equal_runs in self.results(runs, columns, scratch):
+                    for run in equal_runs:
+                        table[run.start : run.start + run.length] = values
         return out
 
     def _grouped(self, runs: Sequence[Run], width: int, stride: int = PAGE) -> Iterator[list[Run]]:
-        """Runs cut into blocks, those of the same source rows together; blocks are whole pages where they can be."""
+        """Cut runs into blocks, and put the blocks of the same source rows together.
+
+        Args:
+            runs: the runs of rows.
+            width: the number of elements to compute for a row.
+            stride: the bytes of a row in the file. A block fills whole pages of the file where its size allows it.
+        """
         block = max(1, BLOCK // max(1, width))
-        whole = PAGE // math.gcd(stride, PAGE)  # rows that fill pages
-        block -= block % whole if block > whole else 0
+        page_rows = PAGE // math.gcd(stride, PAGE)
+        block -= block % page_rows if block > page_rows else 0
         groups: dict[tuple[int, int], list[Run]] = defaultdict(list)
         for run in runs:
             for part in run.cut(block, run.source):
                 groups[part.source, part.length].append(part)
         return iter(groups.values())
 
-    # -- for files ----------------------------------------------------------------------------------------
-
     def pieces(self) -> Iterator[Piece]:
-        """What makes the tensor's bytes as they stand in a file."""
+        """The functions that compute the tensor's bytes for a file. Together they compute each byte once."""
         runs = runs_of(self.rows) if self.columns.grown else []
         if not self.source.by_rows:
             yield self._whole
@@ -168,22 +188,22 @@ class Table:
             yield partial(self._piece, group, stride)
 
     def _piece(self, runs: Sequence[Run], stride: int, scratch: Scratch) -> Iterator[tuple[Array, Sequence[int]]]:
-        for made, same in self.results(runs, self._every_column, scratch):
-            yield self._packed(made), [run.start * stride for run in same]
+        for values, equal_runs in self.results(runs, self._every_column, scratch):
+            yield self._packed(values), [run.start * stride for run in equal_runs]
 
     def _gathered(self, start: int, end: int, stride: int, scratch: Scratch) -> Iterator[tuple[Array, Sequence[int]]]:
         out = scratch.array("gathered", (end - start, self.columns.grown), self.out_type)
         for runs in self._grouped(runs_of(self.rows[start:end]), self._every_column.size):
-            for made, same in self.results(runs, self._every_column, scratch):
-                for run in same:
-                    out[run.start : run.start + run.length] = made
+            for values, equal_runs in self.results(runs, self._every_column, scratch):
+                for run in equal_runs:
+                    out[run.start : run.start + run.length] = values
         yield self._packed(out), [start * stride]
 
     def _whole(self, _: Scratch) -> Iterator[tuple[Array, Sequence[int]]]:
         yield self._packed(self.window([slice(None)] * len(self.axes)).reshape(1, -1)), [0]
 
     def _packed(self, rows: Array) -> Array:
-        """Rows as they are stored, contiguous."""
+        """Rows as a file stores them, contiguous in memory."""
         if self.source.bits is None:
             return np.ascontiguousarray(rows)
         numbers = rows.view(np.uint8)
@@ -193,7 +213,7 @@ class Table:
 
 
 def _split(shape: Sequence[int]) -> int:
-    """How many of the axes are rows."""
+    """The number of leading axes that are rows: as few as keep a row within `WIDE` elements."""
     if len(shape) < 2:
         return 0
     return next((axes for axes in range(1, len(shape)) if math.prod(shape[axes:]) <= WIDE), len(shape) - 1)
