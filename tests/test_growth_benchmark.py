@@ -14,12 +14,14 @@ pytestmark = pytest.mark.frameworks
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from growing import checks, training  # noqa: E402
+from growing import checks, training_torch  # noqa: E402
 from growing.findings import report  # noqa: E402
 from growing.network import Network, export, shape  # noqa: E402
+from growing.results import read_curve  # noqa: E402
 from growing.runs import Grown, Lab, Outcome, Random, Run, Settings  # noqa: E402
 from growing.study import Findings, Size, Study, reached  # noqa: E402
-from growing.training import Point, Recipe, Task  # noqa: E402
+from growing.tasks import Point, Recipe, Task  # noqa: E402
+from growing.training import train  # noqa: E402
 
 SHAPE = shape(32, layers=2, length=16)
 
@@ -75,8 +77,8 @@ def test_what_was_interrupted_comes_to_the_same(tmp_path: Path, monkeypatch: pyt
     export(SHAPE, 0, tmp_path / "start.onnx")
     recipe = Recipe(1e-2, dropout=0.1)
     task = Task(tmp_path / "start.onnx", recipe, 12, 0, batch=2, length=16, evaluations=3, examined=16)
-    training.train(task, tmp_path / "whole", lambda steps: None)
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    train(task, tmp_path / "whole", lambda steps: None)
+    monkeypatch.setattr(training_torch, "SAVE_EVERY", 0.0)
     told: list[int] = []
 
     def strike(steps: int) -> None:
@@ -85,13 +87,13 @@ def test_what_was_interrupted_comes_to_the_same(tmp_path: Path, monkeypatch: pyt
             raise Struck
 
     with pytest.raises(Struck):
-        training.train(task, tmp_path / "struck", strike)
+        train(task, tmp_path / "struck", strike)
     assert not (tmp_path / "struck" / "result.json").exists()
     told.clear()
-    training.train(task, tmp_path / "struck", told.append)
+    train(task, tmp_path / "struck", told.append)
     assert told[0] > 0
     assert sum(told) == 12
-    assert training.read_curve(tmp_path / "struck") == training.read_curve(tmp_path / "whole")
+    assert read_curve(tmp_path / "struck") == read_curve(tmp_path / "whole")
 
 
 def test_jax_learns_what_torch_learns(tmp_path: Path) -> None:
@@ -100,8 +102,8 @@ def test_jax_learns_what_torch_learns(tmp_path: Path) -> None:
     task = Task(tmp_path / "start.onnx", Recipe(1e-2), 12, 0, batch=2, length=16, evaluations=3, examined=16)
     curves = {}
     for framework in ("torch", "jax"):
-        training.train(replace(task, framework=framework), tmp_path / framework, lambda steps: None)
-        curves[framework] = [each.loss for each in training.read_curve(tmp_path / framework)]
+        train(replace(task, framework=framework), tmp_path / framework, lambda steps: None)
+        curves[framework] = [each.loss for each in read_curve(tmp_path / framework)]
     assert curves["jax"] == pytest.approx(curves["torch"], abs=1e-4)
     assert curves["jax"][-1] < curves["jax"][0] - 0.01
 

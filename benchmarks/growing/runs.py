@@ -16,7 +16,9 @@ import onnx
 import torch
 
 from growing.network import Shape, export
-from growing.training import Point, Recipe, Task, read_curve, train
+from growing.results import read_curve
+from growing.tasks import Point, Recipe, Task
+from growing.training import train
 from hyperclone_onnx import Plan, Strategy, expand, validate_files
 from hyperclone_onnx.frameworks.compiled_model import compile_model
 from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from growing.network import Shape, shape
 from growing.runs import Continued, Grown, Lab, Outcome, Random, Run
-from growing.training import Recipe
+from growing.tasks import Recipe
 from hyperclone_onnx.plan.strategies import STRATEGIES, StrategyName
 
 

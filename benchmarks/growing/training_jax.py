@@ -1,4 +1,4 @@
-"""The same run in JAX and Optax. It is short: what was interrupted begins anew."""
+"""The same run in JAX and Optax. Such runs are short: one that was interrupted begins anew."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from growing.corpus import corpus
-from growing.training import Point, Task, Tell, finish
+from growing.results import finish
+from growing.tasks import Point, Task, Tell
 from hyperclone_onnx.frameworks.jax import load
 
 jax.config.update("jax_platforms", "cpu")

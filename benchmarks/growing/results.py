@@ -1,0 +1,32 @@
+"""What a training run leaves in its folder, whichever framework ran it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from growing.tasks import Point, Task
+from hyperclone_onnx.frameworks.absorb import absorb
+
+
+def finish(task: Task, folder: Path, curve: list[Point], weights: Mapping[str, Any], seconds: float) -> None:
+    """Write what a run leaves; the last file says that all are there."""
+    absorb(task.model, weights, folder / "model.onnx", check=False)
+    with (folder / "curve.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("step", "loss"), *((each.step, f"{each.loss:.6f}") for each in curve)])
+    described = asdict(task) | {"model": task.model.name, "optimizer": task.optimizer and task.optimizer.name}
+    result = {"task": described, "seconds": round(seconds, 1), "loss": curve[-1].loss}
+    partial = folder / "result.partial"
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / "result.json")
+
+
+def read_curve(folder: Path) -> list[Point]:
+    """What a finished run left."""
+    with (folder / "curve.csv").open(newline="", encoding="utf-8") as file:
+        return [Point(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
