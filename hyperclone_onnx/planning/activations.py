@@ -1,7 +1,7 @@
-"""The axes of every activation in the plan's own terms: which indices of a grown activation repeat which of the source.
+"""The axes of every activation, in the plan's own terms.
 
-Planning knows this of every value of the source graph. The first layers of a large model are compared by it, and so
-are the clones in a grown model's activations.
+They tell which source index each index of a grown activation repeats. Validation uses them to compare the first layers
+of a large model, and diagnosis to compare the clones in the activations of a grown model.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ ValueAxes = tuple[tuple[Axis, ...] | None, ...]
 
 
 def activations(dimensions: Dimensions, plan: Plan) -> dict[str, ValueAxes]:
-    """The axes of every value of which any axis grows, by name.
+    """The axes of every value that grows, by the name of the value.
 
-    An axis of which a part is known only when the model runs is left out like one that does not grow.
+    An axis with a part whose size is known only when the model runs gets None, like an axis that does not grow.
 
     Args:
         dimensions: the dimensions of the plan's source.
         plan: the plan.
+
+    Returns:
+        The axes of each value that has a name and at least one growing axis.
     """
     named = name_dimensions(dimensions)
     grown = [dimension for dimension in named if dimension.name in plan.dims]

@@ -1,4 +1,4 @@
-"""From a summed operand back to the stored tensors that make it up, through operators that are linear in them."""
+"""Traces a summed operand back to the stored tensors from which linear operators compute it."""
 
 from __future__ import annotations
 
@@ -14,38 +14,53 @@ from hyperclone_onnx.rules.dimensions import Axes, Dimensions, Use
 from hyperclone_onnx.rules.grown_terms import GrownTerms
 
 Marks = frozenset[int]
-"""The axes of a value over which a contraction sums."""
+"""The numbers of the axes of a value over which a contraction sums."""
 
 _SHARING = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """The element types that can hold a share of a weight."""
 
-
 LAYOUT = MOVES_ELEMENTS | {"Neg"}
-"""Operators that move the elements of their input, or change their sign."""
+"""Operators that only move the elements of their input, or change their sign."""
 
 
 @dataclass
 class Carriers:
-    """The stored tensors that divide a sum: weights that share it along some axes, scales that shrink."""
+    """The stored tensors that divide a sum: weights whose repeats share it, or quantisation scales that shrink."""
 
     marks: dict[Use, Marks] = field(default_factory=dict)
+    """For each use of a weight, the axes along which its repeats share it."""
     scales: dict[Use, float] = field(default_factory=dict)
+    """For each use of a quantisation scale, the number that multiplies the scale."""
 
     def add(self, other: Carriers) -> None:
-        """Take in what divides another part of the operand."""
+        """Add the stored tensors that divide another part of the operand."""
         self.marks.update(other.marks)
         self.scales.update(other.scales)
 
 
 @dataclass(frozen=True)
 class Tracer:
-    """Follows axes of values under a growth."""
+    """Follows the axes of an operand back through the graph, for one choice of source maps.
+
+    Args:
+        dimensions: the axes of every value.
+        terms: the axes, read with the source maps.
+    """
 
     dimensions: Dimensions
     terms: GrownTerms
 
     def trace(self, node: ir.Node, index: int, marks: Marks) -> Carriers | None:
-        """Follow summed axes of an operand back to the stored tensors, through linear operators."""
+        """Follow the summed axes of an operand back to stored tensors, through linear operators.
+
+        Args:
+            node: the node that sums.
+            index: the position of the operand among its inputs.
+            marks: the summed axes of the operand.
+
+        Returns:
+            The stored tensors that can divide the sum; None where no stored tensor can.
+        """
         value = node.inputs[index]
         axes = self.dimensions.axes_of(node, index)
         if value is None or axes is None:
@@ -58,19 +73,19 @@ class Tracer:
             return None
         if producer.op_type == "DequantizeLinear":
             return self._trace_codes(producer, axes, marks)
-        inner = _marks_before(self, producer, marks)
-        if inner is None:
+        input_marks = _marks_before(self, producer, marks)
+        if input_marks is None:
             return None
-        found = Carriers()
-        for slot, before in inner.items():
-            part = self.trace(producer, slot, before)
+        carriers = Carriers()
+        for slot, marks_of_input in input_marks.items():
+            part = self.trace(producer, slot, marks_of_input)
             if part is None:
                 return None
-            found.add(part)
-        return found
+            carriers.add(part)
+        return carriers
 
     def _trace_codes(self, node: ir.Node, axes: Axes, marks: Marks) -> Carriers | None:
-        """A quantised weight repeats its codes; its scale shrinks, where every code is repeated equally often."""
+        """The scale of a quantised weight, which shrinks; None unless every code is repeated equally often."""
         scale = node.inputs[1]
         if scale is None or not is_initializer(scale):
             return None
@@ -80,7 +95,7 @@ class Tracer:
         return Carriers(scales={(node, 1): 1.0 / math.prod(count or 1 for count in repeats)})
 
     def repeats(self, term: Term) -> int | None:
-        """How often every index of an axis is repeated; None where that differs, or is not known."""
+        """How often each index of an axis is repeated; None where the indices differ in it, or it is not known."""
         factors = self.terms.factors(term)
         if factors is None:
             return None
@@ -89,7 +104,7 @@ class Tracer:
 
 
 def _marks_before(tracer: Tracer, node: ir.Node, marks: Marks) -> dict[int, Marks] | None:
-    """Carry summed axes of a linear operator's output to its inputs; None where that cannot be done."""
+    """The summed axes of a linear operator's inputs, from those of its output; None where it has no such axes."""
     if node.domain:
         return None
     match node.op_type:
@@ -97,7 +112,7 @@ def _marks_before(tracer: Tracer, node: ir.Node, marks: Marks) -> dict[int, Mark
             return {0: marks}
         case "Cast":
             types = [value.dtype for value in (node.inputs[0], node.outputs[0]) if value is not None]
-            return {0: marks} if all(t is not None and t.is_floating_point() for t in types) else None
+            return {0: marks} if all(dtype is not None and dtype.is_floating_point() for dtype in types) else None
         case "Transpose":
             perm = node.attributes.get("perm")
             rank = len(tracer.dimensions.axes_of(node, 0) or ())
@@ -115,6 +130,7 @@ def _marks_before(tracer: Tracer, node: ir.Node, marks: Marks) -> dict[int, Mark
 
 
 def _marks_before_reshape(tracer: Tracer, node: ir.Node, marks: Marks) -> dict[int, Marks] | None:
+    """A reshape passes the marks on where the growing factors keep their order and no input axis is marked in part."""
     before, after = tracer.dimensions.axes_of(node, 0), tracer.dimensions.axes.get(node.outputs[0])
     if before is None or after is None:
         return None
@@ -130,47 +146,49 @@ def _marks_before_reshape(tracer: Tracer, node: ir.Node, marks: Marks) -> dict[i
     old, new = growing(before), growing(after)
     if [factor for factor, _ in old] != [factor for factor, _ in new]:
         return None
-    found = {axis for (_, axis), (_, seen) in zip(old, new, strict=True) if seen in marks}
-    split = {axis for (_, axis), (_, seen) in zip(old, new, strict=True) if seen not in marks}
-    return None if found & split else {0: frozenset(found)}
+    marked = {axis for (_, axis), (_, new_axis) in zip(old, new, strict=True) if new_axis in marks}
+    unmarked = {axis for (_, axis), (_, new_axis) in zip(old, new, strict=True) if new_axis not in marks}
+    return None if marked & unmarked else {0: frozenset(marked)}
 
 
 def _marks_before_gather(tracer: Tracer, node: ir.Node, marks: Marks) -> dict[int, Marks] | None:
-    """Whole slices of the data are picked: every axis but the one that is indexed passes."""
-    data, where = tracer.dimensions.axes_of(node, 0), tracer.dimensions.axes_of(node, 1)
-    if data is None or where is None:
+    """A Gather picks whole slices of its data: it passes on the marks of every axis but the indexed one."""
+    data, indices = tracer.dimensions.axes_of(node, 0), tracer.dimensions.axes_of(node, 1)
+    if data is None or indices is None:
         return None
     attribute = node.attributes.get("axis")
     axis = (0 if attribute is None else attribute.as_int()) % len(data)
-    end = axis + len(where)
+    end = axis + len(indices)
     if any(axis <= mark < end for mark in marks):
         return None
-    return {0: frozenset(mark if mark < axis else mark - len(where) + 1 for mark in marks)}
+    return {0: frozenset(mark if mark < axis else mark - len(indices) + 1 for mark in marks)}
 
 
 def _marks_before_product(tracer: Tracer, node: ir.Node, marks: Marks) -> dict[int, Marks] | None:
+    """One factor of a product divides the sum: the first that is a weight and has all marked axes."""
     for index in (0, 1) if node.op_type == "Mul" else (0,):
-        moved = _aligned(tracer, node, index, marks)
-        if moved is not None and tracer.dimensions.is_weight(node.inputs[index]):
-            return {index: moved}
+        operand_marks = _aligned(tracer, node, index, marks)
+        if operand_marks is not None and tracer.dimensions.is_weight(node.inputs[index]):
+            return {index: operand_marks}
     return None
 
 
 def _marks_before_sum(tracer: Tracer, node: ir.Node, marks: Marks) -> dict[int, Marks] | None:
-    found: dict[int, Marks] = {}
+    """Every operand of a sum must be divided, and therefore have all marked axes."""
+    marks_of_inputs: dict[int, Marks] = {}
     for index in range(len(node.inputs)):
-        moved = _aligned(tracer, node, index, marks)
-        if moved is None:
+        operand_marks = _aligned(tracer, node, index, marks)
+        if operand_marks is None:
             return None
-        found[index] = moved
-    return found
+        marks_of_inputs[index] = operand_marks
+    return marks_of_inputs
 
 
 def _aligned(tracer: Tracer, node: ir.Node, index: int, marks: Marks) -> Marks | None:
-    """Output axes as axes of an operand aligned at the right; None when the operand is stretched along one."""
+    """Axes of the output as axes of an operand that is broadcast to it; None where the operand lacks a marked axis."""
     operand, out = tracer.dimensions.axes_of(node, index), tracer.dimensions.axes.get(node.outputs[0])
     if operand is None or out is None:
         return None
-    moved = frozenset(axis - (len(out) - len(operand)) for axis in marks)
-    stretched = any(axis < 0 or tracer.terms.space.static(operand[axis]) == 1 for axis in moved)
-    return None if stretched else moved
+    operand_marks = frozenset(axis - (len(out) - len(operand)) for axis in marks)
+    lacks_axis = any(axis < 0 or tracer.terms.space.static(operand[axis]) == 1 for axis in operand_marks)
+    return None if lacks_axis else operand_marks

@@ -1,4 +1,4 @@
-"""From a growth to a plan: which tensors come out, which nodes are edited, what the interface looks like."""
+"""Makes a plan from a growth: the recipes of tensors, the edits of nodes, the axes of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ def make_plan(
     untie: bool = False,
     keep_interface: bool = False,
 ) -> Plan:
-    """Plan a growth.
+    """Make the plan of a growth.
 
     Args:
         growth: the source map of each dimension.
-        strategy: how repeats share a weight.
-        untie: give each use of a tensor that is stored once a tensor of its own where their recipes differ
-            (a tied embedding), instead of moving the division into a scalar.
-        keep_interface: leave the graph's inputs and outputs in the source's sizes.
+        strategy: how repeats share a weight; by default `Strategy()`.
+        untie: where two uses of one tensor need different recipes (a tied embedding), give each use its own tensor.
+            Otherwise the tensor stays one, and scalars divide the sums.
+        keep_interface: the graph's inputs and outputs keep the sizes of the source.
 
     Raises:
-        Refused: a norm would average over unequally repeated parts, or a node cannot be edited.
+        Refused: a norm would average over unequally repeated parts, or a node cannot be edited. The text names the
+            node.
     """
     dimensions, terms = growth.dimensions, growth.terms
     chosen = strategy or Strategy()
@@ -66,7 +67,7 @@ def _node_edits(growth: Growth, terms: GrownTerms) -> Iterable[Edit]:
     dimensions = growth.dimensions
     for node in dimensions.walked:
         edit = registry.edit(node.domain, node.op_type)
-        if edit is None or not _touched(dimensions, terms, node):
+        if edit is None or not _may_need_edit(dimensions, terms, node):
             continue
         op = GrownOp(dimensions, terms, node, opset_of(dimensions.model.graph, node.domain))
         try:
@@ -78,28 +79,33 @@ def _node_edits(growth: Growth, terms: GrownTerms) -> Iterable[Edit]:
         yield from op.edits
 
 
-def _touched(dimensions: Dimensions, terms: GrownTerms, node: ir.Node) -> bool:
-    every: list[Axes | None] = [dimensions.axes_of(node, i) for i in range(len(node.inputs))]
-    every += [dimensions.axes.get(output) for output in node.outputs]
+def _may_need_edit(dimensions: Dimensions, terms: GrownTerms, node: ir.Node) -> bool:
+    """Whether an input or output of a node grows, or the node has a body, in which something may grow."""
+    axes_of_values: list[Axes | None] = [dimensions.axes_of(node, index) for index in range(len(node.inputs))]
+    axes_of_values += [dimensions.axes.get(output) for output in node.outputs]
     has_body = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
-    return has_body or any(terms.grows(term) for axes in every if axes for term in axes)
+    return has_body or any(terms.grows(term) for axes in axes_of_values if axes for term in axes)
 
 
 def _check_averages(dimensions: Dimensions, terms: GrownTerms) -> None:
-    """An average over an axis is unchanged only when every index is repeated equally often."""
+    """An average over an axis stays the same only if each index is repeated equally often.
+
+    Raises:
+        Refused: the indices of an averaged axis would be repeated unequally.
+    """
     tracer = Tracer(dimensions, terms)
-    for each in dimensions.uniform:
-        # Where each factor of an axis repeats its indices equally often, so does the axis.
-        growing = [factor for factor in terms.space.factors(each.term) if terms.grows(factor)]
+    for average in dimensions.uniform:
+        # An axis repeats its indices equally often if each of its factors does.
+        growing = [factor for factor in terms.space.factors(average.term) if terms.grows(factor)]
         if any(tracer.repeats(factor) is None for factor in growing):
             raise Refused(
-                f"{describe(each.node)} averages over an axis whose parts would not grow equally "
-                f"({terms.written(each.term)}): give its parts one factor with --set"
+                f"{describe(average.node)} averages over an axis whose parts would not grow equally "
+                f"({terms.written(average.term)}): give its parts one factor with --set"
             )
 
 
 def _tensors(growth: Growth, division: Division, strategy: Strategy) -> tuple[dict[str, Recipe], list[Feed]]:
-    """A recipe for each tensor that changes, and the uses that read another tensor than before."""
+    """The recipes of all tensors that change, by name, and the uses that read another tensor than in the source."""
     dimensions, terms = growth.dimensions, growth.terms
     names = list(dimensions.model.graph.initializers)
     recipes: dict[str, dict[object, tuple[Recipe, list[Use]]]] = defaultdict(dict)
@@ -119,9 +125,9 @@ def _tensors(growth: Growth, division: Division, strategy: Strategy) -> tuple[di
                 if not recipe.is_trivial:
                     tensors[name] = recipe
                 continue
-            own = fresh.value(name)
-            tensors[own] = recipe
-            feeds.extend(Feed(node.name or "", index, own) for node, index in uses)
+            second_name = fresh.value(name)
+            tensors[second_name] = recipe
+            feeds.extend(Feed(node.name or "", index, second_name) for node, index in uses)
     return tensors, feeds
 
 
@@ -137,13 +143,13 @@ def _recipe(growth: Growth, division: Division, origin: Origin, use: Use, axes: 
 
 
 def _read_elsewhere(dimensions: Dimensions, name: str) -> bool:
-    """Whether a tensor is also read where no recipe reaches: in the body of an operator without a rule."""
+    """Whether a tensor is also read by a use without a recipe: in the body of an operator that has no rule."""
     uses = [use for use in dimensions.model.graph.initializers[name].uses() if use.node not in dimensions.idle]
     return any((use.node, use.idx) not in dimensions.use_axes for use in uses)
 
 
 def _interface(values: Iterable[ir.Value], growth: Growth) -> Iterable[Interface]:
-    """The grown inputs or outputs."""
+    """The axes of those inputs or outputs that grow."""
     terms = growth.terms
     for value in values:
         axes = growth.dimensions.axes.get(value) or ()

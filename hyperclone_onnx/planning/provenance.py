@@ -1,8 +1,8 @@
-"""What a plan says of where it comes from: digests of the source's graph and weights, and of the options.
+"""Computes the provenance that a plan records: digests of the source's graph, of its weights, and of the options.
 
-The weights' digest is of samples: of every tensor its name, type and shape, and of what it holds the first, the middle
-and the last 4 KB, or all of it up to 64 KB. It tells one checkpoint from another at no cost; it is no proof that a
-file is untouched.
+The digest of the weights covers samples. Of every tensor it has the name, the type and the shape, and the first, the
+middle and the last 4 KB of the content. A tensor of up to 64 KB is covered as a whole. The digest tells one checkpoint
+from another in little time. It does not prove that a file is unchanged.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.stored_rows import StoredRows
 
 SAMPLE = 4096
+"""The bytes of one sample."""
 WHOLE = 16 * SAMPLE
+"""Tensors of up to this number of bytes are covered as a whole."""
 
 
 def provenance(model: ir.Model, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a plan records.
+    """The provenance of a plan.
 
     Args:
         model: the normalised source.
-        options: what was asked for, as plain data.
+        options: the options of the request, as plain data.
 
     Returns:
-        ``graph``, ``weights`` and ``options``, digests of 128 bits in hexadecimal, and ``bytes``, the weights' size.
+        ``graph``, ``weights`` and ``options``: digests of 128 bits (BLAKE2b) in hexadecimal; ``bytes``: the size of all
+        weights.
     """
     return {
         "graph": _graph(model),
@@ -49,7 +52,7 @@ def _tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
 
 
 def _graph(model: ir.Model) -> str:
-    """Of the opsets, the interface, and every node with its attributes, in order."""
+    """The digest of the opsets, of the inputs and outputs, and of every node with its attributes, in order."""
     digest = _digest()
     digest.update(json.dumps(sorted(model.graph.opset_imports.items())).encode())
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -61,6 +64,7 @@ def _graph(model: ir.Model) -> str:
 
 
 def _weights(model: ir.Model) -> str:
+    """The digest of the samples of all tensors, in order of their names."""
     digest, scratch = _digest(), Scratch()
     for name, tensor in sorted(_tensors(model).items()):
         shape = list(map(int, tensor.shape.numpy()))
@@ -70,7 +74,7 @@ def _weights(model: ir.Model) -> str:
             continue
         size = tensor.nbytes
         stored = StoredRows(tensor, 1, size)
-        places = [(0, size)] if size <= WHOLE else [(at, SAMPLE) for at in (0, size // 2, size - SAMPLE)]
+        places = [(0, size)] if size <= WHOLE else [(start, SAMPLE) for start in (0, size // 2, size - SAMPLE)]
         for start, count in places:
             digest.update(stored.read_bytes(start, count, scratch).tobytes())
         stored.close()

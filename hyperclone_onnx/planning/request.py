@@ -1,4 +1,4 @@
-"""From dimensions to a request's source maps: roles, names, and how much each dimension grows."""
+"""Turns a request (a factor, factors by role or name, maps) into a source map for each dimension."""
 
 from __future__ import annotations
 
@@ -15,28 +15,33 @@ from hyperclone_onnx.rules.dimensions import Dimensions, Fact
 from hyperclone_onnx.rules.grown_terms import GrownTerms
 
 GROWN_BY_FACTOR = ("hidden", "ffn", "heads", "width")
-"""The roles that ``--factor`` grows: HyperCloning's widths. Head sizes and head groups are kept."""
+"""The roles that ``--factor`` grows: HyperCloning's widths. The size and the group of a head keep their sizes."""
 
 REQUIRED = ("hidden", "ffn", "heads")
-"""The roles whose pinning refuses a request by factor. A `width` refuses it only where the rules have a gap: an
-input's own width may keep its size in a grown model."""
+"""The roles that must be able to grow if the request gives a factor for the model.
+
+A pinned `width` is no reason to refuse such a request, unless the reason of the pin is a gap in the rules. The width of
+a graph input, for example, may keep its size in a grown model.
+"""
 
 LARGEST_FACTOR = 1 << 20
+"""A larger factor is a mistake of the user."""
 
 
 @dataclass
 class Growth:
-    """Which dimensions grow, and by which map."""
+    """The dimensions that grow, and their source maps."""
 
     dimensions: Dimensions
     named: list[NamedDim]
     maps: dict[Dim, tuple[str, SourceMap]] = field(default_factory=dict)
+    """(name, source map) of each dimension that grows."""
     beside: set[Dim] = field(default_factory=set)
     """Dimensions that keep their size because another factor of the same width grows."""
 
     @property
     def terms(self) -> GrownTerms:
-        """The dimensions, read with these maps."""
+        """The terms of the model, read with these maps."""
         return GrownTerms(self.dimensions.space, self.maps)
 
 
@@ -49,57 +54,60 @@ def size(
     """Turn a request into a source map for each dimension.
 
     Args:
-        dimensions: what inference found.
+        dimensions: the dimensions that inference gives for the model.
         factor: the factor of the roles in `GROWN_BY_FACTOR`.
-        requests: a factor for a role ("hidden") or for one dimension ("ffn.3"); overrides `factor`.
-        maps: any source map for one dimension by name; overrides both.
+        requests: a factor for a role ("hidden") or for one dimension ("ffn.3"). It replaces `factor`.
+        maps: any source map for one dimension, by its name. It replaces both.
 
     Raises:
-        BadRequest: a factor below 1, or a role or dimension that the model has not.
-        Refused: a requested dimension is pinned; the text gives the chain of nodes that pins it.
+        BadRequest: a factor is below 1 or above `LARGEST_FACTOR`, the model does not have a requested role or
+            dimension, or a map has another size than its dimension.
+        Refused: a requested dimension is pinned. The text gives the chain of nodes that pins it.
+        NothingGrows: no weight of the model may grow.
     """
     named = name_dimensions(dimensions)
-    wanted = dict(requests or {})
-    explicit = dict(maps or {})
-    _check_request(named, factor, wanted, explicit)
+    factors = dict(requests or {})
+    explicit_maps = dict(maps or {})
+    _check_request(named, factor, factors, explicit_maps)
     growth = Growth(dimensions, named)
-    kept = _kept_beside_others(dimensions, named, wanted.keys() | explicit.keys())
-    for each in named:
-        asked = wanted.get(each.name, wanted.get(each.role))
-        times = asked if asked is not None else factor if each.role in GROWN_BY_FACTOR else 1
-        chosen = explicit.get(each.name) or SourceMap(each.size, tile=times)
-        if chosen.grown == each.size:
+    kept = _kept_beside_others(dimensions, named, factors.keys() | explicit_maps.keys())
+    for dimension in named:
+        requested = factors.get(dimension.name, factors.get(dimension.role))
+        times = requested if requested is not None else factor if dimension.role in GROWN_BY_FACTOR else 1
+        source_map = explicit_maps.get(dimension.name) or SourceMap(dimension.size, tile=times)
+        if source_map.grown == dimension.size:
             continue
-        if each.dim in kept:
-            growth.beside.add(each.dim)
+        if dimension.dim in kept:
+            growth.beside.add(dimension.dim)
             continue
-        if not each.dim.growable:
-            gap = each.dim.pin is not None and each.dim.pin.gap
-            if asked is not None or each.name in explicit or each.role in REQUIRED or gap:
-                raise Refused(refusal(dimensions, each, named))
+        if not dimension.dim.growable:
+            gap = dimension.dim.pin is not None and dimension.dim.pin.gap
+            if requested is not None or dimension.name in explicit_maps or dimension.role in REQUIRED or gap:
+                raise Refused(refusal(dimensions, dimension, named))
             continue
-        growth.maps[each.dim] = (each.name, chosen)
-    _check_something_grows(growth, factor, wanted)
+        growth.maps[dimension.dim] = (dimension.name, source_map)
+    _check_something_grows(growth, factor, factors)
     return growth
 
 
 WIDTHS = (Fact.CONTRACTED_WITH_WEIGHT, Fact.WEIGHT_OUTPUT, Fact.NORMALISED, Fact.EMBEDDING, Fact.BATCHED)
-"""What is seen to happen to a whole axis, however many factors it has."""
+"""The facts that hold for an axis as a whole, however many factors it has."""
 
 
 def _kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested: Set[str]) -> set[Dim]:
     """The dimensions that keep their size because another factor of the same axis grows.
 
-    A width that is reshaped (into groups of channels, windows, two factors) is still one width: a request for its
-    role makes it `factor` times as wide, not once for each factor. The factor that grows is one that somewhere
-    is a whole width by itself, else the outermost that does not number groups. Dimensions named one by one, and
-    factors that are asked for as different roles, grow as asked.
+    A width may be reshaped into several factors (groups of channels, windows). It is still one width: a request for its
+    role multiplies the width by the requested factor once, and not once for each of its factors. So one of its factors
+    grows. This is a factor that is a whole width elsewhere in the model. Without such a factor it is the outermost one
+    that does not number groups. The rule does not apply to dimensions that are requested by their names, nor to factors
+    that are requested as different roles.
     """
     space = dimensions.space
     keys = {
-        each.dim: each.role if each.role in requested else ""
-        for each in named
-        if each.name not in requested and (each.role in requested or each.role in GROWN_BY_FACTOR)
+        dimension.dim: dimension.role if dimension.role in requested else ""
+        for dimension in named
+        if dimension.name not in requested and (dimension.role in requested or dimension.role in GROWN_BY_FACTOR)
     }
     grouped = {atom for term, _ in dimensions.facts[Fact.GROUPED] for atom in space.atoms(term)}
     composites: dict[tuple[Dim, ...], None] = {}
@@ -120,9 +128,9 @@ def _kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested
 
 
 def _widths(space: Space, term: Term) -> dict[tuple[Dim, ...], None]:
-    """What lies side by side along an axis, each as its atoms, outermost first; equal ones once.
+    """The widths that lie side by side along an axis, as the keys of a dict. Equal widths are one key.
 
-    Of ``((a b) + c) d`` they are ``a b d`` and ``c d``.
+    A width is given by its atoms, outermost first. The widths of ``((a b) + c) d`` are ``a b d`` and ``c d``.
     """
     resolved = space.resolve(term)
     if isinstance(resolved, Dim):
@@ -130,7 +138,7 @@ def _widths(space: Space, term: Term) -> dict[tuple[Dim, ...], None]:
     if isinstance(resolved, Concat):
         return {width: None for segment in resolved.segments for width in _widths(space, segment)}
     parts = [_widths(space, factor) for factor in resolved.factors]
-    return {tuple(itertools.chain(*chosen)): None for chosen in itertools.product(*parts)}
+    return {tuple(itertools.chain(*atoms)): None for atoms in itertools.product(*parts)}
 
 
 def _check_request(
@@ -138,23 +146,23 @@ def _check_request(
 ) -> None:
     if factor < 1:
         raise BadRequest(f"the factor is {factor}: give a whole number, 2 or more to grow")
-    roles = sorted({each.role for each in named} - {"other"})
+    roles = sorted({dimension.role for dimension in named} - {"other"})
     for name, times in (("--factor", factor), *requests.items()):
         if times > LARGEST_FACTOR:
             raise BadRequest(f"{name} {times}: no model grows that far; give a factor up to {LARGEST_FACTOR}")
-    names = {each.name for each in named if each.role != "other"} | set(roles)
+    names = {dimension.name for dimension in named if dimension.role != "other"} | set(roles)
     for name in (*requests, *maps):
         if name not in names:
-            near = difflib.get_close_matches(name, sorted(names), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(roles) or 'none'}"
+            matches = difflib.get_close_matches(name, sorted(names), n=1)
+            hint = f"; did you mean {matches[0]!r}?" if matches else f"; it has {', '.join(roles) or 'none'}"
             raise BadRequest(f"this model has no dimension {name!r}{hint} (`inspect` lists them)")
     for name, times in requests.items():
         if times < 1:
             raise BadRequest(f"the factor of {name} is {times}: give a whole number, 1 to keep its size")
-    for name, chosen in maps.items():
-        size = next((each.size for each in named if each.name == name), None)
-        if size != chosen.size:
-            raise BadRequest(f"the map of {name} is for size {chosen.size}, the dimension has size {size}")
+    for name, source_map in maps.items():
+        size = next((dimension.size for dimension in named if dimension.name == name), None)
+        if size != source_map.size:
+            raise BadRequest(f"the map of {name} is for size {source_map.size}, the dimension has size {size}")
 
 
 def _check_something_grows(growth: Growth, factor: int, requests: Mapping[str, int]) -> None:
@@ -164,14 +172,21 @@ def _check_something_grows(growth: Growth, factor: int, requests: Mapping[str, i
     if unruled:
         listed = ", ".join(f"{name} x{len(nodes)}" for name, nodes in sorted(unruled.items()))
         raise Refused(f"nothing in this model can grow: its weights are met by operators without a rule ({listed})")
-    pinned = [each for each in growth.named if each.dim.pin is not None and each.dim.pin.gap]
+    pinned = [dimension for dimension in growth.named if dimension.dim.pin is not None and dimension.dim.pin.gap]
     if pinned:
         raise Refused(refusal(growth.dimensions, pinned[0], growth.named))
     raise NothingGrows("nothing in this model can grow: no weight that may grow is contracted with an activation")
 
 
-def refusal(dimensions: Dimensions, each: NamedDim, named: list[NamedDim]) -> str:
-    """The text that says why a dimension cannot grow, and what to do."""
-    reason = explain(dimensions, each.dim)
-    keep = f"--set {each.name}=1" if any(other.name != each.name for other in named) else "a smaller request"
-    return f"{each.name} (size {each.size}) cannot grow: {reason}. To keep its size and grow the rest: {keep}"
+def refusal(dimensions: Dimensions, dimension: NamedDim, named: list[NamedDim]) -> str:
+    """The text that says why a dimension cannot grow, and what the user can do.
+
+    Args:
+        dimensions: all dimensions of the model.
+        dimension: the dimension that cannot grow.
+        named: the dimensions that have names.
+    """
+    reason = explain(dimensions, dimension.dim)
+    has_others = any(other.name != dimension.name for other in named)
+    keep = f"--set {dimension.name}=1" if has_others else "a smaller request"
+    return f"{dimension.name} (size {dimension.size}) cannot grow: {reason}. To keep its size and grow the rest: {keep}"

@@ -1,7 +1,8 @@
-"""Who divides a sum: a contraction over a grown axis adds up every repeat.
+"""Decides what divides each sum over a grown axis. Such a sum adds up every repeat, and is too large without division.
 
-A weight does it when the summed operand is one, reached through operators that only move its elements; otherwise a
-scalar does: a quantisation scale, an existing factor, a norm's gain, Gemm's alpha, or one inserted multiplication.
+A weight divides the sum where the summed operand is a weight, or is computed from weights by linear operators. Its
+repeats then share the source's values. Otherwise a scalar divides the sum: a quantisation scale, an existing factor,
+the gain of a norm, Gemm's alpha, or a multiplication that is inserted.
 """
 
 from __future__ import annotations
@@ -22,23 +23,22 @@ from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.rules.dimensions import Axes, Sum, Use
 
 Group = tuple[Sum, ...]
-"""Sums of one node that one operand must carry together: those that share operands."""
+"""The sums of one node that have operands in common, so that the same stored tensors must divide them all."""
 
 LARGEST_SUM, LARGEST_PRODUCT = 2**31 - 1, 255 * 255
-"""Products of bytes are added up in 32 bits."""
+"""The limits of a quantised sum: products of two bytes are added up in a signed integer of 32 bits."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """Where every sum over a grown axis is divided.
-
-    `marks` has the growing axes along which a use of a stored tensor shares it among the repeats, `scales` a number
-    that multiplies the tensor for a use, and `edits` the divisions in the graph.
-    """
+    """What divides the sums over grown axes."""
 
     marks: Mapping[Use, Marks]
+    """For a use of a stored tensor, the growing axes along which the repeats share the tensor."""
     scales: Mapping[Use, float]
+    """For a use of a stored tensor, the number that multiplies the tensor."""
     edits: tuple[Edit, ...]
+    """The divisions that are put into the graph."""
 
 
 def divide_sums(growth: Growth, untie: bool) -> Division:
@@ -46,10 +46,10 @@ def divide_sums(growth: Growth, untie: bool) -> Division:
 
     Args:
         growth: the source map of each dimension.
-        untie: let two uses of one tensor share it along different axes, so that it is split.
+        untie: two uses of one tensor may share it along different axes. Planning then gives each use its own tensor.
 
     Raises:
-        Refused: a sum cannot be divided.
+        Refused: a sum cannot be divided. The text names the node.
     """
     divider = _Divider(growth, untie)
     divider.divide()
@@ -59,7 +59,10 @@ def divide_sums(growth: Growth, untie: bool) -> Division:
 
 
 class _Divider:
-    """The state of `divide_sums`: which groups of sums weights carry so far, and which scalars divide the others."""
+    """The state of `divide_sums`.
+
+    `carried` has the groups of sums that weights divide. `scales` and `edits` have the scalars that divide the others.
+    """
 
     def __init__(self, growth: Growth, untie: bool) -> None:
         self.untie = untie
@@ -74,8 +77,12 @@ class _Divider:
         self._carried_nodes: set[ir.Node] = set()
 
     def divide(self) -> None:
-        """Divide every sum, by weights where they can and by scalars elsewhere."""
-        groups = _independent([each for each in self.dimensions.sums if self.terms.grows(each.term)])
+        """Divide every sum: by weights where possible, otherwise by scalars.
+
+        Raises:
+            Refused: see `divide_sums`.
+        """
+        groups = _independent([summation for summation in self.dimensions.sums if self.terms.grows(summation.term)])
         for group in groups:
             carriers = self._weights_that_carry(group)
             if carriers is not None:
@@ -89,141 +96,151 @@ class _Divider:
                 self._rescale(use, scale)
         for group in groups:
             if group not in self.carried:
-                quantised = [each for each in group if each.integers or each.scales]
-                # One operand in several products (an input of two weights) is divided once.
-                plain = {self._site(each): each for each in group if each not in quantised}
-                for each in (*plain.values(), *quantised):
-                    self._scale(each)
+                quantised = [summation for summation in group if summation.integers or summation.scales]
+                # An operand that is summed with several others (an input of two weights) must be divided only once.
+                plain = {self._site(summation): summation for summation in group if summation not in quantised}
+                for summation in (*plain.values(), *quantised):
+                    self._scale(summation)
 
     def _rescale(self, use: Use, scale: float) -> None:
         self.scales[use] = self.scales.get(use, 1.0) * scale
 
     def _weights_that_carry(self, sums: Group) -> Carriers | None:
-        """The stored tensors behind one operand that has all the summed axes, or None."""
+        """The stored tensors that divide all sums of a group; None where no stored tensors can."""
         node = sums[0].node
-        if any(each.power != 1.0 or each.integers or each.scales for each in sums):
+        if any(summation.power != 1.0 or summation.integers or summation.scales for summation in sums):
             return None
         for index in range(len(node.inputs)):
             value = node.inputs[index]
             if not self.dimensions.is_weight(value):
                 continue
-            marks = {axis for each in sums for slot, axis in each.sites if slot == index}
+            marks = {axis for summation in sums for slot, axis in summation.sites if slot == index}
             if len(marks) == len(sums):
-                found = self.tracer.trace(node, index, frozenset(marks))
-                if found is not None:
-                    return found
+                carriers = self.tracer.trace(node, index, frozenset(marks))
+                if carriers is not None:
+                    return carriers
         return self._weights_of_products(node, sums)
 
     def _weights_of_products(self, node: ir.Node, sums: Group) -> Carriers | None:
-        """The stored tensors behind several operands, where each of a node's sums has a weight of its own."""
+        """The stored tensors of several operands, where each sum of a node has its own weight; else None."""
         marks: dict[int, set[int]] = defaultdict(set)
-        for each in sums:
-            sites = [(slot, axis) for slot, axis in each.sites if self._constant(node, slot)]
+        for summation in sums:
+            sites = [(slot, axis) for slot, axis in summation.sites if self._constant(node, slot)]
             site = next((s for s in sites if self.tracer.trace(node, s[0], frozenset({s[1]})) is not None), None)
             if site is None:
                 return None
             marks[site[0]].add(site[1])
         carriers = Carriers()
         for index, axes in marks.items():
-            found = self.tracer.trace(node, index, frozenset(axes))
-            if found is None:
+            part = self.tracer.trace(node, index, frozenset(axes))
+            if part is None:
                 return None
-            carriers.add(found)
+            carriers.add(part)
         return carriers
 
     def _keep_ties(self) -> None:
-        """Where uses of one tensor would come out unlike only in what they divide, let scalars divide."""
+        """Keep a tied tensor one tensor where its uses differ only in what they share: scalars then divide the sums."""
         if self.untie:
             return
         uses: dict[ir.Value, list[tuple[Use, Axes]]] = defaultdict(list)
         for value, use, axes in self.dimensions.initializer_uses():
             uses[value].append((use, axes))
-        tied = [each for value, each in uses.items() if len(each) > 1 and _size(value) > 1]
+        tied = [tensor_uses for value, tensor_uses in uses.items() if len(tensor_uses) > 1 and _size(value) > 1]
         changed = True
         while changed:
             changed = False
-            for group in tied:
-                if len({self.terms.canonical(self.terms.recipe_axes(axes)) for _, axes in group}) > 1:
+            for tensor_uses in tied:
+                if len({self.terms.canonical(self.terms.recipe_axes(axes)) for _, axes in tensor_uses}) > 1:
                     continue
-                if len({self.marks_of(use) for use, _ in group}) > 1:
-                    members = {use for use, _ in group}
-                    for each in {each for use in members for each in self._by_use[use] if each in self.carried}:
-                        del self.carried[each]
+                if len({self.marks_of(use) for use, _ in tensor_uses}) > 1:
+                    members = {use for use, _ in tensor_uses}
+                    for group in {group for use in members for group in self._by_use[use] if group in self.carried}:
+                        del self.carried[group]
                         changed = True
 
     def marks_of(self, use: Use) -> Marks:
-        """The growing axes along which one use of a stored tensor shares it among the repeats."""
+        """The growing axes along which the repeats share a stored tensor, for one of its uses."""
         for group in self._by_use.get(use, ()):
             if group in self.carried:
                 marks = self.carried[group].marks[use]
-                return frozenset(a for a in marks if self.terms.grows(self.dimensions.use_axes[use][a]))
+                return frozenset(axis for axis in marks if self.terms.grows(self.dimensions.use_axes[use][axis]))
         return frozenset()
 
-    def _scale(self, each: Sum) -> None:
-        """Divide by a scalar, or by a vector where the repeats are unequal."""
-        if each.integers or each.scales:
-            self._scale_quantised(each)
-            return
-        node = each.node
-        slot, axis = self._site(each)
-        operand = self.dimensions.axes_of(node, slot)
-        factors = self.terms.factors(each.term)
-        if operand is None or factors is None:
-            raise Refused(f"{describe(node)} sums over an axis that is not known before running")
-        repeats = self.tracer.repeats(each.term)
-        if repeats is not None and self._fold(node, slot, float(repeats) ** -each.power):
-            return
-        self.edits.append(ScaleInput(node.name or "", slot, ((axis - len(operand), factors),), each.power))
-
-    def _scale_quantised(self, each: Sum) -> None:
-        """Divide by a quantisation scale; a sum that has none is divided itself, or by a factor further on.
+    def _scale(self, summation: Sum) -> None:
+        """Divide a sum by a scalar, or by a vector where the indices are repeated unequally.
 
         Raises:
-            Refused: no one number divides the sum, or it would no longer fit its integers.
+            Refused: the size of the summed axis is not known before the model runs.
         """
-        node, repeats = each.node, self.tracer.repeats(each.term)
+        if summation.integers or summation.scales:
+            self._scale_quantised(summation)
+            return
+        node = summation.node
+        slot, axis = self._site(summation)
+        operand = self.dimensions.axes_of(node, slot)
+        factors = self.terms.factors(summation.term)
+        if operand is None or factors is None:
+            raise Refused(f"{describe(node)} sums over an axis that is not known before running")
+        repeats = self.tracer.repeats(summation.term)
+        if repeats is not None and self._fold(node, slot, float(repeats) ** -summation.power):
+            return
+        self.edits.append(ScaleInput(node.name or "", slot, ((axis - len(operand), factors),), summation.power))
+
+    def _scale_quantised(self, summation: Sum) -> None:
+        """Divide a quantised sum by its quantisation scale. A sum without a scale is divided itself, or behind it.
+
+        Raises:
+            Refused: the indices are repeated unequally, or the sum would no longer fit 32 bits.
+        """
+        node, repeats = summation.node, self.tracer.repeats(summation.term)
         if repeats is None:
             raise Refused(
                 f"{describe(node)} sums quantised values over an axis whose parts would not grow equally "
-                f"({self.terms.written(each.term)}): give its parts one factor with --set"
+                f"({self.terms.written(summation.term)}): give its parts one factor with --set"
             )
-        if each.integers:
-            self._check_range(each)
-        if not each.scales:
-            # A factor of floats takes only what it can hold exactly: what is rounded to integers again must not move.
+        if summation.integers:
+            self._check_range(summation)
+        if not summation.scales:
+            # A rounded division could move a value across the boundary at which it is quantised again. So a factor of
+            # floats takes the division only where it is exact: by a power of two.
             exact = repeats & (repeats - 1) == 0
             if not (exact and self._fold_behind(node.outputs[0], 1.0 / repeats)):
                 self.edits.append(DivideOutput(node.name or "", 0, repeats))
             return
-        stored = [slot for slot in each.scales if is_initializer(node.inputs[slot])]  # type: ignore[arg-type]
-        self._rescale_input(each, stored[0] if stored else each.scales[0], 1.0 / repeats)
-        for slot in each.biases:
-            self._rescale_input(each, slot, float(repeats))
+        stored = [slot for slot in summation.scales if is_initializer(node.inputs[slot])]  # type: ignore[arg-type]
+        self._rescale_input(summation, stored[0] if stored else summation.scales[0], 1.0 / repeats)
+        for slot in summation.biases:
+            self._rescale_input(summation, slot, float(repeats))
 
-    def _rescale_input(self, each: Sum, slot: int, scale: float) -> None:
-        value = each.node.inputs[slot]
+    def _rescale_input(self, summation: Sum, slot: int, scale: float) -> None:
+        """Multiply an input by a number: in its stored tensor, or in the graph where the input is computed."""
+        value = summation.node.inputs[slot]
         assert value is not None
         if is_initializer(value):
-            self._rescale((each.node, slot), scale)
+            self._rescale((summation.node, slot), scale)
             return
-        factors = self.terms.factors(each.term)
+        factors = self.terms.factors(summation.term)
         assert factors is not None
-        self.edits.append(ScaleInput(each.node.name or "", slot, ((-1, factors),), 1.0 if scale < 1.0 else -1.0))
+        self.edits.append(ScaleInput(summation.node.name or "", slot, ((-1, factors),), 1.0 if scale < 1.0 else -1.0))
 
-    def _check_range(self, each: Sum) -> None:
-        """Sums of products of bytes must fit 32 bits, as they did before."""
-        slot, _ = each.sites[-1]
-        kernel = (self.dimensions.axes_of(each.node, slot) or ())[2:] if "Conv" in each.node.op_type else ()
+    def _check_range(self, summation: Sum) -> None:
+        """Check that a sum of products of bytes still fits 32 bits, if it did so in the source.
+
+        Raises:
+            Refused: it does not.
+        """
+        slot, _ = summation.sites[-1]
+        kernel = (self.dimensions.axes_of(summation.node, slot) or ())[2:] if "Conv" in summation.node.op_type else ()
         products = math.prod(self.space.static(term) or 1 for term in kernel) * LARGEST_PRODUCT
-        before, after = self.space.static(each.term) or 0, self.terms.grown(each.term)
+        before, after = self.space.static(summation.term) or 0, self.terms.grown(summation.term)
         if before * products <= LARGEST_SUM < after * products:
             raise Refused(
-                f"{describe(each.node)} would add up {after} products of bytes, too many for 32 bits: "
+                f"{describe(summation.node)} would add up {after} products of bytes, too many for 32 bits: "
                 "grow the model before it is quantised"
             )
 
     def _fold_behind(self, value: ir.Value, scale: float) -> bool:
-        """Fold a scalar into a stored factor of the only product that reads a value; False when there is none."""
+        """Fold a scalar into a stored factor of the only product that reads a value; False where there is none."""
         while len(value.uses()) == 1 and not value.is_graph_output():
             use = next(iter(value.uses()))
             node = use.node
@@ -235,7 +252,7 @@ class _Divider:
         return False
 
     def _fold_into_factor(self, node: ir.Node, slot: int, scale: float) -> bool:
-        """Scale a factor of a product: a stored one, or a stored factor of a product that only this one reads."""
+        """Scale an input of a product: a stored tensor, or a product that has a stored factor and no other reader."""
         if self._may_scale(node, slot, scale):
             self._rescale((node, slot), scale)
             return True
@@ -247,19 +264,21 @@ class _Divider:
             return False
         return any(self._fold_into_factor(producer, inner, scale) for inner in (0, 1))
 
-    def _site(self, each: Sum) -> tuple[int, int]:
-        """The operand and the axis that a scalar divides: an activation where there is one."""
-        return next((site for site in each.sites if not self._constant(each.node, site[0])), each.sites[0])
+    def _site(self, summation: Sum) -> tuple[int, int]:
+        """The operand and the axis that a scalar divides: those of an activation, if an activation is summed."""
+        sites = summation.sites
+        return next((site for site in sites if not self._constant(summation.node, site[0])), sites[0])
 
     def _constant(self, node: ir.Node, slot: int) -> bool:
         return node.inputs[slot] in self.dimensions.constants
 
     def _fold(self, node: ir.Node, slot: int, scale: float) -> bool:
-        """Fold a scalar into something that scales already; False when nothing does."""
+        """Fold a scalar into Gemm's alpha, or into a stored factor in front of an operand; False if there is none."""
         if node.op_type == "Gemm" and not node.domain:
             alpha = node.attributes.get("alpha")
             scaled = scale * (alpha.as_float() if alpha else 1.0)
-            if float(np.float32(scaled)) != scaled:  # an attribute is a float32: 1/3 would not be exact in a double
+            # Alpha is a float32. In a model of doubles, a rounded alpha (1/3) would be the largest error.
+            if float(np.float32(scaled)) != scaled:
                 return False
             self.edits.append(SetAttribute(node.name or "", "alpha", scaled))
             return True
@@ -286,29 +305,33 @@ class _Divider:
         return False
 
     def _may_scale(self, node: ir.Node, index: int, scale: float) -> bool:
-        """Whether a stored factor serves this node alone, and takes a scale without showing that it is rounded."""
+        """Whether an input is a stored tensor that this node may scale.
+
+        No other node may read it, unless it is a single number, which is copied. And the scale may not lose precision:
+        it is a power of two, or the type of the tensor has many bits.
+        """
         value = node.inputs[index]
         if value is None or not is_initializer(value) or value.const_value is None or value.is_graph_output():
             return False
-        alone = len(value.uses()) == 1 or _size(value) == 1
-        exact = math.frexp(scale)[0] == 0.5
-        wide = value.const_value.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
-        return alone and (wide or (exact and value.const_value.dtype.is_floating_point()))
+        separable = len(value.uses()) == 1 or _size(value) == 1
+        is_power_of_two = math.frexp(scale)[0] == 0.5
+        has_many_bits = value.const_value.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+        return separable and (has_many_bits or (is_power_of_two and value.const_value.dtype.is_floating_point()))
 
 
 def _independent(sums: Iterable[Sum]) -> list[Group]:
-    """Sums by node, those apart that share no operand (a recurrent layer sums its inputs and its state).
+    """Divide the sums into groups: two sums of one node are in one group if they have an operand in common.
 
-    What carries one of two sums over a common operand may vary along the other; sums over operands of their own
-    are each right by themselves.
+    A weight that divides one of two sums over a common operand also changes the other sum, so that the two are divided
+    together. Sums over different operands are independent (a recurrent layer sums its inputs and its state).
     """
     by_node: dict[ir.Node, list[Group]] = defaultdict(list)
-    for each in sums:
-        groups = by_node[each.node]
-        slots = {slot for slot, _ in each.sites}
-        met = [group for group in groups if any(slot in slots for other in group for slot, _ in other.sites)]
-        groups[:] = [group for group in groups if group not in met]
-        groups.append((*(other for group in met for other in group), each))
+    for summation in sums:
+        groups = by_node[summation.node]
+        slots = {slot for slot, _ in summation.sites}
+        joined = [group for group in groups if any(slot in slots for member in group for slot, _ in member.sites)]
+        groups[:] = [group for group in groups if group not in joined]
+        groups.append((*(member for group in joined for member in group), summation))
     return [group for groups in by_node.values() for group in groups]
 
 

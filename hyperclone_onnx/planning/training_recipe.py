@@ -1,7 +1,7 @@
-"""How to train a grown model on: what was found to work, in two lines, and as data for a manifest.
+"""The recommended recipe for the further training of a grown model, as two lines of text and as data for a manifest.
 
-The evidence is in docs/growth.md, measured at factor 2. Rates are told relative to the source's own, because those a
-user knows.
+The evidence is in docs/growth.md, measured at factor 2. The learning rates are relative to those of the source's
+training, because the user knows those.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from hyperclone_onnx.plan.plans import Plan
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """What to begin with, for AdamW."""
+    """The first settings to try, for AdamW."""
 
     peak_rate: float
-    """In parts of the source's peak rate, if that was let down to about 0 in the end."""
+    """The peak learning rate, divided by the source's peak rate, if the source's rate fell to about 0 in the end."""
     peak_rate_unannealed: float
-    """In parts of the source's last rate, if it never was let down."""
+    """The peak learning rate, divided by the source's last rate, if the source's rate never fell."""
     warm_up: float
-    """The share of all steps in which the rate rises."""
+    """The share of all steps in which the learning rate rises, from 0 to 1."""
     decay: str
-    """How it falls, down to 0 at the end."""
+    """The form in which the learning rate falls to 0 at the end."""
     evidence: str = "docs/growth.md"
+    """The page with the measurements."""
 
     def lines(self) -> tuple[str, str]:
-        """The same in words."""
+        """The recipe as two lines of text."""
         warm_up = f"{self.warm_up:.0%} warm-up" if self.warm_up else "no warm-up"
         return (
             f"train on: AdamW from {self.peak_rate:g} of the source's peak rate ({self.peak_rate_unannealed:g} of its "
@@ -38,18 +39,25 @@ class TrainingRecipe:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """The recipe as plain data."""
         return asdict(self)
 
 
 RECIPE = TrainingRecipe(peak_rate=0.2, peak_rate_unannealed=0.5, warm_up=0.0, decay="linear")
-"""The best of docs/growth.md."""
+"""The recipe with the best results in docs/growth.md."""
 
 
 def fan_in_growth(plan: Plan, name: str) -> float:
-    """By how much the sums grew that a tensor of the grown model is a factor in; 1 for one that is in none.
+    """The factor by which the fan-in of a tensor grew: the number of products that are summed to one output.
 
-    By muP, Adam's rate for a matrix falls as that grows (Yang et al., arXiv 2203.03466, table 3).
+    In muP, Adam's learning rate for a matrix is divided by this factor (Yang et al., arXiv 2203.03466, table 3).
+
+    Args:
+        plan: the plan of the grown model.
+        name: the name of the tensor in the grown model.
+
+    Returns:
+        The factor; 1 for a tensor over which nothing is summed, and for one that did not grow.
     """
     recipe = plan.tensors.get(name)
     if recipe is None:
