@@ -180,7 +180,7 @@ class _Divider:
         operand = self.dimensions.axes_of(node, slot)
         factors = self.terms.factors(summation.term)
         if operand is None or factors is None:
-            raise Refused(f"{describe(node)} sums over an axis that is not known before running")
+            raise Refused(f"{describe(node)} sums over an axis whose size is not known before the model runs")
         repeats = self.tracer.repeats(summation.term)
         if repeats is not None and self._fold(node, slot, float(repeats) ** -summation.power):
             return

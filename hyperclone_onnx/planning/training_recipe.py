@@ -32,10 +32,11 @@ class TrainingRecipe:
         """The recipe as two lines of text."""
         warm_up = f"{self.warm_up:.0%} warm-up" if self.warm_up else "no warm-up"
         return (
-            f"train on: AdamW from {self.peak_rate:g} of the source's peak rate ({self.peak_rate_unannealed:g} of its "
-            f"last rate if that was never let down), {warm_up}, {self.decay} decay to 0",
-            "sweep the rate by 2 both ways; the optimizer's state may start anew or come along; evidence: "
-            f"{self.evidence}",
+            f"to train it further: AdamW with {self.peak_rate:g} of the source's peak learning rate "
+            f"({self.peak_rate_unannealed:g} of its last rate if that rate never fell), {warm_up}, "
+            f"{self.decay} decay to 0",
+            "also try half and twice this rate; the optimizer's state may be new, or grown from the source's; "
+            f"evidence: {self.evidence}",
         )
 
     def to_json(self) -> dict[str, Any]:
