@@ -1,5 +1,5 @@
 """The plan of a growth, as data.
 
-In: what planning decided, or JSON. Out: frozen objects that say how each tensor, node, input and output changes.
-Nothing here knows ONNX.
+In: the decisions of planning, or JSON. Out: frozen objects that say how each tensor, node, input and output changes.
+This package does not know ONNX.
 """

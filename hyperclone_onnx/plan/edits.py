@@ -1,7 +1,7 @@
-"""The edits of a plan: what changes at a node that carries sizes. Each class owns its JSON and its application.
+"""The edits of a plan. An edit changes a node that carries sizes.
 
-An edit is applied through an `Editor`, which holds the graph. So an edit is data that knows what to ask for, and
-nothing here depends on how a graph is stored. The class names are part of the plan's format.
+The class of an edit defines both its JSON and how it is applied. An edit is applied through an `Editor`, which has the
+graph. So this module does not depend on how a graph is stored. The class names are part of the format of plans.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hyperclone_onnx.plan.maps import Axis, Maps, axis_from_json, axis_to_json, 
 
 Array = npt.NDArray[Any]
 Operand = Any
-"""A value of the graph, as the editor hands it out."""
+"""A value of the graph, in the editor's form."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One node to insert. The value that passes through takes position `position` among its operands."""
+    """One node to insert into the way of a value. The value becomes the operand at `position`."""
 
     op_type: str
     operands: tuple[Operand, ...]
@@ -32,7 +32,7 @@ class Step:
 
 
 class Editor(Protocol):
-    """The graph that is being grown, as an edit sees it. Nodes are named; slots count inputs, or outputs."""
+    """The operations that an edit can do to the graph. Nodes are given by name, inputs and outputs by slot numbers."""
 
     maps: Maps
 
@@ -40,31 +40,31 @@ class Editor(Protocol):
         """Set an attribute; None removes it."""
 
     def integers(self, node: str, slot: int, output: bool = False) -> Any:
-        """The numpy type of an integer input or output; int64 where it is absent."""
+        """The numpy type of an integer input or output; int64 if it is absent."""
 
     def is_scalar_output(self, node: str) -> bool:
-        """Whether the node's output is one number (Size), where others have a vector."""
+        """Whether the node's output is one number, like that of Size, and no vector."""
 
     def constant(self, hint: str, array: Array) -> Operand:
-        """Store an array under `hint`, or a name that begins with it."""
+        """Store an array. Its name is `hint`, or begins with it if that name is taken."""
 
     def factor(self, hint: str, node: str, slot: int, divisors: Array) -> tuple[str, Operand]:
-        """("Mul", the inverses) or ("Div", the divisors), whichever the input's type holds exactly."""
+        """("Mul", the inverses) if the type of the input represents them exactly, else ("Div", the divisors)."""
 
     def equal_to(self, node: str, slot: int, output: bool, constant: Operand) -> Operand:
-        """A new value: whether the elements of an input or output equal the constant's."""
+        """A new value that says for each element of an input or output whether it equals the constant's."""
 
     def value(self, node: str, slot: int, output: bool = False) -> Operand:
         """An input or an output of a node."""
 
     def replace_input(self, node: str, slot: int, operand: Operand) -> None:
-        """Let an input read another value; the input may be absent so far."""
+        """Let an input read another value. The input may have been absent."""
 
     def insert(self, node: str, slot: int, output: bool, steps: Sequence[Step]) -> None:
-        """Insert steps in front of an input, or behind an output."""
+        """Insert nodes in front of an input, or behind an output."""
 
     def take_branch(self, node: str, branch: str) -> None:
-        """Put the nodes of one branch in the place of an If."""
+        """Replace an If by the nodes of one of its branches."""
 
 
 class Edit(ABC):
@@ -72,7 +72,7 @@ class Edit(ABC):
 
     node: str
     comes_last: ClassVar[bool] = False
-    """Whether it waits until all others are applied."""
+    """Whether the edit is applied after all edits of other classes."""
 
     @abstractmethod
     def apply(self, editor: Editor) -> None:
@@ -99,7 +99,11 @@ _kinds: dict[str, type[Edit]] = {}
 
 
 def edit(kind: type[Edit]) -> type[Edit]:
-    """Register a class of edits by its name."""
+    """Register a class of edits by its name.
+
+    Raises:
+        ValueError: a class of that name is registered already.
+    """
     if kind.__name__ in _kinds:
         raise ValueError(f"there is an edit {kind.__name__} already")
     _kinds[kind.__name__] = kind
@@ -127,14 +131,14 @@ class SetAttribute(Edit):
     value: int | float | tuple[int, ...] | None
 
     def apply(self, editor: Editor) -> None:
-        """Set it."""
+        """Set the attribute."""
         editor.set_attribute(self.node, self.name, list(self.value) if isinstance(self.value, tuple) else self.value)
 
 
 @edit
 @dataclass(frozen=True)
 class SetInput(Edit):
-    """Replace an integer input of a node by a literal (`shape` is its shape, () for a scalar)."""
+    """Replace an integer input of a node by a literal of the shape `shape`; () is a scalar."""
 
     node: str
     input: int
@@ -142,7 +146,7 @@ class SetInput(Edit):
     shape: tuple[int, ...]
 
     def apply(self, editor: Editor) -> None:
-        """Store the literal, and let the input read it."""
+        """Store the literal and let the input read it."""
         array = np.asarray(self.values, dtype=editor.integers(self.node, self.input)).reshape(self.shape)
         editor.replace_input(self.node, self.input, editor.constant(f"{self.node}.sizes", array))
 
@@ -150,10 +154,10 @@ class SetInput(Edit):
 @edit
 @dataclass(frozen=True)
 class ResizeVector(Edit):
-    """Change elements of a vector of sizes that the graph computes: an input, or an output, of a node.
+    """Change elements of a vector of sizes that the graph computes: an input or an output of a node.
 
-    Element i becomes `literals[i]`, or, where that is None, itself times `factors[i]` (numerator, denominator). An
-    element that is `keep` when the model runs stays so: it is no size (-1 in a Reshape, 1 in an Expand).
+    Element i becomes `literals[i]`. If that is None, element i is multiplied by `factors[i]`, (numerator, denominator).
+    An element that equals `keep` when the model runs is no size and stays as it is (-1 in a Reshape, 1 in an Expand).
     """
 
     node: str
@@ -170,7 +174,10 @@ class ResizeVector(Edit):
         return data
 
     def apply(self, editor: Editor) -> None:
-        """Where(is literal, literals, Where(vector == keep, vector, vector * numerators / denominators)), as needed."""
+        """Insert Where(is literal, literals, Where(vector == keep, vector, vector * numerators / denominators)).
+
+        Parts of this expression that would change nothing are left out.
+        """
         scalar = self.output and editor.is_scalar_output(self.node)
         integers = editor.integers(self.node, self.slot, self.output)
 
@@ -196,12 +203,12 @@ class ResizeVector(Edit):
 @edit
 @dataclass(frozen=True)
 class ScaleInput(Edit):
-    """Multiply a node's input, along some axes, by (number of repeats of each index) ** -power."""
+    """Multiply a node's input by (number of repeats of each index) ** -power, along the given axes."""
 
     node: str
     input: int
     axes: tuple[tuple[int, tuple[Axis, ...]], ...]
-    """(axis counted from the last, -1 being the last; the factors of that axis)"""
+    """(the axis as a negative number, -1 for the last; the factors of that axis)"""
     power: float
 
     def _fields_to_json(self) -> dict[str, Any]:
@@ -214,7 +221,7 @@ class ScaleInput(Edit):
         return {**data, "axes": axes}
 
     def apply(self, editor: Editor) -> None:
-        """Insert a product, or a quotient where only the divisors are exact in the input's type."""
+        """Insert a multiplication, or a division if only the divisors are exact in the type of the input."""
         steps: list[Step] = []
         for axis, factors in self.axes:
             counts = index_axis([(factor, True) for factor in factors], editor.maps).count
@@ -229,14 +236,14 @@ class ScaleInput(Edit):
 @edit
 @dataclass(frozen=True)
 class DivideOutput(Edit):
-    """Divide a node's integer output, a sum of equal repeats, by their number."""
+    """Divide a node's integer output, which sums equal repeats, by the number of repeats."""
 
     node: str
     output: int
     divisor: int
 
     def apply(self, editor: Editor) -> None:
-        """Insert the quotient."""
+        """Insert the division."""
         divisor = editor.constant(f"{self.node}.repeats", np.asarray(self.divisor, dtype=np.int32))
         editor.insert(self.node, self.output, True, [Step("Div", (divisor,))])
 
@@ -244,21 +251,21 @@ class DivideOutput(Edit):
 @edit
 @dataclass(frozen=True)
 class TakeBranch(Edit):
-    """Put the nodes of one branch in the place of an If whose condition is known: the other branch never runs."""
+    """Replace an If whose condition is known by the nodes of the branch that runs."""
 
     node: str
     branch: str
-    comes_last: ClassVar[bool] = True  # edits of the branch's own nodes find them where they were
+    comes_last: ClassVar[bool] = True  # until then, the edits of nodes in the branch can still reach them
 
     def apply(self, editor: Editor) -> None:
-        """Move the nodes."""
+        """Move the nodes of the branch."""
         editor.take_branch(self.node, self.branch)
 
 
 @edit
 @dataclass(frozen=True)
 class GatherOutput(Edit):
-    """Repeat a node's output along an axis that the node itself can only make in the source's size."""
+    """Repeat a node's output along an axis that the node itself can only compute in the source's size (Range)."""
 
     node: str
     output: int

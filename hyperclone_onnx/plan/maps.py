@@ -1,7 +1,7 @@
-"""Source maps: which source index each grown index repeats, and the arithmetic of composite axes.
+"""Source maps say which source index each grown index repeats. This module computes with them.
 
-Pure data and numpy; knows neither ONNX nor where the sizes came from. An axis is described by an expression
-over named dimensions (`Kept`, `Named`, `ProductOf`, `ConcatOf`); `index_axis` turns one into index vectors.
+An axis is an expression over named dimensions (`Kept`, `Named`, `ProductOf`, `ConcatOf`). `index_axis` turns such an
+expression into index vectors. The module uses only numpy and does not know ONNX.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SourceMap:
-    """A map m: [0, grown) -> [0, size), onto: every source index is repeated at least once.
+    """A map m from grown indices [0, grown) to source indices [0, size). Every source index is used at least once.
 
-    Exactly one of `tile` (``[0 1 2 0 1 2]``), `repeat` (``[0 0 1 1 2 2]``) and `index` (any, written out) is set.
+    Exactly one of three is set: `tile` (``[0 1 2 0 1 2]``), `repeat` (``[0 0 1 1 2 2]``) or `index` (any map, as the
+    list of its source indices).
+
+    Raises:
+        ValueError: not exactly one is set, a source index is not used, or `tile` or `repeat` is below 1.
 
     >>> SourceMap(3, tile=2).indices.tolist(), SourceMap(3, repeat=2).numbers.tolist()
     ([0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 0, 1])
@@ -36,7 +40,7 @@ class SourceMap:
     index: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if sum(each is not None for each in (self.tile, self.repeat, self.index)) != 1:
+        if sum(kind is not None for kind in (self.tile, self.repeat, self.index)) != 1:
             raise ValueError("a source map is either a tile, a repeat or an index")
         times = self.tile if self.tile is not None else self.repeat
         if times is not None and times < 1:
@@ -58,7 +62,7 @@ class SourceMap:
 
     @property
     def numbers(self) -> Indices:
-        """Which of its source index's repeats each grown index is, from 0, shape (grown,)."""
+        """The number of each grown index among the repeats of its source index, from 0, shape (grown,)."""
         return _vectors(self)[1]
 
     @property
@@ -74,14 +78,18 @@ class SourceMap:
 
     @staticmethod
     def from_json(size: int, data: Mapping[str, Any]) -> SourceMap:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: see `SourceMap`.
+        """
         index = data.get("index")
         return SourceMap(size, data.get("tile"), data.get("repeat"), None if index is None else tuple(index))
 
 
 @lru_cache(maxsize=16)
 def _vectors(source_map: SourceMap) -> tuple[Indices, Indices, Indices]:
-    """The indices, numbers and counts of a map; every layer of a model has maps that are equal."""
+    """The indices, numbers and counts of a map. They are cached, because all layers of a model have equal maps."""
     size, times = source_map.size, source_map.tile or source_map.repeat
     if times is not None:
         source, repeats = np.arange(size, dtype=np.int64), np.arange(times, dtype=np.int64)
@@ -98,7 +106,7 @@ def _vectors(source_map: SourceMap) -> tuple[Indices, Indices, Indices]:
 
 
 def _constant(number: int, length: int) -> Indices:
-    """A vector of equal numbers that takes no memory."""
+    """A vector of equal numbers, stored as one number."""
     return np.broadcast_to(np.int64(number), (length,))
 
 
@@ -111,7 +119,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Named:
-    """A part of an axis that is one growing dimension."""
+    """A part of an axis that is one growing dimension, given by its name."""
 
     name: str
 
@@ -159,7 +167,7 @@ def axis_from_json(data: Any) -> Axis:
 
 
 def canonical_axis(axis: Axis, maps: Maps) -> object:
-    """A key that is equal for axes that repeat alike, whatever their dimensions are called."""
+    """A key for an axis. Two axes that repeat their indices in the same way have equal keys, whatever their names."""
     match axis:
         case Kept(size):
             return size
@@ -197,23 +205,27 @@ def source_size(axis: Axis, maps: Maps) -> int:
 
 @dataclass(frozen=True)
 class AxisIndex:
-    """What every grown index of one axis refers to; all arrays have shape (grown,).
+    """The source index, the collapsed index and the repeat of every grown index of one axis.
 
-    A dimension is *shared* when a contraction runs over it, so that its repeats divide a weight among them.
-    Collapsing the shared dimensions to their source gives the axis on which a contraction's sums live.
+    All arrays have shape (grown,). A dimension is *shared* if a contraction sums over it, so that its repeats divide a
+    weight among themselves. The *collapsed* axis has the shared dimensions at their source size, and the other
+    dimensions at their grown size. The shares of one collapsed index add up to the weight.
     """
 
     source_size: int
     collapsed_size: int
     source: Indices
+    """The source index."""
     collapsed: Indices
+    """The collapsed index."""
     number: Indices
-    """Which repeat of the shared dimensions this is."""
+    """The number of the repeat in the shared dimensions, from 0."""
     count: Indices
-    """Of how many."""
+    """The number of repeats in the shared dimensions."""
     other_number: Indices
-    """Which repeat of the remaining dimensions this is."""
+    """The number of the repeat in the other dimensions, from 0."""
     other_count: Indices
+    """The number of repeats in the other dimensions."""
 
     @property
     def grown(self) -> int:
@@ -234,20 +246,30 @@ class AxisIndex:
 
 
 def index_axis(factors: Sequence[tuple[Axis, bool]], maps: Maps) -> AxisIndex:
-    """Index an axis given as (factor, whether it is shared), outermost first."""
+    """The index vectors of an axis.
+
+    Args:
+        factors: (factor of the axis, whether it is shared), outermost first.
+        maps: the source map of each named dimension.
+
+    Raises:
+        KeyError: a dimension has no map.
+        Refused: the axis is longer than `LONGEST`.
+    """
     return join_axes([_index(factor, shared, maps) for factor, shared in factors])
 
 
 def join_axes(axes: Sequence[AxisIndex]) -> AxisIndex:
-    """Several axes as one, outermost first."""
-    return reduce(_times, axes) if axes else index_kept(1)
+    """Several axes as one axis, whose factors they are, outermost first. No axes give an axis of size 1."""
+    return reduce(_product, axes) if axes else index_kept(1)
 
 
 def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
-    """The source index of each index of an axis on the graph's interface, shape (grown,).
+    """The source index of each index of an axis of a graph input or output, shape (grown,).
 
-    Where every index is repeated equally often the interface is tiled (numpy.tile order), whatever the order
-    inside: nobody outside needs to know how a head is cut into rotary halves. Otherwise it is the order inside.
+    Where every index is repeated equally often, an input or output is tiled (the order of numpy.tile). The order inside
+    the graph may differ: a head, for example, is cut into rotary halves. A user of the model need not know this order.
+    Where the indices are repeated unequally, an input or output has the order of the graph.
     """
     index = index_axis([(factor, False) for factor in factors], maps)
     counts = np.bincount(index.source, minlength=index.source_size)
@@ -257,11 +279,15 @@ def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
 
 
 LONGEST = 2**31
-"""The longest axis of which indices are made; those of tensors that fit a file are far shorter."""
+"""The longest axis for which index vectors are computed. The axes of tensors that fit a file are far shorter."""
 
 
 def index_kept(size: int) -> AxisIndex:
-    """Index an axis that keeps its size."""
+    """The index vectors of an axis that keeps its size.
+
+    Raises:
+        Refused: the axis is longer than `LONGEST`.
+    """
     if size > LONGEST:
         raise Refused(f"an axis of {size} elements is longer than those of any tensor that could be stored")
     source = np.arange(size, dtype=np.int64)
@@ -278,15 +304,15 @@ def _index(axis: Axis, shared: bool, maps: Maps) -> AxisIndex:
             zero, one = _constant(0, m.grown), _constant(1, m.grown)
             if shared:
                 return AxisIndex(m.size, m.size, m.indices, m.indices, m.numbers, m.counts, zero, one)
-            every = np.arange(m.grown, dtype=np.int64)
-            return AxisIndex(m.size, m.grown, m.indices, every, zero, one, m.numbers, m.counts)
+            grown = np.arange(m.grown, dtype=np.int64)
+            return AxisIndex(m.size, m.grown, m.indices, grown, zero, one, m.numbers, m.counts)
         case ProductOf(parts):
             return index_axis([(part, shared) for part in parts], maps)
         case ConcatOf(parts):
-            return _beside([_index(part, shared, maps) for part in parts])
+            return _concatenation([_index(part, shared, maps) for part in parts])
 
 
-def _times(outer: AxisIndex, inner: AxisIndex) -> AxisIndex:
+def _product(outer: AxisIndex, inner: AxisIndex) -> AxisIndex:
     def mixed(a: Indices, b: Indices, base: Indices | int) -> Indices:
         return (a[:, None] * base + b[None, :]).reshape(-1)
 
@@ -302,14 +328,14 @@ def _times(outer: AxisIndex, inner: AxisIndex) -> AxisIndex:
     )
 
 
-def _beside(parts: Sequence[AxisIndex]) -> AxisIndex:
-    source_at = np.cumsum([0] + [part.source_size for part in parts])
-    collapsed_at = np.cumsum([0] + [part.collapsed_size for part in parts])
+def _concatenation(parts: Sequence[AxisIndex]) -> AxisIndex:
+    source_starts = np.cumsum([0] + [part.source_size for part in parts])
+    collapsed_starts = np.cumsum([0] + [part.collapsed_size for part in parts])
     return AxisIndex(
-        int(source_at[-1]),
-        int(collapsed_at[-1]),
-        np.concatenate([part.source + at for part, at in zip(parts, source_at, strict=False)]),
-        np.concatenate([part.collapsed + at for part, at in zip(parts, collapsed_at, strict=False)]),
+        int(source_starts[-1]),
+        int(collapsed_starts[-1]),
+        np.concatenate([part.source + start for part, start in zip(parts, source_starts, strict=False)]),
+        np.concatenate([part.collapsed + start for part, start in zip(parts, collapsed_starts, strict=False)]),
         np.concatenate([part.number for part in parts]),
         np.concatenate([part.count for part in parts]),
         np.concatenate([part.other_number for part in parts]),

@@ -1,4 +1,4 @@
-"""Where the numbers of a grown tensor come from: one stored tensor, several joined ones, or a law and a seed."""
+"""The origin of a grown tensor's numbers: one stored tensor, several joined ones, or a law and a seed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ Law = Literal["normal", "constant"]
 
 @dataclass(frozen=True)
 class Joined:
-    """Several stored tensors as one: side by side along an axis, or stacked along a new one.
+    """Several stored tensors, joined into one: concatenated along an axis, or stacked along a new axis.
 
-    Side by side they differ in the size of that axis alone; stacked they have one shape.
+    Tensors that are concatenated may differ in the size of that axis only. Tensors that are stacked have one shape.
+
+    Raises:
+        ValueError: there is no source, or the axis is negative.
     """
 
     sources: tuple[str, ...]
@@ -49,9 +52,18 @@ class Joined:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Numbers that no stored tensor holds: a constant, or normal numbers drawn by a seed.
+    """Numbers that no stored tensor has: a constant, or normally distributed numbers.
 
-    `scale` is the constant, or the standard deviation. `name` keeps the numbers of two drawn tensors apart.
+    Args:
+        name: decides the numbers, together with the seed. Two drawn tensors need different names.
+        shape: the shape of the tensor.
+        dtype: the name of its element type in ONNX.
+        law: "normal" or "constant".
+        scale: the standard deviation, or the constant.
+        seed: the seed of normal numbers.
+
+    Raises:
+        ValueError: the law is unknown, the scale is not finite, or a size is negative.
     """
 
     name: str
@@ -84,21 +96,21 @@ Origin = str | Joined | Drawn
 
 
 def sources_of(origin: Origin) -> tuple[str, ...]:
-    """The names of the stored tensors that are read."""
+    """The names of the stored tensors that an origin reads."""
     if isinstance(origin, str):
         return (origin,)
     return origin.sources if isinstance(origin, Joined) else ()
 
 
 def noise_name(origin: Origin) -> str:
-    """The name by which noise is drawn."""
+    """The name that decides the noise of a tensor of this origin."""
     if isinstance(origin, str):
         return origin
     return "+".join(origin.sources) if isinstance(origin, Joined) else origin.name
 
 
 def origin_to_json(origin: Origin) -> dict[str, Any]:
-    """The entry of a recipe's JSON that says where its numbers come from."""
+    """The entry of a recipe's JSON for its origin."""
     return {"source": origin} if isinstance(origin, str) else {"origin": origin.to_json()}
 
 

@@ -1,8 +1,8 @@
-"""The plan: everything that growing a model will do, as frozen data without a weight in it.
+"""The plan: everything that growth will do to a model, as frozen data that contains no weights.
 
 It has the transforms of the source graph, a recipe for each tensor that changes, an edit for each node that carries
-sizes, and the maps of the graph's inputs and outputs. It is written as versioned JSON. So the same plan can grow
-another store that holds the same tensors (a checkpoint, optimizer moments).
+sizes, and the maps of the graph's inputs and outputs. Its format is versioned JSON. So the same plan can also grow
+other data with the same tensors, such as a checkpoint or the moments of an optimizer.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ VERSION = 1
 METADATA_KEY = "hyperclone_onnx.plan"
 
 _NUMBERED = re.compile(r"(\.\d+)?")
-"""What follows the name of a constant where that name was taken."""
+"""The suffix of a constant's name in case that another value had that name."""
 
 
 @dataclass(frozen=True)
 class Feed:
-    """An initializer input of a node that reads a tensor of its own: (node, input) takes tensor `tensor`."""
+    """An input of a node that reads another tensor than in the source: `tensor` instead of the shared one."""
 
     node: str
     input: int
@@ -39,7 +39,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class Interface:
-    """The axes of a graph input or output; None for an axis whose size is known only when running."""
+    """The axes of a graph input or output; None for an axis whose size is known only when the model runs."""
 
     name: str
     axes: tuple[tuple[Axis, ...] | None, ...]
@@ -65,7 +65,7 @@ class GrownDim:
 
 @dataclass(frozen=True)
 class TransformStep:
-    """A transform of the source graph, by its name and options (see `transforms`), that comes before any growth."""
+    """A transform of the source graph that is applied before growth: its name and options (see `transforms`)."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -82,11 +82,21 @@ class TransformStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of one growth.
+    """The whole plan of one growth.
 
-    `tensors` maps the name of each grown tensor to its recipe. `feeds` says which inputs read another tensor than in
-    the source. `added` names the constants that growth put into the graph. It is None where their names tell them:
-    rewriting records them in the grown model where a tensor of the source has a name of that form.
+    Args:
+        dims: the dimensions that grow, by name.
+        tensors: the recipe of each grown tensor, by the tensor's name.
+        feeds: the inputs that read another tensor than in the source.
+        edits: the edits of nodes.
+        inputs: the graph inputs that grow.
+        outputs: the graph outputs that grow.
+        strategy: how repeats share a weight.
+        keep_interface: whether the graph's inputs and outputs keep the sizes of the source.
+        source: the provenance of the plan (see `planning.provenance`).
+        transforms: the transforms of the source graph, in order.
+        added: the names of the constants that growth puts into the graph. None means that the form of a name decides.
+            Rewriting records the names if a tensor of the source has a name of that form.
     """
 
     dims: Mapping[str, GrownDim]
@@ -107,7 +117,7 @@ class Plan:
         return {name: dim.map for name, dim in self.dims.items()}
 
     def brings_in(self, name: str) -> bool:
-        """Whether a tensor of the grown model is a constant that growth put in: the source has none such."""
+        """Whether a tensor of the grown model is a constant that growth put into the graph."""
         if self.added is not None:
             return name in self.added
         nodes = {edit.node for edit in self.edits if isinstance(edit, ScaleInput)}
@@ -146,7 +156,7 @@ class Plan:
         """The inverse of `to_json`.
 
         Raises:
-            BadModel: the data is not a plan of this version.
+            BadModel: the data is no plan, or a plan of another version.
         """
         if data.get("version") != VERSION:
             raise BadModel(f"a plan of version {data.get('version')!r}; this release reads version {VERSION}")
@@ -170,7 +180,7 @@ class Plan:
             maps = plan.maps
             for recipe in plan.tensors.values():
                 for factor in (factor for axis in recipe.axes for factor in axis):
-                    grown_size(factor, maps)  # a KeyError for a dimension that the plan has not
+                    grown_size(factor, maps)  # raises KeyError for a dimension that the plan does not have
             return plan
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
             raise BadModel(f"a malformed plan: {type(problem).__name__} {problem}") from problem
@@ -180,7 +190,7 @@ class Plan:
         """Read a plan from JSON text.
 
         Raises:
-            BadModel: the text is not JSON, or not a plan.
+            BadModel: the text is no JSON, or no plan.
         """
         try:
             data = json.loads(text)
@@ -193,7 +203,7 @@ class Plan:
         """Read a plan from the file that ``--plan-out`` wrote.
 
         Raises:
-            BadModel: it cannot be read, or holds no plan.
+            BadModel: the file cannot be read, or contains no plan.
         """
         try:
             return Plan.loads(Path(path).read_text(encoding="utf-8"))
@@ -202,10 +212,10 @@ class Plan:
 
     @staticmethod
     def carried_by(metadata: Mapping[str, str]) -> Plan | None:
-        """The plan that a grown model carries in its `metadata_props`; None where it has none.
+        """The plan in the `metadata_props` of a grown model; None where they have none.
 
         Raises:
-            BadModel: what it carries is not a plan.
+            BadModel: the entry is not a plan.
         """
         text = metadata.get(METADATA_KEY)
         return Plan.loads(text) if text else None

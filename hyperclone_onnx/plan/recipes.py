@@ -1,4 +1,4 @@
-"""The recipe of a grown tensor: where its numbers come from, and how its axes repeat and share them."""
+"""The recipe of a grown tensor: the origin of its numbers, and how its axes repeat and share them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from hyperclone_onnx.plan.origins import Origin, noise_name, origin_from_json, o
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one grown tensor is made.
+    """How one grown tensor is computed.
 
-    `origin` says where the numbers come from; most often it is the name of one stored tensor. `axes[a]` lists the
-    factors of axis a, outermost first. `shared` names the (axis, factor) pairs whose repeats divide the weight among
-    them; every other repeat copies it. `scale` multiplies the result. With `bits`, the stored tensor holds numbers of
-    so many bits packed in bytes, and `axes` are those of the numbers.
+    Args:
+        origin: the origin of the numbers, most often the name of one stored tensor.
+        axes: for each axis, its factors, outermost first.
+        shared: the (axis, factor) pairs whose repeats divide the weight among themselves. All other repeats copy it.
+        scale: a number that multiplies the result.
+        bits: the number of bits of a number, if the stored tensor packs several numbers in a byte. `axes` are then
+            the axes of the numbers, not of the bytes.
     """
 
     origin: Origin
@@ -39,15 +42,15 @@ class Recipe:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The names of the stored tensors that it reads: one, several, or none."""
+        """The names of the stored tensors that the recipe reads: one, several, or none."""
         return sources_of(self.origin)
 
     @property
     def source(self) -> str:
-        """The name of the one stored tensor that it grows.
+        """The name of the one stored tensor that the recipe reads.
 
         Raises:
-            Refused: it grows several, or none.
+            Refused: the recipe reads several tensors, or none.
         """
         if isinstance(self.origin, str):
             return self.origin
@@ -56,21 +59,25 @@ class Recipe:
 
     @property
     def noise_name(self) -> str:
-        """The name by which its noise is drawn."""
+        """The name that decides the noise of the tensor."""
         return noise_name(self.origin)
 
     @property
     def grows(self) -> bool:
-        """Whether any axis is another than the source's."""
+        """Whether any axis differs from the source's."""
         return any(not isinstance(factor, Kept) for axis in self.axes for factor in axis)
 
     @property
     def is_trivial(self) -> bool:
-        """Whether the grown tensor is the stored one."""
+        """Whether the grown tensor equals the stored one."""
         return isinstance(self.origin, str) and not self.grows and self.scale == 1.0
 
     def index(self, maps: Maps) -> tuple[AxisIndex, ...]:
-        """What every index of each grown axis refers to."""
+        """The index vectors of each axis.
+
+        Raises:
+            KeyError: a dimension has no map.
+        """
         shared = set(self.shared)
         return tuple(
             index_axis([(factor, (number, position) in shared) for position, factor in enumerate(axis)], maps)
@@ -78,7 +85,7 @@ class Recipe:
         )
 
     def source_shape(self, maps: Maps) -> tuple[int, ...]:
-        """The shape of the tensor that it grows."""
+        """The shape of the tensor that is grown."""
         return tuple(math.prod(source_size(factor, maps) for factor in axis) for axis in self.axes)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""How the repeats of a contraction share a weight: the one thing in which cloning methods differ.
+"""Strategies: how the repeats of a summed index share a weight. Methods of cloning differ only in this.
 
-A contraction keeps the function exactly when, for each source row i and each grown column o, the shares of the
+A contraction computes the same as before exactly if, for each source row i and each grown column o, the shares of the
 repeats of i add up to the source weight: sum over j in m^-1(i) of W'[j, o] = W[i, m(o)]. HyperCloning's variants
-(Samragh et al., arXiv 2409.12903, section 3), Net2Net and bert2BERT's FPI are choices of the shares.
+(Samragh et al., arXiv 2409.12903, section 3), Net2Net and bert2BERT's FPI choose the shares in different ways.
 
-A `Law` is one such choice. A `Strategy` is the name of a law with the parameters that a user gives, as the plan has it.
+A `Law` is one way to choose them. A `Strategy` is the name of a law with the parameters that a user gives. The plan
+records the strategy.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Number = npt.NDArray[np.int64] | int
 """One number for all columns, or one for each column."""
 
 LOWEST_SNR_DB, HIGHEST_SNR_DB = -10.0, 200.0
-"""Noise any stronger drowns the weights it is added to in rounding."""
+"""The range of the signal-to-noise ratio, in decibels. With stronger noise, rounding would destroy the weights."""
 
 
 class Law(ABC):
@@ -32,11 +33,11 @@ class Law(ABC):
 
     name: ClassVar[str]
     preserves: ClassVar[bool] = True
-    """Whether the grown model computes the source's function. Where it does not, the comparison is only reported."""
+    """Whether the grown model computes the same as its source. Otherwise `expand` reports the difference only."""
     noisy: ClassVar[bool] = False
     """Whether noise is added that sums to zero over the repeats."""
     shares_equally: ClassVar[bool]
-    """Whether each of n repeats takes 1 / n of the weight. Otherwise `takes_whole` says which ones take all of it."""
+    """Whether each of n repeats takes 1 / n of the weight. Otherwise `takes_whole` says which one takes all of it."""
 
     @property
     def is_even(self) -> bool:
@@ -45,27 +46,33 @@ class Law(ABC):
 
     @abstractmethod
     def takes_whole(self, number: int, count: Number, other: Number) -> Any:
-        """Whether repeat `number` of `count` takes the whole weight, for each column; it takes nothing otherwise.
+        """Whether a repeat takes the whole weight; it takes nothing otherwise.
 
-        `other` numbers the repeats of the axes that no contraction sums over: the grown output that a column feeds.
+        Args:
+            number: the number of the repeat, from 0.
+            count: the number of repeats, one for all columns or one for each column.
+            other: the number of the repeat in the axes that are not summed, in other words in the output.
+
+        Returns:
+            One boolean for all columns, or one for each column.
         """
 
     @abstractmethod
     def noise_scale(self, count: int) -> float:
-        """The standard deviation of the noise on one of `count` repeats, over that for a weight that is not divided."""
+        """The standard deviation of the noise on one of `count` repeats, divided by that on a weight not divided."""
 
     def origin(self, tensor: str, names: Sequence[str]) -> Origin:
-        """The numbers that a grown tensor begins from, in the place of the stored `tensor`.
+        """The origin of a grown tensor's numbers. Most laws grow the stored tensor itself.
 
         Args:
-            tensor: the stored tensor that would be grown.
+            tensor: the name of the stored tensor.
             names: the names of all stored tensors, in the order of the graph.
         """
         return tensor
 
 
 class Symmetric(Law):
-    """Each of n repeats takes 1 / n."""
+    """Each of n repeats takes 1 / n of the weight (HyperCloning's symmetric variant)."""
 
     name = "symmetric"
     shares_equally = True
@@ -80,13 +87,13 @@ class Symmetric(Law):
 
 
 class Diagonal(Law):
-    """The repeat whose number matches the output's takes the whole weight (HyperCloning's diagonal variant)."""
+    """The repeat whose number equals the output's takes the whole weight (HyperCloning's diagonal variant)."""
 
     name = "diagonal"
     shares_equally = False
 
     def takes_whole(self, number: int, count: Number, other: Number) -> Any:
-        """Where the numbers match, counted modulo the number of repeats."""
+        """Where the two numbers are equal, modulo the number of repeats."""
         return number == other % count
 
     def noise_scale(self, count: int) -> float:
@@ -112,10 +119,10 @@ _laws: dict[str, Law] = {}
 
 
 def register(law: Law) -> Law:
-    """Make a law known by its name; a new strategy is one class and one call of this.
+    """Register a law by its name. A new strategy needs one class and one call of this function.
 
     Raises:
-        ValueError: there is one of that name.
+        ValueError: a law of that name is registered already.
     """
     if law.name in _laws:
         raise ValueError(f"there is a strategy {law.name!r} already")
@@ -133,13 +140,16 @@ STRATEGIES: tuple[StrategyName, ...] = ("symmetric", "diagonal", "noisy-symmetri
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to share: symmetric gives each of n repeats 1/n; diagonal gives all of it to one repeat.
+    """How repeats share a weight: the name of a law and its parameters.
 
-    The noisy ones add noise that sums to zero over the repeats. `snr_db` is the ratio, in decibels, of the
-    power of the shared weights to the power of the noise; `seed` draws it.
+    Args:
+        name: "symmetric" gives each of n repeats 1 / n of the weight. "diagonal" gives the whole weight to one repeat.
+            "noisy-symmetric" and "noisy-diagonal" add noise that sums to zero over the repeats.
+        snr_db: the ratio of the power of the shared weights to the power of the noise, in decibels.
+        seed: the seed of the noise.
 
     Raises:
-        ValueError: no law has that name, or `snr_db` is out of its range.
+        ValueError: no law has that name, or `snr_db` is out of range.
     """
 
     name: str = "noisy-diagonal"
@@ -154,7 +164,7 @@ class Strategy:
 
     @property
     def law(self) -> Law:
-        """How the repeats share a weight."""
+        """The law of that name."""
         return _laws[self.name]
 
     def to_json(self) -> dict[str, Any]:
