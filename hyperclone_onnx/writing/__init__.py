@@ -1,4 +1,4 @@
-"""Writing model files.
+"""Writes model files.
 
 In: a graph, or tensors by name. Out: ONNX or safetensors files, written block by block.
 """

@@ -1,7 +1,7 @@
-"""ONNX files: where everything in them lies, worked out before a byte is written.
+"""Writes ONNX files. The place of everything in a file is computed before the first byte is written.
 
-A model with its weights inside is one protobuf message; its tensors are streamed to their places in it too, so that
-the message is never whole in memory.
+A model file that contains its weights is one protobuf message. We stream the tensors to their places in the message, so
+that memory never contains the whole message.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from hyperclone_onnx.reading.loading import tensors
 from hyperclone_onnx.writing.streaming import Layout, Placed, write
 
 SMALL = 256
-"""Tensors of no more bytes stay in the model file, as onnx_ir has it."""
+"""Tensors with at most this number of bytes stay in the model file, as in onnx_ir."""
 
 ALIGNED = 1 << 20
+"""Tensors with more bytes than this begin at a page of the data file."""
 PAGE = 4096
-"""Larger tensors than this begin at a page of the data file, as the ONNX specification advises: they can be mapped."""
+"""The bytes of a page. A tensor that begins at a page can be mapped, as the ONNX specification advises."""
 
 LARGEST_MESSAGE = (1 << 31) - 1
-"""A protobuf message ends at 2 GB."""
+"""The most bytes of a protobuf message."""
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
-"""Field numbers of ModelProto, GraphProto and TensorProto."""
-
+"""The field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""
 
 INLINE_LIMIT = 1_500_000_000
-"""Models with more bytes of weights get a data file of their own: a protobuf ends at 2 GB."""
+"""Models with more bytes of weights get a data file, because a protobuf message has at most 2 GB."""
 
 
 def needs_data_file(model: ir.Model) -> bool:
-    """Whether a model's weights are too many for one protobuf file."""
+    """Whether the weights of a model are too large for one protobuf message."""
     return sum(tensor.nbytes for tensor in tensors(model)) > INLINE_LIMIT
 
 
@@ -51,21 +51,22 @@ def save(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a model, its tensors streamed block by block.
+    """Write a model file. Its tensors are streamed block by block.
 
     Args:
-        model: the model; it is not changed.
-        path: the model file; its folder exists.
-        external: whether the tensors go into a data file beside it.
-        max_shard_size: with `external`, begin another data file before one has more bytes than this
-            (``big.onnx-00001-of-00003.data``); a larger tensor has a file of its own.
-        workers: processes that compute and write; see `parallel.workers_for`. The files do not
-            depend on it.
-        progress: told of each tensor written.
+        model: the model. It is not changed.
+        path: the model file, in an existing folder.
+        external: whether the tensors are written to a data file beside the model file.
+        max_shard_size: the most bytes of a data file, with `external`. Further tensors are written to further files
+            (``big.onnx-00001-of-00003.data``). A larger tensor gets a file for itself.
+        workers: the number of processes that compute and write (see `parallel.workers_for`). The files do not depend
+            on it.
+        progress: called after each tensor, with the number of written tensors and the number of all tensors.
 
     Raises:
-        CannotWrite: a file cannot be made, there is too little space, or the model does not fit in one message.
-        BadModel: a source cannot be read any more.
+        BadRequest: `max_shard_size` is below 1.
+        CannotWrite: a file cannot be created, the space is too small, or the model does not fit in one message.
+        BadModel: a source file cannot be read any more.
     """
     if max_shard_size is not None and max_shard_size < 1:
         raise BadRequest(f"a data file of at most {max_shard_size} bytes holds nothing")
@@ -74,7 +75,13 @@ def save(
 
 
 def data_files(path: Path, sizes: Iterable[int], max_shard_size: int | None) -> list[tuple[str, int]]:
-    """The data file and the offset of each of some tensors, given their bytes in order."""
+    """The data file and the offset of each tensor.
+
+    Args:
+        path: the model file.
+        sizes: the bytes of the tensors, in order.
+        max_shard_size: the most bytes of a data file; None for one file.
+    """
     placed: list[tuple[int, int]] = []
     shard = end = 0
     for size in sizes:
@@ -88,7 +95,7 @@ def data_files(path: Path, sizes: Iterable[int], max_shard_size: int | None) -> 
 
 
 def shard_name(name: str, index: int, count: int) -> str:
-    """The name of one of several files, as transformers has it: ``model-00001-of-00003.safetensors``.
+    """The name of one of several files, in the form of transformers: ``model-00001-of-00003.safetensors``.
 
     >>> shard_name("big.onnx.data", 0, 3)
     'big.onnx-00001-of-00003.data'
@@ -99,10 +106,8 @@ def shard_name(name: str, index: int, count: int) -> str:
     return f"{stem}-{index + 1:05d}-of-{count:05d}{dot}{suffix}"
 
 
-# -- weights beside the model -----------------------------------------------------------------------------
-
-
 def _external(model: ir.Model, path: Path, max_shard_size: int | None) -> Layout:
+    """The layout of a model file with data files beside it."""
     stored = [value for value in _initializers(model) if value.const_value is not None]
     large = [value for value in stored if _size(value) > SMALL]
     placed = data_files(path, map(_size, large), max_shard_size)
@@ -113,9 +118,9 @@ def _external(model: ir.Model, path: Path, max_shard_size: int | None) -> Layout
         for value, (name, offset) in zip(large, placed, strict=True)
     ]
     references |= {value: _loaded(value) for value in stored if value not in references}
-    with _in_their_place(references):
-        text = _checked(path, ir.to_proto(model))
-    return Layout({**sizes, path: len(text)}, [(path, 0, text)], tensors)
+    with _replaced(references):
+        message = _serialised(path, ir.to_proto(model))
+    return Layout({**sizes, path: len(message)}, [(path, 0, message)], tensors)
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
@@ -130,13 +135,13 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
 
 
 def _size(value: ir.Value) -> int:
-    """The bytes that a tensor takes in a file; strings have no such form."""
+    """The number of bytes that a tensor takes in a data file; 0 for strings, which cannot be in a data file."""
     tensor = _tensor(value)
     return 0 if tensor.dtype == ir.DataType.STRING else tensor.nbytes
 
 
 def _reference(value: ir.Value, name: str, offset: int, path: Path) -> ir.TensorProtocol:
-    """What the model file says of a tensor that lies elsewhere."""
+    """The entry in the model file for a tensor whose data is in another file."""
     tensor = _tensor(value)
     shape = ir.Shape(tensor.shape.numpy())
     return ir.ExternalTensor(
@@ -145,7 +150,7 @@ def _reference(value: ir.Value, name: str, offset: int, path: Path) -> ir.Tensor
 
 
 def _loaded(value: ir.Value) -> ir.TensorProtocol:
-    """A tensor that lies nowhere but in the model file."""
+    """A tensor whose data is in the model file."""
     tensor = _tensor(value)
     if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
         return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
@@ -153,69 +158,67 @@ def _loaded(value: ir.Value) -> ir.TensorProtocol:
 
 
 @contextmanager
-def _in_their_place(tensors: dict[ir.Value, ir.TensorProtocol]) -> Iterator[None]:
-    """Let values have other tensors for a while."""
+def _replaced(tensors: dict[ir.Value, ir.TensorProtocol]) -> Iterator[None]:
+    """Replace the tensors of values until the end of the `with` block."""
     before = {value: value.const_value for value in tensors}
     try:
         for value, tensor in tensors.items():
             value.const_value = tensor
         yield
     finally:
-        for value, own in before.items():
-            value.const_value = own
+        for value, original in before.items():
+            value.const_value = original
 
 
-def _checked(path: Path, proto: onnx.ModelProto | onnx.GraphProto) -> bytes:
+def _serialised(path: Path, proto: onnx.ModelProto | onnx.GraphProto) -> bytes:
     try:
-        text: bytes = proto.SerializeToString(deterministic=True)
-        return text
-    except Exception as problem:  # protobuf's own error for a message that is too large
+        message: bytes = proto.SerializeToString(deterministic=True)
+        return message
+    except Exception as problem:  # protobuf has an error class of its own for a too large message
         raise CannotWrite(f"{path}: its graph does not fit in one protobuf message ({problem})") from problem
 
 
-# -- weights in the model ---------------------------------------------------------------------------------
-
-
 def _inline(model: ir.Model, path: Path) -> Layout:
-    """The message with gaps where the bytes of large tensors belong.
+    """The layout of a model file that contains its weights: the message, with gaps for the bytes of large tensors.
 
-    A message is a sequence of fields in any order: the graph comes last in the model, and its initializers last in it.
+    The fields of a protobuf message may have any order. We put the graph last in the model, and the initializers last
+    in the graph.
     """
     stored = [value for value in _initializers(model) if value.const_value is not None]
-    own = set(model.graph.initializers.values())
-    large = {value.name: value for value in stored if value in own and _size(value) > SMALL}
+    top_level = set(model.graph.initializers.values())
+    large = {value.name: value for value in stored if value in top_level and _size(value) > SMALL}
     references = {
-        value: _reference(value, "-", 0, path) if value.name in large and value in own else _loaded(value)
+        value: _reference(value, "-", 0, path) if value.name in large and value in top_level else _loaded(value)
         for value in stored
     }
-    with _in_their_place(references):
+    with _replaced(references):
         proto = ir.to_proto(model)
     fixed: list[tuple[int, bytes]] = []
     gaps: list[tuple[int, ir.TensorProtocol]] = []
     end = 0
-    for each in proto.graph.initializer:
-        size = _size(large[each.name]) if each.name in large else 0
+    for initializer in proto.graph.initializer:
+        size = _size(large[initializer.name]) if initializer.name in large else 0
         if size:
-            each.ClearField("external_data")
-            each.ClearField("data_location")
-        text = each.SerializeToString(deterministic=True) + (_head(_RAW_DATA, size) if size else b"")
-        text = _head(_INITIALIZER, len(text) + size) + text
-        fixed.append((end, text))
-        end += len(text)
+            initializer.ClearField("external_data")
+            initializer.ClearField("data_location")
+        entry = initializer.SerializeToString(deterministic=True) + (_head(_RAW_DATA, size) if size else b"")
+        entry = _head(_INITIALIZER, len(entry) + size) + entry
+        fixed.append((end, entry))
+        end += len(entry)
         if size:
-            gaps.append((end, _tensor(large[each.name])))
+            gaps.append((end, _tensor(large[initializer.name])))
             end += size
     del proto.graph.initializer[:]
-    graph = _checked(path, proto.graph)
+    graph = _serialised(path, proto.graph)
     proto.ClearField("graph")
-    front = _checked(path, proto) + _head(_GRAPH, len(graph) + end) + graph
+    front = _serialised(path, proto) + _head(_GRAPH, len(graph) + end) + graph
     base = len(front)
     if base + end > LARGEST_MESSAGE:
         raise CannotWrite(f"{path}: {base + end} bytes do not fit in one protobuf message")
     return Layout(
         {path: base + end},
-        [(path, 0, front), *((path, base + at, text) for at, text in fixed)],
-        [Placed(tensor, path, base + at) for at, tensor in gaps],
+        [(path, 0, front), *((path, base + offset, entry) for offset, entry in fixed)],
+        [Placed(tensor, path, base + offset) for offset, tensor in gaps],
     )
 
 
@@ -225,6 +228,7 @@ def _head(field: int, length: int) -> bytes:
 
 
 def _varint(number: int) -> bytes:
+    """A whole number in protobuf's encoding: 7 bits to a byte, the lowest first."""
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)

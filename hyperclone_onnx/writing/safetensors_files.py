@@ -1,7 +1,7 @@
-"""Safetensors files, streamed: tensors of any size, stored, grown or computed row by row, in bounded memory.
+"""Writes safetensors files. Tensors of any size are streamed in bounded memory: stored, grown, or given by their rows.
 
-The format (https://github.com/huggingface/safetensors): eight bytes that give the header's length, the header as JSON,
-and the tensors' bytes without gaps. Several files have an index beside them, as transformers writes it.
+The format (https://github.com/huggingface/safetensors): eight bytes with the length of the header, the header as JSON,
+and the bytes of the tensors without gaps. Several files have an index file beside them, like those of transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hyperclone_onnx.writing.streaming import Layout, Placed, Streamed, write
 
 NAME = "model.safetensors"
 HEADER = 4096
-"""The header is padded with spaces to whole pages: tensors then begin where they can be mapped."""
+"""The header is padded with spaces to multiples of this number of bytes, so that tensors begin at a page."""
 
 TYPES = {
     ir.DataType.DOUBLE: "F64",
@@ -46,7 +46,7 @@ TYPES = {
 
 
 class Rows(Protocol):
-    """Anything that gives its rows: a lazy tensor, a slice of a safetensors file, a memory map."""
+    """An object whose rows can be read: a lazy tensor, a slice of a safetensors file, a memory map."""
 
     @property
     def shape(self) -> Sequence[int]: ...  # noqa: D102
@@ -58,7 +58,7 @@ class Rows(Protocol):
 
 
 Tensor = GrownTensor | ir.TensorProtocol | Rows
-"""A grown tensor, one of a model, or anything that has a shape, a numpy (or onnx_ir) type and gives its rows."""
+"""A grown tensor, a tensor of a model, or an object with a shape, a numpy (or onnx_ir) type and rows."""
 
 
 def write_safetensors(
@@ -74,50 +74,51 @@ def write_safetensors(
     """Write tensors as ``model.safetensors``, or as several files with ``model.safetensors.index.json``.
 
     Args:
-        tensors: the tensors by name, in the order in which files are filled.
-        folder: an existing folder; publishing it whole is the caller's business.
-        max_shard_size: begin another file before one has more bytes than this; a larger tensor has one of its own.
-        name: what the file is called; several are numbered after it.
+        tensors: the tensors by name, in the order in which they fill the files.
+        folder: an existing folder. After an error it may contain incomplete files, which the caller removes.
+        max_shard_size: the most bytes of tensors in a file. A larger tensor gets a file for itself.
+        name: the name of the file. Several files get this name with numbers.
         metadata: texts for the header, such as ``{"format": "pt"}``.
-        workers: processes that compute and write; see `parallel.workers_for`. The files do not depend on it.
-        progress: told of each tensor written.
+        workers: the number of processes that compute and write (see `parallel.workers_for`). The files do not depend
+            on it.
+        progress: called after each tensor, with the number of written tensors and the number of all tensors.
 
     Returns:
-        The files written, the index last.
+        The written files, the index last.
 
     Raises:
-        BadRequest: a tensor is of a type that the format has not, or the limit is no size.
+        BadRequest: the format does not have the type of a tensor, or `max_shard_size` is below 1.
         CannotWrite, BadModel: see `streaming.write`.
     """
     if max_shard_size is not None and max_shard_size < 1:
         raise BadRequest(f"a file of at most {max_shard_size} bytes holds nothing")
-    place = Path(folder)
-    sizes = {each: _bytes(each, tensor) for each, tensor in tensors.items()}
+    directory = Path(folder)
+    sizes = {key: _bytes(key, tensor) for key, tensor in tensors.items()}
     shards = list(_shards(sizes, max_shard_size))
     layouts: dict[Path, int] = {}
     fixed: list[tuple[Path, int, bytes]] = []
     placed: list[Placed] = []
     for index, names in enumerate(shards):
-        path = place / shard_name(name, index, len(shards))
-        # Wide elements first: every tensor is then aligned to its own.
-        names.sort(key=lambda each: -_type(each, tensors[each]).bitwidth)
+        path = directory / shard_name(name, index, len(shards))
+        # With the widest elements first, every tensor begins at a multiple of its element size.
+        names.sort(key=lambda key: -_type(key, tensors[key]).bitwidth)
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
-        for each in names:
-            shape = [int(size) for size in _shape(tensors[each])]
-            kind = TYPES[_type(each, tensors[each])]
-            header[each] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + sizes[each]]}
-            end += sizes[each]
+        for key in names:
+            shape = [int(size) for size in _shape(tensors[key])]
+            kind = TYPES[_type(key, tensors[key])]
+            header[key] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + sizes[key]]}
+            end += sizes[key]
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-(len(text) + 8) % HEADER)
         fixed.append((path, 0, len(text).to_bytes(8, "little") + text))
         base = 8 + len(text)
-        placed += [Placed(_streamed(tensors[each]), path, base + header[each]["data_offsets"][0]) for each in names]
+        placed += [Placed(_streamed(tensors[key]), path, base + header[key]["data_offsets"][0]) for key in names]
         layouts[path] = base + end
     if len(shards) > 1:
-        path = place / f"{name}.index.json"
-        where = {each: shard_name(name, i, len(shards)) for i, names in enumerate(shards) for each in names}
-        index_of_files = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
+        path = directory / f"{name}.index.json"
+        file_of = {key: shard_name(name, index, len(shards)) for index, names in enumerate(shards) for key in names}
+        index_of_files = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(file_of.items()))}
         text = (json.dumps(index_of_files, indent=2, ensure_ascii=False) + "\n").encode()
         layouts[path] = len(text)
         fixed.append((path, 0, text))
@@ -126,6 +127,7 @@ def write_safetensors(
 
 
 def _shards(sizes: Mapping[str, int], limit: int | None) -> Iterator[list[str]]:
+    """The names of the tensors in each file."""
     names: list[str] = []
     total = 0
     for name, size in sizes.items():

@@ -1,7 +1,7 @@
-"""Tensors into files at given places, block by block, by a few processes: the engine behind every format.
+"""Writes tensors to given places in files, block by block, with several processes. All file formats use this module.
 
-A tensor is made of pieces (`grown_table.py`), each made in working memory that is used again, and written with
-`pwrite`. Nothing depends on which process makes what, or when: the files are the same for any number of them.
+A tensor is computed in pieces (`tensors/table.py`). A piece is computed in working memory that is used again, and
+written with `pwrite`. The files are the same for any number of processes, whichever process computes which piece.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from hyperclone_onnx.tensors.table import Piece
 Array = npt.NDArray[Any]
 
 CHUNK = 1 << 20
-"""What is merely copied is copied in blocks of this many bytes."""
+"""Tensors that do not grow are copied in blocks of this number of bytes."""
 
 Streamed = Any
-"""A tensor of a model, or anything that has a shape, a numpy type and gives its rows as arrays."""
+"""A tensor of a model, or an object with a shape, a numpy type, and rows that are arrays."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor and where its bytes belong."""
+    """A tensor, and the file and the offset at which its bytes begin."""
 
     tensor: Streamed
     file: Path
@@ -51,20 +51,27 @@ class Placed:
 
 @dataclass(frozen=True)
 class Layout:
-    """The files to write: how long each is, what is in it besides tensors, and the tensors."""
+    """The content of all files to write."""
 
     sizes: dict[Path, int]
+    """The number of bytes of each file."""
     fixed: Sequence[tuple[Path, int, bytes]]
-    """(file, offset, bytes)"""
+    """(file, offset, bytes) of everything that is not a tensor."""
     tensors: Sequence[Placed]
+    """The tensors and their places."""
 
 
 def write(layout: Layout, workers: int | None = None, progress: Progress | None = None) -> None:
-    """Write the files of a layout; all their space is taken first, so that a full disk is told at once.
+    """Write the files of a layout. Their space is reserved first, so that a full disk is reported at once.
+
+    Args:
+        layout: the content of the files.
+        workers: the number of processes that compute and write (see `parallel.workers_for`).
+        progress: called after each tensor, with the number of written tensors and the number of all tensors.
 
     Raises:
-        CannotWrite: a file cannot be made, or there is too little space.
-        BadModel: a source cannot be read any more.
+        CannotWrite: a file cannot be created, or the space is too small.
+        BadModel: a source file cannot be read any more.
     """
     files: dict[Path, int] = {}
     try:
@@ -86,23 +93,24 @@ def _write_tensors(layout: Layout, files: dict[Path, int], workers: int | None, 
     tensors, size = layout.tensors, sum(layout.sizes.values())
     count = itertools.count(1)
 
-    def one_more(_: None) -> None:
+    def tensor_written(_: None) -> None:
         if progress is not None:
             progress(next(count), len(tensors))
 
     with ExitStack() as stack:
 
         def writer() -> Callable[[int], None]:
-            behind, scratch = stack.enter_context(WriteBehind(size)), Scratch()  # in a copy it ends with the copy
+            # In a worker process, `stack` is a copy: the worker's WriteBehind ends when the worker does.
+            behind, scratch = stack.enter_context(WriteBehind(size)), Scratch()
             return lambda index: _write_tensor(tensors[index], files, behind, scratch)
 
         largest_first = sorted(range(len(tensors)), key=lambda index: -_bytes(tensors[index].tensor))
-        alone = not all(_is_copied_with_us(each.tensor) for each in tensors)
-        share_out(writer, largest_first, 1 if alone else workers_for(size, workers), one_more)
+        one_process = not all(_usable_after_fork(placed.tensor) for placed in tensors)
+        share_out(writer, largest_first, 1 if one_process else workers_for(size, workers), tensor_written)
 
 
-def _is_copied_with_us(tensor: Streamed) -> bool:
-    """Whether a copy of this process can use the tensor: what belongs to another library may need its threads."""
+def _usable_after_fork(tensor: Streamed) -> bool:
+    """Whether a forked process can read the tensor. A tensor of another library may need threads of that library."""
     return isinstance(tensor, LazyGrown | ir.ExternalTensor) or (
         isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray)
     )
@@ -126,6 +134,7 @@ def _write_tensor(placed: Placed, files: dict[Path, int], behind: WriteBehind, s
 
 
 def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size, and reserve the space on the disk where the file system can do so."""
     if size and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -137,7 +146,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def _pieces(tensor: Streamed) -> Iterator[Piece]:
-    """What makes a tensor's bytes."""
+    """The functions that compute or read the bytes of a tensor."""
     if isinstance(tensor, LazyGrown):
         grown: GrownTensor = tensor.grown.fresh()
         return grown.pieces()
@@ -159,7 +168,7 @@ def _copied(tensor: ir.ExternalTensor) -> Iterator[Piece]:
 
 
 def _whole(tensor: ir.TensorProtocol, _: Scratch) -> Iterator[tuple[Array, Sequence[int]]]:
-    """A tensor that lies in memory, or that can only be computed whole."""
+    """The only piece of a tensor that is in memory, or that can only be computed as a whole."""
     yield np.frombuffer(tensor.tobytes(), dtype=np.uint8), [0]
 
 
