@@ -1,4 +1,4 @@
-"""Applying a plan to a graph.
+"""Applies a plan to a graph.
 
-In: the source graph and a plan. Out: the grown graph, whose tensors are computed when they are read.
+In: the source graph and a plan. Out: the grown graph. Its tensors are computed when they are read.
 """

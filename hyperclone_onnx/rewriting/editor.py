@@ -1,4 +1,4 @@
-"""A graph under growth: what edits and interfaces ask of it. The names that growth puts into a graph are made here."""
+"""Changes the graph that grows: the operations for edits, grown tensors and interfaces. It chooses all new names."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Array = npt.NDArray[Any]
 
 
 class GraphEditor:
-    """Inserts nodes and constants into one graph, under fresh names.
+    """Inserts nodes and constants into one graph, under new names.
 
     Args:
         graph: the graph to change.
         maps: the source map of each growing dimension.
-        tensors: names that grown tensors will have.
-        dtype: compute floating-point constants in this type instead of their own.
+        tensors: the names of grown tensors, which new values must not have.
+        dtype: the type of floating-point constants, in the place of their own type.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class GraphEditor:
         self.nodes = {node.name: node for node in graph.all_nodes()}
         self._fresh = FreshNames(graph, tensors)
         self.added: list[str] = []
-        """The names of the constants that were stored."""
+        """The names of the constants that the editor stored."""
 
-    # -- what edits ask for (`plan.edits.Editor`) -----------------------------------------------------------
+    # -- operations for edits (the protocol `plan.edits.Editor`) ----------------------------------------------
 
     def set_attribute(self, node: str, name: str, value: Any) -> None:
         """Set an attribute; None removes it."""
@@ -52,34 +52,34 @@ class GraphEditor:
         return value
 
     def integers(self, node: str, slot: int, output: bool = False) -> Any:
-        """The numpy type of an integer input or output; int64 where it is absent."""
+        """The numpy type of an integer input or output; int64 if it is absent."""
         values = self.nodes[node].outputs if output else self.nodes[node].inputs
         value = values[slot] if slot < len(values) else None
         return np.int32 if value is not None and value.dtype == ir.DataType.INT32 else np.int64
 
     def is_scalar_output(self, node: str) -> bool:
-        """Whether the node's output is one number, where others have a vector."""
+        """Whether the node's output is one number and no vector."""
         return self.nodes[node].op_type == "Size"
 
     def constant(self, hint: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
-        """Store an array under `hint`, or under `hint.1` and so on where that name is taken."""
+        """Store an array under the name `hint`, or `hint.1`, `hint.2` and so on if the name is taken."""
         name = self._fresh.value(hint)
         self.added.append(name)
         return self.store(name, ir.Tensor(array, dtype=dtype, name=name))
 
     def factor(self, hint: str, node: str, slot: int, divisors: Array) -> tuple[str, ir.Value]:
-        """("Mul", the inverses) or ("Div", the divisors), whichever the input's type holds exactly.
+        """("Mul", the inverses) if the type of the input represents them exactly, else ("Div", the divisors).
 
-        A third is off by 2e-3 in bfloat16, and off alike for every element; three is exact.
+        In bfloat16, for example, 1/3 has an error of 2e-3, in the same direction for every element, but 3 is exact.
         """
         value = self.nodes[node].inputs[slot]
-        own = self.dtype or (None if value is None else value.dtype) or ir.DataType.FLOAT
-        divides = _fits(divisors, own) and not _fits(1 / divisors, own)
+        dtype = self.dtype or (None if value is None else value.dtype) or ir.DataType.FLOAT
+        divides = _fits(divisors, dtype) and not _fits(1 / divisors, dtype)
         op_type, array = ("Div", divisors) if divides else ("Mul", 1 / divisors)
-        return op_type, self.constant(hint, _cast(array, own), own)
+        return op_type, self.constant(hint, _cast(array, dtype), dtype)
 
     def equal_to(self, node: str, slot: int, output: bool, constant: ir.Value) -> ir.Value:
-        """A new value: whether the elements of an input or output equal the constant's."""
+        """A new value that says for each element of an input or output whether it equals the constant's."""
         value = self.value(node, slot, output)
         test = ir.node("Equal", [value, constant], name=self._fresh.node(f"{value.name}.Equal"))
         result = test.outputs[0]
@@ -88,44 +88,47 @@ class GraphEditor:
         return result
 
     def replace_input(self, node: str, slot: int, operand: ir.Value) -> None:
-        """Let an input read another value; the input may be absent so far."""
+        """Let an input read another value. The input may have been absent."""
         reader = self.nodes[node]
         if slot >= len(reader.inputs):
             reader.resize_inputs(slot + 1)
         reader.replace_input_with(slot, operand)
 
     def insert(self, node: str, slot: int, output: bool, steps: Sequence[Step]) -> None:
-        """Insert steps in front of an input, or behind an output."""
+        """Insert nodes in front of an input, or behind an output."""
         value = self.value(node, slot, output)
         if output:
             self.insert_behind(value, steps)
             return
-        made = self._chain(value, steps, None)
-        graph_of(self.nodes[node]).insert_before(self.nodes[node], made)
-        self.nodes[node].replace_input_with(slot, made[-1].outputs[0])
+        nodes = self._chain(value, steps, None)
+        graph_of(self.nodes[node]).insert_before(self.nodes[node], nodes)
+        self.nodes[node].replace_input_with(slot, nodes[-1].outputs[0])
 
     def take_branch(self, node: str, branch: str) -> None:
-        """Put the nodes of one branch in the place of an If; other branches may use the same names."""
-        chooser = self.nodes[node]
-        body, graph = chooser.attributes[branch].as_graph(), graph_of(chooser)
+        """Replace an If by the nodes of one of its branches.
+
+        The values of the branch get new names, because the other branch may have values of the same names.
+        """
+        if_node = self.nodes[node]
+        body, graph = if_node.attributes[branch].as_graph(), graph_of(if_node)
         results, moved = list(body.outputs), list(body)
         body.outputs.clear()
         body.remove(moved)
         for value in (value for inner in moved for value in inner.outputs):
             value.name = self._fresh.value(f"{node}.{value.name}")
-        graph.insert_before(chooser, moved)
-        for output, result in zip(chooser.outputs, results, strict=True):
-            passed = ir.node("Identity", [result], name=self._fresh.node(f"{node}.Identity"))
-            passed.outputs[0].name, passed.outputs[0].type = output.name, output.type
+        graph.insert_before(if_node, moved)
+        for output, result in zip(if_node.outputs, results, strict=True):
+            identity = ir.node("Identity", [result], name=self._fresh.node(f"{node}.Identity"))
+            identity.outputs[0].name, identity.outputs[0].type = output.name, output.type
             output.name = self._fresh.value(f"{output.name}.branch")
-            graph.insert_before(chooser, passed)
-            output.replace_all_uses_with(passed.outputs[0], replace_graph_outputs=True)
-        graph.remove(chooser, safe=True)
+            graph.insert_before(if_node, identity)
+            output.replace_all_uses_with(identity.outputs[0], replace_graph_outputs=True)
+        graph.remove(if_node, safe=True)
 
-    # -- what growing tensors and interfaces ask for ----------------------------------------------------------
+    # -- operations for grown tensors and interfaces ----------------------------------------------------------
 
     def store(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """A new stored tensor of the graph."""
+        """Add a stored tensor to the graph."""
         value = ir.Value(
             name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
@@ -137,13 +140,19 @@ class GraphEditor:
         return Step("Gather", (self.constant(hint, index),), axis=axis)
 
     def insert_behind(self, value: ir.Value, steps: Sequence[Step], leaving: bool = False) -> ir.Value:
-        """Insert steps behind a value; the result takes over its name and its readers. Returns the result.
+        """Insert nodes behind a value. The result gets the name and the readers of the value.
 
-        With `leaving` only the graph's output reads the result; the graph's own nodes read the value as before.
+        Args:
+            value: a graph input, or an output of a node.
+            steps: the nodes to insert.
+            leaving: only the graph's output reads the result. The nodes of the graph still read the value.
+
+        Returns:
+            The result.
         """
         result = ir.Value(name=value.name, type=value.type)
         producer = value.producer()
-        if producer is None:  # a graph input keeps its name
+        if producer is None:  # users of the model give a graph input by its name, so that the name must stay
             result.name = self._fresh.value(f"{value.name}.grown")
         if leaving:
             outputs = self.graph.outputs
@@ -152,17 +161,17 @@ class GraphEditor:
             value.replace_all_uses_with(result, replace_graph_outputs=True)
         if producer is not None:
             value.name = self._fresh.value(f"{value.name}.source")
-        made = self._chain(value, steps, result)
+        nodes = self._chain(value, steps, result)
         first = next(iter(self.graph), None)
         if producer is not None:
-            graph_of(producer).insert_after(producer, made)
+            graph_of(producer).insert_after(producer, nodes)
         elif first is not None:
-            self.graph.insert_before(first, made)
+            self.graph.insert_before(first, nodes)
         return result
 
     def _chain(self, value: ir.Value, steps: Sequence[Step], result: ir.Value | None) -> list[ir.Node]:
-        """The nodes of some steps, each reading the one before it; the last one makes `result` where it is given."""
-        made: list[ir.Node] = []
+        """The nodes of the steps, each reading the output of the one before. The last output is `result`, if given."""
+        nodes: list[ir.Node] = []
         for number, step in enumerate(steps):
             inputs: list[ir.Value] = list(step.operands)
             inputs.insert(step.position, value)
@@ -173,20 +182,20 @@ class GraphEditor:
                 node.outputs[0].type = value.type
                 node.outputs[0].name = self._fresh.value(f"{value.name}.{step.op_type.lower()}")
             node.name = self._fresh.node(f"{value.name}.{step.op_type}")
-            made.append(node)
+            nodes.append(node)
             value = node.outputs[0]
-        return made
+        return nodes
 
 
 def graph_of(node: ir.Node) -> ir.Graph:
-    """The graph that holds a node."""
+    """The graph to which a node belongs: the model's, or a body of another node."""
     graph = node.graph
     assert isinstance(graph, ir.Graph), "functions are inlined"
     return graph
 
 
 def _fits(array: Array, dtype: ir.DataType) -> bool:
-    """Whether a type holds the numbers exactly."""
+    """Whether a type represents the numbers exactly."""
     return bool((_cast(array, dtype).astype(np.float64) == array).all())
 
 

@@ -1,4 +1,4 @@
-"""Apply a plan to a graph: edit nodes, swap stored tensors for grown ones. The source model is not touched."""
+"""Applies a plan to a copy of the source graph: edits nodes, and replaces stored tensors by grown ones."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ Array = npt.NDArray[Any]
 
 
 def rewrite(source: ir.Model, plan: Plan, dtype: ir.DataType | None = None) -> ir.Model:
-    """The grown model, its tensors lazy. Its metadata hold the plan.
+    """Build the grown model. Its tensors are computed when they are read. Its metadata contain the plan.
 
     Args:
-        source: the transformed source (`transforms.source_of`) that the plan was made from.
-        plan: what to do.
-        dtype: compute floating-point tensors in this type instead of their own.
+        source: the source from which the plan was made, normalised and transformed (`transforms.source_of`). It is not
+            changed.
+        plan: the plan. It fits the source (see `check_fits`).
+        dtype: the type of floating-point tensors, in the place of their own type.
     """
     model = source.clone()
     editor = GraphEditor(model.graph, plan.maps, plan.tensors, dtype)
     _grow_tensors(source, editor, plan)
     for edit in sorted(plan.edits, key=lambda edit: edit.comes_last):
         edit.apply(editor)
-    _forget_shapes(model.graph)
+    _drop_source_shapes(model.graph)
     for side, values in ((plan.inputs, model.graph.inputs), (plan.outputs, model.graph.outputs)):
         named = {value.name: value for value in values}
         for interface in side:
             _set_interface(editor, plan, interface, named[interface.name])
-    model.metadata_props[METADATA_KEY] = _recorded(plan, model, editor.added).dumps()
+    model.metadata_props[METADATA_KEY] = _with_added_names(plan, model, editor.added).dumps()
     return model
 
 
-def _recorded(plan: Plan, model: ir.Model, added: Collection[str]) -> Plan:
-    """The plan, with the names of the constants that were added where it would take another tensor for one of them."""
+def _with_added_names(plan: Plan, model: ir.Model, added: Collection[str]) -> Plan:
+    """The plan, with the names of the added constants if the forms of names alone would mistake another tensor."""
     floats = [
         name for name, value in model.graph.initializers.items() if value.dtype and value.dtype.is_floating_point()
     ]
@@ -54,10 +55,10 @@ def _recorded(plan: Plan, model: ir.Model, added: Collection[str]) -> Plan:
 
 
 def check_fits(plan: Plan, source: ir.Model) -> None:
-    """Check that a plan is for this (normalised) model: it has the tensors, of their sizes, and the nodes.
+    """Check that a plan is for this normalised model: that the model has the plan's tensors, their shapes, and nodes.
 
     Raises:
-        BadRequest: it is for another model.
+        BadRequest: the plan is for another model. The text names the first difference.
     """
     stored = source.graph.initializers
     for name, recipe in plan.tensors.items():
@@ -66,14 +67,14 @@ def check_fits(plan: Plan, source: ir.Model) -> None:
                 raise BadRequest(f"the plan is for another model: this one has no tensor {tensor!r}")
         if recipe.bits is not None:
             continue
-        wanted = recipe.source_shape(plan.maps)
+        expected = recipe.source_shape(plan.maps)
         try:
             shape = tuple(assemble(recipe.origin, source).shape.numpy())
         except ValueError as problem:
             raise BadRequest(f"the plan is for another model: {name!r} cannot be made ({problem})") from problem
-        if wanted != shape:
-            given = recipe.noise_name
-            raise BadRequest(f"the plan is for another model: {given!r} has the shape {shape}, not {wanted}")
+        if expected != shape:
+            tensor_name = recipe.noise_name
+            raise BadRequest(f"the plan is for another model: {tensor_name!r} has the shape {shape}, not {expected}")
     nodes = {node.name for node in source.graph.all_nodes()}
     for node in (*(feed.node for feed in plan.feeds), *(edit.node for edit in plan.edits)):
         if node not in nodes:
@@ -81,12 +82,12 @@ def check_fits(plan: Plan, source: ir.Model) -> None:
 
 
 def _grow_tensors(source: ir.Model, editor: GraphEditor, plan: Plan) -> None:
-    """Put the grown tensors in the place of the stored ones, and drop the stored ones that nothing reads any more."""
+    """Replace stored tensors by grown ones, and remove stored tensors that nothing reads any more."""
     graph = editor.graph
     for name, recipe in plan.tensors.items():
         tensor = assemble(recipe.origin, source)
-        wide = editor.dtype if tensor.dtype.is_floating_point() else None
-        grown = GrownTensor(tensor, recipe, editor.maps, plan.strategy, wide).as_lazy(name)
+        dtype = editor.dtype if tensor.dtype.is_floating_point() else None
+        grown = GrownTensor(tensor, recipe, editor.maps, plan.strategy, dtype).as_lazy(name)
         if name in graph.initializers:
             value = graph.initializers[name]
             value.const_value, value.shape = grown, ir.Shape(grown.shape)
@@ -100,8 +101,8 @@ def _grow_tensors(source: ir.Model, editor: GraphEditor, plan: Plan) -> None:
             del graph.initializers[name]
 
 
-def _forget_shapes(graph: ir.Graph) -> None:
-    """Drop the shapes that values had in the source; sizes of 1 never grow, so the inputs of bodies keep those."""
+def _drop_source_shapes(graph: ir.Graph) -> None:
+    """Remove the shapes that values had in the source. The inputs of bodies keep sizes of 1, which never grow."""
     interface = set(graph.outputs)
     for node in graph.all_nodes():
         for value in node.outputs:
@@ -111,7 +112,7 @@ def _forget_shapes(graph: ir.Graph) -> None:
 
 
 def _set_interface(editor: GraphEditor, plan: Plan, interface: Interface, value: ir.Value) -> None:
-    """Give a graph input or output its outer shape, and a Gather where its order inside is another."""
+    """Give a graph input or output its grown shape, and a Gather where the order inside the graph differs."""
     entering = value.is_graph_input()
     outer: list[int | None] = []
     steps: list[Step] = []
@@ -123,10 +124,10 @@ def _set_interface(editor: GraphEditor, plan: Plan, interface: Interface, value:
         outside = np.unique(inside) if plan.keep_interface else presented(factors, plan.maps)
         outer.append(len(outside))
         if not np.array_equal(inside, outside):
-            there, here = (outside, inside) if entering else (inside, outside)
-            steps.append(editor.gather(f"{interface.name}.map", _first_index(there)[here], axis))
+            before, after = (outside, inside) if entering else (inside, outside)
+            steps.append(editor.gather(f"{interface.name}.map", _first_index(before)[after], axis))
     declared = list(value.shape.dims) if value.shape is not None else []
-    if len(declared) != len(outer):  # nothing is declared, or something that is not so
+    if len(declared) != len(outer):  # the source declares no shape, or one of a wrong rank
         declared = [ir.SymbolicDim(None)] * len(outer)
     shape = [
         dim if size is None or not isinstance(dim, int) else size for dim, size in zip(declared, outer, strict=True)

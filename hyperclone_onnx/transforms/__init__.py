@@ -1,5 +1,5 @@
-"""Transforms of the source graph, which come before any growth.
+"""Transforms the source graph before it grows.
 
-In: the path of a source, and the steps that a plan records. Out: the normalised graph, transformed; it computes what
-the file computes, unless a step says that it does not.
+In: the path of a source file, and the steps that a plan records. Out: the normalised and transformed graph. It computes
+the same as the file, unless a step says that it does not.
 """

@@ -1,4 +1,4 @@
-"""The transform that changes nothing: the smallest example of one."""
+"""The transform that changes nothing: the smallest example of a transform."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from hyperclone_onnx.transforms.registry import transform
 
 @transform("identity")
 def identity(model: ir.Model, options: Mapping[str, Any]) -> ir.Model:
-    """The graph as it is. It has no options."""
+    """Return the graph unchanged. This transform has no options."""
     return model

@@ -1,4 +1,4 @@
-"""The transforms by name. A new one is a function with `@transform`, in a module that `source.py` imports."""
+"""The registry of transforms. A new transform is a function with `@transform`, in a module that `source.py` imports."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.plan.plans import TransformStep
 
 Transform = Callable[[ir.Model, Mapping[str, Any]], ir.Model]
-"""Makes a graph from a normalised one, which it may change. The result is normalised as well."""
+"""(normalised graph, options) -> normalised graph. It may change its argument."""
 
 _transforms: dict[str, Transform] = {}
 
 
 def transform(name: str) -> Callable[[Transform], Transform]:
-    """Register a transform under the name that plans have it by.
+    """Register a transform under the name that plans use for it.
 
     Raises:
-        ValueError: there is one of that name.
+        ValueError: a transform of that name is registered already.
     """
 
     def register(function: Transform) -> Transform:
@@ -33,7 +33,7 @@ def transform(name: str) -> Callable[[Transform], Transform]:
 
 
 def transformed(model: ir.Model, steps: Iterable[TransformStep]) -> ir.Model:
-    """A normalised graph after some steps, in order.
+    """Apply the steps of a plan to a normalised graph, in order. The graph may be changed.
 
     Raises:
         BadModel: this release does not have one of the transforms.

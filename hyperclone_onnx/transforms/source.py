@@ -1,4 +1,4 @@
-"""The source of a growth: a file, read, normalised and transformed. Every command takes it from here."""
+"""Reads the source of a growth from its file, normalises it and transforms it, for every command."""
 
 from __future__ import annotations
 
@@ -25,16 +25,21 @@ class Source:
     path: Path
     model: ir.Model
     stamps: Mapping[Path, Stamp]
-    """Each file, with what tells it from another version of it."""
+    """For each file, the stamp that tells whether the file was changed."""
     transforms: tuple[TransformStep, ...] = ()
 
 
 def source_of(path: str | os.PathLike[str], transforms: Iterable[TransformStep] = ()) -> Source:
-    """Read a source, normalise it and apply the transforms that a plan records.
+    """Read a source file, normalise its graph, and apply the transforms that a plan records.
+
+    Args:
+        path: the model file.
+        transforms: the steps, in order.
 
     Raises:
-        BadModel: the file is not a readable, complete ONNX model, or a transform is not known.
-        Refused: its opset is too old, or a transform cannot be applied to it.
+        BadModel: the file is not a readable, complete ONNX model, or was changed while being read, or this release
+            does not have one of the transforms.
+        Refused: the opset of the model is too old, or a transform cannot be applied to it.
     """
     file, steps = Path(path), tuple(transforms)
     before = loading.stamps({file.resolve()}) if file.is_file() else {}
@@ -45,6 +50,6 @@ def source_of(path: str | os.PathLike[str], transforms: Iterable[TransformStep] 
         model = transformed(normalise(model), steps)
     except (BadModel, Refused) as problem:
         raise type(problem)(f"{file}: {problem}") from problem
-    except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
+    except Exception as problem:  # a malformed graph may lead to an exception of any class in the passes of onnx_ir
         raise BadModel(f"{file}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     return Source(file, model, stamps, steps)
