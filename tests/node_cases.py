@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +109,15 @@ def check(case: Any, framework: str) -> None:
 def run(model: ir.Model, framework: str, inputs: list[Array]) -> list[Array]:
     """What a model makes of its inputs in a framework, in 64 bits where the model says so."""
     from hyperclone_onnx.frameworks.compiled_model import compile_model
-    from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
+    from hyperclone_onnx.frameworks.compiling.application import Application
+    from hyperclone_onnx.frameworks.compiling.naming import nested
 
     with _wide(framework):
-        xp = import_module(f"hyperclone_onnx.frameworks.compiling.namespaces.{framework}")
-        compiled_model = compile_model(model)
-        program = compiled_model.program
-        source = function_source("run", "weights", program.body, lambda path: f"weights[{path!r}]", str)
-        weights = {w.path: _put(framework, compiled_model.tensors[w.initializer].numpy()) for w in program.weights}
-        given = [_put(framework, each) for each in inputs]
-        given = [xp.numbers(v) if each.host else v for each, v in zip(program.inputs, given, strict=True)]
-        return [_get(framework, each) for each in compiled(source, framework)(weights, *given)]
+        compiled = compile_model(model)
+        tensors = {w.path: _put(framework, compiled.tensors[w.initializer].numpy()) for w in compiled.program.weights}
+        apply = Application(compiled.program, nested(tensors), framework)
+        made = apply({}, *(_put(framework, array) for array in inputs))
+        return [_get(framework, array) for array in (made.values() if isinstance(made, dict) else [made])]
 
 
 def _compare(got: Array, want: Array, rtol: float, atol: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import onnx_ir as ir
 
@@ -100,25 +99,3 @@ def _grown(model: PathLike, plan: Plan | PathLike) -> ir.Model:
 def _with_role(weight: Weight, asked: Reasons) -> Weight:
     role, reason = asked.get(weight.initializer, (weight.role, weight.reason))
     return replace(weight, role=role, reason=reason)
-
-
-def bind(program: Program, positional: Sequence[Any], named: dict[str, Any]) -> list[Any]:
-    """The values of a program's inputs in its order; they are given by position and by name.
-
-    Raises:
-        BadRequest: one is missing, unknown, or given twice.
-    """
-    names = [entry.name for entry in program.inputs]
-    if len(positional) > len(names):
-        raise BadRequest(f"{len(positional)} inputs given, the model has {len(names)}: {', '.join(names)}")
-    given = dict(zip(names, positional, strict=False))
-    for name, value in named.items():
-        if name not in names:
-            raise BadRequest(f"the model has no input {name!r}; it has {', '.join(names)}")
-        if name in given:
-            raise BadRequest(f"the input {name!r} is given twice")
-        given[name] = value
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise BadRequest(f"the model's inputs {', '.join(missing)} are missing")
-    return [given[name] for name in names]

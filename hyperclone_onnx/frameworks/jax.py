@@ -9,18 +9,17 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.compiled_model import PathLike, bind, compile_model
-from hyperclone_onnx.frameworks.compiling.blocks import block_paths
+from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
+from hyperclone_onnx.frameworks.compiling.application import Application
 from hyperclone_onnx.frameworks.compiling.naming import nested
-from hyperclone_onnx.frameworks.compiling.program import Program, Weight
-from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
+from hyperclone_onnx.frameworks.compiling.program import Weight
 from hyperclone_onnx.frameworks.slices import read_slice, read_whole
 from hyperclone_onnx.plan.plans import Plan
 
 try:
     import jax
 
-    from hyperclone_onnx.frameworks.compiling.namespaces import jax as namespace
+    from hyperclone_onnx.frameworks.compiling.namespaces import jax as _namespace  # noqa: F401 - says what is missing
 except ImportError as problem:
     raise MissingExtra("jax", problem) from problem
 
@@ -72,7 +71,7 @@ def load(
             kind[weight.path] = read_whole(tensor)
         else:
             kind[weight.path] = _in_parts(tensor, place(weight.path, weight.shape), weight)
-    return _Apply(compiled_model.program, nested(constants)), nested(params)
+    return Application(compiled_model.program, nested(constants), "jax"), nested(params)
 
 
 def _in_parts(tensor: ir.TensorProtocol, sharding: Any, weight: Weight) -> Any:
@@ -97,45 +96,3 @@ def _over(mesh: Any) -> Placement:
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     return place
-
-
-class _Apply:
-    """The graph as a pure function of its parameters and inputs; `code` is its source."""
-
-    def __init__(self, program: Program, constants: Params) -> None:
-        self.program = program
-        self.constants = constants
-        self.code = function_source("apply", "weights", program.body, _item, _called(program))
-        self._function = compiled(self.code, "jax")
-        self._blocks = tuple(
-            compiled(function_source("block", "weights", body, _item, _item), "jax") for body in program.blocks
-        )
-
-    def __call__(self, params: Params, /, *inputs: Any, **named: Any) -> Any:
-        given = bind(self.program, inputs, named)
-        given = [
-            namespace.numbers(value) if each.host and not isinstance(value, int | tuple) else value
-            for each, value in zip(self.program.inputs, given, strict=True)
-        ]
-        weights = _merged(params, self.constants) | {"blocks": self._blocks}
-        values = self._function(weights, *given)
-        names = self.program.outputs
-        return values[0] if len(names) == 1 else dict(zip(names, values, strict=True))
-
-
-def _item(path: str) -> str:
-    """How the source reads a stored tensor, or a layer's tensors."""
-    return "weights" + "".join(f"[{part!r}]" for part in path.split("."))
-
-
-def _called(program: Program) -> Callable[[str], str]:
-    blocks = dict(block_paths(program))
-    return lambda path: f'partial(weights["blocks"][{blocks[path]}], {_item(path)})'
-
-
-def _merged(one: Params, other: Params) -> Params:
-    """Two nested dicts as one."""
-    both = {**other, **one}
-    for name in one.keys() & other.keys():
-        both[name] = _merged(one[name], other[name])
-    return both

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.compiled_model import CompiledModel, PathLike, bind, compile_model
+from hyperclone_onnx.frameworks.compiled_model import CompiledModel, PathLike, compile_model
+from hyperclone_onnx.frameworks.compiling.application import bind
 from hyperclone_onnx.frameworks.compiling.blocks import block_paths
 from hyperclone_onnx.frameworks.compiling.program import Body, Program, Weight
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
