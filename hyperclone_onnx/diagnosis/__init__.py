@@ -1,6 +1,6 @@
-"""How far the clones of a grown model have parted: in its weights, in its activations, layer by layer.
+"""Measures how far the clones of a grown model differ: in its weights and in its activations, layer by layer.
 
-In: a grown file, perhaps trained since, and its plan. Out: distances and ranks by tensor, layer and role, and a
+In: a grown file, perhaps trained after growth, and its plan. Out: distances and ranks by tensor, layer and role, and a
 verdict.
 
 >>> from hyperclone_onnx.diagnosis import diagnose

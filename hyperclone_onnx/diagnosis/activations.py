@@ -1,8 +1,9 @@
-"""How far the clones' activations are apart, on sample inputs.
+"""Measures how far the activations of clones differ, on sample inputs.
 
-What is measured are the results of contractions, what several nodes read (the residual stream), and outputs, where
-they have clones; not what is computed inside the bodies of Loop and Scan. Every value is compared as `distance.py`
-says, over all rows and places together, and dropped; so many values are had from one run as fit in `BUDGET`.
+Three kinds of values are measured if they have clones: the results of contractions, values that several nodes read (the
+residual stream), and outputs of the model. Values inside the bodies of Loop and Scan are not measured. The distance of
+a value is that of `distance.py`, over all its rows and places together. A run returns only as many values as fit in
+`BUDGET`, so that several runs may be needed.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from hyperclone_onnx.validation.unrounded import unrounded
 from hyperclone_onnx.validation.wide import save_wide
 
 BUDGET = 256 << 20
-"""Bytes of activations that one run may give."""
+"""The most bytes of activations that one run returns."""
 
 DEFAULT_LENGTHS = (2, 32)
-"""The batch and the length that are tried first."""
+"""The first batch size and sequence length to try."""
 
 DEEPEST = 4
-"""How deep in one another Ifs are looked into."""
+"""The depth to which nested Ifs are replaced by their branches."""
 
-_NOTHING = Plan({}, {}, (), (), (), (), Strategy())
+_EMPTY_PLAN = Plan({}, {}, (), (), (), (), Strategy())
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class ValueSpread:
 
 
 def without_branches(analysis: Analysis) -> Analysis:
-    """The model with the larger branch of every If in its place: what is in a body cannot be looked at."""
+    """The model with every If replaced by its larger branch, because values in a body cannot be outputs of a run."""
     model = analysis.model
     for _ in range(DEEPEST):
-        taken = tuple(TakeBranch(node.name or "", _larger(node)) for node in model.graph if node.op_type == "If")
-        if not taken:
+        edits = tuple(TakeBranch(node.name or "", _larger(node)) for node in model.graph if node.op_type == "If")
+        if not edits:
             return analysis
-        model = rewrite(model, replace(_NOTHING, edits=taken))
+        model = rewrite(model, replace(_EMPTY_PLAN, edits=edits))
         dimensions = infer(model)
         pin_interface(dimensions)
         analysis = replace(analysis, model=model, dimensions=dimensions)
@@ -74,10 +75,10 @@ def _larger(node: ir.Node) -> str:
 
 
 def measured_values(analysis: Analysis, axes: ValueAxes) -> dict[ir.Value, list[list[Factor]]]:
-    """The values that are measured, in graph order, with the factors of their axes."""
+    """The values to measure, in the order of the graph, with the factors of each of their axes."""
     dimensions, graph = analysis.dimensions, analysis.model.graph
-    contractions = {each.node for each in dimensions.sums}
-    found: dict[ir.Value, list[list[Factor]]] = {}
+    contractions = {summation.node for summation in dimensions.sums}
+    measured: dict[ir.Value, list[list[Factor]]] = {}
     for node in graph:
         for value in node.outputs:
             floating = value.dtype is None or value.dtype.is_floating_point()
@@ -85,9 +86,9 @@ def measured_values(analysis: Analysis, axes: ValueAxes) -> dict[ir.Value, list[
                 continue
             if node in contractions or len(value.uses()) > 1 or value.is_graph_output():
                 factors = axes.factors(value)
-                if factors is not None and all(sum(each.size is None for each in axis) < 2 for axis in factors):
-                    found[value] = factors
-    return found
+                if factors is not None and all(sum(factor.size is None for factor in axis) < 2 for axis in factors):
+                    measured[value] = factors
+    return measured
 
 
 def samples(
@@ -96,9 +97,15 @@ def samples(
     seed: int = 0,
     lengths: tuple[int, int] | None = None,
 ) -> Iterator[inputs.Case]:
-    """Inputs to try, in order: of the lengths asked for, otherwise of moderate and then of short ones.
+    """Random inputs to try, in order: of the given lengths, or else first of moderate and then of short lengths.
 
-    What grew on the interface holds clones that are alike.
+    Where an input grew, the clones in it are equal.
+
+    Args:
+        analysis: the analysis of the grown model.
+        plan: its plan.
+        seed: the seed of the inputs.
+        lengths: the batch size and the sequence length.
     """
     cases = inputs.cases(analysis.dimensions, seed, lengths=[lengths or DEFAULT_LENGTHS])
     for case in cases if lengths else (*cases, *inputs.cases(analysis.dimensions, seed)):
@@ -106,7 +113,7 @@ def samples(
 
 
 def alike(feeds: Mapping[str, Array], plan: Plan) -> dict[str, Array]:
-    """The same inputs with the first clone of each unit in the place of all, where inputs grew."""
+    """The inputs with equal clones: where an input grew, all clones of a unit get the values of its first clone."""
     result = dict(feeds)
     for interface in () if plan.keep_interface else plan.inputs:
         for axis, factors in enumerate(interface.axes):
@@ -121,10 +128,10 @@ def alike(feeds: Mapping[str, Array], plan: Plan) -> dict[str, Array]:
 
 
 def given_inputs(path: str | os.PathLike[str], model: ir.Model) -> inputs.Case:
-    """The inputs in an .npz file, by name.
+    """The inputs in an .npz file, by name, converted to the types of the model's inputs.
 
     Raises:
-        BadRequest: it cannot be read, or lacks an input of the model.
+        BadRequest: the file cannot be read, or lacks an input of the model.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -133,18 +140,18 @@ def given_inputs(path: str | os.PathLike[str], model: ir.Model) -> inputs.Case:
         raise BadRequest(
             f"--inputs {path}: not a readable .npz file ({type(problem).__name__}: {problem})"
         ) from problem
-    wanted = {value.name or "": value for value in model.graph.inputs}
-    missing = sorted(set(wanted) - set(feeds))
+    model_inputs = {value.name or "": value for value in model.graph.inputs}
+    missing = sorted(set(model_inputs) - set(feeds))
     if missing:
         raise BadRequest(
             f"--inputs {path}: it lacks {', '.join(map(repr, missing))}; the model's inputs are "
-            f"{', '.join(map(repr, wanted))}"
+            f"{', '.join(map(repr, model_inputs))}"
         )
-    made: dict[str, Array] = {}
-    for name, value in wanted.items():
+    arrays: dict[str, Array] = {}
+    for name, value in model_inputs.items():
         array = feeds[name]
-        made[name] = array if value.dtype is None else array.astype(value.dtype.numpy())
-    return inputs.Case(f"{path}", made)
+        arrays[name] = array if value.dtype is None else array.astype(value.dtype.numpy())
+    return inputs.Case(f"{path}", arrays)
 
 
 def measure(
@@ -154,37 +161,37 @@ def measure(
     device: Device = "auto",
     widened: bool = False,
 ) -> tuple[list[ValueSpread], str]:
-    """Run the model on the first inputs on which it runs, and compare the clones in each of the values.
+    """Run the model on the first inputs on which it can run, and compare the clones in each value.
 
     Args:
-        analysis: of the grown model.
-        values: to compare, with the factors of their axes.
-        cases: inputs to try.
-        device: where to run.
-        widened: whether to run it in float32 and without rounding activations to codes, from a temporary file.
+        analysis: the analysis of the grown model.
+        values: the values to compare, with the factors of their axes.
+        cases: the inputs to try, in order.
+        device: the device on which the model runs.
+        widened: run the model in float32, and without rounding activations to codes, from a temporary file.
 
     Returns:
-        What was found of each value, and what ran on which inputs.
+        The spread of the clones of each value, and a text that names the provider and the inputs.
 
     Raises:
-        Refused: it runs on none of the inputs.
-        BadRequest: the device is not to be had.
+        Refused: the model runs on none of the inputs.
+        BadRequest: the device is not available.
     """
     refusal = "no inputs could be made for it"
     for case in cases:
-        found: list[ValueSpread] = []
+        spreads: list[ValueSpread] = []
         provider = ""
         try:
             for batch in _batches(values, case):
                 with _runner(analysis, batch, device, widened) as runner:
                     provider = runner.provider
-                    got = runner.run(inputs.in_float32(case.feeds) if widened else case.feeds)
+                    results = runner.run(inputs.in_float32(case.feeds) if widened else case.feeds)
                 for value in batch:
-                    made = spread_of(got.pop(value.name or ""), values[value])
-                    if made is not None:
-                        dims = (name for axis in values[value] for each in axis for name in each.dims)
-                        found.append(ValueSpread(value, tuple(dict.fromkeys(dims)), made))
-            return found, f"{provider}{' in float32' if widened else ''}, {case.label}"
+                    spread = spread_of(results.pop(value.name or ""), values[value])
+                    if spread is not None:
+                        dims = (name for axis in values[value] for factor in axis for name in factor.dims)
+                        spreads.append(ValueSpread(value, tuple(dict.fromkeys(dims)), spread))
+            return spreads, f"{provider}{' in float32' if widened else ''}, {case.label}"
         except RuntimeError as problem:
             refusal = f"{case.label}: {problem}"
     raise Refused(
@@ -194,33 +201,33 @@ def measure(
 
 
 def spread_of(array: Array, factors: list[list[Factor]]) -> Spread | None:
-    """The spread of an activation's clones; None where its shape is not what its axes say."""
+    """The spread of the clones of an activation; None for integers, and where its shape contradicts its axes."""
     if array.ndim != len(factors) or array.dtype.kind in "iub":
         return None
     shape: list[int] = []
     flat: list[Factor] = []
     for size, axis in zip(array.shape, factors, strict=True):
-        known = math.prod(each.size for each in axis if each.size is not None)
-        unknown = any(each.size is None for each in axis)
+        known = math.prod(factor.size for factor in axis if factor.size is not None)
+        unknown = any(factor.size is None for factor in axis)
         if known == 0 or size % known or (not unknown and size != known):
             return None
-        shape += [size // known if each.size is None else each.size for each in axis]
+        shape += [size // known if factor.size is None else factor.size for factor in axis]
         flat += axis
-    grown = [i for i, each in enumerate(flat) if each.source is not None]
-    others = [i for i in range(len(flat)) if i not in grown]
-    units = joint([source for i in grown if (source := flat[i].source) is not None])
-    turned = array.reshape(shape).transpose(*others, *grown)
-    return spread_along(turned.reshape(-1, len(units)), units)
+    grown = [place for place, factor in enumerate(flat) if factor.source is not None]
+    kept = [place for place in range(len(flat)) if place not in grown]
+    units = joint([source for place in grown if (source := flat[place].source) is not None])
+    grown_last = array.reshape(shape).transpose(*kept, *grown)
+    return spread_along(grown_last.reshape(-1, len(units)), units)
 
 
 def _batches(values: Mapping[ir.Value, Any], case: inputs.Case) -> list[list[ir.Value]]:
-    """The values in as many lots as keep each under the budget, by their sizes at a guess."""
+    """Divide the values into batches whose estimated sizes are within the budget."""
     tokens = max((array.size for array in case.feeds.values() if array.dtype.kind in "iu"), default=1024)
     batches: list[list[ir.Value]] = [[]]
     used = 0
     for value, factors in values.items():
-        unknown = sum(each.size is None for axis in factors for each in axis)
-        static = math.prod(each.size for axis in factors for each in axis if each.size is not None)
+        unknown = sum(factor.size is None for axis in factors for factor in axis)
+        static = math.prod(factor.size for axis in factors for factor in axis if factor.size is not None)
         size = 4 * static * tokens * (tokens if unknown > 2 else 1)
         if used and used + size > BUDGET:
             batches.append([])
@@ -231,12 +238,12 @@ def _batches(values: Mapping[ir.Value, Any], case: inputs.Case) -> list[list[ir.
 
 
 @contextmanager
-def _runner(analysis: Analysis, wanted: Sequence[ir.Value], device: Device, widened: bool) -> Iterator[Runner]:
-    """A session that gives some values besides the model's outputs, its weights where they lie."""
+def _runner(analysis: Analysis, values: Sequence[ir.Value], device: Device, widened: bool) -> Iterator[Runner]:
+    """A session that returns the given values besides the model's outputs. It reads the weights from their files."""
     model = analysis.model
     outputs = list(model.graph.outputs)
     try:
-        model.graph.outputs.extend(value for value in wanted if value not in outputs)
+        model.graph.outputs.extend(value for value in values if value not in outputs)
         if widened:
             with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
                 path = Path(folder) / "widened.onnx"
@@ -244,7 +251,7 @@ def _runner(analysis: Analysis, wanted: Sequence[ir.Value], device: Device, wide
                 yield Runner(path, device)
             return
         message = ir.to_proto(model).SerializeToString()
-    except ValueError as problem:  # a protobuf ends at 2 GB
+    except ValueError as problem:  # a protobuf message has at most 2 GB
         raise Refused(f"{analysis.path}: its activations cannot be had ({problem}); use --no-activations") from problem
     finally:
         model.graph.outputs[:] = outputs

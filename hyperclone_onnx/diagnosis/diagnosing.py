@@ -1,4 +1,4 @@
-"""Diagnosing a grown model file: weights, activations, ranks, verdict."""
+"""Diagnoses a grown model file: its weights, its activations, its ranks, and a verdict."""
 
 from __future__ import annotations
 
@@ -40,68 +40,70 @@ def diagnose(
     device: Device = "auto",
     notify: Notify | None = None,
 ) -> Diagnosis:
-    """Tell how far the clones of a grown model have parted.
+    """Measure how far the clones of a grown model differ.
 
     Args:
-        model: the grown file, as it was written or with trained weights (`absorb` keeps the plan that is in it).
-        source: the small model's file, whose ranks the grown matrices' are compared with.
-        activations: whether to run the model; without it the weights alone are judged.
-        plan: how it was grown, where the file does not say: a plan, or the file that ``expand --plan-out`` wrote.
-        inputs: an .npz file with the model's inputs by name; otherwise they are random.
-        lengths: the batch and the length of random inputs.
-        seed: draws random inputs.
-        ranks: whether to compute effective ranks, which takes most of the time of a large model.
-        device: where to run.
-        notify: is told of each stage.
+        model: the grown file, as `expand` wrote it or with trained weights (`absorb` keeps the plan in the file).
+        source: the file of the small model. The ranks of the grown matrices are compared with the ranks of its own.
+        activations: whether to run the model. Otherwise only the weights are compared.
+        plan: the plan by which the model was grown, if the file does not contain it: a plan, or the file that
+            ``expand --plan-out`` wrote.
+        inputs: an .npz file with the model's inputs by name. By default the inputs are random.
+        lengths: the batch size and the sequence length of random inputs.
+        seed: the seed of random inputs.
+        ranks: whether to compute effective ranks. For a large model they take most of the time.
+        device: the device on which the model runs.
+        notify: called with the name of each stage when it begins.
 
     Raises:
-        BadRequest: there is no plan, or the inputs do not fit.
-        BadModel: a file cannot be read, or is not what the plan grew.
+        BadRequest: there is no plan, or the inputs do not fit the model.
+        BadModel: a file cannot be read, or the model was not grown by this plan.
         Refused: the model runs on none of the inputs.
     """
     say = notify or tell_nobody
     say("reading")
     path = Path(model)
     grown = loading.load(path)
-    how = _plan_of(path, grown, plan)
+    plan_used = _plan_of(path, grown, plan)
     analysis = analyse(path) if activations else None
-    small = None if source is None else load_source(Path(source), how)
-    planned = None if small is None or not activations else activations_of(small.dimensions, how)
-    layers = find_layers(grown, how)
+    small = None if source is None else load_source(Path(source), plan_used)
+    planned = None if small is None or not activations else activations_of(small.dimensions, plan_used)
+    layers = find_layers(grown, plan_used)
     notes: list[str] = []
-    if small is not None and how.source and how.source.get("weights") != provenance(small.model, {})["weights"]:
+    recorded = plan_used.source
+    if small is not None and recorded and recorded.get("weights") != provenance(small.model, {})["weights"]:
         notes.append(f"{source} holds other weights than those that were grown: ranks are compared with its own")
     say("comparing weights")
-    tensors = compare_tensors(path, grown, how, layers)
+    tensors = compare_tensors(path, grown, plan_used, layers)
     if ranks:
         say("computing ranks")
-        tensors = with_ranks(tensors, grown, how, None if small is None else small.model)
+        tensors = with_ranks(tensors, grown, plan_used, None if small is None else small.model)
     measured = Measured()
     if analysis is not None:
         say("running")
-        measured = compare_values(analysis, how, layers, Sampling(inputs, lengths, seed, device), planned)
+        measured = compare_values(analysis, plan_used, layers, Sampling(inputs, lengths, seed, device), planned)
     tied = lasting(tensors)
     by_layer = _by_layer(layers.names, tensors, measured, tied)
-    by_role = _by_role({name: dim.role for name, dim in how.dims.items()}, tensors, measured, tied)
-    forward, backward = (over_elements(tensors, which) or 0.0 for which in ("forward", "backward"))
+    by_role = _by_role({name: dim.role for name, dim in plan_used.dims.items()}, tensors, measured, tied)
+    forward, backward = (over_elements(tensors, distance) or 0.0 for distance in ("forward", "backward"))
     activated = over_values(measured.values)
     stuck, conclusion = conclude(
         by_layer,
         by_role,
-        how.strategy.to_json(),
+        plan_used.strategy.to_json(),
         max(forward, backward, activated or 0.0),
-        any(each.quantised for each in tensors),
+        any(tensor.quantised for tensor in tensors),
     )
     return Diagnosis(
         model=str(path),
         source=None if source is None else str(source),
-        strategy=how.strategy.to_json(),
+        strategy=plan_used.strategy.to_json(),
         weights=over_elements(tensors, "matched") or 0.0,
         forward=forward,
         backward=backward,
         activations=math.nan if activated is None else activated,
         stuck=stuck,
-        tied=tuple(name for name in how.dims if name in tied),
+        tied=tuple(name for name in plan_used.dims if name in tied),
         conclusion=conclusion,
         layers=by_layer,
         roles=by_role,
@@ -114,6 +116,12 @@ def diagnose(
 
 
 def _plan_of(path: Path, grown: ir.Model, given: PathLike | Plan | None) -> Plan:
+    """The given plan, or else the plan that the grown model carries.
+
+    Raises:
+        BadRequest: there is neither.
+        BadModel: the plan cannot be read.
+    """
     if isinstance(given, Plan):
         return given
     if given is not None:
@@ -133,33 +141,34 @@ def _plan_of(path: Path, grown: ir.Model, given: PathLike | Plan | None) -> Plan
 def _by_layer(
     names: Sequence[str], tensors: Sequence[TensorDiagnosis], measured: Measured, tied: frozenset[str]
 ) -> tuple[PartDiagnosis, ...]:
-    """The layers that have anything, in order."""
-    found = []
+    """The diagnosis of each layer that has grown tensors or measured values, in order."""
+    parts = []
     for name in names:
-        own = [each for each in tensors if each.layer == name]
-        computed = [each for each in measured.values if each.layer == name]
-        if own or computed:
-            dims = _dims(own) | _dims(computed)
-            found.append(part(name, own, computed, measured.tolerance, tied.issuperset(dims)))
-    return tuple(found)
+        stored = [tensor for tensor in tensors if tensor.layer == name]
+        computed = [value for value in measured.values if value.layer == name]
+        if stored or computed:
+            dims = _dims(stored) | _dims(computed)
+            parts.append(part(name, stored, computed, measured.tolerance, tied.issuperset(dims)))
+    return tuple(parts)
 
 
 def _by_role(
     roles: Mapping[str, str], tensors: Sequence[TensorDiagnosis], measured: Measured, tied: frozenset[str]
 ) -> tuple[PartDiagnosis, ...]:
-    """The roles of which any dimension occurs; of each tensor the sides that have one of them."""
-    found = []
+    """The diagnosis of each role of which a dimension occurs. A tensor counts on the sides that have the role."""
+    parts = []
     for role in dict.fromkeys(roles.values()):
-        dims = {name for name, own in roles.items() if own == role}
-        own = [_side(each, dims) for each in tensors if dims & _dims([each])]
-        computed = [each for each in measured.values if dims & _dims([each])]
-        if own or computed:
-            here = dims & (_dims(own) | _dims(computed))
-            found.append(part(role, own, computed, measured.tolerance, tied.issuperset(here)))
-    return tuple(found)
+        dims = {name for name, role_of_name in roles.items() if role_of_name == role}
+        stored = [_side(tensor, dims) for tensor in tensors if dims & _dims([tensor])]
+        computed = [value for value in measured.values if dims & _dims([value])]
+        if stored or computed:
+            present = dims & (_dims(stored) | _dims(computed))
+            parts.append(part(role, stored, computed, measured.tolerance, tied.issuperset(present)))
+    return tuple(parts)
 
 
 def _side(tensor: TensorDiagnosis, dims: set[str]) -> TensorDiagnosis:
+    """A tensor's diagnosis without the distances of the sides that have none of the dimensions."""
     if not dims.intersection(tensor.others):
         tensor = replace(tensor, forward=None, plain_forward=None)
     if not dims.intersection(tensor.inputs):
@@ -168,4 +177,4 @@ def _side(tensor: TensorDiagnosis, dims: set[str]) -> TensorDiagnosis:
 
 
 def _dims(parts: Sequence[TensorDiagnosis] | Sequence[ValueDiagnosis]) -> set[str]:
-    return {dim for each in parts for dim in each.dims}
+    return {dim for diagnosis in parts for dim in diagnosis.dims}

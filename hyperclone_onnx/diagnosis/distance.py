@@ -1,11 +1,11 @@
-"""How far clones are apart: sums of squares that add up, over blocks of a tensor as over tensors.
+"""The distance of clones, computed from two sums of squares, which can be added over blocks and over tensors.
 
-For vectors w_j, each a clone of the source unit m(j), with mean_i over the clones of unit i,
+The vector w_j is a clone of the source unit m(j), and mean_i is the mean of the clones of unit i. Then
 
     distance = sqrt( sum over j of |w_j - mean_m(j)|^2  /  sum over j of |w_j|^2 )
 
-which is 0 where all clones of each unit are the same, and sqrt(1 - 1/n) where the n clones of a unit have nothing in
-common (0.71 for two).
+The distance is 0 if all clones of each unit are equal. It is sqrt(1 - 1/n) if the n clones of a unit are orthogonal and
+of equal length (0.71 for two).
 """
 
 from __future__ import annotations
@@ -25,27 +25,30 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Spread:
-    """The two sums of squares that a distance is made of."""
+    """The two sums of squares of a distance."""
 
     within: float = 0.0
-    """Of the clones' differences from the mean of their unit."""
+    """The sum of squares of the clones' differences from the mean of their unit."""
     power: float = 0.0
-    """Of the clones themselves."""
+    """The sum of squares of the clones themselves."""
 
     def __add__(self, other: Spread) -> Spread:
         return Spread(self.within + other.within, self.power + other.power)
 
     @property
     def distance(self) -> float | None:
-        """The relative distance; None where all clones are zero, or there are none."""
+        """The distance; None where all clones are zero, or there are no clones."""
         return math.sqrt(self.within / self.power) if self.power > 0.0 else None
 
 
 def groups_of(source: Indices) -> list[Indices]:
-    """The places of each unit's clones: for each number of clones, an array of shape (units, clones).
+    """The places of each unit's clones.
 
     Args:
-        source: the unit of each place.
+        source: the unit of each place, shape (places,).
+
+    Returns:
+        For each number of clones that occurs, an array of shape (units, clones).
     """
     order = np.argsort(source, kind="stable")
     _, first, counts = np.unique(source[order], return_index=True, return_counts=True)
@@ -53,7 +56,7 @@ def groups_of(source: Indices) -> list[Indices]:
 
 
 def joint(sources: Sequence[Indices]) -> Indices:
-    """The source index of several axes taken as one, outermost first; of no axis, that of a single index."""
+    """The source index of several axes that form one, outermost first. No axes form an axis of one index."""
     total = np.zeros(1, dtype=np.int64)
     for source in sources:
         size = int(source.max()) + 1 if len(source) else 0
@@ -62,11 +65,11 @@ def joint(sources: Sequence[Indices]) -> Indices:
 
 
 def spread(clones: Array, power: float | None = None) -> Spread:
-    """The spread over the first axis, which numbers the clones of a unit: exactly 0 where they are the same.
+    """The spread of clones along the first axis. It is exactly 0 where they are equal.
 
     Args:
         clones: shape (clones, ...).
-        power: their sum of squares, where it is known.
+        power: the sum of squares of the clones, if it is known.
     """
     from_first = clones[1:] - clones[:1]
     within = squared(from_first)
@@ -75,17 +78,17 @@ def spread(clones: Array, power: float | None = None) -> Spread:
 
 
 def squared(array: Array) -> float:
-    """The sum of squares, by this thread alone."""
+    """The sum of squares. It is computed in this thread: callers have threads of their own."""
     flat = np.ascontiguousarray(array).reshape(-1)
     return float(np.einsum("i,i->", flat, flat))
 
 
 def spread_along(values: Array, source: Indices) -> Spread:
-    """The spread of the clones along the last axis of an array; what is not finite counts as zero.
+    """The spread of the clones along the last axis of an array. Values that are not finite count as zero.
 
     Args:
         values: shape (..., places).
-        source: the unit of each place.
+        source: the unit of each place, shape (places,).
     """
     total = Spread()
     for group in groups_of(source):

@@ -1,4 +1,4 @@
-"""What a diagnosis says, as frozen data."""
+"""The result of a diagnosis, as frozen data."""
 
 from __future__ import annotations
 
@@ -8,67 +8,73 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 SCHEMA = 1
-"""The version of `Diagnosis.to_json`."""
+"""The version of the data that `Diagnosis.to_json` returns."""
 
 Verdict = Literal["tied", "ready", "parting", "parted", "unknown"]
-"""Of clones: they compute the same, and always will; they compute the same, and training will part them; they differ a
-little; they differ. Unknown where nothing could be compared."""
+"""The verdict on clones.
+
+* tied: they compute the same, and will do so for ever;
+* ready: they compute the same, and training will make them differ;
+* parting: they differ a little;
+* parted: they differ;
+* unknown: nothing could be compared.
+"""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The effective rank of a matrix: exp of the entropy of its singular values, each as a part of their sum."""
+    """The effective rank of a matrix: exp of the entropy of its singular values, divided by their sum (see `rank`)."""
 
     effective: float
     stable: float
-    """The sum of squared singular values over the largest of them squared."""
+    """The sum of the squared singular values, divided by the largest of them."""
     largest: int
-    """What no rank exceeds: the smaller side."""
+    """The largest possible rank: the smaller side of the matrix."""
     source: float | None
-    """The effective rank of the source's matrix."""
+    """The effective rank of the source's matrix; None without a source."""
     by: str
-    """How it was computed: "exact", or "lanczos" for an estimate."""
+    """How the rank was computed: "exact", or "lanczos" for an estimate."""
 
 
 @dataclass(frozen=True)
 class TensorDiagnosis:
-    """How far the clones in a stored tensor are apart; distances are None where there is nothing to compare."""
+    """How far the clones in a stored tensor differ. A distance is None where there is nothing to compare."""
 
     name: str
     layer: str
     shape: tuple[int, ...]
     inputs: tuple[str, ...]
-    """The dimensions that grow among the axes that a contraction sums over."""
+    """The growing dimensions of the axes that a contraction sums over."""
     others: tuple[str, ...]
-    """Those among the other axes."""
+    """The growing dimensions of the other axes."""
     matched: float | None
     forward: float | None
     backward: float | None
     plain_forward: float | None
     plain_backward: float | None
     tolerance: float
-    """Rounding explains distances of weights up to this."""
+    """The largest distance of weights that rounding can explain."""
     rank: Rank | None = None
 
     @property
     def dims(self) -> tuple[str, ...]:
-        """All dimensions that grow in it."""
+        """All growing dimensions of the tensor."""
         return tuple(dict.fromkeys((*self.inputs, *self.others)))
 
     @property
     def quantised(self) -> bool:
-        """Whether its numbers are codes, which no rounding tells apart."""
+        """Whether the tensor has integer codes, which rounding does not change."""
         return self.tolerance == 0.0
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class ValueDiagnosis:
-    """How far the clones of an activation are apart."""
+    """How far the clones of an activation differ."""
 
     name: str
     layer: str
@@ -78,7 +84,7 @@ class ValueDiagnosis:
 
 @dataclass(frozen=True)
 class PartDiagnosis:
-    """A part of the model, a layer or the dimensions of one role, all its tensors and activations together."""
+    """All tensors and activations of one part of the model: of a layer, or of the dimensions of one role."""
 
     name: str
     tensors: int
@@ -88,40 +94,40 @@ class PartDiagnosis:
     backward: float | None
     activations: float | None
     rank: float | None
-    """The mean effective rank of its matrices, as a part of the source's, or else of the largest possible."""
+    """The mean effective rank of its matrices, divided by the source's, or else by the largest possible rank."""
     verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """How far the clones of a grown model have parted. `docs/diagnose.md` defines every number."""
+    """How far the clones of a grown model differ. `docs/diagnose.md` defines every number."""
 
     model: str
     source: str | None
     strategy: Mapping[str, Any]
     weights: float
-    """How far the weights of clones are apart, under the best matching: root mean square over elements."""
+    """The distance of the weights of clones, under the best matching: root mean square over elements."""
     forward: float
     backward: float
     activations: float
-    """How far the activations of clones are apart: root mean square over values; NaN where none was measured."""
+    """The distance of the activations of clones: root mean square over values; NaN where no value was measured."""
     stuck: bool
-    """Whether all clones compute the same and always will."""
+    """Whether all clones compute the same, and will do so for ever."""
     tied: tuple[str, ...]
-    """The dimensions whose clones compute the same and always will."""
+    """The dimensions whose clones compute the same, and will do so for ever."""
     conclusion: str
     layers: tuple[PartDiagnosis, ...]
     roles: tuple[PartDiagnosis, ...]
     tensors: tuple[TensorDiagnosis, ...]
     values: tuple[ValueDiagnosis, ...]
     tolerance: float
-    """Rounding explains distances of activations up to this; NaN where none was measured."""
+    """The largest distance of activations that rounding can explain; NaN where no value was measured."""
     ran_on: str
-    """What ran the model, and on which inputs."""
+    """The provider that ran the model, and the inputs."""
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The diagnosis as plain data: numbers are finite, what was not measured is None."""
+        """The diagnosis as plain data. Numbers that are not finite, and so were not measured, become None."""
         return {"schema": SCHEMA, **_plain(asdict(self))}
 
 
@@ -129,7 +135,7 @@ def _plain(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {key: _plain(value) for key, value in data.items()}
     if isinstance(data, tuple | list):
-        return [_plain(each) for each in data]
+        return [_plain(item) for item in data]
     if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
         return None
     return data

@@ -1,4 +1,4 @@
-"""The grown tensors of a model: how far the clones in each are apart, and its rank beside the source's."""
+"""Compares the clones in each grown tensor of a model, and computes its rank and that of the source's tensor."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ from hyperclone_onnx.tensors.packing import packed_width
 
 
 def compare_tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> list[TensorDiagnosis]:
-    """Each tensor that grew, with the distances of its clones.
+    """Compare the clones in each tensor that grew.
+
+    Args:
+        path: the grown file, for messages.
+        grown: the grown model.
+        plan: its plan.
+        layers: the layer of each tensor.
 
     Raises:
         BadModel: a tensor of the plan is missing, or has another shape.
     """
-    found: list[TensorDiagnosis] = []
+    diagnoses: list[TensorDiagnosis] = []
     for name, recipe in plan.tensors.items():
         if not recipe.grows:
             continue
@@ -55,7 +61,7 @@ def compare_tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> 
         if clones == 1:
             continue
         spreads = compare(read(tensor, recipe, table), table)
-        found.append(
+        diagnoses.append(
             TensorDiagnosis(
                 name,
                 layers.tensors[name],
@@ -70,7 +76,7 @@ def compare_tensors(path: Path, grown: ir.Model, plan: Plan, layers: Layers) -> 
                 tolerance=weight_tolerance(tensor.dtype, clones),
             )
         )
-    return found
+    return diagnoses
 
 
 def _packed_bytes(shape: tuple[int, ...], bits: int) -> int:
@@ -79,10 +85,11 @@ def _packed_bytes(shape: tuple[int, ...], bits: int) -> int:
 
 
 def load_source(path: Path, plan: Plan) -> Analysis:
-    """The model that the plan grew.
+    """Read and analyse the source of a plan.
 
     Raises:
-        BadRequest: it is another one.
+        BadRequest: the file is not the source of this plan.
+        BadModel, Refused: see `analyse`.
     """
     analysis = analyse(path, plan.transforms)
     try:
@@ -95,32 +102,39 @@ def load_source(path: Path, plan: Plan) -> Analysis:
 def with_ranks(
     tensors: list[TensorDiagnosis], grown: ir.Model, plan: Plan, source: ir.Model | None
 ) -> list[TensorDiagnosis]:
-    """The tensors with the ranks of those that are matrices of floating-point numbers."""
-    known: dict[tuple[Origin, object], float] = {}
-    found = []
-    for each in tensors:
-        recipe = plan.tensors[each.name]
-        tensor = _stored(grown, each.name)
+    """Add the ranks of all tensors that are matrices of floating-point numbers.
+
+    Args:
+        tensors: the diagnoses without ranks.
+        grown: the grown model.
+        plan: its plan.
+        source: the source model, for the ranks of its tensors; None for no source.
+    """
+    source_ranks: dict[tuple[Origin, object], float] = {}
+    ranked = []
+    for diagnosis in tensors:
+        recipe = plan.tensors[diagnosis.name]
+        tensor = _stored(grown, diagnosis.name)
         table = layout(recipe, plan.maps)
         if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8:
-            found.append(each)
+            ranked.append(diagnosis)
             continue
         matrix = as_matrix(read(tensor, recipe, table), table)
         if matrix is None:
-            found.append(each)
+            ranked.append(diagnosis)
             continue
-        made = spectrum(matrix)
-        before = None
+        grown_rank = spectrum(matrix)
+        source_rank = None
         if source is not None:
             key = recipe.origin, (recipe.axes, recipe.shared)
-            if key not in known:
+            if key not in source_ranks:
                 small = source_layout(recipe, plan.maps)
-                own = as_matrix(read(assemble(recipe.origin, source), recipe, small), small)
-                known[key] = 1.0 if own is None else spectrum(own).effective
-            before = known[key]
-        rank = Rank(made.effective, made.stable, min(matrix.shape), before, made.by)
-        found.append(replace(each, rank=rank))
-    return found
+                small_matrix = as_matrix(read(assemble(recipe.origin, source), recipe, small), small)
+                source_ranks[key] = 1.0 if small_matrix is None else spectrum(small_matrix).effective
+            source_rank = source_ranks[key]
+        rank = Rank(grown_rank.effective, grown_rank.stable, min(matrix.shape), source_rank, grown_rank.by)
+        ranked.append(replace(diagnosis, rank=rank))
+    return ranked
 
 
 def _stored(model: ir.Model, name: str) -> ir.TensorProtocol:

@@ -1,9 +1,9 @@
-"""Which indices of a grown model's activations are clones of one another.
+"""Says which indices of a grown model's activations are clones of one another.
 
-With the source at hand, planning knows the axes of every value (`planning.activations`). A grown file alone has a plan
-with the source maps of its tensors' axes. Then the grown graph is walked like any graph. Where an axis of a stored
-tensor is known both to the plan and to the walk, a dimension learns its map, and the axes of activations are made of
-such dimensions. A dimension that learns none is taken for kept: fewer clones are compared then, never others.
+If the source is given, planning computes the axes of every value (`planning.activations`). If there is only the grown
+file, its plan has the source maps of the axes of its tensors. The walk over the grown graph relates these axes to the
+axes of activations: both consist of dimensions. So the map of a dimension is learnt from the tensors, and used for the
+activations. A dimension without a map counts as one that did not grow. Then fewer clones are compared, but no wrong ones.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from hyperclone_onnx.rules.dimensions import Dimensions
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor of an axis: its length where that is known before running, and its source map where it grew."""
+    """A factor of an axis."""
 
     size: int | None
+    """Its length; None if it is known only when the model runs."""
     source: Indices | None
+    """The source index of each index; None if the factor did not grow."""
     dims: tuple[str, ...] = ()
+    """The dimensions of the plan of which it consists."""
 
 
 @dataclass
@@ -36,14 +39,18 @@ class ValueAxes:
     """The source maps of the dimensions of a grown graph."""
 
     dimensions: Dimensions
+    """The dimensions of the grown graph."""
     maps: Maps
+    """The source maps of the plan."""
     sources: dict[Dim, tuple[Indices, tuple[str, ...]]] = field(default_factory=dict)
+    """For a dimension of the graph, the source index of each index, and the dimensions of the plan."""
     contradicted: set[Dim] = field(default_factory=set)
+    """Dimensions for which two tensors give different maps. They count as dimensions without a map."""
     planned: Activations | None = None
-    """The axes by the name of the value, where the source was at hand."""
+    """The axes of each value by its name, if the source is given."""
 
     def factors(self, value: ir.Value) -> list[list[Factor]] | None:
-        """The factors of each axis of a value; None where no part of it grew, or its axes are not known."""
+        """The factors of each axis of a value; None if no factor grew, or the axes are not known."""
         axes = self.dimensions.axes.get(value)
         if not axes:
             return None
@@ -51,11 +58,11 @@ class ValueAxes:
             planned = self.planned.get(value.name or "")
             same_rank = planned is not None and len(planned) == len(axes)
             return [self._planned(*pair) for pair in zip(planned, axes, strict=True)] if planned and same_rank else None
-        found = [_merged([self._factor(term) for term in self.dimensions.space.factors(axis)]) for axis in axes]
-        return found if any(each.source is not None for factors in found for each in factors) else None
+        by_axis = [_merged([self._factor(term) for term in self.dimensions.space.factors(axis)]) for axis in axes]
+        return by_axis if any(factor.source is not None for factors in by_axis for factor in factors) else None
 
     def _planned(self, axis: tuple[Axis, ...] | None, term: Term) -> list[Factor]:
-        """The factors of an axis that the plan has; one that does not grow has the length that the walk knows."""
+        """The factors of an axis that planning gives. The walk gives the length of an axis that does not grow."""
         if axis is None:
             return [Factor(self.dimensions.space.static(term), None)]
         sizes = [grown_size(part, self.maps) for part in axis]
@@ -70,11 +77,11 @@ class ValueAxes:
 
     def _factor(self, term: Term) -> Factor:
         size = self.dimensions.space.static(term)
-        made = self._source(term) if size is not None else None
-        return Factor(size, *made) if made is not None and made[1] else Factor(size, None)
+        source = self._source(term) if size is not None else None
+        return Factor(size, *source) if source is not None and source[1] else Factor(size, None)
 
     def _source(self, term: Term) -> tuple[Indices, tuple[str, ...]] | None:
-        """The source index of each index of a static term, and the dimensions of the plan that it is made of."""
+        """The source index of each index of a static term, and its dimensions in the plan; None if not known."""
         space = self.dimensions.space
         resolved = space.resolve(term)
         if isinstance(resolved, Dim):
@@ -82,28 +89,37 @@ class ValueAxes:
                 return self.sources[resolved]
             return np.arange(space.static(resolved) or 0, dtype=np.int64), ()
         parts = resolved.factors if isinstance(resolved, Product) else resolved.segments
-        made = [self._source(part) for part in parts]
-        known = [each for each in made if each is not None]
-        if len(known) < len(made):
+        part_sources = [self._source(part) for part in parts]
+        known = [part_source for part_source in part_sources if part_source is not None]
+        if len(known) < len(part_sources):
             return None
         sources = [source for source, _ in known]
-        names = tuple(dict.fromkeys(name for _, each in known for name in each))
+        names = tuple(dict.fromkeys(name for _, part_names in known for name in part_names))
         return (joint(sources) if isinstance(resolved, Product) else beside(sources)), names
 
-    # -- learning -----------------------------------------------------------------------------------------
-
     def learn(self, axis: Sequence[Axis], term: Term) -> None:
-        """Learn from an axis that is known both as the plan's factors and as the graph's dimensions."""
+        """Learn the maps of dimensions from an axis of a tensor.
+
+        Args:
+            axis: the factors of the axis in the plan.
+            term: the same axis in the dimensions of the graph.
+        """
         space = self.dimensions.space
         plan = [part for factor in axis for part in _factors(factor) if grown_size(part, self.maps) != 1]
         graph = [part for part in space.factors(term) if space.static(part) != 1]
-        for some, others in self._aligned(plan, graph, product=True):
-            self._learn_run(some, others)
+        for plan_run, graph_run in self._aligned(plan, graph, product=True):
+            self._learn_run(plan_run, graph_run)
 
     def _aligned(
         self, plan: Sequence[Axis], graph: Sequence[Term], product: bool
     ) -> list[tuple[list[Axis], list[Term]]]:
-        """The shortest runs of both that are equally long; nothing where they do not line up."""
+        """Divide both into the shortest runs of equal size; no runs if that is not possible.
+
+        Args:
+            plan: factors or segments of the plan.
+            graph: factors or segments of the graph.
+            product: whether they are factors, whose sizes are multiplied. The sizes of segments are added.
+        """
         space = self.dimensions.space
         left = [grown_size(part, self.maps) for part in plan]
         right = [space.static(part) for part in graph]
@@ -134,9 +150,9 @@ class ValueAxes:
             self._set(resolved, index.source, tuple(name for part in plan for name in names_in(part)))
         elif isinstance(resolved, Concat) and len(plan) == 1 and isinstance(plan[0], ConcatOf):
             segments = [part for segment in plan[0].parts for part in _segments(segment)]
-            for some, others in self._aligned(segments, resolved.segments, product=False):
-                if len(others) == 1:
-                    self.learn([ConcatOf(tuple(some))] if len(some) > 1 else some, others[0])
+            for plan_run, graph_run in self._aligned(segments, resolved.segments, product=False):
+                if len(graph_run) == 1:
+                    self.learn([ConcatOf(tuple(plan_run))] if len(plan_run) > 1 else plan_run, graph_run[0])
 
     def _set(self, dim: Dim, source: Indices, names: tuple[str, ...]) -> None:
         known = self.sources.get(dim)
@@ -149,46 +165,52 @@ class ValueAxes:
 
 
 def value_axes(dimensions: Dimensions, plan: Plan, planned: Activations | None = None) -> ValueAxes:
-    """The maps of a grown graph's axes: those that were planned, or else those that can be learnt from the plan."""
-    found = ValueAxes(dimensions, plan.maps, planned=planned)
+    """The source maps of a grown graph's dimensions.
+
+    Args:
+        dimensions: the dimensions of the grown graph.
+        plan: its plan.
+        planned: the axes that planning gives, if the source is given. Otherwise the maps are learnt from the tensors.
+    """
+    learnt = ValueAxes(dimensions, plan.maps, planned=planned)
     if planned is not None:
-        return found
+        return learnt
     for value, _, axes in dimensions.initializer_uses():
         recipe = plan.tensors.get(value.name or "")
         if recipe is not None and len(recipe.axes) == len(axes):
             for axis, term in zip(recipe.axes, axes, strict=True):
-                found.learn(axis, term)
-    return found
+                learnt.learn(axis, term)
+    return learnt
 
 
 def names_in(axis: Axis) -> list[str]:
-    """The dimensions that an axis of the plan is made of."""
+    """The dimensions of which an axis of the plan consists."""
     if isinstance(axis, Named):
         return [axis.name]
     return [name for part in axis.parts for name in names_in(part)] if not isinstance(axis, Kept) else []
 
 
 def beside(sources: Sequence[Indices]) -> Indices:
-    """The source index of each index of segments that stand side by side."""
+    """The source index of each index of an axis whose segments have the given source indices."""
     sizes = [int(source.max()) + 1 if len(source) else 0 for source in sources]
     starts = np.cumsum([0, *sizes[:-1]])
     return np.concatenate([source + start for source, start in zip(sources, starts, strict=True)])
 
 
 def _merged(factors: list[Factor]) -> list[Factor]:
-    """The factors, with neighbours that did not grow taken together."""
+    """The factors, where adjacent factors that did not grow are merged into one."""
     merged: list[Factor] = []
-    for each in factors:
-        if merged and each.source is None and merged[-1].source is None:
+    for factor in factors:
+        if merged and factor.source is None and merged[-1].source is None:
             before = merged.pop().size
-            each = Factor(None if before is None or each.size is None else before * each.size, None)
-        merged.append(each)
+            factor = Factor(None if before is None or factor.size is None else before * factor.size, None)
+        merged.append(factor)
     return merged
 
 
 def _factors(axis: Axis) -> list[Axis]:
-    return [each for part in axis.parts for each in _factors(part)] if isinstance(axis, ProductOf) else [axis]
+    return [factor for part in axis.parts for factor in _factors(part)] if isinstance(axis, ProductOf) else [axis]
 
 
 def _segments(axis: Axis) -> list[Axis]:
-    return [each for part in axis.parts for each in _segments(part)] if isinstance(axis, ConcatOf) else [axis]
+    return [segment for part in axis.parts for segment in _segments(part)] if isinstance(axis, ConcatOf) else [axis]

@@ -1,4 +1,4 @@
-"""The activations of a model: which are compared on which inputs, in which precision."""
+"""Compares the clones in the activations of a model: chooses the values, the inputs and the precision."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Sampling:
-    """On which inputs a model runs, and where."""
+    """The inputs and the device of a run."""
 
     inputs: PathLike | None = None
-    """An .npz file; random inputs otherwise."""
+    """An .npz file; None for random inputs."""
     lengths: tuple[int, int] | None = None
-    """The batch and the length of random inputs."""
+    """The batch size and the sequence length of random inputs."""
     seed: int = 0
     device: Device = "auto"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How far the clones in each activation are apart, what rounding explains of it, and what ran on which inputs."""
+    """The result of a comparison of activations."""
 
     values: tuple[ValueDiagnosis, ...] = ()
     tolerance: float = math.nan
+    """The largest distance that rounding can explain."""
     ran_on: str = ""
+    """The provider that ran the model, and the inputs."""
     notes: tuple[str, ...] = ()
 
 
@@ -53,11 +55,19 @@ def compare_values(
 ) -> Measured:
     """Run a grown model and compare the clones in its activations.
 
-    `planned` has the axes of its values, where the source was at hand.
+    Args:
+        analysis: the analysis of the grown model.
+        plan: its plan.
+        layers: the layer of each value.
+        sampling: the inputs and the device.
+        planned: the axes of the model's values, if the source is given.
+
+    Returns:
+        The comparison. It has no values, and a note with the reason, if the model does not run on random inputs.
 
     Raises:
-        BadRequest: the inputs do not fit, or the device is not to be had.
-        Refused: the model does not run on the inputs, or on the device, that were asked for.
+        BadRequest: the inputs do not fit the model, or the device is not available.
+        Refused: the model does not run on the inputs, or on the device, that the user asked for.
     """
     try:
         return _compare_values(analysis, plan, layers, sampling, planned)
@@ -74,38 +84,41 @@ def _compare_values(
     flat = runs.without_branches(analysis)
     if flat is not analysis:
         notes.append("of each If the larger branch was run, in its place")
-    wanted = runs.measured_values(flat, value_axes(flat.dimensions, plan, planned))
-    if not wanted:
+    measured = runs.measured_values(flat, value_axes(flat.dimensions, plan, planned))
+    if not measured:
         notes.append("no activation was compared: what has clones is computed inside the bodies of Loop or Scan")
         return Measured(notes=tuple(notes))
     given = None if sampling.inputs is None else runs.given_inputs(sampling.inputs, flat.model)
     cases = [given] if given is not None else list(runs.samples(flat, plan, sampling.seed, sampling.lengths))
     if given is not None:
-        same = runs.alike(given.feeds, plan)
-        parted = [name for name, array in given.feeds.items() if not np.array_equal(array, same[name], equal_nan=True)]
-        if parted:
+        equal = runs.alike(given.feeds, plan)
+        differing = [
+            name for name, array in given.feeds.items() if not np.array_equal(array, equal[name], equal_nan=True)
+        ]
+        if differing:
             notes.append(
-                f"the clones in {', '.join(map(repr, parted))} differ in {sampling.inputs}: activations differ for that"
+                f"the clones in {', '.join(map(repr, differing))} differ in {sampling.inputs}: activations differ for "
+                "that"
             )
     widened, notes_on_width = _widened(flat)
     try:
-        found, ran_on = runs.measure(flat, wanted, cases, sampling.device, widened)
+        spreads, ran_on = runs.measure(flat, measured, cases, sampling.device, widened)
     except Refused as problem:
         if not widened:
             raise
         widened, notes_on_width = False, [f"activations are rounded as the model rounds them: {problem}"]
-        found, ran_on = runs.measure(flat, wanted, cases, sampling.device)
+        spreads, ran_on = runs.measure(flat, measured, cases, sampling.device)
     notes += notes_on_width
     tolerance, _ = tolerance_of(flat.dimensions, None, None, ir.DataType.FLOAT if widened else None)
     values = []
-    for each in found:
-        layer = layers.of_value(each.value.name or "")
-        values.append(ValueDiagnosis(each.value.name or "", layer, each.dims, each.spread.distance))
+    for spread in spreads:
+        layer = layers.of_value(spread.value.name or "")
+        values.append(ValueDiagnosis(spread.value.name or "", layer, spread.dims, spread.spread.distance))
     return Measured(tuple(values), tolerance, ran_on, tuple(notes))
 
 
 def _widened(analysis: Analysis) -> tuple[bool, list[str]]:
-    """Whether to run a model in float32, for it computes coarsely itself; and what to say of it."""
+    """Whether to run a model in float32, because the model itself computes with few bits; and notes on that."""
     model = analysis.model
     coarse = computed_type(analysis.dimensions) in HALVES
     if not coarse and not rounds(model):

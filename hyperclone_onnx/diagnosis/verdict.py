@@ -1,10 +1,10 @@
-"""From distances to a verdict.
+"""Turns distances into a verdict.
 
-The clones of a dimension are *tied* where they compute the same and always will: they get the same gradients, up to
-rounding, as long as their inputs and their readers stay tied too, and equal entries with equal gradients stay equal
-under any usual optimizer. Which dimensions stay tied is the stable colouring of the model (`lasting`). Where clones
-compute the same, but are not tied in this sense, they are *ready*: the first steps of training part them, as noise
-makes them.
+The clones of a dimension are *tied* if they compute the same and will do so for ever. They get the same gradients, up
+to rounding, as long as their inputs and their readers are tied too. And weights that are equal and have equal gradients
+stay equal under all usual optimizers. `lasting` computes the dimensions that stay tied. It is the stable colouring of a
+graph, applied to the model. Clones that compute the same but are not tied are *ready*: the first steps of training will
+make them differ. Noise has this effect.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ from hyperclone_onnx.diagnosis.model import PartDiagnosis, TensorDiagnosis, Valu
 from hyperclone_onnx.graphs import eps_of
 
 PARTED = 0.1
-"""From this distance on clones have parted; those with nothing in common are 0.71 apart, if there are two."""
+"""Clones with at least this distance have parted. Two orthogonal clones have the distance 0.71."""
 
 NEARLY = 0.01
-"""Below this distance, in all that they compute and get back, nothing but rounding can have parted clones."""
+"""If all distances are smaller than this, forward and backward, only rounding can be their cause."""
 
 ROUNDINGS = 16.0
-"""How many roundings training may leave in a weight, in units of its precision."""
+"""The number of rounding errors that training may leave in a weight, in units of its precision."""
 
 
 def weight_tolerance(dtype: ir.DataType, clones: int) -> float:
-    """How far apart rounding may leave clones that are stored in a type: eps * n * sqrt(n) / 2, of n clones, and more.
+    """The largest distance of clones that rounding can explain: eps * n * sqrt(n) / 2, and the rounding of training.
 
-    In half precision shares are whole units in the last place of the weight, n times as coarse as the share's own, and
-    the last of them takes what rounding leaves of the others. Training in float32 (or float64, for such weights) adds
-    roundings of its own: `ROUNDINGS` of them.
+    In half precision, shares are multiples of the weight's unit in the last place, which is n times as coarse as the
+    share's own unit. The last share takes the rounding errors of the others. Training in float32 (in float64 for
+    weights of that type) adds up to `ROUNDINGS` rounding errors.
+
+    Args:
+        dtype: the type of the stored weights. For integer codes the result is 0.
+        clones: n, the number of clones.
     """
     if not dtype.is_floating_point():
         return 0.0
@@ -45,20 +49,22 @@ def weight_tolerance(dtype: ir.DataType, clones: int) -> float:
 
 
 def lasting(tensors: Sequence[TensorDiagnosis]) -> frozenset[str]:
-    """The dimensions whose clones get the same and give the same for ever.
+    """The dimensions whose clones are tied: they compute the same and get the same gradients for ever.
 
-    Begin with all of them. Clones on one side of a weight part where they are not alike towards the other side: its
-    clones' sums while those are tied, each clone by itself otherwise. Repeat until nothing changes.
+    The search begins with all dimensions and removes those whose clones part. Clones on one side of a weight are
+    compared by their weights towards the other side: by the sums over the other side's clones if those are tied, and by
+    the single weights otherwise. The clones part if they differ by more than rounding. The search repeats until nothing
+    changes.
     """
-    tied = {dim for each in tensors for dim in each.dims}
+    tied = {dim for tensor in tensors for dim in tensor.dims}
     while True:
         parting: set[str] = set()
-        for each in tensors:
-            inputs_tied, others_tied = tied.issuperset(each.inputs), tied.issuperset(each.others)
-            forward = each.forward if inputs_tied else each.plain_forward
-            backward = each.backward if others_tied else each.plain_backward
-            parting |= set(each.others) if (forward or 0.0) > each.tolerance else set()
-            parting |= set(each.inputs) if (backward or 0.0) > each.tolerance else set()
+        for tensor in tensors:
+            inputs_tied, others_tied = tied.issuperset(tensor.inputs), tied.issuperset(tensor.others)
+            forward = tensor.forward if inputs_tied else tensor.plain_forward
+            backward = tensor.backward if others_tied else tensor.plain_backward
+            parting |= set(tensor.others) if (forward or 0.0) > tensor.tolerance else set()
+            parting |= set(tensor.inputs) if (backward or 0.0) > tensor.tolerance else set()
         if not parting & tied:
             return frozenset(tied)
         tied -= parting
@@ -71,18 +77,18 @@ def part(
     tolerance: float,
     tied: bool,
 ) -> PartDiagnosis:
-    """All tensors and values of a part together.
+    """Summarise all tensors and values of one part of the model.
 
-    Distances of weights are root mean squares over elements, those of activations over values.
+    A distance of weights is the root mean square over elements. A distance of activations is that over values.
 
     Args:
-        name: of the part.
-        tensors: that it has.
-        values: that it makes.
-        tolerance: of activations.
-        tied: whether all its dimensions are lasting.
+        name: the name of the part.
+        tensors: the tensors of the part.
+        values: the values that the part computes.
+        tolerance: the largest distance of activations that rounding can explain.
+        tied: whether all dimensions of the part are tied (see `lasting`).
     """
-    ranks = [each.rank for each in tensors if each.rank is not None]
+    ranks = [tensor.rank for tensor in tensors if tensor.rank is not None]
     fractions = [rank.effective / (rank.source or rank.largest) for rank in ranks]
     activations = over_values(values)
     return PartDiagnosis(
@@ -99,17 +105,22 @@ def part(
 
 
 def over_values(values: Sequence[ValueDiagnosis]) -> float | None:
-    """The distances of values, as their root mean square."""
-    return _mean_square([(each.distance, 1) for each in values])
+    """The root mean square of the distances of values; None where there is no distance."""
+    return _root_mean_square([(value.distance, 1) for value in values])
 
 
 def over_elements(tensors: Sequence[TensorDiagnosis], which: str) -> float | None:
-    """One of the distances of tensors, as the root mean square over their elements."""
-    return _mean_square([(getattr(each, which), each.elements) for each in tensors])
+    """The root mean square of one kind of distance of tensors, over their elements; None where there is no distance.
+
+    Args:
+        tensors: the tensors.
+        which: the name of the distance, a field of `TensorDiagnosis`.
+    """
+    return _root_mean_square([(getattr(tensor, which), tensor.elements) for tensor in tensors])
 
 
-def _mean_square(found: Sequence[tuple[float | None, int]]) -> float | None:
-    known = [(distance, weight) for distance, weight in found if distance is not None]
+def _root_mean_square(weighted: Sequence[tuple[float | None, int]]) -> float | None:
+    known = [(distance, weight) for distance, weight in weighted if distance is not None]
     total = sum(weight for _, weight in known)
     return math.sqrt(sum(weight * distance**2 for distance, weight in known) / total) if total else None
 
@@ -117,16 +128,16 @@ def _mean_square(found: Sequence[tuple[float | None, int]]) -> float | None:
 def _verdict(
     tensors: Sequence[TensorDiagnosis], values: Sequence[ValueDiagnosis], tolerance: float, tied: bool
 ) -> Verdict:
-    forward = [each for each in tensors if each.forward is not None]
+    forward = [tensor for tensor in tensors if tensor.forward is not None]
     activations = over_values(values)
-    if not any(each.forward is not None or each.backward is not None for each in tensors) and activations is None:
+    if not any(tensor.forward is not None or tensor.backward is not None for tensor in tensors) and activations is None:
         return "unknown"
-    same = all((each.forward or 0.0) <= each.tolerance for each in forward)
-    same = same and all((each.distance or 0.0) <= tolerance for each in values)
+    same = all((tensor.forward or 0.0) <= tensor.tolerance for tensor in forward)
+    same = same and all((value.distance or 0.0) <= tolerance for value in values)
     if same:
         return "tied" if tied else "ready"
-    apart = activations if activations is not None else over_elements(tensors, "forward") or 0.0
-    return "parted" if apart >= PARTED else "parting"
+    distance = activations if activations is not None else over_elements(tensors, "forward") or 0.0
+    return "parted" if distance >= PARTED else "parting"
 
 
 def conclude(
@@ -136,25 +147,25 @@ def conclude(
     apart: float,
     quantised: bool,
 ) -> tuple[bool, str]:
-    """Whether the model is stuck, and one line for the reader.
+    """Whether the model is stuck, and the conclusion in one line of text.
 
     Args:
-        layers: all parts of the model.
-        roles: the same by role.
-        strategy: of the plan.
+        layers: the diagnosis of each layer.
+        roles: the diagnosis of each role.
+        strategy: the strategy of the plan, as plain data.
         apart: the largest of the model's distances.
-        quantised: whether weights are codes, which take no noise.
+        quantised: whether any weights are integer codes, to which noise cannot be added.
     """
-    found = Counter(each.verdict for each in layers if each.verdict != "unknown")
-    total = sum(found.values())
+    verdicts = Counter(layer.verdict for layer in layers if layer.verdict != "unknown")
+    total = sum(verdicts.values())
     if not total:
         return False, "nothing was compared: no tensor and no activation has clones"
-    inner = [each for each in layers if each.name not in (BEFORE, AFTER, WHOLE) and each.verdict != "unknown"]
+    inner = [layer for layer in layers if layer.name not in (BEFORE, AFTER, WHOLE) and layer.verdict != "unknown"]
     where = f"{len(inner)} of {len(inner)} layers" if inner else "the model"
     noisy, diagonal = (text in str(strategy.get("name", "")) for text in ("noisy", "diagonal"))
     advice = "Grow it with more noise (a lower --snr-db)" if noisy else "Grow it with noise (--strategy noisy-diagonal)"
     advice = "Grow it before it is quantised: codes take no noise" if quantised else f"{advice}, or train with dropout"
-    if found["tied"] == total:
+    if verdicts["tied"] == total:
         rounding = " (only rounding errors part diagonal clones)" if diagonal else ""
         return True, (
             f"stuck: the clones in {where} compute the same and get the same gradients{rounding}; without dropout the "
@@ -165,13 +176,14 @@ def conclude(
             f"nearly stuck: the clones in {where} differ by {apart:.1e} in what they compute and what they get back, "
             f"which is what rounding leaves; the model can do little more than its source. {advice}"
         )
-    still = [each.name for each in roles if each.verdict == "tied"]
-    but = f"; those of {' and '.join(still)} stay tied, computing the same for ever" if still else ""
-    if found["ready"] + found["tied"] == total:
+    tied_roles = [role.name for role in roles if role.verdict == "tied"]
+    except_tied = f"; those of {' and '.join(tied_roles)} stay tied, computing the same for ever" if tied_roles else ""
+    if verdicts["ready"] + verdicts["tied"] == total:
         return False, (
-            f"ready: the clones in {where} compute the same, and get different gradients: training will part them{but}"
+            f"ready: the clones in {where} compute the same, and get different gradients: training will part them"
+            f"{except_tied}"
         )
-    counted = Counter(each.verdict for each in inner or layers)
-    listed = [f"{counted[each]} {each}" for each in ("parted", "parting", "ready", "tied") if counted[each]]
-    what = "layers" if inner else "parts of the model"
-    return False, f"the clones part: of {sum(counted.values())} {what} {', '.join(listed)}{but}"
+    counted = Counter(layer.verdict for layer in inner or layers)
+    listed = [f"{counted[verdict]} {verdict}" for verdict in ("parted", "parting", "ready", "tied") if counted[verdict]]
+    parts = "layers" if inner else "parts of the model"
+    return False, f"the clones part: of {sum(counted.values())} {parts} {', '.join(listed)}{except_tied}"

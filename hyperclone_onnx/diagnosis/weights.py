@@ -1,22 +1,23 @@
-"""How far the clones in a stored tensor are apart.
+"""Measures how far the clones in a stored tensor differ.
 
-A grown weight W'[j, o] is read as a table: j numbers the axes that a contraction sums over (the plan marks them
-*shared*), o all the others. The clones of unit i and those of unit u meet in a small block of it. What is told of the
-clones of each side, as `distance.py` defines a distance:
+A grown weight W'[j, o] is read as a table. The index j numbers the axes that a contraction sums over (the plan marks
+them *shared*), and o numbers the other axes. The clones of an input unit i and those of an output unit u meet in a
+small block of the table. Four distances are measured (`distance.py` defines a distance of vectors):
 
-* *forward*, of the clones o: the vectors are what an o computes as long as its inputs' clones are alike,
-  sum over j in m^-1(i) of W'[j, o], one number for each i. All strategies start with 0, for that sum is the weight.
-* *backward*, of the clones j: the vectors are what a j gets back as long as its readers' clones are alike,
-  sum over o in m^-1(u) of W'[j, o], one number for each u. Without noise it starts with 0, diagonal clones included
-  where their readers have clones too.
-* *plain*, of either side: the vectors are the weights as they stand. This is what a clone computes, or gets back, where
-  the clones of the other side are not alike.
-* *matched*, of both sides together: the vectors are the weights under the best matching of the other side's clones. Of
-  numbers the best matching is by order, so each block's numbers are sorted before they are compared.
+* *forward*, of the clones o. The vector of o has one number for each input unit i: the sum over j in m^-1(i) of
+  W'[j, o]. It says what o computes while the clones of its inputs are equal. Growth by any strategy begins with the
+  distance 0, because the sum is the source's weight.
+* *backward*, of the clones j. The vector of j has one number for each output unit u: the sum over o in m^-1(u) of
+  W'[j, o]. It says which gradient j gets while the clones of its readers are equal. Growth without noise begins with
+  the distance 0; for a diagonal strategy this needs readers that have clones too.
+* *plain*, of either side. The vectors are the weights themselves. They say what a clone computes, or which gradient it
+  gets, if the clones of the other side differ.
+* *matched*, of both sides together. The vectors are the weights under the best matching of the other side's clones. The
+  best matching of numbers is by their order, so the numbers of each block are sorted before they are compared.
 
-Forward, backward and matched do not depend on the order of the clones of any unit. Where forward and backward are 0 in
-every tensor, the clones of each unit compute the same and get the same gradients: the units are the cells of an
-equitable partition. They may be 0 where the weights themselves differ, as those of diagonal clones do.
+Forward, backward and matched do not depend on the order of the clones of a unit. If forward and backward are 0 in every
+tensor, the clones of each unit compute the same and get the same gradients: the units are the cells of an equitable
+partition. They may be 0 although the weights differ, for example after growth by a diagonal strategy.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.tensors.packing import unpack
 
 BLOCK = 1 << 17
-"""A tensor is compared in blocks of about this many numbers: a megabyte of float64 stays in a core's cache."""
+"""The number of elements in a block. A megabyte of float64 stays in the cache of a processor core."""
 
 WORKERS = min(4, os.cpu_count() or 1)
+"""The number of threads."""
 
 
 @dataclass(frozen=True)
 class WeightSpread:
-    """The spreads of one tensor's clones; nothing on a side that has no clones."""
+    """The spreads of one tensor's clones. They are 0 for a side that has no clones."""
 
     forward: Spread = field(default_factory=Spread)
     backward: Spread = field(default_factory=Spread)
@@ -65,24 +67,28 @@ class WeightSpread:
 
 @dataclass(frozen=True)
 class Piece:
-    """One factor of a tensor's axes, and where in it the clones of a unit lie.
+    """One factor of a tensor's axes, and the places of the clones in it.
 
-    Clones that are tiled, or repeated one by one, are an axis of their own when the factor is cut in two. Those of any
-    other factor are given by `groups`: arrays of places, shape (units, clones).
+    A factor with the map tile or repeat is reshaped to two axes, one of which numbers the clones. The clones of a
+    factor with another map are given by `groups`.
     """
 
     length: int
+    """The grown size of the factor."""
     shared: bool
+    """Whether a contraction sums over it."""
     dims: tuple[str, ...]
+    """Its growing dimensions."""
     cut: tuple[int, ...]
-    """The shape that the factor is seen in."""
+    """The shape to which the factor is reshaped."""
     clones: int | None = None
-    """Which axis of `cut` numbers clones."""
+    """The axis of `cut` that numbers the clones."""
     groups: tuple[Indices, ...] = ()
+    """The places of the clones, arrays of shape (units, clones)."""
 
     @property
     def most(self) -> int:
-        """The most clones that a unit has."""
+        """The largest number of clones of a unit."""
         if self.groups:
             return max(int(group.shape[1]) for group in self.groups)
         return 1 if self.clones is None else self.cut[self.clones]
@@ -90,38 +96,40 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """A grown tensor as a table of the inputs that a contraction sums over by everything else."""
+    """A grown tensor as a table. Its two sides are the axes that a contraction sums over, and the other axes."""
 
     axes: tuple[int, ...]
     """The shape of the tensor."""
     pieces: tuple[Piece, ...]
-    """Its axes' factors, in order."""
+    """The factors of its axes, in order."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor with each axis cut into its factors."""
+        """The shape of the tensor with each axis divided into its factors."""
         return tuple(piece.length for piece in self.pieces)
 
     def places(self, shared: bool) -> tuple[int, ...]:
-        """The factors that a contraction sums over, or the others."""
-        return tuple(i for i, piece in enumerate(self.pieces) if piece.shared == shared)
+        """The positions in `shape` of the factors that a contraction sums over (`shared`), or of the others."""
+        return tuple(place for place, piece in enumerate(self.pieces) if piece.shared == shared)
 
     def dims(self, shared: bool) -> tuple[str, ...]:
-        """The dimensions that grow on one side."""
+        """The growing dimensions of one side."""
         names = (name for piece in self.pieces if piece.shared == shared for name in piece.dims)
         return tuple(dict.fromkeys(names))
 
     def clones(self, shared: bool) -> int:
-        """The most clones that a unit of one side has."""
+        """The largest number of clones of a unit on one side."""
         return math.prod(piece.most for piece in self.pieces if piece.shared == shared)
 
 
 def layout(recipe: Recipe, maps: Maps) -> Layout:
-    """The table that a recipe's tensor is."""
+    """The layout of the tensor that a recipe grows."""
     shared = set(recipe.shared)
     axes = tuple(math.prod(grown_size(factor, maps) for factor in axis) for axis in recipe.axes)
     pieces = (
-        _piece(factor, (a, f) in shared, maps) for a, axis in enumerate(recipe.axes) for f, factor in enumerate(axis)
+        _piece(factor, (number, place) in shared, maps)
+        for number, axis in enumerate(recipe.axes)
+        for place, factor in enumerate(axis)
     )
     return Layout(axes, tuple(pieces))
 
@@ -140,13 +148,13 @@ def _piece(factor: Axis, shared: bool, maps: Maps) -> Piece:
 
 
 def source_layout(recipe: Recipe, maps: Maps) -> Layout:
-    """The table that the source's tensor is, cut into the same factors."""
-    same = {name: SourceMap(each.size, tile=1) for name, each in maps.items()}
-    return layout(recipe, same)
+    """The layout of the source's tensor, with the same factors in their source sizes."""
+    identity = {name: SourceMap(source_map.size, tile=1) for name, source_map in maps.items()}
+    return layout(recipe, identity)
 
 
 def read(tensor: ir.TensorProtocol, recipe: Recipe, table: Layout) -> Array:
-    """The tensor's numbers, in the factored shape; mapped from its file, where it is in one."""
+    """The numbers of a tensor, in the shape `table.shape`. A tensor in a file is mapped into memory."""
     array = tensor.numpy()
     if recipe.bits is not None:
         array = unpack(array, table.axes, recipe.bits)
@@ -154,26 +162,33 @@ def read(tensor: ir.TensorProtocol, recipe: Recipe, table: Layout) -> Array:
 
 
 def compare(array: Array, table: Layout) -> WeightSpread:
-    """The spreads of a tensor in its factored shape, block by block."""
-    seen = array.reshape([size for piece in table.pieces for size in piece.cut])
+    """Compare the clones in a tensor, block by block.
+
+    Args:
+        array: the tensor, in the shape `table.shape`.
+        table: its layout.
+    """
+    cut = array.reshape([size for piece in table.pieces for size in piece.cut])
     with ThreadPoolExecutor(WORKERS) as pool:
         total, blocks = WeightSpread(), _blocks(table)
-        while some := list(itertools.islice(blocks, 64 * WORKERS)):
-            for made in pool.map(lambda block: _compare_block(_numbers(seen, table, block)), some):
-                total += made
+        while batch := list(itertools.islice(blocks, 64 * WORKERS)):
+            for block_spread in pool.map(lambda block: _compare_block(_numbers(cut, table, block)), batch):
+                total += block_spread
         return total
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some units of each factor: a range of them, and of which of the factor's groups."""
+    """A range of units of each factor, with all their clones."""
 
     groups: tuple[Indices | None, ...]
+    """For each factor, the group to which the units belong; None for a factor without groups."""
     ranges: tuple[tuple[int, int], ...]
+    """For each factor, the first unit, and the unit after the last one."""
 
 
 def _blocks(table: Layout) -> Iterator[_Block]:
-    """All units with all their clones, `BLOCK` numbers at a time."""
+    """Divide all units into blocks of at most `BLOCK` numbers where possible."""
     for groups in itertools.product(*(piece.groups or (None,) for piece in table.pieces)):
         units, clones = [], 1
         for piece, group in zip(table.pieces, groups, strict=True):
@@ -186,41 +201,48 @@ def _blocks(table: Layout) -> Iterator[_Block]:
             if math.prod(sizes) * clones <= BLOCK or max(sizes) == 1:
                 yield _Block(groups, ranges)
                 continue
-            at = max(range(len(sizes)), key=sizes.__getitem__)
-            start, stop = ranges[at]
+            longest = max(range(len(sizes)), key=sizes.__getitem__)
+            start, stop = ranges[longest]
             half = (start + stop) // 2
-            pending.append((*ranges[:at], (half, stop), *ranges[at + 1 :]))
-            pending.append((*ranges[:at], (start, half), *ranges[at + 1 :]))
+            pending.append((*ranges[:longest], (half, stop), *ranges[longest + 1 :]))
+            pending.append((*ranges[:longest], (start, half), *ranges[longest + 1 :]))
 
 
-def _numbers(seen: Array, table: Layout, block: _Block) -> Array:
-    """A block as float64, shape (clones of inputs, clones of others, units)."""
+def _numbers(cut: Array, table: Layout, block: _Block) -> Array:
+    """A block as float64, shape (clones of inputs, clones of others, units).
+
+    Args:
+        cut: the tensor, reshaped to the axes in `Piece.cut` of all factors.
+        table: the layout of the tensor.
+        block: the units of the block.
+    """
     window: list[slice] = []
     for piece, group, (start, stop) in zip(table.pieces, block.groups, block.ranges, strict=True):
         whole = [slice(None)] * len(piece.cut)
         if group is None:
             whole[1 - piece.clones if piece.clones is not None else 0] = slice(start, stop)
         window += whole
-    part = seen[tuple(window)]
+    part = cut[tuple(window)]
     order: dict[str, list[int]] = {"inputs": [], "others": [], "units": []}
-    at = 0
+    axis = 0
     for piece, group, (start, stop) in zip(table.pieces, block.groups, block.ranges, strict=True):
         clones = piece.clones
         if group is not None:
-            chosen = group[start:stop]
+            places = group[start:stop]
             shape = part.shape
-            part = np.take(part, chosen.reshape(-1), axis=at).reshape(*shape[:at], *chosen.shape, *shape[at + 1 :])
+            part = np.take(part, places.reshape(-1), axis=axis)
+            part = part.reshape(*shape[:axis], *places.shape, *shape[axis + 1 :])
             clones = 1
         if clones is None:
-            order["units"].append(at)
-            at += 1
+            order["units"].append(axis)
+            axis += 1
         else:
-            order["inputs" if piece.shared else "others"].append(at + clones)
-            order["units"].append(at + 1 - clones)
-            at += 2
-    sizes = [math.prod(part.shape[i] for i in order[kind]) for kind in ("inputs", "others", "units")]
-    turned = part.transpose(*order["inputs"], *order["others"], *order["units"])
-    return np.ascontiguousarray(turned, dtype=np.float64).reshape(sizes)
+            order["inputs" if piece.shared else "others"].append(axis + clones)
+            order["units"].append(axis + 1 - clones)
+            axis += 2
+    sizes = [math.prod(part.shape[axis] for axis in order[side]) for side in ("inputs", "others", "units")]
+    transposed = part.transpose(*order["inputs"], *order["others"], *order["units"])
+    return np.ascontiguousarray(transposed, dtype=np.float64).reshape(sizes)
 
 
 def _compare_block(numbers: Array) -> WeightSpread:
@@ -228,24 +250,27 @@ def _compare_block(numbers: Array) -> WeightSpread:
     if not math.isfinite(power):
         numbers = np.where(np.isfinite(numbers), numbers, 0.0)
         power = squared(numbers)
-    turned = numbers.swapaxes(0, 1)
+    others_first = numbers.swapaxes(0, 1)
     inputs, others = numbers.shape[:2]
     forward = plain_forward = backward = plain_backward = matched = Spread()
     if others > 1:
-        plain_forward = spread(turned, power)
+        plain_forward = spread(others_first, power)
         forward = plain_forward if inputs == 1 else spread(numbers.sum(axis=0))
         matched += plain_forward if inputs == 1 else spread(_sorted(numbers).swapaxes(0, 1), power)
     if inputs > 1:
         plain_backward = spread(numbers, power)
-        backward = plain_backward if others == 1 else spread(turned.sum(axis=0))
-        matched += plain_backward if others == 1 else spread(_sorted(turned).swapaxes(0, 1), power)
+        backward = plain_backward if others == 1 else spread(others_first.sum(axis=0))
+        matched += plain_backward if others == 1 else spread(_sorted(others_first).swapaxes(0, 1), power)
     return WeightSpread(forward, backward, plain_forward, plain_backward, matched)
 
 
 def _sorted(numbers: Array) -> Array:
-    """The numbers in order along the first, short axis."""
+    """The numbers, sorted along the first axis.
+
+    That axis is short, and the others are long. So whole rows are compared at a time, as in a bubble sort.
+    """
     rows = list(numbers)
     for end in range(len(rows) - 1, 0, -1):
-        for i in range(end):
-            rows[i], rows[i + 1] = np.minimum(rows[i], rows[i + 1]), np.maximum(rows[i], rows[i + 1])
+        for row in range(end):
+            rows[row], rows[row + 1] = np.minimum(rows[row], rows[row + 1]), np.maximum(rows[row], rows[row + 1])
     return np.stack(rows)
