@@ -1,4 +1,4 @@
-"""Grow a pretrained ONNX model without changing what it computes.
+"""Grow a pretrained ONNX model into a larger one that computes the same.
 
 >>> from hyperclone_onnx import expand
 >>> report = expand("small.onnx", "big.onnx", factor=2)  # doctest: +SKIP
@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # as `typing` has it, whose import alone takes longer than Python does to start
+TYPE_CHECKING = False  # not from `typing`, whose import takes longer than the start of Python
 if TYPE_CHECKING:
     from hyperclone_onnx.analysis.analysing import Analysis, analyse
     from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, ModelsDiffer, Refused
@@ -46,8 +46,8 @@ __all__ = [
     "validate_files",
 ]
 
-# Names are imported where they are first used: a command answers, and Ctrl-C ends it, before half a second of imports.
-# No submodule may have the name of anything here, for it would take its place.
+# A name is imported at its first use, so that a command can answer, and Ctrl-C can end it, before the slow imports.
+# No submodule may have one of these names: its import would replace the name.
 _HOMES = {
     "analysis.analysing": "Analysis analyse",
     "errors": "BadModel BadRequest CannotWrite HypercloneError ModelsDiffer Refused",

@@ -1,22 +1,22 @@
-"""The errors a user can meet, each with the exit code that it owns."""
+"""The errors that this package raises on purpose. The class of an error decides the exit code of the command."""
 
 from __future__ import annotations
 
 INTERRUPTED = "interrupted; nothing was written"
-"""The last line of a command that a signal ended."""
+"""The last line that a command prints when a signal ends it."""
 
 INTERRUPTED_EXIT_CODE = 130
-"""Its exit code: 128 and the number of SIGINT, as shells count."""
+"""The exit code of such a command: 128 + the number of SIGINT, as in shells."""
 
 
 class HypercloneError(Exception):
-    """Base of every error this package raises on purpose. The text is complete: what, where, why, what to do."""
+    """The base class of all errors. The text says what is wrong, where and why, and what the user can do."""
 
     exit_code = 1
 
 
 class ModelsDiffer(HypercloneError):
-    """The grown model does not compute what its source computes."""
+    """The grown model does not compute the same as its source."""
 
     exit_code = 1
 
@@ -34,13 +34,13 @@ class CannotWrite(HypercloneError):
 
 
 class Refused(HypercloneError):
-    """This model or request cannot grow; the text names the nodes that forbid it."""
+    """The model cannot grow in the requested way. The text names the nodes that prevent it."""
 
     exit_code = 3
 
 
 class NothingGrows(Refused):
-    """No weight of this model may grow: it has none, or none that an activation is contracted with."""
+    """No weight of the model may grow: it has no weights, or no activation is contracted with one."""
 
 
 class BadModel(HypercloneError):
@@ -50,7 +50,9 @@ class BadModel(HypercloneError):
 
 
 def printable(text: str) -> str:
-    r"""A text with what could steer a terminal, or end a line, written out: names in a model may hold anything.
+    r"""A text in which all characters that are not printable are escaped.
+
+    Names in a model may contain any characters, also those that end a line or control a terminal.
 
     >>> printable("weight\x1b[2J")
     'weight\\x1b[2J'
@@ -59,6 +61,6 @@ def printable(text: str) -> str:
 
 
 def first_line(problem: object, most: int = 200) -> str:
-    """The first line of what an exception says, no longer than `most` characters; its type where it says nothing."""
+    """The first line of an exception's text, cut to `most` characters; its class name if the text is empty."""
     lines = str(problem).strip().splitlines()
     return lines[0][:most] if lines else type(problem).__name__

@@ -1,4 +1,4 @@
-"""Growing a model file: plan, rewrite, stream, validate, publish. Each stage is usable by itself."""
+"""Grows a model file: reads, plans, rewrites, writes, validates, publishes. Each stage can also be used by itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Precision = Literal["stored", "float64"]
 
 @dataclass(frozen=True)
 class Kept:
-    """A dimension that was not asked to grow, or may not."""
+    """A dimension that keeps its size: its growth was not requested, or is not possible."""
 
     name: str
     role: str
@@ -52,20 +52,20 @@ class Expansion:
 
     source: str
     output: str | None
-    """None where nothing was to be written."""
+    """None if no model was to be written."""
     plan: Plan
     kept: list[Kept]
     parameters_before: int
     parameters_after: int
     separated: dict[str, list[str]] = field(default_factory=dict)
-    """Tensors that the source stores once and the grown model more than once."""
+    """For tensors that the source stores once and the grown model several times: the further names."""
     quantised: int = 0
-    """Weights whose codes are repeated; their scales take the division, so that they get no noise."""
+    """The number of quantised weights. Their codes are repeated and their scales divided, so that they get no noise."""
     validation: Validation | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data, the plan's tensors left out."""
+        """The report as plain data, without the recipes of the tensors."""
         return {
             "source": self.source,
             "output": self.output,
@@ -75,7 +75,7 @@ class Expansion:
                 name: {"role": dim.role, "from": dim.map.size, "to": dim.map.grown}
                 for name, dim in self.plan.dims.items()
             },
-            "kept": [asdict(each) for each in self.kept],
+            "kept": [asdict(dimension) for dimension in self.kept],
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "separated": self.separated,
             "quantised": self.quantised,
@@ -94,18 +94,18 @@ def plan_expansion(
     untie: bool = False,
     keep_interface: bool = False,
 ) -> Plan:
-    """Plan the growth of an analysed model; see `sizing.size` and `planning.make_plan`.
+    """Plan the growth of an analysed model. The arguments after the first are those of `expand`.
 
     Raises:
-        BadRequest: the request does not fit the model.
-        Refused: the request cannot be fulfilled.
+        BadRequest: the request does not fit the model (see `planning.request.size`).
+        Refused: the model cannot grow in this way (see `planning.request.size` and `planning.making.make_plan`).
     """
     return _plan(analysis, _Request(factor, requests, maps, strategy, untie, keep_interface))[1]
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What is asked of a growth; see `expand`."""
+    """The request of a growth. Its fields are arguments of `expand`."""
 
     factor: int
     requests: Mapping[str, int] | None
@@ -124,11 +124,14 @@ class _Request:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The request as plain data, but for the strategy: that is the plan's."""
+        """The request as plain data, without the strategy, which the plan has."""
         return {
             "factor": self.factor,
             "requests": dict(self.requests or {}),
-            "maps": {name: {"size": each.size, **each.to_json()} for name, each in (self.maps or {}).items()},
+            "maps": {
+                name: {"size": source_map.size, **source_map.to_json()}
+                for name, source_map in (self.maps or {}).items()
+            },
             "untie": self.untie,
             "keep_interface": self.keep_interface,
         }
@@ -143,12 +146,12 @@ def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A model that was read, and what is to become of it."""
+    """A model that was read, and the plan of its growth."""
 
     analysis: Analysis
     plan: Plan
     big: ir.Model
-    """The grown model; its tensors are computed when they are written."""
+    """The grown model. Its tensors are computed when they are written."""
     result: Expansion
 
 
@@ -160,15 +163,15 @@ def _planned(
     say: Notify,
     clock: _Clock,
 ) -> _Planned:
-    """Read a model, check where the result and the plan are to go, and plan."""
+    """Read a model, check the paths of the result and of the plan, and make the plan."""
     say("reading")
     analysis = analyse(model, request.transforms)
-    taken = set(analysis.files)
+    used_files = set(analysis.files)
     if out is not None:
-        check_output(out, taken)
-        taken |= {out.resolve(), out.with_name(data_name(out)).resolve()}
+        check_output(out, used_files)
+        used_files |= {out.resolve(), out.with_name(data_name(out)).resolve()}
     if plan_out is not None:
-        check_output(Path(plan_out), taken)
+        check_output(Path(plan_out), used_files)
     say("planning")
     growth, plan = _plan(analysis, request)
     big = rewrite(analysis.model, plan)
@@ -198,31 +201,37 @@ def expand(
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Expansion:
-    """Grow a model file into another, which appears only when it has been validated.
+    """Grow a model file into a larger one. The new file appears only after it has been validated.
 
     Args:
-        model: the source.
-        output: the file to write; weights too large for one protobuf go to `output` + ".data".
-        factor: grows hidden, ffn, heads and other widths.
+        model: the source file.
+        output: the file to write. Weights that are too large for one protobuf are written to `output` + ".data".
+        factor: the factor of hidden, ffn, heads and other widths.
         requests: a factor by role or by dimension, e.g. ``{"head_dim": 2, "heads": 1}``.
-        maps: a source map by dimension, for anything but whole factors.
-        strategy: how repeats share weights; noisy-diagonal at 10 dB by default.
-        untie: split tensors that are stored once but divided in one use only.
-        keep_interface: inputs and outputs keep the source's shapes.
+        maps: a source map by dimension, for growth by other than whole factors.
+        strategy: how repeats share weights, by default noisy-diagonal with 10 dB.
+        untie: give each use its own tensor if a tensor is stored once but only one of its uses must be divided.
+        keep_interface: the model's inputs and outputs keep the shapes of the source.
         transforms: steps that change the source graph before it grows (see `transforms`).
-        allow_change: allow a strategy that does not preserve the function; how far outputs moved is then reported.
-        device: where to validate.
-        check: how much to validate: "full", "algebraic", "auto" (or True), False for nothing; see `validation`.
-        precision: "float64" proves the graph in double precision besides.
-        max_shard_size: bytes in one data file; more are spread over several.
-        workers: processes that compute, write and compare. What is written does not depend on it.
-        plan_out: also write the plan there, as JSON.
-        progress: told of each tensor written.
-        notify: told of each stage begun.
+        allow_change: allow a strategy that changes what the model computes. The differences of outputs are reported.
+        device: the device on which both models run for validation.
+        check: how to validate: "full", "algebraic", "auto" (or True), or False for no validation (see `validation`).
+        precision: "float64" also compares both models in double precision.
+        max_shard_size: the most bytes of one data file. Larger models get several data files.
+        workers: the number of processes that compute, write and compare. The written files do not depend on it.
+        plan_out: a file to which the plan is written too, as JSON.
+        progress: called after each written tensor, with the number of written tensors and the number of all tensors.
+        notify: called with the name of each stage when it begins.
+
+    Returns:
+        The report of the expansion.
 
     Raises:
-        BadModel, BadRequest, Refused, CannotWrite: see `errors`.
-        ModelsDiffer: the grown model is not equal; nothing is published.
+        BadModel: the source is not a readable, complete ONNX model, or was changed during the expansion.
+        BadRequest: an argument is wrong, or does not fit the model.
+        Refused: the model cannot grow in this way.
+        CannotWrite: an output file cannot be written.
+        ModelsDiffer: the grown model does not compute the same. No file is published.
     """
     say = notify or tell_nobody
     out, mode, clock = Path(output), _mode(check, precision), _Clock()
@@ -266,9 +275,9 @@ def plan_file(
     plan_out: str | os.PathLike[str] | None = None,
     notify: Notify | None = None,
 ) -> Expansion:
-    """Plan the growth of a model file and report what it would do; nothing is written but the plan, where asked.
+    """Plan the growth of a model file and report what it would do. No model is written.
 
-    Arguments and errors are those of `expand`.
+    The arguments and errors are those of `expand`. The plan is written to `plan_out` if that is given.
     """
     request = _Request(factor, requests, maps, strategy, untie, keep_interface)
     planned = _planned(model, None, request, plan_out, notify or tell_nobody, _Clock())
@@ -278,7 +287,7 @@ def plan_file(
 
 
 def _text(plan: Plan) -> str:
-    """A plan as its file holds it."""
+    """The text of a plan's file."""
     return plan.dumps(indent=1) + "\n"
 
 
@@ -291,18 +300,18 @@ def _mode(check: bool | Mode, precision: Precision) -> Mode | None:
 
 
 def _with_not_finite(validation: Validation, analysis: Analysis) -> Validation:
-    """The same, with a note of the weights that are no numbers.
+    """The validation, with a note of the weights that are infinite or not a number.
 
     Raises:
-        Refused: for that reason no output is one, so that there is nothing to compare.
+        Refused: because of these weights all outputs are not finite, so that they cannot be compared.
     """
-    unreal = not_finite(analysis.model)
-    if not unreal:
+    counts = not_finite(analysis.model)
+    if not counts:
         return validation
-    first, *rest = [f"{name} ({count} elements)" for name, count in unreal.items()]
+    first, *rest = [f"{name} ({count} elements)" for name, count in counts.items()]
     named = f"{first}{f' and {len(rest)} more tensors' if rest else ''}"
-    silent = [output.problem.startswith(NOTHING_COMPARED) for output in validation.outputs]
-    if validation.problems and silent and all(silent):
+    not_compared = [output.problem.startswith(NOTHING_COMPARED) for output in validation.outputs]
+    if validation.problems and not_compared and all(not_compared):
         raise Refused(
             f"{analysis.path}: no output is a number, so that nothing can be compared: the weights of {named} are "
             "infinite or not a number; --no-validate grows them as they are"
@@ -311,12 +320,12 @@ def _with_not_finite(validation: Validation, analysis: Analysis) -> Validation:
 
 
 def _with_float64(validation: Validation, analysis: Analysis, plan: Plan, folder: Path) -> Validation:
-    """The same, with both models compared in float64."""
+    """The validation, with a comparison of both models in float64."""
     scratch = folder / "float64"
     scratch.mkdir()
-    wide = rewrite(analysis.model, plan, ir.DataType.DOUBLE)
-    outputs, by = validate_double(analysis.dimensions, wide, plan, scratch)
-    return replace(validation, double=outputs, double_by=by)
+    double = rewrite(analysis.model, plan, ir.DataType.DOUBLE)
+    outputs, computed_by = validate_double(analysis.dimensions, double, plan, scratch)
+    return replace(validation, double=outputs, double_by=computed_by)
 
 
 def _differs(out: Path, validation: Validation) -> str:
@@ -364,7 +373,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     def lap(self, stage: str) -> None:
-        """Note the end of a stage."""
+        """Record the end of a stage."""
         now = time.perf_counter()
         self.seconds[stage] = round(now - self.last, 3)
         self.last = now
@@ -378,11 +387,22 @@ def validate_files(
     mode: Mode = "auto",
     workers: int | None = None,
 ) -> Validation:
-    """Compare a grown model file with its source, on the weights as they are stored.
+    """Compare a grown model file with its source, with the weights as the files store them.
+
+    Args:
+        small: the source file.
+        big: the grown file.
+        device: the device on which both models run.
+        seed: the seed of the inputs.
+        mode: how to validate: "full", "algebraic" or "auto" (see `validation`).
+        workers: the number of processes that compare tensors.
+
+    Returns:
+        The validation, with notes if the grown file has no plan, or the plan of another source.
 
     Raises:
         BadModel: one of the files cannot be read.
-        Refused, BadRequest: see `validation.validate`.
+        Refused, BadRequest: see `validation.validating.validate`.
     """
     grown = loading.load(big)
     plan = Plan.carried_by(grown.metadata_props)
@@ -393,10 +413,10 @@ def validate_files(
     if plan is None:
         return result.with_notes("the grown model carries no plan: its tensors were not compared, only its outputs")
     if plan.source:
-        own = provenance(analysis.model, {})
-        other = [part for part in ("graph", "weights") if plan.source.get(part) != own[part]]
-        if other:
+        digests = provenance(analysis.model, {})
+        differing = [part for part in ("graph", "weights") if plan.source.get(part) != digests[part]]
+        if differing:
             return result.with_notes(
-                f"the plan was made from another source: its {' and '.join(other)} had other digests"
+                f"the plan was made from another source: its {' and '.join(differing)} had other digests"
             )
     return result

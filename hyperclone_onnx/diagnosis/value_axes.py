@@ -3,7 +3,7 @@
 If the source is given, planning computes the axes of every value (`planning.activations`). If there is only the grown
 file, its plan has the source maps of the axes of its tensors. The walk over the grown graph relates these axes to the
 axes of activations: both consist of dimensions. So the map of a dimension is learnt from the tensors, and used for the
-activations. A dimension without a map counts as one that did not grow. Then fewer clones are compared, but no wrong ones.
+activations. A dimension without a map counts as one that did not grow. Then fewer clones are compared.
 """
 
 from __future__ import annotations
