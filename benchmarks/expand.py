@@ -1,14 +1,14 @@
-"""Time and memory of `expand`, beside `cat` of the same bytes, on a Llama of random weights.
+"""Measures time and memory of `expand`, compared with `cat` of the same bytes, on a Llama with random weights.
 
     python benchmarks/expand.py [--pairs 5] [--size 1] [--sizes 0.25 0.5 1] [--larger 4] [--write] [--folder /var/tmp]
 
-Builds a model of 418 M float32 parameters (times --size; 1.7 GB) and doubles it (5.9 GB). `expand` and `cat` of such a
-result into another file take turns, each the first in every other pair; the ratio of each pair is taken, and their
-median given, so that a busy machine slows both. Both begin alike: what they read is in the page cache, what they write
-does not exist, the disk is synchronised and has a few seconds to get over it. The peak is the largest resident set of
-any of its processes (ru_maxrss), file pages that they map included. Modules are compiled beforehand, as by pip.
---larger measures the memory of a model so many times larger, once in depth and vocabulary and once in width. Everything
-made is removed again. --write puts the tables and the plot into docs/.
+It builds a model of 418 M float32 parameters (times --size; 1.7 GB) and doubles it (5.9 GB). `expand` and `cat` of the
+result run in pairs, and each of them runs first in every other pair. The result is the median of the ratios of all
+pairs, so that other load on the machine slows both. Both start in the same state: their input is in the page cache,
+their output does not exist, and the disk is synchronised and had a few seconds of rest. The peak memory is the largest
+resident set of any process (ru_maxrss), with the file pages that it maps. Modules are compiled before, as pip does it.
+--larger also measures the memory of models that are larger by this factor: one in depth and vocabulary, and one in
+width. All files are removed in the end. --write puts the tables and the plot into docs/.
 """
 
 from __future__ import annotations
@@ -45,14 +45,13 @@ MODES: dict[str, tuple[str, ...]] = {
     "expand --validate full": ("--validate", "full"),
 }
 
-
 REST = 2.0
-"""Seconds between what went before and a run: deleting gigabytes keeps a disk busy after the call."""
+"""The seconds of rest before a run. After gigabytes are deleted, the disk stays busy for a while."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One process: seconds by the wall and of all its threads, and the largest resident set in MB."""
+    """One process: its seconds on the clock, the processor seconds of all its threads, and its peak memory in MB."""
 
     seconds: float
     cpu: float
@@ -61,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to grow, and where what it becomes is put."""
+    """A model to grow, and the paths of the results."""
 
     path: Path
     parameters: int
@@ -78,19 +77,19 @@ class Model:
 
     @property
     def result(self) -> Path:
-        """A result that is kept for `cat`."""
+        """The grown weights that `cat` copies."""
         return self.path.with_name("result")
 
     def clear(self) -> None:
-        for each in self.path.parent.glob("big.onnx*"):
-            each.unlink()
+        for file in self.path.parent.glob("big.onnx*"):
+            file.unlink()
 
     def settle(self) -> None:
-        """Let every run begin alike."""
+        """Bring the machine into the state in which every run starts."""
         self.clear()
-        for each in (self.path.with_name(f"{self.path.name}.data"), self.result):
-            if each.exists():
-                subprocess.run(["cat", each], stdout=subprocess.DEVNULL, check=True)
+        for file in (self.path.with_name(f"{self.path.name}.data"), self.result):
+            if file.exists():
+                subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)
         os.sync()
         time.sleep(REST)
 
@@ -103,7 +102,7 @@ _, status, usage = os.wait4(process.pid, 0)
 seconds = time.perf_counter() - begin
 print(json.dumps([seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, status]), file=sys.stderr)
 """
-"""Runs a command from a small process: a process begins with the largest resident set of the one it comes from."""
+"""Runs a command from a small process, because a new process inherits the peak memory of its parent."""
 
 
 def measured(command: Sequence[str | Path], folder: Path, output: Any = subprocess.DEVNULL) -> Run:
@@ -141,7 +140,7 @@ def build(folder: Path, sizes: Sizes, name: str) -> Model:
 
 
 def prepare(folder: Path, size: float) -> Model:
-    """A model, and a result of it for `cat`."""
+    """Build a model, and the grown weights that `cat` copies."""
     needed = 4 * 9 * 418e6 * size
     if shutil.disk_usage(folder).free < needed:
         raise SystemExit(f"{folder}: a model of size {size:g} needs {needed / 1e9:.0f} GB while it is measured")
@@ -154,20 +153,20 @@ def prepare(folder: Path, size: float) -> Model:
 def remove(model: Model) -> None:
     model.clear()
     model.result.unlink(missing_ok=True)
-    for each in model.path.parent.glob(f"{model.path.name}*"):
-        each.unlink()
+    for file in model.path.parent.glob(f"{model.path.name}*"):
+        file.unlink()
 
 
 def pairs(model: Model, count: int) -> dict[str, list[tuple[Run, Run]]]:
-    found: dict[str, list[tuple[Run, Run]]] = {strategy: [] for strategy in STRATEGIES}
+    runs: dict[str, list[tuple[Run, Run]]] = {strategy: [] for strategy in STRATEGIES}
     for number in range(count):
         for strategy in STRATEGIES:
             copied = cat(model) if number % 2 else None
             grown = expand(model, strategy, "--no-validate")
             copied = copied or cat(model)
-            found[strategy].append((grown, copied))
+            runs[strategy].append((grown, copied))
             say(f"{strategy}: expand {grown.seconds:.2f} s, cat {copied.seconds:.2f} s")
-    return found
+    return runs
 
 
 def say(text: str) -> None:
@@ -188,7 +187,7 @@ def against_cat(model: Model, count: int) -> str:
                 strategy,
                 f"{statistics.median(grown.seconds for grown, _ in runs):.2f} s",
                 f"{statistics.median(copied.seconds for _, copied in runs):.2f} s",
-                f"**{statistics.median(ratios):.2f}** ({', '.join(f'{each:.2f}' for each in ratios)})",
+                f"**{statistics.median(ratios):.2f}** ({', '.join(f'{ratio:.2f}' for ratio in ratios)})",
                 f"{TARGETS[strategy]:.1f}",
                 f"{max(grown.peak for grown, _ in runs):.0f} MB",
             ]
@@ -210,10 +209,10 @@ def by_size(folder: Path, sizes: Sequence[float], count: int) -> tuple[str, list
     points: list[tuple[int, dict[str, float]]] = []
     for size in sizes:
         model = prepare(folder, size)
-        runs = pairs(model, count)
-        seconds = {name: statistics.median(grown.seconds for grown, _ in each) for name, each in runs.items()}
-        seconds["cat"] = statistics.median(copied.seconds for each in runs.values() for _, copied in each)
-        peak = max(grown.peak for each in runs.values() for grown, _ in each)
+        by_strategy = pairs(model, count)
+        seconds = {name: statistics.median(grown.seconds for grown, _ in runs) for name, runs in by_strategy.items()}
+        seconds["cat"] = statistics.median(copied.seconds for runs in by_strategy.values() for _, copied in runs)
+        peak = max(grown.peak for runs in by_strategy.values() for grown, _ in runs)
         grown_bytes = model.result.stat().st_size
         remove(model)
         points.append((model.parameters, seconds))
@@ -223,7 +222,7 @@ def by_size(folder: Path, sizes: Sequence[float], count: int) -> tuple[str, list
 
 
 def when_larger(folder: Path, times: float) -> str:
-    """The memory of a model and of larger ones."""
+    """A table of the peak memory of the model, and of two models that are `times` as large."""
     wide = math.sqrt(times)
     wider = Sizes(
         hidden=round(SMALL.hidden * wide),
@@ -253,7 +252,7 @@ def plot(points: list[tuple[int, dict[str, float]]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for name, style in (("symmetric", "o-"), ("noisy-symmetric", "s-"), ("cat", "^--")):
         label = "cat of the result" if name == "cat" else f"expand --no-validate, {name}"
-        axes.plot([count / 1e6 for count, _ in points], [each[name] for _, each in points], style, label=label)
+        axes.plot([count / 1e6 for count, _ in points], [seconds[name] for _, seconds in points], style, label=label)
     axes.set_xlabel("parameters of the source (millions, float32)")
     axes.set_ylabel("seconds (median)")
     axes.set_xlim(left=0)
@@ -278,9 +277,9 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--size", type=float, default=1.0, help="of the model that is compared with cat")
-    parser.add_argument("--sizes", type=float, nargs="*", default=[0.25, 0.5, 1.0], help="of those that are plotted")
-    parser.add_argument("--larger", type=float, help="measure the memory of models so many times larger too")
+    parser.add_argument("--size", type=float, default=1.0, help="size of the model that is compared with cat")
+    parser.add_argument("--sizes", type=float, nargs="*", default=[0.25, 0.5, 1.0], help="sizes of the plotted models")
+    parser.add_argument("--larger", type=float, help="also measure the memory of models that are this times as large")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--write", action="store_true", help="put the result into docs/")
     given = parser.parse_args()

@@ -1,11 +1,12 @@
-"""Does a grown model learn sooner than one from random weights? Measured through the product itself.
+"""Measures whether a grown model learns sooner than a model with random initial weights.
 
     python benchmarks/growth.py --quick | --full | --gpu  [--output DIR] [--workers N] [--steps N] [--write]
 
-A small model is trained, grown with `expand`, loaded with `frameworks.torch.load` and trained on, beside the same large
-model from random weights; all read the same bytes in the same order. Prints a table for each question; writes into DIR
-report.md, results.json, curves.csv and pictures. What was interrupted goes on where it was. --quick takes about ten
-minutes on two cores, --full a few hours, --gpu a GPU. Needs torch, jax, optax and matplotlib.
+It trains a small model, grows it with `expand`, loads it with `frameworks.torch.load` and trains it further. It also
+trains the same large model from random weights. All runs read the same bytes in the same order. The benchmark prints a
+table for each question, and writes report.md, results.json, curves.csv and pictures into DIR. After an interruption,
+the same command continues. --quick takes about ten minutes on two cores, --full a few hours; --gpu needs a GPU. Needs
+torch, jax, optax and matplotlib.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SIZES = {
         rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3),
         source_rates=(1.2e-3, 2.4e-3),
         grown_rates=(1e-4, 2e-4, 4e-4),
-        questions=tuple(each for each in ALL if each != "framework"),
+        questions=tuple(question for question in ALL if question != "framework"),
         device="cuda",
     ),
 }
@@ -85,16 +86,16 @@ def main() -> int:
     print(text)
     if given.write:
         put("growth.md", f"growth {size.name}", _with_pictures(text, folder, size.name))
-    every = list(checks(findings, lab))
-    for check in every:
+    all_checks = list(checks(findings, lab))
+    for check in all_checks:
         print(f"{'ok' if check.holds else 'FAILED'}: {check.what} ({check.found})")
     print(f"tables, curves and pictures are in {folder}")
-    return 0 if all(check.holds for check in every) else 1
+    return 0 if all(check.holds for check in all_checks) else 1
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar for each stage; without a terminal, a line when it begins."""
+    """A progress bar for each stage. Without a terminal, a stage prints one line when it begins."""
     console = Console(stderr=True)
     counted = TextColumn("{task.completed:.0f} of {task.total:.0f} steps")
     columns = (TextColumn("{task.description:32}"), BarColumn(), counted, TimeElapsedColumn(), TimeRemainingColumn())
@@ -112,7 +113,7 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
 
 def _with_pictures(text: str, folder: Path, size: str) -> str:
-    """The report with those pictures that tell most, which are copied into docs/."""
+    """The report with the most important pictures, which are copied into docs/."""
     for name in PICTURES:
         if (folder / f"{name}.png").exists():
             picture = f"growth-{size}-{name}.png"
@@ -123,7 +124,7 @@ def _with_pictures(text: str, folder: Path, size: str) -> str:
 
 
 def write(findings: Findings, lab: Lab, folder: Path) -> None:
-    """All that is known so far."""
+    """Write all results so far."""
     (folder / "report.md").write_text(report(findings, lab), encoding="utf-8")
     write_json(findings, folder / "results.json")
     write_curves(lab.outcomes.values(), lab, folder / "curves.csv")

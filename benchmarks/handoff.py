@@ -1,11 +1,12 @@
-"""Time of a training step: a handed-over model beside the Hugging Face model that it was exported from.
+"""Measures the time of a training step: of a model that `handoff` loads, and of the Hugging Face model it comes from.
 
     python benchmarks/handoff.py [--model llama|gpt2|bert] [--dtype float32|bfloat16] [--hidden 256] [--layers 4]
                                  [--no-compile] [--no-jax] [--write]
 
-A step is forward, backward and AdamW. All have the same weights and see the same batch; their steps alternate in one
-run, so that a busy machine slows all of them. bfloat16 is PyTorch's autocast. Prints a Markdown table; --write puts it
-into docs/benchmarks.md. Uses a GPU if there is one. Needs torch, transformers, jax and optax.
+A step is the forward pass, the backward pass and AdamW. All models have the same weights and the same batch. Their
+steps alternate in one run, so that other load on the machine slows all of them. bfloat16 is PyTorch's autocast. Prints
+a Markdown table; --write puts it into docs/benchmarks.md. Uses a GPU if there is one. Needs torch, transformers, jax
+and optax.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def options() -> argparse.Namespace:
 
 
 def llama(given: argparse.Namespace) -> Any:
-    """Rotary, grouped queries, RMS norms, a gated feed-forward."""
+    """A Llama: rotary positions, grouped queries, RMS norms, a gated feed-forward."""
     config = transformers.LlamaConfig(
         vocab_size=given.vocab,
         hidden_size=given.hidden,
@@ -65,7 +66,7 @@ def llama(given: argparse.Namespace) -> Any:
 
 
 def gpt2(given: argparse.Namespace) -> Any:
-    """Learned places, layer norms, one fused projection, a tied head."""
+    """A GPT-2: learned positions, layer norms, one fused projection, a tied head."""
     sizes = {"vocab_size": given.vocab, "n_embd": given.hidden, "n_layer": given.layers, "n_positions": given.length}
     dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     config = transformers.GPT2Config(**sizes, **dropout, n_head=given.hidden // 32, use_cache=False)
@@ -73,7 +74,7 @@ def gpt2(given: argparse.Namespace) -> Any:
 
 
 def bert(given: argparse.Namespace) -> Any:
-    """Both directions, layer norms behind the sums."""
+    """A BERT: attention in both directions, layer norms behind the sums."""
     config = transformers.BertConfig(
         vocab_size=given.vocab,
         hidden_size=given.hidden,
@@ -91,7 +92,7 @@ MODELS: dict[str, Callable[[argparse.Namespace], Any]] = {"llama": llama, "gpt2"
 
 
 def source_model(given: argparse.Namespace) -> Any:
-    """The model with random weights; its norms' gains and biases differ, or equal ones would be stored once."""
+    """The model with random weights. Gains and biases are random too, because an export stores equal ones only once."""
     torch.manual_seed(0)
     model = MODELS[given.model](given).eval()
     with torch.no_grad():
@@ -118,7 +119,7 @@ def torch_step(given: argparse.Namespace, call: Callable[[], Any], model: Any, t
 
 
 def jax_step(path: Path, ids: Any, mask: Any) -> Step:
-    """The same in JAX, jitted whole."""
+    """The same step in JAX, jitted as a whole."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -148,7 +149,7 @@ def jax_step(path: Path, ids: Any, mask: Any) -> Step:
 
 
 def main() -> None:
-    """The steps of every way, in turn."""
+    """Measure the steps of all variants in turn."""
     given = options()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = source_model(given)
@@ -161,14 +162,14 @@ def main() -> None:
         mask, targets = torch.ones_like(ids), ids[:, 1:].contiguous()
         steps: dict[tuple[str, str], Step] = {}
         for way in (EAGER,) if given.no_compile else (EAGER, COMPILED):
-            # Steps train: each way starts from weights of its own.
+            # A step changes the weights, so that every variant needs a copy of them.
             theirs, ours = source_model(given).to(device), load(path, device=device)
             theirs.set_attn_implementation("sdpa")
-            call, other = (theirs, ours) if way == EAGER else (torch.compile(theirs), torch.compile(ours))
+            call_theirs, call_ours = (theirs, ours) if way == EAGER else (torch.compile(theirs), torch.compile(ours))
             steps[SOURCE, way] = torch_step(
-                given, lambda call=call: call(input_ids=ids, attention_mask=mask).logits, theirs, targets
+                given, lambda call=call_theirs: call(input_ids=ids, attention_mask=mask).logits, theirs, targets
             )
-            steps[HANDOFF, way] = torch_step(given, lambda other=other: other(ids, mask), ours, targets)
+            steps[HANDOFF, way] = torch_step(given, lambda call=call_ours: call(ids, mask), ours, targets)
         if not given.no_jax and given.dtype == "float32":
             steps[HANDOFF, JITTED] = jax_step(path, ids, mask)
         lines = list(report(given, device, steps))
@@ -178,9 +179,9 @@ def main() -> None:
 
 
 def report(given: argparse.Namespace, device: str, steps: dict[tuple[str, str], Step]) -> Iterator[str]:
-    """Run all steps in turn: the median of each, and its ratio to Hugging Face's of the same kind in the same turn."""
+    """Run all steps in turn, and report the median time of each and its ratio to Hugging Face's in the same turn."""
     losses = {key: step() for key, step in steps.items()}
-    for step in list(steps.values()) * 2:  # once more to warm up, and not to measure recompiling
+    for step in list(steps.values()) * 2:  # compilers may compile again in the second and third step
         step()
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for _ in range(given.steps):
@@ -194,13 +195,13 @@ def report(given: argparse.Namespace, device: str, steps: dict[tuple[str, str], 
     yield ""
     yield "| | ms per step (median) | fastest | of Hugging Face's: median | fastest by fastest | first loss |"
     yield "|---|---|---|---|---|---|"
-    for (who, way), each in times.items():
-        beside = times.get((SOURCE, way if way != JITTED else COMPILED)) if who == HANDOFF else None
+    for (who, way), seconds in times.items():
+        reference = times.get((SOURCE, way if way != JITTED else COMPILED)) if who == HANDOFF else None
         ratios = ["", ""]
-        if beside is not None:
-            turns = [own / other for own, other in zip(each, beside, strict=True)]
-            ratios = [f"{statistics.median(turns):.2f}", f"{min(each) / min(beside):.2f}"]
-        median, fastest = 1000 * statistics.median(each), 1000 * min(each)
+        if reference is not None:
+            turns = [ours / theirs for ours, theirs in zip(seconds, reference, strict=True)]
+            ratios = [f"{statistics.median(turns):.2f}", f"{min(seconds) / min(reference):.2f}"]
+        median, fastest = 1000 * statistics.median(seconds), 1000 * min(seconds)
         yield f"| {who}, {way} | {median:.1f} | {fastest:.1f} | {ratios[0]} | {ratios[1]} | {losses[who, way]:.5f} |"
 
 

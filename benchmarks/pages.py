@@ -1,4 +1,4 @@
-"""Measured tables in the pages of docs/, each between markers of its own."""
+"""Puts measured tables into the pages of docs/. A pair of markers with a name encloses each table."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def put(page: str, name: str, text: str) -> None:
-    """Put text between the markers ``<!-- name -->`` and ``<!-- /name -->`` of a page, or behind all else.
+    """Put text between the markers ``<!-- name -->`` and ``<!-- /name -->`` of a page, or at its end.
 
     Args:
-        page: a file of docs/.
-        name: of the markers.
-        text: what is to stand there.
+        page: the name of a file in docs/.
+        name: the name in the markers.
+        text: the new text.
     """
     path = DOCS / page
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"

@@ -1,11 +1,11 @@
-"""Peak memory of each process that loads a grown model, whole or in parts, and whether both lose alike.
+"""Measures the peak memory of processes that load a grown model, whole or in shards, and compares their losses.
 
     python benchmarks/sharding.py [SMALL.onnx] [--factor 2] [--framework torch|jax]
 
-Grows SMALL (default: a Llama of 175 M parameters with random weights) to BIG, and loads it in processes of their own:
-BIG by one process; BIG by two, each its shard; SMALL and a plan by two, each its shard, so that BIG need not exist.
-Prints a Markdown table. Peak memory is the whole resident set (VmHWM): the interpreter, the framework and file pages
-included. Linux only.
+It grows SMALL (default: a Llama of 175 M parameters with random weights) to BIG, and loads it in three ways in new
+processes: one process loads BIG; two processes load one shard of BIG each; two processes load one shard each from SMALL
+and a plan, so that BIG need not exist. Prints a Markdown table. Peak memory is the whole resident set (VmHWM), with the
+interpreter, the framework and file pages. Linux only.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def report(loaded: int, loss: float, seconds: float) -> None:
 
 
 def feeds(program: Any) -> dict[str, Any]:
-    """Tokens, and a mask if the model has one."""
+    """The inputs: tokens, and a mask if the model has one."""
     import numpy as np
 
     ids = np.arange(64).reshape(2, 32) * 7 % 90 + 3
-    return {each.name: np.ones_like(ids) if "mask" in each.name else ids for each in program.inputs}
+    return {value.name: np.ones_like(ids) if "mask" in value.name else ids for value in program.inputs}
 
 
 def with_torch(model: str, plan: str, processes: int) -> None:
@@ -106,7 +106,7 @@ def free_port() -> int:
 
 
 def run(framework: str, model: Path, plan: Path | None, processes: int) -> list[dict[str, Any]]:
-    """What each process reports."""
+    """Load a model in some processes, and return the report of each."""
     port = free_port()
     command = [sys.executable, __file__, "--worker", framework, str(model), str(plan or ""), str(processes)]
     workers = []
@@ -132,7 +132,7 @@ def main() -> None:
         small = given.small or build(Path(folder) / "small.onnx")
         big, plan = Path(folder) / "big.onnx", Path(folder) / "plan.json"
         grown = expand(small, big, given.factor, check=False, plan_out=plan)
-        size = sum(each.stat().st_size for each in Path(folder).glob("big.onnx*"))
+        size = sum(file.stat().st_size for file in Path(folder).glob("big.onnx*"))
         print(f"{grown.parameters_before:,} -> {grown.parameters_after:,} parameters, {size / MiB:,.0f} MiB\n")
         print("| | seconds | peak after loading, MiB | of the whole's | peak after a loss, MiB | loss |")
         print("|---|---|---|---|---|---|")
@@ -144,12 +144,12 @@ def main() -> None:
                 f"{framework}, a shard from SMALL and the plan": run(framework, small, plan, 2),
             }
             for name, ranks in rows.items():
-                for rank, each in enumerate(ranks):
+                for rank, measured in enumerate(ranks):
                     label = name if len(ranks) == 1 else f"{name}, rank {rank}"
-                    ratio = each["load"] / whole[0]["load"]
+                    ratio = measured["load"] / whole[0]["load"]
                     print(
-                        f"| {label} | {each['seconds']:.1f} | {each['load'] / MiB:,.0f} | {ratio:.0%} "
-                        f"| {each['step'] / MiB:,.0f} | {each['loss']:.6f} |",
+                        f"| {label} | {measured['seconds']:.1f} | {measured['load'] / MiB:,.0f} | {ratio:.0%} "
+                        f"| {measured['step'] / MiB:,.0f} | {measured['loss']:.6f} |",
                         flush=True,
                     )
 
