@@ -1,9 +1,9 @@
-"""The coverage-guided fuzzer: whatever bytes a file holds, reading and planning end in a plan or in one line.
+"""The coverage-guided fuzzer: for any bytes in a file, reading and planning must end in a plan or in one line of text.
 
     python -m fuzz.coverage --minutes 15
 
-It runs atheris (libFuzzer) on beginnings of the zoo's graphs; half of its changes are to bytes, half to graphs. What it
-finds is recorded and passed over, so that one defect does not hide the others.
+It runs atheris (libFuzzer) on beginnings of the zoo's graphs. Half of its changes are made to bytes, and half to
+graphs. It records a defect and continues, so that one defect does not hide the others.
 """
 
 from __future__ import annotations
@@ -38,12 +38,18 @@ from fuzz.mutations import mutate
 from fuzz.seeds import write_beginnings, write_zoo
 
 LARGEST_SEED = 100_000
+"""The most bytes of a seed."""
 SLOW = 20.0
-"""Seconds of a processor that no input of this size should take."""
+"""An input that takes more processor seconds than this is a defect."""
 
 
 class Target:
-    """What is called with every input, and what came of it."""
+    """The function that is called with every input, and its results.
+
+    Args:
+        file: the file to which the input is written.
+        findings: the folder for inputs that show a defect.
+    """
 
     def __init__(self, file: Path, findings: Path) -> None:
         self.file, self.findings = file, findings
@@ -85,23 +91,23 @@ class Target:
 
 
 def change(data: bytes, most: int, seed: int) -> bytes:
-    """A change to the bytes, or to the graph that they are."""
+    """Change the bytes of a file, or the graph in it."""
     rng = np.random.default_rng(seed)
     if rng.random() < 0.5:
         model = onnx.ModelProto()
         try:
             model.ParseFromString(data)
             mutate(model, rng)
-            made = model.SerializeToString()
-            if len(made) <= most:
-                return bytes(made)
-        except Exception:  # no graph, or one that cannot be written: change its bytes
+            changed = model.SerializeToString()
+            if len(changed) <= most:
+                return bytes(changed)
+        except Exception:  # the bytes are no graph, or the changed graph cannot be written: we change bytes instead
             pass
     return bytes(atheris.Mutate(data, most))
 
 
 def main() -> None:
-    """Fuzz for so long; the last line says what was run."""
+    """Fuzz for the given time. The last line has the number of inputs, and how they ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seeds", type=Path, help="a folder of graphs; the zoo's by default")
@@ -123,7 +129,7 @@ def main() -> None:
             ends = dict(target.ends.most_common())
             print(json.dumps({"minutes": arguments.minutes, "inputs": sum(ends.values()), **ends}), flush=True)
             shutil.rmtree(folder, ignore_errors=True)
-            os._exit(1 if target.found else 0)  # libFuzzer takes any other end for a finding
+            os._exit(1 if target.found else 0)  # libFuzzer would report any other exit as a defect
 
     options = [f"-max_len={2 * LARGEST_SEED}", "-timeout=300", "-rss_limit_mb=4096", "-len_control=0", str(corpus)]
     atheris.Setup([sys.argv[0], *options], one_input, custom_mutator=change, enable_python_coverage=True)

@@ -1,12 +1,12 @@
-"""Faults at every moment of a run: a kill, a signal, a write that fails, before each of its calls to the file system.
+"""Tests faults at every moment of a run: a kill, a signal or a failed write, before each call to the file system.
 
     python -m fuzz.faults            # every call, and 200 kills at random moments; minutes
     python -m fuzz.faults --every 7  # every seventh call
 
-A run is a copy of this process (fork), so that it begins at once; an audit hook (PEP 578) counts its calls to the file
-system and strikes before one of them. After each fault: OUT is what it was, or the whole grown model; the source is
-unharmed; the message and the exit code say which; only a kill leaves anything else; and the next run succeeds and
-removes that.
+A run is a copy of this process (fork), so that it starts at once. An audit hook (PEP 578) counts its calls to the file
+system and strikes before one of them. After each fault, five things must hold. OUT is as it was before, or the complete
+grown model. The source is unharmed. The message and the exit code say which of the two OUT is. Only a kill leaves other
+files behind. And the next run succeeds, and removes these files.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from hyperclone_onnx.entry import listen
 from hyperclone_onnx.system.signals import STOPPING
 
 CALLS = frozenset("open os.mkdir os.rename os.remove os.rmdir os.truncate os.link os.listdir os.scandir".split())
-"""The audit events that are calls to the file system, as far as they name a path."""
+"""The audit events that are calls to the file system, if their arguments name a path."""
 
 NOBODY = 65534
 
 
 class Broken(AssertionError):
-    """A run left what it must not leave, or said what is not so."""
+    """A run left a wrong state behind, or reported something false."""
 
 
 # -- scenes -----------------------------------------------------------------------------------------------
@@ -55,24 +55,24 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True)
 class Scene:
-    """A command and the folder that it runs in."""
+    """A command, and the folder in which it runs."""
 
     name: str
     root: Path
     source: str
     out: str
     before: str = ""
-    """A grown model that stands at OUT before: "inline" or "split"."""
+    """The form of the grown model that is at OUT before the run: "inline" or "split"; empty for none."""
     validate: bool = False
     factor: int = 2
     plan: str = ""
-    """Where the plan is to be written too."""
+    """The file to which the plan is also written."""
     workers: int = 1
-    """Of several, each is a copy of the process; a strike meets it too."""
+    """The number of workers. With several, each is a copy of the process, and a strike may hit it too."""
 
     @property
     def arguments(self) -> list[str]:
-        """The command line."""
+        """The arguments of the command."""
         paths = ["expand", str(self.root / self.source), "-o", str(self.root / self.out)]
         plan = ["--plan-out", str(self.root / self.plan)] if self.plan else []
         check = [] if self.validate else ["--no-validate"]
@@ -80,7 +80,7 @@ class Scene:
         return [*paths, "--factor", str(self.factor), "--device", "cpu", *workers, *plan, *check]
 
     def reset(self) -> None:
-        """Put the folder into its first state."""
+        """Bring the folder into its first state."""
         shutil.rmtree(self.root, ignore_errors=True)
         self.root.mkdir()
         if Path(self.source).suffix == ".onnx":
@@ -97,7 +97,7 @@ class Scene:
 
 
 def make_model(path: Path, *, split: bool, seed: int = 1, width: int = 24) -> None:
-    """A small model that grows, with its weights beside it or in it."""
+    """A small model that grows, with its weights in a data file or in the model file."""
     rng = np.random.default_rng(seed)
 
     def weight(name: str, *shape: int) -> onnx.TensorProto:
@@ -120,7 +120,7 @@ def make_model(path: Path, *, split: bool, seed: int = 1, width: int = 24) -> No
 
 
 def scenes(folder: Path) -> list[Scene]:
-    """Every way in which something is published."""
+    """The scenes: every way in which a command publishes files."""
     return [
         Scene("a file", folder / "scene", "small.onnx", "big.onnx"),
         Scene("a file, validated", folder / "scene", "small.onnx", "big.onnx", validate=True),
@@ -139,7 +139,7 @@ def scenes(folder: Path) -> list[Scene]:
 
 
 def digest_of(path: Path) -> str:
-    """What a model is, whatever its data file is called; or what a folder holds. Empty where there is nothing."""
+    """The content of a model as text, whatever the name of its data file; or of a folder. Empty if nothing is there."""
     if path.is_dir():
         parts = [(str(each.relative_to(path)), digest_of(each)) for each in sorted(path.rglob("*")) if each.is_file()]
         parts = [(name, digest) for name, digest in parts if not name.endswith(".data")]
@@ -148,7 +148,7 @@ def digest_of(path: Path) -> str:
         return ""
     if path.suffix != ".onnx":
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    model = onnx.load(path)  # with its data: fails where that is not whole
+    model = onnx.load(path)  # reads the data too, and fails where they are not complete
     for tensor in model.graph.initializer:
         array = onnx.numpy_helper.to_array(tensor)
         tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
@@ -156,12 +156,12 @@ def digest_of(path: Path) -> str:
 
 
 def listing(root: Path) -> set[str]:
-    """Every file and folder, by path."""
+    """Every file and folder, by its path."""
     return {str(each.relative_to(root)) for each in root.rglob("*")}
 
 
 def raw(root: Path, names: set[str]) -> dict[str, bytes]:
-    """The bytes of files."""
+    """The content of files."""
     return {name: (root / name).read_bytes() for name in sorted(names) if (root / name).is_file()}
 
 
@@ -170,7 +170,7 @@ def raw(root: Path, names: set[str]) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit code (negative for a signal), its last line, and how many calls it made."""
+    """How a run ended: its exit code (negative for a signal), its last line, and the number of its calls."""
 
     code: int
     last: str
@@ -182,11 +182,11 @@ Strike = Callable[[], None]
 
 def start(arguments: list[str], *, at: int | None = None, strike: Strike | None = None, first: Strike | None = None,
           counter: Path | None = None) -> tuple[int, int]:  # fmt: skip
-    """Begin a run in a copy of this process, which strikes before its call number `at`; returns (process, stderr)."""
+    """Start a run in a copy of this process that strikes before its call number `at`; returns (process, stderr)."""
     from hyperclone_onnx.commands.main import main
 
     read, write = os.pipe()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the copy listens, as the command does at once
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the copy handles signals
     child = os.fork()
     if child:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -198,11 +198,11 @@ def start(arguments: list[str], *, at: int | None = None, strike: Strike | None 
         os.dup2(write, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        for number in STOPPING:  # a background job may have inherited that they are ignored
+        for number in STOPPING:  # a background job may have been started with ignored signals
             signal.signal(number, signal.SIG_DFL)
         listen()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        # As Python has it for every user: tests make an error of it, and an interrupted import drops what it has open.
+        # As for every user: the tests turn warnings into errors, and an interrupted import leaves files open.
         warnings.simplefilter("ignore", ResourceWarning)
         if first is not None:
             first()
@@ -223,7 +223,7 @@ def start(arguments: list[str], *, at: int | None = None, strike: Strike | None 
 
 def _watch(at: int | None, strike: Strike | None) -> list[int]:
     calls = [0]
-    struck = mmap.mmap(-1, 1)  # one for all copies of the process, each of which counts its calls
+    struck = mmap.mmap(-1, 1)  # shared by all copies of the process, each of which counts its calls
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in CALLS and arguments and isinstance(arguments[0], str | bytes | int | os.PathLike):
@@ -239,7 +239,7 @@ def _watch(at: int | None, strike: Strike | None) -> list[int]:
 
 
 def finish(child: int, stderr: int, seconds: float = 120.0) -> Ended:
-    """Wait for a run."""
+    """Wait for the end of a run."""
     with os.fdopen(stderr, "r", errors="replace") as pipe:
         text = pipe.read()
     deadline = time.monotonic() + seconds
@@ -257,7 +257,7 @@ def finish(child: int, stderr: int, seconds: float = 120.0) -> Ended:
 
 
 def run(arguments: list[str], **options: Any) -> Ended:
-    """A whole run."""
+    """Start a run, and wait for its end."""
     return finish(*start(arguments, **options))
 
 
@@ -265,37 +265,37 @@ def run(arguments: list[str], **options: Any) -> Ended:
 
 
 def kill() -> None:
-    """As `kill -9` does, or the system when memory ends."""
+    """Kill the process, like `kill -9`, or the system when memory is exhausted."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def interrupt() -> None:
-    """As Ctrl-C does."""
+    """Interrupt the process, like Ctrl-C."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def terminate() -> None:
-    """As a scheduler does."""
+    """Terminate the process, like a scheduler."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def hang_up() -> None:
-    """As a terminal does that is closed."""
+    """Hang up, like a terminal that is closed."""
     os.kill(os.getpid(), signal.SIGHUP)
 
 
 def disk_full() -> None:
-    """This call fails."""
+    """The call fails with the error that the device is full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def no_permission() -> None:
-    """This call fails."""
+    """The call fails because permission is denied."""
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def disk_error() -> None:
-    """This call fails."""
+    """The call fails with an input or output error."""
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
@@ -312,7 +312,7 @@ FAILING = {"disk_full", "no_permission", "disk_error"}
 
 @dataclass
 class Judge:
-    """Compares what a fault left with what may be left."""
+    """Compares the state after a fault with the allowed states."""
 
     scene: Scene
 
@@ -329,14 +329,14 @@ class Judge:
         self.expect(bool(self.new) and self.new != self.old, ended, "the reference run makes nothing")
 
     def expect(self, right: bool, ended: Ended, text: str) -> None:
-        """Raise unless it is so."""
+        """Raise `Broken` unless a condition holds."""
         if not right:
             raise Broken(
                 f"{self.scene.name}: {text} (exit {ended.code}, {ended.last!r}, {sorted(listing(self.scene.root))})"
             )
 
     def judge(self, ended: Ended, failing: bool = False) -> str:
-        """Whether all is as it may be after a fault, a call that failed or another; returns what became of OUT."""
+        """Compare the state after a fault with the allowed states; returns the state of OUT."""
         scene = self.scene
         killed = ended.code == -signal.SIGKILL
         own = {name: data for name, data in self.first.items() if name.startswith(Path(scene.source).stem)}
@@ -348,7 +348,7 @@ class Judge:
             raise Broken(f"{scene.name}: OUT is no whole model: {problem} ({ended.last})") from problem
         self.expect(now in (self.old, self.new), ended, "OUT is neither what it was nor what it should be")
         if not killed:
-            # The model is there, and what goes beside it is not: there is no way back.
+            # The commit is done for the model, but not for the files beside it: it cannot be undone.
             told = bool(scene.plan) and now == self.new and ended.code == 2 and "is written and complete" in ended.last
             right = (ended.code == 0) == (now == self.new)
             self.expect(right or told, ended, "the exit code does not say what became of OUT")
@@ -356,7 +356,7 @@ class Judge:
             self.expect(ended.code == 0 or ended.last.startswith("error: "), ended, "no last line that says why")
             extra = listing(scene.root) ^ (self.new_names if now == self.new else self.first_names)
             extra -= {scene.plan} if told else set()
-            # Where the call that failed was one that cleans, after the commit, the next run cleans.
+            # If the failed call was part of cleaning up after the commit, the next run cleans up.
             left = all(".partial" in name or name.endswith(".data") for name in extra)
             self.expect(not extra or (failing and ended.code == 0 and left), ended, "leftovers")
         again = run(scene.arguments)
@@ -371,7 +371,7 @@ class Judge:
 
 
 def count_calls(scene: Scene) -> int:
-    """How many calls to the file system a run makes."""
+    """The number of calls to the file system in a run."""
     scene.reset()
     counter = scene.root.parent / "calls"
     ended = run(scene.arguments, counter=counter)
@@ -383,7 +383,7 @@ def count_calls(scene: Scene) -> int:
 def at_every_call(
     scene: Scene, strikes: dict[str, Strike], every: int = 1, offset: int = 0
 ) -> Iterator[tuple[str, str]]:
-    """Strike before each call (or every n-th), with each strike; yields (strike, what became of OUT)."""
+    """Strike before each call, or each n-th call, in each way; yields (strike, state of OUT)."""
     judge = Judge(scene)
     for at in range(offset, count_calls(scene) + 1, every):
         for name, strike in strikes.items():
@@ -395,7 +395,7 @@ def at_every_call(
 
 
 def at_random_moments(scene: Scene, number: int, kills: int, seed: int = 0) -> Iterator[str]:
-    """A signal after a random time; yields what became of OUT."""
+    """Send a signal after a random time; yields the state of OUT."""
     judge = Judge(scene)
     draw = random.Random(seed)
     scene.reset()
@@ -412,7 +412,7 @@ def at_random_moments(scene: Scene, number: int, kills: int, seed: int = 0) -> I
 
 
 def two_at_once(scene: Scene, times: int) -> Iterator[str]:
-    """Two runs onto one OUT: at least one succeeds, the other too or is told why not; OUT is whole."""
+    """Two runs write the same OUT: at least one succeeds, a failed one says why, and OUT is complete."""
     judge = Judge(scene)
     for _ in range(times):
         scene.reset()
@@ -429,7 +429,7 @@ def two_at_once(scene: Scene, times: int) -> Iterator[str]:
 
 
 def source_changes(scene: Scene, every: int = 4) -> Iterator[str]:
-    """The source is touched, lengthened or replaced while it is read: refused, unless it was too late."""
+    """The source is touched, lengthened or replaced during reading: the run is refused, unless all of it was read."""
     judge = Judge(scene)
     source = scene.root / scene.source
     file = source if source.is_file() else source / "onnx" / "model.onnx"
@@ -474,7 +474,7 @@ def source_changes(scene: Scene, every: int = 4) -> Iterator[str]:
 
 
 def file_size_limits(scene: Scene, steps: int = 12) -> Iterator[str]:
-    """RLIMIT_FSIZE, from nothing to enough."""
+    """Limit the size of files (RLIMIT_FSIZE), from nothing to enough."""
     judge = Judge(scene)
     largest = max((scene.root / name).stat().st_size for name in judge.new_names if (scene.root / name).is_file())
     for step in range(steps + 1):
@@ -487,7 +487,7 @@ def file_size_limits(scene: Scene, steps: int = 12) -> Iterator[str]:
 
 
 def mounted(folder: Path, kilobytes: int) -> bool:
-    """Mount a small file system at a folder; False where that is not allowed."""
+    """Mount a small file system at a folder; False if that is not allowed."""
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
     return (
@@ -496,12 +496,12 @@ def mounted(folder: Path, kilobytes: int) -> bool:
 
 
 def unmount(folder: Path) -> None:
-    """Take it away again."""
+    """Unmount the file system."""
     subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
 
 
 def full_disks(folder: Path, split: bool, sizes: range) -> Iterator[str]:
-    """OUT on a file system of its own that is too small, ever less so; "skipped" where none can be mounted."""
+    """OUT is on a file system that is too small, in several sizes; "skipped" if none can be mounted."""
     name = "split.onnx" if split else "small.onnx"
     make_model(folder / name, split=split)
     source = raw(folder, listing(folder))
@@ -526,7 +526,7 @@ def full_disks(folder: Path, split: bool, sizes: range) -> Iterator[str]:
 
 
 def without_permission(folder: Path) -> Iterator[str]:
-    """As a user who may not read the source, or not write OUT; "skipped" where users cannot be changed."""
+    """The user may not read the source, or may not write OUT; "skipped" if the user cannot be changed."""
     if os.geteuid() != 0:
         yield "skipped"
         return
@@ -560,7 +560,7 @@ def without_permission(folder: Path) -> Iterator[str]:
 
 
 def main() -> int:
-    """Run everything; prints a line for each part."""
+    """Run everything, and print a line for each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="strike before every n-th call only")
     parser.add_argument("--kills", type=int, default=200, help="kills at random moments")

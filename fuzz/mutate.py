@@ -1,7 +1,7 @@
-"""The mutation fuzzer: real graphs, changed at random, must be refused in one line, or grow and compute the same.
+"""The mutation fuzzer: a randomly changed graph must be refused in one line, or grow and compute the same.
 
-python -m fuzz.mutate --cases 10000 --workers 1       # the numbers of its cases are its seeds
-python -m fuzz.mutate --case 1234 --keep .            # one of them again, with its files
+python -m fuzz.mutate --cases 10000 --workers 1       # the number of a case is its seed
+python -m fuzz.mutate --case 1234 --keep .            # repeat one case, and keep its files
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from hyperclone_onnx.expansion import expand
 from hyperclone_onnx.plan.strategies import Strategy
 
 LIMIT = 40.0
-"""Seconds of a processor after which a case counts as a hang; ten times as much by the clock, where others work too."""
+"""A case that takes more processor seconds than this hangs. On the clock it may take ten times as long."""
 
 MEMORY = 6 << 30
+"""The most bytes of address space of a worker."""
 WHOLE = 0.1
-"""How often a whole graph is taken."""
+"""The fraction of cases that change a whole graph instead of a beginning."""
 
 CONDITION = 30.0
-"""A grown model may differ by so many times what rounding its source's weights does."""
+"""The allowed difference of a grown model, divided by the effect of rounding the source's weights."""
 
 SOURCE, GROWN = "running the source", "running the grown model"
 
@@ -48,7 +49,7 @@ BAD = ("WRONG", "CRASH", "HANG", "KILLED")
 
 
 def options_of(rng: np.random.Generator) -> dict[str, Any]:
-    """How a case is grown."""
+    """Random arguments of `expand` for a case."""
     requests: list[dict[str, int]] = [{}, {}, {}, {"head_dim": 2}, {"ffn": 3}, {"heads": 1}, {"hidden": 1, "ffn": 2}]
     return {
         "factor": int(rng.choice([2, 2, 2, 3])),
@@ -60,15 +61,15 @@ def options_of(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-Told = Callable[[str], object]
-"""Is told what a case is about to do."""
+Notify = Callable[[str], object]
+"""Called with the next stage of a case."""
 
 Seeds = tuple[list[Path], list[Path]]
-"""Beginnings of graphs, and whole graphs."""
+"""(beginnings of graphs, whole graphs)"""
 
 
-def run_case(number: int, seeds: Seeds, folder: Path, tell: Told = lambda _: None) -> tuple[str, str]:
-    """One changed graph: what became of it, and why."""
+def run_case(number: int, seeds: Seeds, folder: Path, notify: Notify = lambda _: None) -> tuple[str, str]:
+    """Change and grow one graph; returns (verdict, reason)."""
     rng = np.random.default_rng([5, number])
     seed = pick(seeds[rng.random() < WHOLE], rng)
     model = onnx.load(seed)
@@ -84,7 +85,7 @@ def run_case(number: int, seeds: Seeds, folder: Path, tell: Told = lambda _: Non
     try:
         try:
             expand(small, big, **options)
-        except BadRequest:  # it has not the role that was asked for
+        except BadRequest:  # the graph does not have the requested role
             options["requests"] = {}
             expand(small, big, **options)
     except (BadModel, BadRequest, Refused, CannotWrite) as problem:
@@ -97,16 +98,16 @@ def run_case(number: int, seeds: Seeds, folder: Path, tell: Told = lambda _: Non
         return "CRASH", f"{what}: no memory: {traceback.format_exc(limit=-3)}"
     except Exception:
         return "CRASH", f"{what}: {traceback.format_exc(limit=-6)}"
-    tell(SOURCE)
+    notify(SOURCE)
     try:
         ran = run_source(small, number)
     except Unrun as problem:
         return "source does not run", f"{what}: {problem}"
-    tell(GROWN)
+    notify(GROWN)
     if options["strategy"].name != "symmetric" and not all(
-        np.isfinite(each).all() for _, made in ran for each in made if each.dtype.kind == "f"
+        np.isfinite(output).all() for _, outputs in ran for output in outputs if output.dtype.kind == "f"
     ):
-        return "infinite", what  # infinite times a share of 0, or shares of both signs, is no number
+        return "infinite", what  # infinity times a share of 0, or the sum of both infinities, is not a number
     difference = compare(big, ran)
     if difference and "does not run" not in difference:
         moves = sensitivity(small, ran)
@@ -128,14 +129,14 @@ def _serve(pipe: Connection, seeds: Seeds) -> None:
 
 
 class Worker:
-    """A process that runs cases, and is replaced when it hangs or dies."""
+    """A process that runs cases. It is replaced if it hangs or dies."""
 
     def __init__(self, seeds: Seeds) -> None:
         self.seeds = seeds
         self.start()
 
     def start(self) -> None:
-        """Begin anew."""
+        """Start a new process."""
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self.seeds), daemon=True)
@@ -144,24 +145,24 @@ class Worker:
         self.number: int | None = None
 
     def give(self, number: int) -> None:
-        """Begin a case."""
+        """Start a case."""
         self.number, self.since, self.used = number, time.monotonic(), self._processor_seconds()
         self.stage = "growing"
         self.pipe.send(number)
 
     def take(self) -> tuple[str, str] | None:
-        """How the case ended; None while it runs."""
+        """The (verdict, reason) of the case; None while it runs."""
         try:
             while self.pipe.poll(0.01):
-                told = self.pipe.recv()
-                if not isinstance(told, str):
-                    return told  # type: ignore[no-any-return]
-                self.stage = told
+                message = self.pipe.recv()
+                if not isinstance(message, str):
+                    return message  # type: ignore[no-any-return]
+                self.stage = message
         except (EOFError, ConnectionResetError):
             self.process.join()
             code, stage = self.process.exitcode, self.stage
             self.start()
-            # ONNX Runtime aborts on some graphs; on a source's it says nothing of how that grows.
+            # ONNX Runtime aborts the process on some graphs. If it does so on the source, growth is not the cause.
             end = "source ends ONNX Runtime" if stage == SOURCE else "KILLED"
             return end, f"{stage}: the process ended with {code}"
         if self._processor_seconds() - self.used > LIMIT or time.monotonic() - self.since > 10 * LIMIT:
@@ -180,7 +181,7 @@ class Worker:
 
 
 def main() -> int:
-    """Run cases; 1 when one of them was wrong, crashed or hung."""
+    """Run cases; returns 1 if one of them was wrong, crashed or hung."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
@@ -202,7 +203,7 @@ def main() -> int:
 
 
 def campaign(arguments: argparse.Namespace, seeds: Seeds) -> int:
-    """Run the cases on some workers and print what became of them."""
+    """Run the cases with some workers, and print the numbers of verdicts."""
     begun = time.monotonic()
     verdicts: Counter[str] = Counter()
     waiting = iter(range(arguments.first, arguments.first + arguments.cases))
@@ -231,7 +232,7 @@ def campaign(arguments: argparse.Namespace, seeds: Seeds) -> int:
     print(
         f"{sum(verdicts.values())} graphs in {took:.0f} s: " + ", ".join(f"{n} {v}" for v, n in verdicts.most_common())
     )
-    return 1 if any(verdicts[each] for each in BAD) else 0
+    return 1 if any(verdicts[verdict] for verdict in BAD) else 0
 
 
 if __name__ == "__main__":

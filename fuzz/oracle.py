@@ -1,4 +1,4 @@
-"""Is a grown model right? Answered without the package's own validation, by ONNX Runtime and numpy alone."""
+"""Checks whether a grown model is right, with ONNX Runtime and numpy only, not with the package's validation."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ TYPES = {
     "tensor(int8)": np.int8,
 }
 TOLERANCE = 1e-3
-"""As a part of the largest element: changed graphs may be badly conditioned, a wrong plan is off by much more."""
+"""The allowed difference, divided by the largest element.
+
+It is large because changed graphs may be badly conditioned. A wrong plan makes a much larger difference.
+"""
 
 
 class Unrun(Exception):
-    """The source itself does not run."""
+    """The source does not run, so that there is nothing to compare."""
 
 
 def session(path: os.PathLike[str]) -> ort.InferenceSession:
-    """A session on one thread, with the graph as it is."""
+    """A session with one thread, and without optimisations of the graph."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -41,13 +44,17 @@ def session(path: os.PathLike[str]) -> ort.InferenceSession:
 
 
 def feeds(source: ort.InferenceSession, rng: np.random.Generator, vocabulary: int) -> dict[str, Array]:
-    """Inputs of odd lengths for whatever a graph takes."""
+    """Random values for all inputs of a graph, of odd lengths.
+
+    Raises:
+        Unrun: an input has an unknown type, or is too large.
+    """
     lengths = {"batch": 2, "past": 3, "channels": 3, "height": 32, "width": 32}
-    made: dict[str, Array] = {}
-    for each in source.get_inputs():
-        dtype = TYPES.get(each.type)
+    arrays: dict[str, Array] = {}
+    for value in source.get_inputs():
+        dtype = TYPES.get(value.type)
         if dtype is None:
-            raise Unrun(f"an input of type {each.type}")
+            raise Unrun(f"an input of type {value.type}")
         shape = [
             dim
             if isinstance(dim, int)
@@ -56,27 +63,30 @@ def feeds(source: ort.InferenceSession, rng: np.random.Generator, vocabulary: in
             else 7
             if "encoder" in str(dim)
             else next((n for word, n in lengths.items() if word in str(dim)), 5)
-            for dim in each.shape
+            for dim in value.shape
         ]
         if np.prod(shape, dtype=float) > 1e7:
             raise Unrun("inputs too large to try")
         if np.issubdtype(dtype, np.floating):
             array = rng.standard_normal(shape) * 0.5
-        elif each.name.endswith("mask") or dtype is np.bool_:
+        elif value.name.endswith("mask") or dtype is np.bool_:
             array = np.ones(shape)
-        elif "position" in each.name:
+        elif "position" in value.name:
             array = np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
         else:
             array = rng.integers(0, vocabulary, shape)
-        made[each.name] = np.asarray(array).astype(dtype)
-    return made
+        arrays[value.name] = np.asarray(array).astype(dtype)
+    return arrays
 
 
 def run_source(path: Path, seed: int) -> list[tuple[dict[str, Array], list[Array]]]:
-    """Two runs of the source.
+    """Run the source on up to two sets of inputs.
+
+    Returns:
+        (inputs by name, outputs) of each run that succeeds.
 
     Raises:
-        Unrun: it does not load, or runs on nothing.
+        Unrun: the source cannot be loaded, or no run succeeds.
     """
     try:
         source = session(path)
@@ -87,7 +97,7 @@ def run_source(path: Path, seed: int) -> list[tuple[dict[str, Array], list[Array
     for vocabulary in (31, 2):
         given = feeds(source, np.random.default_rng([seed, vocabulary]), vocabulary)
         try:
-            ran.append((given, [np.asarray(each) for each in source.run(None, given)]))
+            ran.append((given, [np.asarray(output) for output in source.run(None, given)]))
         except Exception as problem:
             reason = str(problem)[:200]
     if not ran:
@@ -96,30 +106,34 @@ def run_source(path: Path, seed: int) -> list[tuple[dict[str, Array], list[Array
 
 
 def tiled(array: Array, shape: Any) -> Array:
-    """An array repeated as numpy.tile does along the axes that are longer in `shape`."""
+    """The array, tiled along the axes that are longer in `shape`.
+
+    Raises:
+        ValueError: the ranks differ, or a size is no multiple of the array's.
+    """
     if len(shape) != array.ndim:
         raise ValueError(f"rank {len(shape)} for {array.ndim}")
     repeats = []
-    for own, wide in zip(array.shape, shape, strict=True):
-        if not isinstance(wide, int) or wide == own or own == 0:
+    for size, grown in zip(array.shape, shape, strict=True):
+        if not isinstance(grown, int) or grown == size or size == 0:
             repeats.append(1)
-        elif wide % own:
+        elif grown % size:
             raise ValueError(f"{array.shape} -> {tuple(shape)}")
         else:
-            repeats.append(wide // own)
+            repeats.append(grown // size)
     return np.tile(array, repeats)
 
 
 def compare(big: Path, ran: list[tuple[dict[str, Array], list[Array]]]) -> str:
-    """What differs between the grown model and the runs of its source; empty when nothing does."""
+    """A text that says how the grown model differs from the runs of its source; empty if it does not differ."""
     try:
         grown = session(big)
-        shapes: Mapping[str, Any] = {each.name: each.shape for each in grown.get_inputs()}
-        names = [each.name for each in grown.get_outputs()]
-        for given, wanted in ran:
+        shapes: Mapping[str, Any] = {value.name: value.shape for value in grown.get_inputs()}
+        names = [value.name for value in grown.get_outputs()]
+        for given, expected_outputs in ran:
             fed = {name: tiled(array, shapes[name]) for name, array in given.items() if name in shapes}
-            for name, want, made in zip(names, wanted, grown.run(None, fed), strict=True):
-                problem = _differs(want, np.asarray(made))
+            for name, expected, actual in zip(names, expected_outputs, grown.run(None, fed), strict=True):
+                problem = _differs(expected, np.asarray(actual))
                 if problem:
                     return f"output {name}: {problem}"
     except Exception as problem:
@@ -128,7 +142,7 @@ def compare(big: Path, ran: list[tuple[dict[str, Array], list[Array]]]) -> str:
 
 
 def sensitivity(path: Path, ran: list[tuple[dict[str, Array], list[Array]]], by: float = 2e-7) -> float:
-    """How much the outputs move, as a part of the largest, when every weight moves by a rounding or so."""
+    """The change of the outputs, divided by the largest output, if every weight changes by about a rounding error."""
     rng = np.random.default_rng(0)
     model = onnx.load(path)
     for tensor in model.graph.initializer:
@@ -140,26 +154,27 @@ def sensitivity(path: Path, ran: list[tuple[dict[str, Array], list[Array]]], by:
     moved_path.write_bytes(model.SerializeToString())
     most = 0.0
     other = session(moved_path)
-    for given, wanted in ran:
-        for want, made in zip(wanted, other.run(None, given), strict=True):
-            if want.dtype.kind == "f" and want.size:
-                a, b = want.astype(np.float64), np.asarray(made, np.float64)
+    for given, expected_outputs in ran:
+        for expected, actual in zip(expected_outputs, other.run(None, given), strict=True):
+            if expected.dtype.kind == "f" and expected.size:
+                a, b = expected.astype(np.float64), np.asarray(actual, np.float64)
                 with np.errstate(invalid="ignore"):
                     error = np.nan_to_num(np.abs(a - b), nan=np.inf).max() / (np.nan_to_num(np.abs(a)).max() or 1.0)
                 most = max(most, float(error))
-            elif not np.array_equal(want, made):
+            elif not np.array_equal(expected, actual):
                 most = np.inf
     return most
 
 
-def _differs(want: Array, made: Array) -> str:
+def _differs(expected: Array, actual: Array) -> str:
+    """How an output differs from the expected one, tiled to its shape; empty if it does not differ."""
     try:
-        want = tiled(want, made.shape)
+        expected = tiled(expected, actual.shape)
     except ValueError as problem:
         return str(problem)
-    if want.dtype.kind not in "f" or want.dtype != made.dtype:
-        return "" if np.array_equal(want, made) else "other values, which must be identical"
-    a, b = want.astype(np.float64), made.astype(np.float64)
+    if expected.dtype.kind not in "f" or expected.dtype != actual.dtype:
+        return "" if np.array_equal(expected, actual) else "other values, which must be identical"
+    a, b = expected.astype(np.float64), actual.astype(np.float64)
     finite = np.isfinite(a)
     if not (np.array_equal(finite, np.isfinite(b)) and np.array_equal(a[~finite], b[~finite], equal_nan=True)):
         return "infinite, or not a number, elsewhere"

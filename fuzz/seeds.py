@@ -1,4 +1,4 @@
-"""The graphs that are changed: the zoo's, and beginnings of them, which are tried faster and so more often."""
+"""The graphs that the fuzzers change: those of the zoo, and their beginnings, which run faster and so more often."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from fuzz.oracle import Unrun, run_source
 
 ROOT = Path(__file__).resolve().parent.parent
 CUTS = 4
-"""Beginnings of each graph."""
+"""The number of beginnings of a graph."""
 
 
 def write_zoo(folder: Path) -> list[Path]:
-    """The zoo's graphs with their parameters, written into a folder unless they are there."""
-    found = sorted(folder.glob("*.onnx"))
-    if not found:
+    """The files of the zoo's graphs with their parameters. They are written into the folder if it has none."""
+    files = sorted(folder.glob("*.onnx"))
+    if not files:
         sys.path.insert(0, str(ROOT))
         from models import zoo_store
 
-        found = sorted(zoo_store.write(folder, zoo_store.names()))
-    return found
+        files = sorted(zoo_store.write(folder, zoo_store.names()))
+    return files
 
 
 def write_beginnings(zoo: list[Path], folder: Path) -> list[Path]:
-    """Beginnings of graphs, of 8 to 60 nodes, that run: what a node makes becomes the output."""
+    """The files of beginnings that run, with 8 to 60 nodes. They are written into the folder if it has none.
+
+    The output of a beginning is a value inside the graph.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(folder.glob("*.onnx"))
-    if found:
-        return found
+    files = sorted(folder.glob("*.onnx"))
+    if files:
+        return files
     for path in zoo:
         for number, model in enumerate(_beginnings(path)):
             written = folder / f"{path.stem}.{number}.onnx"
@@ -43,7 +46,8 @@ def write_beginnings(zoo: list[Path], folder: Path) -> list[Path]:
             except Unrun:
                 written.unlink()
                 continue
-            if not any(np.isfinite(each).all() and each.dtype.kind == "f" for _, made in ran for each in made):
+            results = [output for _, outputs in ran for output in outputs]
+            if not any(np.isfinite(output).all() and output.dtype.kind == "f" for output in results):
                 written.unlink()
     return sorted(folder.glob("*.onnx"))
 
@@ -60,7 +64,7 @@ def _beginnings(path: Path) -> Iterator[onnx.ModelProto]:
 
 
 def beginning(model: onnx.ModelProto, last: int) -> onnx.ModelProto | None:
-    """The part of a graph that the output of one node needs; None where that node has none."""
+    """The part of a graph that computes the output of its node number `last`; None if there is no such output."""
     graph = model.graph
     if last >= len(graph.node) or not graph.node[last].output:
         return None
@@ -71,20 +75,20 @@ def beginning(model: onnx.ModelProto, last: int) -> onnx.ModelProto | None:
             nodes.append(node)
             needed.update(node.input)
             for attribute in node.attribute:
-                if attribute.HasField("g"):  # what a body captures
+                if attribute.HasField("g"):  # a body may read values of the graph around it
                     needed.update(name for inner in attribute.g.node for name in inner.input)
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    made.graph.ClearField("node")
-    made.graph.ClearField("initializer")
-    made.graph.ClearField("output")
-    made.graph.ClearField("input")
-    made.graph.node.extend(reversed(nodes))
-    made.graph.initializer.extend(each for each in graph.initializer if each.name in needed)
-    made.graph.input.extend(each for each in graph.input if each.name in needed)
-    known = next((each for each in graph.value_info if each.name == output), None)
-    if known is None:
-        known = onnx.ValueInfoProto(name=output)
-        known.type.tensor_type.elem_type = TensorProto.FLOAT
-    made.graph.output.append(known)
-    return made
+    cut = onnx.ModelProto()
+    cut.CopyFrom(model)
+    cut.graph.ClearField("node")
+    cut.graph.ClearField("initializer")
+    cut.graph.ClearField("output")
+    cut.graph.ClearField("input")
+    cut.graph.node.extend(reversed(nodes))
+    cut.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
+    cut.graph.input.extend(value for value in graph.input if value.name in needed)
+    declared = next((value for value in graph.value_info if value.name == output), None)
+    if declared is None:
+        declared = onnx.ValueInfoProto(name=output)
+        declared.type.tensor_type.elem_type = TensorProto.FLOAT
+    cut.graph.output.append(declared)
+    return cut
