@@ -307,7 +307,7 @@ def test_the_commands() -> None:
     """Each file of the package holds a command, unless it is one of those that the commands share."""
     shared = {"__init__", "guard", "main", "options", "printing"}
     files = {path.stem for path in (ROOT / "hyperclone_onnx" / "commands").glob("*.py")}
-    assert set(COMMANDS) == files - shared == set(LISTED)
+    assert {name.replace("-", "_") for name in COMMANDS} == files - shared == set(LISTED)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

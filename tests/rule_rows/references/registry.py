@@ -13,15 +13,15 @@ Array = np.ndarray[Any, Any]
 REFERENCES: list[type[OpRun]] = []
 
 
-def reference(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what an operator of ONNX Runtime's domain computes: inputs in order, attributes by name."""
+def reference(name: str, domain: str = "com.microsoft") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what an operator computes: inputs in order, attributes by name. The domain of ONNX itself is ``""``."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def _run(self: OpRun, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
             made = function(*inputs, **attributes)
             return made[: len(self.onnx_node.output)] if isinstance(made, tuple) else (made,)
 
-        members = {"op_domain": "com.microsoft", "op_schema": None, "_run": _run}
+        members = {"op_domain": domain, "op_schema": None, "_run": _run}
         REFERENCES.append(type(name, (OpRun,), members))
         return function
 
