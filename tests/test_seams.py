@@ -41,6 +41,7 @@ from hyperclone_onnx.rewriting.rewriting import check_fits
 from hyperclone_onnx.tensors.assembled import DrawnTensor, JoinedTensor
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.stored_rows import StoredRows
+from hyperclone_onnx.transforms import registry
 from hyperclone_onnx.writing.onnx_files import save
 
 Array = np.ndarray[Any, Any]
@@ -73,6 +74,25 @@ def test_a_transform_that_this_release_has_not_is_refused(small: Path, tmp_path:
     with pytest.raises(BadModel, match=r"transform 'shuffle'; this release has identity"):
         expand(small, tmp_path / "big.onnx", 2, transforms=(TransformStep("shuffle"),))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({}, "missing a required argument: 'to'"), ({"to": "big", "by": 2}, "unexpected keyword argument 'by'")],
+)
+def test_options_that_a_transform_does_not_have_are_refused(options: dict[str, Any], why: str) -> None:
+    def rename(model: ir.Model, *, to: str) -> ir.Model:
+        model.graph.name = to
+        return model
+
+    registry.transform("rename")(rename)
+    try:
+        model = ir.from_proto(perceptron())
+        assert registry.transformed(model, [TransformStep("rename", {"to": "big"})]).graph.name == "big"
+        with pytest.raises(BadModel, match=f"options of the transform 'rename' are wrong: .*{why}"):
+            registry.transformed(model, [TransformStep("rename", options)])
+    finally:
+        del registry._transforms["rename"]
 
 
 # -- laws of sharing --------------------------------------------------------------------------------------

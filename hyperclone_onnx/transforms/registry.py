@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.plan.plans import TransformStep
 
-Transform = Callable[[ir.Model, Mapping[str, Any]], ir.Model]
-"""(normalised graph, options) -> normalised graph. It may change its argument."""
+Transform = Callable[..., ir.Model]
+"""(normalised graph, options as keyword arguments) -> normalised graph. It may change the graph that it is given."""
 
 _transforms: dict[str, Transform] = {}
 
@@ -36,11 +36,16 @@ def transformed(model: ir.Model, steps: Iterable[TransformStep]) -> ir.Model:
     """Apply the steps of a plan to a normalised graph, in order. The graph may be changed.
 
     Raises:
-        BadModel: this release does not have one of the transforms.
+        BadModel: this release does not have one of the transforms, or a transform does not have the given options.
     """
     for step in steps:
         if step.name not in _transforms:
             known = ", ".join(sorted(_transforms))
             raise BadModel(f"the plan asks for the transform {step.name!r}; this release has {known} and no more")
-        model = _transforms[step.name](model, step.options)
+        function = _transforms[step.name]
+        try:
+            inspect.signature(function).bind(model, **step.options)
+        except TypeError as problem:
+            raise BadModel(f"the options of the transform {step.name!r} are wrong: {problem}") from problem
+        model = function(model, **step.options)
     return model

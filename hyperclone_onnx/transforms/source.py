@@ -47,9 +47,16 @@ def source_of(path: str | os.PathLike[str], transforms: Iterable[TransformStep] 
     loading.check_unchanged(before)
     stamps = loading.stamps(loading.source_files(file, model))
     try:
-        model = transformed(normalise(model), steps)
+        model = transformed(_normalised(model), steps)
     except (BadModel, Refused) as problem:
         raise type(problem)(f"{file}: {problem}") from problem
-    except Exception as problem:  # a malformed graph may lead to an exception of any class in the passes of onnx_ir
-        raise BadModel(f"{file}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     return Source(file, model, stamps, steps)
+
+
+def _normalised(model: ir.Model) -> ir.Model:
+    try:
+        return normalise(model)
+    except (BadModel, Refused):
+        raise
+    except Exception as problem:  # a malformed graph may lead to an exception of any class in the passes of onnx_ir
+        raise BadModel(f"a malformed graph ({type(problem).__name__}: {problem})") from problem
