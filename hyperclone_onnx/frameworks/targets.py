@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 Target = Literal["pytorch", "jax", "safetensors", "hf"]
-TARGETS: tuple[Target, ...] = ("pytorch", "jax", "safetensors", "hf")
+TARGETS: tuple[Target, ...] = get_args(Target)

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -134,7 +134,7 @@ for _law in (Symmetric(), Diagonal(), NoisySymmetric(), NoisyDiagonal()):
     register(_law)
 
 StrategyName = Literal["symmetric", "diagonal", "noisy-symmetric", "noisy-diagonal"]
-STRATEGIES: tuple[StrategyName, ...] = ("symmetric", "diagonal", "noisy-symmetric", "noisy-diagonal")
+STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 """The names that the command line offers."""
 
 

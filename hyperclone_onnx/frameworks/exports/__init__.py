@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -108,10 +108,11 @@ def hand_over(
         state: dict[str, Any] | None = None
         if optimizer is not None:
             say("growing the optimizer's state")
-            written = write_optimizer(model, optimizer, folder, target, source=source, compiled=compiled)
+            kind = OPTIMIZER_KINDS.get(target, "safetensors")
+            written = write_optimizer(model, optimizer, folder, kind, source=source, compiled=compiled)
             state = {**asdict(written), "file": Path(written.file).name}
         say("writing")
-        weights = _write(target, tensors, folder, largest_file)
+        weights = WRITERS[target](tensors, folder, largest_file)
         growth = None if compiled.plan is None else _growth(compiled.plan)
         state_file = None if state is None else str(state["file"])
         training = None if compiled.plan is None else RECIPE
@@ -164,16 +165,33 @@ def _to_hugging_face(
     return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json(), training=RECIPE)
 
 
-def _write(target: Kind, tensors: Tensors, folder: Path, largest_file: int) -> str:
-    """Write the weights; what holds them, within the folder."""
-    if target == "pytorch":
-        from hyperclone_onnx.frameworks.exports.pytorch import write_checkpoint as write_distributed
+def _write_pytorch(tensors: Tensors, folder: Path, _: int) -> str:
+    from hyperclone_onnx.frameworks.exports.pytorch import write_checkpoint
 
-        write_distributed(tensors, folder / CHECKPOINT)
-        return CHECKPOINT
-    if target == "jax":
-        from hyperclone_onnx.frameworks.exports.jax import write_checkpoint as write_orbax
+    write_checkpoint(tensors, folder / CHECKPOINT)
+    return CHECKPOINT
 
-        write_orbax(tensors, folder / CHECKPOINT)
-        return CHECKPOINT
+
+def _write_jax(tensors: Tensors, folder: Path, _: int) -> str:
+    from hyperclone_onnx.frameworks.exports.jax import write_checkpoint
+
+    write_checkpoint(tensors, folder / CHECKPOINT)
+    return CHECKPOINT
+
+
+def _write_safetensors(tensors: Tensors, folder: Path, largest_file: int) -> str:
     return write_safetensors(tensors, folder, largest_file, metadata={"format": "pt"})[-1].name
+
+
+WRITERS: Mapping[Target, Callable[[Tensors, Path, int], str]] = {
+    "pytorch": _write_pytorch,
+    "jax": _write_jax,
+    "safetensors": _write_safetensors,
+}
+"""(tensors, folder, bytes in one file) -> the name of the file or folder, within the folder, that holds the weights.
+
+There is none for ``hf``: there a checkpoint of the small model is grown.
+"""
+
+OPTIMIZER_KINDS: Mapping[Target, Kind] = {"pytorch": "pytorch", "jax": "jax"}
+"""The optimizer's state for a target; a safetensors file for any other target."""
