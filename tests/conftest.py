@@ -1,4 +1,4 @@
-"""What the tests share: models to grow, and the command run inside this process or in one of its own."""
+"""What the tests share: models to grow, and functions that run the command in this process or in a new one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
-# Pytest puts only the folder of this file on the path; `models` lies beside it.
+# Pytest adds only the folder of this file to the path; `models` is a folder beside it.
 sys.path.insert(0, str(ROOT))
 
 from hyperclone_onnx.system.signals import STOPPING  # noqa: E402
@@ -37,7 +37,7 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The last line on stderr: where an error stands."""
+        """The last line on stderr, which is the error if there is one."""
         return self.stderr.strip().splitlines()[-1] if self.stderr.strip() else ""
 
 
@@ -62,7 +62,7 @@ def cli() -> Iterator[Command]:
 
 
 def command_line(*arguments: str | os.PathLike[str]) -> list[str]:
-    """The command as a process of its own."""
+    """The command, to be run in a new process."""
     return [sys.executable, "-m", "hyperclone_onnx", *(os.fspath(each) for each in arguments)]
 
 
@@ -86,7 +86,7 @@ def with_signals(command: Sequence[str | os.PathLike[str]], **actions: str) -> l
 
 @pytest.fixture
 def hearing_signals() -> Iterator[None]:
-    """For a test that sends itself a signal: this process has Python's own handlers, whatever it was started with."""
+    """For a test that sends itself a signal: this process gets Python's own handlers, however it was started."""
     before = {number: signal.getsignal(number) for number in STOPPING}
     for number in STOPPING:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -97,7 +97,7 @@ def hearing_signals() -> Iterator[None]:
 
 @pytest.fixture
 def cli_process() -> Command:
-    """Runs `hyperclone-onnx ARGUMENTS...` as a process: for what only shows there."""
+    """Runs `hyperclone-onnx ARGUMENTS...` in a new process, for behaviour that shows only there."""
 
     def run(*arguments: str | os.PathLike[str], **options: Any) -> Outcome:
         done = subprocess.run(
@@ -110,7 +110,7 @@ def cli_process() -> Command:
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The file of a zoo graph with all its parameters, by `family.variant`; written once."""
+    """The file of a zoo graph with all its parameters, by `family.variant`. It is written once."""
     folder = tmp_path_factory.mktemp("zoo")
 
     @cache
@@ -122,7 +122,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def expected(zoo: Callable[[str], Path]) -> Callable[[str], list[tuple[dict[str, Array], list[Array]]]]:
-    """Feeds of a zoo graph and what it makes of them, by name; run once."""
+    """Inputs of a zoo graph, and the outputs that it computes from them, by name. It runs once."""
     from zoo_harness import make_feeds, session
 
     @cache
@@ -134,18 +134,18 @@ def expected(zoo: Callable[[str], Path]) -> Callable[[str], list[tuple[dict[str,
 
 
 def build_model(graph: str, weights: Mapping[str, Array], opset: int = 20) -> onnx.ModelProto:
-    """A model from a graph in ONNX's textual syntax and the values of its stored tensors."""
+    """A model, from a graph in ONNX's textual syntax and the values of its stored tensors."""
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]>\n{graph}')
     model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
     return model
 
 
 NUMPY_TYPES = {"float": np.float32, "float16": np.float16, "double": np.float64}
-"""What numpy calls the types of ONNX's textual syntax."""
+"""The names of numpy's types for the types of ONNX's textual syntax."""
 
 
 def normal(seed: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Normal weights by name, such that what they make is of order one."""
+    """Normally distributed weights by name, scaled so that the results are of order one."""
     rng = np.random.default_rng(seed)
     return {
         name: (rng.standard_normal(shape) / np.sqrt(shape[0] if len(shape) > 1 else 1)).astype(np.float32)
@@ -192,12 +192,12 @@ def perceptron(
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a small model; not to be written to."""
+    """The file of a small model. Tests must not write to it."""
     path = tmp_path_factory.mktemp("small") / "small.onnx"
     onnx.save(perceptron(), path)
     return path
 
 
 def names_in(folder: Path) -> set[str]:
-    """What lies in a folder, hidden files included."""
+    """The names of all files and folders in a folder, also of hidden ones."""
     return {each.name for each in folder.iterdir()}

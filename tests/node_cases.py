@@ -35,7 +35,7 @@ EXCLUDED: dict[str, str] = {
     "test_dynamicquantizelinear*": "quantised",
     "test_*_string*": "strings",
 }
-"""Cases of covered operators that are refused, or cannot be asked, in every framework; and why."""
+"""Cases of covered operators that are refused, or not applicable, in every framework; with the reason."""
 
 EXCLUDED_IN: dict[str, dict[str, str]] = {
     "numpy": {
@@ -50,14 +50,14 @@ EXCLUDED_IN: dict[str, dict[str, str]] = {
     | {"test_bitwise_not_3d": "PyTorch has hardly an operator for unsigned types wider than a byte"},
     "jax": {},
 }
-"""Cases that one framework cannot be asked."""
+"""Cases that are not applicable to one framework."""
 
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
-"""The rounding of narrow types; the cases' own tolerance is that of float32."""
+"""The rounding errors of narrow types. The tolerance of the cases is meant for float32."""
 
 
 def reason(framework: str, name: str) -> str | None:
-    """Why a case is left out, None when it is not."""
+    """The reason why a case is left out; None if it is not."""
     for table in (EXCLUDED, EXCLUDED_IN[framework]):
         for glob, why in table.items():
             if fnmatchcase(name, glob):
@@ -67,11 +67,11 @@ def reason(framework: str, name: str) -> str | None:
 
 @cache
 def cases() -> tuple[Any, ...]:
-    """Every node test that ONNX has."""
+    """All node tests of ONNX."""
     from onnx.backend.test.loader import load_model_tests
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # making the cases divides by zero on purpose
+        warnings.simplefilter("ignore")  # some cases divide by zero on purpose when they are built
         return tuple(load_model_tests(kind="node"))
 
 
@@ -99,7 +99,7 @@ def _types(model: onnx.ModelProto) -> set[ir.DataType]:
 
 
 def check(case: Any, framework: str) -> None:
-    """Run one case and compare; raises AssertionError when it differs, Refused when it has no handoff."""
+    """Run one case and compare. Raises AssertionError if the results differ, and Refused if it has no handoff."""
     for inputs, wanted in case.data_sets:
         found = run(ir.from_proto(case.model), framework, [_array(each) for each in inputs])
         for got, want in zip(found, map(_array, wanted), strict=True):
@@ -107,7 +107,7 @@ def check(case: Any, framework: str) -> None:
 
 
 def run(model: ir.Model, framework: str, inputs: list[Array]) -> list[Array]:
-    """What a model makes of its inputs in a framework, in 64 bits where the model says so."""
+    """The outputs that a framework computes for a model's inputs, in 64 bits if the model has such types."""
     from hyperclone_onnx.frameworks.compiled_model import compile_model
     from hyperclone_onnx.frameworks.compiling.application import Application
     from hyperclone_onnx.frameworks.compiling.naming import nested
@@ -162,7 +162,7 @@ def _get(framework: str, array: Any) -> Array:
 
 
 def outcomes(framework: str) -> Counter[str]:
-    """How many cases of covered operators pass, and how many are left out for which reason."""
+    """The number of cases of covered operators that pass, and of those that are left out, by reason."""
     found: Counter[str] = Counter()
     named = {case.name: case for group in cases_by_operator().values() for case in group}
     for name, case in named.items():
@@ -177,7 +177,7 @@ BEGIN, END = "<!-- node tests -->", "<!-- /node tests -->"
 
 
 def table() -> Iterator[str]:
-    """The counts as Markdown."""
+    """The numbers as Markdown."""
     counts = {framework: outcomes(framework) for framework in FRAMEWORKS}
     yield f"| | {' | '.join(FRAMEWORKS)} |\n|---|{'---|' * len(FRAMEWORKS)}"
     reasons = sorted({why for each in counts.values() for why in each} - {"pass"})
@@ -186,7 +186,7 @@ def table() -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the counts."""
+    """Write the numbers into the page."""
     page = Path(__file__).resolve().parent.parent / "docs" / "handoff.md"
     text = page.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)

@@ -29,7 +29,7 @@ def whole_of(parameter: Any) -> Any:
 
 
 def by_columns(model: OnnxModule) -> None:
-    """FSDP2 in a user's own way: along each parameter's last axis, and the layers only."""
+    """FSDP2 as a user might apply it: along the last axis of each parameter, and only to the layers."""
     for layer in (each for each in model.modules() if isinstance(each, Block)):
         fully_shard(layer, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
 

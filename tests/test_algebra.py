@@ -1,4 +1,4 @@
-"""Sizes, dimensions and source maps: the algebra that knows no ONNX."""
+"""Tests of the algebra, which does not know ONNX: sizes, dimensions and source maps."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_an_axis_of_size_one_cannot_grow() -> None:
 
 @st.composite
 def refinements(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Two factorisations of one size whose boundaries divide each other."""
+    """Two factorisations of one size, in which each boundary of one divides or is divided by those of the other."""
     factors = draw(st.lists(st.integers(2, 4), min_size=2, max_size=5))
 
     def grouped() -> list[int]:

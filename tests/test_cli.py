@@ -1,4 +1,4 @@
-"""The command line is a contract: exit codes, streams, the words of errors, and nothing half done."""
+"""The command line is a contract: tests of exit codes, streams, error messages, and that nothing is half done."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def corrupt(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(small: Path, corrupt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, the current one, with the files that the cases below name."""
+    """A working folder, made the current one, with the files that the cases below name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.onnx").write_bytes(small.read_bytes())
     (tmp_path / "corrupt.onnx").write_bytes(corrupt.read_bytes())
@@ -62,10 +62,10 @@ def place(small: Path, corrupt: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 GROW = "expand small.onnx -o big.onnx"
 
-# (arguments, exit code, what the error says)
+# (arguments, exit code, a part of the error message)
 ENDINGS: list[tuple[str, int, str]] = [
     ("validate small.onnx corrupt.onnx", 1, ""),
-    # bad usage, as click finds it
+    # wrong usage that click notices
     ("", 2, ""),
     ("grow small.onnx", 2, "No such command 'grow'"),
     ("inspect", 2, "Missing argument 'MODEL'"),
@@ -88,7 +88,7 @@ ENDINGS: list[tuple[str, int, str]] = [
     (f"{GROW} --factor 2 --precision float16", 2, "'float16' is not one of"),
     (f"{GROW} --factor 2 --seed -1", 2, "-1 is not in the range"),
     (f"{GROW} --factor 2 --snr-db loud", 2, "'loud' is not a valid float"),
-    # bad usage, as the model shows it
+    # wrong usage that only the model shows
     (f"{GROW} --set hiden=2", 2, "no dimension 'hiden'; did you mean 'hidden'?"),
     (f"{GROW} --set ff=2", 2, "did you mean 'ffn'?"),
     (f"{GROW} --set ffn.7=2", 2, "no dimension 'ffn.7'; did you mean 'ffn."),
@@ -123,7 +123,7 @@ def test_exit_codes_and_errors(cli: Command, place: Path, arguments: str, code: 
     if text:
         assert outcome.stdout == ""
         assert outcome.error.lower().startswith("error: ") and text in outcome.error
-        # Whatever stands before the error is progress, or click's usage.
+        # The lines before the error are progress, or the usage text of click.
         for line in outcome.stderr.splitlines()[:-1]:
             assert line in STAGES or line == "" or line.startswith(("Usage: ", "Try "))
 
@@ -216,7 +216,7 @@ TENSORS_KEYS = "checked residue worst worst_error wrong".split()
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Strict JSON: Python alone reads NaN and Infinity."""
+    """Strict JSON: NaN and Infinity are errors, although Python reads them."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -304,7 +304,7 @@ def test_the_plan_that_is_written_is_the_plan_of_the_model(cli: Command, place: 
 
 
 def test_the_commands() -> None:
-    """Each file of the package holds a command, unless it is one of those that the commands share."""
+    """Each file of the package defines a command, except those that several commands share."""
     shared = {"__init__", "guard", "main", "options", "printing"}
     files = {path.stem for path in (ROOT / "hyperclone_onnx" / "commands").glob("*.py")}
     assert {name.replace("-", "_") for name in COMMANDS} == files - shared == set(LISTED)
@@ -428,7 +428,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_the_public_names() -> None:
-    """A name that comes or goes is a decision: change this list with it."""
+    """To add or remove a name is a decision: this list changes with it."""
     assert (
         sorted(hyperclone_onnx.__all__)
         == (
@@ -455,7 +455,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="pipes and signals are POSIX'
     ],
 )
 def test_a_reader_that_leaves(place: Path, arguments: str) -> None:
-    """`| head -1`, and a reader that is gone before the first line."""
+    """The reader of a pipe ends early: `| head -1`, and a reader that ends before the first line."""
     with subprocess.Popen(
         command_line(*arguments.split()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -488,7 +488,7 @@ def test_a_full_stdout(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with `inline.onnx` and `split.onnx`, large enough that growing by 4 takes seconds."""
+    """A folder with `inline.onnx` and `split.onnx`, large enough that growth by 4 takes seconds."""
     folder = tmp_path_factory.mktemp("large")
     model = perceptron(hidden=512, ffn=1024, vocab=40, layers=3)
     onnx.save(model, folder / "inline.onnx")
@@ -526,7 +526,7 @@ def stop(
 
 
 def written_in(folder: Path, source: str, stage: str) -> Callable[[], bool]:
-    """Whether, in the stage of writing, there is something written."""
+    """Whether anything is written so far, in the stage of writing."""
 
     def written() -> bool:
         parts = [file for part in folder.glob(".big.onnx.*") for file in part.iterdir() if file.stat().st_size]
@@ -536,7 +536,7 @@ def written_in(folder: Path, source: str, stage: str) -> Callable[[], bool]:
 
 
 def assert_stops(folder: Path, source: str, stage: str, number: signal.Signals, **actions: str) -> None:
-    """The command ends with one line and leaves everything as it was."""
+    """The command ends with one line, and leaves everything as it was before."""
     (folder / "big.onnx").write_text("what was there before")
     before = names_in(folder)
     arguments = ["expand", source, "--factor", "4", "-o", "big.onnx"]
@@ -558,7 +558,7 @@ def test_a_signal_leaves_nothing(large: Path, source: str, stage: str, number: s
 @posix
 @pytest.mark.parametrize("stage", ["reading", "writing", "validating"])
 def test_a_command_in_the_background_still_ends_on_sigterm(large: Path, stage: str) -> None:
-    """A shell starts it with SIGINT ignored, `nohup` with SIGHUP ignored: both are sent here too, and do nothing."""
+    """A command that starts with SIGINT or SIGHUP ignored (background jobs, `nohup`) ignores these signals."""
     assert_stops(large, "split.onnx", stage, signal.SIGTERM, SIGINT="SIG_IGN", SIGHUP="SIG_IGN")
 
 
@@ -566,7 +566,7 @@ def test_a_command_in_the_background_still_ends_on_sigterm(large: Path, stage: s
 def test_an_interruption_while_publishing(
     cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Either it is too late and OUT stays, or it is in time and nothing does; the error must say which."""
+    """A signal either comes too late, and OUT stays, or in time, and nothing is written. The error says which."""
     from hyperclone_onnx.publishing import locked_folder
 
     def then_interrupt(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
@@ -597,7 +597,7 @@ def test_names_do_not_matter(cli: Command, place: Path, suffix: str) -> None:
 
 
 def test_untie_and_keep_are_passed_on(cli: Command, place: Path) -> None:
-    """Options that the table of errors does not reach do what they say."""
+    """Options that the table of errors does not cover have their documented effect."""
     hidden = onnx.load("small.onnx")
     hidden.graph.output.append(onnx.helper.make_tensor_value_info("last", onnx.TensorProto.FLOAT, ["b", "s", 12]))
     onnx.save(hidden, "hidden.onnx")

@@ -1,4 +1,4 @@
-"""What a dependency imports and no command uses is not loaded, and is there when something asks for it."""
+"""Modules that dependencies import but no command uses are not loaded, and become available when they are used."""
 
 from __future__ import annotations
 

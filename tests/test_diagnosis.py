@@ -1,4 +1,4 @@
-"""How far clones have parted: exact where it is known, the same in whatever order, and a clone that parted is found."""
+"""Distances of clones: they have known values, do not depend on the order of clones, and show a clone that differs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plan_of(path: Path) -> Plan:
 
 
 def change(path: Path, edit: Callable[[dict[str, Array]], None]) -> Path:
-    """Edit a model's weights in its file: `edit` changes the arrays, or puts others in their place."""
+    """Edit the weights in a model's file: `edit` changes the arrays, or replaces them."""
     model = onnx.load(path)
     arrays = {each.name: onnx.numpy_helper.to_array(each).copy() for each in model.graph.initializer}
     edit(arrays)
@@ -61,13 +61,13 @@ def by_name(found: Diagnosis) -> dict[str, TensorDiagnosis]:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A perceptron wide enough for averages, its two tables one, so that every width meets clones on both sides."""
+    """A perceptron wide enough for averages. Its two tables are tied, so that each width has clones on both sides."""
     path = tmp_path_factory.mktemp("wide") / "wide.onnx"
     onnx.save(perceptron(hidden=48, ffn=64, vocab=61, tied=True), path)
     return path
 
 
-# -- what distances are -----------------------------------------------------------------------------------
+# -- the distance -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -104,18 +104,18 @@ def test_axes_taken_as_one() -> None:
     assert joint([]).tolist() == [0]
 
 
-# -- what a tensor's distances are -------------------------------------------------------------------------
+# -- the distances of a tensor ----------------------------------------------------------------------------
 
 
 def spread_of_columns(table: Array, source: Array) -> tuple[float, float]:
-    """The sums of squares of vectors, the columns of a table, by the definition."""
+    """The sums of squares of vectors, which are the columns of a table, by the definition."""
     means = np.stack([table[:, source == unit].mean(axis=1) for unit in source], axis=1)
     repeated = np.bincount(source)[source] > 1
     return float(np.square((table - means)[:, repeated]).sum()), float(np.square(table[:, repeated]).sum())
 
 
 def by_definition(table: Array, inputs: Array, others: Array) -> dict[str, float | None]:
-    """The distances of a table of inputs by others, one block at a time."""
+    """The distances of a table (inputs by others), computed one block at a time."""
 
     def distance(*found: tuple[float, float]) -> float | None:
         within, power = (sum(each) for each in zip(*found, strict=True))
@@ -158,7 +158,7 @@ FACTORS = st.one_of(
 )
 @settings(max_examples=30, deadline=None)
 def test_a_tensor_s_distances_are_their_definitions(factors: list[tuple[Axis, bool]], seed: int, block: int) -> None:
-    """Of any axes, cut into blocks of any size; of infinite weights as of zeros."""
+    """For all kinds of axes, block sizes, and infinite weights, which count as zeros."""
     recipe = Recipe(
         "w", tuple((factor,) for factor, _ in factors), tuple((i, 0) for i, (_, shared) in enumerate(factors) if shared)
     )
@@ -177,7 +177,7 @@ def test_a_tensor_s_distances_are_their_definitions(factors: list[tuple[Axis, bo
         assert getattr(found, name).distance == (None if distance is None else pytest.approx(distance, abs=1e-7)), name
 
 
-# -- fresh clones -----------------------------------------------------------------------------------------
+# -- clones right after growth ----------------------------------------------------------------------------
 
 GRAPHS = ["llama.distinct", "gpt2.collide", "bart.distinct", "falcon_mq.distinct", "llama.cached", "bert.fused"]
 
@@ -218,7 +218,7 @@ def test_noise_is_as_far_apart_as_asked(wide: Path, tmp_path: Path, snr_db: floa
     for name in ("up.0", "down.1"):
         tensor = by_name(found)[name]
         assert tensor.plain_backward == pytest.approx(ratio / math.hypot(1.0, ratio), rel=0.05)
-        shown = ratio / math.sqrt(factor)  # what the readers' clones add up to
+        shown = ratio / math.sqrt(factor)  # the sum over the readers' clones
         assert tensor.backward == pytest.approx(shown / math.hypot(1.0, shown), rel=0.1)
         assert tensor.forward is not None and tensor.forward < 1e-7
 
@@ -232,7 +232,7 @@ def test_weights_of_diagonal_clones_mislead(wide: Path, tmp_path: Path) -> None:
 
 
 def test_diagonal_clones_that_end_in_one_are_not_tied(small: Path, tmp_path: Path) -> None:
-    """A head of its own reads one clone of each unit alone: the others get no gradient from it."""
+    """A separate head reads only one clone of each unit: the other clones get no gradient from it."""
     found = diagnose(grown(small, tmp_path / "big.onnx", "diagonal"))
     assert not found.stuck and by_name(found)["head"].backward == pytest.approx(math.sqrt(0.5))
 
@@ -295,11 +295,11 @@ def test_grown_twice_the_last_growth_is_compared(zoo: Zoo, tmp_path: Path) -> No
         assert found.strategy["name"] == last and found.stuck == (last == "symmetric")
 
 
-# -- in whatever order ------------------------------------------------------------------------------------
+# -- the order of clones ----------------------------------------------------------------------------------
 
 
 def permuted(axis: Axis, orders: Mapping[str, Array]) -> Array:
-    """Where each index of an axis goes when the clones within each unit of its dimensions change places."""
+    """A permutation of the indices of an axis that exchanges the clones within each unit of its dimensions."""
     match axis:
         case Kept(size):
             return np.arange(size)
@@ -317,7 +317,7 @@ def permuted(axis: Axis, orders: Mapping[str, Array]) -> Array:
 
 
 def permute(path: Path) -> Path:
-    """Give the clones of every unit another order, each unit one of its own, the same wherever the dimension occurs."""
+    """Give the clones of every unit another order: one order for each unit, the same wherever the dimension occurs."""
     plan, rng = plan_of(path), np.random.default_rng(3)
     orders = {}
     for name, source in plan.maps.items():
@@ -360,7 +360,7 @@ def test_the_order_of_clones_does_not_matter(zoo: Zoo, tmp_path: Path, name: str
     assert (after.stuck, after.tied) == (before.stuck, before.tied)
 
 
-# -- parted -----------------------------------------------------------------------------------------------
+# -- clones that have parted ------------------------------------------------------------------------------
 
 
 def shifted(name: str, at: Any, by: float) -> Callable[[dict[str, Array]], None]:
@@ -417,7 +417,7 @@ def test_what_only_rounding_parted_is_nearly_stuck(wide: Path, tmp_path: Path) -
 
 
 def test_a_dimension_that_stays_tied_beside_one_that_parts(wide: Path, tmp_path: Path) -> None:
-    """A residual clone that is off parts the residual stream; symmetric clones of the ffn read it all alike."""
+    """A changed clone parts the residual stream, whereas symmetric clones of the ffn all read the same sum."""
     big = grown(wide, tmp_path / "big.onnx")
     found = diagnose(change(big, shifted("embedding", (slice(None), 0), 0.5)), ranks=False)
     assert found.tied == ("ffn.0", "ffn.1") and "ffn stay tied" in found.conclusion

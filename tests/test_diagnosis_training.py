@@ -1,4 +1,4 @@
-"""What a diagnosis foretells before training is what training does: which clones part, and which never do."""
+"""A diagnosis before training predicts what training does: which clones part, and which never do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 def steps(path: Path, optimizer: str, count: int, out: Path) -> Path:
-    """A few steps on random tokens, in the model's own precision, and back into a file."""
+    """Train for a few steps on random tokens, in the precision of the model, and write a file."""
     model = load(path)
     update = OPTIMIZERS[optimizer](model.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ def steps(path: Path, optimizer: str, count: int, out: Path) -> Path:
 
 
 def distances(found: Diagnosis) -> dict[str, float]:
-    """The largest distance of the activations that each dimension has clones in."""
+    """The largest distance of the activations that have clones of a dimension, for each dimension."""
     largest: dict[str, float] = {}
     for each in found.values:
         for dim in each.dims:
@@ -89,7 +89,7 @@ def test_what_is_tied_stays_so_and_all_else_parts(
 
 @pytest.fixture(params=[1, 7])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """So many threads of PyTorch's; 7 share out a matrix of 24 columns unequally."""
+    """With this number of PyTorch threads. 7 threads share 24 columns of a matrix unequally."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -110,8 +110,8 @@ def test_a_trained_model_in_single_precision(tmp_path: Path, strategy: Any) -> N
     assert sum(changed) > 5, "nothing was trained"
     found = diagnose(trained, tmp_path / "small.onnx")
     if strategy == "symmetric":
-        # The threads of a matrix product divide its columns among them, and where a share ends another kernel may add
-        # up the same terms in another order: clones in different columns are equal up to rounding, not to the bit.
+        # The threads of a matrix product share its columns. At the end of a share, another kernel may sum the terms in
+        # another order. So clones in different columns are equal up to rounding, but not bit by bit.
         rounding = weight_tolerance(ir.DataType.FLOAT, 2)
         assert found.stuck and max(found.activations, found.weights) < rounding
     else:

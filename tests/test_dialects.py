@@ -1,4 +1,4 @@
-"""Ways to write one and the same model: exporters and users differ in them, and all of them grow alike."""
+"""Exporters and users write the same model in different ways. All of these ways grow alike."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Spoil = Callable[[onnx.ModelProto], None]
 
 
 def grow(model: onnx.ModelProto, folder: Path, plain: onnx.ModelProto | None = None) -> set[str]:
-    """Grow a model by 2 and compare it in ONNX Runtime with its source, or with `plain`; the roles that grew."""
+    """Grow a model by 2, compare it in ONNX Runtime with its source or with `plain`, and return the roles that grew."""
     small, big = folder / "small.onnx", folder / "big.onnx"
     onnx.save(model, small)
     made = expand(small, big, 2, strategy=Strategy("symmetric"), check=False)
-    if plain is not None:  # the same model, written in a way that ONNX Runtime reads
+    if plain is not None:  # the same model in a form that ONNX Runtime can read
         small = folder / "plain.onnx"
         onnx.save(plain, small)
     assert compare(big, run_source(small, 0)) == ""
@@ -35,7 +35,7 @@ def grow(model: onnx.ModelProto, folder: Path, plain: onnx.ModelProto | None = N
 
 
 def spelled_out(model: onnx.ModelProto) -> None:
-    """Imports and nodes name the domain that others leave empty."""
+    """Imports and nodes give the name of the domain that is usually empty."""
     model.opset_import[0].domain = "ai.onnx"
     for node in model.graph.node:
         node.domain = "ai.onnx"
@@ -51,7 +51,7 @@ def spelled_both_ways(model: onnx.ModelProto) -> None:
 
 
 def spelled_out_in_a_function(model: onnx.ModelProto) -> None:
-    """A function of the model's own, whose nodes and imports are spelled the other way."""
+    """A function of the model, whose nodes and imports use the other spelling of the domain."""
     body = [helper.make_node("Relu", ["x"], ["y"], domain="ai.onnx")]
     opsets = [helper.make_opsetid("ai.onnx", 20)]
     model.functions.append(helper.make_function("own", "Rectify", ["x"], ["y"], body, opsets))
@@ -61,7 +61,7 @@ def spelled_out_in_a_function(model: onnx.ModelProto) -> None:
 
 
 def of_another_version_in_a_function(model: onnx.ModelProto) -> None:
-    """Relu is the same in both."""
+    """Relu is the same in both opsets."""
     spelled_out_in_a_function(model)
     model.functions[0].opset_import[0].version = 17
 
@@ -92,7 +92,7 @@ def test_a_model_in_memory_is_spelled_alike() -> None:
 
 
 def test_a_model_without_a_node_of_onnx_needs_no_import(tmp_path: Path) -> None:
-    """Growth may put in nodes of ONNX's own, which are imported then."""
+    """Growth may insert nodes of ONNX's own domain, which must then be imported."""
     nodes = [
         helper.make_node("FusedMatMul", ["x", "up"], ["u"], domain="com.microsoft"),
         helper.make_node("QuickGelu", ["u"], ["r"], domain="com.microsoft"),
@@ -121,7 +121,7 @@ def too_old(model: onnx.ModelProto) -> None:
 
 
 def another_operator_in_a_function(model: onnx.ModelProto) -> None:
-    """Opset 17 reduces along axes that are an attribute."""
+    """In opset 17, the axes of a reduction are an attribute."""
     body = [helper.make_node("ReduceMean", ["x"], ["y"], axes=[-1])]
     model.functions.append(helper.make_function("own", "F", ["x"], ["y"], body, [helper.make_opsetid("", 17)]))
     model.opset_import.append(helper.make_opsetid("own", 1))

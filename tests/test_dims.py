@@ -1,4 +1,4 @@
-"""Unification: two descriptions of one axis, however they are nested, must grow alike."""
+"""Unification: two descriptions of one axis must grow alike, however they are nested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.rules.grown_terms import GrownTerms
 
 Tree = int | tuple[str, tuple["Tree", ...]]
-"""A dimension's size, or a product ("*") or concatenation ("+") of trees."""
+"""The size of a dimension, or a product ("*") or concatenation ("+") of trees."""
 
 
 def times(*parts: Tree) -> Tree:
@@ -97,7 +97,7 @@ def test_two_descriptions(left: Tree, right: Tree, grows: bool | None) -> None:
 
 @st.composite
 def trees(draw: st.DrawFn, size: int, depth: int = 3) -> Tree:
-    """A random description of an axis of `size`."""
+    """A random description of an axis with `size` elements."""
     divisors = [n for n in range(2, size) if size % n == 0]
     kinds = ["dim"] + (["*"] if divisors else []) + (["+"] if size > 2 else [])
     kind = draw(st.sampled_from(kinds)) if depth else "dim"
@@ -124,7 +124,7 @@ def test_any_two_descriptions_grow_alike(size: int, data: st.DataObject) -> None
 @given(st.sampled_from([8, 12, 24]), st.data())
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_index_spaces_of_several_axes_grow_alike(size: int, data: st.DataObject) -> None:
-    """What a Reshape relates: sequences of axes, each of them described anyhow."""
+    """Two sequences of axes that a Reshape relates, with random descriptions."""
     space = Space()
     sides: list[list[Term]] = []
     for _ in range(2):

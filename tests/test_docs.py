@@ -1,4 +1,4 @@
-"""What the pages say of files, names and commands is so, and the generated pages are those that the code generates."""
+"""The pages tell the truth about files, names and commands; and the generated pages are up to date."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PARTS = {
     "hugging_face.md": PACKAGE / "frameworks" / "hugging_face",
     "optimizer_state.md": PACKAGE / "frameworks" / "optimizer",
 }
-"""Pages about one part of the package name its files from there."""
+"""Pages about one part of the package give the names of its files relative to that part."""
 
 ABOUT_THE_CODE = ("CONTRIBUTING.md", "design.md")
-"""The folders in these pages are ours; in others they may be a user's."""
+"""The folders in these pages belong to the repository. In other pages they may belong to a user."""
 
 
 def test_generated_pages_are_up_to_date() -> None:
@@ -49,7 +49,7 @@ def test_every_dialect_is_described_and_measured() -> None:
 
 
 def code(text: str) -> Iterator[str]:
-    """The texts in backticks, outside blocks."""
+    """The texts in backticks, outside of code blocks."""
     yield from re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
 
 
@@ -66,23 +66,23 @@ def missing_links(page: Path, text: str) -> Iterator[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, in GitHub's form."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def missing_files(page: Path, text: str) -> Iterator[str]:
-    """Paths in backticks: counted from the repository, from the package, or from the part that a page is about."""
+    """Paths in backticks exist, relative to the repository, to the package, or to the part that the page is about."""
     bases = [ROOT, PACKAGE, PARTS.get(page.name, ROOT)]
     path = r"[\w./-]+(\.py|/)" if page.name in ABOUT_THE_CODE else r"[\w./-]+\.py"
     for name in code(text):
-        stem = name.removesuffix("NAME.py")  # a file that the reader is to write: its folder must exist
+        stem = name.removesuffix("NAME.py")  # a file that the reader should create: its folder must exist
         if re.fullmatch(path, name) and not any((base / stem).exists() for base in bases):
             yield f"the path {name}, which does not exist"
 
 
 def missing_names(text: str) -> Iterator[str]:
-    """Dotted names in backticks whose first part is a package of ours, and imports in blocks of Python."""
+    """Dotted names in backticks that begin with one of our packages, and imports in Python blocks, exist."""
     packages = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
     for name in code(text):
         dotted = re.match(r"(?:hyperclone_onnx\.)?([a-z_]+(?:\.\w+)+)", name)
@@ -100,7 +100,7 @@ def missing_names(text: str) -> Iterator[str]:
 
 
 def exists(dotted: str) -> bool:
-    """Whether `plan.edits.Editor` is a module, or a name that a module or a class binds. Nothing is imported for it."""
+    """Whether `plan.edits.Editor` is a module, or a name that a module or class defines. Nothing is imported."""
     parts = dotted.split(".")
     for length in range(len(parts), -1, -1):
         base = PACKAGE.joinpath(*parts[:length])
@@ -111,7 +111,7 @@ def exists(dotted: str) -> bool:
 
 
 def binds(body: list[ast.stmt], names: list[str]) -> bool:
-    """Whether a module or a class binds a name, and that one the next, and so on."""
+    """Whether a module or class defines a name, that one the next name, and so on."""
     if not names:
         return True
     for statement in body:
@@ -132,7 +132,7 @@ def binds(body: list[ast.stmt], names: list[str]) -> bool:
 
 
 def unknown_commands(text: str) -> Iterator[str]:
-    """Lines `$ hyperclone-onnx ...` in blocks: the command and its options must exist."""
+    """In lines `$ hyperclone-onnx ...` of code blocks, the command and its options exist."""
     for line in re.findall(r"^\$ (?:\S*/)?hyperclone-onnx (.*)$", text, flags=re.M):
         for alternative in line.partition("|")[0].split(" # "):
             words = shlex.split(alternative, comments=True)
@@ -179,7 +179,7 @@ def test_a_name_that_does_not_exist_shows(text: str, mistake: str) -> None:
 
 
 def test_the_result_in_the_readme_is_what_the_command_prints(cli: Command) -> None:
-    """The tables of what grew and what kept its size; figures that depend on the machine are not compared."""
+    """The tables of grown and kept dimensions agree. Figures that depend on the machine are not compared."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"^grew .*?^parameters: .*?$", text, flags=re.M | re.S)
     assert shown is not None

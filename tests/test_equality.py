@@ -1,4 +1,4 @@
-"""What is wrong is not published: a forgotten edit, and a factor that only double precision tells from rounding."""
+"""A wrong model is not published: for example with a missing edit, or a factor whose error only float64 shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Edit = Callable[[np.ndarray], None]
 
 
 def test_a_wrong_plan_is_not_published(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An edit is dropped on the way: the graph is wrong, and no file appears."""
+    """Without one of its edits, the grown graph is wrong, and no file appears."""
     make_plan = expansion.make_plan
 
     def forgetful(*arguments: object, **options: object) -> Plan:
@@ -30,7 +30,7 @@ def test_a_wrong_plan_is_not_published(zoo: Zoo, tmp_path: Path, monkeypatch: py
 
 
 def test_double_precision_finds_what_single_hides(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A factor that is wrong by 1e-9 is rounding in float32, and an error in float64."""
+    """A factor that is wrong by 1e-9 is within rounding in float32, and an error in float64."""
     make_plan = expansion.make_plan
 
     def scaled(*arguments: object, **options: object) -> Plan:

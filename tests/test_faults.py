@@ -1,4 +1,4 @@
-"""Whatever happens to a run, OUT is what it was or the whole grown model: the short version of `make faults`."""
+"""Whatever happens to a run, OUT is as before or the complete grown model: the short version of `make faults`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_fault_before_some_calls(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("call", range(-8, 0))
 def test_a_kill_in_the_last_calls(tmp_path: Path, call: int) -> None:
-    """Those of the commit: data file, model, the old data file, and what cleans up."""
+    """The calls of the commit: data file, model, the old data file, and cleaning up."""
     each = scene(tmp_path, "a pair over a pair")
     at = faults.count_calls(each) + call
     assert [end for _, end in faults.at_every_call(each, {"kill": faults.kill}, every=1000, offset=at)]
@@ -78,7 +78,7 @@ def test_a_source_that_changes(tmp_path: Path) -> None:
 
 
 def test_what_the_judge_finds(tmp_path: Path) -> None:
-    """The suite can fail: half a model, leftovers, and a wrong message are found."""
+    """These checks can fail: they notice half a model, leftover files, and a wrong message."""
     each = scene(tmp_path, "a file")
     judge = faults.Judge(each)
     done = faults.Ended(2, "error: no space", "")
@@ -140,7 +140,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (folder / "file").write_text("half")
         raise ZeroDivisionError
     assert names_in(tmp_path) == set()
-    out.mkdir()  # an empty one is no obstacle
+    out.mkdir()  # an empty folder is no obstacle
     with publication_folder(out) as folder:
         assert folder.name == "made" and folder.parent.parent == tmp_path
         (folder / "below").mkdir()
@@ -174,7 +174,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         ):
             pass
         written.write_text("first")
-        with publication(tmp_path / "other.onnx") as other:  # another output is another matter
+        with publication(tmp_path / "other.onnx") as other:  # another output is not concerned
             other.write_text("other")
     assert out.read_text() == "first" and names_in(tmp_path) == {"big.onnx", "other.onnx"}
 
@@ -184,7 +184,7 @@ def test_what_a_killed_run_left_is_reclaimed(tmp_path: Path) -> None:
     place = take_folder(out)
     (place.folder / "half").write_text("of a model")
     (place.folder / "float64").mkdir()
-    place._unlock()  # as the kernel does for a process that ends
+    place._unlock()  # as the kernel does when a process ends
     with publication(out) as written:
         assert names_in(written.parent) == {".lock"}
         written.write_text("whole")
@@ -218,7 +218,7 @@ def test_names_of_data_files(tmp_path: Path) -> None:
 
 
 def test_a_pair_is_replaced_at_once(cli: Command, tmp_path: Path) -> None:
-    """The old model keeps its data until the new one is there; then it goes, and the plain name is free again."""
+    """The old model keeps its data until the new model is there. Then they are removed, and the name is free again."""
     onnx.save(
         perceptron(), tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
     )
@@ -231,7 +231,7 @@ def test_a_pair_is_replaced_at_once(cli: Command, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["big.onnx.data", "big.onnx.1.data", "big.onnx-00001-of-00002.data"])
 def test_data_of_the_source_is_never_taken_for_old_data(cli: Command, tmp_path: Path, name: str) -> None:
-    """A copy of a model refers to the same data file: growing it over the first would take that away."""
+    """A copied model refers to the same data file: growth that replaces the first model would remove it."""
     onnx.save(perceptron(), tmp_path / "big.onnx", save_as_external_data=True, location=name, size_threshold=0)
     shutil.copy(tmp_path / "big.onnx", tmp_path / "model.onnx")
     outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx")

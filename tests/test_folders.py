@@ -1,4 +1,4 @@
-"""A model that is several files grows as one: each file by itself, all of them fitting together afterwards."""
+"""A model of several files grows as one: each file grows by itself, and the grown files fit together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def session(path: Path) -> ort.InferenceSession:
 
 @pytest.fixture
 def parts(zoo: Zoo, tmp_path: Path) -> Path:
-    """T5 as its exporter leaves it: an encoder, a decoder, and what belongs to them."""
+    """T5 in the form in which its exporter writes it: an encoder, a decoder, and their other files."""
     folder = tmp_path / "t5"
     (folder / "onnx").mkdir(parents=True)
     for part in ("encoder", "decoder"):
@@ -35,7 +35,7 @@ def parts(zoo: Zoo, tmp_path: Path) -> Path:
 
 
 def run_both(folder: Path) -> np.ndarray:
-    """What the decoder makes of what the encoder made."""
+    """The decoder's outputs, computed from the encoder's."""
     rng = np.random.default_rng(3)
     encoder, decoder = (session(folder / "onnx" / f"{part}_model.onnx") for part in ("encoder", "decoder"))
     ids = rng.integers(3, 95, (2, 7))
@@ -71,7 +71,7 @@ def test_the_report_in_words(cli: Command, parts: Path, tmp_path: Path) -> None:
 
 
 def pair(tmp_path: Path, width: str) -> Path:
-    """A model whose output another reads: along a width that one of them cannot grow."""
+    """Two models, of which one reads the output of the other, along a width that one of them cannot grow."""
     folder = tmp_path / "pair"
     folder.mkdir()
     maker = perceptron(layers=1)
@@ -93,7 +93,7 @@ def pair(tmp_path: Path, width: str) -> Path:
 
 
 def test_files_that_would_no_longer_fit_are_refused(cli: Command, tmp_path: Path) -> None:
-    """The logits of one keep their size; the other would read them twice as wide."""
+    """The logits of one model keep their size, but the other model would read them with twice the size."""
     folder = pair(tmp_path, "out = MatMul (r, down)")
     done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--device", "cpu")
     assert (done.code, done.stdout) == (3, "")
@@ -192,7 +192,7 @@ def test_wrong_folders(
 def test_a_folder_within_that_cannot_be_read_is_told(
     cli: Command, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it holds is not left out in silence."""
+    """The report does not omit what the folder contains."""
     scan = os.scandir
 
     def forbidden(path: str) -> object:
@@ -221,13 +221,13 @@ def test_a_link_to_a_folder_or_to_nothing_is_told(target: str, cli: Command, par
 
 
 def save_split(model: onnx.ModelProto, path: Path, location: str) -> None:
-    """A model with its weights in another file, which may lie in a folder below."""
+    """A model with its weights in another file, which may be in a subfolder."""
     (path.parent / location).parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=0)
 
 
 def fixed() -> onnx.ModelProto:
-    """A model with a weight, in which nothing can grow: a table that only leaves the graph."""
+    """A model with a weight in which nothing can grow: a table that only goes to an output."""
     return build_model("g (int64[n] ids) => (float[n, 5] y) { y = Gather (table, ids) }", normal(5, {"table": (7, 5)}))
 
 
@@ -261,7 +261,7 @@ def test_a_model_that_is_copied_takes_its_own_data_along_and_no_other_s(
 def test_a_model_that_is_copied_keeps_data_that_is_named_as_another_s(
     cli: Command, tmp_path: Path, grown_first: bool
 ) -> None:
-    """The grown model would give this name to its own data, and takes another one."""
+    """The grown model would give its own data this name, and therefore takes another one."""
     folder = tmp_path / "two"
     folder.mkdir()
     grown, copied = ("a.onnx", "b.onnx") if grown_first else ("b.onnx", "a.onnx")
@@ -275,7 +275,7 @@ def test_a_model_that_is_copied_keeps_data_that_is_named_as_another_s(
 
 
 def test_two_models_share_one_data_file(cli: Command, tmp_path: Path) -> None:
-    """One of them grows and leaves the file behind; the other one is copied and needs it."""
+    """One model grows and no longer needs the file. The other model is copied and still needs it."""
     folder = tmp_path / "two"
     folder.mkdir()
     save_split(perceptron(), folder / "a.onnx", "a.onnx.data")

@@ -1,4 +1,4 @@
-"""A few steps of AdamW on a small model: what tests of the optimizer's state begin with."""
+"""A few steps of AdamW on a small model, for the tests of the optimizer's state."""
 
 from __future__ import annotations
 

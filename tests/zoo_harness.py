@@ -1,4 +1,4 @@
-"""Feeding a graph of the zoo, whatever it takes, and comparing it with a grown one: no code of the package's."""
+"""Runs graphs of the zoo on suitable inputs, and compares them with grown ones, without any code of the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Zoo = Callable[[str], Path]
 Expected = Callable[[str], list[tuple[Feeds, list[Array]]]]
 
 TOLERANCE = 1e-5
-"""What float32 rounding stays under, as a part of the largest output; found are 1e-6 and less."""
+"""The limit for float32 rounding errors, divided by the largest output. The measured errors are 1e-6 and less."""
 
 
 def session(path: Path) -> ort.InferenceSession:
@@ -35,7 +35,7 @@ def make_feeds(path: Path) -> Iterator[Feeds]:
     inputs = onnx.load(path, load_external_data=False).graph.input
     shapes = {each.name: [dim.dim_param or dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in inputs}
     for batch, length, past, padding in ((2, 6, 0, 0), (3, 9, 5, 4)):
-        # GroupQueryAttention on the CPU continues one sequence at a time, and without padding.
+        # On the CPU, GroupQueryAttention continues one sequence at a time, and without padding.
         grouped = "total_sequence" in shapes.get("attention_mask", ())
         sizes = {"batch": 1 if grouped and past else batch, "length": length, "past": past}
         yield {
@@ -52,7 +52,7 @@ def make_feeds(path: Path) -> Iterator[Feeds]:
 
 
 def size_of(dim: str | int, name: str, sizes: Mapping[str, int]) -> int:
-    """A number for an axis: by its own name if it has one."""
+    """The size of an axis, by its name if it has one."""
     if isinstance(dim, int):
         return dim
     if "+" in dim or "total" in dim:
@@ -65,7 +65,7 @@ def size_of(dim: str | int, name: str, sizes: Mapping[str, int]) -> int:
 def values(
     name: str, shape: tuple[int, ...], dtype: np.dtype[Any], past: int, padding: int, rng: np.random.Generator
 ) -> Array:
-    """What an input of that name holds."""
+    """The values of an input, chosen by its name."""
     if name == "use_cache_branch":
         return np.full(shape, past > 0)
     if dtype.kind == "f":
@@ -81,14 +81,14 @@ def values(
 
 
 def tiled(array: Array, shape: tuple[int, ...]) -> Array:
-    """The array repeated along the axes that are longer in `shape`."""
+    """The array, tiled along the axes that are longer in `shape`."""
     assert len(shape) == array.ndim
     assert all(wide == narrow or wide % narrow == 0 for narrow, wide in zip(array.shape, shape, strict=True))
     return np.tile(array, [wide // max(narrow, 1) or 1 for narrow, wide in zip(array.shape, shape, strict=True)])
 
 
 def grown_feeds(grown: ort.InferenceSession, feeds: Feeds) -> Feeds:
-    """The feeds as wide as the grown graph's inputs."""
+    """The inputs, tiled to the shapes of the grown graph's inputs."""
     shapes = {each.name: each.shape for each in grown.get_inputs()}
     return {
         name: tiled(
@@ -106,7 +106,7 @@ def assert_computes_the_same(path: Path, cases: list[tuple[Feeds, list[Array]]])
     for feeds, wanted in cases:
         for want, got in zip(wanted, grown.run(None, grown_feeds(grown, feeds)), strict=True):
             if want.size == 0:
-                # What the later steps of a merged decoder leave of the encoder's caches.
+                # In its later steps, a merged decoder returns empty caches for the encoder.
                 assert got.size == 0
                 continue
             assert np.isfinite(want).all() and float(want.std()) > 1e-3, "an output that could not show a difference"
@@ -124,7 +124,7 @@ def assert_validation_says_so(result: Expansion) -> None:
 
 
 def weights(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the floating-point tensors that a file stores."""
+    """The shapes of the floating-point tensors in a file."""
     return {
         tensor.name: tuple(tensor.dims)
         for tensor in onnx.load(path).graph.initializer
