@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import rule_rows
-from rule_rows.harness import COVERED, MICROSOFT, ROWS, Build, Model, activation, check
+from rule_rows.harness import COVERED, MICROSOFT, ROWS, Build, Model, activation, check, random_model
+from rule_rows.spoiling import spoil
 
 from hyperclone_onnx.analysis.roles import name_dimensions
 from hyperclone_onnx.analysis.walk import infer
+from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.plan.edits import ScaleInput
 from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.rules import registry
+from hyperclone_onnx.rules.op import Op
 
 assert rule_rows  # importing it registers the rows
 
@@ -28,6 +34,47 @@ def test_every_rule_has_a_row() -> None:
 def test_grown_operator_computes_the_same(key: tuple[str, str], build: Build, seeds: int) -> None:
     for seed in range(seeds):
         check(key, build, seed)
+
+
+@pytest.mark.parametrize("key, build, seeds", ROWS)
+def test_a_malformed_node_is_refused_or_pinned(key: tuple[str, str], build: Build, seeds: int) -> None:
+    """Whatever a file says of a node, its rule and its edit end in a plan or in a refusal, not in a defect."""
+    for seed in range(SPOILT):
+        model = random_model(key, build, seed % seeds)
+        source = model.proto()
+        spoil(source, key[1], np.random.default_rng([zlib.crc32(f"{key}{build.__name__}".encode()), seed]))
+        try:
+            dimensions = infer(normalised(source))
+            named = name_dimensions(dimensions)
+            maps = {e.dim: (e.name, SourceMap(e.size, tile=2)) for e in named if e.dim.growable and e.size > 0}
+            make_plan(Growth(dimensions, named, maps))
+        except Refused as problem:
+            assert "\n" not in str(problem)
+
+
+SPOILT = 3
+"""Changed models of each row; with 200 each, nothing more is met."""
+
+
+def normalised(source: onnx.ModelProto) -> ir.Model:
+    """A model whose values all have a type, so that ONNX's own inference need not run."""
+    model = ir.from_proto(source)
+    for value in (value for node in model.graph.all_nodes() for value in node.outputs):
+        value.dtype = value.dtype or ir.DataType.FLOAT
+    return normalise(model)
+
+
+def test_a_mistake_in_a_rule_is_not_the_models_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a rule cannot tell, and what it refuses, becomes a refusal."""
+    m = Model(np.random.default_rng(0))
+    m.node("Relu", activation(m, (3, 4)))
+
+    def mistaken(op: Op) -> None:
+        op.node.nothing  # type: ignore[attr-defined] # noqa: B018
+
+    monkeypatch.setitem(registry._relations, ("", "Relu"), mistaken)
+    with pytest.raises(AttributeError, match="nothing"):
+        infer(normalised(m.proto()))
 
 
 def test_each_product_of_a_node_has_a_weight_of_its_own() -> None:

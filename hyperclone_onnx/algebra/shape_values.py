@@ -270,7 +270,11 @@ def span(first: int, last: int, step: int) -> tuple[int, Known | None]:
 
 
 def _mapped(function: Callable[..., Element], *operands: Known) -> Known | None:
-    if math.prod(np.broadcast_shapes(*(each.shape for each in operands))) > LIMIT:
+    try:
+        shape = np.broadcast_shapes(*(elements.shape for elements in operands))
+    except ValueError:  # operands that do not fit each other make nothing that is known
+        return None
+    if math.prod(shape) > LIMIT:
         return None
     result = np.frompyfunc(lambda *items: _bounded(function(*items)), len(operands), 1)(*operands)
     return known(result)

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from hyperclone_onnx.algebra import shape_values
 from hyperclone_onnx.algebra.dims import Dim, Product, Space, Term
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.errors import HypercloneError, Refused
 from hyperclone_onnx.graphs import MOVES_OR_CASTS, captured_values, describe, is_initializer, opset_of
 from hyperclone_onnx.rules import registry
 from hyperclone_onnx.rules.dimensions import Axes, Dimensions, Fact, Use
@@ -77,14 +76,9 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
             else:
                 rule(op)
         except CannotTell as problem:
+            dimensions.untold.add(node)
             dimensions.space.place = problem.place or dimensions.space.place
             _pin_node(op, str(problem))
-        except HypercloneError:
-            raise
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as problem:
-            # A rule may take for granted what its operator's specification asks for.
-            reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
-            raise Refused(f"{describe(node)} does not fit the specification of its operator ({reason})") from problem
         for value in node.outputs:
             if value not in dimensions.axes:
                 _declare_pinned(op, value, "an output no rule describes")

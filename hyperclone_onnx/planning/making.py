@@ -67,7 +67,7 @@ def _node_edits(growth: Growth, terms: GrownTerms) -> Iterable[Edit]:
     dimensions = growth.dimensions
     for node in dimensions.walked:
         edit = registry.edit(node.domain, node.op_type)
-        if edit is None or not _may_need_edit(dimensions, terms, node):
+        if edit is None or node in dimensions.untold or not _may_need_edit(dimensions, terms, node):
             continue
         op = GrownOp(dimensions, terms, node, opset_of(dimensions.model.graph, node.domain))
         try:

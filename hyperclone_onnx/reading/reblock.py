@@ -31,8 +31,10 @@ def reblock(graph: ir.Graph) -> None:
     changed: _Changed = {}
     for node in graph:
         if node.domain == MICROSOFT and node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            if not _is_well_formed(node):  # its rule refuses it
+                continue
             blocks = _blocks_of_columns(node) if node.op_type == "MatMulNBits" else _blocks_of_table(node)
-            if blocks is not None and blocks.smaller < blocks.size and all(map(_is_stored, node.inputs[:4][2:])):
+            if blocks is not None and blocks.smaller < blocks.size and blocks.fits(node):
                 blocks.cut(graph, node, fresh, changed)
 
 
@@ -50,6 +52,20 @@ class _Blocks:
         """The largest block that fills a row, from the smallest that there is; the present size if none does."""
         largest = self.width & -self.width  # the largest power of two that divides it
         return largest if SMALLEST <= largest < self.size and self.width % self.size else self.size
+
+    def fits(self, node: ir.Node) -> bool:
+        """Whether a node's codes, scales and zero points are stored and have as many numbers as they must."""
+        count = -(-self.width // self.size)
+        codes, scales = self.rows * count * packed_width(self.size, self.bits), self.rows * count
+        packed = self.rows * packed_width(count, self.bits)
+        wanted = [(2, {scales}), (3, {scales, packed})]
+        if node.op_type == "MatMulNBits":
+            wanted.append((1, {codes}))
+        for slot, sizes in wanted:
+            value = node.inputs[slot] if slot < len(node.inputs) else None
+            if value is not None and (value.const_value is None or value.const_value.size not in sizes):
+                return False
+        return True
 
     def cut(self, graph: ir.Graph, node: ir.Node, fresh: FreshNames, changed: _Changed) -> None:
         """Give a node's codes, scales and zero points smaller blocks; nodes that share a tensor share the new one."""
@@ -86,6 +102,15 @@ class _Blocks:
 
 _Changed = dict[tuple[ir.Value, int, int], ir.Value]
 """What a stored value became in blocks of a size, at an input of a node."""
+
+
+def _is_well_formed(node: ir.Node) -> bool:
+    """Whether the inputs that it must have are given, and its attributes are numbers above 0."""
+    names = ("N", "K", "block_size", "bits", "weight_prepacked", "gather_axis", "quantize_axis")
+    given = [attribute for name in names if (attribute := node.attributes.get(name)) is not None]
+    if len(node.inputs) < 3 or None in node.inputs[:3] or any(each.type != ir.AttributeType.INT for each in given):
+        return False
+    return all(each.as_int() > 0 for each in given if each.name in names[:4])
 
 
 def _is_stored(value: ir.Value | None) -> bool:

@@ -55,8 +55,8 @@ def relate_bias(op: Op, index: int, scores: tuple[Term, Term, Term, Term]) -> No
     """
     if not op.has(index):
         return
-    if op.static(op.axes(index)[-1]) != op.static(scores[3]):
-        op.pin(op.axes(index)[-1], "a mask of the first keys")
+    if op.static(op.axis_of(index, -1)) != op.static(scores[3]):
+        op.pin(op.axis_of(index, -1), "a mask of the first keys")
     op.broadcast([scores, op.axes(index)])
 
 
@@ -74,10 +74,8 @@ def edit_scale(op: GrownOp, depth: Term) -> None:
     ratio = op.growth(depth)
     if ratio == 1:
         return
-    attribute = op.node.attributes.get("scale")
-    scale = attribute.as_float() if attribute is not None else 0.0
     size = op.static(depth) or 1
-    op.set_attribute("scale", float((scale or 1.0 / math.sqrt(size)) / ratio))
+    op.set_attribute("scale", float((op.number("scale") or 1.0 / math.sqrt(size)) / ratio))
 
 
 def divide_scores(op: GrownOp, depth: Term, given: float | None) -> None:
@@ -103,7 +101,7 @@ def _has_exact_root(scale: float) -> bool:
 
 def edit_heads(op: GrownOp, name: str, heads: Term) -> None:
     """An attribute that counts heads."""
-    if name in op.node.attributes and op.integer(name) and op.grows(heads):
+    if op.has_attribute(name) and op.integer(name) and op.grows(heads):
         op.set_attribute(name, op.grown(heads))
 
 
@@ -115,18 +113,17 @@ def attention(op: Op) -> None:
     """Y[b, h, s, e] = sum_t softmax_t(scale sum_d Q[b, h, s, d] K[b, h', t, d] + mask) V[b, h', t, e]"""
     (batch, heads, length, depth), (kv_heads, new, value_depth) = _operands(op)
     relate_heads(op, heads, kv_heads)
-    past = op.axes(4)[2] if op.has(4) else None
+    past = op.axis_of(4, 2) if op.has(4) else None
     total = total_length(op, new, past)
     for index, width in ((4, depth), (5, value_depth)):
         if op.has(index):
-            for one, other in zip(op.axes(index), (batch, kv_heads, past or new, width), strict=True):
-                op.unify(one, other)
+            op.unify_axes(op.axes(index), (batch, kv_heads, past or new, width))
     relate_scores(op, depth, value_depth, total)
     relate_bias(op, 3, (batch, heads, length, total))
     if op.integer("is_causal", 0) or any(op.integer(f"{side}_window_size", -1) >= 0 for side in ("left", "right")):
         op.pin(length, "a mask counts along it")
     if op.has(6):
-        op.unify(op.axes(6)[0], batch)
+        op.unify(op.axis_of(6, 0), batch)
     packed = op.rank(0) == 3
     op.out((batch, length, Product((heads, value_depth))) if packed else (batch, heads, length, value_depth))
     op.out((batch, kv_heads, total, depth), index=1)
@@ -175,8 +172,7 @@ def edit_attention(op: GrownOp) -> None:
     kv_heads, _ = _heads_of(op, 1, "kv_num_heads")
     edit_heads(op, "q_num_heads", heads)
     edit_heads(op, "kv_num_heads", kv_heads)
-    attribute = op.node.attributes.get("scale")
-    divide_scores(op, depth, None if attribute is None else attribute.as_float())
+    divide_scores(op, depth, op.number("scale"))
 
 
 # -- rotary embedding -------------------------------------------------------------------------------------
@@ -189,13 +185,13 @@ def _rotary_slots(op: Op) -> tuple[int, int, int]:
 
 def _rotary_head(op: Op) -> Term:
     """The head_dim of a rotary embedding's operand."""
-    axes = op.axes(0)
+    axes = op.axes(0, least=3)
     if len(axes) == 4:
         return axes[3]
     heads = op.integer("num_heads", 0)
     size = op.static(axes[2])
     if not heads and size is not None:
-        half = op.static(op.axes(_rotary_slots(op)[0])[-1])
+        half = op.static(op.axis_of(_rotary_slots(op)[0], -1))
         heads = size // (2 * half) if half else 0
     return split_heads(op, axes[2], heads)[1]
 
@@ -224,14 +220,14 @@ def rotary_embedding(op: Op) -> None:
     cosines, sines, positions = _rotary_slots(op)
     depth = _rotary_head(op)
     rotary = op.integer("rotary_embedding_dim", 0) or (op.static(depth) or 0)
-    half = op.axes(cosines)[-1]
-    op.unify(op.axes(sines)[-1], half)
+    half = op.axis_of(cosines, -1)
+    op.unify(op.axis_of(sines, -1), half)
     rotate(op, depth, half, rotary, bool(op.integer("interleaved", 0)))
     axes = op.axes(0)
     places = (axes[0], axes[2 if len(axes) == 4 else 1])
     if op.has(positions):
         for index in (cosines, sines):
-            index_by(op, op.axes(index)[0], positions)
+            index_by(op, op.axis_of(index, 0), positions)
         if op.rank(positions) == 1:
             op.pin(places[1], "counted from one offset")
         _unify_all(op, op.axes(positions), places)
@@ -248,6 +244,6 @@ def edit_rotary(op: GrownOp) -> None:
     count = op.integer("num_heads", 0)
     if len(axes) == 3 and count:
         edit_heads(op, "num_heads", head_terms(op, axes[2], count)[0])
-    half = op.axes(_rotary_slots(op)[0])[-1]
+    half = op.axis_of(_rotary_slots(op)[0], -1)
     if op.integer("rotary_embedding_dim", 0) and op.grows(half):
         op.set_attribute("rotary_embedding_dim", 2 * op.grown(half))

@@ -54,8 +54,9 @@ def matmul(op: Op) -> None:
 @relates("Gemm")
 def gemm(op: Op) -> None:
     """Y[m, n] = alpha sum_k A'[m, k] B'[k, n] + beta C[m, n], with A', B' transposed as asked"""
-    left, right = op.axes(0), op.axes(1)
+    left, right = op.axes(0, rank=2), op.axes(1, rank=2)
     trans_a, trans_b = op.integer("transA", 0), op.integer("transB", 0)
+    op.number("alpha")  # planning divides by it
     op.sum_over((0, 0 if trans_a else 1), (1, 1 if trans_b else 0))
     m, n = left[1 if trans_a else 0], right[0 if trans_b else 1]
     note_roles(op, (), (m,), (n,))

@@ -21,21 +21,21 @@ from hyperclone_onnx.rules.registry import edits, pinned, relates
 @relates("If")
 def if_(op: Op) -> None:
     """out = then_branch() or else_branch(): what both make of an axis is the same dimension"""
-    names = ["then_branch", "else_branch"]
-    if any(name not in op.node.attributes for name in names):
-        raise CannotTell("If without both branches")
-    condition = op.ints(0)
-    if condition is not None:  # the other branch never runs
-        names, idle = (names[:1], names[1]) if condition[0] else (names[1:], names[0])
-        op.dimensions.idle.update(op.node.attributes[idle].as_graph().all_nodes())
-    branches = [op.node.attributes[name].as_graph() for name in names]
+    names = ("then_branch", "else_branch")
+    branches = [op.body(name) for name in names]
+    if not len(branches[0].outputs) == len(branches[1].outputs) >= len(op.node.outputs):
+        raise op.malformed("its branches make other numbers of values")
+    condition = op.element(0)
+    if condition is not None and condition.static is not None:  # the other branch never runs
+        idle = branches.pop(1 if condition.static else 0)
+        op.dimensions.idle.update(idle.all_nodes())
     op.walk(*branches)
     for index, values in enumerate(zip(*(branch.outputs for branch in branches), strict=True)):
         one, other = (op.dimensions.axes.get(value) for value in (values[0], values[-1]))
         if one is None or other is None or len(one) != len(other):
             for term in (*(one or ()), *(other or ())):
                 op.pin(term, "made with another rank by the other branch")
-            op.dimensions.axes[op.node.outputs[index]] = None
+            op.out_unknown(index)
             continue
         op.out([_either(op, a, b) for a, b in zip(one, other, strict=True)], index=index)
 
@@ -43,9 +43,9 @@ def if_(op: Op) -> None:
 @edits("If")
 def edit_if(op: GrownOp) -> None:
     """A branch that never runs was not walked, and would no longer fit what it reads: the other one takes its place."""
-    condition = op.ints(0)
-    if condition is not None:
-        op.edits.append(TakeBranch(op.name, "then_branch" if condition[0] else "else_branch"))
+    condition = op.element(0)
+    if condition is not None and condition.static is not None:
+        op.edits.append(TakeBranch(op.name, "then_branch" if condition.static else "else_branch"))
 
 
 pinned("a tensor that is sparse or no number; any other is stored before the analysis", "Constant")
@@ -63,18 +63,21 @@ def _either(op: Op, one: Term, other: Term) -> Term:
 @relates("Loop")
 def loop(op: Op) -> None:
     """(carried, stacked) = body(i, condition, carried) for i = 0, 1, ...: what is carried keeps its dimensions"""
-    body = op.node.attributes["body"].as_graph()
+    body = op.body("body")
+    carried_values = len(body.inputs) - 2
+    if len(body.inputs) != max(op.count, 2) or len(body.outputs) < 1 + max(carried_values, len(op.node.outputs)):
+        raise op.malformed("its body has other inputs or outputs than itself")
     for index in (0, 1):
         op.parameter(index)
     carried = _enter(op, body.inputs[2:], range(2, op.count))
     for value in body.inputs[:2]:
         op.dimensions.axes[value] = ()
     op.walk(body)
-    trips = op.known(0)
+    trips = op.element(0)
     endless = not op.has(1) or op.ints(1) == [1]
     stays = op.dimensions.known.get(body.outputs[0])
     stays_true = body.outputs[0] is body.inputs[1] or static_values(stays) == [1]
-    count = trips.ravel()[0] if trips is not None and endless and stays_true else None
+    count = trips if endless and stays_true else None
     _leave(
         op, body.outputs[1:], carried, [(0, op.pinned_dim(count, "numbers the turns of a loop"))] * len(body.outputs)
     )
@@ -85,11 +88,13 @@ def scan(op: Op) -> None:
     """(carried, stacked) = body(carried, x[.., t, ..]) for t = 0, 1, ... along an axis of each scanned operand"""
     if op.opset < 9:
         raise CannotTell("Scan over a batch (opset 8)")
-    body = op.node.attributes["body"].as_graph()
-    scanned = op.integer("num_scan_inputs")
+    body = op.body("body")
+    scanned = op.positive("num_scan_inputs")
     states = op.count - scanned
+    if states < 0 or len(body.inputs) != op.count or len(body.outputs) < max(states, len(op.node.outputs)):
+        raise op.malformed("its body has other inputs or outputs than itself")
     carried = _enter(op, body.inputs[:states], range(states))
-    axes_in = op.int_list("scan_input_axes", None) or [0] * scanned
+    axes_in = op.int_list("scan_input_axes", None, length=scanned) or [0] * scanned
     steps: list[Term] = []
     for value, index, axis in zip(body.inputs[states:], range(states, op.count), axes_in, strict=True):
         axes = list(op.axes(index))
@@ -99,7 +104,8 @@ def scan(op: Op) -> None:
     for step in steps[1:]:
         op.unify(steps[0], step)
     op.walk(body)
-    axes_out = op.int_list("scan_output_axes", None) or [0] * (len(body.outputs) - states)
+    stacked = len(body.outputs) - states
+    axes_out = op.int_list("scan_output_axes", None, length=stacked) or [0] * stacked
     _leave(op, body.outputs, carried, [(axis, steps[0]) for axis in axes_out])
 
 
@@ -156,7 +162,7 @@ def _comes_back(op: Op, before: Axes, after: Axes) -> bool:
 
 def _distrust(op: Op) -> None:
     """Pin all that a body touches: it was read with shapes that it does not keep."""
-    for node in op.node.attributes["body"].as_graph().all_nodes():
+    for node in op.body("body").all_nodes():
         given = (op.dimensions.axes_of(node, i) for i, value in enumerate(node.inputs) if value is not None)
         for axes in (*given, *(op.dimensions.axes.get(value) for value in node.outputs)):
             op.space.pin(Product(axes or ()), CHANGED, gap=True)

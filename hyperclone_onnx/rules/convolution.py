@@ -19,7 +19,9 @@ def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = N
     Where that is not known before running, the file's own word is taken. An axis whose window is one element that
     stays (`fixed`) in its place is no space: it passes.
     """
-    inner = op.axes(0)[2:]
+    inner = op.axes(0, least=2)[2:]
+    if len(kernel) != len(inner):
+        raise op.malformed(f"a kernel of {len(kernel)} axes for {len(inner)} spatial ones")
     passing = [fixed and _stays(op, axis, kernel[axis]) for axis in range(len(inner))]
     for term, passes in zip(inner, passing, strict=True):
         if not passes:
@@ -40,12 +42,30 @@ def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = N
 
 def _stays(op: Op, axis: int, kernel: int | None) -> bool:
     """Whether output j is made of input j alone: a window of one, one step apart, without padding."""
+    before, after = _pads(op, axis)
+    more = _per_axis(op, "output_padding", 0)[axis]
+    whole = op.int_list("output_shape", None) is None and not before and not after and not more
+    return kernel == 1 and _strides(op)[axis] == 1 and whole
+
+
+def _per_axis(op: Op, name: str, default: int) -> list[int]:
+    """An attribute that has a number for each spatial axis."""
     count = op.rank(0) - 2
-    stride = (op.int_list("strides", None) or [1] * count)[axis]
-    pads = op.int_list("pads", None) or [0] * (2 * count)
-    more = (op.int_list("output_padding", None) or [0] * count)[axis]
-    whole = op.int_list("output_shape", None) is None and not pads[axis] and not pads[axis + count] and not more
-    return kernel == 1 and stride == 1 and whole
+    return op.int_list(name, None, length=count) or [default] * count
+
+
+def _strides(op: Op) -> list[int]:
+    strides = _per_axis(op, "strides", 1)
+    if min(strides, default=1) < 1:
+        raise op.malformed(f"strides {strides}, which must be at least 1")
+    return strides
+
+
+def _pads(op: Op, axis: int) -> tuple[int, int]:
+    """The padding before and after a spatial axis."""
+    count = op.rank(0) - 2
+    pads = op.int_list("pads", None, length=2 * count) or [0] * (2 * count)
+    return pads[axis], pads[axis + count]
 
 
 WindowCount = Callable[[Op, int, Size, int | None], Size | None]
@@ -54,16 +74,13 @@ WindowCount = Callable[[Op, int, Size, int | None], Size | None]
 
 def _window_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | None:
     """How many windows fit along a spatial axis; None where that is not known."""
-    count = op.rank(0) - 2
-    stride = (op.int_list("strides", None) or [1] * count)[axis]
-    dilation = (op.int_list("dilations", None) or [1] * count)[axis]
-    pads = op.int_list("pads", None) or [0] * (2 * count)
+    stride, dilation = _strides(op)[axis], _per_axis(op, "dilations", 1)[axis]
     padding = op.text("auto_pad", "NOTSET")
     if kernel is None or op.integer("ceil_mode", 0):
         return None
     if padding in ("SAME_UPPER", "SAME_LOWER"):
         return known.ceil_of(size, stride)
-    padded = size if padding == "VALID" else size + pads[axis] + pads[axis + count]
+    padded = size if padding == "VALID" else size + sum(_pads(op, axis))
     windows = known.floor_of(padded - dilation * (kernel - 1) - 1, stride)
     return None if windows is None else windows + 1
 
@@ -73,13 +90,14 @@ def _spread_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | N
     count = op.rank(0) - 2
     asked = op.int_list("output_shape", None)
     if asked is not None:
+        if len(asked) < count:
+            raise op.malformed(f"output_shape has {len(asked)} elements for {count} spatial axes")
         return Size.of(asked[-count:][axis])
     if kernel is None or op.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
-    stride, dilation = ((op.int_list(name, None) or [1] * count)[axis] for name in ("strides", "dilations"))
-    more = (op.int_list("output_padding", None) or [0] * count)[axis]
-    pads = op.int_list("pads", None) or [0] * (2 * count)
-    return (size - 1) * stride + more + dilation * (kernel - 1) + 1 - pads[axis] - pads[axis + count]
+    stride, dilation = _strides(op)[axis], _per_axis(op, "dilations", 1)[axis]
+    more = _per_axis(op, "output_padding", 0)[axis]
+    return (size - 1) * stride + more + dilation * (kernel - 1) + 1 - sum(_pads(op, axis))
 
 
 def _grouped(op: Op, term: Term, group: int) -> tuple[Term, Term]:
@@ -106,8 +124,8 @@ def relate_conv(
     fixed: bool = True,
 ) -> None:
     """Relate a convolution of input `data` with input `weight`; see `_spatial` and `Op.sum_over` for the rest."""
-    x, w = op.axes(data), op.axes(weight)
-    group = op.integer("group", 1)
+    x, w = op.axes(data, least=2), op.axes(weight, rank=op.rank(data))
+    group = op.positive("group", 1)
     for term in w[2:]:
         op.pin(term, "a convolution's kernel")
     groups, channels = _grouped(op, x[1], group)
@@ -121,7 +139,7 @@ def relate_conv(
     if op.value(data).is_graph_input():
         op.pin(x[1], "the channels of an input")
     if op.has(bias):
-        op.unify(op.axes(bias)[0], w[0])
+        op.unify(op.axis_of(bias, 0), w[0])
     op.out((x[0], w[0], *_spatial(op, [op.static(term) for term in w[2:]], fixed=fixed)))
 
 
@@ -136,10 +154,10 @@ def deform_conv(op: Op) -> None:
     """Conv that reads X[n, (f c), p + k + offset[n, (f k), p]] mask[n, (f k), p]"""
     relate_conv(op, 0, 1, 3, fixed=False)
     x = op.axes(0)
-    op.pin(_grouped(op, x[1], op.integer("offset_group", 1))[0], "channels that move together")
+    op.pin(_grouped(op, x[1], op.positive("offset_group", 1))[0], "channels that move together")
     for index in (2, 4):
         if op.has(index):
-            batch, kernel, *space = op.axes(index)
+            batch, kernel, *space = op.axes(index, least=2)
             op.unify(batch, x[0])
             for term in (kernel, *space):
                 op.pin(term, "a convolution's kernel or a spatial axis")
@@ -148,8 +166,8 @@ def deform_conv(op: Op) -> None:
 @relates("ConvTranspose")
 def conv_transpose(op: Op) -> None:
     """Y[n, (g m), q] = sum_{c, p, k: p + k = q} X[n, (g c), p] W[(g c), m, k] + B[(g m)]"""
-    x, w = op.axes(0), op.axes(1)
-    group = op.integer("group", 1)
+    x, w = op.axes(0, least=2), op.axes(1, rank=op.rank(0))
+    group = op.positive("group", 1)
     for term in w[2:]:
         op.pin(term, "a convolution's kernel")
     op.unify(x[1], w[0])
@@ -163,14 +181,14 @@ def conv_transpose(op: Op) -> None:
     if op.value(0).is_graph_input():
         op.pin(x[1], "the channels of an input")
     if op.has(2):
-        op.unify(op.axes(2)[0], out)
+        op.unify(op.axis_of(2, 0), out)
     op.out((x[0], out, *_spatial(op, [op.static(term) for term in w[2:]], _spread_count)))
 
 
 @edits("ConvTranspose")
 def edit_conv_transpose(op: GrownOp) -> None:
     """As many groups as channels grow with them; others stay."""
-    channels = op.axes(1)[0]
+    channels = op.axis_of(1, 0)
     if op.integer("group", 1) > 1 and op.static(channels) == op.integer("group"):
         op.set_attribute("group", op.grown(channels))
 
@@ -184,13 +202,13 @@ def edit_conv(op: GrownOp) -> None:
 def edit_groups(op: GrownOp, weight: int) -> None:
     """Set the group attribute of a convolution with input `weight`."""
     if op.integer("group", 1) > 1:
-        op.set_attribute("group", op.grown(op.axes(0)[1]) // op.grown(op.axes(weight)[1]))
+        op.set_attribute("group", op.grown(op.axis_of(0, 1)) // op.grown(op.axis_of(weight, 1)))
 
 
 @relates("BatchNormalization", "InstanceNormalization")
 def channel_norm(op: Op) -> None:
     """Y[n, c, p] = scale[c] (X[n, c, p] - mean[c]) / sqrt(var[c] + eps) + B[c]; statistics are per channel"""
-    x = op.axes(0)
+    x = op.axes(0, least=2)
     if op.node.op_type == "InstanceNormalization":
         averaged: Axes = x[2:]
     else:
@@ -198,7 +216,7 @@ def channel_norm(op: Op) -> None:
     for term in averaged:
         op.uniform(term)
     for index in range(1, op.count):
-        op.unify(op.axes(index)[0], x[1])
+        op.unify(op.axis_of(index, 0), x[1])
     op.out(x)
     for index in range(1, len(op.node.outputs)):
         op.out((x[1],), index=index)
@@ -207,7 +225,7 @@ def channel_norm(op: Op) -> None:
 @relates("AveragePool", "MaxPool", "LpPool")
 def pool(op: Op) -> None:
     """Y[n, c, p] pools X[n, c, window of p]"""
-    x = op.axes(0)
+    x = op.axes(0, least=2)
     out = (x[0], x[1], *_spatial(op, op.int_list("kernel_shape", None) or [None] * (len(x) - 2)))
     if op.node.op_type == "MaxPool" and len(op.node.outputs) > 1:
         for term in x:
@@ -219,7 +237,7 @@ def pool(op: Op) -> None:
 @relates("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def global_pool(op: Op) -> None:
     """Y[n, c, 1...] pools X[n, c, all]: its mean, its largest, or (sum |X|^p)^(1/p)"""
-    x = op.axes(0)
+    x = op.axes(0, least=2)
     for axis in range(2, len(x)):
         match op.node.op_type:
             case "GlobalAveragePool":
@@ -227,14 +245,14 @@ def global_pool(op: Op) -> None:
             case "GlobalLpPool" if op.is_constant(0):
                 op.pin(x[axis], "the sizes of a weight's shares do not add up to its own")
             case "GlobalLpPool":
-                op.sum_over((0, axis), power=1.0 / op.integer("p", 2))
+                op.sum_over((0, axis), power=1.0 / op.positive("p", 2))
     op.out((x[0], x[1], *[ONE] * (len(x) - 2)))
 
 
 @relates("LRN")
 def local_response_norm(op: Op) -> None:
     """Y[n, c, p] = X[n, c, p] / (bias + alpha / size sum_{|i - c| < size / 2} X[n, i, p]^2)^beta"""
-    op.pin(op.axes(0)[1], "a window moves along it")
+    op.pin(op.axis_of(0, 1), "a window moves along it")
     op.out(op.axes(0))
 
 
@@ -243,11 +261,14 @@ def upsample(op: Op) -> None:
     """Y[n, c, p'] samples X[n, c, p]; axes whose scale is 1 are untouched"""
     x = op.axes(0)
     op.parameter(1)
-    attribute = op.node.attributes.get("scales")
-    scales: list[float] | None = None if attribute is None else list(attribute.as_floats())
+    scales = op.numbers("scales")
     if op.has(1) and (tensor := op.value(1).const_value) is not None:
         scales = tensor.numpy().ravel().tolist()
-    declared = op.declared(op.node.outputs[0]) or [None] * len(x)
+    if scales is not None and len(scales) != len(x):
+        raise op.malformed(f"{len(scales)} scales for {len(x)} axes")
+    declared = op.declared(op.node.outputs[0])
+    if declared is None or len(declared) != len(x):
+        declared = [None] * len(x)
     out = list(x)
     for axis, size in enumerate(declared):
         if scales is None or scales[axis] != 1.0:
@@ -267,9 +288,11 @@ def resize(op: Op) -> None:
     moved = set(range(2, len(x))) if listed is None else {op.axis(axis, len(x)) for axis in listed}
     sizes = op.known(3)
     if listed is None and sizes is not None:
-        moved |= {i for i in (0, 1) if sizes.ravel()[i] != op.size(x[i])}
+        if sizes.size != len(x):
+            raise op.malformed(f"{sizes.size} sizes for {len(x)} axes")
+        moved |= {i for i, term in enumerate(x[:2]) if sizes.ravel()[i] != op.size(term)}
     elif listed is None and op.has(2) and not _unscaled(op, 2):
-        moved |= {0, 1}
+        moved |= set(range(min(len(x), 2)))
     for axis in moved:
         op.pin(x[axis], "resized")
     op.out(
@@ -296,5 +319,5 @@ def _unscaled(op: Op, index: int) -> bool:
 @edits("Resize")
 def edit_resize(op: GrownOp) -> None:
     """Asked-for sizes follow the untouched axes."""
-    if op.has(3) and "axes" not in op.node.attributes:
+    if op.has(3) and not op.has_attribute("axes"):
         op.resize_input(3, op.out_axes(0), keep=())

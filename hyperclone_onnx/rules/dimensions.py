@@ -88,6 +88,8 @@ class Dimensions:
     unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     idle: set[ir.Node] = field(default_factory=set)
     """The nodes of branches that never run, which the grown graph has no more."""
+    untold: set[ir.Node] = field(default_factory=set)
+    """The nodes whose rules could not relate their axes: all that these touch is pinned, and nothing is edited."""
     walked: list[ir.Node] = field(default_factory=list)
     """Every node that was related, those of subgraphs that a rule walks into included, in order."""
 

@@ -38,11 +38,11 @@ def _unary_known(op: Op) -> Known | None:
     if elements is None or op.node.op_type == "Identity":
         return elements
     if op.node.op_type == "Cast":
-        return _cast_known(elements, ir.DataType(op.integer("to")))
+        return _cast_known(elements, op.integer("to"))
     return known.unary(op.node.op_type, elements) if op.node.op_type in known.UNARY else None
 
 
-def _cast_known(elements: Known, to: ir.DataType) -> Known | None:
+def _cast_known(elements: Known, to: int) -> Known | None:
     """What a conversion leaves known: truth for booleans, nothing for types too narrow for a size."""
     if to == ir.DataType.BOOL:
         return known.known(
@@ -60,11 +60,11 @@ def broadcasting(op: Op) -> None:
 
 
 def _broadcasting_known(op: Op) -> Known | None:
-    operands = [op.known(i) for i in range(op.count)]
-    if any(each is None for each in operands):
+    operands = [elements for i in range(op.count) if (elements := op.known(i)) is not None]
+    if len(operands) < op.count or not operands:
         return None
-    first, *rest = [each for each in operands if each is not None]
-    if op.node.op_type == "Where":
+    first, *rest = operands
+    if op.node.op_type == "Where" and len(rest) == 2:
         return known.where(first, *rest)
     if op.node.op_type not in known.BINARY or len(rest) != 1 or op.integer("fmod", 0):
         return None

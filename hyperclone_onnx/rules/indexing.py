@@ -134,12 +134,11 @@ def _same_or_pinned(op: Op, whole: Axes, part: Axes, skip: int) -> None:
 @relates("ScatterElements", "Scatter")
 def scatter_elements(op: Op) -> None:
     """out = x with out[.., indices[.., i, ..], ..] = updates[.., i, ..] along `axis`"""
-    axes, where, updates = op.axes(0), op.axes(1), op.axes(2)
+    axes, where = op.axes(0), op.axes(1)
     axis = op.axis(op.integer("axis", 0), len(axes))
     index_by(op, axes[axis], 1)
     _same_or_pinned(op, axes, where, skip=axis)
-    for one, other in zip(where, updates, strict=True):
-        op.unify(one, other)
+    op.unify_axes(where, op.axes(2))
     _once_each(op, where[axis : axis + 1])
     op.out(axes)
 
@@ -164,10 +163,11 @@ def _depth(op: Op) -> int:
 @relates("GatherND")
 def gather_nd(op: Op) -> None:
     """out[b, i, rest] = x[b, indices[b, i, :], rest]"""
-    axes, where, depth = op.axes(0), op.axes(1), _depth(op)
-    batch = op.integer("batch_dims", 0)
-    for one, other in zip(axes[:batch], where[:batch], strict=True):
-        op.unify(one, other)
+    where, depth, batch = op.axes(1), _depth(op), op.integer("batch_dims", 0)
+    if batch < 0:
+        raise op.malformed(f"batch_dims is {batch}")
+    axes = op.axes(0, least=batch + depth)
+    op.unify_axes(axes[:batch], where[:-1][:batch])
     picked = _cut_run(op, axes[0]) if batch == 0 and depth == 1 else None
     if picked is not None:
         op.parameter(1)
@@ -181,9 +181,9 @@ def gather_nd(op: Op) -> None:
 @edits("GatherND")
 def edit_gather_nd(op: GrownOp) -> None:
     """Constant indices into a cut axis move with its boundaries."""
-    term = op.axes(0)[0]
+    term = op.axis_of(0, 0)
     run = _run(op, op.static(term))
-    one = op.integer("batch_dims", 0) == 0 and op.static(op.axes(1)[-1]) == 1
+    one = op.integer("batch_dims", 0) == 0 and op.static(op.axis_of(1, -1)) == 1
     if run is not None and one and op.grows(term):
         _move_run(op, term, run, op.axes(1))
 
@@ -191,11 +191,11 @@ def edit_gather_nd(op: GrownOp) -> None:
 @relates("ScatterND")
 def scatter_nd(op: Op) -> None:
     """out = x with out[indices[i, :], rest] = updates[i, rest]"""
-    axes, where, depth = op.axes(0), op.axes(1), _depth(op)
+    where, depth = op.axes(1), _depth(op)
+    axes = op.axes(0, least=depth)
     for term in axes[:depth]:
         index_by(op, term, 1)
-    for one, other in zip(op.axes(2), (*where[:-1], *axes[depth:]), strict=True):
-        op.unify(one, other)
+    op.unify_axes(op.axes(2), (*where[:-1], *axes[depth:]))
     _once_each(op, where[:-1])
     op.out(axes)
 
@@ -206,21 +206,21 @@ def one_hot(op: Op) -> None:
     axes = list(op.axes(0))
     op.parameter(1)
     op.parameter(2)
-    depth = op.known(1)
     axis = op.axis(op.integer("axis", -1), len(axes) + 1)
-    axes.insert(axis, op.pinned_dim(None if depth is None else depth.item(), "numbered by OneHot"))
+    axes.insert(axis, op.pinned_dim(op.element(1), "numbered by OneHot"))
     op.fact(Fact.CHOSEN, axes[axis])
     op.out(axes, _one_hot_known(op, axis))
 
 
 def _one_hot_known(op: Op, axis: int) -> Known | None:
-    elements, depths, values = op.known(0), op.ints(1), op.known(2)
-    indices = op.ints(0)
-    if elements is None or indices is None or depths is None or values is None:
+    elements, indices, length, values = op.known(0), op.ints(0), op.element(1), op.known(2)
+    depth = None if length is None else length.static
+    if elements is None or indices is None or depth is None or values is None:
         return None
-    depth = depths[0]
-    if elements.size * depth > LIMIT:
+    if elements.size * depth > LIMIT or depth < 0 or any(not -depth <= index < depth for index in indices):
         return None
+    if values.shape != (2,):
+        raise op.malformed("its values are not two")
     where = np.asarray([i + depth if i < 0 else i for i in indices], dtype=np.int64).reshape(elements.shape)
     hot = np.expand_dims(where, axis) == np.arange(depth).reshape([-1] + [1] * (elements.ndim - axis))
     return np.asarray(values[hot.astype(np.int64)], dtype=object)
@@ -233,9 +233,8 @@ def top_k(op: Op) -> None:
     axis = op.axis(op.integer("axis", -1), len(axes))
     op.pin(axes[axis], "searched by TopK")
     op.parameter(1)
-    k = op.known(1)
     op.fact(Fact.CHOSEN, axes[axis])
-    axes[axis] = op.pinned_dim(None if k is None else k.ravel()[0], "the k of TopK")
+    axes[axis] = op.pinned_dim(op.element(1), "the k of TopK")
     op.fact(Fact.CHOSEN, axes[axis])
     op.out(axes)
     op.out(axes, index=1)
@@ -244,16 +243,15 @@ def top_k(op: Op) -> None:
 @relates("CumSum", "CumProd")
 def cumulative(op: Op) -> None:
     """out[.., j, ..] = sum_{k <= j} x[.., k, ..], or their product"""
-    axes = op.axes(0)
-    axis = op.ints(1)
+    axes, given = op.axes(0), op.element(1)
+    along = None if given is None or given.static is None else op.axis(given.static, len(axes))
     done = "summed" if op.node.op_type == "CumSum" else "multiplied"
-    for term in axes if axis is None else [axes[op.axis(axis[0], len(axes))]]:
+    for term in axes if along is None else [axes[along]]:
         op.pin(term, f"{done} step by step by {op.node.op_type}")
     elements = op.known(0)
-    if elements is None or axis is None or op.node.op_type != "CumSum":
+    if elements is None or along is None or op.node.op_type != "CumSum":
         op.out(axes)
         return
-    along = op.axis(axis[0], len(axes))
     op.out(axes, accumulated(elements, along, bool(op.integer("exclusive", 0)), bool(op.integer("reverse", 0))))
 
 
@@ -261,8 +259,8 @@ def cumulative(op: Op) -> None:
 def compress(op: Op) -> None:
     """out = those x[.., k, ..] for which condition[k] holds"""
     axes = list(op.axes(0))
-    op.pin(op.axes(1)[0], "chosen by Compress")
-    if "axis" not in op.node.attributes:
+    op.pin(op.axes(1, rank=1)[0], "chosen by Compress")
+    if not op.has_attribute("axis"):
         for term in axes:
             op.pin(term, "chosen by Compress")
         op.out([op.pinned_dim(None, "chosen by Compress")])
@@ -276,9 +274,10 @@ def compress(op: Op) -> None:
 @relates("ReverseSequence")
 def reverse_sequence(op: Op) -> None:
     """out[t, b] = x[lengths[b] - 1 - t, b] for t < lengths[b], else x[t, b]"""
-    axes = op.axes(0)
-    op.pin(axes[op.integer("time_axis", 0)], "reversed by ReverseSequence")
-    op.unify(op.axes(1)[0], axes[op.integer("batch_axis", 1)])
+    axes = op.axes(0, least=2)
+    time, batch = (op.axis(op.integer(name, usual), 2) for name, usual in (("time_axis", 0), ("batch_axis", 1)))
+    op.pin(axes[time], "reversed by ReverseSequence")
+    op.unify(op.axis_of(1, 0), axes[batch])
     op.out(axes)
 
 
@@ -296,14 +295,14 @@ def tensor_scatter(op: Op) -> None:
         else:
             op.unify(one, other)
     if op.has(2):
-        op.unify(op.axes(2)[0], cache[0])
+        op.unify(op.axis_of(2, 0), cache[0])
     op.out(cache)
 
 
 @relates("Trilu")
 def trilu(op: Op) -> None:
     """out[.., i, j] = x[.., i, j] on one side of a diagonal, 0 on the other"""
-    axes = op.axes(0)
+    axes = op.axes(0, least=2)
     for term in axes[-2:]:
         op.pin(term, "cut along a diagonal by Trilu")
     op.out(axes)

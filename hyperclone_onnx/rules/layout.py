@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hyperclone_onnx.algebra.dims import ONE, Concat, Product, Term
-from hyperclone_onnx.algebra.shape_values import Known, known
+from hyperclone_onnx.algebra.shape_values import LIMIT, Known, known
 from hyperclone_onnx.algebra.sizes import Size
 from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
@@ -23,6 +23,8 @@ def transpose(op: Op) -> None:
     """out[j_p0, j_p1, ...] = x[j_0, j_1, ...]"""
     axes, elements = op.axes(0), op.known(0)
     perm = op.int_list("perm", None) or list(reversed(range(len(axes))))
+    if sorted(perm) != list(range(len(axes))):
+        raise op.malformed(f"perm is no order of {len(axes)} axes")
     op.out([axes[p] for p in perm], None if elements is None else elements.transpose(perm))
 
 
@@ -45,7 +47,9 @@ def reshape(op: Op) -> None:
     sizes: list[Size | None] = []
     for i, element in enumerate(target):
         if i in copies:
-            sizes.append(op.size(axes[i]) if i < len(axes) else None)
+            if i >= len(axes):
+                raise op.malformed(f"it copies axis {i} of a value of rank {len(axes)}")
+            sizes.append(op.size(axes[i]))
         elif element is None or element.static == -1:
             sizes.append(None)
         else:
@@ -82,9 +86,11 @@ def _shape_elements(op: Op, index: int) -> list[Size | None]:
     elements = op.known(index)
     if elements is not None:
         return list(elements.ravel())
-    length = op.static(op.axes(index)[0]) if op.axes(index) else None
+    length = op.static(op.axis_of(index, 0))
     if length is None:
         raise CannotTell("a shape of unknown length")
+    if length > LIMIT:
+        raise op.malformed(f"a shape of {length} axes")
     return [None] * length
 
 
@@ -99,7 +105,7 @@ def flatten(op: Op) -> None:
     """out[(j_0 .. j_a-1), (j_a ..)] = x[j]"""
     axes = op.axes(0)
     axis = op.integer("axis", 1)
-    axis = axis + len(axes) if axis < 0 else axis
+    axis = len(axes) if axis == len(axes) else op.axis(axis, len(axes))
     op.out((Product(axes[:axis]), Product(axes[axis:])))
 
 
@@ -152,7 +158,7 @@ def expand(op: Op) -> None:
 
 def _expanded(elements: Known | None, sizes: list[int | None]) -> Known | None:
     shape = [size for size in sizes if size is not None]
-    if elements is None or len(shape) < len(sizes) or np.prod(shape, dtype=float) > 1024:
+    if elements is None or len(shape) < len(sizes) or np.prod(shape, dtype=float) > LIMIT:
         return None
     return np.broadcast_to(elements, shape)
 
@@ -167,6 +173,8 @@ def edit_expand(op: GrownOp) -> None:
 def tile(op: Op) -> None:
     """out[(r, j)] = x[j] for every repeat r"""
     axes, repeats = op.axes(0), _shape_elements(op, 1)
+    if len(repeats) != len(axes):
+        raise op.malformed(f"{len(repeats)} repeats for {len(axes)} axes")
     made = [op.dim(repeat) for repeat in repeats]
     for term in made:
         op.fact(Fact.EXPANDED, term)
@@ -183,8 +191,8 @@ def edit_tile(op: GrownOp) -> None:
 @relates("Concat")
 def concat(op: Op) -> None:
     """out = operands side by side along one axis"""
-    operands = [op.axes(i) for i in range(op.count)]
-    axis = op.axis(op.integer("axis"), len(operands[0]))
+    operands = [op.axes(i, rank=op.rank(0)) for i in range(op.count)]
+    axis = op.axis(op.integer("axis"), op.rank(0))
     op.out(side_by_side(op, operands, axis), _concatenated(op, axis))
 
 
@@ -234,7 +242,7 @@ def split(op: Op) -> None:
     total = op.static(axes[axis])
     count = len(op.node.outputs)
     if op.integer("num_outputs", count) != count:
-        raise ValueError(f"num_outputs is {op.integer('num_outputs')}, and it has {count}")
+        raise op.malformed(f"num_outputs is {op.integer('num_outputs')}, and it has {count}")
     computed = op.opset >= 13 and op.has(1) and op.ints(1) is None
     op.parameter(1)
     sizes = None if computed else op.int_list("split", 1)
@@ -311,6 +319,10 @@ def _slice_bounds(op: Op, rank: int) -> list[Bound]:
     steps: list[Size | None] = [Size.of(1)] * len(which)
     if op.opset >= 10 and op.has(4):
         steps = _shape_elements(op, 4)
+    if not len(starts) == len(ends) == len(which) == len(steps) or len(which) > rank:
+        raise op.malformed(f"{len(starts)} starts, {len(ends)} ends, {len(which)} axes and {len(steps)} steps")
+    if any(step is not None and step.static == 0 for step in steps):
+        raise op.malformed("a step of 0")
     return [
         (op.axis(axis, rank), start, end, None if step is None else step.static)
         for axis, start, end, step in zip(which, starts, ends, steps, strict=True)

@@ -24,8 +24,8 @@ def layer_norm(op: Op) -> None:
 @relates("GroupNormalization")
 def group_norm(op: Op) -> None:
     """Y[n, (g c), p] is X normalised over c and p for each group g, times scale, plus bias"""
-    axes = op.axes(0)
-    groups, size = op.integer("num_groups"), op.static(axes[1])
+    axes = op.axes(0, least=2)
+    groups, size = op.positive("num_groups"), op.static(axes[1])
     if size is None or size % groups:
         raise CannotTell("channels that its groups do not divide")
     group, channels = op.dim(groups), op.dim(size // groups)
@@ -34,14 +34,14 @@ def group_norm(op: Op) -> None:
     for term in (channels, *axes[2:]):
         op.uniform(term)
     for index in (1, 2):
-        op.unify(op.axes(index)[0], axes[1] if op.opset >= 21 else group)
+        op.unify(op.axis_of(index, 0), axes[1] if op.opset >= 21 else group)
     op.out(axes)
 
 
 @edits("GroupNormalization")
 def edit_group_norm(op: GrownOp) -> None:
     """The number of groups grows by what the channels grow and a group does not."""
-    groups, channels = op.integer("num_groups"), op.axes(0)[1]
+    groups, channels = op.positive("num_groups"), op.axis_of(0, 1)
     grown = op.grown(op.factored(channels, (op.static(channels) or 0) // groups)[0])
     if grown != groups:
         op.set_attribute("num_groups", grown)

@@ -11,7 +11,8 @@ from hyperclone_onnx.algebra import shape_values
 from hyperclone_onnx.algebra.dims import ONE, Term
 from hyperclone_onnx.algebra.shape_values import Known
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.graphs import is_initializer
+from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.graphs import describe, is_initializer
 from hyperclone_onnx.rules.dimensions import Axes, Dimensions, Fact, Sum, Uniform
 
 Walker = Callable[[Dimensions, ir.Graph], None]
@@ -19,7 +20,7 @@ Walker = Callable[[Dimensions, ir.Graph], None]
 
 
 class CannotTell(Exception):
-    """Raised inside a rule when it cannot relate this node's axes; the engine then pins them.
+    """Raised inside a rule when it cannot relate this node's axes; the walk then pins them.
 
     `place` is the node to blame, where it is not this one.
     """
@@ -27,6 +28,13 @@ class CannotTell(Exception):
     def __init__(self, reason: str, place: str = "") -> None:
         super().__init__(reason)
         self.place = place
+
+
+class Malformed(Refused):
+    """Raised inside a rule for a node that its operator's specification does not allow: no model can hold it.
+
+    The methods of `Op` raise it. Any other exception in a rule is a defect of the rule, and is reported as one.
+    """
 
 
 class Op:
@@ -38,6 +46,10 @@ class Op:
         self.space = dimensions.space
         self.node = node
         self.opset = opset
+
+    def malformed(self, reason: str) -> Malformed:
+        """The error for a node that the specification of its operator does not allow."""
+        return Malformed(f"{describe(self.node)} does not fit the specification of its operator ({reason})")
 
     # -- operands -----------------------------------------------------------------------------------------
 
@@ -51,23 +63,45 @@ class Op:
         return index < self.count and self.node.inputs[index] is not None
 
     def value(self, index: int) -> ir.Value:
-        """The input value itself."""
+        """The input value itself.
+
+        Raises:
+            CannotTell: it is not given.
+        """
         value = self.node.inputs[index] if index < self.count else None
         if value is None:
             raise CannotTell(f"input {index} is missing")
         return value
 
-    def axes(self, index: int) -> Axes:
+    def axes(self, index: int, rank: int | None = None, least: int = 0) -> Axes:
         """The axes of an input.
+
+        Args:
+            index: the position of the input.
+            rank: how many axes the operator's specification asks for, where it fixes their number.
+            least: how many it asks for at least.
 
         Raises:
             CannotTell: its rank is unknown.
+            Malformed: it has another rank.
         """
         value = self.value(index)
         axes = self.dimensions.axes_of(self.node, index)
         if axes is None:
             raise CannotTell(*self.dimensions.lost.get(value, ("an operand of unknown rank", "")))
+        if len(axes) < least or (rank is not None and len(axes) != rank):
+            wanted = f"{rank}" if rank is not None else f"at least {least}"
+            raise self.malformed(f"input {index} has {len(axes)} axes, and must have {wanted}")
         return axes
+
+    def axis_of(self, index: int, axis: int) -> Term:
+        """One axis of an input, counted from the front, or from the back where it is negative.
+
+        Raises:
+            CannotTell: the input's rank is unknown.
+            Malformed: the input has no such axis.
+        """
+        return self.axes(index, least=axis + 1 if axis >= 0 else -axis)[axis]
 
     def rank(self, index: int) -> int:
         """The number of axes of an input."""
@@ -80,6 +114,20 @@ class Op:
     def ints(self, index: int) -> list[int] | None:
         """The elements of an input as integers, None unless all are known."""
         return shape_values.static_values(self.known(index))
+
+    def element(self, index: int) -> Size | None:
+        """The element of an integer input that has only one, None where it is not known.
+
+        Raises:
+            Malformed: it has none, or several.
+        """
+        elements = self.known(index)
+        if elements is None:
+            return None
+        if elements.size != 1:
+            raise self.malformed(f"input {index} has {elements.size} elements, and must have one")
+        element: Size | None = elements.ravel()[0]
+        return element
 
     def is_constant(self, index: int) -> bool:
         """Whether an input is computed from initializers alone."""
@@ -95,39 +143,98 @@ class Op:
 
     # -- attributes ---------------------------------------------------------------------------------------
 
+    def has_attribute(self, name: str) -> bool:
+        """Whether an attribute is given."""
+        return name in self.node.attributes
+
+    def _attribute(self, name: str, kind: ir.AttributeType) -> ir.Attr | None:
+        """An attribute, None where it is absent.
+
+        Raises:
+            Malformed: it holds something of another kind.
+        """
+        attribute = self.node.attributes.get(name)
+        if attribute is not None and attribute.type != kind:
+            raise self.malformed(f"attribute {name} is of type {attribute.type.name}, not {kind.name}")
+        return attribute
+
     def integer(self, name: str, default: int | None = None) -> int:
         """An integer attribute.
 
         Raises:
             CannotTell: it is absent and has no default.
+            Malformed: it is no integer.
         """
-        attribute = self.node.attributes.get(name)
+        attribute = self._attribute(name, ir.AttributeType.INT)
         if attribute is None:
             if default is None:
                 raise CannotTell(f"attribute {name} is missing")
             return default
         return attribute.as_int()
 
+    def positive(self, name: str, default: int | None = None) -> int:
+        """An integer attribute that counts or measures something: 1 or more.
+
+        Raises:
+            CannotTell: it is absent and has no default.
+            Malformed: it is no such integer.
+        """
+        number = self.integer(name, default)
+        if number < 1:
+            raise self.malformed(f"attribute {name} is {number}, and must be at least 1")
+        return number
+
+    def number(self, name: str) -> float | None:
+        """A float attribute, None where it is absent."""
+        attribute = self._attribute(name, ir.AttributeType.FLOAT)
+        return None if attribute is None else attribute.as_float()
+
+    def numbers(self, name: str) -> list[float] | None:
+        """A list of floats, None where it is absent."""
+        attribute = self._attribute(name, ir.AttributeType.FLOATS)
+        return None if attribute is None else list(attribute.as_floats())
+
     def text(self, name: str, default: str) -> str:
         """A string attribute."""
-        attribute = self.node.attributes.get(name)
+        attribute = self._attribute(name, ir.AttributeType.STRING)
         return default if attribute is None else attribute.as_string()
 
-    def int_list(self, name: str, index: int | None) -> list[int] | None:
+    def tensor(self, name: str) -> ir.TensorProtocol | None:
+        """A tensor attribute, None where it is absent."""
+        attribute = self._attribute(name, ir.AttributeType.TENSOR)
+        return None if attribute is None else attribute.as_tensor()
+
+    def body(self, name: str) -> ir.Graph:
+        """A graph attribute.
+
+        Raises:
+            Malformed: it is absent, or is no graph.
+        """
+        attribute = self._attribute(name, ir.AttributeType.GRAPH)
+        if attribute is None:
+            raise self.malformed(f"it has no {name}")
+        return attribute.as_graph()
+
+    def int_list(self, name: str, index: int | None, length: int | None = None) -> list[int] | None:
         """A list that is an attribute in old opsets and input `index` in new ones; None when absent.
 
         Raises:
             CannotTell: it is an input whose elements are not known.
+            Malformed: it is no list of integers, or has not the `length` that it must have.
         """
-        attribute = self.node.attributes.get(name)
+        attribute = self._attribute(name, ir.AttributeType.INTS)
+        values: list[int] | None
         if attribute is not None:
-            return list(attribute.as_ints())
-        if index is None or not self.has(index):
+            values = list(attribute.as_ints())
+        elif index is None or not self.has(index):
             return None
-        self.parameter(index)
-        values = self.ints(index)
+        else:
+            self.parameter(index)
+            values = self.ints(index)
         if values is None:
             raise CannotTell(f"{name} computed at run time")
+        if length is not None and len(values) != length:
+            raise self.malformed(f"{name} has {len(values)} elements, and must have {length}")
         return values
 
     def parameter(self, index: int) -> None:
@@ -170,6 +277,17 @@ class Op:
         """State that two axes are the same."""
         self.space.unify(left, right)
 
+    def unify_axes(self, one: Axes, other: Axes) -> None:
+        """State that the axes of two values are the same, one by one.
+
+        Raises:
+            Malformed: one of them has more axes.
+        """
+        if len(one) != len(other):
+            raise self.malformed(f"{len(one)} axes where there must be {len(other)}")
+        for left, right in zip(one, other, strict=True):
+            self.unify(left, right)
+
     def pin(self, term: Term, reason: str) -> None:
         """State that an axis must keep its size."""
         self.space.pin(term, reason)
@@ -202,10 +320,10 @@ class Op:
         """A possibly negative axis as an index from the front.
 
         Raises:
-            ValueError: there is no such axis, which no specification allows.
+            Malformed: there is no such axis.
         """
         if not -rank <= axis < rank:
-            raise ValueError(f"axis {axis} of a value of rank {rank}")
+            raise self.malformed(f"axis {axis} of a value of rank {rank}")
         return axis % rank
 
     def walk(self, *bodies: ir.Graph) -> None:
@@ -228,6 +346,11 @@ class Op:
             axes = [self.dim(n) if self.static(t) is None else t for t, n in zip(axes, elements.shape, strict=True)]
         self.dimensions.axes[value] = tuple(axes)
 
+    def out_unknown(self, index: int) -> None:
+        """State that the rank of an output is not known."""
+        if index < len(self.node.outputs):
+            self.dimensions.axes[self.node.outputs[index]] = None
+
     def fact(self, kind: Fact, term: Term) -> None:
         """Record what happens to an axis here."""
         self.dimensions.facts[kind].append((term, self.node))
@@ -249,7 +372,7 @@ class Op:
 
         It also records who takes part: a weight, or activations only. See `Sum` for the rest.
         """
-        terms = [self.axes(index)[axis] for index, axis in sites]
+        terms = [self.axis_of(index, axis) for index, axis in sites]
         sites = tuple((index, self.axis(axis, self.rank(index))) for index, axis in sites)
         for term in terms[1:]:
             self.unify(terms[0], term)

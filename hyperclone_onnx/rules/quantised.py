@@ -28,7 +28,7 @@ def parameters(op: Op, *indices: int) -> None:
 def per_channel(op: Op, index: int, channels: Term) -> None:
     """A scale or zero point that is one number, or a vector with one for each channel."""
     if op.has(index) and op.rank(index) == 1:
-        op.merge([op.axes(index)[0], channels])
+        op.merge([op.axis_of(index, 0), channels])
     elif op.has(index) and op.rank(index) > 1:
         raise CannotTell("scales of more than one axis")
 
@@ -50,16 +50,16 @@ def blocks_of(op: Op, term: Term, blocks: Term, size: int) -> None:
 def linear(op: Op) -> None:
     """y[j] = (x[j] - zero_point[j]) scale[j], or its inverse; scales are one number, per channel or per block"""
     x = op.axes(0)
-    for index in (1, 2):
-        if op.has(index):
-            _relate_scale(op, x, op.axes(index))
+    _relate_scale(op, x, op.axes(1))
+    if op.has(2):
+        _relate_scale(op, x, op.axes(2))
     op.out(x)
 
 
 def _relate_scale(op: Op, x: Axes, scale: Axes) -> None:
     if all(op.is_one(term) for term in scale):
         return
-    axis = op.axis(op.integer("axis", 1), len(x)) if len(x) > 1 else 0
+    axis = op.axis(op.integer("axis", 1) if len(x) > 1 else 0, len(x))
     if len(scale) == 1 and not op.integer("block_size", 0):
         op.unify(scale[0], x[axis])
         return
@@ -90,8 +90,8 @@ def rows_and_columns(op: Op, rows: Sequence[int], columns: Sequence[int]) -> Non
             if not op.has(slot) or op.rank(slot) == 0:
                 continue
             if op.rank(slot) == 1:
-                if not op.is_one(op.axes(slot)[0]):
-                    op.unify(op.axes(slot)[0], out[axis])
+                if not op.is_one(op.axis_of(slot, 0)):
+                    op.unify(op.axis_of(slot, 0), out[op.axis(axis, len(out))])
             else:
                 op.broadcast([out, op.axes(slot)])
 
@@ -115,7 +115,7 @@ def conv_integer(op: Op) -> None:
     """Y[n, (g m), p] = sum_{c, k} (X[n, (g c), p + k] - x_zero) (W[(g m), c, k] - w_zero[(g m)]), in integers"""
     relate_conv(op, 0, 1, 4, integers=True)
     parameters(op, 2)
-    per_channel(op, 3, op.axes(1)[0])
+    per_channel(op, 3, op.axis_of(1, 0))
 
 
 @relates("QLinearConv")
@@ -124,7 +124,7 @@ def qlinear_conv(op: Op) -> None:
     relate_conv(op, 0, 3, 8, integers=True, scales=(4, 1), biases=(8,))
     parameters(op, 1, 2, 6, 7)
     for index in (4, 5):
-        per_channel(op, index, op.axes(3)[0])
+        per_channel(op, index, op.axis_of(3, 0))
 
 
 @edits("ConvInteger", "QLinearConv")

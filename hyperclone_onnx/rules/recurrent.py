@@ -19,11 +19,7 @@ def _unify_all(op: Op, index: int, wanted: Axes) -> None:
     """Relate the axes of an optional input."""
     if not op.has(index):
         return
-    axes = op.axes(index)
-    if len(axes) != len(wanted):
-        raise CannotTell(f"input {index} has {len(axes)} axes, not {len(wanted)}")
-    for one, other in zip(axes, wanted, strict=True):
-        op.unify(one, other)
+    op.unify_axes(op.axes(index), wanted)
 
 
 # -- RNN, GRU, LSTM ---------------------------------------------------------------------------------------
@@ -32,7 +28,7 @@ def _unify_all(op: Op, index: int, wanted: Axes) -> None:
 @relates(*GATES)
 def recurrent(op: Op) -> None:
     """H[t, h] = f(sum_i X[t, i] W[(gate h), i], sum_k H[t-1, k] R[(gate h), k], B, H[t-1, h]), f elementwise in h"""
-    x, r = op.axes(0), op.axes(2)
+    x, r = op.axes(0, rank=3), op.axes(2, rank=3)
     gates = GATES[op.node.op_type]
     directions, hidden = r[0], r[2]
     if op.static(hidden) is None:
@@ -64,8 +60,8 @@ def recurrent(op: Op) -> None:
 @edits(*GATES)
 def edit_recurrent(op: GrownOp) -> None:
     """The width of the state."""
-    if "hidden_size" in op.node.attributes:
-        op.set_attribute("hidden_size", op.grown(op.axes(2)[2]))
+    if op.has_attribute("hidden_size"):
+        op.set_attribute("hidden_size", op.grown(op.axis_of(2, 2)))
 
 
 # -- linear attention -------------------------------------------------------------------------------------
@@ -84,24 +80,23 @@ def relate_gate(op: Op, term: Term, choices: Sequence[Term]) -> None:
 @relates("LinearAttention")
 def linear_attention(op: Op) -> None:
     """Y[t, (h e)] = scale sum_d Q[t, (h d)] S[t, h', d, e], S[t] = decay S[t-1] + K[t, (h' d)] (x) V[t, (h' e)]"""
-    batch, length, width = op.axes(0)
+    batch, length, width = op.axes(0, rank=3)
     many, few = op.integer("q_num_heads"), op.integer("kv_num_heads")
     heads, depth = split_heads(op, width, many)
-    kv_heads, key_depth = split_heads(op, op.axes(1)[2], few)
-    value_heads, value_depth = split_heads(op, op.axes(2)[2], few)
+    kv_heads, key_depth = split_heads(op, op.axes(1, rank=3)[2], few)
+    value_heads, value_depth = split_heads(op, op.axes(2, rank=3)[2], few)
     op.unify(key_depth, depth)
     op.unify(value_heads, kv_heads)
     relate_heads(op, heads, kv_heads)
     op.pin(length, "a recurrence steps along it")
     for index in (1, 2):
-        for one, other in zip(op.axes(index)[:2], (batch, length), strict=True):
-            op.unify(one, other)
+        op.unify_axes(op.axes(index)[:2], (batch, length))
 
     state = (batch, kv_heads, depth, value_depth)
     _unify_all(op, 3, state)
     for index, choices in ((4, (kv_heads, Product((kv_heads, depth)))), (5, (kv_heads, ONE))):
         if op.has(index):
-            last = op.axes(index)[2]
+            last = op.axis_of(index, 2)
             _unify_all(op, index, (batch, length, last))
             relate_gate(op, last, choices)
     op.fact(Fact.CONTRACTED_WITH_ACTIVATION, depth)
@@ -116,23 +111,22 @@ def linear_attention(op: Op) -> None:
 @edits("LinearAttention")
 def edit_linear_attention(op: GrownOp) -> None:
     """The counts of heads, and the scale of what is read from the state; its default is written as 0."""
-    heads, depth = head_terms(op, op.axes(0)[2], op.integer("q_num_heads"))
+    heads, depth = head_terms(op, op.axis_of(0, 2), op.integer("q_num_heads"))
     edit_heads(op, "q_num_heads", heads)
-    edit_heads(op, "kv_num_heads", head_terms(op, op.axes(1)[2], op.integer("kv_num_heads"))[0])
-    attribute = op.node.attributes.get("scale")
-    divide_scores(op, depth, (None if attribute is None else attribute.as_float()) or None)
+    edit_heads(op, "kv_num_heads", head_terms(op, op.axis_of(1, 2), op.integer("kv_num_heads"))[0])
+    divide_scores(op, depth, op.number("scale") or None)
 
 
 @relates("CausalConvWithState")
 def causal_conv(op: Op) -> None:
     """Y[b, c, t] = f(sum_k X[b, c, t - k] W[c, 1, k] + B[c]), past steps from the state: each channel by itself"""
-    batch, channels, length = op.axes(0)
-    kernel = op.axes(1)[2]
+    batch, channels, length = op.axes(0, rank=3)
+    kernel = op.axis_of(1, 2)
     op.pin(length, "a convolution's kernel moves along it")
     op.pin(kernel, "a convolution's kernel")
-    op.unify(op.axes(1)[0], channels)
+    op.unify(op.axis_of(1, 0), channels)
     _unify_all(op, 2, (channels,))
-    past: Term = op.axes(3)[2] if op.has(3) else op.dim(None if (k := op.static(kernel)) is None else k - 1)
+    past: Term = op.axis_of(3, 2) if op.has(3) else op.dim(None if (k := op.static(kernel)) is None else k - 1)
     op.pin(past, "the steps that a state holds")
     _unify_all(op, 3, (batch, channels, past))
     op.out((batch, channels, length))

@@ -82,7 +82,7 @@ def arg_extreme(op: Op) -> None:
 @relates("Det")
 def det(op: Op) -> None:
     """Y[..] = the determinant of X[.., :, :]: equal rows make it 0"""
-    axes = op.axes(0)
+    axes = op.axes(0, least=2)
     for term in axes[-2:]:
         op.pin(term, "the rows and columns of a determinant")
     op.out(axes[:-2])

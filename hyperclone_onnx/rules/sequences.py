@@ -34,11 +34,11 @@ def _set(op: Op, elements: Sequence[Axes], index: int = 0) -> None:
 
 
 def _position(op: Op, index: int, count: int) -> int:
-    position = op.ints(index)
+    position = op.element(index)
     op.parameter(index)
-    if position is None:
+    if position is None or position.static is None:
         raise CannotTell("an element whose position is known only when running")
-    return op.axis(position[0], count)
+    return op.axis(position.static, count)
 
 
 @relates("SequenceEmpty")
@@ -66,6 +66,8 @@ def insert(op: Op) -> None:
 def erase(op: Op) -> None:
     """out = the elements without the last, or without one at a position"""
     elements = _elements(op, 0)
+    if not elements:
+        raise op.malformed("an element of an empty sequence")
     del elements[_position(op, 1, len(elements)) if op.has(1) else -1]
     _set(op, elements)
 
@@ -156,7 +158,9 @@ def join(op: Op) -> None:
 @relates("SequenceMap")
 def sequence_map(op: Op) -> None:
     """out[i] = body(x[i], y[i], shared): the body is walked once, for all elements share their axes"""
-    body = op.node.attributes["body"].as_graph()
+    body = op.body("body")
+    if len(body.inputs) != op.count or len(body.outputs) != len(op.node.outputs):
+        raise op.malformed("its body has other inputs or outputs than itself")
     count = len(_elements(op, 0))
     for index, value in enumerate(body.inputs):
         given = op.dimensions.sequences.get(op.value(index))

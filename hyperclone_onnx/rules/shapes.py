@@ -9,7 +9,8 @@ from __future__ import annotations
 from fractions import Fraction
 
 from hyperclone_onnx.algebra.dims import Product, Term
-from hyperclone_onnx.algebra.shape_values import known, span
+from hyperclone_onnx.algebra.shape_values import Known, known, span
+from hyperclone_onnx.rules.dimensions import Axes
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
@@ -52,17 +53,26 @@ def edit_size(op: GrownOp) -> None:
         op.resize_output(0, [op.static(whole)], [1 / op.growth(whole)])
 
 
+def counted(op: Op, first: int, last: int, step: int) -> tuple[Axes, Known | None]:
+    """The axis of a range, and its elements where they are few.
+
+    Raises:
+        Malformed: its step is 0.
+    """
+    if step == 0:
+        raise op.malformed("a step of 0")
+    length, elements = span(first, last, step)
+    return (op.dim(length),), elements
+
+
 @relates("Range")
 def range_(op: Op) -> None:
     """out[j] = start + j delta; its values are made in the source's size and repeated when the axis grows"""
-    bounds = [op.ints(i) for i in range(3)]
-    if all(each is not None for each in bounds):
-        first, last, step = (each[0] for each in bounds if each is not None)
-        count, values = span(first, last, step)
-        op.out([op.dim(count)], values)
+    start, limit, delta = (op.element(i) for i in range(3))
+    bounds = [bound.static for bound in (start, limit, delta) if bound is not None and bound.static is not None]
+    if len(bounds) == 3:
+        op.out(*counted(op, *bounds))
         return
-    ends = [elements.item() if (elements := op.known(i)) is not None else None for i in range(3)]
-    start, limit, delta = ends
     declared = op.declared(op.node.outputs[0])
     length = declared[0] if declared else None
     if start is not None and limit is not None and delta is not None and delta.static == 1:
@@ -86,12 +96,13 @@ def constant_of_shape(op: Op) -> None:
         raise CannotTell("a shape computed at run time")
     axes: list[Term] = [op.dim(size) for size in elements.ravel()]
     sizes = [op.static(term) for term in axes]
-    value = op.node.attributes.get("value")
+    tensor = op.tensor("value")
+    if tensor is not None and tensor.size != 1:
+        raise op.malformed(f"value has {tensor.size} elements, and must have one")
     filled = None
-    if len(axes) == 1 and sizes[0] is not None and sizes[0] <= 64:
-        tensor = None if value is None else value.as_tensor()
-        if tensor is not None and not tensor.dtype.is_floating_point():
-            filled = known([int(tensor.numpy().ravel()[0])] * sizes[0])
+    integers = tensor is not None and not tensor.dtype.is_floating_point()
+    if tensor is not None and integers and len(axes) == 1 and sizes[0] is not None and sizes[0] <= 64:
+        filled = known([int(tensor.numpy().item())] * sizes[0])
     op.out(axes, filled)
 
 

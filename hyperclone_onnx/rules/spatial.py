@@ -11,7 +11,7 @@ from hyperclone_onnx.rules.registry import relates
 
 def _block(op: Op) -> tuple[Term, Term]:
     """The rows and columns of a block; one attribute says both, so that neither grows."""
-    size = op.integer("blocksize")
+    size = op.positive("blocksize")
     return op.pinned_dim(size, "the rows of a block"), op.pinned_dim(size, "the columns of a block")
 
 
@@ -24,7 +24,7 @@ def _depth(op: Op, rows: Term, columns: Term, channels: Term) -> tuple[Term, ...
 @relates("DepthToSpace")
 def depth_to_space(op: Op) -> None:
     """Y[n, c, (h r), (w s)] = X[n, (r s c), h, w], or X[n, (c r s), h, w] in mode CRD"""
-    batch, depth, height, width = op.axes(0)
+    batch, depth, height, width = op.axes(0, rank=4)
     rows, columns = _block(op)
     size, block = op.static(depth), op.integer("blocksize") ** 2
     if size is None or size % block:
@@ -37,7 +37,7 @@ def depth_to_space(op: Op) -> None:
 @relates("SpaceToDepth")
 def space_to_depth(op: Op) -> None:
     """Y[n, (r s c), h, w] = X[n, c, (h r), (w s)], or Y[n, (c r s), h, w] in mode CRD"""
-    batch, channels, *space = op.axes(0)
+    batch, channels, *space = op.axes(0, rank=4)
     rows, columns = _block(op)
     inner: list[Term] = []
     for term, part in zip(space, (rows, columns), strict=True):
@@ -53,10 +53,10 @@ def space_to_depth(op: Op) -> None:
 @relates("Col2Im")
 def col2im(op: Op) -> None:
     """Y[n, c, q] = sum of the X[n, (c k), l] whose place k in block l is q"""
-    batch, columns, blocks = op.axes(0)
+    batch, columns, blocks = op.axes(0, rank=3)
     image, block = op.int_list("image_shape", 1), op.int_list("block_shape", 2)
     size = op.static(columns)
-    if image is None or block is None or size is None or size % math.prod(block):
+    if image is None or block is None or size is None or math.prod(block) < 1 or size % math.prod(block):
         raise CannotTell("columns that their blocks do not divide")
     channels = op.dim(size // math.prod(block))
     op.space.match([columns], [channels, op.pinned_dim(math.prod(block), "the places of a block")])
@@ -71,7 +71,10 @@ def center_crop_pad(op: Op) -> None:
     op.parameter(1)
     sizes = op.known(1)
     listed = op.int_list("axes", None)
-    for position, axis in enumerate(range(len(axes)) if listed is None else listed):
+    cropped = list(range(len(axes))) if listed is None else listed
+    if sizes is not None and sizes.size != len(cropped):
+        raise op.malformed(f"{sizes.size} sizes for {len(cropped)} axes")
+    for position, axis in enumerate(cropped):
         which = op.axis(axis, len(axes))
         op.pin(axes[which], "cropped or padded")
         axes[which] = op.pinned_dim(None if sizes is None else sizes.ravel()[position], "cropped or padded")
@@ -81,8 +84,8 @@ def center_crop_pad(op: Op) -> None:
 @relates("GridSample")
 def grid_sample(op: Op) -> None:
     """Y[n, c, q] = X[n, c, near the place grid[n, q, :]]"""
-    batch, channels, *space = op.axes(0)
-    samples, *places, point = op.axes(1)
+    batch, channels, *space = op.axes(0, least=2)
+    samples, *places, point = op.axes(1, least=2)
     for term in space:
         op.pin(term, "sampled at places")
     op.pin(point, "a place")
@@ -93,7 +96,7 @@ def grid_sample(op: Op) -> None:
 @relates("RoiAlign")
 def roi_align(op: Op) -> None:
     """Y[r, c, q] = X[which[r], c, places of region r]"""
-    op.unify(op.axes(2)[0], op.axes(1)[0])
+    op.unify(op.axis_of(2, 0), op.axis_of(1, 0))
     _pool_regions(op, [op.integer("output_height", 1), op.integer("output_width", 1)])
 
 
@@ -104,8 +107,8 @@ def max_roi_pool(op: Op) -> None:
 
 
 def _pool_regions(op: Op, sizes: list[int]) -> None:
-    batch, channels, *space = op.axes(0)
-    regions, corners = op.axes(1)
+    batch, channels, *space = op.axes(0, least=2)
+    regions, corners = op.axes(1, rank=2)
     for term in (batch, *space, corners):
         op.pin(term, "read by regions")
     op.out((regions, channels, *(op.pinned_dim(size, "the places of a region") for size in sizes)))

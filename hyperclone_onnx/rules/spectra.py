@@ -10,7 +10,7 @@ from hyperclone_onnx.rules.registry import relates
 @relates("DFT")
 def dft(op: Op) -> None:
     """Y[.., k, .., :] = sum_n exp(-2 pi i k n / N) X[.., n, .., :]: a repeated signal has another spectrum"""
-    axes = list(op.axes(0))
+    axes = list(op.axes(0, least=2))
     op.parameter(1)
     axis = _dft_axis(op, len(axes))
     for which in (axis, -1):
@@ -24,28 +24,28 @@ def dft(op: Op) -> None:
 def _dft_axis(op: Op, rank: int) -> int:
     if op.opset < 20:
         return op.axis(op.integer("axis", 1), rank)
-    given = [-2]
+    given = -2
     if op.has(2):
         op.parameter(2)
-        values = op.ints(2)
-        if values is None:
+        value = op.element(2)
+        if value is None or value.static is None:
             raise CannotTell("an axis computed at run time")
-        given = values
-    return op.axis(given[0], rank)
+        given = value.static
+    return op.axis(given, rank)
 
 
 def _dft_length(op: Op, axis: int) -> Size | None:
     """The output's length along the transformed axis, where the file declares it or nothing changes it."""
     declared = op.declared(op.node.outputs[0])
-    if declared is not None:
+    if declared is not None and len(declared) == op.rank(0):
         return declared[axis]
-    return None if op.has(1) or op.integer("onesided", 0) else op.size(op.axes(0)[axis])
+    return None if op.has(1) or op.integer("onesided", 0) else op.size(op.axis_of(0, axis))
 
 
 @relates("STFT")
 def stft(op: Op) -> None:
     """Y[b, f, k, :] = sum_n exp(-2 pi i k n / N) window[n] X[b, step f + n, :]"""
-    batch, *rest = op.axes(0)
+    batch, *rest = op.axes(0, least=2)
     for index in range(1, op.count):
         op.parameter(index)
     for term in rest:

@@ -238,11 +238,17 @@ def grow(m: Model, dimensions: Dimensions, strategy: Strategy, everything: bool)
     return plan, rewrite(dimensions.model, plan)
 
 
-def check(key: tuple[str, str], build: Build, seed: int) -> bool:
-    """Build one model and grow it; whether anything could grow."""
+def random_model(key: tuple[str, str], build: Build, seed: int) -> Model:
+    """The model of a row, for one seed."""
     rng = np.random.default_rng([zlib.crc32(f"{key}{build.__name__}".encode()), seed])
     m = Model(rng, int(rng.choice(OPSETS)), domain=key[0])
     build(*(m, key[1])[: build.__code__.co_argcount])
+    return m
+
+
+def check(key: tuple[str, str], build: Build, seed: int) -> bool:
+    """Build one model and grow it; whether anything could grow."""
+    m = random_model(key, build, seed)
     source = m.proto()
     assert f'"{key[1]}"' in str(source.graph)
     wanted = m.run(source, m.inputs)

@@ -23,7 +23,7 @@ def relate_mask(op: Op, index: int, batch: Term, length: Term) -> None:
     """A padding mask: lengths (batch), or places (batch, keys), (batch, queries, keys), (batch, 1, keys, keys)."""
     if not op.has(index):
         return
-    axes = op.axes(index)
+    axes = op.axes(index, least=1)
     if len(axes) > 1 or op.size(axes[0]) == op.size(batch):
         op.unify(axes[0], batch)
     else:  # (2 * batch) or (3 * batch + 2): ends and starts one after the other
@@ -47,7 +47,7 @@ def relate_caches(
 
     Returns the length of all keys, which a shared buffer need not fill.
     """
-    past = op.axes(index)[2] if op.has(index) else None
+    past = op.axis_of(index, 2) if op.has(index) else None
     if past is not None:
         op.unify(*widths)
     if shared:
@@ -59,8 +59,7 @@ def relate_caches(
         kept = total = total_length(op, new, past)
     for offset, width in enumerate(widths):
         if op.has(index + offset):
-            for one, other in zip(op.axes(index + offset), (batch, heads, past or new, width), strict=True):
-                op.unify(one, other)
+            op.unify_axes(op.axes(index + offset), (batch, heads, past or new, width))
         op.out((batch, heads, kept, width), index=1 + offset)
     return total
 
@@ -75,19 +74,19 @@ def relate_bias_of_three(op: Op, index: int, heads: Term, depth: Term, value_dep
     """A bias of queries, keys and values side by side."""
     if op.has(index):
         parts = (Product((heads, depth)), Product((heads, depth)), Product((heads, value_depth)))
-        op.unify(op.axes(index)[0], Concat(parts))
+        op.unify(op.axis_of(index, 0), Concat(parts))
 
 
 def _keys_and_values(op: Op, batch: Term, heads: Term, depth: Term) -> tuple[Term, Term]:
     """(key length, value head_dim) of inputs 1 and 2: packed, one after the other, or both in one."""
-    key, count = op.axes(1), op.integer("num_heads")
+    key, count = op.axes(1, least=3), op.integer("num_heads")
     op.unify(key[0], batch)
     if len(key) == 5:  # (batch, length, heads, 2, head_dim)
         op.unify(key[2], heads)
         op.pin(key[3], "keys and values side by side")
         op.unify(key[4], depth)
         return key[1], depth
-    value = op.axes(2)
+    value = op.axes(2, rank=len(key))
     op.unify(value[0], batch)
     op.unify(value[-2], key[-2])
     if len(key) == 4:  # (batch, heads, length, head_dim): keys and values of a cross attention
@@ -105,7 +104,7 @@ def _keys_and_values(op: Op, batch: Term, heads: Term, depth: Term) -> tuple[Ter
 @relates("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(op: Op) -> None:
     """Y[b, s, (h e)] = sum_t softmax_t(scale sum_d Q[b, s, (h d)] K[b, t, (h d)] + bias) V[b, t, (h e)]"""
-    query = op.axes(0)
+    query = op.axes(0, least=3)
     batch, length = query[:2]
     if len(query) == 5:  # (batch, length, heads, 3, head_dim)
         heads, depth, new, value_depth = query[2], query[4], length, query[4]
@@ -129,7 +128,7 @@ def multi_head_attention(op: Op) -> None:
 @edits("MultiHeadAttention", "PackedMultiHeadAttention", domain=MICROSOFT)
 def edit_multi_head_attention(op: GrownOp) -> None:
     """The count of heads and the scale of the scores."""
-    query = op.axes(0)
+    query = op.axes(0, least=2)
     if len(query) > 3:  # (.., heads, 3, head_dim)
         heads, depth = query[-3], query[-1]
     else:
@@ -141,18 +140,18 @@ def edit_multi_head_attention(op: GrownOp) -> None:
 @relates("PackedMultiHeadAttention", domain=MICROSOFT)
 def packed_multi_head_attention(op: Op) -> None:
     """MultiHeadAttention of tokens without padding: Y[n, (h e)] attends within its sequence"""
-    query, count = op.axes(0), op.integer("num_heads")
+    query, count = op.axes(0, least=2), op.integer("num_heads")
     if len(query) == 4:  # (tokens, heads, 3, head_dim)
         heads, depth, value_depth = query[1], query[3], query[3]
         op.pin(query[2], "queries, keys and values side by side")
     else:
         heads, depth = split_heads(op, query[1], count)
-        kv_heads, key_depth = split_heads(op, op.axes(1)[1], count)
-        value_heads, value_depth = split_heads(op, op.axes(2)[1], count)
+        kv_heads, key_depth = split_heads(op, op.axis_of(1, 1), count)
+        value_heads, value_depth = split_heads(op, op.axis_of(2, 1), count)
         for one, other in ((kv_heads, heads), (value_heads, heads), (key_depth, depth)):
             op.unify(one, other)
         for index in (1, 2):
-            op.unify(op.axes(index)[0], query[0])
+            op.unify(op.axis_of(index, 0), query[0])
     relate_bias_of_three(op, 3, heads, depth, value_depth)
     attend_tokens(op, 4, query[0], heads, depth, value_depth)
 
@@ -162,7 +161,7 @@ def attend_tokens(op: Op, offsets: int, tokens: Term, heads: Term, depth: Term, 
     op.pin(tokens, "tokens of several sequences")
     for index in (offsets, offsets + 1):
         op.parameter(index)
-    batch, length = op.axes(offsets)
+    batch, length = op.axes(offsets, rank=2)
     relate_bias(op, offsets + 2, (batch, heads, length, length))
     op.fact(Fact.BATCHED, heads)
     relate_scores(op, depth, value_depth, length)
@@ -172,7 +171,7 @@ def attend_tokens(op: Op, offsets: int, tokens: Term, heads: Term, depth: Term, 
 @relates("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
 def decoder_masked_multi_head_attention(op: Op) -> None:
     """MultiHeadAttention of one new query, with its caches"""
-    query, count = op.axes(0), op.integer("num_heads")
+    query, count = op.axes(0, rank=3), op.positive("num_heads")
     batch, length = query[:2]
     shared = bool(op.integer("past_present_share_buffer", 0))
     if op.has(1):
@@ -180,7 +179,7 @@ def decoder_masked_multi_head_attention(op: Op) -> None:
         new, value_depth = _keys_and_values(op, batch, heads, depth)
     else:
         width = op.static(query[2])
-        value_width = op.static(op.axes(6)[3]) if op.has(6) else None if width is None else width // (3 * count)
+        value_width = op.static(op.axis_of(6, 3)) if op.has(6) else None if width is None else width // (3 * count)
         if width is None or value_width is None or (width - count * value_width) % (2 * count):
             raise CannotTell("packed queries, keys and values of unknown widths")
         heads, value_depth = op.dim(count), op.dim(value_width)
@@ -203,7 +202,7 @@ def decoder_masked_multi_head_attention(op: Op) -> None:
 @edits("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
 def edit_decoder_masked_multi_head_attention(op: GrownOp) -> None:
     """The count of heads and the scale of the scores."""
-    query, count = op.axes(0)[2], op.integer("num_heads")
+    query, count = op.axis_of(0, 2), op.integer("num_heads")
     heads, depth = head_terms(op, query if op.has(1) else first_of_three(op, query), count)
     edit_heads(op, "num_heads", heads)
     edit_scale(op, depth)

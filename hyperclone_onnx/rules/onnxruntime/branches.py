@@ -13,9 +13,9 @@ MIXED = "branches that are mixed"
 
 def _branches(op: Op) -> tuple[Axes, Term, Term]:
     """(leading axes, branches, features) of input 0, grouped (.., C, H) or flattened (.., C * H)."""
-    axes, count = op.axes(0), op.integer("num_branches", 0)
-    if not count:
-        branches, features = axes[-2:]
+    axes, count = op.axes(0, least=1), op.integer("num_branches", 0)
+    if count < 1:
+        branches, features = op.axes(0, least=2)[-2:]
         op.pin(branches, MIXED)
         return axes[:-2], branches, features
     size = op.static(axes[-1])
@@ -49,7 +49,7 @@ def branchwise_norm(op: Op) -> None:
     _, branches, features = _branches(op)
     op.uniform(features)
     if op.has(1):
-        scale = op.axes(1)
+        scale = op.axes(1, least=1)
         if len(scale) == 2:
             op.unify(scale[0], branches)
         if len(scale) == 2 or op.size(scale[0]) == op.size(features):
@@ -71,27 +71,22 @@ def pre_mix(op: Op) -> None:
 def post_mix(op: Op) -> None:
     """Y[.., k, h] = sum_c M[.., c, k] X[.., c, h] + G[.., k, h] B[.., h]"""
     leading, branches, features = _branches(op)
-    for one, other in zip(op.axes(1), (*leading, features), strict=True):
-        op.unify(one, other)
+    op.unify_axes(op.axes(1), (*leading, features))
     _relate_gates(op, 2, leading, branches, features)
     if op.has(3):
-        for one, other in zip(op.axes(3), (*leading, branches, branches), strict=True):
-            op.unify(one, other)
+        op.unify_axes(op.axes(3), (*leading, branches, branches))
     op.out(op.axes(0))
 
 
 @relates("EngramGate", domain=MICROSOFT)
 def engram_gate(op: Op) -> None:
     """Y[b, s, m, h] = gate(sum_h norm K[b, s, m, h] norm Q[b, s, m, h] / sqrt(H))[b, s, m] V[b, s, h]"""
-    key, value = op.axes(0), op.axes(2)
-    for one, other in zip(op.axes(1), key, strict=True):
-        op.unify(one, other)
-    for one, other in zip(value, (*key[:2], key[3]), strict=True):
-        op.unify(one, other)
+    key = op.axes(0, rank=4)
+    op.unify_axes(op.axes(1), key)
+    op.unify_axes(op.axes(2), (*key[:2], key[3]))
     for index in (3, 4, 5):
         if op.has(index):
-            for one, other in zip(op.axes(index), key[2:], strict=True):
-                op.unify(one, other)
+            op.unify_axes(op.axes(index), key[2:])
     op.uniform(key[3])
     # n repeats make the sum n times and the root of the size sqrt(n) times as large.
     op.sum_over((3, 1), power=0.5)
@@ -108,12 +103,11 @@ def gated_add(op: Op) -> None:
 @relates("GatedRMSNorm", domain=MICROSOFT)
 def gated_norm(op: Op) -> None:
     """Y[.., (g c)] = X / sqrt(mean_c X^2 + eps) * scale[c] * f(gate[.., (g c)])"""
-    axes, features = op.axes(0), op.axes(1)[0]
+    axes, features = op.axes(0, least=1), op.axis_of(1, 0)
     size, inner = op.static(axes[-1]), op.static(features)
     if size is None or not inner or size % inner:
         raise CannotTell("features that the norm's scale does not divide")
     op.space.match([axes[-1]], [op.dim(size // inner), features])
     op.uniform(features)
-    for one, other in zip(op.axes(2), axes, strict=True):
-        op.unify(one, other)
+    op.unify_axes(op.axes(2), axes)
     op.out(axes)

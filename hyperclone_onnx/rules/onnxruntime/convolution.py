@@ -31,11 +31,11 @@ def _arranged(op: Op, batch: Term, channels: Term, space: list[Term]) -> Axes:
 @relates("FusedConv", "NhwcConv", "NhwcFusedConv", domain=MICROSOFT)
 def fused_convolution(op: Op) -> None:
     """Y[n, (g m), p] = f(sum_{c, k} X[n, (g c), p + k] W[(g m), c, k] + B[(g m)] + Z[n, (g m), p])"""
-    x, w = op.axes(0), op.axes(1)
+    x, w = op.axes(0, least=2), op.axes(1, rank=op.rank(0))
     where, space = _space(op, x)
     for term in w[2:]:
         op.pin(term, "a convolution's kernel")
-    group = op.integer("group", 1)
+    group = op.positive("group", 1)
     if group == 1:
         op.unify(x[where], w[1])
     else:
@@ -50,7 +50,7 @@ def fused_convolution(op: Op) -> None:
     if op.value(0).is_graph_input():
         op.pin(x[where], "the channels of an input")
     if op.has(2):
-        op.unify(op.axes(2)[0], w[0])
+        op.unify(op.axis_of(2, 0), w[0])
     out = _arranged(op, x[0], w[0], space)
     if op.has(3):
         out = op.broadcast([out, op.axes(3)])
@@ -61,14 +61,14 @@ def fused_convolution(op: Op) -> None:
 def edit_fused_convolution(op: GrownOp) -> None:
     """The group attribute is the channels over the channels of a group."""
     if op.integer("group", 1) > 1:
-        channels = op.axes(0)[-1 if op.node.op_type.startswith("Nhwc") else 1]
-        op.set_attribute("group", op.grown(channels) // op.grown(op.axes(1)[1]))
+        channels = op.axis_of(0, -1 if op.node.op_type.startswith("Nhwc") else 1)
+        op.set_attribute("group", op.grown(channels) // op.grown(op.axis_of(1, 1)))
 
 
 @relates("ConvTransposeWithDynamicPads", domain=MICROSOFT)
 def transposed_convolution(op: Op) -> None:
     """Y[n, m, p] = sum_{c, k} X[n, c, q] W[c, m, k] + B[m], where p is q stride + k less the padding"""
-    x, w = op.axes(0), op.axes(1)
+    x, w = op.axes(0, least=2), op.axes(1, rank=op.rank(0))
     if op.integer("group", 1) != 1:
         raise CannotTell("a transposed convolution in groups")
     _, space = _space(op, x)
@@ -80,14 +80,14 @@ def transposed_convolution(op: Op) -> None:
     if op.value(0).is_graph_input():
         op.pin(x[1], "the channels of an input")
     if op.has(3):
-        op.unify(op.axes(3)[0], w[1])
+        op.unify(op.axis_of(3, 0), w[1])
     op.out((x[0], w[1], *space))
 
 
 @relates("NhwcMaxPool", domain=MICROSOFT)
 def max_pool(op: Op) -> None:
     """Y[n, p, c] = max over the window of p of X[n, .., c]"""
-    x = op.axes(0)
+    x = op.axes(0, least=2)
     _, space = _space(op, x)
     op.out(_arranged(op, x[0], x[-1], space))
 
@@ -95,7 +95,7 @@ def max_pool(op: Op) -> None:
 @relates("GridSample", domain=MICROSOFT)
 def grid_sample(op: Op) -> None:
     """Y[n, c, p] = X[n, c, grid[n, p, :]], interpolated"""
-    x, grid = op.axes(0), op.axes(1)
+    x, grid = op.axes(0, least=2), op.axes(1, least=2)
     op.unify(x[0], grid[0])
     for term in (*x[2:], *grid[1:]):
         op.pin(term, SPACE)
@@ -105,11 +105,13 @@ def grid_sample(op: Op) -> None:
 @relates("CropAndResize", domain=MICROSOFT)
 def crop_and_resize(op: Op) -> None:
     """Y[r, c, p] = X[images[r], c, p in the box r], interpolated"""
-    x, boxes = op.axes(0), op.axes(1)
+    x, boxes = op.axes(0, least=2), op.axes(1, rank=2)
     for term in (x[0], *x[2:], boxes[1]):
         op.pin(term, "cropped")
-    op.unify(op.axes(2)[0], boxes[0])
+    op.unify(op.axis_of(2, 0), boxes[0])
     op.parameter(3)
     sizes = op.ints(3)
+    if sizes is not None and len(sizes) != 2:
+        raise op.malformed(f"crop_size has {len(sizes)} elements, and must have 2")
     crop = [op.pinned_dim(None if sizes is None else sizes[i], "cropped") for i in (0, 1)]
     op.out((boxes[0], x[1], *crop))

@@ -33,13 +33,13 @@ def biased_addition(op: Op) -> None:
 @relates("BiasSplitGelu", domain=MICROSOFT)
 def split_activation(op: Op) -> None:
     """out[.., j] = (x + bias)[.., j] gelu((x + bias)[.., J + j])"""
-    axes = op.axes(0)
+    axes = op.axes(0, least=1)
     size = op.static(axes[-1])
     if size is None or size % 2:
         raise CannotTell("a width that does not divide into halves")
     half = op.dim(size // 2)
     op.unify(axes[-1], Concat((half, half)))
-    op.unify(op.axes(1)[0], axes[-1])
+    op.unify(op.axis_of(1, 0), axes[-1])
     op.out((*axes[:-1], half))
 
 
@@ -68,8 +68,8 @@ def biased_softmax(op: Op) -> None:
     op.out(axes)
 
 
-def _normalised(op: Op, operands: list[int]) -> None:
-    axes = op.broadcast([op.axes(i) for i in operands if op.has(i)])
+def _normalised(op: Op) -> None:
+    axes = op.broadcast([op.axes(0, least=1), *(op.axes(i) for i in range(1, op.count) if op.has(i))])
     op.uniform(axes[-1])
     op.out(axes)
 
@@ -78,7 +78,7 @@ def _group_norm(op: Op, axes: Axes) -> None:
     """Relate the channels as (group, channels of a group), normalised together with the space."""
     last = bool(op.integer("channels_last", 1))
     channels, space = (axes[-1], axes[1:-1]) if last else (axes[1], axes[2:])
-    groups, size = op.integer("groups"), op.static(channels)
+    groups, size = op.positive("groups"), op.static(channels)
     if size is None or size % groups:
         raise CannotTell("channels that its groups do not divide")
     group, inner = op.dim(groups), op.dim(size // groups)
@@ -88,20 +88,20 @@ def _group_norm(op: Op, axes: Axes) -> None:
         op.uniform(term)
     for index in (1, 2, 4):
         if op.has(index):
-            op.unify(op.axes(index)[0], channels)
+            op.unify(op.axis_of(index, 0), channels)
     op.out(axes)
 
 
 @relates("GroupNorm", domain=MICROSOFT)
 def group_norm(op: Op) -> None:
     """Y[n, p, (g c)] is X normalised over p and c for each group g, times gamma, plus beta, activated"""
-    _group_norm(op, op.axes(0))
+    _group_norm(op, op.axes(0, least=2))
 
 
 @relates("SkipGroupNorm", domain=MICROSOFT)
 def skip_group_norm(op: Op) -> None:
     """Y = GroupNorm(X + skip + bias); the last output is X + skip + bias"""
-    axes, skip = op.axes(0), op.axes(3)
+    axes, skip = op.axes(0, least=2), op.axes(3)
     if len(skip) == 2:
         last = bool(op.integer("channels_last", 1))
         op.unify(skip[0], axes[0])
@@ -140,7 +140,7 @@ def simplified_layer_norm(op: Op) -> None:
 @relates("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
 def skip_layer_norm(op: Op) -> None:
     """Y = norm(X + skip + bias) * gamma (+ beta); the last output is X + skip + bias"""
-    _normalised(op, list(range(op.count)))
+    _normalised(op)
     axes = op.dimensions.axes[op.node.outputs[0]] or ()
     for index in (1, 2):
         op.out((*axes[:-1], ONE), index=index)
@@ -150,13 +150,14 @@ def skip_layer_norm(op: Op) -> None:
 @relates("EmbedLayerNormalization", domain=MICROSOFT)
 def embed_layer_norm(op: Op) -> None:
     """Y[b, s] = norm(words[ids[b, s]] + positions[s] + segments[kinds[b, s]]) * gamma + beta"""
-    ids = op.axes(0)
+    ids = op.axes(0, rank=2)
     width: list[Term] = []
     for table, indices in ((2, 0), (3, 8), (4, 1)):
         if op.has(table):
-            index_by(op, op.axes(table)[0], indices if op.has(indices) else 0)
-            op.fact(Fact.EMBEDDING, op.axes(table)[1])
-            width.append(op.axes(table)[1])
+            rows, columns = op.axes(table, rank=2)
+            index_by(op, rows, indices if op.has(indices) else 0)
+            op.fact(Fact.EMBEDDING, columns)
+            width.append(columns)
     for index in (1, 7, 8):
         if op.has(index) and op.rank(index) == 2:
             for one, other in zip(op.axes(index), ids, strict=True):
@@ -164,7 +165,7 @@ def embed_layer_norm(op: Op) -> None:
     if not op.has(8):
         op.pin(ids[1], "its positions index a table")
     for index in (5, 6):
-        width.append(op.axes(index)[0])
+        width.append(op.axis_of(index, 0))
     hidden = op.merge(width)
     op.uniform(hidden)
     op.out((*ids, hidden))
@@ -178,11 +179,11 @@ relates("FusedGemm", domain=MICROSOFT)(gemm)
 @relates("GemmFastGelu", domain=MICROSOFT)
 def gemm_activation(op: Op) -> None:
     """Y[.., m, n] = f(sum_k X[.., m, k] W[k, n] + bias[n])"""
-    left, right = op.axes(0), op.axes(1)
+    left, right = op.axes(0, least=1), op.axes(1, least=2)
     op.sum_over((0, -1), (1, -2))
     note_roles(op, (), left[:-1], right[-1:])
     if op.has(2):
-        op.unify(op.axes(2)[0], right[-1])
+        op.unify(op.axis_of(2, 0), right[-1])
     op.out((*left[:-1], *right[-1:]))
 
 
@@ -202,7 +203,7 @@ def fused_matmul(op: Op) -> None:
 
 def _matrix(op: Op, index: int, letter: str) -> list[int]:
     """The axes of an operand in the order (.., rows, columns) in which it is multiplied."""
-    order = list(range(op.rank(index)))
+    order = list(range(len(op.axes(index, least=1))))
     if len(order) > 1 and op.integer(f"transBatch{letter}", 0):  # (rows, .., columns)
         order = [*order[1:-1], order[0], order[-1]]
     if len(order) > 1 and op.integer(f"trans{letter}", 0):

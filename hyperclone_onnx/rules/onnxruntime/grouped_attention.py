@@ -19,7 +19,7 @@ from hyperclone_onnx.rules.registry import edits, relates
 
 def _operands(op: Op) -> tuple[Term, Term, Term]:
     """(query heads, key/value heads, head_dim) of packed queries, keys and values, or all three side by side."""
-    query, many, few = op.axes(0), op.integer("num_heads"), op.integer("kv_num_heads")
+    query, many, few = op.axes(0, least=2), op.positive("num_heads"), op.positive("kv_num_heads")
     packed = not op.has(1)
     if not packed and not op.has(2):
         raise CannotTell("values that are a part of the keys")
@@ -34,10 +34,11 @@ def _operands(op: Op) -> tuple[Term, Term, Term]:
     else:
         op.space.match([query[-1]], [heads, depth])
         for index in (1, 2):
-            op.space.match([op.axes(index)[-1]], [kv_heads, depth])
+            axes = op.axes(index, rank=len(query))
+            op.space.match([axes[-1]], [kv_heads, depth])
             if len(query) == 3:
-                op.unify(op.axes(index)[0], query[0])
-            op.pin(op.axes(index)[-2], "positions of a cache")
+                op.unify(axes[0], query[0])
+            op.pin(axes[-2], "positions of a cache")
     op.pin(query[-2], "a causal mask counts along it")
     return heads, kv_heads, depth
 
@@ -46,10 +47,10 @@ def _rotate(op: Op, cosines: int, depth: Term) -> None:
     """Queries and keys turn by the angles at inputs `cosines` and the next, from channel `rotary_offset` on."""
     if not op.integer("do_rotary", 0) or not op.has(cosines):
         return
-    half = op.axes(cosines)[1]
-    op.unify(op.axes(cosines + 1)[1], half)
+    half = op.axis_of(cosines, 1)
+    op.unify(op.axis_of(cosines + 1, 1), half)
     for index in (cosines, cosines + 1):
-        op.pin(op.axes(index)[0], "indexed by positions")
+        op.pin(op.axis_of(index, 0), "indexed by positions")
     interleaved = bool(op.integer("rotary_interleaved", 0))
     turned, size, offset = 2 * (op.static(half) or 0), op.static(depth), op.integer("rotary_offset", 0)
     if not offset:
@@ -65,13 +66,13 @@ def _norms(op: Op, first: int, depth: Term) -> None:
     """The gains of the norms of each query head and each key head."""
     for index in (first, first + 1):
         if op.has(index):
-            op.unify(op.axes(index)[0], depth)
+            op.unify(op.axis_of(index, 0), depth)
 
 
 def _sink(op: Op, index: int, heads: Term) -> None:
     """A logit of its own for each head, in the softmax's denominator only."""
     if op.has(index):
-        op.unify(op.axes(index)[0], heads)
+        op.unify(op.axis_of(index, 0), heads)
 
 
 def _caches(op: Op, index: int, axes: tuple[Term, ...], capacity: Term | None = None) -> None:
@@ -80,10 +81,9 @@ def _caches(op: Op, index: int, axes: tuple[Term, ...], capacity: Term | None = 
         capacity = _present(op, index)
     for offset in (0, 1):
         if op.has(index + offset):
-            past = op.axes(index + offset)
+            past = op.axes(index + offset, rank=4)
             op.pin(past[2], "positions of a cache")
-            for one, other in zip(past, (*axes[:2], past[2], axes[2]), strict=True):
-                op.unify(one, other)
+            op.unify_axes(past, (*axes[:2], past[2], axes[2]))
         op.out((*axes[:2], capacity, axes[2]), index=1 + offset)
 
 
@@ -92,9 +92,10 @@ def _present(op: Op, past: int) -> Term:
     declared = op.declared(op.node.outputs[1]) if len(op.node.outputs) > 1 else None
     size = declared[2] if declared is not None and len(declared) == 4 else None
     length = op.pinned_dim(size, "positions of a cache")
-    if op.has(past) and size is not None and size.static is None and size != op.size(op.axes(past)[2]):
+    if op.has(past) and size is not None and size.static is None and size != op.size(op.axis_of(past, 2)):
         # Two names for the lengths: no buffer is shared, so one follows from the other.
-        op.unify(length, op.pinned_dim(op.size(op.axes(past)[2]) + op.size(op.axes(0)[1]), "positions of a cache"))
+        whole = op.size(op.axis_of(past, 2)) + op.size(op.axis_of(0, 1))
+        op.unify(length, op.pinned_dim(whole, "positions of a cache"))
     return length
 
 
@@ -111,19 +112,19 @@ def _refuse_codes(op: Op, cache: int, scales: int) -> None:
 def group_query_attention(op: Op) -> None:
     """MultiHeadAttention whose query heads are (key/value heads, group), causal, with rotary angles inside"""
     _refuse_codes(op, 3, 12)
-    batch, length = op.axes(0)[:2]
+    batch, length, _ = op.axes(0, rank=3)
     heads, kv_heads, depth = _operands(op)
     _rotate(op, 7, depth)
     _norms(op, 14, depth)
     _sink(op, 11, heads)
     if op.has(5):
-        op.unify(op.axes(5)[0], batch) if op.rank(5) == 1 else op.parameter(5)
+        op.unify(op.axis_of(5, 0), batch) if op.rank(5) == 1 else op.parameter(5)
     op.parameter(6)
     if op.has(9):
         op.pin(batch, "the first prompt's place serves all")
         op.parameter(9)
     if op.has(10):
-        bias = op.axes(10)
+        bias = op.axes(10, rank=4)
         op.merge([bias[0], batch])
         op.merge([bias[1], heads])
         for term in bias[2:]:
@@ -144,7 +145,7 @@ def edit_grouped_attention(op: GrownOp) -> None:
     """The counts of heads, the rotated part's offset and the scale of the scores."""
     heads, depth = head_terms(op, op.out_axes(0)[-1], op.integer("num_heads"))
     count = op.integer("kv_num_heads")
-    kv_heads = head_terms(op, op.axes(1)[-1] if op.has(1) else heads, count)[0]
+    kv_heads = head_terms(op, op.axis_of(1, -1) if op.has(1) else heads, count)[0]
     edit_heads(op, "num_heads", heads)
     edit_heads(op, "kv_num_heads", kv_heads)
     offset = op.integer("rotary_offset", 0)
@@ -156,16 +157,17 @@ def edit_grouped_attention(op: GrownOp) -> None:
 @relates("SparseAttention", domain=MICROSOFT)
 def sparse_attention(op: Op) -> None:
     """GroupQueryAttention within the blocks of keys that its layouts list, head h reading layout h % layouts"""
-    batch, length = op.axes(0)[:2]
+    batch, length, _ = op.axes(0, rank=3)
     heads, kv_heads, depth = _operands(op)
     _rotate(op, 9, depth)
     for index in (5, 6, 7):
         op.parameter(index)
-    if op.static(op.axes(5)[0]) != 1:
+    if op.static(op.axis_of(5, 0)) != 1:
         op.pin(heads, "layouts take turns along it")
-    op.unify(op.axes(8)[0], batch)
-    _caches(op, 3, (batch, kv_heads, depth), capacity=op.axes(3)[2])
-    relate_scores(op, depth, depth, op.axes(3)[2])
+    op.unify(op.axis_of(8, 0), batch)
+    capacity = op.axis_of(3, 2)
+    _caches(op, 3, (batch, kv_heads, depth), capacity)
+    relate_scores(op, depth, depth, capacity)
     op.out((batch, length, Product((heads, depth))))
 
 
@@ -185,7 +187,7 @@ def sparse_paged_attention(op: Op) -> None:
     kv_heads, depth = _sequences(op, rotary=14, sink=16, norms=17, places=(5, 6, 7, 8, 9, 10, 13, 21))
     for index in (11, 12):
         if op.has(index):
-            auxiliary = op.axes(index)
+            auxiliary = op.axes(index, rank=4)
             for term in auxiliary[:2]:
                 op.pin(term, "positions of a cache")
             op.merge([auxiliary[2], kv_heads])
@@ -194,7 +196,7 @@ def sparse_paged_attention(op: Op) -> None:
 
 def _sequences(op: Op, rotary: int, sink: int, norms: int, places: tuple[int, ...]) -> tuple[Term, Term]:
     """Tokens of several sequences, caches (blocks, block, key/value heads, head_dim): (key/value heads, head_dim)."""
-    tokens = op.axes(0)[0]
+    tokens = op.axis_of(0, 0)
     heads, kv_heads, depth = _operands(op)
     _rotate(op, rotary, depth)
     _sink(op, sink, heads)
@@ -202,7 +204,7 @@ def _sequences(op: Op, rotary: int, sink: int, norms: int, places: tuple[int, ..
     for index in places:
         op.parameter(index)
     for index in (3, 4):
-        cache = op.axes(index)
+        cache = op.axes(index, rank=4)
         for term in cache[:2]:
             op.pin(term, "positions of a cache")
         op.unify(cache[2], kv_heads)
@@ -216,7 +218,7 @@ def _sequences(op: Op, rotary: int, sink: int, norms: int, places: tuple[int, ..
 @relates("DynamicSparseAttention", domain=MICROSOFT)
 def dynamic_sparse_attention(op: Op) -> None:
     """GroupQueryAttention to the keys that another operator selected, of its own caches or of auxiliary ones"""
-    batch, length = op.axes(0)[:2]
+    batch, length, _ = op.axes(0, rank=3)
     heads, kv_heads, depth = _operands(op)
     _rotate(op, 11, depth)
     _norms(op, 14, depth)
@@ -226,10 +228,9 @@ def dynamic_sparse_attention(op: Op) -> None:
         op.parameter(index)
     for index in (5, 6):
         if op.has(index):
-            places = op.axes(index)[2]
+            places = op.axis_of(index, 2)
             op.pin(places, "positions of a cache")
-            for one, other in zip(op.axes(index), (batch, kv_heads, places, depth), strict=True):
-                op.unify(one, other)
+            op.unify_axes(op.axes(index), (batch, kv_heads, places, depth))
     _caches(op, 3, (batch, kv_heads, depth))
     relate_scores(op, depth, depth, length)
     op.out((batch, length, Product((heads, depth))))

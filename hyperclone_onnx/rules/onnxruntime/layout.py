@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import ONE, Concat, Term
-from hyperclone_onnx.algebra.shape_values import span
+from hyperclone_onnx.algebra.sizes import Size
 from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.indexing import edit_gather_nd, gather_nd, index_by, trilu
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
-from hyperclone_onnx.rules.shapes import edit_range
+from hyperclone_onnx.rules.shapes import counted, edit_range
 
 relates("GatherND", domain=MICROSOFT)(gather_nd)
 edits("GatherND", domain=MICROSOFT)(edit_gather_nd)
@@ -19,11 +19,11 @@ relates("Trilu", domain=MICROSOFT)(trilu)
 @relates("ExpandDims", domain=MICROSOFT)
 def expand_dims(op: Op) -> None:
     """out[.., 0, ..] = x[.., ..]"""
-    axes, where = list(op.axes(0)), op.ints(1)
-    if where is None:
+    axes, where = list(op.axes(0)), op.element(1)
+    if where is None or where.static is None:
         raise CannotTell("an axis known only when running")
     op.parameter(1)
-    axes.insert(op.axis(where[0], len(axes) + 1), ONE)
+    axes.insert(op.axis(where.static, len(axes) + 1), ONE)
     op.out(axes)
 
 
@@ -54,11 +54,10 @@ def range_(op: Op) -> None:
     """out[j] = start + j delta; its values are made in the source's size and repeated when the axis grows"""
     for index in range(op.count):
         op.parameter(index)
-    bounds = [op.ints(0), op.ints(1), op.ints(2) if op.has(2) else [1]]
-    if all(bounds):
-        first, last, step = (each[0] for each in bounds if each)
-        count, values = span(first, last, step)
-        op.out([op.dim(count)], values)
+    bounds = [op.element(0), op.element(1), op.element(2) if op.has(2) else Size.of(1)]
+    known = [bound.static for bound in bounds if bound is not None and bound.static is not None]
+    if len(known) == 3:
+        op.out(*counted(op, *known))
         return
     declared = op.declared(op.node.outputs[0])
     op.out([op.dim(declared[0] if declared else None)])
@@ -70,7 +69,7 @@ edits("Range", domain=MICROSOFT)(edit_range)
 @relates("TorchEmbedding", domain=MICROSOFT)
 def embedding(op: Op) -> None:
     """out[i, h] = table[indices[i], h]"""
-    rows, width = op.axes(0)
+    rows, width = op.axes(0, rank=2)
     index_by(op, rows, 1)
     op.fact(Fact.EMBEDDING, width)
     op.out((*op.axes(1), width))
@@ -79,7 +78,7 @@ def embedding(op: Op) -> None:
 @relates("RemovePadding", domain=MICROSOFT)
 def remove_padding(op: Op) -> None:
     """out[n, h] = x[b, s, h] for the tokens n that are no padding; the other outputs number them"""
-    batch, length, hidden = op.axes(0)
+    batch, length, hidden = op.axes(0, rank=3)
     for term in (batch, length):
         op.pin(term, "tokens of several sequences")
     op.parameter(1)
@@ -92,7 +91,7 @@ def remove_padding(op: Op) -> None:
 @relates("RestorePadding", domain=MICROSOFT)
 def restore_padding(op: Op) -> None:
     """out[b, s, h] = x[n, h] for the tokens n that are no padding, else 0"""
-    tokens, hidden = op.axes(0)
+    tokens, hidden = op.axes(0, rank=2)
     op.pin(tokens, "tokens of several sequences")
     op.parameter(1)
     op.out((*op.axes(1), hidden))
@@ -102,7 +101,7 @@ def restore_padding(op: Op) -> None:
 def unfold(op: Op) -> None:
     """out[.., i, .., w] = x[.., i step + w, ..]"""
     axes = list(op.axes(0))
-    axis, size, step = op.axis(op.integer("dim", -1), len(axes)), op.integer("size"), op.integer("step", 1)
+    axis, size, step = op.axis(op.integer("dim", -1), len(axes)), op.positive("size"), op.positive("step", 1)
     op.pin(axes[axis], "windows slide along it")
     length = op.static(axes[axis])
     axes[axis] = op.pinned_dim(None if length is None else (length - size) // step + 1, "windows")
@@ -112,7 +111,7 @@ def unfold(op: Op) -> None:
 @relates("ComplexMul", "ComplexMulConj", domain=MICROSOFT)
 def complex_product(op: Op) -> None:
     """out[j, :] = a[j, :] b[j, :] as complex numbers"""
-    axes = op.broadcast([op.axes(0), op.axes(1)])
+    axes = op.broadcast([op.axes(0, least=1), op.axes(1)])
     op.pin(axes[-1], "real and imaginary parts")
     op.out(axes)
 
@@ -120,8 +119,9 @@ def complex_product(op: Op) -> None:
 @relates("Rfft", "Irfft", domain=MICROSOFT)
 def fourier(op: Op) -> None:
     """out[.., k, :] = sum_n x[.., n] exp(-2 pi i k n / N), or back: frequencies are places along the signal"""
-    axes, inverse = op.axes(0), op.node.op_type == "Irfft"
-    dims = op.integer("signal_ndim", 1)
+    inverse = op.node.op_type == "Irfft"
+    dims = op.positive("signal_ndim", 1)
+    axes = op.axes(0, least=dims + inverse)
     signal = axes[len(axes) - dims - inverse :]
     for term in signal:
         op.pin(term, "a signal's axis")
@@ -144,7 +144,7 @@ def inverse(op: Op) -> None:
 @relates("CDist", domain=MICROSOFT)
 def distance(op: Op) -> None:
     """out[m, k] = the distance of a[m, :] and b[k, :]"""
-    left, right = op.axes(0), op.axes(1)
+    left, right = op.axes(0, rank=2), op.axes(1, rank=2)
     op.unify(left[1], right[1])
     op.pin(left[1], "distances run over it")
     op.out((left[0], right[0]))

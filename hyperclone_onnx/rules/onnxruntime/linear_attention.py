@@ -33,14 +33,13 @@ def _windowed(op: Op, name: str, state: Axes) -> Axes:
 
 def _unify_all(op: Op, index: int, wanted: Axes) -> None:
     if op.has(index):
-        for one, other in zip(op.axes(index), wanted, strict=True):
-            op.unify(one, other)
+        op.unify_axes(op.axes(index), wanted)
 
 
 @relates("LinearAttention", domain=MICROSOFT)
 def linear_attention(op: Op) -> None:
     """o_t[h, e] = scale sum_d q_t[h, d] S_t[h, d, e], with S_t = decay S_{t-1} + k_t v_t, or a delta rule's"""
-    query, key, value = op.axes(0), op.axes(1), op.axes(2)
+    query, key, value = (op.axes(index, rank=3) for index in range(3))
     batch, length = query[:2]
     heads, depth = split_heads(op, query[2], op.integer("q_num_heads"))
     kv_heads, key_depth = split_heads(op, key[2], op.integer("kv_num_heads"))
@@ -52,13 +51,11 @@ def linear_attention(op: Op) -> None:
     _relate_state(op, depth, value_depth, many, few)
     op.pin(length, RECURRENT)
     for axes in (key, value):
-        for one, other in zip(axes[:2], (batch, length), strict=True):
-            op.unify(one, other)
+        op.unify_axes(axes[:2], (batch, length))
     for index in (4, 5):
         if op.has(index):
-            axes = op.axes(index)
-            for one, other in zip(axes[:2], (batch, length), strict=True):
-                op.unify(one, other)
+            axes = op.axes(index, rank=3)
+            op.unify_axes(axes[:2], (batch, length))
             relate_gate(op, axes[2], (kv_heads, Product((kv_heads, depth))) if index == 4 else (kv_heads, ONE))
     state = _windowed(op, "state_window", (batch, kv_heads, depth, value_depth))
     _unify_all(op, 3, state)
@@ -69,9 +66,9 @@ def linear_attention(op: Op) -> None:
 @edits("LinearAttention", domain=MICROSOFT)
 def edit_linear_attention(op: GrownOp) -> None:
     """The counts of heads and the scale of the output."""
-    heads, depth = head_terms(op, op.axes(0)[2], op.integer("q_num_heads"))
+    heads, depth = head_terms(op, op.axis_of(0, 2), op.integer("q_num_heads"))
     edit_heads(op, "q_num_heads", heads)
-    edit_heads(op, "kv_num_heads", head_terms(op, op.axes(1)[2], op.integer("kv_num_heads"))[0])
+    edit_heads(op, "kv_num_heads", head_terms(op, op.axis_of(1, 2), op.integer("kv_num_heads"))[0])
     edit_scale(op, depth)
 
 
@@ -80,13 +77,14 @@ def gated_delta_net(op: Op) -> None:
     """LinearAttention token by token, heads on an axis of their own: o[n, v, e] = scale sum_d q[n, h, d] S[v, e, d]"""
     if op.integer("state_update_capacity", 0):
         raise CannotTell("transitions of several kinds in one row")
-    query = op.axes(0)
+    query = op.axes(0, least=2)
     if op.has(1):
-        tokens, (heads, depth), (many, value_depth) = query[:-2], query[-2:], op.axes(2)[-2:]
+        query = op.axes(0, least=3)
+        tokens, (heads, depth), (many, value_depth) = query[:-2], query[-2:], op.axes(2, least=2)[-2:]
         _unify_all(op, 1, (*tokens, heads, depth))
         _unify_all(op, 2, (*tokens, many, value_depth))
     else:
-        tokens, (many, value_depth, depth) = query[:-1], op.axes(6)[1:]
+        tokens, (many, value_depth, depth) = query[:-1], op.axes(6, rank=4)[1:]
         heads = _packed_heads(op, many, value_depth, depth)
     _relate_state(op, depth, value_depth, many, heads)
     if op.integer("qk_l2_norm", 0):
@@ -108,12 +106,12 @@ def gated_delta_net(op: Op) -> None:
 
 def _packed_heads(op: Op, many: Term, value_depth: Term, depth: Term) -> Term:
     """The query heads of queries, keys and values side by side, of which the state tells all other sizes."""
-    width, values, size = op.static(op.axes(0)[-1]), op.static(Product((many, value_depth))), op.static(depth)
+    width, values, size = op.static(op.axis_of(0, -1)), op.static(Product((many, value_depth))), op.static(depth)
     if width is None or values is None or not size or width <= values or (width - values) % (2 * size):
         raise CannotTell("packed queries, keys and values of unknown widths")
     heads = op.dim((width - values) // (2 * size))
     keys = Product((heads, depth))
-    op.unify(op.axes(0)[-1], Concat((keys, keys, Product((many, value_depth)))))
+    op.unify(op.axis_of(0, -1), Concat((keys, keys, Product((many, value_depth)))))
     return heads
 
 
@@ -121,7 +119,7 @@ def _batch(op: Op, tokens: Axes) -> Term:
     """The sequences: an axis of the tokens, or what the state and the offsets tell."""
     if len(tokens) == 2:
         return tokens[0]
-    batch = op.axes(6)[0] if op.has(6) else op.dim(None)
+    batch = op.axis_of(6, 0) if op.has(6) else op.dim(None)
     op.pin(batch, "sequences of tokens")
     return batch
 
@@ -129,7 +127,7 @@ def _batch(op: Op, tokens: Axes) -> Term:
 @edits("GatedDeltaNet", domain=MICROSOFT)
 def edit_gated_delta_net(op: GrownOp) -> None:
     """The scale of the output."""
-    edit_scale(op, op.axes(0)[-1] if op.has(1) else op.axes(6)[3])
+    edit_scale(op, op.axis_of(0, -1) if op.has(1) else op.axis_of(6, 3))
 
 
 @relates("LinearAttentionGate", domain=MICROSOFT)
@@ -143,7 +141,7 @@ def linear_attention_gate(op: Op) -> None:
 @relates("CausalConvWithState", domain=MICROSOFT)
 def causal_convolution(op: Op) -> None:
     """Y[b, c, t] = f(sum_k W[c, 0, k] X[b, c, t + k - K + 1] + B[c]); the state is the last K - 1 of X"""
-    x, w = op.axes(0), op.axes(1)
+    x, w = op.axes(0, least=3), op.axes(1, rank=3)
     if op.integer("ndim", 1) != 1:
         raise CannotTell("a causal convolution over more than one axis")
     for term in w[1:]:
@@ -163,7 +161,7 @@ def causal_convolution(op: Op) -> None:
         state = (x[0], channels, length)
     op.pin(positions, RECURRENT)
     if op.has(2):
-        op.unify(op.axes(2)[0], channels)
+        op.unify(op.axis_of(2, 0), channels)
     state = _windowed(op, "state_window", state)
     _unify_all(op, 3, state)
     op.out(x)
@@ -173,7 +171,7 @@ def causal_convolution(op: Op) -> None:
 @relates("VarlenCausalConvWithState", domain=MICROSOFT)
 def packed_causal_convolution(op: Op) -> None:
     """CausalConvWithState of tokens of several sequences: Y[n, c] reads its own sequence's tokens"""
-    (tokens, channels), w, state = op.axes(0), op.axes(1), op.axes(4)
+    (tokens, channels), w, state = op.axes(0, rank=2), op.axes(1, least=1), op.axes(4, rank=3)
     for term in (tokens, *w[1:], state[0], state[2]):
         op.pin(term, "positions of a convolution")
     for term in (w[0], state[1], *(op.axes(3) if op.has(3) else ())):

@@ -14,7 +14,7 @@ from hyperclone_onnx.rules.registry import relates
 @relates("MoE", domain=MICROSOFT)
 def mixture_of_experts(op: Op) -> None:
     """Y[n, h] = sum_e p[n, e] sum_i W2[e, h, i] f(sum_d W1[e, i, d] X[n, d], sum_d W3[e, i, d] X[n, d])"""
-    x, first, second = op.axes(0), op.axes(2), op.axes(4)
+    x, first, second = op.axes(0, least=2), op.axes(2, rank=3), op.axes(4, rank=3)
     experts, inter, hidden = second[0], second[2], x[-1]
     op.sum_over((0, -1), (2, 2))
     op.sum_over((4, 2))
@@ -23,10 +23,10 @@ def mixture_of_experts(op: Op) -> None:
     op.unify(second[1], hidden)
     for index, term in ((3, first[1]), (5, hidden), (7, inter)):
         if op.has(index):
-            op.unify(op.axes(index)[1], term)
+            op.unify(op.axis_of(index, 1), term)
     if op.has(6):
         op.sum_over((0, -1), (6, 2))
-        op.unify(op.axes(6)[1], inter)
+        op.unify(op.axis_of(6, 1), inter)
     op.fact(Fact.WEIGHT_OUTPUT, hidden)
     relate_experts(op, inter, range(2, 8), experts)
     op.out(x)
@@ -34,10 +34,10 @@ def mixture_of_experts(op: Op) -> None:
 
 def relate_experts(op: Op, inter: Term, operands: Iterable[int], experts: Term) -> Term:
     """Relate the tokens with the router's, and the experts of all operands, whose first axis numbers them."""
-    x, router = op.axes(0), op.axes(1)
+    x, router = op.axes(0, least=2), op.axes(1, rank=2)
     op.space.match([router[0]], x[:-1])
     op.fact(Fact.WEIGHT_OUTPUT, inter)
-    for term in (router[1], *(op.axes(index)[0] for index in operands if op.has(index))):
+    for term in (router[1], *(op.axis_of(index, 0) for index in operands if op.has(index))):
         op.unify(term, experts)
     op.pin(experts, "a softmax chooses experts along it")
     return experts

@@ -26,10 +26,9 @@ edits("RotaryEmbedding", domain=MICROSOFT)(edit_rotary)
 @relates("GemmaRotaryEmbedding", domain=MICROSOFT)
 def gemma_rotary_embedding(op: Op) -> None:
     """Y[b, h, s, d] = x[b, h, s, d] cos(angles[b, s, d]) + turned x[b, h, s, d] sin(angles[b, s, d])"""
-    angles, query = op.axes(0), op.axes(1)
+    angles, query = op.axes(0, rank=3), op.axes(1, rank=4)
     for index in range(1, 5):
-        for one, other in zip(op.axes(index), (angles[0], query[1], angles[1], angles[2]), strict=True):
-            op.unify(one, other)
+        op.unify_axes(op.axes(index), (angles[0], query[1], angles[1], angles[2]))
     op.out(query)
     op.out(query, index=1)
 
@@ -37,10 +36,10 @@ def gemma_rotary_embedding(op: Op) -> None:
 @relates("MRotaryEmbedding", domain=MICROSOFT)
 def sectioned_rotary_embedding(op: Op) -> None:
     """RotaryEmbedding whose angles lie in sections, each with positions of its own (time, height, width)"""
-    axes, half = op.axes(0), op.axes(2)[1]
-    op.unify(op.axes(3)[1], half)
+    axes, half = op.axes(0, least=3), op.axis_of(2, 1)
+    op.unify(op.axis_of(3, 1), half)
     for index in (2, 3):
-        op.pin(op.axes(index)[0], "indexed by positions")
+        op.pin(op.axis_of(index, 0), "indexed by positions")
     sections = [n for n in op.int_list("mrope_section", None) or [] if n]
     if op.integer("mrope_layout", 0):
         op.pin(half, "sections take turns along it")
@@ -50,14 +49,13 @@ def sectioned_rotary_embedding(op: Op) -> None:
     rotary = op.integer("rotary_embedding_dim", 0) or (op.static(depth) or 0)
     rotate(op, depth, half, rotary, bool(op.integer("interleaved", 0)))
     places = (axes[0], axes[2 if len(axes) == 4 else 1])
-    streams = op.axes(1)
+    streams = op.axes(1, least=1)
     op.pin(streams[0], "one for each stream of positions")
     if op.integer("is_packed_batching", 0):
         for term in (*places, *streams[1:]):
             op.pin(term, "tokens of several sequences")
     else:
-        for one, other in zip(streams[1:], places, strict=True):
-            op.unify(one, other)
+        op.unify_axes(streams[1:], places)
     op.out(axes)
 
 
@@ -71,7 +69,7 @@ def _depth(op: Op, packed: Term, half: Term) -> Term:
 @edits("MRotaryEmbedding", domain=MICROSOFT)
 def edit_sectioned_rotary_embedding(op: GrownOp) -> None:
     """The count of heads, the width of the rotated part and its sections."""
-    axes, half, count = op.axes(0), op.axes(2)[1], op.integer("num_heads", 0)
+    axes, half, count = op.axes(0), op.axis_of(2, 1), op.integer("num_heads", 0)
     if len(axes) == 3 and count:
         edit_heads(op, "num_heads", head_terms(op, axes[2], count)[0])
     if not op.grows(half):
@@ -86,31 +84,30 @@ def edit_sectioned_rotary_embedding(op: GrownOp) -> None:
 @relates("RelativePositionBias", domain=MICROSOFT)
 def relative_position_bias(op: Op) -> None:
     """Y[0, h, i, j] = table[bucket(i - j), h]; the table lies in memory heads first, whatever its shape says"""
-    buckets, heads = op.axes(0)
+    buckets, heads = op.axes(0, rank=2)
     for term in (buckets, heads):
         op.pin(term, "a table that lies transposed")
     for index in (1, 2):
         op.parameter(index)
-    lengths = [op.ints(index) for index in (1, 2)]
-    places = [op.pinned_dim(each[0] if each else None, "positions") for each in lengths]
+    places = [op.pinned_dim(op.element(index), "positions") for index in (1, 2)]
     op.out((ONE, heads, *places))
 
 
 @relates("GatedRelativePositionBias", domain=MICROSOFT)
 def gated_relative_position_bias(op: Op) -> None:
     """Y[b, h, i, j] = gate(sum_d (Q[b, i, (h d)] + B[(h d)]) W[d, :])[b, h, i] R[0, h, i, j]"""
-    query, positions, w = op.axes(0), op.axes(2), op.axes(3)
+    query, positions, w = op.axes(0, least=2), op.axes(2, rank=4), op.axes(3, rank=2)
     heads, depth = split_heads(op, query[-1], op.integer("num_heads"))
-    op.unify(op.axes(1)[0], Product((heads, depth)))
+    op.unify(op.axis_of(1, 0), Product((heads, depth)))
     op.unify(w[0], depth)
     op.sum_over((3, 0))
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, depth)
     op.fact(Fact.BATCHED, heads)
-    for term in (w[1], op.axes(4)[0]):
+    for term in (w[1], op.axis_of(4, 0)):
         op.pin(term, "summed in two halves")
     op.unify(positions[1], heads)
-    op.unify(op.axes(5)[1], heads)
-    batch, length = query[:2] if len(query) == 3 else op.axes(6)
+    op.unify(op.axis_of(5, 1), heads)
+    batch, length = query[:2] if len(query) == 3 else op.axes(6, rank=2)
     for term in (length, *positions[2:], *(query[:1] if len(query) == 2 else ())):
         op.pin(term, "positions")
     if len(query) == 2:
@@ -121,4 +118,4 @@ def gated_relative_position_bias(op: Op) -> None:
 @edits("GatedRelativePositionBias", domain=MICROSOFT)
 def edit_gated_relative_position_bias(op: GrownOp) -> None:
     """The count of heads."""
-    edit_heads(op, "num_heads", head_terms(op, op.axes(0)[-1], op.integer("num_heads"))[0])
+    edit_heads(op, "num_heads", head_terms(op, op.axis_of(0, -1), op.integer("num_heads"))[0])

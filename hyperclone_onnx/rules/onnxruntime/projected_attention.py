@@ -29,7 +29,7 @@ def relate_joint_caches(
     op: Op, index: int, batch: Term, heads: Term, new: Term, widths: tuple[Term, Term], shared: bool
 ) -> Term:
     """A cache of keys and values in one (2, batch, heads, length, width), the present one on output 1."""
-    past = op.axes(index)[3] if op.has(index) else None
+    past = op.axis_of(index, 3) if op.has(index) else None
     pair = op.pinned_dim(2, "keys and values")
     if past is not None or len(op.node.outputs) > 1:
         op.unify(*widths)
@@ -41,8 +41,7 @@ def relate_joint_caches(
     else:
         kept = total = total_length(op, new, past)
     if past is not None:
-        for one, other in zip(op.axes(index), (pair, batch, heads, past, widths[0]), strict=True):
-            op.unify(one, other)
+        op.unify_axes(op.axes(index), (pair, batch, heads, past, widths[0]))
     op.out((pair, batch, heads, kept, widths[0]), index=1)
     return total
 
@@ -51,8 +50,8 @@ def _project(
     op: Op, weight: int, bias: int, *, integers: bool = False, scales: tuple[int, ...] = ()
 ) -> tuple[Term, Term, Term]:
     """(heads, head_dim, value head_dim) of X W + B, W's columns queries, keys and values side by side."""
-    w, count = op.axes(weight), op.integer("num_heads")
-    sizes = op.int_list("qkv_hidden_sizes", None)
+    w, count = op.axes(weight, rank=2), op.positive("num_heads")
+    sizes = op.int_list("qkv_hidden_sizes", None, length=3)
     total = op.static(w[1])
     if sizes is None:
         if total is None or total % 3:
@@ -65,7 +64,7 @@ def _project(
     heads, depth, value_depth = op.dim(count), op.dim(sizes[0] // count), op.dim(sizes[2] // count)
     op.unify(w[1], Concat(tuple(Product((heads, each)) for each in (depth, depth, value_depth))))
     if op.has(bias):
-        op.unify(op.axes(bias)[0], w[1])
+        op.unify(op.axis_of(bias, 0), w[1])
     op.fact(Fact.BATCHED, heads)
     return heads, depth, value_depth
 
@@ -73,7 +72,7 @@ def _project(
 @relates("Attention", domain=MICROSOFT)
 def projected_attention(op: Op) -> None:
     """MultiHeadAttention of X W + B, where W's columns are queries, keys and values side by side"""
-    batch, length = op.axes(0)[:2]
+    batch, length, _ = op.axes(0, rank=3)
     heads, depth, value_depth = _project(op, 1, 2)
     if op.integer("do_rotary", 0):
         op.pin(depth, INNER_ANGLES)
@@ -91,14 +90,14 @@ def projected_attention(op: Op) -> None:
 @relates("QAttention", domain=MICROSOFT)
 def quantised_attention(op: Op) -> None:
     """Attention of a_scale w_scale (X - x_zero)(W - w_zero) + B"""
-    batch, length = op.axes(0)[:2]
+    batch, length, _ = op.axes(0, rank=3)
     heads, depth, value_depth = _project(op, 1, 2, integers=True, scales=(4, 3))
     op.unify(depth, value_depth)  # it has no attribute for widths that differ
     for index in (3, 6):
         op.parameter(index)
     for index in (4, 7):
         if op.has(index) and op.rank(index) == 1:
-            op.merge([op.axes(index)[0], op.axes(1)[1]])
+            op.merge([op.axis_of(index, 0), op.axis_of(1, 1)])
     if op.integer("do_rotary", 0):
         op.pin(depth, INNER_ANGLES)
         op.pin(length, "its places are counted")
@@ -114,7 +113,7 @@ def quantised_attention(op: Op) -> None:
 @relates("DecoderMaskedSelfAttention", domain=MICROSOFT)
 def decoder_masked_self_attention(op: Op) -> None:
     """Attention of X W + B for one new query, with its cache"""
-    batch, length = op.axes(0)[:2]
+    batch, length, _ = op.axes(0, rank=3)
     heads, depth, value_depth = _project(op, 1, 2)
     shared = bool(op.integer("past_present_share_buffer", 0))
     if op.integer("do_rotary", 0):
@@ -133,7 +132,7 @@ def decoder_masked_self_attention(op: Op) -> None:
 def packed_attention(op: Op) -> None:
     """Attention of X W + B of tokens without padding: Y[n, (h e)] attends within its sequence"""
     heads, depth, value_depth = _project(op, 1, 2)
-    attend_tokens(op, 3, op.axes(0)[0], heads, depth, value_depth)
+    attend_tokens(op, 3, op.axis_of(0, 0), heads, depth, value_depth)
 
 
 @edits("Attention", "DecoderMaskedSelfAttention", "PackedAttention", "QAttention", domain=MICROSOFT)
@@ -141,7 +140,7 @@ def edit_projected_attention(op: GrownOp) -> None:
     """The count of heads, the widths, and the scale of the scores."""
     count = op.integer("num_heads")
     heads, _ = head_terms(op, op.out_axes(0)[-1], count)
-    whole = op.axes(1)[1]
+    whole = op.axis_of(1, 1)
     widths = op.int_list("qkv_hidden_sizes", None)
     size = op.static(whole) or 0
     bounds = [0, size // 3, 2 * size // 3, size] if widths is None else [0, widths[0], widths[0] + widths[1], size]
@@ -156,17 +155,16 @@ def edit_projected_attention(op: GrownOp) -> None:
 @relates("LongformerAttention", domain=MICROSOFT)
 def longformer_attention(op: Op) -> None:
     """Attention of X W + B within a window, and of X W' + B' from and to the tokens that `global` marks"""
-    x = op.axes(0)
+    x = op.axes(0, rank=3)
     heads, depth, value_depth = _project(op, 1, 2)
     op.unify(depth, value_depth)
-    for one, other in ((op.axes(4)[1], op.axes(1)[1]), (op.axes(5)[0], op.axes(2)[0])):
-        op.unify(one, other)
+    op.unify(op.axis_of(4, 1), op.axis_of(1, 1))
+    op.unify(op.axis_of(5, 0), op.axis_of(2, 0))
     op.sum_over((0, 2), (4, 0))
     op.space.match([x[2]], [heads, depth])
     op.pin(depth, FIXED_SCALE)
     for index in (3, 6):
-        for one, other in zip(op.axes(index), x[:2], strict=True):
-            op.unify(one, other)
+        op.unify_axes(op.axes(index), x[:2])
     op.pin(x[1], "a window runs along it")
     op.out(x)
 
@@ -174,13 +172,13 @@ def longformer_attention(op: Op) -> None:
 @edits("LongformerAttention", "DecoderAttention", domain=MICROSOFT)
 def edit_fixed_attention(op: GrownOp) -> None:
     """The count of heads."""
-    edit_heads(op, "num_heads", head_terms(op, op.axes(0)[2], op.integer("num_heads"))[0])
+    edit_heads(op, "num_heads", head_terms(op, op.axis_of(0, 2), op.integer("num_heads"))[0])
 
 
 @relates("DecoderAttention", domain=MICROSOFT)
 def decoder_attention(op: Op) -> None:
     """Attention of (X Wq, Z Wkv) + B, length before batch, with caches that flags turn on and off"""
-    query, key = op.axes(0), op.axes(1)
+    query, key = op.axes(0, rank=3), op.axes(1, rank=3)
     heads, depth = split_heads(op, query[2], op.integer("num_heads"))
     hidden = Product((heads, depth))
     op.sum_over((0, 2), (2, 0))
@@ -191,7 +189,7 @@ def decoder_attention(op: Op) -> None:
         (3, 1, Concat((hidden, hidden))),
         (4, 0, Concat((hidden, hidden, hidden))),
     ):
-        op.unify(op.axes(index)[axis], term)
+        op.unify(op.axis_of(index, axis), term)
     op.unify(key[1], query[1])
     op.pin(depth, FIXED_SCALE)
     for length in (query[0], key[0]):
@@ -200,9 +198,9 @@ def decoder_attention(op: Op) -> None:
     length = op.pinned_dim(None, "positions of a cache")
     for index in (6, 7):
         if op.has(index):
-            for one, other in zip(op.axes(index), (query[1], heads, op.axes(index)[2], depth), strict=True):
-                op.unify(one, other)
-            op.pin(op.axes(index)[2], "positions of a cache")
+            past = op.axis_of(index, 2)
+            op.unify_axes(op.axes(index), (query[1], heads, past, depth))
+            op.pin(past, "positions of a cache")
         op.out((query[1], heads, length, depth), index=index - 5)
     op.fact(Fact.BATCHED, heads)
     op.out(query)

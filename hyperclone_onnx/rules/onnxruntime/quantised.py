@@ -47,7 +47,7 @@ def dynamic_quantize_matmul(op: Op) -> None:
 @relates("QGemm", domain=MICROSOFT)
 def qgemm(op: Op) -> None:
     """Y[m, n] = alpha a_scale b_scale[n] (sum_k A'[m, k] B'[k, n] + C[m, n]), quantised where y_scale is given"""
-    a, b = op.axes(0), op.axes(3)
+    a, b = op.axes(0, rank=2), op.axes(3, rank=2)
     trans_a, trans_b = op.integer("transA", 0), op.integer("transB", 0)
     op.sum_over((0, 0 if trans_a else 1), (3, 1 if trans_b else 0), integers=True, scales=(4, 1), biases=(6,))
     m, n = a[1 if trans_a else 0], b[0 if trans_b else 1]
@@ -127,7 +127,7 @@ def qlinear_reduce_mean(op: Op) -> None:
 @relates("QLinearGlobalAveragePool", domain=MICROSOFT)
 def qlinear_global_pool(op: Op) -> None:
     """Y[n, c, 1...] pools X[n, c, all]; channels may come last"""
-    axes = op.axes(0)
+    axes = op.axes(0, least=2)
     parameters(op, 1, 2, 3, 4)
     last = op.integer("channels_last", 0)
     for term in axes[1:-1] if last else axes[2:]:
@@ -158,19 +158,20 @@ def reduce_sum_integer(op: Op) -> None:
 @relates("QEmbedLayerNormalization", domain=MICROSOFT)
 def qembed_layer_norm(op: Op) -> None:
     """EmbedLayerNormalization whose tables, gain and bias are codes, each with one scale"""
-    ids = op.axes(0)
+    ids = op.axes(0, rank=2)
     parameters(op, *range(8, 18))
     width: list[Term] = []
     for table, indices in ((2, 0), (3, 0), (4, 1)):
         if op.has(table):
-            index_by(op, op.axes(table)[0], indices)
-            op.fact(Fact.EMBEDDING, op.axes(table)[1])
-            width.append(op.axes(table)[1])
+            rows, columns = op.axes(table, rank=2)
+            index_by(op, rows, indices)
+            op.fact(Fact.EMBEDDING, columns)
+            width.append(columns)
     if op.has(1):
-        for one, other in zip(op.axes(1), ids, strict=True):
+        for one, other in zip(op.axes(1, rank=2), ids, strict=True):
             op.merge([one, other])
     op.pin(ids[1], "its positions index a table")
-    hidden = op.merge([*width, op.axes(5)[0], op.axes(6)[0]])
+    hidden = op.merge([*width, op.axis_of(5, 0), op.axis_of(6, 0)])
     op.uniform(hidden)
     op.out((*ids, hidden))
     op.out((ids[0],), index=1)
@@ -180,8 +181,8 @@ def qembed_layer_norm(op: Op) -> None:
 def qlinear_concat(op: Op) -> None:
     """Y = operands side by side along one axis, each requantised to one scale"""
     parameters(op, 0, 1, *(i for start in range(2, op.count, 3) for i in (start + 1, start + 2)))
-    operands = [op.axes(start) for start in range(2, op.count, 3)]
-    axis = op.axis(op.integer("axis"), len(operands[0]))
+    operands = [op.axes(start, rank=op.rank(2)) for start in range(2, op.count, 3)]
+    axis = op.axis(op.integer("axis"), op.rank(2))
     if any(op.static(axes[axis]) is None for axes in operands):
         raise CannotTell("joined parts whose size is not known before running")
     op.out(side_by_side(op, operands, axis))

@@ -25,19 +25,12 @@ def relate_packed_zeros(op: Op, index: int, rows: Axes, blocks: Term, bits: int)
     elif op.rank(index) == 1:
         op.space.match(op.axes(index), [*rows, blocks])
     else:
-        _unify_each(op, op.axes(index), (*rows, blocks))
-
-
-def _unify_each(op: Op, axes: Axes, wanted: Axes) -> None:
-    if len(axes) != len(wanted):
-        raise CannotTell("block scales of another rank than their blocks")
-    for one, other in zip(axes, wanted, strict=True):
-        op.unify(one, other)
+        op.unify_axes(op.axes(index), (*rows, blocks))
 
 
 def relate_blocks(op: Op, columns: Term, width: Term, codes: int, scales: int, zeros: int | None) -> None:
     """Codes B[n, block, byte], scales[n, block] and zero_points[n, block] of a weight W[n, (block, within)]."""
-    size, bits = op.integer("block_size"), op.integer("bits", 4)
+    size, bits = op.positive("block_size"), op.positive("bits", 4)
     b = op.axes(codes)
     if len(b) != 3:
         raise CannotTell("codes that are not (columns, blocks, bytes)")
@@ -47,7 +40,7 @@ def relate_blocks(op: Op, columns: Term, width: Term, codes: int, scales: int, z
     if op.rank(scales) == 1:
         op.space.match(op.axes(scales), [columns, b[1]])
     else:
-        _unify_each(op, op.axes(scales), (columns, b[1]))
+        op.unify_axes(op.axes(scales), (columns, b[1]))
     if zeros is not None:
         relate_packed_zeros(op, zeros, (columns,), b[1], bits)
 
@@ -55,7 +48,7 @@ def relate_blocks(op: Op, columns: Term, width: Term, codes: int, scales: int, z
 @relates("MatMulNBits", domain=MICROSOFT)
 def matmul_nbits(op: Op) -> None:
     """Y[.., n] = sum_k A[.., k] scales[n, block of k] (B[n, k] - zero_points[n, block of k]) + bias[n]"""
-    a = op.axes(0)
+    a = op.axes(0, least=1)
     if op.has(4):
         raise CannotTell("columns in an order of their own (g_idx)")
     if op.integer("weight_prepacked", 0):
@@ -66,14 +59,14 @@ def matmul_nbits(op: Op) -> None:
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, a[-1])
     op.fact(Fact.WEIGHT_OUTPUT, columns)
     if op.has(5):
-        op.unify(op.axes(5)[0], columns)
+        op.unify(op.axis_of(5, 0), columns)
     op.out((*a[:-1], columns))
 
 
 @edits("MatMulNBits", domain=MICROSOFT)
 def edit_matmul_nbits(op: GrownOp) -> None:
     """The lengths that the packed codes no longer tell."""
-    for name, term in (("K", op.axes(0)[-1]), ("N", op.out_axes(0)[-1])):
+    for name, term in (("K", op.axis_of(0, -1)), ("N", op.out_axes(0)[-1])):
         if op.grows(term):
             op.set_attribute(name, op.grown(term))
 
@@ -81,7 +74,7 @@ def edit_matmul_nbits(op: GrownOp) -> None:
 @relates("MatMulNBitsMlp", domain=MICROSOFT)
 def matmul_nbits_mlp(op: Op) -> None:
     """Y[.., n] = f(gate(x))[n] up(x)[n], both MatMulNBits of x = A, norm(A) or norm(A + skip)"""
-    a = op.axes(0)
+    a = op.axes(0, least=1)
     columns = op.dim(op.integer("N"))
     _normed(op, a)
     _projections(op, a[-1], ((3, 4, 5, columns), (6, 7, 8, columns)))
@@ -92,7 +85,7 @@ def matmul_nbits_mlp(op: Op) -> None:
 @relates("MatMulNBitsQkv", domain=MICROSOFT)
 def matmul_nbits_qkv(op: Op) -> None:
     """Queries, keys and values as MatMulNBits of norm(A) or norm(A + skip)"""
-    a = op.axes(0)
+    a = op.axes(0, least=1)
     queries, keys, values = op.dim(op.integer("Nq")), op.dim(op.integer("Nkv")), op.dim(op.integer("Nkv"))
     _normed(op, a)
     _projections(op, a[-1], ((3, 4, 5, queries), (6, 7, 8, keys), (9, 10, 11, values)))
@@ -106,7 +99,7 @@ def _normed(op: Op, a: Axes) -> None:
     if op.has(1):
         op.broadcast([a, op.axes(1)])
     if op.has(2):
-        op.unify(op.axes(2)[0], a[-1])
+        op.unify(op.axis_of(2, 0), a[-1])
         op.uniform(a[-1])
 
 
@@ -116,7 +109,7 @@ def _projections(op: Op, width: Term, each: Sequence[tuple[int, int, int, Term]]
         relate_blocks(op, columns, width, codes, scales, None)
         op.fact(Fact.WEIGHT_OUTPUT, columns)
         if op.has(bias):
-            op.unify(op.axes(bias)[0], columns)
+            op.unify(op.axis_of(bias, 0), columns)
     for _, scales, _, _ in each:
         op.sum_over((0, -1), scales=(scales,))
 
@@ -130,7 +123,7 @@ def edit_matmul_nbits_mlp(op: GrownOp) -> None:
 @edits("MatMulNBitsQkv", domain=MICROSOFT)
 def edit_matmul_nbits_qkv(op: GrownOp) -> None:
     """The lengths that the packed codes no longer tell."""
-    for name, term in (("K", op.axes(0)[-1]), ("Nq", op.out_axes(0)[-1]), ("Nkv", op.out_axes(1)[-1])):
+    for name, term in (("K", op.axis_of(0, -1)), ("Nq", op.out_axes(0)[-1]), ("Nkv", op.out_axes(1)[-1])):
         if op.grows(term):
             op.set_attribute(name, op.grown(term))
 
@@ -138,25 +131,26 @@ def edit_matmul_nbits_qkv(op: GrownOp) -> None:
 @relates("MatMulBlockQuantizedFp8Weight", domain=MICROSOFT)
 def matmul_fp8(op: Op) -> None:
     """Y[.., n] = sum_k A[.., k] b_scale[n, block of k] B[n, k] + bias[n]"""
-    a, b = op.axes(0), op.axes(1)
+    a, b = op.axes(0, least=1), op.axes(1, rank=2)
     op.unify(b[1], a[-1])
-    op.unify(op.axes(2)[0], b[0])
-    blocks_of(op, b[1], op.axes(2)[1], op.integer("block_size"))
+    rows, blocks = op.axes(2, rank=2)
+    op.unify(rows, b[0])
+    blocks_of(op, b[1], blocks, op.positive("block_size"))
     parameters(op, 3)
     op.sum_over((0, -1), scales=(2,))
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, a[-1])
     op.fact(Fact.WEIGHT_OUTPUT, b[0])
     if op.has(4):
-        op.unify(op.axes(4)[0], b[0])
+        op.unify(op.axis_of(4, 0), b[0])
     op.out((*a[:-1], b[0]))
 
 
 @relates("MatMulBlockQuantizedFp4Weight", domain=MICROSOFT)
 def matmul_fp4(op: Op) -> None:
     """Y[.., n] = weight_scale_2 sum_k A[.., k] weight_scale[n, block of k] B[n, k] + bias[n], two codes to a byte"""
-    a, b, size = op.axes(0), op.axes(1), op.integer("block_size", 16)
-    op.unify(op.axes(2)[0], b[0])
-    blocks = op.axes(2)[1]
+    a, b, size = op.axes(0, least=1), op.axes(1, rank=2), op.positive("block_size", 16)
+    rows, blocks = op.axes(2, rank=2)
+    op.unify(rows, b[0])
     blocks_of(op, a[-1], blocks, size)
     blocks_of(op, b[1], blocks, size // 2)
     parameters(op, 3, 4)
@@ -164,15 +158,15 @@ def matmul_fp4(op: Op) -> None:
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, a[-1])
     op.fact(Fact.WEIGHT_OUTPUT, b[0])
     if op.has(5):
-        op.unify(op.axes(5)[0], b[0])
+        op.unify(op.axis_of(5, 0), b[0])
     op.out((*a[:-1], b[0]))
 
 
 @relates("MatMulBnb4", domain=MICROSOFT)
 def matmul_bnb4(op: Op) -> None:
     """Y[.., n] = sum_k A[.., k] absmax[block of (n, k)] B[(n, k)], whose blocks run through the flat weight"""
-    a, size = op.axes(0), op.integer("block_size")
-    rows, width = op.integer("N"), op.integer("K")
+    a, size = op.axes(0, least=1), op.positive("block_size")
+    rows, width = op.positive("N"), op.positive("K")
     if width % size:
         raise CannotTell("blocks that run over the end of a row")
     transposed = op.integer("transB", 1)
@@ -191,7 +185,7 @@ def matmul_bnb4(op: Op) -> None:
 @edits("MatMulBnb4", domain=MICROSOFT)
 def edit_matmul_bnb4(op: GrownOp) -> None:
     """The lengths that the flat codes do not tell."""
-    a, out = op.axes(0)[-1], op.out_axes(0)[-1]
+    a, out = op.axis_of(0, -1), op.out_axes(0)[-1]
     for name, term in (("K", a), ("N", out)) if op.integer("transB", 1) else (("N", a), ("K", out)):
         if op.grows(term):
             op.set_attribute(name, op.grown(term))
@@ -200,11 +194,12 @@ def edit_matmul_bnb4(op: GrownOp) -> None:
 @relates("GatherBlockQuantized", domain=MICROSOFT)
 def gather_block_quantized(op: Op) -> None:
     """out[i, .., k] = scales[indices[i], .., block of k] (data[indices[i], .., k] - zero_points[..])"""
-    data, where, scale = op.axes(0), op.axes(1), op.axes(2)
+    data, where = op.axes(0), op.axes(1)
     rank = len(data)
+    scale = op.axes(2, rank=rank)
     picked, along = op.axis(op.integer("gather_axis", 0), rank), op.axis(op.integer("quantize_axis", 1), rank)
     dtype = op.value(0).dtype
-    bits = op.integer("bits", 4) if dtype is not None and dtype.name == "UINT8" else 8
+    bits = op.positive("bits", 4) if dtype is not None and dtype.name == "UINT8" else 8
     size = op.integer("block_size", 128)
     if picked == along or not size or (bits < 8 and along != rank - 1):
         raise CannotTell("blocks along another axis than the last")
@@ -223,7 +218,7 @@ def gather_block_quantized(op: Op) -> None:
         if bits < 8:
             op.packed(3, (*data[:along], blocks), bits)
         else:
-            _unify_each(op, op.axes(3), scale)
+            op.unify_axes(op.axes(3), scale)
     whole = (*data[:along], width, *data[along + 1 :])
     op.out((*whole[:picked], *where, *whole[picked + 1 :]))
 
@@ -236,24 +231,24 @@ def quantised_experts(op: Op) -> None:
     """MoE whose experts' weights are codes packed along the axis that is summed, with scales for rows or blocks"""
     if op.text("quant_type", "int") != "int" or op.integer("weights_prepacked", -1) > 0:
         raise CannotTell("experts in floats of 4 or 8 bits, or laid out for one device")
-    inter_size = op.static(op.axes(5)[2])
-    bits = [op.integer(f"fc{i}_expert_weight_bits", op.integer("expert_weight_bits", 4)) for i in (1, 2, 3)]
+    inter_size = op.static(op.axes(5, rank=3)[2])
+    usual = op.positive("expert_weight_bits", 4)
+    bits = [op.positive(f"fc{i}_expert_weight_bits", usual) for i in (1, 2, 3)]
     if inter_size is None or not op.has(3) or not op.has(6):
         raise CannotTell("experts of unknown width, or without scales")
-    x, inter = op.axes(0), op.dim(inter_size * 8 // bits[1])
-    rows = fused_rows(op, op.axes(2)[1], inter)
+    x, inter = op.axes(0, least=2), op.dim(inter_size * 8 // bits[1])
+    rows = fused_rows(op, op.axis_of(2, 1), inter)
     projections = [(2, 3, 4, 11, rows, x[-1], bits[0]), (5, 6, 7, 12, x[-1], inter, bits[1])]
     if op.has(8):
         projections.append((8, 9, 10, 13, inter, x[-1], bits[2]))
-    op.unify(op.axes(2)[1], rows)
-    experts = relate_experts(op, inter, [slot for each in projections for slot in each[:4]], op.axes(5)[0])
+    op.unify(op.axis_of(2, 1), rows)
+    experts = relate_experts(op, inter, [slot for each in projections for slot in each[:4]], op.axis_of(5, 0))
     for codes, scales, bias, zeros, out, summed, width in projections:
         _relate_experts_codes(op, codes, scales, zeros, (experts, out), summed, width)
         if op.has(bias):
-            op.unify(op.axes(bias)[1], out)
+            op.unify(op.axis_of(bias, 1), out)
     if op.has(14):
-        for one, other in zip(op.axes(14), op.axes(1), strict=True):
-            op.unify(one, other)
+        op.unify_axes(op.axes(14), op.axes(1))
     op.out(x)
 
 
@@ -261,12 +256,12 @@ def _relate_experts_codes(
     op: Op, codes: int, scales: int, zeros: int, rows: tuple[Term, Term], summed: Term, bits: int
 ) -> None:
     """Codes[e, row, byte], scales[e, row] or [e, row, block] and zero points of one projection."""
-    _, row, packed = op.axes(codes)
+    _, row, packed = op.axes(codes, rank=3)
     op.unify(row, rows[1])
-    op.unify(op.axes(scales)[1], row)
+    op.unify(op.axis_of(scales, 1), row)
     size = op.integer("block_size", 0)
     if size:
-        blocks = op.axes(scales)[2]
+        blocks = op.axis_of(scales, 2)
         blocks_of(op, summed, blocks, size)
         blocks_of(op, packed, blocks, size * bits // 8)
         relate_packed_zeros(op, zeros, rows, blocks, bits)
