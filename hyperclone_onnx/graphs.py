@@ -1,4 +1,4 @@
-"""The few questions about an `onnx_ir` graph that several packages ask."""
+"""Questions about an `onnx_ir` graph that several packages ask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOVES_OR_CASTS = MOVES_ELEMENTS | {"Cast"}
 
 
 def canonical_domain(domain: str) -> str:
-    """A domain in the one spelling that is used here.
+    """The spelling of a domain that we use everywhere.
 
     >>> canonical_domain("ai.onnx"), canonical_domain("com.microsoft")
     ('', 'com.microsoft')
@@ -30,7 +30,7 @@ def canonical_domain(domain: str) -> str:
 
 
 def opset_of(graph: ir.Graph, domain: str = DEFAULT_DOMAIN) -> int:
-    """The version of a domain that a graph imports; 1 where it imports none."""
+    """The version of a domain that a graph imports, 1 where it does not import the domain."""
     return graph.opset_imports.get(domain, 1)
 
 
@@ -50,12 +50,12 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def is_initializer(value: ir.Value) -> bool:
-    """Whether the value is stored in the model rather than computed or fed."""
+    """Whether a value is stored in the model. Other values are inputs, or are computed."""
     return value.const_value is not None and value.producer() is None
 
 
 def describe(node: ir.Node) -> str:
-    """How a node is named in messages: ``MatMul '/layer.0/q_proj'``."""
+    """The name of a node in messages: ``MatMul '/layer.0/q_proj'``."""
     domain = f"{node.domain}." if node.domain else ""
     return f"{domain}{node.op_type} {node.name!r}" if node.name else f"{domain}{node.op_type}"
 
@@ -122,7 +122,7 @@ def captured_values(node: ir.Node) -> Iterator[ir.Value]:
     """The values of enclosing graphs that a node's subgraphs read."""
     for body in bodies_of(node):
         inner = list(body.all_nodes())
-        own = {output for each in inner for output in each.outputs} | set(body.inputs)
-        for each in inner:
-            yield from (v for v in each.inputs if v is not None and v not in own)
-        yield from (v for v in body.outputs if v is not None and v not in own)
+        own = {output for inner_node in inner for output in inner_node.outputs} | set(body.inputs)
+        for inner_node in inner:
+            yield from (value for value in inner_node.inputs if value is not None and value not in own)
+        yield from (value for value in body.outputs if value is not None and value not in own)

@@ -1,5 +1,5 @@
-"""Sizes, dimensions and their arithmetic.
+"""Computes with sizes and dimensions.
 
-In: lengths and descriptions of axes. Out: one description for each axis, and the reason why a dimension keeps its size.
-Nothing here knows ONNX.
+In: the sizes of axes, and which axes are equal. Out: a description of every axis, and for each dimension that keeps its
+size the reason. Nothing here knows ONNX.
 """

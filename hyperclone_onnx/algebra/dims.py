@@ -1,11 +1,12 @@
-"""The algebra of dimensions: what an axis is made of, and how two descriptions of one axis are unified.
+"""Describes axes and unifies two descriptions of one axis.
 
-Every axis of every value is a `Term`: an atomic `Dim`, a `Product` of factors (outermost first, as numpy's
-row-major order composes them) or a `Concat` of segments side by side. Nothing here knows ONNX.
+The description of an axis is a `Term`: an atomic `Dim`, a `Product` of factors (outermost first, in numpy's row-major
+order) or a `Concat` of segments side by side.
 
-Relating two axes is unification with refinement. A `Dim` is a union-find cell: it is bound once, to another
-term of its size. Where two descriptions do not line up, every atom in them is *pinned*: it keeps its size, and
-the reason and the place are kept with it. A pinned dimension is always safe.
+A `Dim` is a union-find cell. When two axes turn out to be equal, one description is *bound* to the other: a `Dim` to
+any term of its size, factor to factor, segment to segment. A `Dim` of 768 that is equal to 12 x 64 is split into these
+two factors. Descriptions that do not fit each other are *pinned*: all their atoms keep their size, and we remember the
+reason and the place. It is always safe to pin a dimension.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from hyperclone_onnx.algebra.sizes import Size
 
 @dataclass(frozen=True)
 class Pin:
-    """Why a dimension keeps its size: the reason, the place (a node) and the dimension it began at.
+    """The reason why a dimension keeps its size.
 
-    `gap` tells what could not be described from what an operator or the interface fixes by its nature.
+    Attributes:
+        reason: the reason, as a part of a sentence.
+        place: the node at which we learnt it.
+        origin: the number of the dimension that was pinned first. Others follow from it by unification.
+        gap: whether our rules cannot describe this case. False where the operator or the model's interface fixes the
+            size.
     """
 
     reason: str
@@ -35,7 +41,7 @@ class Pin:
 
 @dataclass(eq=False)
 class Dim:
-    """One atomic dimension of `size`; bound when it turned out to be another term."""
+    """An atomic dimension. `binding` is the term that it turned out to be equal to, None until then."""
 
     uid: int
     size: Size
@@ -44,7 +50,7 @@ class Dim:
 
     @property
     def growable(self) -> bool:
-        """Whether nothing forbids this dimension to grow: its size is static and it is not pinned."""
+        """Whether this dimension may grow: its size is known, and it is not pinned."""
         return self.pin is None and self.size.static is not None
 
     def __str__(self) -> str:
@@ -53,7 +59,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Product:
-    """A composite axis, outermost factor first: ``(heads head_dim)``. The empty product is an axis of size 1."""
+    """An axis that is a product, outermost factor first: ``(heads head_dim)``. The empty product has size 1."""
 
     factors: tuple[Term, ...]
 
@@ -76,14 +82,17 @@ ONE = Product(())
 
 
 def product(*factors: Term) -> Term:
-    """The product of `factors`, which is the factor itself when there is only one."""
+    """The product of `factors`. The product of one factor is that factor."""
     return factors[0] if len(factors) == 1 else Product(factors)
 
 
 class Space:
-    """The dimensions of one graph: makes them, unifies them, pins them, and remembers why.
+    """The dimensions of one graph.
 
-    `place` is the node under consideration; it labels every edge and every pin made meanwhile.
+    Attributes:
+        place: the node that is being related. New pins and new relations are labelled with it.
+        dims: all dimensions, by number.
+        symbols: the sizes that are known to be equal to a symbol.
     """
 
     def __init__(self) -> None:
@@ -98,22 +107,26 @@ class Space:
     # -- making and reading terms -------------------------------------------------------------------------
 
     def dim(self, size: int | Size) -> Term:
-        """A new dimension of `size`; an axis of size 1 is the empty product, which cannot grow."""
+        """A new dimension. An axis of size 1 is the empty product, because it cannot grow.
+
+        Raises:
+            ValueError: the size is negative.
+        """
         length = Size.of(size)
         if length.static == 1:
             return ONE
         if length.static_or(0) < 0:
             raise ValueError(f"an axis of size {length}")
-        made = Dim(len(self.dims), length)
-        self.dims.append(made)
-        return made
+        dim = Dim(len(self.dims), length)
+        self.dims.append(dim)
+        return dim
 
     def unknown(self) -> Term:
         """A new dimension whose size is a symbol of its own."""
         return self.dim(Size.symbol(f"?{len(self.dims)}"))
 
     def resolve(self, term: Term) -> Term:
-        """`term` in normal form: bindings followed, nested products and concatenations flattened."""
+        """The normal form of a term: all bindings followed, nested products and nested concatenations flattened."""
         if isinstance(term, Dim):
             return self._resolve_bound(term)
         if isinstance(term, Product):
@@ -127,24 +140,27 @@ class Space:
         return segments[0] if len(segments) == 1 else Concat(tuple(segments))
 
     def _resolve_bound(self, dim: Dim) -> Term:
-        """Follow the bindings of a dimension and shorten them; not by recursion, for each layer adds one."""
+        """The normal form of a dimension. It becomes the binding of all dimensions on the way, so that ways stay short.
+
+        We follow the bindings in a loop: each layer of a model adds one, which is too many for a recursion.
+        """
         passed: list[Dim] = []
         end: Term = dim
         while isinstance(end, Dim) and end.binding is not None:
             passed.append(end)
             end = end.binding
         resolved = end if isinstance(end, Dim) else self.resolve(end)
-        for each in passed:
-            each.binding = resolved
+        for bound in passed:
+            bound.binding = resolved
         return resolved
 
     def factors(self, term: Term) -> tuple[Term, ...]:
-        """The factors of the resolved term, outermost first; none for an axis of size 1."""
+        """The factors of a term's normal form, outermost first. An axis of size 1 has none."""
         resolved = self.resolve(term)
         return resolved.factors if isinstance(resolved, Product) else (resolved,)
 
     def atoms(self, term: Term) -> Iterator[Dim]:
-        """Every unbound dimension inside `term`, with repetition, in order."""
+        """The dimensions that a term's normal form consists of, in order. One dimension may come several times."""
         resolved = self.resolve(term)
         if isinstance(resolved, Dim):
             yield resolved
@@ -153,7 +169,7 @@ class Space:
                 yield from self.atoms(part)
 
     def size(self, term: Term) -> Size:
-        """The length of the axis."""
+        """The size of an axis."""
         while isinstance(term, Dim) and term.binding is not None:
             term = term.binding
         if isinstance(term, Dim):
@@ -169,25 +185,26 @@ class Space:
         return total
 
     def static(self, term: Term) -> int | None:
-        """The length of the axis as an integer, or None when it is symbolic."""
+        """The size of an axis as an integer, None when it is symbolic."""
         return self.size(term).static
 
     # -- pinning and explaining ---------------------------------------------------------------------------
 
     def pin(self, term: Term, reason: str, gap: bool = False) -> None:
-        """Forbid every atom of `term` to grow. The first reason given stays."""
+        """Forbid the dimensions of a term to grow. The first reason of a dimension stays."""
         for atom in self.atoms(term):
             if atom.pin is None:
                 atom.pin = Pin(reason, self.place, atom.uid, gap)
 
     def _link(self, one: Dim, others: Iterable[Dim]) -> None:
+        """Remember that dimensions were related at the present place."""
         for other in others:
             self._links += 1
             self._edges.setdefault(one.uid, []).append((other.uid, self.place))
             self._edges.setdefault(other.uid, []).append((one.uid, self.place))
 
     def chain(self, start: int, end: int) -> list[str]:
-        """The places that lead from dimension `start` to dimension `end`, shortest way, without repeats."""
+        """The places on a shortest way from dimension `start` to dimension `end`, no place twice in a row."""
         came = self._ways(start)
         if end not in came:
             return []
@@ -199,7 +216,7 @@ class Space:
         return places[::-1]
 
     def first_related(self, uid: int) -> int:
-        """The first of the dimensions that were ever related to `uid`."""
+        """The smallest number among the dimensions that are related to dimension `uid`."""
         if self._firsts[0] != self._links:
             self._firsts = (self._links, {})
         firsts = self._firsts[1]
@@ -209,9 +226,9 @@ class Space:
         return firsts[uid]
 
     def _ways(self, start: int) -> dict[int, tuple[int, str]]:
-        """For each dimension related to `start`, the one before it on a shortest way there, and the place.
+        """For each dimension that is related to `start`: the dimension before it on a shortest way, and the place.
 
-        The last answer is kept: what is pinned by one node asks from the same start, a thousand times in a large graph.
+        We keep the last answer: where one node pinned a thousand dimensions, the start is the same for all of them.
         """
         if self._last[:2] != (start, self._links):
             came: dict[int, tuple[int, str]] = {start: (start, "")}
@@ -228,9 +245,9 @@ class Space:
     # -- unification --------------------------------------------------------------------------------------
 
     def unify(self, left: Term, right: Term) -> None:
-        """Make two descriptions of the same axis one, refining or pinning as needed.
+        """State that two terms describe one axis. Where the descriptions do not fit each other, they are pinned.
 
-        The two must be known to be equal: where broadcasting may stretch one of them, that is not known.
+        The two axes must be equal for certain. Where broadcasting may stretch one of them, they are not.
         """
         a, b = self.resolve(left), self.resolve(right)
         if a == b:
@@ -253,7 +270,7 @@ class Space:
             self._align((a,), b.segments)
 
     def _equate(self, a: Size, b: Size) -> bool:
-        """Learn that two unequal-looking sizes are one; False when they cannot be."""
+        """Learn that two sizes are equal. Returns False when they cannot be."""
         if a.static is not None and b.static is not None:
             return False
         for name, other in ((a.lone_symbol, b), (b.lone_symbol, a)):
@@ -281,16 +298,16 @@ class Space:
         self._link(dim, atoms)
 
     def _split(self, term: Term, outer: Size, inner: Size) -> tuple[Term, Term]:
-        """Split an axis into (outer inner), both new."""
+        """Two new dimensions, (outer inner), that an axis consists of."""
         parts = self.dim(outer), self.dim(inner)
         self.unify(term, Product(parts))
         return parts
 
     def match(self, left: Sequence[Term], right: Sequence[Term]) -> None:
-        """Unify two factorisations of one index space, both outermost first.
+        """State that two lists of factors, both outermost first, describe one index space.
 
-        Equal sizes are matched from the left and then from the right; where one factor is a multiple of the
-        other it splits (768 against 12 64). What is left and fits nowhere (4 9 against 6 6) is pinned.
+        We match factors of equal size from the left, then from the right. A factor that is a multiple of its
+        counterpart is split (768 against 12 64). Factors that remain and fit nowhere (4 9 against 6 6) are pinned.
         """
         a, b = deque(left), deque(right)
         while self._flatten_ends(a) and self._flatten_ends(b):
@@ -299,6 +316,7 @@ class Space:
         self._match_rest(list(a), list(b))
 
     def _flatten_ends(self, side: deque[Term]) -> bool:
+        """Replace the first and the last term by their factors. Returns whether any term is left."""
         for end in (0, -1):
             while side:
                 factors = self.factors(side[end])
@@ -310,6 +328,7 @@ class Space:
         return bool(side)
 
     def _match_end(self, a: deque[Term], b: deque[Term], end: int) -> bool:
+        """Unify the two terms at one end (0 or -1), or split the larger one. False where neither is possible."""
         one, other = a[end], b[end]
         size_one, size_other = self.size(one), self.size(other)
         if size_one == size_other:
@@ -323,7 +342,7 @@ class Space:
             rest = size.divided_by(small_size)
             if rest is None or (size.static is not None and not 1 < rest.static_or(0) < size.static):
                 continue
-            if min(rest.static_or(2), small_size.static_or(2)) < 2:  # a size of 0, or no size: nothing would be cut off
+            if min(rest.static_or(2), small_size.static_or(2)) < 2:  # with a factor of 0 or 1 nothing would be split
                 continue
             outer, inner = (small_size, rest) if end == 0 else (rest, small_size)
             parts = self._split(big, outer, inner)
@@ -334,6 +353,7 @@ class Space:
         return False
 
     def _match_rest(self, a: list[Term], b: list[Term]) -> None:
+        """Unify what neither end could match: one dimension with a product, or pin it all."""
         if not a and not b:
             return
         for lone, others in ((a, b), (b, a)):
@@ -344,7 +364,7 @@ class Space:
             self.pin(term, "factors that do not divide each other", gap=True)
 
     def _align(self, left: Sequence[Term], right: Sequence[Term]) -> None:
-        """Unify two runs of segments: cut both at the union of their boundaries."""
+        """State that two lists of segments describe one axis: both are cut at all boundaries of either."""
         a, b = deque(left), deque(right)
         while a and b:
             one, other = a[0], b[0]
@@ -365,9 +385,9 @@ class Space:
             self.pin(term, "segments whose boundaries do not line up", gap=True)
 
     def cut(self, term: Term, at: int) -> tuple[Term, Term] | None:
-        """Cut an axis into its first `at` indices and the rest; None when no such cut can be described.
+        """Cut an axis into its first `at` indices and the rest. None when that cut cannot be described.
 
-        A cut through a product falls on its outermost factor, when the inner ones divide it.
+        A cut through a product is a cut through its outermost factor, where the size of the inner ones divides `at`.
         """
         resolved = self.resolve(term)
         total = self.static(resolved)
@@ -404,7 +424,7 @@ class Space:
         return Concat(tuple(before)), Concat(tuple(rest))
 
     def segments(self, term: Term, sizes: Sequence[int]) -> list[Term] | None:
-        """Cut an axis into segments of the given sizes; None when one of the cuts cannot be described."""
+        """Cut an axis into segments of the given sizes. None when one of the cuts cannot be described."""
         parts: list[Term] = []
         rest = term
         for size in sizes[:-1]:

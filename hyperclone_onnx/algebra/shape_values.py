@@ -1,11 +1,11 @@
-"""What is known of small integer tensors before the model runs: shapes, indices, axis lists.
+"""The elements of small integer tensors, such as shapes, indices and lists of axes, before the model runs.
 
-Exporters compute shapes at run time from `Shape`, `Gather`, `Concat` and arithmetic. Each element of such a
-tensor is followed here as an exact `Size`, or None when it is unknown. All elements speak of the *source*
-model's sizes, in the grown graph too (see `docs/design.md`, "Sizes stay the source's").
+Exporters compute shapes at run time from `Shape`, `Gather`, `Concat` and arithmetic. We compute each element of such a
+tensor as an exact `Size`, or None where it is unknown. The elements are sizes of the *source* model, in the grown graph
+too (see `docs/design.md`, "Sizes stay the source's").
 
-What no polynomial expresses (a rounded quotient, a maximum) is a symbol named by its expression, so that two
-ways to compute one size are seen to be one.
+A rounded quotient or a maximum is no polynomial. It becomes a symbol that is named by its expression, so that two equal
+computations give one symbol.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import numpy.typing as npt
 from hyperclone_onnx.algebra.sizes import FRACTION, Size, function
 
 Known = npt.NDArray[np.object_]
-"""An array of `Size | None` with the tensor's own shape."""
+"""An array of `Size | None` with the shape of the tensor."""
 
 LIMIT = 1024
-"""Tensors with more elements than this are data, not shapes."""
+"""The most elements that we follow. Larger tensors are data, not shapes."""
 
 Element = Size | None
 
 
 def truncated(elements: Known) -> Known | None:
-    """The elements of a conversion to integers: a fraction is rounded towards zero."""
+    """The elements after a conversion to integers, which rounds fractions towards zero."""
     return _mapped(lambda item: None if item is None else UNARY["Floor"](item), elements)
 
 
 def known(values: Any) -> Known:
-    """An array of known elements from integers, booleans, Sizes and Nones (any nesting numpy accepts)."""
+    """The known elements of nested lists, or of an array, of integers, booleans, sizes and Nones."""
     array = np.asarray(values, dtype=object)
     flat = [item if item is None else Size.of(_integer(item)) for item in array.ravel()]
     result = np.empty(len(flat), dtype=object)
@@ -49,7 +49,7 @@ def _integer(item: Any) -> int | Size:
 
 
 def static_values(elements: Known | None) -> list[int] | None:
-    """The elements as integers in row-major order, or None unless every one of them is static."""
+    """The elements as integers in row-major order. None where one of them is not known."""
     if elements is None:
         return None
     values = [None if item is None else item.static for item in elements.ravel()]
@@ -57,7 +57,7 @@ def static_values(elements: Known | None) -> list[int] | None:
 
 
 def _sign(size: Size) -> int | None:
-    """The sign of a polynomial whose symbols are lengths (at least 0): 1 and -1 mean strictly so."""
+    """The sign of a size whose symbols are at least 0: 1, 0 or -1. None where the symbols decide."""
     if size.static is not None:
         return int(np.sign(size.static))
     constant = dict(size.terms).get((), 0)
@@ -92,7 +92,7 @@ def _divide(a: Size, b: Size) -> Element:
 
 
 def floor_of(a: Size, b: int | Size) -> Element:
-    """The quotient of two lengths, rounded down; None where one of them may be negative, or is a fraction."""
+    """The quotient, rounded down. None where an operand may be negative or a fraction."""
     divisor = Size.of(b)
     exact = a.divided_by(divisor)
     if exact is not None:
@@ -103,7 +103,7 @@ def floor_of(a: Size, b: int | Size) -> Element:
 
 
 def ceil_of(a: Size, b: int | Size) -> Element:
-    """The quotient of two lengths, rounded up; None where one of them may be negative, or is a fraction."""
+    """The quotient, rounded up. None where an operand may be negative or a fraction."""
     divisor = Size.of(b)
     if a.static is not None and divisor.static:
         return Size.of(-(-a.static // divisor.static))
@@ -118,7 +118,7 @@ def _are_whole_lengths(*sizes: Size) -> bool:
 
 
 def _quotient(a: Size, b: Size) -> Element:
-    """The quotient in floating point; what is not whole is kept for the rounding that follows."""
+    """The quotient in floating point. One that is no integer becomes a symbol, for the rounding that may follow."""
     exact = a.divided_by(b)
     if exact is not None or b == Size.of(0) or not _are_whole_lengths(a, b):
         return exact
@@ -126,6 +126,8 @@ def _quotient(a: Size, b: Size) -> Element:
 
 
 def _rounded(name: str, rounding: Callable[[Fraction], int]) -> Callable[[Size], Element]:
+    """The function that rounds a size; `name` is that of the symbol for what cannot be computed yet."""
+
     def rounded(size: Size) -> Element:
         if size.is_whole:
             return size
@@ -198,13 +200,13 @@ UNARY: dict[str, Callable[[Size], Element]] = {
 
 
 def unary(op_type: str, operand: Known) -> Known | None:
-    """The elements of a unary operator's output."""
+    """The elements of the output of a unary operator."""
     function = UNARY[op_type]
     return _mapped(lambda item: None if item is None else function(item), operand)
 
 
 def binary(op_type: str, left: Known, right: Known, integer: bool = True) -> Known | None:
-    """The elements of a broadcasting binary operator's output; division truncates only for integer types."""
+    """The elements of the output of a broadcasting binary operator. Only a division of integers truncates."""
     function = BINARY[op_type] if integer or op_type != "Div" else _quotient
     return _mapped(lambda a, b: None if a is None or b is None else function(a, b), left, right)
 
@@ -215,11 +217,11 @@ FOLDS: dict[str, tuple[str, int | None]] = {
     "ReduceMax": ("Max", None),
     "ReduceMin": ("Min", None),
 }
-"""What takes the elements along axes together: by which operator, and what it makes of none."""
+"""For each reduction: the binary operator that combines two elements, and the result for no elements."""
 
 
 def folded(op_type: str, elements: Known, axes: Collection[int]) -> Known | None:
-    """The elements of a reduction, the reduced axes being gone; None where nothing is known."""
+    """The elements of a reduction without the reduced axes. None where nothing is known."""
     name, empty = FOLDS[op_type]
     moved = np.moveaxis(elements, sorted(axes), range(len(axes)))
     kept = moved.shape[len(axes) :]
@@ -231,7 +233,7 @@ def folded(op_type: str, elements: Known, axes: Collection[int]) -> Known | None
 
 
 def accumulated(elements: Known, axis: int, exclusive: bool, reverse: bool) -> Known:
-    """The elements of a CumSum along an axis."""
+    """The elements of the output of a CumSum along an axis."""
     moved = np.moveaxis(elements, axis, 0)[:: -1 if reverse else 1]
     rows = moved.reshape(len(moved), math.prod(moved.shape[1:]))
     sums, total = np.empty_like(rows), known(np.zeros(rows.shape[1:], dtype=int))
@@ -242,15 +244,15 @@ def accumulated(elements: Known, axis: int, exclusive: bool, reverse: bool) -> K
 
 
 def _combined(name: str, left: Known, right: Known) -> Known:
-    """A binary operator on vectors of one length."""
+    """The elements of a binary operator on two vectors of one length."""
     function = BINARY[name]
     both = _mapped(lambda a, b: None if a is None or b is None else function(a, b), left, right)
-    assert both is not None, "they are no larger than what they are a part of"
+    assert both is not None, "both vectors are parts of a tensor that is small enough"
     return both
 
 
 def where(condition: Known, left: Known, right: Known) -> Known | None:
-    """The elements of ``Where``: an unknown condition still tells when both sides agree."""
+    """The elements of the output of a ``Where``. Where the condition is unknown, both sides must be equal."""
 
     def choose(test: Element, a: Element, b: Element) -> Element:
         if test is None or test.static is None:
@@ -261,7 +263,11 @@ def where(condition: Known, left: Known, right: Known) -> Known | None:
 
 
 def span(first: int, last: int, step: int) -> tuple[int, Known | None]:
-    """The length of a range, and its elements as long as they are few enough to be followed."""
+    """The length of a range, and its elements where they are few enough.
+
+    Raises:
+        ValueError: the step is 0.
+    """
     if step == 0:
         raise ValueError("a step of 0")
     values = range(first, last, step)
@@ -281,11 +287,14 @@ def _mapped(function: Callable[..., Element], *operands: Known) -> Known | None:
 
 
 MOST_TERMS, LONGEST, LARGEST = 64, 4096, 2**63 - 1
-"""The terms of a size, the letters of its symbols, and its coefficients: what is beyond is no length of an axis."""
+"""The most terms of a size, the most letters of its symbols, and its largest coefficient.
+
+No axis has a size beyond these.
+"""
 
 
 def _bounded(item: Element) -> Element:
-    """An element as long as it is one that a shape can have: no product of products grows without end."""
+    """The element, or None where no shape can have it. Otherwise products of products would grow without end."""
     if not isinstance(item, Size):
         return item
     within = len(item.terms) <= MOST_TERMS and all(

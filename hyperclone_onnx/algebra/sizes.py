@@ -1,19 +1,19 @@
-"""Axis lengths as exact polynomials over symbols: ``batch``, ``12*batch``, ``past + sequence``."""
+"""The sizes of axes: polynomials over symbols, such as ``batch``, ``12*batch`` and ``past + sequence``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 Monomial = tuple[str, ...]
-"""Symbol names with repetition, sorted: ``("batch", "sequence")`` is batch * sequence; ``()`` is 1."""
+"""A product of symbols, sorted, with repetition: ``("batch", "sequence")`` is batch * sequence, ``()`` is 1."""
 
 
 FRACTION = "="
-"""The first character of a symbol that stands for a quotient, not for an integer."""
+"""The first character of a symbol that stands for a quotient, which need not be an integer."""
 
 
 def function(name: str, *operands: Size) -> Size:
-    """The symbol for a function of sizes that no polynomial is; equal functions of equal sizes are equal.
+    """The symbol for a function that is no polynomial. Equal functions of equal sizes are one symbol.
 
     >>> function("floor", Size.symbol("width"), Size.of(2)) == function("floor", Size.symbol("width"), Size.of(2))
     True
@@ -23,7 +23,7 @@ def function(name: str, *operands: Size) -> Size:
 
 @dataclass(frozen=True)
 class Size:
-    """A polynomial with integer coefficients; immutable, hashable, compared exactly.
+    """A polynomial with integer coefficients. It is immutable, can be hashed, and is compared exactly.
 
     >>> str(Size.of(12) * Size.symbol("batch") + 1)
     '12*batch + 1'
@@ -35,23 +35,23 @@ class Size:
 
     @staticmethod
     def of(value: int | Size) -> Size:
-        """The constant polynomial `value` (a Size passes through)."""
+        """A constant as a size. A size is returned as it is."""
         if isinstance(value, Size):
             return value
         return Size((((), int(value)),)) if value else Size(())
 
     @staticmethod
     def symbol(name: str) -> Size:
-        """The polynomial that is one symbol."""
+        """The size that is one symbol."""
         return Size((((name,), 1),))
 
     @staticmethod
-    def _collect(terms: dict[Monomial, int]) -> Size:
+    def _from(terms: dict[Monomial, int]) -> Size:
         return Size(tuple(sorted((m, c) for m, c in terms.items() if c)))
 
     @property
     def static(self) -> int | None:
-        """The integer this size is, or None when it depends on a symbol."""
+        """This size as an integer, None when it depends on a symbol."""
         if not self.terms:
             return 0
         if len(self.terms) == 1 and self.terms[0][0] == ():
@@ -59,13 +59,13 @@ class Size:
         return None
 
     def static_or(self, default: int) -> int:
-        """The integer this size is, or `default` when it is symbolic."""
+        """This size as an integer, `default` when it depends on a symbol."""
         value = self.static
         return default if value is None else value
 
     @property
     def lone_symbol(self) -> str | None:
-        """The symbol this size is, when it is exactly one."""
+        """The name of the symbol, where this size is one symbol and nothing else."""
         if len(self.terms) == 1:
             monomial, coefficient = self.terms[0]
             if coefficient == 1 and len(monomial) == 1:
@@ -74,25 +74,25 @@ class Size:
 
     @property
     def is_length(self) -> bool:
-        """Whether this can be the length of an axis: symbols stand for lengths, and none is subtracted."""
+        """Whether this size is 0 or more for certain: symbols stand for sizes of axes, and none is subtracted."""
         symbolic = [coefficient for monomial, coefficient in self.terms if monomial]
         return all(c > 0 for c in symbolic) if symbolic else self.static_or(0) >= 0
 
     @property
     def is_whole(self) -> bool:
-        """Whether this is an integer for certain: no symbol stands for a quotient that has a remainder."""
+        """Whether this size is an integer for certain: none of its symbols stands for a quotient."""
         return not any(name.startswith(FRACTION) for name in self.symbols)
 
     @property
     def symbols(self) -> frozenset[str]:
-        """Every symbol that occurs."""
+        """The names of all symbols in this size."""
         return frozenset(name for monomial, _ in self.terms for name in monomial)
 
     def __add__(self, other: int | Size) -> Size:
         total = dict(self.terms)
         for monomial, coefficient in Size.of(other).terms:
             total[monomial] = total.get(monomial, 0) + coefficient
-        return Size._collect(total)
+        return Size._from(total)
 
     def __neg__(self) -> Size:
         return Size(tuple((m, -c) for m, c in self.terms))
@@ -106,12 +106,12 @@ class Size:
             for right, b in Size.of(other).terms:
                 monomial = tuple(sorted(left + right))
                 product[monomial] = product.get(monomial, 0) + a * b
-        return Size._collect(product)
+        return Size._from(product)
 
     def divided_by(self, divisor: int | Size) -> Size | None:
-        """The exact quotient, or None when there is none that this class can find.
+        """The exact quotient, None where we find none.
 
-        A polynomial is divided by a single monomial, or by a multiple of itself.
+        The divisor is a single monomial, or a polynomial of which this one is a multiple.
         """
         by = Size.of(divisor)
         if not by.terms:
@@ -134,10 +134,10 @@ class Size:
             if factor % coefficient:
                 return None
             quotient[tuple(rest)] = factor // coefficient
-        return Size._collect(quotient)
+        return Size._from(quotient)
 
     def substituted(self, values: dict[str, Size]) -> Size:
-        """This size with symbols replaced, until none of `values` occurs."""
+        """This size with its symbols replaced by sizes, until no symbol of `values` is left."""
         if self.static is not None:
             return self
         result = self

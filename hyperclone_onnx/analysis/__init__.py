@@ -1,4 +1,4 @@
-"""Finding the dimensions of a model.
+"""Finds the dimensions of a model.
 
-In: a normalised graph. Out: the axes of every value as dimensions, each with a role and a name.
+In: a normalised graph. Out: the dimensions of the axes of all values, and the role and the name of every dimension.
 """

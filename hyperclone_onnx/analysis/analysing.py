@@ -1,4 +1,4 @@
-"""A model and what inference found of it: the first stages, as every command begins."""
+"""Reads a model and finds its dimensions: every command begins with this."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from hyperclone_onnx.transforms.source import source_of
 
 @dataclass(frozen=True)
 class Analysis:
-    """A normalised and transformed source model with its dimensions."""
+    """A source model, normalised and transformed, and its dimensions."""
 
     path: Path
     model: ir.Model
     dimensions: Dimensions
     stamps: Mapping[Path, Stamp]
-    """The files that the model is read from, each with what tells it from another version."""
+    """The files that the model is read from, each with a stamp that tells versions of a file apart."""
     transforms: tuple[TransformStep, ...] = ()
     """The steps that made the model from the file."""
 
     @property
     def files(self) -> frozenset[Path]:
-        """The files that the model is read from, resolved."""
+        """The resolved paths of the files that the model is read from."""
         return frozenset(self.stamps)
 
     @property
     def named(self) -> list[NamedDim]:
-        """Every dimension with its role and name."""
+        """All dimensions, with their roles and names."""
         return name_dimensions(self.dimensions)
 
 
@@ -45,7 +45,7 @@ def analyse(path: str | os.PathLike[str], transforms: Iterable[TransformStep] = 
 
     Raises:
         BadModel: the file is not a readable, complete ONNX model.
-        Refused: its opset is too old.
+        Refused: its opset is too old, or one of its nodes does not fit the specification of its operator.
     """
     source = source_of(path, transforms)
     dimensions = infer(source.model)
@@ -54,11 +54,11 @@ def analyse(path: str | os.PathLike[str], transforms: Iterable[TransformStep] = 
 
 
 def count_parameters(model: ir.Model) -> int:
-    """The number of stored elements that are weights: floating-point ones, and codes of up to 8 bits."""
+    """The number of stored elements that are weights: floating-point numbers, and codes of at most 8 bits."""
     tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     return sum(tensor.size for tensor in tensors if tensor.dtype.is_floating_point() or is_code(tensor.dtype))
 
 
 def is_code(dtype: ir.DataType) -> bool:
-    """Whether a type holds the codes of quantised weights."""
+    """Whether quantised weights are stored in a type: integers of at most 8 bits."""
     return dtype.is_integer() and dtype.bitwidth <= 8

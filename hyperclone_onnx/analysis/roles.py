@@ -1,4 +1,4 @@
-"""Roles and names of dimensions, read off what happens to them in the graph."""
+"""Gives dimensions roles and names, from what happens to them in the graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hyperclone_onnx.rules.dimensions import Dimensions, Fact
 
 @dataclass(frozen=True)
 class NamedDim:
-    """An atomic dimension with the role its uses give it and a name that is unique in the model."""
+    """An atomic dimension, the role that its uses give it, and a name that no other dimension of the model has."""
 
     dim: Dim
     role: str
@@ -24,12 +24,12 @@ class NamedDim:
 
     @property
     def size(self) -> int:
-        """Its size in the source model."""
+        """The size of the dimension in the source model."""
         return self.dim.size.static_or(0)
 
 
 def name_dimensions(dimensions: Dimensions) -> list[NamedDim]:
-    """Give every atomic dimension a role and a name, in order of appearance."""
+    """The role and the name of every atomic dimension, in the order in which the graph shows them."""
     facts = _facts_by_atom(dimensions)
     groups = _head_groups(dimensions, facts)
     by_role: dict[str, list[Dim]] = defaultdict(list)
@@ -46,10 +46,11 @@ def name_dimensions(dimensions: Dimensions) -> list[NamedDim]:
 
 
 def _facts_by_atom(dimensions: Dimensions) -> dict[Dim, frozenset[Fact]]:
-    found: dict[Dim, set[Fact]] = defaultdict(set)
+    """What happens to each dimension, without the facts that would be misleading."""
+    by_atom: dict[Dim, set[Fact]] = defaultdict(set)
     space = dimensions.space
-    # A free axis belongs to a head only where heads that weights make batch the contraction (in a state-space model
-    # none do, in whatever sizes its batch is fixed).
+    # A free axis of a contraction belongs to a head only where the batch axes are heads, which weights make. In a
+    # state-space model they are not, even where the size of its batch is fixed.
     weighted = {
         atom
         for kind in (Fact.CONTRACTED_WITH_WEIGHT, Fact.WEIGHT_OUTPUT)
@@ -65,25 +66,25 @@ def _facts_by_atom(dimensions: Dimensions) -> dict[Dim, frozenset[Fact]]:
         for term, node in sightings:
             if kind is not Fact.VALUE_AXIS or node in headed:
                 for atom in space.atoms(term):
-                    found[atom].add(kind)
-    # A residual stream that meets another one (a similarity of two encoders) is no head either.
+                    by_atom[atom].add(kind)
+    # A residual stream that is contracted with another one (the similarity of two encoders) is no head either.
     inside = {
         atom
         for t, node in dimensions.facts[Fact.CONTRACTED_WITH_ACTIVATION]
         if node in headed
         for atom in space.atoms(t)
     }
-    for atom, kinds in found.items():
+    for atom, kinds in by_atom.items():
         if atom not in inside and {Fact.CONTRACTED_WITH_WEIGHT, Fact.NORMALISED} <= kinds:
             kinds.discard(Fact.CONTRACTED_WITH_ACTIVATION)
-    return {atom: frozenset(kinds) for atom, kinds in found.items()}
+    return {atom: frozenset(kinds) for atom, kinds in by_atom.items()}
 
 
 def _head_groups(dimensions: Dimensions, facts: Mapping[Dim, frozenset[Fact]]) -> set[Dim]:
-    """The head axes along which keys and values are only repeated (grouped-query attention).
+    """The axes of heads along which keys and values are only repeated (grouped-query attention).
 
-    The batch axis of such an attention is (key/value heads, group). An axis that is all repetition is the query
-    heads of a multi-query model: those are heads.
+    The batch axis of such an attention is (key/value heads, group). In a multi-query model the whole batch axis is
+    repeated: it is the axis of the query heads, and no group.
     """
     space = dimensions.space
     repeated = {
@@ -103,10 +104,12 @@ def _head_groups(dimensions: Dimensions, facts: Mapping[Dim, frozenset[Fact]]) -
 
 
 def _is_weighted(facts: frozenset[Fact]) -> bool:
+    """Whether a weight has the axis."""
     return not facts.isdisjoint({Fact.CONTRACTED_WITH_WEIGHT, Fact.WEIGHT_OUTPUT})
 
 
 def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[Dim]) -> str:
+    """The role of a dimension; see "Roles" in docs/design.md."""
     stream = Fact.CONTRACTED_WITH_WEIGHT in facts and not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING})
     if Fact.INDEXED in facts and not stream:
         return "vocab" if atom in vocabulary else "positions"
@@ -128,13 +131,13 @@ def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[D
 
 
 def _is_a_count(facts: frozenset[Fact]) -> bool:
-    """Whether an axis numbers places or choices (a router's experts), so that it is no width of the model's own."""
+    """Whether an axis numbers places, or choices such as the experts of a router. Then it is no width of the model."""
     stream = not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING, Fact.STATE})
     return Fact.SPATIAL in facts or (not stream and not facts.isdisjoint({Fact.SOFTMAX, Fact.CHOSEN}))
 
 
 def _vocabulary(dimensions: Dimensions) -> set[Dim]:
-    """The tables that the graph's integer inputs index directly, or only reshaped or converted."""
+    """The dimensions of the tables that integer inputs of the graph index, perhaps reshaped or converted before."""
     return {
         atom
         for indices, term in dimensions.index_tables
@@ -144,7 +147,7 @@ def _vocabulary(dimensions: Dimensions) -> set[Dim]:
 
 
 def source_input(dimensions: Dimensions, value: ir.Value) -> ir.Value | None:
-    """The graph input whose very elements a value holds, None when it is computed from them."""
+    """The graph input that a value only reshapes or converts. None where the value is computed in another way."""
     while not (value.is_graph_input() and value in dimensions.model.graph.inputs):
         producer = value.producer()
         if producer is None or producer.domain or producer.op_type not in MOVES_OR_CASTS:
@@ -157,7 +160,7 @@ def source_input(dimensions: Dimensions, value: ir.Value) -> ir.Value | None:
 
 
 def explain(dimensions: Dimensions, dim: Dim, longest: int = 6) -> str:
-    """Why a dimension is pinned: the reason, the node, and the chain of nodes that leads there."""
+    """Why a dimension is pinned: the reason, the node, and the chain of nodes that leads to that node."""
     if dim.pin is None:
         return "it is not pinned"
     space = dimensions.space

@@ -1,8 +1,8 @@
-"""From a graph to dimensions: one walk, in which each operator's rule relates the axes of its operands.
+"""Walks a graph once. At each node, the rule of its operator relates the axes of inputs and outputs.
 
-Each use of an initializer has axes of its own: exporters merge equal tensors (all-ones norms, a tied
-embedding), and sharing storage must not tie dimensions together. An operator without a rule, or one whose rule
-cannot tell, pins every axis it touches.
+Each use of an initializer gets its own axes. Exporters store equal tensors once (the gains of new norms, a tied
+embedding), and this must not make their dimensions one. Where an operator has no rule, or its rule cannot relate the
+axes of a node, we pin all axes of the node.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from hyperclone_onnx.rules.op import CannotTell, Op, declared_shape
 
 
 def infer(model: ir.Model) -> Dimensions:
-    """Walk the (normalised) main graph of `model` and find what every axis is made of."""
+    """The dimensions of a normalised model.
+
+    Raises:
+        Refused: a node does not fit the specification of its operator.
+    """
     dimensions = Dimensions(model, Space())
     _read_inputs(dimensions)
     for value in model.graph.initializers.values():
@@ -32,10 +36,10 @@ def infer(model: ir.Model) -> Dimensions:
 
 
 def _unify_measured_uses(dimensions: Dimensions) -> None:
-    """A use of a stored tensor of which only the size is read has the axes of another use.
+    """Give uses of a stored tensor whose results only Shape or Size reads the axes of another use.
 
-    Optimizers leave such nodes behind (a lookup of which Shape alone reads the result); with axes of their own they
-    would need a copy of the tensor that does not grow.
+    Optimizers leave such nodes in graphs, for example a Gather whose result only Shape reads. With their own axes they
+    would need a second copy of the tensor, one that does not grow.
     """
     measured: list[Use] = []
     others: dict[ir.Value, Axes] = {}
@@ -49,12 +53,12 @@ def _unify_measured_uses(dimensions: Dimensions) -> None:
         read = node.inputs[index]
         dimensions.space.place = describe(node)
         if read is not None and read in others:
-            for one, other in zip(dimensions.use_axes[node, index], others[read], strict=True):
-                dimensions.space.unify(one, other)
+            for axis, other in zip(dimensions.use_axes[node, index], others[read], strict=True):
+                dimensions.space.unify(axis, other)
 
 
 def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
-    """Relate the nodes of a graph, or of a subgraph whose outer values are related already."""
+    """Relate the axes of the nodes of a graph, or of a body whose outer values have their axes already."""
     main = dimensions.model.graph
     for node in graph:
         dimensions.space.place = describe(node)
@@ -81,14 +85,15 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
             _pin_node(op, str(problem))
         for value in node.outputs:
             if value not in dimensions.axes:
-                _declare_pinned(op, value, "an output no rule describes")
+                _declare_pinned(op, value, "an output that no rule describes")
 
 
 _STILL_WEIGHTS = MOVES_OR_CASTS | {"DequantizeLinear", "Slice", "Split"}
-"""Operators whose output holds whole weights where their first input does."""
+"""Operators whose output consists of whole weights where their first input does."""
 
 
 def _is_constant(dimensions: Dimensions, node: ir.Node) -> bool:
+    """Whether the outputs of a node do not depend on the inputs of the graph."""
     if not node.inputs or any(True for _ in captured_values(node)):
         return False
     return all(
@@ -100,6 +105,7 @@ def _is_constant(dimensions: Dimensions, node: ir.Node) -> bool:
 
 
 def _read_inputs(dimensions: Dimensions) -> None:
+    """Give the graph's inputs the axes that the file declares. Axes with one symbol are one axis."""
     space = dimensions.space
     named: dict[Size, Term] = {}
     for value in dimensions.model.graph.inputs:
@@ -120,6 +126,7 @@ def _read_inputs(dimensions: Dimensions) -> None:
 
 
 def _read_known(dimensions: Dimensions, value: ir.Value) -> None:
+    """Remember the elements of a small stored tensor of integers."""
     tensor = value.const_value
     if tensor is None or tensor.size > shape_values.LIMIT:
         return
@@ -133,6 +140,7 @@ def _is_whole_number(tensor: ir.TensorProtocol) -> bool:
 
 
 def _read_initializer_uses(dimensions: Dimensions, node: ir.Node) -> None:
+    """Give the stored inputs of a node their axes."""
     for index, value in enumerate(node.inputs):
         if value is not None and is_initializer(value) and value.const_value is not None:
             sizes = value.const_value.shape.numpy()
@@ -140,12 +148,12 @@ def _read_initializer_uses(dimensions: Dimensions, node: ir.Node) -> None:
 
 
 def _pin_node(op: Op, reason: str, gap: bool = True) -> None:
-    """Pin every axis the node touches, captured values of its subgraphs included."""
+    """Pin all axes of the inputs and outputs of a node, and of the outer values that its bodies read."""
     for index, value in enumerate(op.node.inputs):
         axes = op.dimensions.axes_of(op.node, index) if value is not None else None
         elements = op.dimensions.sequences.get(value, ()) if value is not None else ()
-        for each in (axes or (), *elements):
-            op.space.pin(Product(each), reason, gap)
+        for element in (axes or (), *elements):
+            op.space.pin(Product(element), reason, gap)
     for value in captured_values(op.node):
         op.space.pin(Product(op.dimensions.axes.get(value) or ()), reason, gap)
     for output in op.node.outputs:
@@ -153,6 +161,7 @@ def _pin_node(op: Op, reason: str, gap: bool = True) -> None:
 
 
 def _declare_pinned(op: Op, value: ir.Value, reason: str, gap: bool = True) -> None:
+    """Give an output the axes that the file declares, and pin them."""
     shape = declared_shape(value)
     axes = None if shape is None else tuple(op.dim(size) for size in shape)
     if axes is None:
@@ -162,10 +171,11 @@ def _declare_pinned(op: Op, value: ir.Value, reason: str, gap: bool = True) -> N
 
 
 def pin_interface(dimensions: Dimensions) -> None:
-    """Pin what the graph's inputs and outputs fix.
+    """Pin the dimensions that the inputs and outputs of the graph fix.
 
-    A dimension that only ever leaves (class logits: on an output, read by no contraction), an image's own axes
-    (on an input of four or more axes, met by weights only), and an axis mixed with a symbolic size.
+    These are the dimensions of outputs that no contraction reads (the classes of logits), the dimensions of images
+    that are contracted with weights only (an image is an input of at least four axes), and the axes of inputs and
+    outputs whose size is symbolic.
     """
     space = dimensions.space
     weighted = _atoms_with(dimensions, Fact.CONTRACTED_WITH_WEIGHT)
@@ -192,15 +202,15 @@ def pin_interface(dimensions: Dimensions) -> None:
 
 
 def _atoms_with(dimensions: Dimensions, *kinds: Fact) -> set[Dim]:
+    """The dimensions to which one of some things happens."""
     return {atom for kind in kinds for term, _ in dimensions.facts[kind] for atom in dimensions.space.atoms(term)}
 
 
 def atoms_in_order(dimensions: Dimensions) -> list[Dim]:
-    """Every unbound static dimension that lies on an axis of some value, in order of appearance."""
+    """The dimensions of known size of all values, in the order in which the graph shows them."""
     seen: dict[Dim, None] = {}
-    every = [axes for axes in (*dimensions.use_axes.values(), *dimensions.axes.values()) if axes]
-    for axes in every:
-        for axis in axes:
+    for axes in (*dimensions.use_axes.values(), *dimensions.axes.values()):
+        for axis in axes or ():
             for atom in dimensions.space.atoms(axis):
                 if atom.size.static is not None and dimensions.space.static(atom) != 1:
                     seen.setdefault(atom)
