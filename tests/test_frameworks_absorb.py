@@ -1,4 +1,4 @@
-"""Trained weights come back into ONNX, or nothing is written."""
+"""Trained weights return into an ONNX file, or nothing is written."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def as_safetensors(model: Any, folder: Path) -> Path:
 
 
 def as_shards(model: Any, folder: Path) -> Path:
-    """Two files and an index, as Hugging Face's libraries write them."""
+    """Two files and an index, in the form of Hugging Face's libraries."""
     state = model.state_dict()
     files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
     for file in set(files.values()):
@@ -106,7 +106,7 @@ def as_dcp(model: Any, folder: Path) -> Path:
 
 
 def as_dcp_of_a_trainer(model: Any, folder: Path) -> Path:
-    """The model under a level of its own, its optimizer and its progress beside it."""
+    """The model under a level of its own, with its optimizer and its progress beside it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
@@ -120,7 +120,7 @@ def as_dcp_of_a_trainer(model: Any, folder: Path) -> Path:
 
 
 def nested(model: Any) -> dict[str, Any]:
-    """The nested dict that JAX has."""
+    """The nested dict of parameters that JAX users have."""
     jax = pytest.importorskip("jax")
     tree: dict[str, Any] = {}
     for name, each in model.state_dict().items():
@@ -186,7 +186,7 @@ def test_weights_trained_in_float32_go_into_a_half_precision_file(tmp_path: Path
     done = cli("absorb", tmp_path / "half.onnx", file, "-o", tmp_path / "trained.onnx")
     assert done.code == 0 and f"{len(state)} cast float32 -> float16, as PyTorch computes it" in done.stdout
     assert np.array_equal(stored(tmp_path / "trained.onnx")["up.0"], state["up.0"].half().numpy())
-    state["up.0"][0, 0] = 1e6  # more than float16 holds
+    state["up.0"][0, 0] = 1e6  # more than float16 can represent
     done = cli("absorb", tmp_path / "half.onnx", write_safetensors(file, state), "-o", tmp_path / "other.onnx")
     assert done.code == 2 and "'up.0' holds values that are not finite as float16" in done.error
     assert not (tmp_path / "other.onnx").exists()
@@ -239,7 +239,7 @@ def of_shapes(shapes: dict[str, tuple[int, ...]], value: float = 1.0) -> Callabl
 
 
 def cut(name: str, save: Callable[[Any, Path], Path], pattern: str) -> Callable[[Path], Path]:
-    """A checkpoint whose files have lost their ends."""
+    """A checkpoint whose files are cut short."""
 
     def make(folder: Path) -> Path:
         layer = torch.nn.Module()
@@ -270,7 +270,7 @@ def twice(folder: Path) -> Path:
 
 
 def a_hugging_face_folder(folder: Path) -> Path:
-    """As a trainer saves it: nothing says which of its tensors is which initializer."""
+    """A checkpoint as a trainer saves it: it does not say which tensor belongs to which initializer."""
     place = folder / "hf"
     place.mkdir()
     (place / "config.json").write_text("{}")

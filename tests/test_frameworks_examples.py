@@ -1,4 +1,4 @@
-"""The examples run, take up again, learn alike in every framework, and ONNX Runtime computes what they trained."""
+"""The examples run, resume, and learn the same in every framework; ONNX Runtime computes what they trained."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def apart(one: Array, other: Array) -> float:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps of the first example, not interrupted."""
+    """Eight steps of the first example, without an interruption."""
     folder = tmp_path_factory.mktemp("whole")
     run("torch", "--output", folder, "--steps", 8, "--batch", 2, "--length", 24)
     return folder

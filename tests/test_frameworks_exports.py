@@ -1,4 +1,4 @@
-"""`handoff --to`: a folder that the trainer's own loader reads, whole or not there at all."""
+"""`handoff --to` writes a folder that the trainer's own loader can read; it is complete, or not there at all."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_safetensors_in_several_files(big: Path, tmp_path: Path, cli: Command) -
 def test_a_checkpoint_that_is_not_the_models_is_noticed(
     big: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The comparison reads what was written, not what was meant."""
+    """The check compares the written files, not the intended content."""
     from hyperclone_onnx.frameworks.exports import pytorch
 
     honest = pytorch.read_whole

@@ -1,4 +1,4 @@
-"""`handoff --to hf`: a grown checkpoint that transformers loads and that computes what its source computes."""
+"""`handoff --to hf` writes a grown checkpoint that transformers loads, and that computes the same as its source."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def export(model: Any, inputs: tuple[str, ...], output: str, path: Path) -> None:
-    """Export with dynamic lengths, as models/zoo.py does."""
+    """Export with dynamic lengths, like models/zoo.py."""
     from onnx_ir.passes.common import InlinePass
     from onnxscript.optimizer import optimize_ir
 
@@ -79,7 +79,7 @@ def export(model: Any, inputs: tuple[str, ...], output: str, path: Path) -> None
 
 
 def logits(model: Any, inputs: tuple[str, ...], seed: int = 5) -> Array:
-    """What a model computes from random inputs of odd lengths, the end of one sequence masked."""
+    """The outputs of a model for random inputs of odd lengths, where the end of one sequence is masked."""
     torch.manual_seed(seed)
     feeds = {name: zoo.example(name, model.config) for name in inputs}
     if "attention_mask" in feeds:
@@ -89,7 +89,7 @@ def logits(model: Any, inputs: tuple[str, ...], seed: int = 5) -> Array:
 
 
 def loaded(folder: Path) -> Any:
-    """The model, as a user loads it."""
+    """The model, loaded as a user loads it."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     return getattr(transformers, name).from_pretrained(folder)
 
@@ -293,11 +293,11 @@ def test_a_file_that_was_not_grown_is_said(exported: Exported, tmp_path: Path, c
     assert done.code == 2 and "carries no plan" in done.error
 
 
-# -- trained, there and back ------------------------------------------------------------------------------------
+# -- training, and the way back -------------------------------------------------------------------------------
 
 
 def replaced(big: Path, out: Path, arrays: Mapping[str, Callable[[], Array]]) -> Path:
-    """The file with other weights."""
+    """The file, with other weights in it."""
     model = loading.load(big)
     for name, array in arrays.items():
         value = model.graph.initializers[name]
@@ -364,7 +364,7 @@ def test_what_the_file_has_no_place_for_is_not_lost_in_silence(exported: Exporte
         read_trained(tmp_path / "out")
 
 
-# -- that the checks can fail -----------------------------------------------------------------------------------
+# -- the checks can fail --------------------------------------------------------------------------------------
 
 
 def _without_compensation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Layouts, matching and the equations of scales: what the handoff to Hugging Face knows without any framework."""
+"""The parts of the handoff to Hugging Face that need no framework: layouts, matching, and the equations of scales."""
 
 from __future__ import annotations
 

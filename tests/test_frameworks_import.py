@@ -1,4 +1,4 @@
-"""Frameworks are loaded when they are asked for, and missed in words."""
+"""Frameworks are imported when they are used, and a clear message says if one is missing."""
 
 from __future__ import annotations
 

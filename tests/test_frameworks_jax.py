@@ -1,4 +1,4 @@
-"""What people do with a pure function and its parameters, done with a model that came from ONNX."""
+"""A model from ONNX as a pure function with parameters, in typical uses of JAX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`handoff --list` says what is trained and why; structure decides, globs override."""
+"""`handoff --list` says what is trained and why. The structure of the graph decides, and globs override it."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_mask_is_not_trained(tmp_path: Path) -> None:
 
 
 def test_a_divisor_that_growth_put_in_is_no_weight(zoo: Zoo, tmp_path: Path) -> None:
-    """Unequally repeated heads are divided by a vector: an Add or Mul with stored numbers, as a gain is."""
+    """Heads that are repeated unequally are divided by a vector: an Add or Mul with a stored operand, like a gain."""
     from hyperclone_onnx import SourceMap, analyse, expand
     from hyperclone_onnx.frameworks.compiled_model import compile_model
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operators compute what ONNX Runtime computes, in each framework."""
+"""In each framework, ONNX Runtime's own operators compute the same as ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests import node_cases  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 B, S, H, D = 2, 5, 4, 16
-"""Batch, length, heads, size of a head."""
+"""Batch size, sequence length, number of heads, and size of a head."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ ROWS = [
         )
         for last, compared, label in (
             (np.array([4, 4], np.int32), 3, "past"),
-            # Behind the shorter row's end the caches hold whatever was there.
+            # Behind the end of the shorter row, the caches contain arbitrary values.
             (np.array([4, 2], np.int32), 1, "pasts-of-two-lengths"),
         )
     ),
@@ -240,7 +240,7 @@ ROWS = [
 
 
 def model_of(row: Row) -> onnx.ModelProto:
-    """The graph of that one call."""
+    """The graph of this one call."""
     kinds = {np.dtype(np.float32): 1, np.dtype(np.int64): 7, np.dtype(np.int32): 6}
     names = [f"x{i}" if each is not None else "" for i, each in enumerate(row.operands)]
     outputs = [f"y{i}" if wanted else "" for i, wanted in enumerate(row.outputs)]
@@ -281,4 +281,4 @@ def test_same_as_onnx_runtime(row: Row, framework: str) -> None:
 def test_every_operator_has_a_row() -> None:
     assert {row.op_type for row in ROWS} == {
         op_type for domain, op_type in registry.covered() if domain == MICROSOFT
-    } - {"TransposeMatMul"}  # FusedMatMul by its old name
+    } - {"TransposeMatMul"}  # FusedMatMul under its old name

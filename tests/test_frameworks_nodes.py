@@ -1,4 +1,4 @@
-"""Every operator of the table computes what ONNX's own node tests say, in each framework."""
+"""In each framework, every operator of the table passes ONNX's own node tests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests import node_cases  # noqa: E402
 
 OPERATORS = [op_type for domain, op_type in registry.covered() if not domain] + list(CONTROL)
 WITHOUT_CASES = {
-    "Not",  # its own are of opset 1; it occurs in functions that are written out
-    "SimplifiedLayerNormalization",  # ONNX Runtime's own, in the default domain
+    "Not",  # the tests for it have opset 1; it occurs in functions that are written out
+    "SimplifiedLayerNormalization",  # an operator of ONNX Runtime, in the default domain
 }
 
 
@@ -31,7 +31,7 @@ def test_node_cases(op_type: str, framework: str) -> None:
     for case in wanted:
         try:
             node_cases.check(case, framework)
-        except Exception as problem:  # whatever it is, it belongs to this case
+        except Exception as problem:  # whatever the exception is, it belongs to this case
             problems.append(f"{case.name}: {type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
     assert problems == []
     assert wanted or op_type in WITHOUT_CASES, "no case asks this operator"

@@ -1,4 +1,4 @@
-"""The optimizer's state of a grown model is the small one's, grown: gradients, moments, and the steps that follow."""
+"""The grown optimizer state is right for the grown model: gradients, moments, and the steps that follow."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Arrays = dict[str, Array]
 Zoo = Callable[[str], Path]
 
 TOLERANCE = 2e-5
-"""What float32 rounding stays under, as a part of a gradient's largest element."""
+"""The limit for float32 rounding errors, divided by a gradient's largest element."""
 
 VANISHING = 1e-2
-"""A gradient this much smaller than the largest is a sum that cancels: it is compared on the scale of its terms."""
+"""A gradient smaller than this, compared with the largest one, is a cancelling sum: its terms give the scale."""
 
 FAMILIES = [
     family
@@ -67,7 +67,7 @@ def gradients(path: Path, feeds: Mapping[str, Array], weights: Mapping[str, Arra
 
 
 def weights_for(path: Path, feeds: Mapping[str, Array]) -> Arrays:
-    """A loss's weights of each output; rows to which nothing is visible have none."""
+    """The weights of each output in the loss. Rows that can see nothing have none."""
     rng = np.random.default_rng(0)
     with torch.no_grad():
         shapes = {name: tuple(value.shape) for name, value in outputs_of(load(path), feeds).items()}
@@ -80,7 +80,7 @@ def weights_for(path: Path, feeds: Mapping[str, Array]) -> Arrays:
 
 
 def on_interface(plan: Plan, arrays: Mapping[str, Array], divide: bool) -> Arrays:
-    """Arrays of the small model's interface as the grown one has them: repeated, or shared among the repeats."""
+    """Arrays of the small model's interface in the form of the grown one: repeated, or shared among the repeats."""
     found = dict(arrays)
     for each in (*plan.inputs, *plan.outputs):
         for axis, factors in enumerate(each.axes):
@@ -134,7 +134,7 @@ def test_gradients_of_the_grown_model_are_the_grown_gradients(
 
 
 def test_the_parts_of_a_tensor_that_became_several_add_up(zoo: Zoo, tmp_path: Path) -> None:
-    """Each of them is given an equal part: their sum, taken back to the source, is the source's gradient."""
+    """If each repeat gets an equal part, their sum, taken back to the source, is the source's gradient."""
     path, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
     plan = expand(path, big, 2, untie=True, strategy=Strategy("symmetric"), check=False).plan
     small, grown = both_gradients(path, big, plan)
@@ -142,7 +142,7 @@ def test_the_parts_of_a_tensor_that_became_several_add_up(zoo: Zoo, tmp_path: Pa
     parts = ["lm_head.weight", "lm_head.weight.1"]
 
     def sources(arrays: Arrays) -> Array:
-        # One part shares its width between the two repeats: its gradient is the source's, copied; the other's is half.
+        # The repeats share the width of one part: its gradient is a copy of the source's. That of the other is half.
         halves = [arrays[name].reshape(-1, 2, small["lm_head.weight"].shape[1]) for name in parts]
         shares = [0.5 if plan.tensors[name].shared else 1.0 for name in parts]
         return sum(share * half.sum(1) for share, half in zip(shares, halves, strict=True))  # type: ignore[return-value]
@@ -181,7 +181,7 @@ def test_with_other_strategies_it_is_the_mean_over_the_repeats(strategy: Any, zo
         groups = repeats_of(plan, name, source.shape)
         mean = np.bincount(groups.ravel(), want.ravel()) / np.bincount(groups.ravel())
         assert np.abs(mean[groups] - first).max() < TOLERANCE * scale, name
-        # A mean of squares is no less than the square of the mean.
+        # A mean of squares is at least the square of the mean.
         squares = np.bincount(groups.ravel(), want.ravel() ** 2) / np.bincount(groups.ravel())
         assert (squares[groups] - second).min() > -4 * TOLERANCE * scale**2, name
         apart = max(apart, float(np.abs(want - first).max() / scale))
@@ -189,7 +189,7 @@ def test_with_other_strategies_it_is_the_mean_over_the_repeats(strategy: Any, zo
 
 
 def repeats_of(plan: Plan, name: str, shape: tuple[int, ...]) -> Array:
-    """The source element that each element of a grown tensor repeats, by number."""
+    """The number of the source element that each element of a grown tensor repeats."""
     numbers = stored(np.arange(np.prod(shape, dtype=np.int64)).reshape(shape).astype(np.float64))
     moment = GrownMoment(numbers, plan.tensors.get(name), plan.maps, 1)
     moment.scale, moment.counts = 1.0, [np.ones_like(each) for each in moment.counts]
@@ -214,7 +214,7 @@ def test_any_slice_is_that_of_the_whole(zoo: Zoo, tmp_path: Path) -> None:
             assert np.array_equal(moment[windows], whole[windows])
 
 
-# -- going on ---------------------------------------------------------------------------------------------------
+# -- further steps ------------------------------------------------------------------------------------------
 
 
 def matched(model: Any, plan: Plan) -> Any:

@@ -1,4 +1,4 @@
-"""AdamW's state in files: from whatever a trainer left, grown, to what the next trainer reads."""
+"""AdamW's state in files: a trainer's files are read, grown, and written in the form that the next trainer reads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KINDS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Trained:
-    """A small model after some steps, grown; and its optimizer's state as `grow_moments` grows it."""
+    """A small model after some steps, its grown model, and its optimizer state, grown by `grow_moments`."""
 
     small: Path
     big: Path
@@ -61,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def flat(trained: Trained, key: str, initializers: bool = False) -> dict[str, Any]:
-    """The state as a flat dict; `key` says where kind and name go."""
+    """The state as a flat dict; `key` makes a key from kind and name."""
     found = {}
     for name, each in trained.model.named_parameters():
         name = trained.model.initializers[name] if initializers else name
@@ -119,7 +119,7 @@ def as_safetensors_by_initializer(trained: Trained, folder: Path) -> Path:
 
 
 def as_optax(trained: Trained, folder: Path) -> Path:
-    """Adam's moments as optax has them, in an Orbax checkpoint beside the parameters."""
+    """Adam's moments in optax's form, in an Orbax checkpoint beside the parameters."""
     ocp, optax, jax = (pytest.importorskip(name) for name in ("orbax.checkpoint", "optax", "jax"))
     from hyperclone_onnx.frameworks.compiling.naming import nested
 
@@ -174,7 +174,7 @@ def test_torch_loads_it_as_its_own(trained: Trained, tmp_path: Path, cli: Comman
         moments, state = trained.grown[model.initializers[path]], optimizer.state[each]
         assert np.array_equal(state["exp_avg"].numpy(), moments.first.numpy()) and float(state["step"]) == 5
         assert np.array_equal(state["exp_avg_sq"].numpy(), moments.second.numpy())
-    assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"]  # the source's own settings come along
+    assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"]  # the settings of the source are kept
     train(model, optimizer, next(batches(31, 1)))
 
 
@@ -212,7 +212,7 @@ def test_groups_stay_apart(trained: Trained, tmp_path: Path) -> None:
     written = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     assert [group["weight_decay"] for group in written["param_groups"]] == [0.1, 0.0]
     assert set(written["param_groups"][1]["param_names"]) == set(plain)
-    assert len(written["state"]) == len(named) - 1  # what is frozen is in a group, and has no state
+    assert len(written["state"]) == len(named) - 1  # a frozen parameter is in a group, and has no state
 
 
 def test_optax_takes_it(trained: Trained, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_file_that_was_not_grown_has_no_plan(trained: Trained, tmp_path: Path)
 
 
 def test_what_growth_inserted_begins_without_moments(zoo: Zoo, tmp_path: Path) -> None:
-    """Where heads repeat their width unequally a vector of divisors comes in, which is no tensor of the source's."""
+    """Heads with unequally repeated widths need a vector of divisors, which is no tensor of the source."""
     path, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
     maps = {
         each.name: SourceMap(each.size, index=(*range(each.size), 0, 0, 1))

@@ -1,4 +1,4 @@
-"""Loading in parts: each process reads its own shard, from the grown file or from the small one and a plan."""
+"""Loading in shards: each process reads its shard, from the grown file, or from the small file and a plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Zoo = Callable[[str], Path]
 
 
 def grown(zoo: Zoo, family: str, folder: Path) -> tuple[Path, Path, Path]:
-    """(the small file, the plan, the grown file)"""
+    """(small file, plan, grown file)"""
     small = zoo(f"{family}.distinct")
     expand(small, folder / "big.onnx", 2, check=False, plan_out=folder / "plan.json")
     return small, folder / "plan.json", folder / "big.onnx"

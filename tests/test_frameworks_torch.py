@@ -1,4 +1,4 @@
-"""What people do with a torch.nn.Module, done with a model that came from ONNX."""
+"""A model from ONNX as a torch.nn.Module, in typical uses of PyTorch."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_autocast(llama: OnnxModule) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gptj", "bloom", "vit"])
 def test_compile_sees_one_graph(family: str, zoo: Zoo) -> None:
-    """With fullgraph a value that the tracer cannot follow is an error; a second length is no new graph."""
+    """With fullgraph, a value that the tracer cannot follow is an error. A second length makes no new graph."""
     model = load(zoo(f"{family}.distinct"))
     from torch._dynamo import testing
 
@@ -138,7 +138,7 @@ def test_compile_sees_one_graph(family: str, zoo: Zoo) -> None:
         wanted = model(**named)
         assert (got - wanted).abs().max() <= 2e-6 * wanted.abs().max()
         got.sum().backward()
-        assert counter.frame_count == 1  # nor does it start its trace again
+        assert counter.frame_count == 1  # nor does it start a new trace
 
 
 def test_export_with_symbolic_sizes(llama: OnnxModule) -> None:
@@ -195,7 +195,7 @@ def test_names_do_not_depend_on_what_is_trained(zoo: Zoo) -> None:
     names = set(load(path).initializers)
     assert set(load(path, freeze=["*"]).initializers) == names
     assert set(load(path, train=["*"]).initializers) == names | {"model.rotary_emb.inv_freq"}
-    assert set(load(path, train=["val_223"]).initializers) == names | {"val_223"}  # a number, asked for by its name
+    assert set(load(path, train=["val_223"]).initializers) == names | {"val_223"}  # a number, requested by its name
 
 
 def test_names_that_python_cannot_have(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_loop_until_a_condition_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lowest", [-np.inf, float(np.finfo(np.float32).min)], ids=["infinite", "finite"])
 def test_no_gradient_goes_through_scores_that_a_mask_leaves_nothing_of(lowest: float) -> None:
-    """Such a row is 0 where the mask is infinite; else, as in ONNX Runtime, the mean of all values."""
+    """Such a row is 0 if the mask is infinite. Otherwise it is the mean of all values, as in ONNX Runtime."""
     from hyperclone_onnx.frameworks.compiling.namespaces import torch as namespace
 
     operands = [torch.randn(2, 4, 5, 8, requires_grad=True) for _ in range(3)]
@@ -411,7 +411,7 @@ def test_types_are_inferred_quietly(zoo: Zoo, capfd: pytest.CaptureFixture[str],
 
 
 def products(proto: onnx.ModelProto, folder: Path) -> list[str]:
-    """Which operators of ours a model's source calls."""
+    """Our operators that the source text of a model calls."""
     return [name for name in ("Linear", "GroupedAttention") if f"hyperclone_{name}(" in load(saved(proto, folder)).code]
 
 
@@ -451,7 +451,7 @@ GROUPED = """g (float[2, 4, s, 8] q, float[2, 2, t, 8] k, float[2, 2, t, 8] v) =
 def test_groups_of_queries_share_what_is_repeated(
     spread: tuple[int, ...], joined: tuple[int, ...], same: bool, tmp_path: Path
 ) -> None:
-    """In the last case what is joined is not heads: all keys twice, for as many query heads as there are keys'."""
+    """In the last case the joined axes are not heads: all keys occur twice, for as many query heads as keys."""
     text = GROUPED.format() if same else GROUPED.format().replace("[2, 4, s, 8]", "[2, 2, s, 8]")
     proto = build_model(text, {"spread": np.array(spread), "joined": np.array(joined)})
     assert products(proto, tmp_path) == ["GroupedAttention"]

@@ -1,4 +1,4 @@
-"""A handed-over model beside the Hugging Face model that it was exported from: outputs and gradients, also grown."""
+"""A handed-over model agrees with the Hugging Face model it was exported from, also grown: outputs and gradients."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ TABLE = (
     "albert bert bloom convnext falcon_new gemma2 gpt2 gpt_neox gptj llama mamba modernbert opt phi3 qwen3 smollm3 "
     "stablelm vit whisper"
 ).split()
-"""Families of every kind: learned, rotary, relative places and none; norms of all sorts; images, sounds, two towers."""
+"""Families of all kinds: learned, rotary, relative and no positions; several norms; images, sounds, two towers."""
 
 ROUNDING = 1e-5
-"""What float32 stays under, as a part of the largest element."""
+"""The limit for float32 rounding errors, divided by the largest element."""
 
 VANISHING = 1e-2
-"""A gradient this much smaller than the largest is a cancelling sum, compared on the scale of what it is a sum of."""
+"""A gradient smaller than this, compared with the largest one, is a cancelling sum: its terms give the scale."""
 
 
 @pytest.mark.parametrize("family", TABLE)
@@ -74,7 +74,7 @@ def test_gradients_are_the_models_own(family: str, tmp_path: Path) -> None:
 
 
 def gradients(model: Any, given: dict[str, Any], weights: Any, wanted: Any) -> Gradients:
-    """By initializer, of the weighted sum of the first output, which is compared on the way."""
+    """Gradients of the weighted sum of the first output, by initializer. The output is compared too."""
     made = model(**given)
     made = next(iter(made.values())) if isinstance(made, dict) else made
     assert float((made - wanted).detach().abs().max() / wanted.abs().max()) < ROUNDING
@@ -107,20 +107,20 @@ def matched(source: Any, model: Any) -> dict[str, tuple[str, Callable[[Array], A
 
 
 def layouts(array: Array) -> Iterator[tuple[Array, Callable[[Array], Array]]]:
-    """An array as it is and transposed, and how what is laid out like that comes back."""
+    """An array and its transpose, each with the function that reverses the layout."""
     yield array, lambda other: other.reshape(array.shape)
     if array.ndim == 2:
         yield array.T, lambda other: other.reshape(array.T.shape).T
 
 
 def is_moved(array: Array, by: Array) -> bool:
-    """Whether two arrays differ by one number everywhere."""
+    """Whether the elements of two arrays all differ by the same number."""
     apart = array - by
     return bool(np.abs(apart - apart[0]).max() <= 1e-6)
 
 
 def pulled_back(grown: Gradients, plan: Plan, tensors: dict[str, Any]) -> Gradients:
-    """The source's gradients that the grown model's mean: growing is linear, W' = G W, so that dL/dW = G^T dL/dW'."""
+    """The source's gradients from the grown model's. Growth is linear, W' = G W, so that dL/dW = G^T dL/dW'."""
     found: Gradients = {}
     for name, gradient in grown.items():
         recipe = plan.tensors.get(name)

@@ -1,4 +1,4 @@
-"""Every family of the zoo in PyTorch and JAX: outputs as ONNX Runtime's, gradients alike, before and after growth."""
+"""Every family of the zoo in PyTorch and JAX: outputs equal ONNX Runtime's, and gradients agree, also after growth."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ Zoo = Callable[[str], Path]
 FAMILIES = [name.removesuffix(".distinct") for name in zoo_store.names() if name.endswith(".distinct")]
 
 OUTPUTS = 2e-6
-"""What float32 rounding stays under, as a part of the largest output."""
+"""The limit for float32 rounding errors, divided by the largest output."""
 
 GRADIENTS = 1e-5
-"""The same for gradients, of each tensor's largest."""
+"""The same limit for gradients, divided by each tensor's largest element."""
 
 VANISHING = 1e-2
 """A gradient this much smaller than the largest is a sum that cancels (a key's bias moves no softmax): it is compared
 on the scale of those it is made of."""
 
 MORE: dict[str, str] = {
-    "bart": "final_logits_bias",  # a buffer of zeros there, which nothing in a graph tells from a bias
-    "resnet": "*.convolution.weight_bias",  # what the exporter folded of batch statistics
+    "bart": "final_logits_bias",  # a buffer of zeros, which the graph cannot distinguish from a bias
+    "resnet": "*.convolution.weight_bias",  # tensors that the exporter computed from batch statistics
 }
-"""Tensors besides the drawn ones that are trained."""
+"""Trained tensors besides those that the zoo draws."""
 
 TOWERS = ("bart", "whisper")
 """Families with an encoder and a decoder."""
 
 ILL_CONDITIONED: dict[str, set[str]] = {}
-"""Gradients that float32 rounds further: they are compared in float64."""
+"""Gradients with larger rounding errors in float32: they are compared in float64."""
 
 NO_BLOCKS = {
     "albert": "one layer, used again and again",
@@ -66,7 +66,7 @@ NO_BLOCKS = {
     "resnet": "as convnext",
     "smollm3": "every so many layers have no rotary angles",
 }
-"""Families whose layers stay in the one graph."""
+"""Families whose layers remain in one graph."""
 
 
 def relative(got: Array, want: Array, scale: float | None = None) -> float:
@@ -100,7 +100,7 @@ def test_both_frameworks_compute_and_learn_alike(family: str, grown: bool, zoo: 
     assert set(one) == set(other)
     apart = [name for name in one if difference(one, other, name) >= GRADIENTS]
     if apart:
-        # What float32 cannot tell, float64 must: the same graphs, a billion times finer.
+        # Where float32 is not precise enough, the same graphs are compared in float64.
         exact, exact_too = double_gradients(path, feeds, weights)
         for name in exact:
             assert difference(exact, exact_too, name) < GRADIENTS / 1e4, name
@@ -113,12 +113,12 @@ def test_both_frameworks_compute_and_learn_alike(family: str, grown: bool, zoo: 
 
 
 def outputs(made: Any) -> list[Array]:
-    """A model's outputs in the graph's order."""
+    """A model's outputs, in the order of the graph."""
     return [np.asarray(each) for each in (made.values() if isinstance(made, dict) else [made])]
 
 
 def assert_same_outputs(path: Path, feeds: dict[str, Array], name: str, want: Array, *found: Array) -> None:
-    """Each within float32's rounding of ONNX Runtime's; where that is off from float64, at most twice as far off."""
+    """Outputs equal ONNX Runtime's up to float32 rounding, or differ from float64 at most twice as much as those."""
     if all(relative(got, want) < OUTPUTS for got in found):
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,7 @@ def widened(array: Array) -> Array:
 def gradients(
     model: Any, apply: Any, params: Any, feeds: dict[str, Array], weights: list[Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Of the weighted sum of all outputs, with respect to every parameter, in both frameworks."""
+    """Gradients of the weighted sum of all outputs, for every parameter, in both frameworks."""
     made = model(**as_torch(feeds))
     made = list(made.values()) if isinstance(made, dict) else [made]
     sum((each * torch.from_numpy(w)).sum() for each, w in zip(made, weights, strict=True)).backward()
@@ -153,7 +153,7 @@ def gradients(
 def double_gradients(
     path: Path, feeds: dict[str, Array], weights: list[Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The same of the same graph in float64."""
+    """The same gradients, of the same graph in float64."""
     with jax.enable_x64(True):
         model, (apply, params) = in_torch.load(wide(path)), in_jax.load(wide(path))
         feeds = {name: widened(each) for name, each in feeds.items()}
@@ -165,7 +165,7 @@ def wide(path: Path) -> ir.Model:
 
 
 def difference(got: dict[str, Array], want: dict[str, Array], name: str) -> float:
-    """How far a gradient is off, as a part of its largest element (or of what it is a cancelling sum of)."""
+    """The error of a gradient, divided by its largest element, or by the scale of the terms of a cancelling sum."""
     largest = max(float(np.abs(each).max()) for each in want.values())
     return relative(got[name], want[name], max(float(np.abs(want[name]).max()), VANISHING * largest))
 
@@ -188,10 +188,10 @@ def as_torch(feeds: dict[str, Array]) -> dict[str, Any]:
 
 
 def learned(family: str, path: Path, grown: bool) -> set[str]:
-    """The tensors that the zoo draws at random: a model's parameters."""
+    """The tensors that the zoo draws at random: the parameters of a model."""
     names = set(zoo_store.distributions(zoo_store.load(f"{family}.distinct")))
     stored = {tensor.name for tensor in onnx.load(path).graph.initializer}
     names |= {name for name in stored if fnmatchcase(name, MORE.get(family, ""))}
-    if grown:  # a tensor used in several ways may have become several
+    if grown:  # several uses may have made several tensors of one
         return {name for name in stored if name in names or name.rsplit(".", 1)[0] in names}
     return names

@@ -1,4 +1,4 @@
-"""The fuzzers, shortly: `make fuzz` runs them for longer. Each kind of graph that they found wrong has a test here."""
+"""Short runs of the fuzzers (`make fuzz` runs them longer), and a test for each kind of error that they have shown."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_oracle_finds_a_wrong_model(cli: Command, tmp_path: Path) -> None:
 
 
 def test_every_change_changes_something(seeds: tuple[list[Path], list[Path]]) -> None:
-    """Each entry of the table finds something to change in one of the graphs, and what it did is another graph."""
+    """Each mutation of the table changes at least one of the graphs."""
     for change in MUTATIONS:
         changed = False
         for number, seed in enumerate((*seeds[0], *seeds[1], *seeds[0])):
@@ -73,11 +73,11 @@ def test_every_change_changes_something(seeds: tuple[list[Path], list[Path]]) ->
     assert mutate(onnx.load(seeds[0][0]), np.random.default_rng(0))
 
 
-# -- found by fuzzing -------------------------------------------------------------------------------------
+# -- errors that fuzzing has shown ------------------------------------------------------------------------
 
 
 def test_outputs_that_nothing_reads_stay(cli: Command, tmp_path: Path) -> None:
-    """ONNX Runtime's Attention takes a past only where it makes a present, read or not."""
+    """ONNX Runtime's Attention accepts a past only if it returns a present, whether that is read or not."""
     weights = normal(1, {"e": (31, 12), "gain": (12,), "q": (12, 12), "k": (12, 12), "v": (12, 12), "o": (12, 31)})
     cache = "float[batch, 3, past, 4]"
     graph = (
@@ -93,7 +93,7 @@ def test_outputs_that_nothing_reads_stay(cli: Command, tmp_path: Path) -> None:
 
 
 def test_a_stored_output_of_another_type_than_declared(cli: Command, tmp_path: Path) -> None:
-    """ONNX Runtime takes a Constant's own type; so must the Identity that stands for it."""
+    """ONNX Runtime uses a Constant's own type. The Identity that replaces the Constant must have this type too."""
     model = perceptron()
     number = onnx.numpy_helper.from_array(np.array([1, 2]), "value")
     model.graph.node.append(onnx.helper.make_node("Constant", [], ["number"], value=number))
@@ -112,7 +112,7 @@ def test_a_declared_rank_that_is_not_so(cli: Command, tmp_path: Path) -> None:
 
 
 def test_a_graph_that_ends_the_process_of_onnx_s_inference(cli: Command, tmp_path: Path) -> None:
-    """A Split of another number of outputs than it says: onnx aborts. The command says so and lives."""
+    """A Split whose number of outputs is not the declared one makes onnx abort. The command survives and says so."""
     model = perceptron()
     split = onnx.helper.make_node("Split", ["h2"], ["s0", "s1", "s2", "s3"], axis=-1, num_outputs=2)
     model.graph.node.append(split)
@@ -124,7 +124,7 @@ def test_a_graph_that_ends_the_process_of_onnx_s_inference(cli: Command, tmp_pat
 
 @pytest.mark.parametrize("size", [0, -1, 2**50])
 def test_declared_sizes_that_cannot_be(cli: Command, tmp_path: Path, size: int) -> None:
-    """A size of -1 once made the analysis go on for ever; one of 2^50 asked for as much memory."""
+    """A size of -1 once made the analysis endless, and a size of 2^50 made it request as much memory."""
     weights = normal(2, {"gain": (12,), "up": (12, 20), "down": (20, 12)}) | {"as": np.array([0, 3, -1], np.int64)}
     graph = (
         "g (float[n, 3, 4] x) => (float[n, 12] y) { r = Reshape (x, as) f = Flatten (r) "
@@ -148,7 +148,7 @@ def test_a_split_of_another_number_of_outputs_than_it_says(cli: Command, tmp_pat
 
 
 def test_a_declared_shape_of_other_elements(cli: Command, tmp_path: Path) -> None:
-    """The file declares 3 heads where a batch that the shape takes from elsewhere leaves 3 / batch of them."""
+    """The file declares 3 heads, but the shape takes the batch size from elsewhere, which leaves 3 / batch heads."""
     weights = normal(4, {"e": (31, 12), "p": (9, 12), "gain": (12,), "wq": (12, 12), "wo": (4, 31)})
     weights |= {"some": np.array([-1, 4]), "three": np.array([3]), "one": np.array([1]), "zero": np.array([0])}
     graph = (
@@ -167,7 +167,7 @@ def test_a_declared_shape_of_other_elements(cli: Command, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("gate", ["decay", "beta"])
 def test_a_gate_of_unknown_width(gate: str, cli: Command, tmp_path: Path) -> None:
-    """One that is sliced backwards has a length that the analysis does not tell: 1, or one for each head."""
+    """After slicing backwards, the analysis does not know whether the length is 1 or the number of heads."""
     weights = normal(5, {"e": (31, 12), "gain": (12,), "wq": (12, 12), "wk": (12, 12), "wv": (12, 12), "wa": (12, 3)})
     weights |= normal(6, {"wb": (12, 3), "wo": (12, 31)})
     weights |= {"minus": np.array([-1]), "before": np.array([-(2**60)]), "last": np.array([-1])}

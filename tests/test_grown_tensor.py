@@ -1,4 +1,4 @@
-"""Grown tensors of more than one block, in double precision, of odd shapes."""
+"""Grown tensors with several blocks, in double precision, and of odd shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def grown(source: Any, strategy: Strategy, maps: dict[str, SourceMap], dtype: ir
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_blocks_and_slices_do_not_show(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of noise are cut where blocks of rows are not: any run of rows is the same run of the whole."""
+    """Blocks of noise have other bounds than blocks of rows, but any rows are the same as in the whole tensor."""
     monkeypatch.setattr(grown_table, "BLOCK", 16)
     maps = {"a": SourceMap(5, index=(4, 0, 1, 1, 2, 3, 1, 4)), "b": SourceMap(3, repeat=2), "c": SourceMap(2, tile=3)}
     tensor = grown(np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32), Strategy(name), maps)
@@ -66,7 +66,7 @@ def test_a_shared_tensor_of_no_elements() -> None:
 @pytest.mark.parametrize("repeats", [2, 3, 5])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_shares_of_few_bits_add_up(name: Any, repeats: int, dtype: ir.DataType) -> None:
-    """Exactly, however strong the noise; and it is there."""
+    """The shares add up exactly, however strong the noise is; and there is noise."""
     source = np.random.default_rng(1).standard_normal((12, 40)).astype(dtype.numpy())
     source[0, :3] = [0.0, -0.0, 1e-7]
     maps = {"a": SourceMap(6, tile=repeats), "b": SourceMap(40, tile=1), "c": SourceMap(2, tile=1)}
@@ -79,7 +79,7 @@ def test_shares_of_few_bits_add_up(name: Any, repeats: int, dtype: ir.DataType) 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
 @pytest.mark.parametrize("level", [0.02, 1.0, 500.0])
 def test_a_weight_of_zero_gets_its_noise_too(level: float, dtype: ir.DataType) -> None:
-    """As strong as the others', whose rounding cuts it; exactly opposite in both repeats."""
+    """The noise on a zero is as strong as on other weights, which rounding cuts; both repeats have opposite noise."""
     source = (np.random.default_rng(1).standard_normal((64, 256)) * level).astype(dtype.numpy())
     source[:, ::2] = 0.0
     maps = {"a": SourceMap(64, tile=2), "b": SourceMap(256, tile=1), "c": SourceMap(1, tile=1)}
@@ -91,7 +91,7 @@ def test_a_weight_of_zero_gets_its_noise_too(level: float, dtype: ir.DataType) -
 
 
 def test_a_table_is_dropped_with_its_tensor() -> None:
-    """Index vectors are megabytes; a cycle would keep those of every tensor until the next collection."""
+    """Index vectors take megabytes. A reference cycle would keep them until the next garbage collection."""
     source = ir.Tensor(np.ones((4, 4), np.float32), name="w")
     recipe = Recipe("w", axes=((Named("hidden"),), (Kept(4),)), shared=((0, 0),))
     gc.disable()

@@ -1,4 +1,4 @@
-"""The trials of benchmarks/growth.py in miniature: they count right and go on; their checks can fail."""
+"""Small runs of benchmarks/growth.py: they count right and can be continued, and their checks can fail."""
 
 from __future__ import annotations
 

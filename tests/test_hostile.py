@@ -1,4 +1,4 @@
-"""Files that were made to break whoever reads them: refused in one line, soon, in little memory, nothing harmed."""
+"""Files that are made to harm their reader are refused in one line, quickly, with little memory, and without harm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Model = onnx.ModelProto
 Spoil = Callable[[Model], None]
 
 MEMORY = 3 << 30
-"""Of address space, most of which libraries take."""
+"""The most address space in bytes; libraries use most of it."""
 SECONDS = 60
 
 
@@ -47,7 +47,7 @@ def refused(cli: Command, folder: Path, code: int, *texts: str, name: str = "mod
 
 @pytest.fixture
 def split(tmp_path: Path) -> Path:
-    """A folder with a model whose weights lie in `weights.bin`, beside a folder with a secret."""
+    """A folder with a model whose weights are in `weights.bin`, beside a folder with a secret file."""
     folder = tmp_path / "model"
     folder.mkdir()
     onnx.save(perceptron(), folder / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
@@ -57,7 +57,7 @@ def split(tmp_path: Path) -> Path:
 
 
 def set_entry(folder: Path, tensor: str, **entries: object) -> None:
-    """Let a tensor of `model.onnx` say something else of where its data is."""
+    """Change the location that a tensor of `model.onnx` gives for its data."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     stored = next(each for each in model.graph.initializer if each.name == tensor)
     kept = {entry.key: entry.value for entry in stored.external_data} | {k: str(v) for k, v in entries.items()}
@@ -105,7 +105,7 @@ def test_external_data(cli: Command, split: Path, entries: dict[str, object], te
 
 
 def test_two_tensors_that_are_one(cli: Command, split: Path) -> None:
-    """The same bytes, all of them, are no overlap: tensors may be tied so."""
+    """Two tensors with exactly the same bytes do not count as overlapping: tied tensors may be stored so."""
     model = onnx.load(split / "model.onnx", load_external_data=False)
     place = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer}
     set_entry(split, "up.1", **place["up.0"])
@@ -133,7 +133,7 @@ def test_special_files(cli_process: Command, tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fifo", "/dev/null", "/dev/full"])
 def test_an_output_that_is_no_file(cli: Command, tmp_path: Path, kind: str) -> None:
-    """A device must not be replaced by a file: /dev/null is needed by others."""
+    """No file may replace a device: other programs need /dev/null."""
     onnx.save(perceptron(), tmp_path / "model.onnx")
     out = tmp_path / "pipe" if kind == "fifo" else Path(kind)
     if kind == "fifo":
@@ -358,7 +358,7 @@ def message(field: int, data: bytes) -> bytes:
 
 
 def nested(depth: int) -> bytes:
-    """Bodies within bodies: a graph's node (1), its attribute (5), its graph (6)."""
+    """Nested bodies: a graph's node (1), its attribute (5), its graph (6)."""
     data = b""
     for _ in range(depth):
         data = message(1, message(5, message(6, data)))
@@ -389,7 +389,7 @@ def test_protobuf_bombs(tmp_path: Path, bomb: str) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and done.stdout == ""
 
 
-# -- graphs that ask for more than there is ---------------------------------------------------------------
+# -- graphs that need more memory than there is -----------------------------------------------------------
 
 BODIES = {
     "ConstantOfShape": "v = ConstantOfShape (big)",
@@ -420,7 +420,7 @@ BODIES = {
 
 @pytest.mark.parametrize("bomb", BODIES)
 def test_graphs_that_ask_for_terabytes(tmp_path: Path, bomb: str) -> None:
-    """What a graph would make when it runs is not made to analyse it."""
+    """The analysis does not compute the large tensors that a graph would compute when it runs."""
     stored = {
         "big": np.array([1 << 40], np.int64),
         "big2": np.array([1 << 40, 1 << 40], np.int64),
@@ -453,7 +453,7 @@ def test_graphs_that_ask_for_terabytes(tmp_path: Path, bomb: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Relu", "Identity", "Add", "Transpose", "Reshape"])
 def test_long_chains(cli: Command, tmp_path: Path, kind: str) -> None:
-    """Five thousand nodes in a row: nothing recurs along them."""
+    """Five thousand nodes in a row do not lead to deep recursion."""
     model = perceptron()
     extra = {"Add": ["bias"], "Reshape": ["as_it_is"]}.get(kind, [])
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(12, np.float32), "bias"))
@@ -509,13 +509,13 @@ def test_names_cannot_steer_a_terminal(cli: Command, tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"model.onnx", "big.onnx"}
 
 
-# -- numbers that are none --------------------------------------------------------------------------------
+# -- numbers that are not finite --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["symmetric", "noisy-symmetric", "noisy-diagonal"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_no_numbers(cli: Command, tmp_path: Path, value: float, strategy: str) -> None:
-    """They grow as they are, where they are, and the report says so."""
+    """They grow as they are, and the report says so."""
     model = perceptron()
     tensor = next(each for each in model.graph.initializer if each.name == "up.0")
     array = numpy_helper.to_array(tensor).copy()
@@ -531,7 +531,7 @@ def test_weights_that_are_no_numbers(cli: Command, tmp_path: Path, value: float,
     assert spoilt.any() and not (spoilt & ~where).any(), "what was a number is one still"
     outcome = cli(*arguments, "--strategy", strategy, "--device", "cpu")
     assert "up.0 (1 elements)" in outcome.stdout + outcome.stderr and "not a number" in outcome.stdout + outcome.stderr
-    # Where no output is a number there is nothing to compare, and that is said.
+    # If no output is finite there is nothing to compare, and the message says so.
     assert outcome.code == 0 or (outcome.code == 3 and "--no-validate" in outcome.error)
 
 
@@ -539,7 +539,7 @@ def test_the_report_names_weights_that_are_no_numbers(cli: Command, tmp_path: Pa
     model = perceptron()
     tensor = next(each for each in model.graph.initializer if each.name == "bias.0")
     array = numpy_helper.to_array(tensor).copy()
-    array[4] = -np.inf  # a unit that is never on: a Relu follows
+    array[4] = -np.inf  # a unit whose output is always 0, because a Relu follows
     tensor.CopyFrom(numpy_helper.from_array(array, "bias.0"))
     onnx.save(model, tmp_path / "model.onnx")
     outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
@@ -548,7 +548,7 @@ def test_the_report_names_weights_that_are_no_numbers(cli: Command, tmp_path: Pa
 
 
 def test_a_name_that_is_no_text(cli: Command, tmp_path: Path) -> None:
-    """Protobuf gives it as bytes, which nothing can be looked up, sorted or printed by."""
+    """Protobuf returns such a name as bytes, which cannot be looked up, sorted or printed like text."""
     onnx.save(perceptron(), tmp_path / "model.onnx")
     data = (tmp_path / "model.onnx").read_bytes()
     assert data.count(b"MatMul") > 1

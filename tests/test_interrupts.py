@@ -1,4 +1,4 @@
-"""Ctrl-C, or a scheduler's SIGTERM, ends the command with one line at any time, also while Python imports."""
+"""Ctrl-C or a scheduler's SIGTERM ends the command with one line at any time, also while Python imports modules."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ try:
 finally:
     print(Striker.count)
 """
-"""Runs the command and strikes before one of its imports, counted from where it listens."""
+"""Run the command, and strike before one of its imports, counted from the moment when it handles signals."""
 
 
 def struck(at: int, how: str, number: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,7 +73,7 @@ def test_an_interrupt_at_many_imports(how: str, small: Path, tmp_path: Path) -> 
         done = struck(at, how, (signal.SIGINT, signal.SIGTERM)[number % 2], *arguments)
         lines = done.stderr.splitlines()
         ends.append(done.returncode)
-        if done.returncode == 0:  # it came too late; or it was made an error of a module that can be done without
+        if done.returncode == 0:  # the signal came too late, or an optional module turned it into an ImportError
             (tmp_path / "big.onnx").unlink()
             continue
         assert (done.returncode, lines[-1]) == (130, "error: interrupted; nothing was written"), (at, done.stderr)
@@ -84,7 +84,7 @@ def test_an_interrupt_at_many_imports(how: str, small: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_an_interrupt_after_some_time(entry: str, small: Path) -> None:
-    """What comes before the command's first line, hundredths of a second after the start, is Python's to answer."""
+    """Before the first line of the command, in the first hundredths of a second, Python itself answers signals."""
     ends = set()
     for delay in (0.3, 0.5, 0.7):
         command = with_signals([*ENTRIES[entry], "inspect", str(small)])
@@ -103,7 +103,7 @@ def test_an_interrupt_after_some_time(entry: str, small: Path) -> None:
 
 
 def test_an_interrupt_as_the_command_ends(small: Path) -> None:
-    """The result is written: the exit code says so, whatever comes while Python takes itself down."""
+    """Once the result is written, the exit code says so, even if a signal comes while Python shuts down."""
     code = (
         "import atexit, os, signal, sys, weakref; from hyperclone_onnx.entry import main\n"
         "class Last:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n        kill(pid, 2); kill(pid, 15)\n"
@@ -115,7 +115,7 @@ def test_an_interrupt_as_the_command_ends(small: Path) -> None:
 
 
 class Initialising(ExtensionFileLoader):
-    """C++ that runs Python as it is imported."""
+    """A C++ extension that runs Python code while it is imported."""
 
     def exec_module(self, _module: Any) -> None:
         guard._stop(signal.SIGINT, sys._getframe())
@@ -132,7 +132,7 @@ class Initialising(ExtensionFileLoader):
 def test_an_interrupt_where_nothing_gets_out_comes_again(
     place: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is raised there is ignored, with a traceback, or aborts."""
+    """Python ignores an exception there with a traceback, or aborts."""
     begun: list[int] = []
 
     def again() -> None:

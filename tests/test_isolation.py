@@ -1,4 +1,4 @@
-"""Work in a copy of this process: what ends the copy ends no command, and what ends the command ends the copy."""
+"""Work in a copy of the process: a crash of the copy does not end the command, and the command's end ends the copy."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_errors_come_through() -> None:
     with pytest.raises(ZeroDivisionError):
         Isolated(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
     with pytest.raises(RuntimeError, match="no answer can be given"):
-        Isolated(lambda: lambda _: lambda: 0)(0)  # a function in a function cannot be pickled
+        Isolated(lambda: lambda _: lambda: 0)(0)  # a nested function cannot be pickled
 
 
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
@@ -83,7 +83,7 @@ def test_what_ends_a_copy_is_told(number: int) -> None:
 
 
 def test_a_crash_of_a_copy_is_not_seen() -> None:
-    """Python's own report of a crash goes to a copy of stderr here, as under pytest."""
+    """Here, Python writes its report of a crash to a copy of stderr, as under pytest."""
     code = (
         "import faulthandler, os; faulthandler.enable(file=os.dup(2))\n"
         "from hyperclone_onnx.system.isolation import BrokenDown, Isolated\n"
@@ -92,7 +92,8 @@ def test_a_crash_of_a_copy_is_not_seen() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stdout == "it ended by SIGABRT\n"
-    assert done.returncode == -signal.SIGABRT and done.stderr.count("Fatal Python error") == 1  # of the first process
+    # The report on stderr is that of the first process.
+    assert done.returncode == -signal.SIGABRT and done.stderr.count("Fatal Python error") == 1
 
 
 def test_one_that_does_not_come_to_an_end() -> None:
@@ -113,7 +114,7 @@ def test_a_copy_ends_with_its_object() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="who is told of a parent's end")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_copy_ends_with_the_command(number: int) -> None:
-    """Ctrl-C comes through at once, though the copy is busy; and a kill leaves nobody behind."""
+    """Ctrl-C takes effect at once although the copy is busy, and a kill leaves no process behind."""
     code = (
         "import os, time; from hyperclone_onnx.system.isolation import Isolated\n"
         "pids = lambda _: os.getpid()\n"
@@ -139,7 +140,7 @@ def test_a_copy_ends_with_the_command(number: int) -> None:
 
 
 class Aborting:
-    """A session that ends its process as ONNX Runtime does on some graphs: when it is made, or when it runs."""
+    """A session that ends its process when it is created or when it runs, as ONNX Runtime does on some graphs."""
 
     def __init__(self, session: Any, when: str) -> None:
         self.session, self.when = session, when
@@ -157,7 +158,7 @@ class Aborting:
 def test_an_abort_of_onnx_runtime(
     when: str, victim: str, cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line and an exit code; nothing at OUT, nothing left; what stood there stands, and the next run succeeds."""
+    """The run ends with one line and an exit code. OUT is as before, no file is left, and the next run succeeds."""
     onnx.save(perceptron(), tmp_path / "small.onnx")
     out = tmp_path / "big.onnx"
     out.write_text("what was there before")
@@ -180,7 +181,7 @@ def test_an_abort_of_onnx_runtime(
 
 
 def test_an_abort_of_the_command_itself(small: Path, tmp_path: Path) -> None:
-    """As where ONNX Runtime runs in the command's process: nothing is at OUT, and the next run reclaims the rest."""
+    """ONNX Runtime runs in the command's own process: OUT is not there, and the next run removes the other files."""
     out = tmp_path / "big.onnx"
     code = (
         "import os; from hyperclone_onnx.system import isolation; isolation.POSSIBLE = False\n"
@@ -197,7 +198,7 @@ def test_an_abort_of_the_command_itself(small: Path, tmp_path: Path) -> None:
 
 
 def test_a_graph_on_which_onnx_runtime_aborts(tmp_path: Path) -> None:
-    """A Split that announces one output and has two; other releases of ONNX Runtime may refuse it instead."""
+    """A Split that declares one output and has two. Other releases of ONNX Runtime may refuse it instead."""
     graph = "g (float[n, 12] x) => (float[n, 6] y, float[n, 6] z) { y, z = Split <axis = 1, num_outputs = 1> (x) }"
     onnx.save(build_model(graph, {}), tmp_path / "split.onnx")
     with pytest.raises(Refused, match=r"ONNX Runtime (breaks down on it .it ended by SIG|cannot load it)"):
@@ -217,7 +218,7 @@ def test_runners_alone_and_not(small: Path) -> None:
 
 
 def test_a_loop_that_never_ends(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command does, in one line."""
+    """The command does so, in one line."""
     graph = """g (float[n, 12] x, bool go) => (float[n, 12] y) {
         h = MatMul (x, w) limit = Constant <value = int64 {9223372036854775807}> ()
         y = Loop (limit, go, h) <body = b (int64 i, bool before, float[n, 12] h_in)
