@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import runpy
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
-from conftest import Command, names_in, perceptron
+from conftest import ROOT, Command, names_in, perceptron
 
 from hyperclone_onnx import BadRequest, CannotWrite, Plan
+from hyperclone_onnx.publishing import locked_folder
 from hyperclone_onnx.publishing.locked_folder import partial_folder, take_folder
 from hyperclone_onnx.publishing.publication import data_name, publication, publication_folder
+from hyperclone_onnx.system import file_lock
+from hyperclone_onnx.system.isolation import Isolated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of a process")
 faults = pytest.importorskip("fuzz.faults") if hasattr(os, "fork") else None
@@ -177,6 +185,92 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         with publication(tmp_path / "other.onnx") as other:  # another output is not concerned
             other.write_text("other")
     assert out.read_text() == "first" and names_in(tmp_path) == {"big.onnx", "other.onnx"}
+
+
+HOLDER = """
+import sys, time; from pathlib import Path
+from hyperclone_onnx.publishing.locked_folder import take_folder
+place = take_folder(Path(sys.argv[1]))
+(place.folder / "half").write_text("of a model")
+print("locked", flush=True); time.sleep(600)
+"""
+"""Prepares OUT and never comes to an end."""
+
+
+def test_a_run_in_another_process_is_named_and_unlocked_by_its_end(tmp_path: Path) -> None:
+    out = tmp_path / "big.onnx"
+    command = [sys.executable, "-c", HOLDER, str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        for _ in range(2):  # being refused changes nothing about the lock, nor the number in it
+            with pytest.raises(CannotWrite, match=f"another run .process {holder.pid}. is writing it"):
+                take_folder(out)
+        holder.kill()
+        holder.wait()
+    with publication(out) as written:
+        written.write_text("whole")
+    assert names_in(tmp_path) == {"big.onnx"} and out.read_text() == "whole"
+
+
+def test_a_copy_of_the_process_does_not_hold_its_lock(tmp_path: Path) -> None:
+    out = tmp_path / "big.onnx"
+    place = take_folder(out)
+    copy = Isolated(lambda: lambda _: len(locked_folder._held))
+    place._unlock()
+    take_folder(out).remove()
+    assert copy(0) == 0 and names_in(tmp_path) == set()
+
+
+def test_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems: a folder that another run has made may be in use, and stays as it is."""
+
+    def no_locks(_descriptor: int) -> bool:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locked_folder, "try_lock", no_locks)
+    out = tmp_path / "big.onnx"
+    with publication(out) as written:
+        with pytest.raises(CannotWrite, match=r"no locks here that tell which\): when none runs, remove"):
+            take_folder(out)
+        written.write_text("whole")
+    assert names_in(tmp_path) == {"big.onnx"} and out.read_text() == "whole"
+    partial_folder(out).mkdir()
+    with pytest.raises(CannotWrite, match="no locks"), publication(out):
+        pass
+    assert names_in(tmp_path) == {"big.onnx", partial_folder(out).name}
+
+
+def test_a_lock_that_fails_otherwise_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_descriptor: int) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(locked_folder, "try_lock", fails)
+    before = names_in(Path("/proc/self/fd")) if Path("/proc/self/fd").exists() else set()
+    with pytest.raises(CannotWrite, match="Input/output error"):
+        take_folder(tmp_path / "big.onnx")
+    assert before in (set(), names_in(Path("/proc/self/fd")))
+
+
+def test_locks_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for its module: one byte is locked, where it keeps nobody from reading the process number."""
+    locked: list[tuple[int, int, int]] = []
+
+    def locking(descriptor: int, mode: int, count: int) -> None:
+        if locked:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        locked.append((os.lseek(descriptor, 0, os.SEEK_CUR), mode, count))
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "platform", "win32")
+    windows = runpy.run_path(file_lock.__file__)
+    monkeypatch.undo()
+    monkeypatch.setattr(locked_folder, "try_lock", windows["try_lock"])
+    place = take_folder(tmp_path / "big.onnx")
+    assert locked == [(1 << 30, 2, 1)]
+    with pytest.raises(CannotWrite, match=f"another run .process {os.getpid()}. is writing it"):
+        take_folder(tmp_path / "big.onnx")
+    place.remove()
+    assert names_in(tmp_path) == set()
 
 
 def test_what_a_killed_run_left_is_reclaimed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a commit is about to do, written down first: whoever finds it can end what was begun, or undo it."""
+"""The journal of a commit: written before the commit, so that the next run after a kill can complete or undo it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def data_files(out_name: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Journal:
-    """What a commit is about to do beside OUT: data files that come, and data files that go after it."""
+    """What a commit is about to do beside OUT: data files that come, and old data files that go after it."""
 
     model: Stamp
     new: dict[str, Stamp]
     old: dict[str, Stamp]
 
     def write(self, folder: Path) -> None:
-        """Store it; from now on whoever finds the folder can end what was begun, or undo it."""
+        """Store it in the folder in which OUT is prepared."""
         partial = folder / f"{JOURNAL}.partial"
         partial.write_text(json.dumps({"model": self.model, "new": self.new, "old": self.old}), encoding="utf-8")
         os.replace(partial, folder / JOURNAL)
@@ -37,16 +37,16 @@ class Journal:
     def read(folder: Path) -> Journal | None:
         """The journal of a folder, None where no commit was begun."""
         try:
-            found = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
-            new, old = ({str(k): tuple(v) for k, v in found[side].items()} for side in ("new", "old"))
-            return Journal(tuple(found["model"]), new, old)
+            data = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+            new, old = ({str(k): tuple(v) for k, v in data[side].items()} for side in ("new", "old"))
+            return Journal(tuple(data["model"]), new, old)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def settle(self, out: Path, keep: Collection[str] = ()) -> bool:
-        """Remove beside OUT what is no longer of use: the old data after the commit, the new data without it.
+        """Remove data files beside OUT: the old ones after the commit, the new ones where there was no commit.
 
-        What has changed since, and what is to be kept, stays. False when something could not be removed.
+        A file that has changed since, or that is to be kept, stays. False when a file could not be removed.
         """
         try:
             committed = stamp(out) == self.model

@@ -1,4 +1,4 @@
-"""The folder in which one run prepares one OUT, locked as long as the run lives: the kernel unlocks it at a kill."""
+"""The folder in which one run prepares one OUT. It is locked as long as the run lives."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hyperclone_onnx.errors import CannotWrite
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from hyperclone_onnx.system.file_lock import try_lock
 
 LOCK = ".lock"
+"""The file in the folder that is locked; it holds the number of the process that locked it."""
+
 NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP") if hasattr(errno, name)}
+"""The errors by which a file system says that it has no locks."""
 
 
 def partial_folder(out: Path) -> Path:
@@ -33,10 +32,13 @@ class LockedFolder:
     folder: Path
     lock: int | None
     keep: bool = False
-    """Whether the next run is to find the folder: it has something to do that this one could not."""
+    """Whether the next run must find the folder: its journal names files that this run could not remove."""
 
     def remove(self) -> None:
-        """Delete the folder, the lock last: as long as anything is left it is locked. What cannot be deleted stays."""
+        """Delete the folder; what cannot be deleted stays.
+
+        The lock goes last: no other run may take the folder while anything is left in it.
+        """
         with suppress(OSError):
             if not self.keep:
                 clear(self.folder)
@@ -47,38 +49,39 @@ class LockedFolder:
         self._unlock()
 
     def _unlock(self) -> None:
-        _held[:] = [each for each in _held if each is not self]
+        _held[:] = [place for place in _held if place is not self]
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
 
 
 _held: list[LockedFolder] = []
+"""The folders that this process has locked."""
 
 
-def _let_go() -> None:
-    """In a copy of this process: its locks are not the copy's, which may outlive it."""
-    for each in list(_held):
-        each._unlock()
+def _unlock_all() -> None:
+    """In a copy of this process: close its locks, which would otherwise hold as long as the copy lives."""
+    for place in list(_held):
+        place._unlock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_unlock_all)
 
 
 def clear(folder: Path) -> None:
     """Delete everything in a folder but its lock."""
-    for each in list(folder.iterdir()):
-        if each.name == LOCK:
+    for path in list(folder.iterdir()):
+        if path.name == LOCK:
             continue
-        if each.is_dir() and not each.is_symlink():
-            shutil.rmtree(each, ignore_errors=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            each.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def take_folder(out: Path) -> LockedFolder:
-    """Make and lock the folder for OUT; what a killed run left in it is there still.
+    """Make and lock the folder for OUT. What a killed run left in it is still there.
 
     Raises:
         CannotWrite: another run has it, or it cannot be made.
@@ -95,12 +98,17 @@ def take_folder(out: Path) -> LockedFolder:
                 _check_own(out, folder)
             try:
                 lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-            except FileNotFoundError:  # the run that had it has just removed it
+            except FileNotFoundError:  # the run that had the folder has just removed it
                 continue
-            if _locked(out, folder, lock, made):
-                place = LockedFolder(folder, lock)
+            try:
+                place = _locked(out, folder, lock, made)
+            except BaseException:
+                os.close(lock)
+                raise
+            if place is not None:
                 _held.append(place)
                 return place
+            os.close(lock)
     except OSError as problem:
         if made:
             with suppress(OSError):
@@ -110,59 +118,43 @@ def take_folder(out: Path) -> LockedFolder:
 
 
 def _check_own(out: Path, folder: Path) -> None:
-    """Refuse a folder that somebody else has put in the way: who may write there could change what is published."""
+    """Refuse a folder of another user: its owner could change what is published."""
     with suppress(FileNotFoundError):
-        found = folder.lstat()
-        foreign = hasattr(os, "geteuid") and found.st_uid != os.geteuid()
-        if not stat.S_ISDIR(found.st_mode) or foreign:
+        status = folder.lstat()
+        foreign = hasattr(os, "geteuid") and status.st_uid != os.geteuid()
+        if not stat.S_ISDIR(status.st_mode) or foreign:
             raise CannotWrite(f"{out}: {folder} is in the way and not ours; remove it, or choose another output")
 
 
-def _locked(out: Path, folder: Path, lock: int, made: bool) -> bool:
-    """Lock a folder by its open lock file; False when the file has been removed meanwhile.
+def _locked(out: Path, folder: Path, lock: int, made: bool) -> LockedFolder | None:
+    """Lock a folder by its open lock file; None when another run has removed the file meanwhile.
 
-    Where there are no locks (some network file systems, Windows) only a folder that this run has made is its own.
+    Where there are no locks (some network file systems) a run may use the folder only if it has made it.
 
     Raises:
         CannotWrite: another run holds it, or may hold it.
     """
     try:
-        _lock(lock, made)
-    except BlockingIOError:
-        number = os.read(lock, 20).decode("ascii", "replace").strip()
-        os.close(lock)
-        by = f" (process {number})" if number.isdigit() else ""
-        raise CannotWrite(
-            f"{out}: another run{by} is writing it; wait until it has ended, or choose another output"
-        ) from None
-    except FileExistsError:
-        os.close(lock)
-        raise CannotWrite(
-            f"{out}: another run is writing it, or was killed (there are no locks here that tell which): when none "
-            f"runs, remove {folder}"
-        ) from None
-    except OSError:
-        os.close(lock)
-        raise
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(lock), (folder / LOCK).stat()):
-            with suppress(OSError):  # who holds it is only for a message
-                os.ftruncate(lock, 0)
-                os.write(lock, f"{os.getpid()}\n".encode())
-            return True
-    os.close(lock)
-    return False
-
-
-def _lock(lock: int, made: bool) -> None:
-    try:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-    except BlockingIOError:
-        raise
+        locked = try_lock(lock)
     except OSError as problem:
         if problem.errno not in NO_LOCKS:
             raise
-    if not made:
-        raise FileExistsError
+        if not made:
+            raise CannotWrite(
+                f"{out}: another run is writing it, or was killed (there are no locks here that tell which): when none "
+                f"runs, remove {folder}"
+            ) from None
+        locked = True
+    if not locked:
+        number = os.read(lock, 20).decode("ascii", "replace").strip()
+        by = f" (process {number})" if number.isdigit() else ""
+        raise CannotWrite(f"{out}: another run{by} is writing it; wait until it has ended, or choose another output")
+    try:
+        if not os.path.samestat(os.fstat(lock), (folder / LOCK).stat()):
+            return None
+    except FileNotFoundError:
+        return None
+    with suppress(OSError):  # the number is only for a message
+        os.ftruncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
+    return LockedFolder(folder, lock)

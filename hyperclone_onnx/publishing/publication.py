@@ -1,7 +1,8 @@
-"""Publishing all or nothing: what is written lies in a folder beside OUT until one rename puts it there.
+"""Publishing all or nothing: a model is written into a folder beside OUT, and one rename puts it there.
 
-The folder, `.OUT.partial`, has one name for each OUT and is locked by the run that uses it. So two runs onto one OUT
-are told apart, and what a killed run left is found, and reclaimed, by the next one. The states of a publication:
+The folder, `.OUT.partial`, has one name for each OUT and is locked by the run that uses it. So a second run onto the
+same OUT is refused, and the next run after a killed one finds what that left and removes it. The states of a
+publication:
 
 ====================  ===============================================  ==========================================
 state                 what lies where                                  what the next run does after a kill
@@ -13,9 +14,9 @@ committed             the model's file is at OUT: one os.replace       removes t
                                                                        the journal, and the folder
 ====================  ===============================================  ==========================================
 
-A model and its data file cannot be renamed together. Hence a new data file never takes the name of one that exists:
-it is `OUT.data` when that is free, else `OUT.1.data` and so on. Until the one rename of the model's file the old
-model has its old data, and after it the new one has the new.
+A model and its data file cannot be renamed together. So a new data file never takes the name of one that exists: it
+is called `OUT.data` where that is free, else `OUT.1.data` and so on. Before the rename of the model's file the old
+model has its old data, after it the new model has its new data.
 """
 
 from __future__ import annotations
@@ -37,16 +38,19 @@ LARGEST_REFERRING = 256 << 20
 """A model file with its weights elsewhere is smaller than this; a larger one is not read for the names of its data."""
 
 _finished: list[Path] = []
+"""The outputs that this command has published."""
+
 _open: list[Path] = []
+"""The outputs that are being prepared: a model within a folder is prepared while the folder is."""
 
 
 def finished() -> Path | None:
-    """What this process published last, None as long as there is nothing; it is there, whole, whatever happens now."""
+    """The output that this command published last, None where there is none. It stays there, whatever happens now."""
     return _finished[-1] if _finished else None
 
 
 def forget() -> None:
-    """Begin a new command: what earlier ones published is no longer spoken of."""
+    """Begin a new command: it has published nothing yet."""
     _finished.clear()
 
 
@@ -63,7 +67,7 @@ def data_name(path: Path, suffix: str = ".data") -> str:
     if folder.name != partial_folder(path).name:
         return f"{path.name}{suffix}"
     pattern = data_files(path.name)
-    matches = [pattern.fullmatch(each.name) for each in folder.parent.iterdir()]
+    matches = [pattern.fullmatch(path.name) for path in folder.parent.iterdir()]
     taken = {int(match["number"] or 0) for match in matches if match}
     number = next(n for n in range(len(taken) + 1) if n not in taken)
     return f"{path.name}{f'.{number}' if number else ''}{suffix}"
@@ -115,10 +119,10 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _reclaim(out: Path, folder: Path) -> None:
-    """End or undo what a killed run began; the folder is locked, so that the run is dead."""
+    """Complete or undo what a killed run began. This run holds the lock, so the other one is dead."""
     journal = Journal.read(folder)
     if journal is not None:
-        journal.settle(out, keep={each.name for each in _data_of(out)})
+        journal.settle(out, keep={path.name for path in _data_of(out)})
     clear(folder)
 
 
@@ -127,9 +131,9 @@ def _reclaim(out: Path, folder: Path) -> None:
 
 @contextmanager
 def _place_for(out: Path, *, beside: bool = False) -> Iterator[LockedFolder]:
-    """The locked folder for OUT, removed at the end, whatever the end is.
+    """The locked folder for OUT, removed at the end, also after an error.
 
-    What goes `beside` a model is no result of its own.
+    A file that goes `beside` a model is no result by itself: publishing it does not count as `finished`.
 
     Raises:
         CannotWrite: another run has it, or something in the block could not be written.
@@ -160,19 +164,19 @@ def publication(out: Path, *, durable: bool | None = None, beside: Mapping[Path,
     """A place to write a model so that OUT appears only when all is right.
 
     Yields the path to write, in a temporary folder beside OUT and with OUT's own name; its data file is to be called
-    `data_name` of that path. When the block ends without an error the data files and then the model are renamed into
-    place; otherwise nothing is left, and what was at OUT is there still.
+    `data_name` of that path. When the block ends without an error, the data files and then the model are renamed into
+    place; otherwise nothing is left, and OUT is what it was.
 
     Args:
         out: the file to publish.
         durable: whether to wait until the bytes are on the disk (fsync), so that a power cut cannot lose them. By
             default only where a model is replaced: there is something to lose.
         beside: small files that come with the model, whole texts by path. They are prepared first, and take their
-            places right after the model: without it there are none of them.
+            places right after the model: without the model none of them appears.
 
     Raises:
-        CannotWrite: it cannot be written, or another run is writing it; or it is written, and a file beside it is not,
-            which the text says.
+        CannotWrite: OUT cannot be written, or another run is writing it; or OUT is written and a file beside it is
+            not, which the text says.
     """
     with ExitStack() as stack:
         texts: dict[Path, Path] = {}
@@ -187,21 +191,21 @@ def publication(out: Path, *, durable: bool | None = None, beside: Mapping[Path,
 def _publish(out: Path, place: LockedFolder, durable: bool | None, texts: Mapping[Path, Path]) -> None:
     folder = place.folder
     model = folder / out.name
-    data = [each for each in sorted(folder.iterdir()) if each.is_file() and each != model and each.name[0] != "."]
+    data = [path for path in sorted(folder.iterdir()) if path.is_file() and path != model and path.name[0] != "."]
     if os.path.lexists(out) if durable is None else durable:
-        for each in (*data, model):
-            _sync(each)
-    for each in data:
-        if os.path.lexists(out.with_name(each.name)):
-            raise CannotWrite(f"{out}: {each.name} beside it has appeared meanwhile; choose another output")
+        for path in (*data, model):
+            _sync(path)
+    for path in data:
+        if os.path.lexists(out.with_name(path.name)):
+            raise CannotWrite(f"{out}: {path.name} beside it has appeared meanwhile; choose another output")
     old = _data_of(out)
-    journal = Journal(stamp(model), {each.name: stamp(each) for each in data}, {p.name: stamp(p) for p in old})
+    journal = Journal(stamp(model), {path.name: stamp(path) for path in data}, {path.name: stamp(path) for path in old})
     with deferred_signals():
         if data or old:
             journal.write(folder)
         try:
-            for each in data:
-                each.rename(out.with_name(each.name))
+            for path in data:
+                path.rename(out.with_name(path.name))
             os.replace(model, out)
         except BaseException:
             place.keep = not journal.settle(out)
@@ -209,31 +213,31 @@ def _publish(out: Path, place: LockedFolder, durable: bool | None, texts: Mappin
         if len(_open) == 1:
             _finished.append(out)
         place.keep = not journal.settle(out)
-        for path, written in texts.items():
+        for beside, written in texts.items():
             try:
-                os.replace(written, path)
+                os.replace(written, beside)
             except OSError as problem:
                 why = f"cannot be written ({problem.strerror or problem})"
-                raise CannotWrite(f"{out} is written and complete, but {path} {why}") from problem
+                raise CannotWrite(f"{out} is written and complete, but {beside} {why}") from problem
         if durable or old:
-            with suppress(OSError):  # it is there, whole; it is the names that a power cut might take back
+            with suppress(OSError):  # OUT is there and whole: a power cut could only take back its name
                 _sync(out.parent)
 
 
 def _data_of(out: Path) -> list[Path]:
-    """The data files that the model at OUT refers to, among those that are named as OUT's."""
+    """The data files that the model at OUT refers to, as far as they have names that data files of OUT have."""
     pattern = data_files(out.name)
-    named = [each for each in out.parent.iterdir() if pattern.fullmatch(each.name) and each.is_file()]
+    named = [path for path in out.parent.iterdir() if pattern.fullmatch(path.name) and path.is_file()]
     if not named or out.is_symlink() or not out.is_file() or out.stat().st_size > LARGEST_REFERRING:
         return []
     import onnx  # here, because every command imports this module, and this takes longer than all the rest of it
 
     try:
         model = onnx.load(out, load_external_data=False)
-    except Exception:  # whatever is there, it is no model whose data files these are
+    except Exception:  # no model that could be read: it refers to nothing
         return []
     locations = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data}
-    return [each for each in named if each.name in locations and not each.is_symlink()]
+    return [path for path in named if path.name in locations and not path.is_symlink()]
 
 
 def _sync(path: Path) -> None:
@@ -266,12 +270,12 @@ def publication_folder(out: Path) -> Iterator[Path]:
         folder = place.folder / target.name
         folder.mkdir()
         yield folder
-        for each in list(folder.rglob(partial_folder(Path("*")).name)):  # what could not be removed further within
-            shutil.rmtree(each)
+        for leftover in list(folder.rglob(partial_folder(Path("*")).name)):  # of a model within that left some behind
+            shutil.rmtree(leftover)
         with deferred_signals():
             if os.name == "nt" and target.is_dir():
                 target.rmdir()
-            folder.rename(target)  # onto an empty folder too; one that is not empty stays, with an error
+            folder.rename(target)  # an empty folder is replaced; one that holds something makes this an error
             if len(_open) == 1:
                 _finished.append(out)
 

@@ -1,4 +1,4 @@
-"""Signals that wait until a few system calls are through."""
+"""Holding signals back during a few system calls that belong together."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Hold back the signals that stop a program until the block is through, then raise the first again.
+    """Hold back the signals that stop a program until the block ends, then raise the first of them again.
 
-    Python runs handlers in the main thread alone, so in any other thread there is nothing to hold back.
+    Python runs handlers in the main thread only, so in any other thread there is nothing to hold back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -26,7 +26,7 @@ def deferred_signals() -> Iterator[None]:
     def remember(number: int, _frame: FrameType | None) -> None:
         came.append(number)
 
-    # What is ignored (nohup) stays so; None is a handler that Python did not install and could not put back.
+    # An ignored signal (nohup) stays ignored. None is a handler of another library, which Python could not put back.
     before = {number: signal.getsignal(number) for number in STOPPING}
     held = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
     try:
