@@ -1,5 +1,5 @@
 """Processes, memory, disk and signals.
 
 In: functions to run, and bytes to read or write. Out: their results, with limits and failures turned into our errors.
-Nothing here knows a model.
+Nothing here knows what a model is.
 """

@@ -1,4 +1,7 @@
-"""Work that may end its process, done in a copy of this one: ONNX's inference and ONNX Runtime abort on some graphs."""
+"""Running a function in a copy of this process: ONNX's inference and ONNX Runtime abort on some graphs.
+
+The copy is a fork. So it has the graph and the plan already: nothing large is pickled, and it is there in 10 ms.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +29,21 @@ _PARENT_DEATH_SIGNAL = 1  # linux/prctl.h
 
 
 class BrokenDown(Exception):
-    """The copy was ended, or did not answer; the text says how."""
+    """The copy has ended, or does not answer; the text says how."""
 
 
 class Isolated:
     """A function that a copy of this process makes and runs, for as long as this object lives.
 
-    A signal that stops the command stops it too, at once, while a C++ library in this process would let no signal
-    through before it returns.
+    A signal that stops the command ends the copy at once. In this process a C++ library would not let the signal
+    through until it returns.
 
     Args:
-        make: makes the function, in the copy. What that takes and gives is pickled.
-        patience: seconds that each answer may take; without end by default.
+        make: makes the function, in the copy. The function's arguments and results are pickled.
+        patience: the seconds that an answer may take; by default it may take for ever.
 
     Raises:
-        BrokenDown: the copy was ended by `make`, or `make` does not come to an end.
+        BrokenDown: the copy ended while it ran `make`, or `make` does not come to an end.
         Exception: whatever `make` raises.
     """
 
@@ -50,7 +53,7 @@ class Isolated:
         self._patience, self._broken = patience, ""
         self._own, theirs = Pipe()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other threads: the copy does not need them
+            warnings.simplefilter("ignore")  # that other threads are not copied: the copy does not need them
             child = os.fork()
         if child == 0:
             try:
@@ -66,25 +69,25 @@ class Isolated:
         """What the function makes of an argument.
 
         Raises:
-            BrokenDown: the copy was ended, now or by an earlier call, or does not answer.
+            BrokenDown: the copy has ended, now or in an earlier call, or does not answer.
             Exception: whatever the function raises.
         """
         self.ask(argument)
         return self.answer()
 
     def ask(self, argument: Any) -> None:
-        """Give an argument to the function; `answer` waits for what it makes of it.
+        """Give an argument to the function; `answer` then waits for the result.
 
         Raises:
-            BrokenDown: the copy was ended by an earlier call.
+            BrokenDown: the copy has ended in an earlier call.
         """
         if self._broken:
             raise BrokenDown(self._broken)
-        with suppress(ConnectionError):  # who reads no more has left an answer, or has ended
+        with suppress(ConnectionError):  # the copy has ended: `answer` says so
             self._own.send(argument)
 
     def answer(self) -> Any:
-        """Wait for what the function makes of the argument last asked; raises what a call does."""
+        """Wait for the function's result; raises what a call raises."""
         try:
             if not self._own.poll(self._patience):
                 self._broken = f"it does not come to an end within {self._patience:.0f} s"
@@ -107,13 +110,13 @@ class Isolated:
         self._end()
 
     def fileno(self) -> int:
-        """What can be read from when there is an answer."""
+        """A descriptor that becomes readable when there is an answer."""
         return self._own.fileno()
 
 
 def _end(owner: int, child: int, pipe: Connection) -> str:
-    """End a copy, unless it has ended; returns by which signal it did."""
-    if os.getpid() != owner:  # another copy, which only knows of this one
+    """End a copy, unless it has ended; returns by which signal, or with which exit code, it did."""
+    if os.getpid() != owner:  # this process is itself a copy: the one to end is not its child
         return ""
     pipe.close()
     done, status = os.waitpid(child, os.WNOHANG)
@@ -129,10 +132,10 @@ def _end(owner: int, child: int, pipe: Connection) -> str:
 
 
 def _serve(pipe: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
-    """What the copy does: answer until nobody asks."""
+    """The work of the copy: answer until nobody asks any more."""
     for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)  # the first process ends this one
-    if sys.platform == "linux":  # also where it is killed
+        signal.signal(number, signal.SIG_IGN)  # the first process hears them, and ends this one
+    if sys.platform == "linux":  # if the first process is killed, the system ends this one
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     # A user learns of a crash here from the first process, in one line: neither a library's last words nor Python's
     # traceback of every thread is to be seen. Python may write the latter to a copy of stderr, as pytest asks it to.

@@ -1,7 +1,4 @@
-"""How much memory is free for this process.
-
-Free is what the system can give without swapping, within the container's limit.
-"""
+"""The memory that is free for this process: without swapping, and within the limits of its container."""
 
 from __future__ import annotations
 
@@ -13,13 +10,13 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int | None:
-    """Bytes that can be used without swapping; None where the system does not say.
+    """The bytes that are free; None where the system does not say.
 
-    The smaller of MemAvailable (Linux; elsewhere the free pages) and what the control group leaves, version 2 or 1;
-    file pages that only cache count as free in both.
+    It is the smallest of MemAvailable (on Linux; elsewhere the free pages) and the rest that each control group,
+    version 2 or 1, leaves. Pages that only cache files count as free.
     """
-    found = [each for each in (_available(), *_group_rooms()) if each is not None]
-    return min(found) if found else None
+    known = [room for room in (_available(), *_group_rooms()) if room is not None]
+    return min(known) if known else None
 
 
 def _available() -> int | None:
@@ -33,7 +30,7 @@ def _available() -> int | None:
 
 
 def _group_rooms() -> list[int | None]:
-    """What each control group that this process is in leaves, its parents included."""
+    """The bytes that each control group of this process leaves, parents included."""
     rooms: list[int | None] = []
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -1,7 +1,7 @@
-"""Work on many tensors, shared out among copies of this process.
+"""Sharing work on many tensors out among copies of this process.
 
-Threads would not do: numpy lets go of the interpreter for microseconds at a time, so that two threads that compute
-mostly wait for one another, and are no faster than one (docs/benchmarks.md).
+Threads would not be faster: numpy releases the interpreter's lock for microseconds at a time, so that two threads which
+compute mostly wait for one another (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from hyperclone_onnx.system.isolation import BrokenDown, Isolated
 from hyperclone_onnx.system.signals import deferred_signals
 
 SMALL = 64 << 20
-"""Fewer bytes are worked on by this process alone, unless otherwise asked: a copy of it takes 10 ms to make."""
+"""By default this process alone works on fewer bytes than this: to make a copy of it takes 10 ms."""
 
 Argument = TypeVar("Argument")
 Answer = TypeVar("Answer")
 
 
 def workers_for(size: int, wanted: int | None = None) -> int:
-    """How many processes work on so many bytes: by default one for each of up to four cores, or one where it is little.
+    """The number of processes for work on so many bytes: `wanted`, or by default the number of cores, at most four.
 
-    One, which is this process, where processes cannot be copied.
+    It is one, this process, where there is little work, and where processes cannot be copied.
     """
     if not isolation.POSSIBLE:
         return 1
@@ -48,17 +48,17 @@ def share_out(
     workers: int,
     done: Callable[[Answer], None],
 ) -> None:
-    """Call a function on each of some arguments.
+    """Call a function on every argument, in several processes.
 
     Args:
-        make: makes the function, in each process; what that takes and gives is pickled.
-        arguments: are given out in order, one at a time to each process.
-        workers: how many processes, see `workers_for`; with one it is this one.
-        done: is told each answer, in this process, as they come.
+        make: makes the function, in each process. The function's arguments and answers are pickled.
+        arguments: are given out in order; a process gets the next one when it has answered.
+        workers: the number of processes, see `workers_for`. With one, this process does the work.
+        done: called in this process with every answer, in the order in which they come.
 
     Raises:
-        CannotWrite: a copy was ended, or none can be made.
-        Exception: the first that the function raises; no copy goes on then.
+        CannotWrite: a copy has ended, or none can be made.
+        Exception: the first exception that the function raises; all copies are ended then.
     """
     if workers < 2:
         function = make()
@@ -72,13 +72,13 @@ def share_out(
     busy: set[Isolated] = set()
     try:
         for argument in itertools.islice(waiting, workers):
-            with deferred_signals():  # an interrupt within a fork goes nowhere
+            with deferred_signals():  # Python would ignore an exception that a signal raises within a fork
                 copies.append(Isolated(make))
             copies[-1].ask(argument)
             busy.add(copies[-1])
         while busy:
-            numbers = wait([each.fileno() for each in busy])
-            for ready in [each for each in busy if each.fileno() in numbers]:
+            readable = wait([copy.fileno() for copy in busy])
+            for ready in [copy for copy in busy if copy.fileno() in readable]:
                 done(ready.answer())
                 busy.discard(ready)
                 for argument in itertools.islice(waiting, 1):
@@ -89,5 +89,5 @@ def share_out(
             f"a copy of this process was lost: {problem}; is memory short? --workers 1 makes none"
         ) from problem
     finally:
-        for each in copies:
-            each.end()
+        for copy in copies:
+            copy.end()

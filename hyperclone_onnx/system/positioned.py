@@ -1,4 +1,7 @@
-"""Reading and writing at a place in a file, from any thread; one thread at a time where the system has no such call."""
+"""Reading and writing at an offset of a file, from any thread.
+
+Where the system has no such call (Windows) one thread at a time moves the file's position.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import os
 import threading
 
 BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-"""Flags for every file that is opened."""
+"""Flags with which every file is opened."""
 
 _one_at_a_time = threading.Lock()
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Fill memory with bytes from an offset on; how many there were."""
+    """Fill memory with the bytes from an offset on; returns how many there were."""
     done = 0
     while done < len(into):
         got = _read_some(descriptor, into[done:], offset + done)
@@ -34,9 +37,9 @@ def _read_some(descriptor: int, into: memoryview, offset: int) -> int:
         return os.preadv(descriptor, [into], offset)
     with _one_at_a_time:
         os.lseek(descriptor, offset, os.SEEK_SET)
-        found = os.read(descriptor, min(len(into), 1 << 24))
-    into[: len(found)] = found
-    return len(found)
+        data = os.read(descriptor, min(len(into), 1 << 24))
+    into[: len(data)] = data
+    return len(data)
 
 
 def _write_some(descriptor: int, data: memoryview, offset: int) -> int:
