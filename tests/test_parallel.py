@@ -16,7 +16,7 @@ from conftest import names_in, perceptron
 from hyperclone_onnx import CannotWrite, expand, validate_files
 from hyperclone_onnx.system import isolation, parallel
 from hyperclone_onnx.system.parallel import SMALL, share_out, workers_for
-from hyperclone_onnx.tensors import table as grown_table
+from hyperclone_onnx.tensors import table as tables
 
 pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="processes cannot be copied here")
 
@@ -28,24 +28,33 @@ def children() -> set[str]:
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_every_argument_has_its_answer(workers: int) -> None:
-    found: list[tuple[int, int]] = []
-    share_out(lambda: lambda each: (each * each, os.getpid()), list(range(20)), workers, found.append)
-    assert sorted(square for square, _ in found) == [each * each for each in range(20)]
-    where = {pid for _, pid in found}
+    answers: list[tuple[int, int]] = []
+    share_out(lambda: lambda number: (number * number, os.getpid()), list(range(20)), workers, answers.append)
+    assert sorted(square for square, _ in answers) == [number * number for number in range(20)]
+    where = {pid for _, pid in answers}
     assert len(where) <= workers and (os.getpid() in where) == (workers == 1)
 
 
-def test_copies_work_at_the_same_time() -> None:
-    begun = time.monotonic()
-    share_out(lambda: lambda _: time.sleep(0.5), list(range(4)), 4, lambda _: None)
-    assert time.monotonic() - begun < 1.9
+def test_copies_work_at_the_same_time(tmp_path: Path) -> None:
+    """Each of them waits until all have begun."""
+
+    def meet(number: int) -> bool:
+        (tmp_path / str(number)).touch()
+        deadline = time.monotonic() + 60
+        while len(names_in(tmp_path)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return len(names_in(tmp_path)) == 4
+
+    met: list[bool] = []
+    share_out(lambda: meet, list(range(4)), 4, met.append)
+    assert met == [True] * 4
 
 
 def test_an_error_is_raised_here_and_no_copy_goes_on(tmp_path: Path) -> None:
-    def work(each: int) -> None:
-        if each == 3:
+    def work(number: int) -> None:
+        if number == 3:
             raise OSError(28, "No space left on device", str(tmp_path))
-        time.sleep(0.01 if each < 3 else 60)
+        time.sleep(0.01 if number < 3 else 60)
 
     before = children()
     with pytest.raises(OSError, match="No space left") as caught:
@@ -53,9 +62,9 @@ def test_an_error_is_raised_here_and_no_copy_goes_on(tmp_path: Path) -> None:
     assert caught.value.errno == 28 and children() == before
 
 
-def test_a_copy_that_is_killed_is_told(tmp_path: Path) -> None:
-    def work(each: int) -> None:
-        if each == 5:
+def test_a_copy_that_is_killed_is_reported(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        if number == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
     before = children()
@@ -85,7 +94,7 @@ def test_how_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [workers_for(1 << 40), workers_for(0, 3)] == [1, 1]
 
 
-def test_files_and_findings_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+def test_files_and_reports_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     source = tmp_path / "small.onnx"
     onnx.save(perceptron(64, 128), source)
     results = [expand(source, tmp_path / f"{n}.onnx", 2, workers=n, max_shard_size=1 << 12) for n in (1, 2, 4)]
@@ -94,24 +103,24 @@ def test_files_and_findings_are_the_same_for_any_number_of_workers(tmp_path: Pat
         for other in others:
             mine = (tmp_path / name).read_bytes().replace(b"1.onnx", b"N.onnx")
             assert (tmp_path / f"{other}{name[1:]}").read_bytes().replace(f"{other}.onnx".encode(), b"N.onnx") == mine
-    found = [each.validation.tensors for each in results if each.validation is not None]
-    assert len(found) == 3 and found[0] == found[1] == found[2]
+    reports = [result.validation.tensors for result in results if result.validation is not None]
+    assert len(reports) == 3 and reports[0] == reports[1] == reports[2]
 
 
 def test_what_is_wrong_with_a_tensor_comes_back_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grown weights are changed on their way to the file."""
     source = tmp_path / "small.onnx"
     onnx.save(perceptron(64, 128), source)
-    packed = grown_table.Table._packed
+    packed = tables.Table._packed
 
-    def spoiled(table: grown_table.Table, rows: Any) -> Any:
+    def spoiled(table: tables.Table, rows: Any) -> Any:
         changed = packed(table, rows).copy()
         changed.reshape(-1)[3] += 1.0
         return changed
 
     with monkeypatch.context() as before:
-        before.setattr(grown_table.Table, "_packed", spoiled)
+        before.setattr(tables.Table, "_packed", spoiled)
         expand(source, tmp_path / "big.onnx", 2, workers=2, check=False)
     for workers in (1, 2):
-        found = validate_files(source, tmp_path / "big.onnx", mode="algebraic", workers=workers)
-        assert not found.equal and found.tensors is not None and len(found.tensors.wrong) > 2
+        report = validate_files(source, tmp_path / "big.onnx", mode="algebraic", workers=workers)
+        assert not report.equal and report.tensors is not None and len(report.tensors.wrong) > 2
