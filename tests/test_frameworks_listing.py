@@ -6,18 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-from conftest import Command, build_model, normal
+from conftest import Command, build_model, normal, perceptron
 
-pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
-
-pytest.importorskip("array_api_compat")
-
-import onnx_ir as ir  # noqa: E402
-
-from hyperclone_onnx.frameworks.compiling.preparation import prepare_model  # noqa: E402
-from hyperclone_onnx.frameworks.compiling.trainable import trainable  # noqa: E402
+from hyperclone_onnx.frameworks.compiling.preparation import prepare_model
+from hyperclone_onnx.frameworks.compiling.trainable import trainable
 
 Zoo = Callable[[str], Path]
 
@@ -43,6 +39,43 @@ def test_list_as_json_with_globs(cli: Command, zoo: Zoo) -> None:
         "shape": [4],
         "reason": "meets no activation",
     }
+
+
+COUNTS = "g (int64[b, 3] n) => (float[b, 3] y) {\nx = Cast <to = 1> (n)\ny = Mul (x, f)\n}"
+LARGE = """g (float[b, 4] x) => (float[b, 4] y) {
+    h = MatMul (x, w)
+    m = Add (h, mask)
+    y = Softmax (m)\n}"""
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "warning"),
+    [
+        (perceptron(), (), None),
+        (perceptron(), ("--freeze", "*"), None),
+        (
+            build_model(COUNTS, normal(0, {"f": (3,)})),
+            (),
+            "warning: nothing is trained: none of the stored tensors is a parameter; `handoff --list` shows",
+        ),
+        (
+            build_model(LARGE, {"mask": np.full((1000, 4), -3e38, np.float32), **normal(0, {"w": (4, 4)})}),
+            (),
+            "warning: only 0% of the 4,016 stored floating-point numbers are trained. The largest tensor that is "
+            "not is 'mask' (a mask); ",
+        ),
+    ],
+    ids=["all", "all frozen", "nothing", "little"],
+)
+def test_little_that_is_trained(
+    model: onnx.ModelProto, arguments: tuple[str, ...], warning: str | None, cli: Command, tmp_path: Path
+) -> None:
+    onnx.save(model, tmp_path / "model.onnx")
+    done = cli("handoff", tmp_path / "model.onnx", "--list", "--json", *arguments)
+    assert done.code == 0
+    told = json.loads(done.stdout)["warning"]
+    assert (told is None) == (warning is None) and done.stderr == ("" if told is None else f"warning: {told}\n")
+    assert warning is None or done.stderr.startswith(warning)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +137,67 @@ STRUCTURES = {
         {"weight": (6, 4)},
         {"weight"},
     ),
+    "counts that are cast": (
+        """g (int64[b, 6] counts) => (float[b, 3] y) {
+        x = Cast <to = 1> (counts)
+        h = MatMul (x, w)
+        y = Add (h, bias)\n}""",
+        {"w": (6, 3), "bias": (3,)},
+        {"w", "bias"},
+    ),
+    "a one-hot code times a table": (
+        """g (int64[b, n] ids) => (float[b, n, 4] y) {
+        depth = Constant <value = int64 {9}> ()
+        values = Constant <value = float[2] {0.0, 1.0}> ()
+        code = OneHot (ids, depth, values)
+        h = MatMul (code, table)
+        y = Mul (h, gain)\n}""",
+        {"table": (9, 4), "gain": (4,)},
+        {"table", "gain"},
+    ),
+    "time steps": (
+        """g (int64[b] steps) => (float[b, 4] y) {
+        t = Cast <to = 1> (steps)
+        axis = Constant <value = int64[1] {1}> ()
+        column = Unsqueeze (t, axis)
+        angles = Mul (column, frequencies)
+        sine = Sin (angles)
+        cosine = Cos (angles)
+        code = Concat <axis = 1> (sine, cosine)
+        h = Gemm (code, w, bias)
+        y = LayerNormalization (h, gain)\n}""",
+        {"frequencies": (3,), "w": (6, 4), "bias": (4,), "gain": (4,)},
+        {"w", "bias", "gain"},
+    ),
+    "frequencies, multiplied with positions as a matrix": (
+        """g (int64[b, n] positions, float[b, n, 6] x) => (float[b, n, 6] y) {
+        axis = Constant <value = int64[1] {2}> ()
+        p = Cast <to = 1> (positions)
+        column = Unsqueeze (p, axis)
+        angles = MatMul (column, frequencies)
+        cosine = Cos (angles)
+        y = Mul (x, cosine)\n}""",
+        {"frequencies": (1, 6)},
+        set(),
+    ),
+    "a network over coordinates": (
+        """g (float16[b, n, 4] x) => (float[n, 5] y) {
+        shape = Shape <start = 1, end = 2> (x)
+        zero = Constant <value = int64 {0}> ()
+        one = Constant <value = int64 {1}> ()
+        count = Squeeze (shape)
+        places = Range (zero, count, one)
+        p = Cast <to = 1> (places)
+        axis = Constant <value = int64[1] {1}> ()
+        column = Unsqueeze (p, axis)
+        both = Concat <axis = 1> (column, column)
+        h = MatMul (both, w)
+        b = Add (h, bias)
+        r = Relu (b)
+        y = MatMul (r, v)\n}""",
+        {"w": (2, 8), "bias": (8,), "v": (8, 5)},
+        {"w", "bias", "v"},
+    ),
     "running statistics": (
         "g (float[b, 4] x) => (float[b, 4] y) {\ny = BatchNormalization (x, scale, bias, mean, variance)\n}",
         {"scale": (4,), "bias": (4,), "mean": (4,), "variance": (4,)},
@@ -117,6 +211,16 @@ def test_structure_decides(case: str) -> None:
     text, shapes, wanted = STRUCTURES[case]
     model = prepare_model(ir.from_proto(build_model(text, normal(0, shapes))))
     assert set(trainable(model)) == wanted
+
+
+@pytest.mark.parametrize("kept", [0.5, 1.0])
+def test_a_pruning_mask_is_not_trained(kept: float) -> None:
+    """Zeros and ones that a weight is multiplied by; a matrix of other numbers there is a factor of the weight."""
+    rng = np.random.default_rng(0)
+    factor = (rng.random((4, 4)) < 0.5).astype(np.float32) * kept
+    text = "g (float[b, 4] x) => (float[b, 4] y) {\np = Mul (w, factor)\nt = Transpose (p)\ny = MatMul (x, t)\n}"
+    model = build_model(text, {"factor": factor, **normal(0, {"w": (4, 4)})})
+    assert set(trainable(prepare_model(ir.from_proto(model)))) == ({"w"} if kept == 1.0 else {"w", "factor"})
 
 
 def test_a_mask_is_not_trained(tmp_path: Path) -> None:
@@ -140,3 +244,25 @@ def test_a_divisor_that_growth_put_in_is_no_weight(zoo: Zoo, tmp_path: Path) -> 
     added = [each for each in compile_model(big).program.weights if plan.brings_in(each.initializer)]
     assert added and all(each.role == "constant" for each in added)
     assert {each.reason for each in added if each.shape} == {"a divisor that growth put in"}
+
+
+REFUSED = {
+    "DynamicQuantizeLinear (node 'q'), MatMulInteger (node 'm')": """g (float[b, 4] x) => (int32[b, 4] y) {
+        [q] c, s, z = DynamicQuantizeLinear (x)
+        [m] y = MatMulInteger (c, codes, z)\n}""",
+    "com.microsoft.DynamicQuantizeMatMul (node 'd')": """g (float[b, 4] x) => (float[b, 4] y) {
+        [d] y = com.microsoft.DynamicQuantizeMatMul (x, codes, scales)\n}""",
+    "SoftmaxCrossEntropyLoss (node 'loss')": """g (float[b, 4] x, int64[b] labels) => (float y) {
+        [loss] y = SoftmaxCrossEntropyLoss (x, labels)\n}""",
+}
+
+
+@pytest.mark.parametrize("operators", REFUSED)
+def test_an_operator_without_a_handoff_is_named_and_its_node(operators: str, cli: Command, tmp_path: Path) -> None:
+    """No such graph is malformed: that ONNX writes an operator out for another opset is not the model's fault."""
+    weights = {"codes": np.ones((4, 4), np.int8), "scales": np.ones(4, np.float32)}
+    model = build_model(REFUSED[operators], weights)
+    model.opset_import.add(domain="com.microsoft", version=1)
+    onnx.save(model, tmp_path / "model.onnx")
+    done = cli("handoff", tmp_path / "model.onnx", "--list")
+    assert done.code == 3 and done.error == f"error: {tmp_path / 'model.onnx'}: no handoff for {operators}"

@@ -9,7 +9,7 @@ import click
 
 from hyperclone_onnx.commands.guard import guarded
 from hyperclone_onnx.commands.options import json_option, model_path, no_validate_option, shard_size_option
-from hyperclone_onnx.commands.printing import console, print_json, printing, progress
+from hyperclone_onnx.commands.printing import console, print_json, printing, progress, warn
 from hyperclone_onnx.frameworks.targets import TARGETS
 
 
@@ -75,14 +75,19 @@ def handoff(
             check=not no_validate,
             notify=notify,
         )
+    warn(result.warning)
     with printing():
         print_json(result.to_json()) if as_json else print_handover(console(), model, result)
 
 
 def _list(model: Path, freeze: tuple[str, ...], train: tuple[str, ...], as_json: bool) -> None:
-    from hyperclone_onnx.frameworks.listing import weights
+    from hyperclone_onnx.frameworks.listing import list_weights
     from hyperclone_onnx.reports.weights import print_weights
 
-    rows = weights(model, freeze=freeze, train=train)
+    listing = list_weights(model, freeze=freeze, train=train)
+    warn(listing.warning)
     with printing():
-        print_json({"model": str(model), "weights": rows}) if as_json else print_weights(console(), rows)
+        if as_json:
+            print_json({"model": str(model), "weights": listing.rows, "warning": listing.warning})
+        else:
+            print_weights(console(), listing.rows)

@@ -74,6 +74,13 @@ def say(stage: str) -> None:
         click.echo(f"{printable(stage)} ...", err=True)
 
 
+def warn(text: str | None) -> None:
+    """Print a warning on stderr, if there is one."""
+    if text is not None:
+        with suppress(OSError):  # nobody reads stderr: go on
+            click.echo(f"warning: {printable(text)}", err=True)
+
+
 @contextmanager
 def progress() -> Iterator[tuple[Notify, Progress | None]]:
     """Progress on stderr: a bar where that is a terminal, otherwise a line for each stage."""

@@ -40,7 +40,7 @@ def settle_opsets(model: ir.Model) -> None:
     if opset < OLDEST_OPSET:
         raise Refused(f"opset {opset} is too old (before {OLDEST_OPSET}): convert it with onnx.version_converter")
     for function in model.functions.values():
-        _take_over_versions(function, imports)
+        take_over_versions(function, imports)
 
 
 def _spell(imports: dict[str, int]) -> None:
@@ -55,7 +55,7 @@ def _spell(imports: dict[str, int]) -> None:
         imports[own] = version
 
 
-def _take_over_versions(function: ir.Function, imports: dict[str, int]) -> None:
+def take_over_versions(function: ir.Function, imports: dict[str, int]) -> None:
     """Let a function import the versions of its model, where its operators are the same in both.
 
     Raises:

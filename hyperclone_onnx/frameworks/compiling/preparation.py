@@ -22,7 +22,7 @@ from hyperclone_onnx.frameworks.compiling.host_values import LARGEST
 from hyperclone_onnx.graphs import FreshNames, is_initializer, opset_of
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.normalise import normalise
-from hyperclone_onnx.reading.opsets import settle_opsets
+from hyperclone_onnx.reading.opsets import settle_opsets, take_over_versions
 from hyperclone_onnx.reading.type_inference import infer_types
 
 CONTROL = ("If", "Loop", "Scan")
@@ -91,7 +91,7 @@ def _inline_bodies(model: ir.Model) -> bool:
         infer_types(model)
     found = False
     for number, node in enumerate(missing):
-        function = _function_body(node, opset_of(model.graph, node.domain), f"body{number}")
+        function = _function_body(node, model.graph, f"body{number}")
         if function is not None:
             node.overload = function.overload
             model.functions[function.identifier()] = function
@@ -101,7 +101,9 @@ def _inline_bodies(model: ir.Model) -> bool:
     return found
 
 
-def _function_body(node: ir.Node, opset: int, overload: str) -> ir.Function | None:
+def _function_body(node: ir.Node, graph: ir.Graph, overload: str) -> ir.Function | None:
+    """The body that ONNX gives an operator; None where it gives none, or none in the operators of the model's opset."""
+    opset = opset_of(graph, node.domain)
     try:
         schema: Any = onnx.defs.get_schema(node.op_type, opset, node.domain)  # its stubs lack the function bodies
     except onnx.defs.SchemaError:
@@ -124,7 +126,12 @@ def _function_body(node: ir.Node, opset: int, overload: str) -> ir.Function | No
     proto.domain = node.domain
     if not proto.opset_import:
         proto.opset_import.add(domain=node.domain, version=opset)
-    return ir.serde.deserialize_function(proto)
+    try:
+        function = ir.serde.deserialize_function(proto)
+        take_over_versions(function, graph.opset_imports)
+    except (Refused, ir.serde.SerdeError):
+        return None
+    return function
 
 
 def check(model: ir.Model, name: str) -> None:

@@ -1,11 +1,17 @@
-"""What is a parameter, decided by structure.
+"""Which stored tensors are parameters, decided by structure.
 
-A stored floating tensor is trainable when it combines with *activations*: values that depend on an embedding lookup or
-on a floating input of the graph. Rotary frequencies and tables, masks, running statistics and single numbers are not.
+A stored floating tensor is trainable when it combines with *activations*. These are the floating inputs of the graph,
+rows that are looked up in a table, products of a stored matrix and a run-time value that sum over more than one
+element, and all that depends on one of these. A run-time value is any that is not made of stored tensors alone: counts
+and bytes that are cast to float, time steps, positions, a OneHot.
+
+So rotary frequencies stay out: they are multiplied with positions, and nothing is summed. Rotary tables, masks, running
+statistics and single numbers are no parameters either.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -27,6 +33,14 @@ STATISTICS = {"BatchNormalization": (3, 4)}
 
 ANGLES = {"RotaryEmbedding": (1, 2, 3), "GroupQueryAttention": (7, 8)}
 """Inputs that are rotary tables."""
+
+PARAMETERS = frozenset(
+    """
+    BatchNormalization GRU GroupNormalization InstanceNormalization LSTM LayerNormalization RMSNormalization RNN
+    SimplifiedLayerNormalization
+    """.split()
+)
+"""Operators that have parameters of their own, whatever run-time value is their first input."""
 
 Reasons = dict[str, tuple[Role, str]]
 
@@ -87,8 +101,9 @@ class _Structure:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.nodes = list(model.graph.all_nodes())
+        self.fixed = _fixed_values(model.graph)
         self.sources: dict[ir.Value, frozenset[ir.Value]] = {}
-        """For each activation, the floating inputs and looked-up tables that it depends on."""
+        """For each activation, the floating inputs and the stored tensors that it depends on."""
         self.angles: frozenset[ir.Value] = frozenset()
         self._follow()
         self.angles = frozenset(table for table in self._tables() if self._is_angles(table))
@@ -116,11 +131,13 @@ class _Structure:
         if any(index in ANGLES.get(node.op_type, ()) for node, index in uses):
             return "constant", "rotary angles"
         looked_up = next((node for node, index in uses if _is_lookup(node, index)), None)
-        met = next((node for node, _ in uses if self._meets_activation(node)), None)
+        met = next((node for node, _ in uses if self._meets_activation(node) or self._contracts(node)), None)
         if looked_up is None and met is None:
             return "constant", "meets no activation"
         tensor = value.const_value
         assert tensor is not None
+        if self._is_pruning_mask(value, tensor):
+            return "constant", "zeros and ones that another weight is multiplied by"
         if looked_up is None and self._is_position_bias(value):
             return "constant", "a bias of positions, cut to the lengths and added to scores"
         if len(uses) > 1 and _is_one_value(tensor):
@@ -166,6 +183,9 @@ class _Structure:
                 stored = _origin(table)
                 if stored is not None and stored not in self.angles and _is_floating(stored):
                     reached.append(frozenset([stored]))
+            for index, value in enumerate(node.inputs):
+                if value is not None and self._is_contracted(node, index):
+                    reached.append(frozenset([_origin(value) or value]))
             if reached:
                 for output in node.outputs:
                     self.sources[output] = frozenset().union(*reached)
@@ -201,6 +221,44 @@ class _Structure:
     def _meets_activation(self, node: ir.Node) -> bool:
         return any(value is not None and value in self.sources for value in node.inputs)
 
+    def _contracts(self, node: ir.Node) -> bool:
+        """Whether a node multiplies a stored matrix with a run-time value; then it adds a bias to their product."""
+        return any(self._is_contracted(node, index) for index in range(len(node.inputs)))
+
+    def _is_contracted(self, node: ir.Node, index: int) -> bool:
+        """Whether an input is a matrix of stored numbers, and is multiplied with a run-time value and summed."""
+        value = node.inputs[index]
+        if value is None or value not in self.fixed or value.dtype is None or not value.dtype.is_floating_point():
+            return False
+        if node.op_type in PARAMETERS:
+            return index > 0 and self._is_run_time(node.inputs[0])
+        others = [other for at, other in enumerate(node.inputs[:2]) if at != index]
+        return index < 2 and any(map(self._is_run_time, others)) and _summed_over(node, index) > 1
+
+    def _is_run_time(self, value: ir.Value | None) -> bool:
+        """Whether a value is floating and not made of stored tensors alone."""
+        if value is None or value in self.fixed:
+            return False
+        return value.dtype is not None and value.dtype.is_floating_point() and not _is_cut(value)
+
+    def _is_pruning_mask(self, value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+        """Whether a tensor holds zeros and ones, and is only multiplied with other stored tensors."""
+        products = [use.node for form in self._layouts(value) for use in form.uses() if use.node.op_type != "Cast"]
+        if not products or not all(node.op_type == "Mul" and self._is_product_of_stored(node) for node in products):
+            return False
+        return set(np.unique(np.asarray(tensor.numpy()).astype(np.float32)).tolist()) == {0.0, 1.0}
+
+    def _layouts(self, value: ir.Value) -> list[ir.Value]:
+        forms = [value]
+        for form in forms:
+            forms += [use.node.outputs[0] for use in form.uses() if use.node.op_type in MOVES_OR_CASTS]
+        return forms
+
+    def _is_product_of_stored(self, node: ir.Node) -> bool:
+        return all(value in self.fixed for value in node.inputs) and not all(
+            value is not None and value.const_value is not None and value.const_value.size == 1 for value in node.inputs
+        )
+
     def _laid_out(self, value: ir.Value, through_lookups: bool = False) -> list[ir.Value]:
         """A stored tensor, and what is only that tensor laid out anew or made of stored tensors alone."""
         found = [value]
@@ -225,6 +283,48 @@ class _Structure:
             value for value in node.inputs if value is not None and value.dtype and value.dtype.is_floating_point()
         ]
         return node.op_type in LAYOUT and (len(floats) == 1 or not self._meets_activation(node))
+
+
+def _fixed_values(graph: ir.Graph) -> set[ir.Value | None]:
+    """The values that are made of stored tensors alone."""
+    fixed: set[ir.Value | None] = {None, *graph.initializers.values()}
+    for node in graph.all_nodes():
+        if all(value in fixed for value in node.inputs) and not any(True for _ in bodies_of(node)):
+            fixed.update(node.outputs)
+    return fixed
+
+
+def _summed_over(node: ir.Node, index: int) -> int:
+    """How many products of a stored operand's elements a contraction adds up; 0 for any other operator."""
+    value = node.inputs[index]
+    shape = None if value is None or value.shape is None else value.shape.dims
+    if not shape:
+        return 0
+    match node.op_type:
+        case "MatMul" | "Linear":
+            sizes = [shape[-1] if index == 0 or len(shape) == 1 else shape[-2]]
+        case "FusedMatMul" | "Gemm":
+            turned = node.attributes.get("transA" if index == 0 else "transB")
+            last = (index == 0) != (turned is not None and bool(turned.as_int()))
+            sizes = [shape[-1] if last or len(shape) == 1 else shape[-2]]
+        case "Conv" | "FusedConv" | "NhwcFusedConv" | "NhwcConv":
+            sizes = list(shape[1:])
+        case "ConvTranspose":
+            sizes = [shape[0], *shape[2:]]
+        case "Einsum":
+            sizes = _summed_in_einsum(node, index, shape)
+        case _:
+            return 0
+    return math.prod(size if isinstance(size, int) else 0 for size in sizes)
+
+
+def _summed_in_einsum(node: ir.Node, index: int, shape: Sequence[int | ir.SymbolicDim]) -> list[int | ir.SymbolicDim]:
+    left, arrow, right = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or "." in left or len(terms) != 2 or len(terms[index]) != len(shape):
+        return [0]
+    both = set(terms[0]) & set(terms[1])
+    return [size for letter, size in zip(terms[index], shape, strict=True) if letter in both - set(right)] or [0]
 
 
 def _is_made_of_stored(value: ir.Value) -> bool:

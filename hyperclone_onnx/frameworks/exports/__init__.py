@@ -15,6 +15,7 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
 from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
+from hyperclone_onnx.frameworks.listing import little_trained
 from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
 from hyperclone_onnx.frameworks.targets import Target
 from hyperclone_onnx.plan.plans import Plan
@@ -48,6 +49,8 @@ class HandedOver:
     """How the checkpoint's tensors were found in the model, and what changed in its configuration."""
     training: TrainingRecipe | None = None
     """How to train it on, if it was grown."""
+    warning: str | None = None
+    """That little of the model is trained, where that is so."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -113,6 +116,7 @@ def hand_over(
             state = {**asdict(written), "file": Path(written.file).name}
         say("writing")
         weights = WRITERS[target](tensors, folder, largest_file)
+        warning = little_trained(compiled.program.weights)
         growth = None if compiled.plan is None else _growth(compiled.plan)
         state_file = None if state is None else str(state["file"])
         training = None if compiled.plan is None else RECIPE
@@ -120,7 +124,7 @@ def hand_over(
         Manifest(Path(model).name, target, weights, state_file, growth, parameters, advice).write(folder)
         by = _checked(model, folder, say) if check else None
     size = sum(math.prod(each.shape) for each in parameters)
-    return HandedOver(target, os.fspath(output), len(parameters), size, state, by, training=training)
+    return HandedOver(target, os.fspath(output), len(parameters), size, state, by, training=training, warning=warning)
 
 
 def _given(**options: Any) -> str:
