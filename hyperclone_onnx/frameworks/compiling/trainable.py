@@ -178,13 +178,11 @@ class _Structure:
                     self._follow_graph(inner)
             reached = [self.sources[v] for v in node.inputs if v is not None and v in self.sources]
             reached += [self.sources[v] for inner in bodies_of(node) for v in inner.outputs if v in self.sources]
-            table = node.inputs[0] if node.inputs else None
-            if table is not None and _is_lookup(node, 0):
-                stored = _origin(table)
+            for index, value in enumerate(node.inputs):
+                stored = _origin(value) if value is not None and _is_lookup(node, index) else None
                 if stored is not None and stored not in self.angles and _is_floating(stored):
                     reached.append(frozenset([stored]))
-            for index, value in enumerate(node.inputs):
-                if value is not None and self._is_contracted(node, index):
+                elif value is not None and self._is_contracted(node, index):
                     reached.append(frozenset([_origin(value) or value]))
             if reached:
                 for output in node.outputs:
@@ -236,10 +234,11 @@ class _Structure:
         return index < 2 and any(map(self._is_run_time, others)) and _summed_over(node, index) > 1
 
     def _is_run_time(self, value: ir.Value | None) -> bool:
-        """Whether a value is floating and not made of stored tensors alone."""
+        """Whether a value is floating, as far as is known, and not made of stored tensors alone."""
         if value is None or value in self.fixed:
             return False
-        return value.dtype is not None and value.dtype.is_floating_point() and not _is_cut(value)
+        # ONNX's type inference knows no operators of other domains: their results have no type here.
+        return (value.dtype is None or value.dtype.is_floating_point()) and not _is_cut(value)
 
     def _is_pruning_mask(self, value: ir.Value, tensor: ir.TensorProtocol) -> bool:
         """Whether a tensor holds zeros and ones, and is only multiplied with other stored tensors."""
