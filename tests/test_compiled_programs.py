@@ -1,4 +1,4 @@
-"""Compiled programs compute what ONNX Runtime computes, by NumPy: no framework is needed to see a wrong operator."""
+"""Programs compiled for NumPy compute the same as ONNX Runtime. So a wrong operator shows without a framework."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Kind = tuple[str, str, bool]
 """A domain, an operator of it, and whether it computes with sizes."""
 
 TOLERANCE = 2e-6
-"""What rounding in single precision stays under, as a part of the largest element."""
+"""The limit for rounding errors in single precision, divided by the largest element."""
 
 GRAPHS = """
     albert.fused bart_merged.cached bert.distinct bert.fused bert_runtime.built bloom.cached clip_text.fused
@@ -38,7 +38,7 @@ GRAPHS = """
     nemotron.distinct olmo.fused olmoe.built opt.extended qwen3_moe.cached qwen3_next_runtime.built resnet.extended
     smollm3.cached swin.torchscript whisper.distinct
 """.split()
-"""So many graphs that every operator of the zoo, in each of its forms, is in one of them."""
+"""As few graphs as contain every operator of the zoo in each of its forms."""
 
 
 def in_numpy(model: CompiledModel) -> Callable[..., dict[str, Array]]:
@@ -53,7 +53,7 @@ def in_numpy(model: CompiledModel) -> Callable[..., dict[str, Array]]:
 
 
 def difference(path: Path, run: Callable[..., dict[str, Array]]) -> float:
-    """The largest of all outputs' relative differences, over all feeds of the graph."""
+    """The largest relative difference of all outputs, over all inputs of the graph."""
     runner, worst = session(path), 0.0
     for feeds in make_feeds(path):
         made = run(**feeds)

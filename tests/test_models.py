@@ -1,4 +1,4 @@
-"""Real pretrained models, grown from the command line: `make models-check`."""
+"""Real pretrained models are grown with the command: `make models-check`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROMPTS = (
     "The three most important things in life are",
 )
 
-# The kernel's own mark of this process: what a child inherits of its parent's is not counted.
+# The kernel's own peak of this process. It does not contain the memory that a child inherits from its parent.
 MEASURED = """
 import atexit, pathlib, sys
 status = pathlib.Path("/proc/self/status")
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.models
 
 
 def build(name: str) -> Path:
-    """The model's file, built when it is not there yet."""
+    """The file of the model. It is built if it does not exist."""
     folder = ROOT / "out" / name
     if not (folder / "model.onnx").exists():
         subprocess.run([sys.executable, "models/build.py", name, "-o", str(folder)], cwd=ROOT, check=True)
@@ -54,7 +54,7 @@ def build(name: str) -> Path:
 
 @dataclass
 class Grown:
-    """What growing took, and what `expand` says of it."""
+    """The time and memory that growth took, and the report of `expand`."""
 
     result: dict[str, Any]
     seconds: float
@@ -62,13 +62,13 @@ class Grown:
 
     @property
     def error(self) -> float:
-        """The largest relative error that validation found."""
+        """The largest relative error in the validation."""
         validation = self.result["validation"]
         return 0.0 if validation is None else max(each["max_relative"] for each in validation["outputs"])
 
 
 def grow(model: Path, output: Path, factor: int, *options: str) -> Grown:
-    """Run `expand`; print what it took."""
+    """Run `expand`, and print its time and memory."""
     command = [
         sys.executable,
         "-c",
@@ -95,7 +95,7 @@ def grow(model: Path, output: Path, factor: int, *options: str) -> Grown:
 
 
 def size(model: Path) -> float:
-    """What a model takes on disk, in gigabytes."""
+    """The size of a model on disk, in gigabytes."""
     return sum(file.stat().st_size for file in model.parent.glob(model.name + "*")) / 1e9
 
 
@@ -106,7 +106,7 @@ def session(path: Path) -> ort.InferenceSession:
 
 
 def run(model: ort.InferenceSession, ids: list[int]) -> np.ndarray:
-    """The first output, of one row of tokens with nothing before it."""
+    """The first output for one row of tokens, without a past."""
     tokens = np.array([ids], dtype=np.int64)
     feeds = {
         "input_ids": tokens,
@@ -119,10 +119,10 @@ def run(model: ort.InferenceSession, ids: list[int]) -> np.ndarray:
 
 
 def empty_cache(each: ort.NodeArg) -> np.ndarray:
-    """Keys or values of no tokens: (batch, heads, tokens, head_dim), the unknown sizes 1 and 0."""
+    """Keys or values of no tokens: (batch, heads, tokens, head_dim), where unknown sizes are 1 and 0."""
     _, heads, _, head_dim = each.shape
     assert isinstance(heads, int), each.name
-    head_dim = head_dim if isinstance(head_dim, int) else 64  # onnxruntime-genai does not say it; SmolLM2's
+    head_dim = head_dim if isinstance(head_dim, int) else 64  # SmolLM2's value; onnxruntime-genai does not give it
     return np.zeros((1, heads, 0, head_dim), np.float16 if each.type == "tensor(float16)" else np.float32)
 
 
@@ -171,27 +171,27 @@ def test_minilm(tmp_path: Path, factor: int) -> None:
 
 STEPS = 16
 ROUNDS = {"int8", "int8-fused", "genai-int4"}
-"""Activations are rounded to 8 bits: a last bit may move an output by whole steps, as far as the rounding itself."""
+"""Activations are rounded to 8 bits. A change of the last bit may move an output by whole steps of this rounding."""
 
 HALVES = {"float16", "bfloat16"}
 
 COSTS = {"float16": 1e-2, "bfloat16": 8e-2}
-"""What half precision may differ by from the float32 graph: some units in the last place, of 2^-11 and 2^-8."""
+"""The allowed difference between half precision and the float32 graph: some units in the last place, 2^-11 and 2^-8."""
 
 QUANTISED = 1.0
-"""A quantised file answers something else altogether beyond this; how good it is, is not this project's affair."""
+"""Beyond this, a quantised file gives other answers than its source. The quality of quantisation is not our concern."""
 
 FLOAT = 2e-5
-"""Float32 on both sides, other operators or other widths: several times what SmolLM2 was measured to make of eps."""
+"""Both sides are float32, with other operators or other widths: several times the measured error of SmolLM2."""
 
 HALF = 1e-2
 WIDE = 1e-4
-"""Without rounding only the float32 eps remains, and what SmolLM2 was measured to make of it."""
+"""Without rounding only float32 errors remain, and the measured error of SmolLM2."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Outputs of one file for the prompts, each followed by its greedy continuation where the model continues text."""
+    """Outputs of one file for the prompts. Each is followed by its greedy continuation, if the model continues text."""
 
     ids: list[list[int]]
     outputs: list[np.ndarray]
@@ -227,7 +227,7 @@ def reference(name: str) -> Measured:
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[str]]:
-    """Rows for docs/dialects.md, in out/dialects.md when all have been measured."""
+    """Rows for docs/dialects.md. They are written to out/dialects.md after all measurements."""
     rows: list[str] = []
     yield rows
     (ROOT / "out").mkdir(exist_ok=True)
@@ -252,7 +252,7 @@ def test_dialects_grow(name: str, dialect: str, factor: int, tmp_path: Path, tab
     grown = grow(path, big, factor)
     plain, own = reference(name), measure(name, path)
     decodes = SOURCES[name].output == "logits"
-    tiles = 1 if decodes else factor  # hidden states grow, logits do not
+    tiles = 1 if decodes else factor  # hidden states grow, but logits do not
     model = session(path)
     cost = max(relative_error(want, run(model, ids)) for ids, want in zip(plain.ids, plain.outputs, strict=True))
     model = session(big)
@@ -289,7 +289,7 @@ def largest_error(wanted: list[np.ndarray], got: list[np.ndarray], tiles: int) -
 
 
 def compare_continuations(name: str, plain: Measured, own: Measured, got: list[np.ndarray]) -> str:
-    """How many words the grown model chooses as its source does, after each prefix of the source's continuations."""
+    """How many words the grown model chooses like its source, after each prefix of the source's continuations."""
     alike = total = 0
     for start, a, b in zip(prompts(name), own.outputs, got, strict=True):
         chosen = a[0, len(start) - 1 : -1].argmax(-1) == b[0, len(start) - 1 : -1].argmax(-1)

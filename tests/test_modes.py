@@ -1,4 +1,4 @@
-"""How much of a validation is done: each mode finds what it says it does, and says what it does not."""
+"""The modes of validation: each mode notices the errors that it promises to notice, and says what it does not check."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Zoo = Callable[[str], Path]
 
 @pytest.fixture
 def pair(small: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A small model and what grew from it."""
+    """A small model, and the model grown from it."""
     expand(small, tmp_path / "big.onnx", 2, check=False)
     return small, tmp_path / "big.onnx"
 
 
 @pytest.fixture(params=["full", "algebraic", "first layers"])
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """What to ask for; without free memory, "auto" is the first layers."""
+    """The mode to request. Without free memory, "auto" becomes the mode of the first layers."""
     if request.param == "first layers":
         monkeypatch.setattr(validation, "free_memory", lambda: 0)
         yield "auto"
@@ -61,7 +61,7 @@ def changed_attribute(model: onnx.ModelProto) -> None:
 
 
 def skipped_layers(model: onnx.ModelProto) -> None:
-    """The last norm reads the embedding."""
+    """A wrong graph: the last norm reads the embedding."""
     norm = [node for node in model.graph.node if node.op_type == "LayerNormalization"][-1]
     norm.input[0] = next(node for node in model.graph.node if node.op_type == "Gather").output[0]
 
@@ -74,7 +74,7 @@ def lost_node(model: onnx.ModelProto) -> None:
 
 
 def changed_scale(model: onnx.ModelProto) -> None:
-    """A scalar that the plan inserted to divide by."""
+    """The scalar divisor that the plan inserted."""
     (scale,) = [each for each in model.graph.initializer if each.name.endswith(".scale")]
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.01), scale.name))
 
@@ -90,7 +90,7 @@ GRAPHS = {
 
 @pytest.mark.parametrize("case", GRAPHS)
 def test_a_changed_graph_is_found_in_each_mode(case: str, mode: Any, tmp_path: Path) -> None:
-    """The tensors are right; only a run, or the comparison with what the plan makes, tells."""
+    """All tensors are right. Only a run shows the error, or a comparison with the graph that the plan makes."""
     source, big = tmp_path / "small.onnx", tmp_path / "big.onnx"
     onnx.save(perceptron(tied=True), source)
     expand(source, big, 2, strategy=Strategy("symmetric"), check=False)
@@ -108,7 +108,7 @@ def test_a_changed_graph_is_found_in_each_mode(case: str, mode: Any, tmp_path: P
 def test_what_a_plan_forgets_only_a_run_tells(
     dropped: int, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Algebraic says that nothing was run; the first layers show an edit that is missing there."""
+    """The algebraic mode says that nothing was run. The mode of first layers shows a missing edit in those layers."""
     make_plan = expansion.make_plan
 
     def forgetful(*arguments: Any, **options: Any) -> Plan:
@@ -137,7 +137,7 @@ FAMILIES = ("llama", "gpt2", "gemma2", "bert", "bloom")
 def test_the_first_layers_of_right_models_are_equal(
     budget: int, strategy: Any, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many of them are run."""
+    """This holds for any number of first layers."""
     monkeypatch.setattr(validation, "free_memory", lambda: 0)
     monkeypatch.setattr(validation, "FEWEST", budget)
     seen = []
@@ -188,7 +188,7 @@ def test_without_a_plan_nothing_is_algebraic(pair: tuple[Path, Path]) -> None:
 
 
 def test_a_plan_alone(small: Path, tmp_path: Path, cli: Command) -> None:
-    """`--plan-only` gives the plan that the model would carry, and writes nothing else."""
+    """`--plan-only` writes the plan that the grown model would carry, and nothing else."""
     done = cli("expand", small, "--factor", "2", "--plan-only", "--plan-out", tmp_path / "plan.json")
     assert done.code == 0 and "planned, nothing written" in done.stdout
     assert names_in(tmp_path) == {"plan.json"}
@@ -214,7 +214,7 @@ def test_a_plan_tells_sources_and_options_apart(small: Path, tmp_path: Path) -> 
 
 
 def test_free_memory_is_what_the_tightest_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Version 2 of control groups: the limit of a parent counts, and what only caches is free."""
+    """In version 2 of control groups, the limit of a parent counts, and memory that is only cache is free."""
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     for folder, limit, used, cache in ((inner, "max", "5", 0), (tmp_path / "a", "1000", "700", 100)):

@@ -1,4 +1,4 @@
-"""Names that we make are free, whatever names a graph has: none at all, one for all nodes, or just those."""
+"""The names that we make are free, whatever names a graph has: none, one for all nodes, or exactly our names."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_nodes_without_names_of_their_own(names: Callable[[ir.Model], ir.Model],
 
 @pytest.mark.parametrize("change", sorted(CHANGES))
 def test_names_that_are_taken(change: str) -> None:
-    """The graph is given the very names that the change would make: each to another of its values and nodes."""
+    """The graph gets the very names that the change would make, on other values and nodes."""
     given = model()
     first = CHANGES[change](given.clone())
     fresh_values = sorted(set(map(str, value_names(first))) - set(map(str, value_names(given))))
@@ -158,7 +158,7 @@ def plain() -> onnx.ModelProto:
 @pytest.mark.parametrize("names", [nameless, all_alike])
 def test_growing_and_handing_over(names: Callable[[ir.Model], ir.Model], tmp_path: Path) -> None:
     ir.save(names(ir.from_proto(plain())), tmp_path / "small.onnx")
-    # ONNX Runtime loads no file in which two nodes have one name.
+    # ONNX Runtime does not load a file in which two nodes have the same name.
     expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=names is nameless)
     grown = ir.load(tmp_path / "big.onnx")
     assert_unique(value_names(grown))
@@ -169,7 +169,7 @@ def test_growing_and_handing_over(names: Callable[[ir.Model], ir.Model], tmp_pat
 
 
 def test_a_tensor_of_the_name_that_a_second_form_would_get(tmp_path: Path) -> None:
-    """A tied table that is grown in two ways becomes two tensors; ``table.1`` is the name of a value here."""
+    """A tied table that grows in two ways becomes two tensors. Here, another value already has the name ``table.1``."""
     proto = plain()
     for node in proto.graph.node:
         node.output[:] = ["table.1" if name == "v" else name for name in node.output]

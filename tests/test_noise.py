@@ -1,4 +1,4 @@
-"""Noise: normal, independent, and the same wherever a window of it is drawn."""
+"""Noise is normal and independent, and the same in whatever window it is drawn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_any_window_is_that_part_of_the_whole(columns: int) -> None:
 
 
 def test_it_is_normal() -> None:
-    """Moments and tail shares of four million draws, within five standard errors."""
+    """The moments and the shares of the tails of four million draws are right, within five standard errors."""
     drawn = table(2048, 2048).astype(np.float64).reshape(-1)
     error = 1 / np.sqrt(drawn.size)
     assert abs(drawn.mean()) < 5 * error

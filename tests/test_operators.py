@@ -30,7 +30,7 @@ def test_every_pinned_operator_exists() -> None:
 
 @pytest.mark.parametrize(("domain", "op_type"), list(registry.pinned_operators()))
 def test_pinned_operator_keeps_every_axis(domain: str, op_type: str) -> None:
-    """What it touches keeps its size, for a reason that is no gap in the rules."""
+    """All axes at the operator keep their size, for a reason that is no gap in the rules."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, (4, 6))
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, (4, 6))
     weight = onnx.numpy_helper.from_array(np.ones((6, 6), np.float32), "w")

@@ -1,4 +1,4 @@
-"""Which package may import which: the order of the stages, so that no import makes a circle between them."""
+"""The order of the packages says which package may import which. So no imports form a circle between packages."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ commands
 entry
 __main__
 """.split()
-"""From the ones that know nothing of the others to the ones that use all of them."""
+"""The packages in order: a package may import those before it."""
 
 PUBLIC_FACE = "__init__"
-"""The package's own file names where its public names are; it imports nothing of them before they are asked for."""
+"""The file `__init__.py` of the package only knows where its public names are. It imports a name at its first use."""
 
 
 def package_of(module: str) -> str:
@@ -54,7 +54,7 @@ def package_of(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """What a file imports of the package, with line numbers; imports within functions and for types included."""
+    """The imports of our package in a file, with line numbers; also those within functions, and those for types."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names if alias.name.startswith("hyperclone_onnx"))
@@ -70,7 +70,7 @@ def own_package(path: Path) -> str:
 
 
 def upward(path: Path, package: str) -> list[str]:
-    """The imports of a file that lead to a package that comes after its own."""
+    """The imports in a file that lead to a package later in the order."""
     if package == PUBLIC_FACE:
         return []
     return [

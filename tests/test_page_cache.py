@@ -1,4 +1,4 @@
-"""What large files leave in the page cache: little; what they hold is not touched by it."""
+"""Large files leave little in the page cache, and their content stays as it is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the sy
 
 @pytest.fixture
 def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """The stretches that the system was told of, with batches of 1,000 bytes and a window of 4,000."""
+    """The stretches that the system is asked to forget, with batches of 1,000 bytes and a window of 4,000."""
     told: list[tuple[int, int, int]] = []
     for module in (page_cache, stored_rows, write_behind):
         monkeypatch.setattr(module, "BATCH", 1000)
@@ -75,7 +75,7 @@ def test_little_is_left_to_the_system(advised: list[tuple[int, int, int]]) -> No
 def test_writing_does_not_wait_for_a_slow_disk(
     advised: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does it end later than the one call that is under way."""
+    """It ends after at most the one call that is running."""
     arrive = threading.Event()
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: (advised.append(arguments[:3]), arrive.wait(10)))
     behind = WriteBehind(20_000)
@@ -90,7 +90,7 @@ def test_writing_does_not_wait_for_a_slow_disk(
 def test_an_interrupt_while_the_thread_ends_leaves_none(
     advised: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would use files that are closed by then."""
+    """Otherwise it would use files that are closed by then."""
     through: list[int] = []
     monkeypatch.setattr(
         os,
@@ -123,7 +123,7 @@ def test_what_was_read_once_is_forgotten(advised: list[tuple[int, int, int]], tm
 
 
 def test_a_large_file_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the system's own advice: pages are sent and dropped while others are written."""
+    """With real calls to the system: pages are written and dropped while other pages are written."""
     monkeypatch.setattr(write_behind, "WINDOW", 16 << 20)
     data = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
     with (tmp_path / "data").open("wb") as file, WriteBehind(48 << 20) as behind:

@@ -1,4 +1,4 @@
-"""Work shared out among copies of this process: all of it is done, or an error says why, and no copy is left."""
+"""Copies of this process share work: all of it is done, or an error says why not, and no copy is left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="processes cannot
 
 
 def children() -> set[str]:
-    """The processes that this one has begun and not waited for."""
+    """The child processes that this process has not waited for."""
     return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
@@ -75,7 +75,7 @@ def test_a_copy_that_is_killed_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("hearing_signals")
 def test_an_interrupt_leaves_no_copy() -> None:
-    """It may come at any moment: when copies are made, or waited for."""
+    """The signal may come at any moment: while copies are started, and while they are awaited."""
     before = children()
     for delay in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1):
         timer = threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -1,4 +1,4 @@
-"""Plans that were edited by hand: what is no plan says so."""
+"""Plans that somebody edited: a clear message says if the data is no plan."""
 
 from __future__ import annotations
 

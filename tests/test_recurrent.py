@@ -1,4 +1,4 @@
-"""Recurrent language models, grown as a whole: each gate's weights share their own sums."""
+"""Recurrent language models grow as a whole: the weights of each gate share their own sums."""
 
 from __future__ import annotations
 

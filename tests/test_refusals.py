@@ -1,4 +1,4 @@
-"""What cannot grow is refused: by name, with the reason, the node and the chain of nodes that leads there."""
+"""A refusal has the name of the dimension, the reason, the node, and the chain of nodes that leads to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOMAIN = "my.domain"
 
 
 def residual_model(branch: str) -> onnx.ModelProto:
-    """A model in which `branch`, nodes that make x of d, stands on the way back into the hidden stream."""
+    """A model in which `branch`, nodes that compute x from d, is on the way back into the hidden stream."""
     model = build_model(
         f"""g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) {{
             h = Gather (table, ids)
@@ -38,7 +38,7 @@ def residual_model(branch: str) -> onnx.ModelProto:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Nodes that hidden cannot pass, and what the refusal names."""
+    """Nodes that a growing hidden cannot pass, and the text of the refusal."""
 
     label: str
     branch: str
@@ -102,7 +102,7 @@ def test_the_refusal_names_the_obstacle(cli: Command, place: Path, obstacle: Obs
     assert re.search(r"error: hidden(\.\d)? \(size \d+\) cannot grow: ", outcome.error)
     assert obstacle.reason in outcome.error
     assert f"(at {obstacle.node} '" in outcome.error
-    # The chain leads from the hidden stream, by way of the norm, to the obstacle.
+    # The chain leads from the hidden stream over the norm to the obstacle.
     chain = outcome.error.partition("reached by way of ")[2]
     assert chain.startswith("LayerNormalization 'LayerNormalization_1' -> ")
     assert re.search(r"To keep its size and grow the rest: --set hidden(\.\d)?=1", outcome.error)
@@ -111,12 +111,12 @@ def test_the_refusal_names_the_obstacle(cli: Command, place: Path, obstacle: Obs
 
 @pytest.mark.parametrize("obstacle", [case for case in cases() if case.values[0].runs])  # type: ignore[attr-defined]
 def test_the_advice_works(cli: Command, place: Path, obstacle: Obstacle) -> None:
-    """What the refusal says to add makes the same command succeed, and grow what it says it grows."""
+    """With the option that the refusal suggests, the same command succeeds, and grows the rest."""
     onnx.save(residual_model(obstacle.branch), "model.onnx")
     arguments = ["expand", "model.onnx", "-o", "big.onnx", "--factor", "2", "--precision", "float64"]
     outcome = cli(*arguments)
     assert outcome.code == 3
-    for _ in range(6):  # each refusal names one dimension
+    for _ in range(6):  # a refusal names one dimension at a time
         advice = re.search(r"grow the rest: (--set) (\S+=1)$", outcome.error)
         assert advice is not None
         arguments += advice.groups()
@@ -129,7 +129,7 @@ def test_the_advice_works(cli: Command, place: Path, obstacle: Obstacle) -> None
 
 
 def test_hidden_that_is_a_head_too(cli: Command, place: Path) -> None:
-    """Contracted between two activations, hidden is still hidden: it grows, or is refused."""
+    """If hidden is contracted between two activations, it is still hidden: it grows, or is refused."""
     branch = "t = Transpose <perm = [0, 2, 1]> (d)  a = MatMul (d, t)  p = Softmax (a)  x = MatMul (p, d)"
     onnx.save(residual_model(branch), "model.onnx")
     outcome = cli("expand", "model.onnx", "-o", "big.onnx", "--factor", "2")
@@ -149,7 +149,7 @@ def test_one_refusal_of_one_dimension_names_it(cli: Command, place: Path) -> Non
 
 
 def test_parts_of_a_norm_that_would_grow_unequally(cli: Command, place: Path) -> None:
-    """A norm over two segments is another norm once they repeat by different factors."""
+    """A norm over two segments computes something else if they repeat by different factors."""
     rolled = (
         "a = Constant <value_ints = [0]> ()  b = Constant <value_ints = [5]> ()  c = Constant <value_ints = [12]> ()"
         "  e = Constant <value_ints = [2]> ()  p = Slice (d, a, b, e)  q = Slice (d, b, c, e)"

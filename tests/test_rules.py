@@ -1,4 +1,4 @@
-"""Each operator's rule against random models of one node: op(grow(x)) must be grow(op(x)), in double precision."""
+"""Each operator's rule is tested on random models of one node: op(grow(x)) equals grow(op(x)), in double precision."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_grown_operator_computes_the_same(key: tuple[str, str], build: Build, se
 
 @pytest.mark.parametrize("key, build, seeds", ROWS)
 def test_a_malformed_node_is_refused_or_pinned(key: tuple[str, str], build: Build, seeds: int) -> None:
-    """Whatever a file says of a node, its rule and its edit end in a plan or in a refusal, not in a defect."""
+    """Whatever a file says about a node, its rule and its edit lead to a plan or to a refusal, never to a defect."""
     for seed in range(SPOILT):
         model = random_model(key, build, seed % seeds)
         source = model.proto()
@@ -53,11 +53,11 @@ def test_a_malformed_node_is_refused_or_pinned(key: tuple[str, str], build: Buil
 
 
 SPOILT = 3
-"""Changed models of each row; with 200 each, nothing more is met."""
+"""The number of changed models for each row. 200 of them showed no further errors."""
 
 
 def normalised(source: onnx.ModelProto) -> ir.Model:
-    """A model whose values all have a type, so that ONNX's own inference need not run."""
+    """A model whose values all have types, so that ONNX's own inference need not run."""
     model = ir.from_proto(source)
     for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         value.dtype = value.dtype or ir.DataType.FLOAT
@@ -65,7 +65,7 @@ def normalised(source: onnx.ModelProto) -> ir.Model:
 
 
 def test_a_mistake_in_a_rule_is_not_the_models_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what a rule cannot tell, and what it refuses, becomes a refusal."""
+    """Only a `CannotTell` or `Refused` of a rule becomes a refusal."""
     m = Model(np.random.default_rng(0))
     m.node("Relu", activation(m, (3, 4)))
 
@@ -78,7 +78,7 @@ def test_a_mistake_in_a_rule_is_not_the_models_fault(monkeypatch: pytest.MonkeyP
 
 
 def test_each_product_of_a_node_has_a_weight_of_its_own() -> None:
-    """Projections of one input share their columns each; where one of them is computed, the input is scaled, once."""
+    """Projections of one input share their columns. If one of them is computed, the input is scaled once instead."""
     m = Model(np.random.default_rng(0))
     x, router = activation(m, (3, 4)), activation(m, (3, 2))
     first, second, gate = (m.operand(shape, stored=True) for shape in ((2, 5, 4), (2, 4, 5), (2, 5, 4)))

@@ -1,4 +1,4 @@
-"""Safetensors files as another reader finds them: stored, grown and row by row, in one file and in several."""
+"""Another reader can read our safetensors files: stored, grown and row by row, in one file and in several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1", "BF16": "<u2"}
 
 
 def read(path: Path) -> dict[str, Array]:
-    """The tensors of a file, by the specification."""
+    """The tensors of a file, read according to the specification."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -39,7 +39,7 @@ def read(path: Path) -> dict[str, Array]:
 
 
 class Lazy:
-    """Rows on demand; it remembers how many were asked for at once."""
+    """A tensor that returns rows, and records how many were requested at a time."""
 
     def __init__(self, array: Array) -> None:
         self.array, self.shape, self.dtype, self.most = array, array.shape, array.dtype, 0

@@ -1,4 +1,4 @@
-"""Work grows with the graph and not with its square: counted, never timed."""
+"""The work grows in proportion to the graph, and not to its square. It is counted, never timed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = (3, 6, 12)
 
 
 def instructions(call: Callable[[], Any]) -> int:
-    """The bytecode instructions that this package, and what a test puts in it, runs during a call."""
+    """The number of bytecode instructions that this package, and the code of a test, executes during a call."""
     count = 0
 
     def local(frame: FrameType, event: str, _: Any) -> Any:
@@ -48,7 +48,7 @@ def instructions(call: Callable[[], Any]) -> int:
 
 
 def work(folder: Path, layers: int, stages: tuple[str, ...]) -> dict[str, int]:
-    """The instructions of each stage on a Llama of so many layers."""
+    """The instructions of each stage, on a Llama with the given number of layers."""
     path = folder / f"{layers}.onnx"
     write(Sizes(hidden=64, layers=layers, heads=8, kv_heads=2, ffn=96, vocab=128), path, sparse=True)
     analysis = analyse(path)
@@ -63,7 +63,7 @@ def work(folder: Path, layers: int, stages: tuple[str, ...]) -> dict[str, int]:
 
 
 def excess(folder: Path, *stages: str) -> dict[str, float]:
-    """How much more the last doubling added than twice what the one before did; 0 where work is linear."""
+    """How much more the last doubling of layers added than twice the one before; 0 if the work is linear."""
     few, some, many = (work(folder, layers, stages) for layers in LAYERS)
     return {stage: (many[stage] - some[stage]) / (2 * (some[stage] - few[stage])) - 1 for stage in few}
 
@@ -75,7 +75,7 @@ def test_every_stage_is_linear_in_the_layers(tmp_path: Path) -> None:
 def test_a_search_through_every_layer_in_every_layer_would_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `marks_of` once was."""
+    """An implementation with quadratic work, as `marks_of` once had."""
 
     def marks_of(self: sharing._Divider, use: Use) -> Any:
         for found in self.carried.values():
@@ -88,7 +88,7 @@ def test_a_search_through_every_layer_in_every_layer_would_show(
 
 
 def test_405_billion_parameters_are_planned_without_a_byte_of_them(tmp_path: Path) -> None:
-    """In a sparse file, and no recursion is as deep as there are layers."""
+    """With a sparse file; and no recursion is as deep as the number of layers."""
     assert write(LLAMA_405B, tmp_path / "model.onnx", sparse=True) == 405_853_388_800
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack(0)) + LLAMA_405B.layers - 10)

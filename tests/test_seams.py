@@ -1,4 +1,4 @@
-"""The places where new kinds of growth join: transforms, origins of tensors, edits, laws of sharing."""
+"""The places where new kinds of growth can be added: transforms, origins of tensors, edits, laws of sharing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_options_that_a_transform_does_not_have_are_refused(options: dict[str, A
 
 
 class Copy(Law):
-    """Each repeat takes the whole weight: sums come out too large."""
+    """A law under which each repeat takes the whole weight, so that sums are too large."""
 
     name = "copy"
     preserves = False
@@ -185,7 +185,7 @@ def test_a_recipe_of_two_sources_grows_like_one_stored_tensor(name: str) -> None
 
 
 def test_a_recipe_of_two_sources_goes_into_a_file_and_back(tmp_path: Path) -> None:
-    """A model whose last weight is stored in two halves that other nodes read too."""
+    """A model whose last weight is stored in two halves, which other nodes read too."""
     model = perceptron()
     (weight,) = [t for t in model.graph.initializer if t.name == model.graph.node[-1].input[1]]
     whole = onnx.numpy_helper.to_array(weight)
@@ -263,12 +263,12 @@ def test_an_edit_of_a_new_kind_needs_its_class_alone() -> None:
         edit(SetAttribute)
 
 
-# -- what growth puts in ----------------------------------------------------------------------------------
+# -- constants that growth adds ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["{}.scale_bias", "{}.scale", "{}.scale.1"])
 def test_a_tensor_of_the_source_is_not_taken_for_one_that_growth_put_in(name: str, tmp_path: Path) -> None:
-    """Names of the source that look like those of divisors: the grown file records which are which."""
+    """The source has tensors with names like those of divisors. The grown file records which constants growth added."""
     model = perceptron(tied=True)
     path = tmp_path / "small.onnx"
     onnx.save(model, path)

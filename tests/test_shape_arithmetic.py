@@ -1,4 +1,4 @@
-"""Shapes that a graph computes by way of any operator: what is read there grows right, or is refused by its name."""
+"""A shape that a graph computes, with whatever operators, grows right, or is refused with the name of the operator."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ OPERATORS = {
     "Where": "{y}c = Equal (ones{n}, ones{n}) {y} = Where ({y}c, {x}, zeros{n})",
     "Where of a size": "{y}c = Greater ({x}, large) {y} = Where ({y}c, zeros{n}, {x})",
 }
-"""What leaves a vector of sizes {x}, of {n} elements, as it is in {y}."""
+"""Operators that leave a vector of sizes {x}, of {n} elements, unchanged in {y}."""
 
 STORED = {
     "first": 0, "unit": 1, "zero": [0], "one": [1], "three": [3], "four": [4], "minus": [-1], "large": [2**62],
@@ -69,7 +69,7 @@ MERGE = (
     "plain = Concat <axis = 0> (minus, S, four) q4 = Reshape (q, split) qt = Transpose <perm = [0, 2, 1, 3]> (q4) "
     "qm = Reshape (qt, plain) "
 )
-"""Queries, with batch and heads in one axis."""
+"""Queries with batch and heads in one axis."""
 
 READERS = {
     "Reshape": (("-1", "B3"), "q4 = Reshape (q, split) qt = Transpose <perm = [0, 2, 1, 3]> (q4) qr = Reshape (qt, t)"),
@@ -81,7 +81,7 @@ READERS = {
               "f3 = Unsqueeze (f, behind) qr = Add (qm, f3)"),
     "Slice": (("B3",), MERGE + "end = Slice (t, zero, one) qr = Slice (qm, zero, end, zero)"),
 }  # fmt: skip
-"""Who makes or cuts an axis of batch * heads by the first element of t, and what that element says."""
+"""Nodes that make or cut an axis of batch * heads by the first element of t; and the meaning of that element."""
 
 
 NOT_FOLLOWED = {
@@ -94,7 +94,7 @@ vector; and a Range is repeated by stored indices, which have no room for a batc
 
 
 def model_of(reader: str, says: str, operator: str, whole: bool) -> onnx.ModelProto:
-    """Attention whose merged axis of batch and heads is said by a vector that went through an operator."""
+    """Attention whose merged axis of batch and heads gets its size from a vector that passed through an operator."""
     first = {"-1": "A = Identity (minus)", "1": "A = Identity (one)", "B3": "A = Mul (B, three)"}[says]
     through = OPERATORS[operator]
     if whole:
@@ -144,7 +144,7 @@ CASES = [
 
 @pytest.mark.parametrize(("reader", "says", "operator"), CASES)
 def test_a_size_through_an_operator(reader: str, says: str, operator: str, tmp_path: Path) -> None:
-    """Whatever an operator does to a vector of sizes: the model grows and computes the same, or a node is named."""
+    """For any operator on a vector of sizes, the model grows and computes the same, or the refusal names a node."""
     model = model_of(reader, says, operator, whole=False)
     end = grown(model, tmp_path)
     refused = operator == "Compress" or reader == "Range" or (reader == "Slice" and operator in NOT_FOLLOWED)
@@ -166,7 +166,7 @@ def named(refusal: str, model: onnx.ModelProto) -> bool:
 
 @pytest.mark.parametrize(("reader", "says"), [("Reshape", "-1"), ("Expand", "1")])
 def test_an_element_that_is_no_size_stays(reader: str, says: str, tmp_path: Path) -> None:
-    """What cannot be followed may be -1 when the model runs: a plan that multiplies that makes a model that breaks."""
+    """A size that cannot be followed may be -1 when the model runs. A plan that multiplies it would break the model."""
     small, big = tmp_path / "small.onnx", tmp_path / "big.onnx"
     onnx.save(model_of(reader, says, "Pow", whole=False), small)
     analysis = analyse(small)
@@ -180,7 +180,7 @@ def test_an_element_that_is_no_size_stays(reader: str, says: str, tmp_path: Path
         assert (compare(big, run_source(small, 0)) == "") == right
 
 
-# -- what is followed -------------------------------------------------------------------------------------
+# -- sizes that can be followed ---------------------------------------------------------------------------
 
 NUMBERS = [np.arange(1, 13).reshape(2, 3, 2), np.arange(3), np.array([[2, 3]]), np.arange(4).reshape(4, 1)]
 

@@ -1,4 +1,4 @@
-"""How much each dimension grows when an axis is made of several, and what sizes the algebra follows."""
+"""The growth of dimensions whose axes have several factors, and the sizes that the algebra can follow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hyperclone_onnx import analyse, expand, plan_expansion
 
 
 def regrouped(middle: str) -> onnx.ModelProto:
-    """A residual stream of 36 whose second half reads it as `middle` leaves it."""
+    """A residual stream of 36, whose second half reads what `middle` makes of it."""
     weights = normal(0, {"table": (31, 36), "gain": (36,), "up": (36, 20), "down": (20, 36), "head": (36, 31)})
     weights |= {"kernel": normal(1, {"k": (36, 9, 1)})["k"], "merge": normal(2, {"m": (72, 36)})["m"]}
     shapes = {"six": [0, 0, 6, 6], "flat": [0, 0, 36], "pairs": [0, -1, 2, 36], "wide": [0, -1, 72]}
@@ -71,7 +71,7 @@ def test_a_factor_asked_for_by_name_grows_beside_another(tmp_path: Path) -> None
 
 
 def test_two_decided_branches_that_use_the_same_names(tmp_path: Path) -> None:
-    """What runs takes the place of each If."""
+    """The branch that runs takes the place of each If."""
     weights = normal(0, {"table": (31, 12), "gain": (12,), "up": (12, 20), "down": (20, 12), "head": (12, 31)})
     model = build_model(
         """g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) {
@@ -96,7 +96,7 @@ def test_two_decided_branches_that_use_the_same_names(tmp_path: Path) -> None:
 
 
 def test_groups_in_segments_side_by_side_grow_once(tmp_path: Path) -> None:
-    """Scale and shift of a normalisation of groups, made by one product: each half is (groups channels)."""
+    """Scale and shift of a group norm, computed by one product: each half is (groups channels)."""
     weights = normal(0, {"up": (10, 24), "both": (10, 48), "down": (24, 5)})
     weights |= {"gain": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}
     shapes = {"groups": [0, 4, 6], "flat": [0, 24]}
@@ -120,7 +120,7 @@ def test_groups_in_segments_side_by_side_grow_once(tmp_path: Path) -> None:
 
 
 def test_an_average_over_a_width_and_a_length(tmp_path: Path) -> None:
-    """The groups' channels and the sequence are averaged over together: one factor of the axis grows evenly."""
+    """A norm averages over the channels of a group and the sequence together. One factor of the axis grows evenly."""
     weights = normal(0, {"table": (31, 24), "gain": (4,), "bias": (4,), "head": (24, 31)})
     weights |= {"groups": np.asarray([0, 4, -1])}  # type: ignore[dict-item]
     model = tmp_path / "model.onnx"
@@ -163,7 +163,7 @@ def test_the_experts_of_a_router_keep_their_number(tmp_path: Path) -> None:
 
 
 def test_a_width_beside_a_batch_of_fixed_size_is_no_head(tmp_path: Path) -> None:
-    """A batch of two products between activations makes no heads: what is free in them is a width like another."""
+    """A batch of two products between activations makes no heads: their free axes are widths like others."""
     weights = normal(0, {"up": (24, 40), "keys": (24, 5), "down": (40, 24)})
     graph = """g (float[2, 3, 24] x) => (float[2, 5, 24] y) {
         u = MatMul (x, up)

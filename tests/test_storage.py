@@ -1,4 +1,4 @@
-"""Reading what is no model or half of one; publishing all or nothing."""
+"""Files that are no model, or an incomplete one, are refused; and results are published completely or not at all."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with `model.onnx` in it, which tests may spoil."""
+    """A folder with `model.onnx`, which tests may damage."""
     onnx.save(perceptron(), tmp_path / "model.onnx")
     return tmp_path
 
 
 @pytest.fixture
 def split(tmp_path: Path) -> Path:
-    """A folder with `model.onnx`, whose weights lie in `weights.bin`."""
+    """A folder with `model.onnx`, whose weights are in `weights.bin`."""
     onnx.save(
         perceptron(), tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
     )
@@ -38,7 +38,7 @@ def split(tmp_path: Path) -> Path:
 
 
 def assert_refused(cli: Command, folder: Path, code: int, *texts: str, model: str = "model.onnx") -> None:
-    """Both commands that read `model.onnx` end with `code` and the texts, and leave nothing."""
+    """Both commands that read `model.onnx` end with `code` and the texts, and leave no files."""
     before = names_in(folder)
     for arguments in (
         ("inspect", folder / model),
@@ -101,7 +101,7 @@ def test_truncated(cli: Command, folder: Path, part: float) -> None:
 
 
 def test_truncated_behind_the_graph(cli: Command, folder: Path) -> None:
-    """A protobuf cut between two fields is readable: it lacks what came later."""
+    """A protobuf that is cut between two fields can be read, but lacks the later fields."""
     model = onnx.load(folder / "model.onnx")
     model.ClearField("opset_import")
     onnx.save(model, folder / "model.onnx")
@@ -160,7 +160,7 @@ def test_a_constant_node_of_another_length(cli: Command, folder: Path) -> None:
 
 
 def relocate(folder: Path, location: str) -> None:
-    """Let every tensor of `model.onnx` say that it lies in `location`."""
+    """Set `location` as the data file of every tensor of `model.onnx`."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -183,7 +183,7 @@ def test_a_short_data_file(cli: Command, split: Path, keep: float) -> None:
 
 @pytest.mark.parametrize("kind", ["absolute", "..", "through a folder"])
 def test_a_data_file_outside_the_folder(cli: Command, split: Path, tmp_path_factory: Any, kind: str) -> None:
-    """A model from elsewhere must not read what lies around it, be it there or not."""
+    """A model from elsewhere must not read files outside its folder, whether they exist or not."""
     folder = split / "inner"
     folder.mkdir()
     (split / "model.onnx").rename(folder / "model.onnx")
@@ -201,7 +201,7 @@ def test_a_data_file_outside_the_folder(cli: Command, split: Path, tmp_path_fact
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_files_that_are_links(cli: Command, split: Path) -> None:
-    """Download caches keep the files elsewhere and link to them: either that works, or the error says what to do."""
+    """Download caches store files elsewhere and link to them: this works, or the error says what to do."""
     (split / "cache").mkdir()
     linked = split / "linked"
     linked.mkdir()
@@ -224,7 +224,7 @@ def test_a_data_file_in_a_folder_below(cli: Command, split: Path) -> None:
 
 
 def external_locations(path: Path) -> set[str]:
-    """The data files that a model names."""
+    """The data files that a model refers to."""
     model = onnx.load(path, load_external_data=False)
     return {
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
@@ -242,7 +242,7 @@ def test_external_in_external_out(cli: Command, split: Path) -> None:
     assert names_in(out.parent) == {"big.onnx", "big.onnx.data"}
     assert external_locations(out) == {"big.onnx.data"}
     assert cli("validate", split / "model.onnx", out).code == 0
-    # The pair can be carried elsewhere: the model knows its data by name alone.
+    # The model and its data can be moved together: the model refers to the data by name only.
     (split / "moved").mkdir()
     for name in names_in(out.parent):
         (out.parent / name).rename(split / "moved" / name)
@@ -278,7 +278,7 @@ def test_the_source_s_data_file_is_not_overwritten(cli: Command, split: Path) ->
     assert (split / "big.onnx.data").read_bytes() == before
 
 
-# Each way to fail, by what it does to the command: (arguments, exit code).
+# The ways to fail, by their effect on the command: (arguments, exit code).
 def no_space(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
     def reserve(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -330,7 +330,7 @@ def a_pinned_dimension(_: pytest.MonkeyPatch) -> tuple[list[str], int]:
 
 
 def publishing_fails(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
-    """The last rename does: with a data file, what stands beside it is published already."""
+    """The last rename fails. With a data file, the data file is already published then."""
     replace = os.replace
 
     def fail(source: Any, target: Any) -> None:
@@ -380,7 +380,7 @@ def test_a_failing_run_leaves_everything_as_it_was(
 
 
 def test_a_data_file_of_another_model_stays(cli: Command, split: Path) -> None:
-    """That it is named as OUT's would be does not make it OUT's."""
+    """A file is not OUT's data file merely because it has the right name."""
     (split / "model.onnx").rename(split / "other.onnx")
     (split / "weights.bin").rename(split / "big.onnx.data")
     onnx.save(perceptron(), split / "model.onnx")
@@ -463,7 +463,7 @@ def test_errors_of_the_api_are_the_same(folder: Path) -> None:
 def test_a_folder_whose_names_cannot_be_secured_takes_nothing_back(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model is there, whole; that is no failure."""
+    """The model is there and complete: this counts as success."""
     out = tmp_path / "big.onnx"
     expand(small, out, 2)
     sync = publication._sync

@@ -1,4 +1,4 @@
-"""How a grown model is trained on: what is told, and by how much fan-ins grew."""
+"""The advice for further training of a grown model, and the factor by which fan-ins grew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rounds activations has a form that does not: sums of integers go on in real numbers."""
+"""A model that rounds its activations has a form without this rounding: its sums of integers become sums of reals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `validate` must notice: changed tensors, changed graphs, values that are not finite."""
+"""`validate` must notice changed tensors, changed graphs, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture
 def pair(small: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A small model and what grew from it."""
+    """A small model, and the model grown from it."""
     big = tmp_path / "big.onnx"
     expand(small, big, 2, device="cpu")
     return small, big
@@ -72,7 +72,7 @@ def swapped(array: Array) -> Array:
     return array
 
 
-# Each kind of tensor once: shared rows, shared columns, copied rows, copied vectors.
+# One tensor of each kind: shared rows, shared columns, copied rows, copied vectors.
 CHANGES: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "a shared weight by 1%": ("up.0", one_percent),
     "another by 1%": ("down.1", one_percent),
@@ -97,7 +97,7 @@ def test_a_changed_tensor_is_named(case: str, cli: Command, pair: tuple[Path, Pa
     name, change = CHANGES[case]
     edit(pair[1], name, change)
     done = cli("validate", *pair, "--device", "cpu")
-    # A tensor of another type or shape may also be one that ONNX Runtime does not load.
+    # ONNX Runtime may be unable to load a model in which a tensor has another type or shape.
     assert done.code == 1 or (case.startswith("another ") and done.code == 3)
     assert done.code == 3 or f"DIFFERS: tensor {name}: " in done.stdout
     assert "Traceback" not in done.stderr
@@ -161,7 +161,7 @@ def test_two_unlike_models(cli: Command, pair: tuple[Path, Path], tmp_path: Path
 
 @dataclass(frozen=True)
 class Ends:
-    """How two graphs end that are alike up to `t`, and whether they may count as equal."""
+    """Endings of two graphs that are equal up to `t`, and whether they may count as equal."""
 
     label: str
     small: str
@@ -267,7 +267,7 @@ def test_on_cuda(name: str, zoo: Callable[[str], Path], cli: Command, tmp_path: 
     big = tmp_path / "big.onnx"
     done = cli("expand", zoo(name), "--factor", "2", "-o", big, "--device", "cuda", "--json")
     assert done.code == 0 and json.loads(done.stdout)["validation"]["provider"] == CUDA
-    # Products rounded to 10 bits would be off by a thousand times as much.
+    # Products that are rounded to 10 bits would have a thousand times this error.
     assert max(each["max_relative"] for each in json.loads(done.stdout)["validation"]["outputs"]) < 1e-5
     assert cli("validate", zoo(name), big, "--device", "cuda").code == 0
 
@@ -277,7 +277,7 @@ def test_on_cuda(name: str, zoo: Callable[[str], Path], cli: Command, tmp_path: 
 
 @pytest.fixture
 def tied(tmp_path: Path) -> tuple[Path, Path]:
-    """A model with one table, and what grew from it: a scalar divides before the second use of the table."""
+    """A model with one table, and the model grown from it: a scalar divides before the second use of the table."""
     source, big = tmp_path / "tied.onnx", tmp_path / "grown.onnx"
     onnx.save(perceptron(tied=True), source)
     expand(source, big, 2, device="cpu")
@@ -295,7 +295,7 @@ def change_the_scale(model: onnx.ModelProto) -> None:
 
 
 def drop_the_scale(model: onnx.ModelProto) -> None:
-    """Leave out the one inserted node that divides."""
+    """Remove the one inserted node that divides."""
     node = next(node for node in model.graph.node if the_scale(model).name in node.input)
     model.graph.node.remove(node)
     for other in model.graph.node:
@@ -305,7 +305,7 @@ def drop_the_scale(model: onnx.ModelProto) -> None:
 
 
 def drop_a_layer(model: onnx.ModelProto) -> None:
-    """Let the last norm read the residual stream before its last layer."""
+    """Let the last norm read the residual stream from before the last layer."""
     next(node for node in model.graph.node if node.output[0] == "last").input[0] = "h1"
 
 
@@ -319,7 +319,7 @@ def rename_the_output(model: onnx.ModelProto) -> None:
 def test_a_changed_graph_is_noticed(
     spoil: Callable[[onnx.ModelProto], None], with_plan: bool, cli: Command, tied: tuple[Path, Path]
 ) -> None:
-    """Every tensor is right; only the outputs tell."""
+    """All tensors are right. Only the outputs show the error."""
     model = onnx.load(tied[1])
     spoil(model)
     onnx.save(model, tied[1])
@@ -333,7 +333,7 @@ def test_a_changed_graph_is_noticed(
 
 
 def test_weight_that_moves_between_repeats_is_no_error(cli: Command, pair: tuple[Path, Path]) -> None:
-    """Any shares that add up are right: the check is of the sum, not of the plan's own noise."""
+    """Any shares that add up are right, because the check compares the sum, and not the plan's noise."""
 
     def move(array: Array) -> Array:
         array[0, 0] += 0.25
@@ -380,7 +380,7 @@ def test_another_seed_draws_other_inputs(cli: Command, pair: tuple[Path, Path]) 
 
 
 def test_a_source_that_does_not_run_is_refused(cli: Command, tmp_path: Path) -> None:
-    """What cannot be run cannot be compared, and is not published."""
+    """A model that cannot run cannot be compared, and is not published."""
     model = perceptron()
     node = next(node for node in model.graph.node if node.op_type == "Relu")
     node.op_type, node.domain = "Twist", "my.domain"
@@ -430,7 +430,7 @@ def test_noise_that_drowns_the_weights_is_no_strategy(strategy: Any) -> None:
 
 
 def blur_the_scales(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
-    """Make every division that a plan inserts wrong by a little."""
+    """Make every division that a plan inserts slightly wrong."""
 
     def make_plan(*arguments: Any, **options: Any) -> Plan:
         plan = planning.make_plan(*arguments, **options)
@@ -453,7 +453,7 @@ def blur_the_scales(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
 def test_wider_types_show_what_half_precision_hides(
     cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, precision: str, found: str
 ) -> None:
-    """In float16 a division that is off by a part in 1,000 is lost in the rounding; in float32 it is not."""
+    """A division with an error of 1 / 1,000 is within rounding in float16, but not in float32."""
     blur_the_scales(monkeypatch, times)
     onnx.save(perceptron(dtype="float16", tied=True), tmp_path / "model.onnx")
     arguments = ("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
@@ -465,7 +465,7 @@ def test_wider_types_show_what_half_precision_hides(
 
 
 def integer_model(path: Path) -> None:
-    """A perceptron with a residual stream whose weights are codes, and whose activations are rounded to 8 bits."""
+    """A perceptron with a residual stream, whose weights are codes and whose activations are rounded to 8 bits."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     onnx.save(perceptron(hidden=32, ffn=48, layers=3), path)
@@ -475,7 +475,7 @@ def integer_model(path: Path) -> None:
 def test_steps_of_rounded_activations_are_no_difference(
     cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A last bit moves a code by a whole step; without the rounding nothing is left of it."""
+    """A change of a last bit moves a code by a whole step. Without the rounding, no difference remains."""
     model = tmp_path / "model.onnx"
     integer_model(model)
     compare, calls = running.compare, itertools.count()
@@ -494,7 +494,7 @@ def test_steps_of_rounded_activations_are_no_difference(
 def test_a_wrong_scale_is_found_among_rounded_activations(
     cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is off by a part in 100, one step of 8 bits, shows without the rounding."""
+    """An error of 1 / 100, which is one step of 8 bits, shows without the rounding."""
     model = tmp_path / "model.onnx"
     integer_model(model)
     monkeypatch.setattr(sharing._Divider, "_rescale", off_by_a_percent(sharing._Divider._rescale))
@@ -511,11 +511,11 @@ def off_by_a_percent(rescale: Any) -> Any:
     return rescaled
 
 
-# -- what starts ------------------------------------------------------------------------------------------
+# -- sessions that start ----------------------------------------------------------------------------------
 
 
 class Session:
-    """A session of ONNX Runtime that starts with those of the providers asked for that work."""
+    """A session of ONNX Runtime that starts with those of the requested providers that work."""
 
     working: tuple[str, ...] = ()
     asked: tuple[Any, ...] = ()

@@ -1,4 +1,4 @@
-"""Files as they are written: the same for any number of workers, in bounded memory, laid out as said."""
+"""Written files are the same for any number of workers, need bounded memory, and have the specified layout."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Array = np.ndarray[Any, Any]
 
 
 def exact(count: int) -> Array:
-    """Numbers between -1/2 and 1/2 that no library's version changes."""
+    """Numbers between -1/2 and 1/2 that do not depend on the version of a library."""
     return (np.arange(1, count + 1, dtype=np.int64) * 2654435761 % 65521 / 65536 - 0.5).astype(np.float32)
 
 
 @pytest.fixture
 def fixed(tmp_path: Path) -> Path:
-    """A small model that is the same everywhere."""
+    """A small model that is the same on every machine."""
     model = perceptron()
     for tensor in model.graph.initializer:
         shape = tuple(tensor.dims)
@@ -58,7 +58,7 @@ GOLDEN: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_plans_and_tensors_are_what_they_were(strategy: StrategyName, fixed: Path, tmp_path: Path) -> None:
-    """A change of these digests is a change of what a command makes: say so in the change log."""
+    """If these digests change, the result of a command changes: the change log must say so."""
     result = expand(fixed, tmp_path / "big.onnx", 3, strategy=Strategy(strategy, seed=5), check=False)
     digest = hashlib.sha256()
     for tensor in sorted(onnx.load(tmp_path / "big.onnx").graph.initializer, key=lambda each: each.name):
@@ -142,7 +142,7 @@ def random_case(rng: random.Random) -> tuple[list[int], Recipe, dict[str, Source
 def test_pieces_make_every_byte_once_and_slices_agree(
     kind: str, strategy: StrategyName, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For recipes of every form: pieces, slices and the whole are one, and repeats add up to the source."""
+    """For recipes of every form, pieces, slices and the whole agree, and the repeats add up to the source."""
     rng = random.Random(f"{kind} {strategy} {seed}")
     for _ in range(25):
         monkeypatch.setattr(grown_table, "BLOCK", rng.choice([8, 64, 1 << 17]))
@@ -190,7 +190,7 @@ def assert_repeats_add_up(grown: GrownTensor, whole: Array, source: Array, scale
 
 
 def in_file(folder: Path, shape: tuple[int, ...]) -> ir.ExternalTensor:
-    """Zeros that take no space."""
+    """Zeros that take no memory."""
     size = int(np.prod(shape)) * 4
     with (folder / "sparse").open("wb") as file:
         file.truncate(size)
@@ -202,7 +202,7 @@ SHARED_ROWS = Recipe("w", ((Named("a"),), (Named("b"),)), ((0, 0),))
 
 @pytest.mark.parametrize("strategy", ["symmetric", "noisy-symmetric", "noisy-diagonal"])
 def test_a_tensor_is_never_whole_in_memory(strategy: StrategyName, tmp_path: Path) -> None:
-    """64 MB are written from 16 MB with a few blocks in memory."""
+    """64 MB are written from 16 MB, with only a few blocks in memory."""
     maps = {"a": SourceMap(2048, tile=2), "b": SourceMap(2048, tile=2)}
     grown = GrownTensor(in_file(tmp_path, (2048, 2048)), SHARED_ROWS, maps, Strategy(strategy))
     value = ir.Value(name="w", const_value=grown.as_lazy("w"))
@@ -223,7 +223,7 @@ def test_a_tensor_is_never_whole_in_memory(strategy: StrategyName, tmp_path: Pat
 def test_a_shard_reads_its_own_part(
     window: tuple[slice, ...], most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 2048 rows and columns that a sixteenth needs, a sixteenth is read."""
+    """Of 2048 rows and columns, a slice needs a sixteenth, and a sixteenth is read."""
     maps = {"a": SourceMap(1024, tile=2), "b": SourceMap(1024, tile=2)}
     source = in_file(tmp_path, (1024, 1024))
     grown = GrownTensor(source, SHARED_ROWS, maps, Strategy("symmetric"))
@@ -247,7 +247,7 @@ def test_a_shard_reads_its_own_part(
 
 @pytest.mark.parametrize("external", [False, True])
 def test_other_readers_find_what_the_model_holds(external: bool, tmp_path: Path) -> None:
-    """onnx loads it; strings, numbers of four bits, empty tensors and those of bodies included."""
+    """The onnx package loads the file, also with strings, numbers of 4 bits, empty tensors, and tensors of bodies."""
     rng = np.random.default_rng(0)
     arrays = {
         "large": rng.standard_normal((700, 500)).astype(np.float32),
@@ -326,7 +326,7 @@ def test_an_error_in_a_worker_ends_the_run_with_it(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", ["float32", "float16"])
 def test_numbers_that_are_not_finite_stay_where_they_are(kind: str, strategy: StrategyName) -> None:
-    """And nothing else becomes one of them: the noise's level is that of the finite weights."""
+    """No other weight becomes infinite: the level of the noise is that of the finite weights."""
     source = np.random.default_rng(0).standard_normal((6, 8)).astype(kind)
     source[0, 0], source[1, 2], source[2, 3] = np.inf, -np.inf, np.nan
     maps = {"a": SourceMap(6, tile=3), "b": SourceMap(8, tile=2)}

@@ -1,4 +1,4 @@
-"""Every family of the zoo in both sizings, grown in every way, and compared by means that are the test's own."""
+"""Every family of the zoo, in both sizings, is grown in every way, and compared without the package's own code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Growth:
-    """One way to grow, and the roles that it should grow where the model has them."""
+    """One way to grow, and the roles that should grow if the model has them."""
 
     label: str
     factor: int = 1
@@ -59,7 +59,7 @@ HEAD_DIM_BY_NAME = Growth(
 )
 FFN_ALONE = Growth("ffn-alone", 1, {"ffn": 3}, roles=frozenset(["ffn"]))
 
-# Each family sees everything once; which sizing sees which is a matter of time only.
+# Each family is tested in every way once. Only the running time decides which sizing is tested in which way.
 GROWTHS: dict[str, tuple[Growth, ...]] = {
     "distinct": (
         whole(2, "noisy-symmetric"),
@@ -77,7 +77,7 @@ GROWTHS: dict[str, tuple[Growth, ...]] = {
     ),
 }
 
-# Those in both sizings; test_zoo_variants.py has every other graph.
+# The graphs in both sizings. test_zoo_variants.py has all other graphs.
 FAMILIES = [name.removesuffix(".collide") for name in zoo_store.names() if name.endswith(".collide")]
 CASES = [
     pytest.param(name, growth, id=f"{name}-{growth}")
@@ -132,7 +132,7 @@ def test_noise_comes_from_the_seed_alone(strategy: StrategyName, zoo: Zoo, tmp_p
 
 @dataclass(frozen=True)
 class Roles:
-    """The sizes that a family's distinct sizing has in each role."""
+    """The sizes of a family's distinct sizing in each role."""
 
     hidden: frozenset[int] = frozenset([48])
     ffn: frozenset[int] = frozenset([56])
@@ -146,7 +146,7 @@ def roles(**sizes: int | tuple[int, ...]) -> Roles:
     return Roles(**{role: frozenset([given] if isinstance(given, int) else given) for role, given in sizes.items()})
 
 
-# A rotated head is cut: in halves (4 of 8), or its rotated part in halves and the rest whole (2 + 2 + 12 of 16).
+# A rotated head is cut in halves (4 of 8), or its rotated part is, and the rest is whole (2 + 2 + 12 of 16).
 ROTARY = (4, 8)
 QUARTER_ROTARY = (2, 12, 16)
 ROLES: dict[str, Roles] = {
@@ -154,7 +154,7 @@ ROLES: dict[str, Roles] = {
     "bart": roles(),
     "bert": roles(vocab=(2, 101)),
     "bloom": roles(ffn=192),
-    # Four shards of two heads each; 4 of a head's 6 are rotated, in pairs.
+    # Four shards have two heads each. 4 of the 6 elements of a head are rotated, in pairs.
     "codegen": roles(heads=(2, 4), head_dim=(2, 6)),
     "cohere": roles(heads=2, group=3, head_dim=ROTARY),
     "distilbert": roles(),
@@ -177,7 +177,7 @@ ROLES: dict[str, Roles] = {
     "olmo": roles(head_dim=ROTARY),
     "olmo2": roles(heads=2, group=3, head_dim=ROTARY),
     "opt": roles(),
-    # What the last projection makes for the head is no hidden state: no norm and no residual touches it.
+    # The output of the last projection for the head is no hidden state, because no norm and no residual uses it.
     "opt_350m": roles(hidden=(32, 48), ffn=(32, 56)),
     "phi": roles(head_dim=(2, 4, 8)),
     "phi3": roles(heads=2, group=3, head_dim=ROTARY),
@@ -215,7 +215,7 @@ def test_roles_of_the_distinct_sizing(family: str, zoo: Zoo) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_that_collide_have_the_roles_of_sizes_that_do_not(family: str, zoo: Zoo) -> None:
-    """The same graph with other sizes has the same dimensions, as many in each role."""
+    """With other sizes, the same graph has the same dimensions, and as many of them in each role."""
 
     def counts(sizing: str) -> dict[tuple[str, bool], int]:
         found: dict[tuple[str, bool], int] = defaultdict(int)
@@ -255,7 +255,7 @@ def declared(path: Path) -> dict[str, list[int | str]]:
     }
 
 
-# What leaves the graph grown: a hidden state; logits keep their size.
+# Outputs that grow: hidden states. Logits keep their size.
 @pytest.mark.parametrize(
     ("family", "changed"),
     [("bert", {"last_hidden_state": 96}), ("electra", {"last_hidden_state": 96}), ("gpt2", {}), ("vit", {})],
@@ -297,7 +297,7 @@ TIED = {
 
 
 def vocabularies(path: Path) -> set[str]:
-    """The matrices with a row (or a column) for each word."""
+    """The matrices with a row or a column for each word."""
     return {name for name, shape in weights(path).items() if len(shape) == 2 and 101 in shape and 1 not in shape}
 
 
@@ -329,7 +329,7 @@ def test_a_tied_embedding_stays_one_tensor_unless_untied(
 @pytest.mark.parametrize("sizing", ["distinct", "collide"])
 @pytest.mark.parametrize("untie", [False, True])
 def test_layers_that_share_their_weights_still_do(sizing: str, untie: bool, zoo: Zoo, tmp_path: Path) -> None:
-    """ALBERT's two layers are one: each of their tensors is read twice, and stored once."""
+    """ALBERT's two layers are one: each of their tensors is read twice and stored once."""
     source, out = zoo(f"albert.{sizing}"), tmp_path / "big.onnx"
     expand(source, out, 3, untie=untie, device="cpu")
 
@@ -358,7 +358,7 @@ def test_growing_twice_is_growing_by_the_product(zoo: Zoo, expected: Expected, t
 
 
 def decoder_with_cache() -> onnx.ModelProto:
-    """One layer of attention over what a cache holds and what is new; no graph of the zoo has a cache."""
+    """One layer of attention over the tokens in a cache and new tokens. No graph of the zoo has a cache."""
     heads = {
         name: f"""{name}0 = MatMul (n, w{name})
             {name}1 = Reshape ({name}0, split)

@@ -1,4 +1,4 @@
-"""The zoo's graphs from other exporters, fused, or built by hand: each grown once, by another factor and strategy."""
+"""The zoo's graphs from other exporters, fused ones, and hand-built ones: each grows once, in its own way."""
 
 from __future__ import annotations
 
