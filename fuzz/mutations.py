@@ -1,6 +1,6 @@
-"""Random changes to a graph: each takes a model and a generator, and changes the model in place.
+"""Random changes of a graph. A change is a function that takes a model and a generator, and changes the model in place.
 
-A change that finds nothing to change returns False. What comes out may be no model any more; that is the point.
+A change returns False if the model has nothing that it could change. The changed model may be invalid, on purpose.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ ALIKE = [
     "LayerNormalization RMSNormalization SimplifiedLayerNormalization".split(),
     "Gather GatherElements".split(),
 ]
-"""Operators that stand where the others of their line stand."""
+"""Groups of operators that can replace one another."""
 
 
 def mutation(function: Mutation) -> Mutation:
-    """Enter a change into the table."""
+    """Add a change to the table."""
     MUTATIONS.append(function)
     return function
 
 
 def pick(items: Sequence[Any], rng: Rng) -> Any:
-    """One of the items; None of none."""
+    """A random item; None if there are no items."""
     return items[int(rng.integers(len(items)))] if len(items) else None
 
 
@@ -51,19 +51,19 @@ def graphs(model: onnx.ModelProto) -> list[onnx.GraphProto]:
 
 
 def pick_graph(model: onnx.ModelProto, rng: Rng) -> onnx.GraphProto:
-    """Mostly the main graph."""
+    """A random graph, most often the main graph."""
     every = graphs(model)
     return every[0] if rng.random() < 0.7 else pick(every, rng)
 
 
 def pick_node(model: onnx.ModelProto, rng: Rng) -> tuple[onnx.GraphProto, NodeProto | None]:
-    """A node and its graph."""
+    """A random node and its graph."""
     graph = pick_graph(model, rng)
     return graph, pick(graph.node, rng)
 
 
 def replace_reads(graph: onnx.GraphProto, old: str, new: str, but: NodeProto | None = None) -> None:
-    """Let whoever reads one value read another."""
+    """Let all readers of a value read another value instead."""
     for node in graph.node:
         if node is not but:
             for i, name in enumerate(node.input):
@@ -73,7 +73,7 @@ def replace_reads(graph: onnx.GraphProto, old: str, new: str, but: NodeProto | N
 
 @mutation
 def drop_node(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A node less: what read its outputs reads one of its inputs."""
+    """Remove a node: the readers of its outputs read one of its inputs instead."""
     graph, node = pick_node(model, rng)
     if node is None or not node.input:
         return False
@@ -87,7 +87,7 @@ def drop_node(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def swap_inputs(model: onnx.ModelProto, rng: Rng) -> bool:
-    """Two inputs of a node change places."""
+    """Exchange two inputs of a node."""
     _, node = pick_node(model, rng)
     if node is None or len(node.input) < 2:
         return False
@@ -98,7 +98,7 @@ def swap_inputs(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def rewire(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A node reads another value: one made before it, mostly."""
+    """Let a node read another value, most often one that is computed before it."""
     graph, node = pick_node(model, rng)
     if node is None or not node.input:
         return False
@@ -114,7 +114,7 @@ def rewire(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def change_operator(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A node computes something like what it computed."""
+    """Replace the operator of a node by a similar one."""
     graph = pick_graph(model, rng)
     found = [(node, line) for node in graph.node for line in ALIKE if node.op_type in line]
     chosen = pick(found, rng)
@@ -127,7 +127,7 @@ def change_operator(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def change_attribute(model: onnx.ModelProto, rng: Rng) -> bool:
-    """An attribute says something else, or nothing."""
+    """Change or remove an attribute."""
     graph = pick_graph(model, rng)
     found = [(node, a) for node in graph.node for a in node.attribute if a.type != AttributeProto.GRAPH]
     chosen = pick(found, rng)
@@ -158,7 +158,7 @@ def change_attribute(model: onnx.ModelProto, rng: Rng) -> bool:
 
 
 def perturb(tensor: TensorProto, rng: Rng) -> bool:
-    """A number of a tensor becomes another."""
+    """Change one number of a tensor."""
     array = numpy_helper.to_array(tensor).copy()
     if array.size == 0 or array.dtype.kind not in "iufb":
         return False
@@ -178,32 +178,32 @@ def perturb(tensor: TensorProto, rng: Rng) -> bool:
 
 
 def replace_tensor(tensor: TensorProto, array: np.ndarray[Any, Any]) -> None:
-    """Another value for a stored tensor."""
+    """Replace the content of a stored tensor."""
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), tensor.name))
 
 
 def weights(graph: onnx.GraphProto, least: int = 2) -> list[TensorProto]:
-    """The stored floating-point tensors of so many elements."""
+    """The stored float32 tensors with at least `least` elements."""
     return [t for t in graph.initializer if t.data_type == TensorProto.FLOAT and np.prod(t.dims) >= least]
 
 
 @mutation
 def perturb_integers(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A shape, an index, a length or an axis that is stored becomes another."""
+    """Change a stored shape, index, length or axis."""
     tensor = pick([t for t in model.graph.initializer if t.data_type in (6, 7, 9)], rng)
     return tensor is not None and perturb(tensor, rng)
 
 
 @mutation
 def perturb_weight(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A weight becomes another."""
+    """Change a weight."""
     tensor = pick(weights(model.graph, 1), rng)
     return tensor is not None and perturb(tensor, rng)
 
 
 @mutation
 def resize_tensor(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A stored tensor is cut, lengthened, transposed or given another shape."""
+    """Cut, lengthen, transpose or reshape a stored tensor."""
     tensor = pick(weights(model.graph), rng)
     if tensor is None:
         return False
@@ -226,7 +226,7 @@ def resize_tensor(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def retype_tensor(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A stored tensor, or all of them, in another type."""
+    """Give a stored tensor, or all of them, another type."""
     kind = pick([np.float16, np.float64, np.int32, np.int64], rng)
     tensor = pick(model.graph.initializer, rng)
     if tensor is None or tensor.data_type not in (1, 6, 7):
@@ -237,7 +237,7 @@ def retype_tensor(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def swap_weights(model: onnx.ModelProto, rng: Rng) -> bool:
-    """Two uses of stored tensors change places."""
+    """Exchange two uses of stored tensors."""
     stored = {t.name for t in model.graph.initializer}
     uses = [(node, i) for node in model.graph.node for i, name in enumerate(node.input) if name in stored]
     if len(uses) < 2:
@@ -249,7 +249,7 @@ def swap_weights(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def tie_weights(model: onnx.ModelProto, rng: Rng) -> bool:
-    """Two stored tensors of one shape become one."""
+    """Let all uses of one stored tensor read another one of the same shape."""
     first = pick(weights(model.graph), rng)
     other = pick([t for t in weights(model.graph) if first is not None and list(t.dims) == list(first.dims)], rng)
     if first is None or other is None or other is first:
@@ -261,7 +261,7 @@ def tie_weights(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def transpose_tied(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A weight is another one, transposed."""
+    """Replace a weight by the transpose of another weight."""
     first = pick([t for t in weights(model.graph) if len(t.dims) == 2], rng)
     fits = [t for t in weights(model.graph) if first is not None and list(t.dims) == list(first.dims)[::-1]]
     other = pick([t for t in fits if t is not first], rng)
@@ -275,7 +275,7 @@ def transpose_tied(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def show_value(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A value from within is an output too."""
+    """Make a value inside the graph an output too."""
     node = pick(model.graph.node, rng)
     if node is None or not node.output[0] or any(o.name == node.output[0] for o in model.graph.output):
         return False
@@ -289,7 +289,7 @@ def show_value(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def drop_output(model: onnx.ModelProto, rng: Rng) -> bool:
-    """An output less."""
+    """Remove an output."""
     if len(model.graph.output) < 2:
         return False
     model.graph.output.remove(pick(model.graph.output, rng))
@@ -298,7 +298,7 @@ def drop_output(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def change_opset(model: onnx.ModelProto, rng: Rng) -> bool:
-    """The operators are those of another version."""
+    """Change the version of the operators."""
     each = pick(model.opset_import, rng)
     each.version = int(pick([each.version - 1, each.version + 1, 11, 13, 17, 18, 21, 23], rng))
     return True
@@ -306,7 +306,7 @@ def change_opset(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def change_declared_shape(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A declared size is another, a name, or nothing."""
+    """Change a declared size, to another size, a name or nothing."""
     values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
     dims = [d for v in values for d in v.type.tensor_type.shape.dim]
     dim = pick(dims, rng)
@@ -323,14 +323,14 @@ def change_declared_shape(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def forget_shapes(model: onnx.ModelProto, rng: Rng) -> bool:
-    """Nothing is declared of what lies within."""
+    """Remove the declarations of all values inside the graph."""
     del model.graph.value_info[:]
     return True
 
 
 @mutation
 def store_in_a_node(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A stored tensor is a Constant."""
+    """Turn a stored tensor into a Constant."""
     tensor = pick(model.graph.initializer, rng)
     if tensor is None:
         return False
@@ -343,7 +343,7 @@ def store_in_a_node(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def offer_as_input(model: onnx.ModelProto, rng: Rng) -> bool:
-    """A stored tensor is the default of an input."""
+    """Turn a stored tensor into the default value of an input."""
     tensor = pick(model.graph.initializer, rng)
     if tensor is None or any(each.name == tensor.name for each in model.graph.input):
         return False
@@ -353,7 +353,7 @@ def offer_as_input(model: onnx.ModelProto, rng: Rng) -> bool:
 
 @mutation
 def swap_nodes(model: onnx.ModelProto, rng: Rng) -> bool:
-    """Two nodes do each other's work."""
+    """Exchange the operators of two nodes."""
     graph = pick_graph(model, rng)
     if len(graph.node) < 2:
         return False
@@ -363,18 +363,18 @@ def swap_nodes(model: onnx.ModelProto, rng: Rng) -> bool:
     return True
 
 
-# -- nodes that are put between ---------------------------------------------------------------------------
+# -- inserted nodes ---------------------------------------------------------------------------------------
 
 
 def stored(graph: onnx.GraphProto, rng: Rng, values: Any, dtype: Any = np.int64) -> str:
-    """A new stored tensor; returns its name."""
+    """Store a new tensor, and return its name."""
     name = f"new.{len(graph.initializer)}.{int(rng.integers(1 << 30))}"
     graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype=dtype), name))
     return name
 
 
 def width_of(graph: onnx.GraphProto, node: NodeProto) -> int | None:
-    """The last size of what a node makes, where a weight or the file tells it."""
+    """The last size of a node's output, if a weight or the file gives it."""
     dims = {t.name: list(t.dims) for t in graph.initializer}
     if node.op_type == "MatMul" and len(dims.get(node.input[1], ())) == 2:
         return dims[node.input[1]][1]
@@ -390,7 +390,7 @@ def width_of(graph: onnx.GraphProto, node: NodeProto) -> int | None:
 
 @mutation
 def insert(model: onnx.ModelProto, rng: Rng) -> bool:
-    """Something happens to a value on its way: along its last axis, mostly."""
+    """Insert nodes behind a value, most often along its last axis."""
     graph = model.graph
     node = pick([n for n in graph.node if n.output and n.output[0]], rng)
     if node is None:
@@ -477,15 +477,15 @@ def insert(model: onnx.ModelProto, rng: Rng) -> bool:
 
 
 def mutate(model: onnx.ModelProto, rng: Rng) -> list[str]:
-    """One to four random changes; returns their names."""
+    """Make one to four random changes, and return their names."""
     done: list[str] = []
     for _ in range(int(rng.choice([1, 1, 2, 3, 4]))):
         for _ in range(10):
-            # Where growth is decided, changes are worth more.
+            # Inserted nodes show more errors, because they stand where growth is decided.
             change = insert if rng.random() < 0.35 else pick(MUTATIONS, rng)
             try:
                 changed = change(model, rng)
-            except (ValueError, TypeError, IndexError, OverflowError):  # an earlier change left nothing to change
+            except (ValueError, TypeError, IndexError, OverflowError):  # an earlier change broke the graph
                 changed = False
             if changed:
                 done.append(change.__name__)
