@@ -252,7 +252,7 @@ def _runner(analysis: Analysis, values: Sequence[ir.Value], device: Device, wide
             return
         message = ir.to_proto(model).SerializeToString()
     except ValueError as problem:  # a protobuf message has at most 2 GB
-        raise Refused(f"{analysis.path}: its activations cannot be had ({problem}); use --no-activations") from problem
+        raise Refused(f"{analysis.path}: its activations cannot be read ({problem}); use --no-activations") from problem
     finally:
         model.graph.outputs[:] = outputs
     yield Runner(analysis.path, device, graph=message)

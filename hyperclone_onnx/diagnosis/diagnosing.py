@@ -72,7 +72,7 @@ def diagnose(
     notes: list[str] = []
     recorded = plan_used.source
     if small is not None and recorded and recorded.get("weights") != provenance(small.model, {})["weights"]:
-        notes.append(f"{source} holds other weights than those that were grown: ranks are compared with its own")
+        notes.append(f"{source} has other weights than the source that was grown: its own ranks are compared")
     say("comparing weights")
     tensors = compare_tensors(path, grown, plan_used, layers)
     if ranks:
@@ -132,7 +132,7 @@ def _plan_of(path: Path, grown: ir.Model, given: PathLike | Plan | None) -> Plan
         raise BadModel(f"{path}: its metadata holds {problem}") from problem
     if carried is None:
         raise BadRequest(
-            f"{path}: it carries no plan, so that nobody can say which of its units are clones: it was not grown by "
+            f"{path}: it carries no plan, so that its clones are not known: it was not grown by "
             "hyperclone-onnx, or a tool dropped its metadata; give the plan that expand --plan-out wrote with --plan"
         )
     return carried

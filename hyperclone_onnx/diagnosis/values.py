@@ -83,10 +83,10 @@ def _compare_values(
     notes: list[str] = []
     flat = runs.without_branches(analysis)
     if flat is not analysis:
-        notes.append("of each If the larger branch was run, in its place")
+        notes.append("each If was replaced by its larger branch, and only that branch was run")
     measured = runs.measured_values(flat, value_axes(flat.dimensions, plan, planned))
     if not measured:
-        notes.append("no activation was compared: what has clones is computed inside the bodies of Loop or Scan")
+        notes.append("no activation was compared: all values that have clones are inside the bodies of Loop or Scan")
         return Measured(notes=tuple(notes))
     given = None if sampling.inputs is None else runs.given_inputs(sampling.inputs, flat.model)
     cases = [given] if given is not None else list(runs.samples(flat, plan, sampling.seed, sampling.lengths))
@@ -97,8 +97,8 @@ def _compare_values(
         ]
         if differing:
             notes.append(
-                f"the clones in {', '.join(map(repr, differing))} differ in {sampling.inputs}: activations differ for "
-                "that"
+                f"the clones in {', '.join(map(repr, differing))} differ in {sampling.inputs}: activations differ "
+                "for this reason too"
             )
     widened, notes_on_width = _widened(flat)
     try:
@@ -106,7 +106,7 @@ def _compare_values(
     except Refused as problem:
         if not widened:
             raise
-        widened, notes_on_width = False, [f"activations are rounded as the model rounds them: {problem}"]
+        widened, notes_on_width = False, [f"activations are compared with the rounding of the model itself: {problem}"]
         spreads, ran_on = runs.measure(flat, measured, cases, sampling.device)
     notes += notes_on_width
     tolerance, _ = tolerance_of(flat.dimensions, None, None, ir.DataType.FLOAT if widened else None)
@@ -125,9 +125,11 @@ def _widened(analysis: Analysis) -> tuple[bool, list[str]]:
         return False, []
     size = weight_bytes(model)
     if size > WIDEST:
-        return False, ["too large to be run in float32: what it rounds itself hides small distances of activations"]
+        return False, [
+            "the model is too large to run in float32: its own rounding hides small distances of activations"
+        ]
     try:
         unrounded(model)
     except Unsupported as problem:
-        return False, [f"activations are rounded as the model rounds them: {problem}"]
+        return False, [f"activations are compared with the rounding of the model itself: {problem}"]
     return True, []

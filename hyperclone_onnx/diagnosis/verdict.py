@@ -173,11 +173,13 @@ def conclude(
         )
     if apart < NEARLY:
         return False, (
-            f"nearly stuck: the clones in {where} differ by {apart:.1e} in what they compute and what they get back, "
-            f"which is what rounding leaves; the model can do little more than its source. {advice}"
+            f"nearly stuck: the clones in {where} differ by {apart:.1e} in what they compute and in their "
+            f"gradients, which rounding can explain; the model can do little more than its source. {advice}"
         )
     tied_roles = [role.name for role in roles if role.verdict == "tied"]
-    except_tied = f"; those of {' and '.join(tied_roles)} stay tied, computing the same for ever" if tied_roles else ""
+    except_tied = (
+        f"; those of {' and '.join(tied_roles)} stay tied and will compute the same for ever" if tied_roles else ""
+    )
     if verdicts["ready"] + verdicts["tied"] == total:
         return False, (
             f"ready: the clones in {where} compute the same, and get different gradients: training will part them"

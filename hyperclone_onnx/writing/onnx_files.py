@@ -69,7 +69,7 @@ def save(
         BadModel: a source file cannot be read any more.
     """
     if max_shard_size is not None and max_shard_size < 1:
-        raise BadRequest(f"a data file of at most {max_shard_size} bytes holds nothing")
+        raise BadRequest(f"max_shard_size is {max_shard_size}: a data file needs at least 1 byte")
     layout = _external(model, path, max_shard_size) if external else _inline(model, path)
     write(layout, workers, progress)
 

@@ -91,7 +91,7 @@ def write_safetensors(
         CannotWrite, BadModel: see `streaming.write`.
     """
     if max_shard_size is not None and max_shard_size < 1:
-        raise BadRequest(f"a file of at most {max_shard_size} bytes holds nothing")
+        raise BadRequest(f"max_shard_size is {max_shard_size}: a file needs at least 1 byte")
     directory = Path(folder)
     sizes = {key: _bytes(key, tensor) for key, tensor in tensors.items()}
     shards = list(_shards(sizes, max_shard_size))
