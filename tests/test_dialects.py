@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from conftest import normal, perceptron
 from onnx import helper
 
-from fuzz.oracle import compare, run_source
+from fuzz.oracle import compare, run_source, session
 from hyperclone_onnx import BadModel, HypercloneError, Refused, Strategy, expand
 from hyperclone_onnx.analysis.walk import infer
 from hyperclone_onnx.reading.normalise import normalise
@@ -144,3 +145,202 @@ def test_imports_that_do_not_fit(tmp_path: Path, spoil: Spoil, kind: type[Hyperc
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(kind, match=text):
         expand(tmp_path / "model.onnx", tmp_path / "big.onnx", 2, check=False)
+
+
+# -- where weights are stored -----------------------------------------------------------------------------
+
+
+def list_weights_as_inputs(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+
+
+@pytest.mark.parametrize("version", [3, 8])
+def test_weights_that_are_listed_as_inputs(tmp_path: Path, version: int) -> None:
+    """IR version 3 demands it, and exporters kept the habit: what is written loads, and needs no weight as an input."""
+    model = perceptron()
+    list_weights_as_inputs(model)
+    model.ir_version = version
+    assert grow(model, tmp_path) == {"hidden", "ffn"}
+    big = onnx.load(tmp_path / "big.onnx")
+    assert big.ir_version >= 4 and [each.name for each in big.graph.input] == ["ids"]
+
+
+@pytest.fixture
+def adapted() -> onnx.ModelProto:
+    """A model with an adapter: two inputs whose defaults are empty, and whose rank the caller chooses."""
+    model = perceptron(layers=1)
+    nodes = list(model.graph.node)
+    at = next(number for number, node in enumerate(nodes) if node.output[0] == "d0")
+    nodes[at].output[0] = "d"
+    nodes[at + 1 : at + 1] = [
+        helper.make_node("MatMul", ["n0", "a"], ["na"]),
+        helper.make_node("MatMul", ["na", "b"], ["nab"]),
+        helper.make_node("Add", ["d", "nab"], ["d0"]),
+    ]
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+    for name, shape, declared in (("a", (12, 0), [12, "r"]), ("b", (0, 12), ["r", 12])):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name))
+        model.graph.input.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, declared))
+    return model
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_inputs_with_defaults_stay_inputs(tmp_path: Path, adapted: onnx.ModelProto, keep: bool) -> None:
+    small, big = tmp_path / "small.onnx", tmp_path / "big.onnx"
+    onnx.save(adapted, small)
+    expand(small, big, 2, strategy=Strategy("symmetric"), check=False, keep_interface=keep)
+    source, grown = session(small), session(big)
+    shapes = {each.name: each.shape for each in grown.get_overridable_initializers()}
+    assert shapes == {"a": [12 if keep else 24, "r"], "b": ["r", 12 if keep else 24]}
+    rng = np.random.default_rng(0)
+    ids = {"ids": rng.integers(0, 31, (2, 5))}
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((12, 3), (3, 12)))
+    wide = {"a": a, "b": b} if keep else {"a": np.tile(a, (2, 1)), "b": np.tile(b, (1, 2))}
+    plain, adapter = source.run(None, ids)[0], source.run(None, ids | {"a": a, "b": b})[0]
+    assert np.abs(plain - adapter).max() > 0.1, "the adapter does something"
+    np.testing.assert_allclose(grown.run(None, ids)[0], plain, atol=1e-5)
+    np.testing.assert_allclose(grown.run(None, ids | wide)[0], adapter, atol=1e-5)
+
+
+def test_the_default_of_an_input_grows(tmp_path: Path, adapted: onnx.ModelProto) -> None:
+    values = normal(5, {"a": (12, 3), "b": (3, 12)})
+    for tensor in adapted.graph.initializer:
+        if tensor.name in values:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values[tensor.name], tensor.name))
+    assert grow(adapted, tmp_path) == {"hidden", "ffn"}
+    stored = {
+        each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(tmp_path / "big.onnx").graph.initializer
+    }
+    np.testing.assert_array_equal(stored["a"], np.tile(values["a"], (2, 1)))
+
+
+def coordinates(places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.stack(np.unravel_index(places, shape), axis=1)
+
+
+def flat(places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return places
+
+
+@pytest.mark.parametrize("form", [flat, coordinates])
+@pytest.mark.parametrize("as_constant", [False, True])
+def test_sparse_tensors(tmp_path: Path, form: Callable[..., np.ndarray], as_constant: bool) -> None:
+    model, plain = perceptron(), perceptron()
+    tensor = next(each for each in model.graph.initializer if each.name == "up.0")
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array[np.abs(array) < 0.2] = 0
+    next(each for each in plain.graph.initializer if each.name == "up.0").CopyFrom(
+        onnx.numpy_helper.from_array(array, "up.0")
+    )
+    places = np.flatnonzero(array)
+    values = onnx.numpy_helper.from_array(array.ravel()[places], "up.0")
+    indices = onnx.numpy_helper.from_array(form(places, array.shape).astype(np.int64))
+    sparse = helper.make_sparse_tensor(values, indices, array.shape)
+    model.graph.initializer.remove(tensor)
+    if as_constant:
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["up.0"], sparse_value=sparse))
+    else:
+        model.graph.sparse_initializer.append(sparse)
+    assert grow(model, tmp_path, plain) == {"hidden", "ffn"}
+
+
+def test_tensors_that_are_parts_of_one_another(tmp_path: Path) -> None:
+    """Reading the same bytes twice does no harm."""
+    onnx.save(perceptron(), tmp_path / "small.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    model = onnx.load(tmp_path / "small.onnx", load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    whole = {entry.key: entry.value for entry in stored["embedding"].external_data}
+    for entry in stored["up.0"].external_data:
+        if entry.key == "offset":
+            entry.value = str(int(whole["offset"]) + 16)
+    (tmp_path / "small.onnx").write_bytes(model.SerializeToString())
+    expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, strategy=Strategy("symmetric"), check=False)
+    assert compare(tmp_path / "big.onnx", run_source(tmp_path / "small.onnx", 0)) == ""
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A hub's cache: the model and its data are links into a folder of blobs."""
+    snapshot, blobs = tmp_path / "snapshots" / "1" / "onnx", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    onnx.save(perceptron(), snapshot / "model.onnx", save_as_external_data=True, location="data", size_threshold=0)
+    for name, blob in (("model.onnx", "c6ed"), ("data", "b879")):
+        (snapshot / name).rename(blobs / blob)
+        (snapshot / name).symlink_to(Path("../../../blobs") / blob)
+    return snapshot / "model.onnx"
+
+
+def test_a_hub_cache(tmp_path: Path, cache: Path) -> None:
+    onnx.save(perceptron(), tmp_path / "plain.onnx")
+    expand(cache, tmp_path / "big.onnx", 2, strategy=Strategy("symmetric"), check=False)
+    assert compare(tmp_path / "big.onnx", run_source(tmp_path / "plain.onnx", 0)) == ""
+
+
+def test_a_hub_cache_whose_data_leaves_it(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "secret").write_bytes((tmp_path / "blobs" / "b879").read_bytes())
+    data = cache.with_name("data")
+    data.unlink()
+    data.symlink_to(tmp_path / "secret")
+    with pytest.raises(BadModel, match=r"its data file data is a link to .*secret, which is outside"):
+        expand(cache, tmp_path / "big.onnx", 2, check=False)
+
+
+# -- names ------------------------------------------------------------------------------------------------
+
+
+def test_names_in_bodies_that_are_those_of_outer_values(tmp_path: Path) -> None:
+    """A carried value of a Loop is called as what it begins with, and a weight in an If as one outside of it."""
+    model = perceptron(layers=1)
+    weights = {each.name: each for each in model.graph.initializer}
+    state = helper.make_tensor_value_info("h1", onnx.TensorProto.FLOAT, ["batch", "sequence", 12])
+    turn = helper.make_tensor_value_info("turn", onnx.TensorProto.INT64, [])
+    go, goes = (helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []) for name in ("go", "goes"))
+    after = helper.make_tensor_value_info("after", onnx.TensorProto.FLOAT, ["batch", "sequence", 12])
+    shadow = onnx.TensorProto()
+    shadow.CopyFrom(weights["gain"])
+    nodes = [
+        helper.make_node("Identity", ["go"], ["goes"]),
+        helper.make_node("LayerNormalization", ["h1", "gain"], ["inner"]),
+        helper.make_node("Add", ["h1", "inner"], ["after"]),
+    ]
+    body = helper.make_graph(nodes, "body", [turn, go, state], [goes, after], [shadow])
+    model.graph.initializer.extend(
+        [onnx.numpy_helper.from_array(np.array(2), "turns"), onnx.numpy_helper.from_array(np.array(True), "yes")]
+    )
+    last = next(node for node in model.graph.node if node.output[0] == "last")
+    last.input[0] = "looped"
+    at = list(model.graph.node).index(last)
+    model.graph.node.insert(at, helper.make_node("Loop", ["turns", "yes", "h1"], ["looped"], body=body))
+    assert grow(model, tmp_path) == {"hidden", "ffn"}
+
+
+# -- other formats ----------------------------------------------------------------------------------------
+
+FOREIGN = {
+    "model.pt": (b"PK\x03\x04rest", "torch.onnx.export"),
+    "model.pth": (b"\x80\x02rest", "torch.onnx.export"),
+    "pytorch_model.bin": (b"PK\x03\x04rest", "torch.onnx.export"),
+    "model.safetensors": (b"\x10\0\0\0\0\0\0\0{}", "optimum-cli"),
+    "model.gguf": (b"GGUF\3\0\0\0", "optimum-cli"),
+    "model.tflite": (b"\x1c\0\0\0TFL3", "tf2onnx"),
+    "model.mlmodel": (b"\x08\x01", "onnxmltools"),
+    "without_a_suffix": (b"GGUF\3\0\0\0", "optimum-cli"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_formats_are_named_with_the_way_to_onnx(tmp_path: Path, name: str) -> None:
+    content, way = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadModel, match=f"not an ONNX model but a.*{way}") as caught:
+        expand(tmp_path / name, tmp_path / "big.onnx", 2, check=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_onnx_model_with_the_suffix_of_another_format(tmp_path: Path) -> None:
+    onnx.save(perceptron(), tmp_path / "model.bin")
+    expand(tmp_path / "model.bin", tmp_path / "big.onnx", 2, check=False)
+    assert (tmp_path / "big.onnx").exists()

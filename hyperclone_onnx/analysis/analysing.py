@@ -12,6 +12,7 @@ import onnx_ir as ir
 from hyperclone_onnx.analysis.roles import NamedDim, name_dimensions
 from hyperclone_onnx.analysis.walk import infer, pin_interface
 from hyperclone_onnx.plan.plans import TransformStep
+from hyperclone_onnx.reading.defaults import defaults_of
 from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.system.stamps import Stamp
 from hyperclone_onnx.transforms.source import source_of
@@ -56,6 +57,7 @@ def analyse(path: str | os.PathLike[str], transforms: Iterable[TransformStep] = 
 def count_parameters(model: ir.Model) -> int:
     """The number of stored elements that are weights: floating-point numbers, and codes of at most 8 bits."""
     tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    tensors += [tensor for _, tensor in defaults_of(model)]
     return sum(tensor.size for tensor in tensors if tensor.dtype.is_floating_point() or is_code(tensor.dtype))
 
 

@@ -6,8 +6,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from hyperclone_onnx.graphs import MOVES_OR_CASTS, FreshNames, bodies_of, is_initializer
+from hyperclone_onnx.reading.defaults import FIRST_WITH_DEFAULTS, set_defaults_aside
 from hyperclone_onnx.reading.opsets import settle_opsets
 from hyperclone_onnx.reading.reblock import reblock
+from hyperclone_onnx.reading.shadowing import rename_shadowing
 from hyperclone_onnx.reading.type_inference import infer_types
 
 
@@ -21,15 +23,19 @@ def normalise(model: ir.Model) -> ir.Model:
         Refused: see `settle_opsets`.
     """
     settle_opsets(model)
+    set_defaults_aside(model)
     fresh = FreshNames(model.graph)
     for graph in (model.graph, *model.graph.subgraphs()):
         _compute_stored_outputs(graph, fresh)
+    passes.InlinePass()(model)
+    rename_shadowing(model.graph)
     ir.passes.Sequential(
-        passes.InlinePass(),
         passes.RemoveInitializersFromInputsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
     )(model)
+    # No weight is an input any more, which older versions demand.
+    model.ir_version = max(model.ir_version, FIRST_WITH_DEFAULTS)
     reblock(model.graph)
     _drop_unused(model.graph)
     passes.TopologicalSortPass()(model)

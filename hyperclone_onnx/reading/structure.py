@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from hyperclone_onnx.errors import BadModel, Refused
+from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.graphs import canonical_domain
 
 MOST_NODES = 500_000
@@ -30,7 +30,6 @@ def check_structure(file: str, model: onnx.ModelProto) -> None:
 
     Raises:
         BadModel: names defined twice or not at all, cycles, sizes that cannot be, functions that call themselves.
-        Refused: sparse tensors.
     """
     _check_amount(file, model)
     _check_functions(file, model)
@@ -128,19 +127,14 @@ class _Scope:
         self.file, self.body, self.where = file, body, where
         self.is_graph = isinstance(body, onnx.GraphProto)
 
-    def check(self, outer: Sequence[set[str]] = (), outer_before: Sequence[set[str]] = ()) -> None:
-        """Every name is defined once and before it is needed, here and in the bodies of nodes.
+    def check(self, outer: Sequence[set[str]] = ()) -> None:
+        """Refuse names that are defined twice in one graph, or are not defined, here and in the bodies of nodes.
 
         Args:
-            outer: the names of the graphs around this one.
-            outer_before: those of them that are made before the node whose body this is.
+            outer: the names of the graphs around this one. A body may define one of them anew (see `shadowing`).
         """
         own = self._definitions()
         visible = [*outer, own]
-        # What a node's body may not be called is what it could read: exporters give it names that are made later.
-        before = own - {name for node in self.body.node for name in node.output}
-        for name in (name for name in own if any(name in names for names in outer_before)):
-            raise BadModel(f"{self.file}: {name!r} in {self.where} has the name of a value outside it")
         for node in self.body.node:
             self._check_text(node, node.op_type, node.domain, node.name, *node.input, *node.output)
             for name in node.input:
@@ -149,8 +143,7 @@ class _Scope:
             for attribute in node.attribute:
                 self._check_attribute(node, attribute)
             for body in _bodies(node):
-                _Scope(self.file, body, f"the body of {_named(node)}").check(visible, [*outer_before, before])
-            before.update(node.output)
+                _Scope(self.file, body, f"the body of {_named(node)}").check(visible)
         for output in self.body.output:
             name = output.name if self.is_graph else output
             if not any(name in names for names in visible):
@@ -161,9 +154,6 @@ class _Scope:
         inputs = [each.name if self.is_graph else each for each in self.body.input]
         outputs = [name for node in self.body.node for name in node.output if name]
         stored = [each.name for each in self.body.initializer] if self.is_graph else []
-        if self.is_graph and self.body.sparse_initializer:
-            name = self.body.sparse_initializer[0].values.name
-            raise Refused(f"{self.file}: tensor {name!r} is sparse, which does not grow: store it as a dense one")
         for name in (*inputs, *stored):
             if not isinstance(name, str):
                 raise BadModel(f"{self.file}: {self.where} has a name that is no UTF-8 text: {name!r}")
@@ -194,8 +184,6 @@ class _Scope:
         untyped = not attribute.name or attribute.type == onnx.AttributeProto.UNDEFINED
         if not attribute.ref_attr_name and (untyped or (field is not None and not attribute.HasField(field))):
             raise BadModel(f"{self.file}: attribute {attribute.name!r} of {_named(node)} has no name, type or value")
-        if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
-            raise Refused(f"{self.file}: {_named(node)} holds a sparse tensor, which does not grow: make it dense")
         for tensor in (attribute.t, *attribute.tensors) if attribute.HasField("t") else attribute.tensors:
             self._check_tensor(tensor, f"{attribute.name} of {_named(node)}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.plan.edits import Step
 from hyperclone_onnx.plan.maps import index_axis, presented
 from hyperclone_onnx.plan.plans import METADATA_KEY, Interface, Plan
+from hyperclone_onnx.reading.defaults import put_defaults_back
 from hyperclone_onnx.rewriting.editor import GraphEditor
 from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
@@ -40,6 +42,7 @@ def rewrite(source: ir.Model, plan: Plan, dtype: ir.DataType | None = None) -> i
         named = {value.name: value for value in values}
         for interface in side:
             _set_interface(editor, plan, interface, named[interface.name])
+    put_defaults_back(model, partial(_grown_default, plan))
     model.metadata_props[METADATA_KEY] = _with_added_names(plan, model, editor.added).dumps()
     return model
 
@@ -137,6 +140,27 @@ def _set_interface(editor: GraphEditor, plan: Plan, interface: Interface, value:
         if not entering:
             value.shape, value = None, result
     value.shape = ir.Shape(shape)
+
+
+def _grown_default(plan: Plan, value: ir.Value, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The default of an input, in the shape and the order in which callers give that input to the grown model."""
+    interface = next((interface for interface in plan.inputs if interface.name == value.name), None)
+    if interface is None or plan.keep_interface:
+        return tensor
+    indices = {
+        axis: presented(factors, plan.maps)
+        for axis, factors in enumerate(interface.axes)
+        if factors is not None and tensor.shape[axis] != 0
+    }
+
+    def grown() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        for axis, index in indices.items():
+            array = np.take(array, index, axis=axis)
+        return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+
+    sizes = [len(indices[axis]) if axis in indices else size for axis, size in enumerate(tensor.shape.numpy())]
+    return ir.LazyTensor(grown, dtype=tensor.dtype, shape=ir.Shape(sizes), name=tensor.name)
 
 
 def _first_index(source: Array) -> Array:

@@ -21,6 +21,7 @@ from hyperclone_onnx.frameworks.compiling.fusions import fuse, put_in_place
 from hyperclone_onnx.frameworks.compiling.host_values import LARGEST
 from hyperclone_onnx.graphs import FreshNames, is_initializer, opset_of
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.defaults import store_defaults
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.reading.opsets import settle_opsets, take_over_versions
 from hyperclone_onnx.reading.type_inference import infer_types
@@ -51,6 +52,7 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
             if not _inline_bodies(model):
                 break
         normalise(model)
+        store_defaults(model)
         _store_constant_outputs(model)
     except (BadModel, Refused) as problem:
         raise type(problem)(f"{name}: {problem}") from problem
