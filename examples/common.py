@@ -1,4 +1,4 @@
-"""What the examples share: bytes to train on, batches of them, and the curve that is drawn at the end."""
+"""Shared by the examples: bytes to train on, batches of bytes, and the curve of losses that is drawn at the end."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Array = np.ndarray[Any, Any]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of every example."""
+    """A parser with the options that every example has."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--steps", type=int, default=50, help="in all, those before an interruption included")
+    made.add_argument("--steps", type=int, default=50, help="the number of all steps, also before an interruption")
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--length", type=int, default=128)
     made.add_argument("--rate", type=float, default=3e-4)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--output", type=Path, default=Path("out"), help="the folder to write into")
-    made.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    made.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
     return made
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """The command line of an example that takes a model."""
+    """A parser for an example that takes a model."""
     made = parser(description)
     made.add_argument("model", nargs="?", type=Path, help="an ONNX model over bytes (default: tiny_gpt grown by 2)")
     options = made.parse_args()
@@ -74,19 +74,19 @@ def progress(steps: Iterable[Any], total: int, show: bool = True) -> Iterator[An
 
 
 def write_losses(losses: Sequence[float], path: Path) -> None:
-    """The loss of each step as CSV."""
+    """Write the loss of each step as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("step", "loss"), *enumerate(losses)])
 
 
 def read_losses(path: Path) -> list[float]:
-    """What `write_losses` wrote."""
+    """Read the file that `write_losses` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 def draw_losses(losses: Sequence[float], path: Path) -> None:
-    """The loss at both ends, that of each step as CSV, and as a picture where matplotlib is installed."""
+    """Print the first and the last loss; write all losses as CSV, and as a picture if matplotlib is installed."""
     write_losses(losses, path)
     tenth = max(1, len(losses) // 10)
     first, last = (sum(some) / tenth for some in (losses[:tenth], losses[-tenth:]))

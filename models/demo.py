@@ -1,4 +1,4 @@
-"""Grow the committed byte-level GPT and let source and grown model continue the same prompt.
+"""Grow the committed byte-level GPT; then let the source and the grown model continue the same prompts.
 
 python models/demo.py [--factor 2] [--output out/tiny_gpt_x2.onnx]
 """
@@ -18,7 +18,7 @@ PROMPTS = ("def main(", "class Parser:\n    def __init__(self, ", "import ")
 
 
 def greedy(path: Path, prompt: str, steps: int) -> str:
-    """The prompt and `steps` bytes more, each the likeliest one."""
+    """The prompt, continued by `steps` bytes; each byte is the most probable one."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -31,7 +31,7 @@ def greedy(path: Path, prompt: str, steps: int) -> str:
 
 
 def main() -> int:
-    """Grow, then compare continuations; 1 when one differs."""
+    """Grow the model, then compare the continuations. Return 1 if one differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factor", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("out/tiny_gpt_big.onnx"))

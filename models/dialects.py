@@ -1,4 +1,4 @@
-"""Write a model of `build.py` in the dialects that people have their ONNX files in.
+"""Write a model of `build.py` in the dialects in which people have ONNX files.
 
     python models/dialects.py smollm2-135m -o out        every dialect, into out/smollm2-135m.NAME/model.onnx
     python models/dialects.py smollm2-135m int8,float16 -o out
@@ -26,14 +26,14 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-# Run as a script, a module finds its own folder alone.
+# A module that runs as a script finds only modules in its own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.build import SOURCES, Source, default_cache, find_weights, quiet_exporter
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file to write: the float32 graph it comes from, the weights behind that, and where it goes."""
+    """One file to write: the float32 graph from which it is made, the weights of that graph, and the path to write."""
 
     source: Source
     plain: Path
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Dialect:
-    """A form in which ONNX files are found."""
+    """One form of ONNX files: the tool that makes it, and a function that runs the tool."""
 
     made_by: str
     make: Callable[[Job], None]
@@ -58,7 +58,7 @@ class Dialect:
 
 
 def torchscript(job: Job) -> tuple[int, int]:
-    """The exporter before the present one. Returns the number of heads, and the width."""
+    """Run PyTorch's older exporter. Return the number of heads, and the width."""
     import torch
 
     model, _ = job.source.load(find_weights(job.source, job.cache))
@@ -90,7 +90,7 @@ def torchscript(job: Job) -> tuple[int, int]:
 
 
 def fused_torchscript(job: Job) -> None:
-    """The transformers optimizer's own home: it looks for what the TorchScript exporter writes."""
+    """Run the transformers optimizer on a graph of the TorchScript exporter, for which it was written."""
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
@@ -114,12 +114,12 @@ def fused(job: Job) -> None:
 def int8(job: Job) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
-    # ONNX infers no types behind operators that are not its own.
+    # ONNX does not infer the types of outputs of other domains' operators.
     quantize_dynamic(str(job.plain), str(job.target), extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})
 
 
 def int8_fused(job: Job) -> None:
-    """As a session saves it: the quantised operators are fused too (QAttention, DynamicQuantizeMatMul)."""
+    """The graph as a session saves it: quantised operators are fused too (QAttention, DynamicQuantizeMatMul)."""
     import onnxruntime
 
     with beside(job.target, "fused.onnx") as graph, beside(job.target, "int8.onnx") as codes:
@@ -146,7 +146,7 @@ def int4(block_size: int, symmetric: bool, embedding: bool = False, qdq: bool = 
             quant_axes=(("MatMul", 0), ("Gather", 1)),
         )
         if embedding:
-            # Its tables of positions and of tokens; a Gather from anything else is not for four bits.
+            # Only its tables of positions and of tokens: no other Gather is stored in four bits.
             stored = {each.name: len(each.dims) for each in quantizer.model.model.graph.initializer}
             quantizer.nodes_to_exclude |= {
                 node.name
@@ -169,7 +169,7 @@ def float16(job: Job) -> None:
 
 
 def bfloat16(job: Job) -> None:
-    """Stored in bfloat16 and computed in float32: ONNX Runtime's CPU multiplies no bfloat16."""
+    """Store weights in bfloat16 and compute in float32: ONNX Runtime does not multiply bfloat16 on a CPU."""
     model = ir.load(job.plain)
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
@@ -202,7 +202,7 @@ def genai(precision: str) -> Callable[[Job], None]:
 
 
 def save_pretrained(job: Job, folder: Path) -> None:
-    """The weights as transformers saves them; a model that came from a GGUF file does not let itself be saved."""
+    """Save the weights in the form of transformers, which itself cannot save a model that came from a GGUF file."""
     model, tokenizer = job.source.load(find_weights(job.source, job.cache))
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -240,11 +240,11 @@ def dialects_of(source: Source) -> list[str]:
 
 
 def write(name: str, dialect: str, plain: Path, folder: Path, cache: Path | None = None) -> Path:
-    """Write one dialect of a model into a folder, which appears only when complete; the path of its graph."""
+    """Write one dialect of a model into a folder, which appears only when complete. Return the path of its graph."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local: do not look for more
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local, so nothing is downloaded
     with quiet():
         DIALECTS[dialect].make(Job(SOURCES[name], plain, part / "model.onnx", cache or default_cache()))
     part.rename(folder)
@@ -258,14 +258,14 @@ def operators(path: Path) -> Counter[str]:
 
 @contextmanager
 def beside(target: Path, name: str) -> Iterator[Path]:
-    """A file for a step on the way, in a folder of its own."""
+    """The path of an intermediate file, in a separate folder."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         yield Path(folder) / name
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what the tools say of their own steps."""
+    """Hide the messages of the tools."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -276,7 +276,7 @@ def quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    """Write the dialects that are asked for, all by default."""
+    """Write the requested dialects, all by default."""
     parser = argparse.ArgumentParser(description="Write a model of build.py in the dialects of ONNX.")
     parser.add_argument("name", choices=sorted(SOURCES))
     parser.add_argument("dialects", nargs="?", default="", help="comma-separated; " + ", ".join(DIALECTS))

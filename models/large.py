@@ -1,4 +1,4 @@
-"""Llama-shaped graphs of any size, their weights in a data file: random, or a hole in a sparse file.
+"""Graphs of Llamas of any size. The weights lie in a data file: random numbers, or a hole in a sparse file.
 
     python models/large.py OUT.onnx --hidden 1024 --layers 24 [--sparse]
 
@@ -51,7 +51,7 @@ LLAMA_405B = Sizes(hidden=16384, layers=126, heads=128, kv_heads=8, ffn=53248, v
 
 
 def scaled(times: float) -> Sizes:
-    """About `times` as many parameters as SMALL, in depth and vocabulary: every weight but two is as large."""
+    """A Llama with about `times` as many parameters as SMALL: deeper, with a larger vocabulary, and as wide."""
     return Sizes(layers=max(1, round(SMALL.layers * times)), vocab=max(256, round(SMALL.vocab * times)))
 
 
@@ -66,7 +66,7 @@ def _project(g: Graph, x: str, name: str, inputs: int, outputs: int) -> str:
 
 
 def _repeat(g: Graph, x: str, sizes: Sizes) -> str:
-    """Each key/value head as often as query heads share it, the way PyTorch's exporter writes it."""
+    """Repeat each key/value head for the query heads that share it, like PyTorch's exporter."""
     times = sizes.heads // sizes.kv_heads
     if times == 1:
         return x
@@ -103,7 +103,7 @@ def _feed_forward(g: Graph, x: str, name: str, sizes: Sizes) -> str:
 
 
 def llama(sizes: Sizes) -> tuple[onnx.ModelProto, dict[str, tuple[float, float]]]:
-    """A Llama without its weights, and the mean and spread of each weight."""
+    """The graph of a Llama without weights, and the mean and the standard deviation of each weight."""
     g = Graph()
     ids = g.input("input_ids", "int64", ("batch", "sequence"))
     x = g.Gather(g.parameter("embed_tokens.weight", (sizes.vocab, sizes.hidden), std=0.5), ids)

@@ -31,7 +31,7 @@ from onnx_ir.passes.common import InlinePass
 from onnxscript.optimizer import optimize_ir
 from onnxscript.rewriter import onnx_fusions
 
-# Run as a script, a module finds its own folder alone.
+# A module that runs as a script finds only modules in its own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import zoo_store
 from models.zoo_changes import refresh
@@ -53,7 +53,7 @@ def build(family: str, sizing: str, seed: int = 0) -> tuple[transformers.PreTrai
     chosen.setdefault("kv_heads", chosen["heads"])
     for name, value in chosen.items():
         if name in FIELDS:
-            # A family whose sizes follow from others has none of its own.
+            # The sizes of some families follow from others and cannot be set.
             if value is not None:
                 settings |= {key: value for key in FIELDS[name] if key in fields}
         else:
@@ -152,7 +152,7 @@ def optimised(model: ir.Model) -> ir.Model:
 
 
 def folded(graph: ir.Graph, parameters: Iterable[str]) -> set[str]:
-    """The values computed from parameters and constants alone: folded, they are parameters still."""
+    """The values that are computed from parameters and constants only. Folding makes parameters of them."""
     found = set(parameters)
     constant = set(graph.initializers) | found
     for node in graph:
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def quiet() -> None:
-    """Silence what the exporters say on the way: the report is all that matters here."""
+    """Hide the messages of the exporters, so that only the report is printed."""
     warnings.filterwarnings("ignore")
     for logger in ("torch", "transformers", "onnxscript", "onnx_ir"):
         logging.getLogger(logger).setLevel(logging.ERROR)

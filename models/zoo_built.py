@@ -1,4 +1,4 @@
-"""Transformers that no exporter writes well, built by hand from the blocks of built/: the variant `built`.
+"""Transformers that no exporter writes well, built by hand from the blocks in built/. They are the variant `built`.
 
     python models/zoo_built.py [NAME,...]     builds every graph (or those) into models/zoo/
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx
 
-# Run as a script, a module finds its own folder alone.
+# A module that runs as a script finds only modules in its own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import zoo_store
 from models.built import runtime, standard
@@ -159,11 +159,11 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
 
 
 def main() -> None:
-    """Build the graphs that are asked for, all by default."""
+    """Build the requested graphs, all by default."""
     wanted = sys.argv[1].split(",") if len(sys.argv) > 1 else GRAPHS
     for name in wanted:
         model = GRAPHS[name]()
-        # ONNX Runtime writes SimplifiedLayerNormalization, its own, into the standard's domain.
+        # ONNX Runtime writes its own operator SimplifiedLayerNormalization with the standard's domain.
         if not name.endswith("_runtime"):
             filled = zoo_store.fill(onnx.ModelProto.FromString(model.SerializeToString()))
             onnx.checker.check_model(filled, full_check=True)

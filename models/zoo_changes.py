@@ -1,4 +1,4 @@
-"""What a fresh graph of the zoo has that the committed one has not, and the other way round."""
+"""The differences between a new graph of the zoo and the committed one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models import zoo_store
 
 
 def changes(old: onnx.ModelProto, new: onnx.ModelProto) -> list[str]:
-    """What differs between two stripped graphs, a line each."""
+    """The differences between two stripped graphs, one line for each."""
     before, after = features(old), features(new)
     lines = [
         f"{what}: {before[what]} -> {after[what]}" for what in sorted(before | after) if before[what] != after[what]

@@ -1,4 +1,4 @@
-"""The families of the zoo: what each is called in transformers, how large it is made and what it is fed.
+"""The families of the zoo: the class of each in transformers, the sizes that it is made in, and its inputs.
 
 In the sizing `distinct` the sizes differ from one another, so that no mix-up goes unseen; in `collide` hidden,
 feed-forward, vocabulary and positions are all 96 where the family allows, so that nothing can be told by its size.
@@ -48,7 +48,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "decoder_layers",
     ),
 }
-"""What configurations call each size; a family whose configuration has none of the names has no such size."""
+"""The names of each size in configurations. A family with none of these names does not have that size."""
 
 COMMON: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
 TOKENS = ("input_ids", "attention_mask")
@@ -56,7 +56,7 @@ TOKENS = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the model's class in transformers, its settings, and what it is fed.
+    """One row: the class of the model in transformers, its settings, and its inputs.
 
     Settings are named as in `FIELDS` or as in the model's own configuration. `sizings` are those that zoo.py
     exports: none of a model that `torch.onnx.export(dynamo=True)` cannot export.
@@ -74,14 +74,14 @@ class Family:
 
 Part = dict[str, Any]
 GROUPED: Part = {"kv_heads": 2}
-# Heads wider than hidden / heads, and in `collide` key/value heads as wide together as hidden.
+# Heads are wider than hidden / heads. In `collide`, all key/value heads together are as wide as hidden.
 OWN_HEAD: Part = {"settings": GROUPED, "distinct": {"head_dim": 10}, "collide": {"head_dim": 48}}
 SLIDING: Part = {
     "settings": GROUPED | {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     "distinct": {"head_dim": 10, "query_pre_attn_scalar": 10},
     "collide": {"head_dim": 48, "query_pre_attn_scalar": 48},
 }
-# A quarter of a head is rotated, and that quarter must still halve.
+# A quarter of a head is rotated, and it must be possible to halve that quarter.
 QUARTER_ROTARY: Part = {"distinct": {"heads": 3}, "collide": {"heads": 6}}
 SEQUENCES = (*TOKENS, "decoder_input_ids")
 RELATIVE: Part = {"d_kv": 10, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 9}
@@ -140,7 +140,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "roberta": Family("RobertaForMaskedLM", {"pad_token_id": 1}),
     "distilbert": Family("DistilBertForMaskedLM"),
-    # ALBERT projects embeddings even where they are as wide as hidden; ELECTRA would leave that out.
+    # ALBERT projects embeddings also if they are as wide as hidden; ELECTRA does not.
     "albert": Family("AlbertForMaskedLM", distinct={"embedding_size": 32}, collide={"embedding_size": 96}),
     "electra": Family(
         "ElectraModel",

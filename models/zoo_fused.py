@@ -19,7 +19,7 @@ import onnxruntime
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 
-# Run as a script, a module finds its own folder alone.
+# A module that runs as a script finds only modules in its own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import zoo_store
 from models.zoo_changes import refresh
@@ -50,22 +50,22 @@ FUSED = {
     "deepseek_v3.cached": "gpt2",
     "convnext.torchscript": "bert",
 }
-"""The graphs to fuse, and what the optimizer is told that they are."""
+"""The graphs to fuse, and the model type that the optimizer gets for each."""
 
 EXTENDED = ("opt.cached", "cohere.cached", "deberta_v2.torchscript", "resnet.torchscript", "t5_merged.cached")
 
 
 def fuse(path: Path) -> onnx.ModelProto:
-    """What the transformers optimizer makes of a file."""
+    """Fuse a file with the transformers optimizer."""
     kind = FUSED[path.stem]
-    # With no heads and no width told, the optimizer finds them itself.
+    # Without the number of heads and the width, the optimizer finds them itself.
     done = optimize_model(str(path), kind, 0, 0, FusionOptions(kind), opt_level=0, only_onnxruntime=False).model
     shorten_rotary_tables(done)
     return done
 
 
 def shorten_rotary_tables(model: onnx.ModelProto) -> None:
-    """Cut the fused tables of angles, made for thousands of positions, to the zoo's."""
+    """Cut the fused tables of angles, which have thousands of positions, to the positions of the zoo."""
     for tensor in model.graph.initializer:
         if tensor.name in ("cos_cache", "sin_cache"):
             table = onnx.numpy_helper.to_array(tensor)[: SIZINGS["distinct"]["positions"]]
@@ -73,7 +73,7 @@ def shorten_rotary_tables(model: onnx.ModelProto) -> None:
 
 
 def extend(path: Path) -> onnx.ModelProto:
-    """What a session on the CPU makes of a file."""
+    """Fuse a file by a session on the CPU."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path.with_suffix(".extended.onnx"))
@@ -83,7 +83,7 @@ def extend(path: Path) -> onnx.ModelProto:
 
 
 def main() -> None:
-    """Fuse the graphs that are asked for, all by default."""
+    """Fuse the requested graphs, all by default."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     jobs = {f"{name.split('.')[0]}.fused": (name, fuse) for name in FUSED}

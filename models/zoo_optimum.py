@@ -1,4 +1,4 @@
-"""The zoo's families through optimum's exporter: TorchScript's dialect, decoders with key/value caches.
+"""The families of the zoo, exported by optimum: TorchScript's dialect, and decoders with key/value caches.
 
     python models/zoo_optimum.py [FAMILY,...]     exports every family (or those) into models/zoo/
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import onnx
 from optimum.exporters.onnx import onnx_export_from_model
 
-# Run as a script, a module finds its own folder alone.
+# A module that runs as a script finds only modules in its own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import zoo, zoo_store
 from models.zoo_changes import refresh
@@ -31,7 +31,7 @@ UNKNOWN = {
     "falcon_new": "optimum makes caches of too few heads",
     "whisper": "optimum feeds 3000 frames whatever the configuration says",
 }
-"""Families that the exporter fails on, and why."""
+"""Families on which the exporter fails, and the reason."""
 
 TASKS = {
     "ForCausalLM": "text-generation-with-past",
@@ -41,7 +41,7 @@ TASKS = {
     "ForConditionalGeneration": "text2text-generation-with-past",
     "Model": "feature-extraction",
 }
-"""What a model is for, by the end of its class's name."""
+"""The task of a model, by the end of the name of its class."""
 
 PARTS = {
     "model": "",
@@ -50,7 +50,7 @@ PARTS = {
     "decoder_with_past_model": "_decoder",
     "decoder_model_merged": "_merged",
 }
-"""What the exporter calls the files of a model, and what the zoo does."""
+"""The exporter's names for the files of a model, and the zoo's."""
 
 
 def export(family: str) -> Iterator[tuple[str, onnx.ModelProto]]:
@@ -68,7 +68,7 @@ def export(family: str) -> Iterator[tuple[str, onnx.ModelProto]]:
 
 
 def main() -> None:
-    """Export the families that are asked for, all by default."""
+    """Export the requested families, all by default."""
     zoo.quiet()
     wanted = sys.argv[1].split(",") if len(sys.argv) > 1 else [each for each in FAMILIES if each not in UNKNOWN]
     for family in wanted:

@@ -40,12 +40,12 @@ def families() -> list[str]:
 
 
 def path_of(name: str) -> Path:
-    """Where the stripped graph of that name is, or will be, committed."""
+    """The path of the stripped graph of that name."""
     return FOLDER / f"{name}.onnx"
 
 
 def select(wanted: Sequence[str]) -> list[str]:
-    """The names meant by names and by families (all of a family's variants); all names when nothing is wanted.
+    """Names and families as names: a family stands for all its variants, and no name at all stands for all.
 
     Raises:
         ValueError: there is no such name or family.

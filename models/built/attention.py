@@ -13,14 +13,14 @@ from models.built.graph import Graph
 
 
 def positions(g: Graph, past: str, axis: int = 2) -> tuple[str, str]:
-    """The positions of the new tokens and of all, the cached ones first."""
+    """The positions of the new tokens, and the positions of all tokens; cached tokens come first."""
     before = length(g, past, axis)
     total = g.Add(before, length(g, "input_ids", 1))
     return g.Range(before, total, 1), g.Range(0, total, 1)
 
 
 def causal(g: Graph, new: str, every: str) -> str:
-    """0 where a token may look, a large negative number where it may not."""
+    """A mask: 0 where a token may attend, a large negative number elsewhere."""
     sees = g.LessOrEqual(g.Unsqueeze(every, [0]), g.Unsqueeze(new, [1]))
     return g.Where(sees, 0.0, -1e9)
 
@@ -47,21 +47,21 @@ def split_heads(g: Graph, x: str, heads: int, size: int) -> str:
 
 
 def repeat_heads(g: Graph, x: str, times: int, heads: int = KV_HEADS, size: int = HEAD_DIM) -> str:
-    """Each key/value head `times` times, one after the other."""
+    """Repeat each key/value head `times` times, side by side."""
     shape = g.Concat(g.Shape(x, start=0, end=2), [times], g.Shape(x, start=2), axis=0)
     wide = g.Expand(g.Unsqueeze(x, [2]), shape)
     return g.Reshape(wide, g.Concat([0, heads * times], g.Shape(x, start=2, end=3), [size], axis=0))
 
 
 def cached(g: Graph, x: str, name: str) -> str:
-    """What the cache holds, then what is new, along the third axis; also an output."""
+    """Join the cache and the new values along the third axis. The result is also an output."""
     every = g.Concat(f"past_key_values.{name}", x, axis=2)
     g.output(every, f"present.{name}", "float", ("batch", KV_HEADS, "past + sequence", HEAD_DIM))
     return every
 
 
 def cache_inputs(g: Graph, *layers: int) -> str:
-    """Declare the caches of those layers; returns one of them, to be measured."""
+    """Declare the caches of some layers. Return one cache, from which the length is read."""
     for layer in layers:
         for part in ("key", "value"):
             past = g.input(f"past_key_values.{layer}.{part}", "float", ("batch", KV_HEADS, "past", HEAD_DIM))
@@ -88,7 +88,7 @@ def attention(
     width_norm: bool = False,
     sinks: bool = False,
 ) -> str:
-    """Grouped-query attention over the cache and what is new.
+    """Grouped-query attention over the cache and the new tokens.
 
     Queries and keys may be normalised by head (Qwen3) or in their whole width (OLMoE).
     """
@@ -118,7 +118,7 @@ QUERY_RANK, LATENT, PLAIN, ROTATED, VALUE = 22, 18, 6, 4, 14
 
 
 def latent_attention(g: Graph, x: str, layer: int, turn: tuple[str, str], mask: str) -> str:
-    """Multi-head latent attention: the cache holds the keys' and values' common latent, and one rotated key."""
+    """Multi-head latent attention. The cache holds one latent for keys and values, and one rotated key."""
     name = f"layers.{layer}.self_attn"
     low = rms_norm(g, linear(g, x, f"{name}.q_a_proj", HIDDEN, QUERY_RANK), f"{name}.q_a_layernorm", QUERY_RANK)
     query = linear(g, low, f"{name}.q_b_proj", QUERY_RANK, HEADS * (PLAIN + ROTATED))
@@ -145,6 +145,6 @@ def latent_attention(g: Graph, x: str, layer: int, turn: tuple[str, str], mask: 
 
 
 def paired(g: Graph, x: str) -> str:
-    """Neighbours (x0, x1, x2, x3) brought into halves (x0, x2, x1, x3)."""
+    """Reorder neighbours (x0, x1, x2, x3) into halves (x0, x2, x1, x3)."""
     pairs = g.Reshape(x, [0, 0, 0, ROTATED // 2, 2])
     return g.Reshape(g.Transpose(pairs, perm=[0, 1, 2, 4, 3]), [0, 0, 0, ROTATED])

@@ -1,4 +1,4 @@
-"""The blocks that every hand-built transformer of the zoo has, and their sizes."""
+"""The blocks of every hand-built transformer of the zoo, and their sizes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def length(g: Graph, x: str, axis: int) -> str:
 
 
 def rows(g: Graph, x: str) -> str:
-    """Every token of every sequence, in one axis."""
+    """All tokens of all sequences along one axis."""
     return g.Reshape(x, [-1, HIDDEN])
 
 

@@ -1,4 +1,4 @@
-"""Routed experts in the forms that graphs have them in: dense, scattered, looped over, gathered for each token."""
+"""Routed experts in four forms: dense, scattered, in a Loop, and gathered for each token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXPERTS, CHOSEN, EXPERT_FFN = 5, 3, 20
 
 
 def route(g: Graph, x: str, name: str, normalise: bool, bias: bool = False) -> tuple[str, str]:
-    """The chosen experts of each token, and their weights: softmax over all, the largest few."""
+    """The chosen experts of each token, and their weights: the largest values of a softmax over all experts."""
     logits = linear(g, x, f"{name}.gate", HIDDEN, EXPERTS, bias)
     weights, chosen = g.TopK(g.Softmax(logits, axis=-1), [CHOSEN], outputs=2)
     if normalise:
@@ -42,7 +42,7 @@ def experts_dense(g: Graph, x: str, gates: str, name: str, experts: int = EXPERT
 
 
 def experts_scattered(g: Graph, x: str, weights: str, chosen: str, name: str) -> str:
-    """Each expert for its own tokens: found, gathered, computed, and added where they came from."""
+    """For each expert: find its tokens, gather them, compute, and add the results where the tokens came from."""
     total = g.Mul(x, 0.0)
     for expert in range(EXPERTS):
         token, place = g.Split(g.NonZero(g.Equal(chosen, expert)), [1, 1], outputs=2, axis=0)
@@ -55,7 +55,7 @@ def experts_scattered(g: Graph, x: str, weights: str, chosen: str, name: str) ->
 
 
 def experts_looped(g: Graph, x: str, gates: str, name: str) -> str:
-    """A Loop over experts, each weight taken from its stack by the iteration's number."""
+    """A Loop over experts, which takes each weight from its stack by the number of the iteration."""
     stacks = stacked(g, name)
     inner = Graph(g)
     number = inner.input("expert", "int64", ())

@@ -20,7 +20,7 @@ DTYPES = {"float": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64, "boo
 
 
 class Graph:
-    """Collects nodes; values are their names.
+    """A graph under construction: it collects nodes; a value is a name.
 
     `g.MatMul(x, w)` appends a node and returns the name of its output (a tuple of names for `outputs=2`
     and more). Python numbers and lists among the inputs become constants, None an input left out.
@@ -48,7 +48,7 @@ class Graph:
         return made[0] if outputs == 1 else tuple(made)
 
     def fresh(self, stem: str) -> str:
-        """A name that nothing has yet."""
+        """A name that is not used yet."""
         self.root.count += 1
         return f"{stem}_{self.root.count}"
 
@@ -67,7 +67,7 @@ class Graph:
         return self.root.constants[key]
 
     def parameter(self, name: str, shape: Sequence[int], mean: float = 0.0, std: float | None = None) -> str:
-        """A stored tensor with random values; by default, contracting its last axis but one keeps order one."""
+        """A stored tensor with random values. By default, a product with it keeps values of order one."""
         if name not in self.root.stored:
             std = (1 / math.sqrt(shape[-2]) if len(shape) > 1 else 0.2) if std is None else std
             self.root.stored[name] = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=shape)

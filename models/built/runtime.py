@@ -27,7 +27,7 @@ from models.built.graph import MICROSOFT, Graph
 from models.built.standard import PARTS, rotary_tables
 from models.built.state_space import KERNEL
 
-# GroupQueryAttention on the CPU wants heads that are a multiple of 16 wide.
+# GroupQueryAttention on the CPU needs head sizes that are multiples of 16.
 WIDE = 16
 
 

@@ -46,7 +46,7 @@ def standard_gated(g: Graph, x: str, name: str) -> str:
 
 
 def standard_attention(g: Graph, x: str, layer: int, turn: tuple[Any, ...], mask: str) -> str:
-    """Attention over 4-D queries, keys and values, whose heads the operator repeats itself."""
+    """Attention over 4-D queries, keys and values. The operator itself repeats the heads of keys and values."""
     name = f"layers.{layer}.self_attn"
     parts = {}
     for part, heads in PARTS:
@@ -70,7 +70,7 @@ def standard_attention(g: Graph, x: str, layer: int, turn: tuple[Any, ...], mask
 
 
 def flat_attention(g: Graph, x: str, layer: int, turn: tuple[Any, ...], mask: str) -> str:
-    """The same over 3-D ones, their heads counted by attributes."""
+    """The same over 3-D values; attributes give the number of heads."""
     name = f"layers.{layer}.self_attn"
     parts = {part: linear(g, x, f"{name}.{part}_proj", HIDDEN, heads * HEAD_DIM) for part, heads in PARTS}
     for part, heads in PARTS[:2]:
@@ -108,7 +108,7 @@ def standard(attention: Callable[..., str], opset: int, rotated: int, feed: Call
 
 
 def scattered() -> onnx.ModelProto:
-    """A cache of fixed length, written in place by TensorScatter, its used part told to Attention (opset 24)."""
+    """A cache of fixed length: TensorScatter writes into it, and Attention gets the length in use (opset 24)."""
     g = Graph()
     x = embed(g)
     write = g.input("cache_position", "int64", ("batch",))

@@ -11,7 +11,7 @@ INNER, STATE, STEP_RANK, KERNEL = 80, 9, 7, 4
 
 
 def causal_convolution(g: Graph, x: str, layer: int, name: str) -> str:
-    """A convolution along time, channel by channel; what came before is an input, what comes after an output."""
+    """A convolution along time, channel by channel. Earlier values are an input, the last values an output."""
     past = g.input(f"past_conv.{layer}", "float", ("batch", INNER, KERNEL - 1))
     whole = g.Concat(past, g.Transpose(x, perm=[0, 2, 1]), axis=2)
     last = g.Slice(whole, [1 - KERNEL], [2**31], [2])
@@ -48,7 +48,7 @@ def scanned(g: Graph, past: str, over: tuple[str, ...], decay: str, name: str) -
 
 
 def looped(g: Graph, past: str, over: tuple[str, ...], decay: str, name: str) -> tuple[str, str]:
-    """The recurrence as a Loop over the times, each taken from its sequence by the iteration's number."""
+    """The recurrence as a Loop over time steps, which takes each step by the number of the iteration."""
     inner = Graph(g)
     time = inner.input("time", "int64", ())
     go_on = inner.input("go_in", "bool", ())

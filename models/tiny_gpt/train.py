@@ -110,7 +110,7 @@ def train(model: Any, text: bytes, steps: int, seed: int, bf16: bool) -> None:
 
 
 def windows(text: bytes) -> Iterator[Any]:
-    """``text`` cut into batches of windows that overlap by the one byte that is only predicted."""
+    """``text`` in batches of windows. Windows overlap by one byte, which is predicted but not read."""
     import torch
 
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
@@ -148,7 +148,7 @@ def check_batches(text: bytes) -> list[dict[str, Any]]:
 
 
 def continue_prompt(path: Path, prompt: str, steps: int) -> str:
-    """``prompt`` and the ``steps`` bytes that ONNX Runtime finds likeliest, one by one."""
+    """``prompt``, continued by ``steps`` bytes; each is the most probable one in ONNX Runtime."""
     import numpy as np
     import onnxruntime as ort
 
