@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint zoo zoo-optimum models-check frameworks-check growth-quick growth gpu-check fuzz fuzz-quick faults docs clean
+.PHONY: demo test lint zoo zoo-optimum models-check frameworks-check frameworks-long growth-quick growth gpu-check fuzz fuzz-quick faults docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -59,8 +59,15 @@ zoo-optimum: $(VENV)-optimum/.done  ## the same for the graphs of optimum's expo
 models-check: $(VENV)/.models  ## grow real pretrained models: minutes and gigabytes
 	$(BIN)/python -m pytest -m models -s tests/test_models.py
 
+# One thread for each worker: more would wait for each other. XLA compiles each graph for one small run, and most of a
+# test's time is its optimisation.
+FRAMEWORKS_TESTS = OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
 frameworks-check: $(VENV)/.frameworks  ## the handoff to PyTorch and JAX: installs both
-	$(BIN)/python -m pytest -n $(WORKERS) -m frameworks
+	$(FRAMEWORKS_TESTS) -m 'frameworks and not slow_frameworks'
+
+frameworks-long: $(VENV)/.frameworks  ## what frameworks-check leaves out because it takes long
+	$(FRAMEWORKS_TESTS) -m slow_frameworks
 
 growth-quick: $(VENV)/.frameworks  ## does a grown model learn sooner? ten minutes; prints tables, writes pictures, checks ratios
 	$(BIN)/python benchmarks/growth.py --quick --output out/growth-quick --workers $(WORKERS)

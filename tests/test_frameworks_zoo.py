@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ TOWERS = ("bart", "whisper")
 ILL_CONDITIONED: dict[str, set[str]] = {}
 """Gradients with larger rounding errors in float32: they are compared in float64."""
 
+GROWN = {"albert", "bart", "bert", "gemma", "gpt2", "llama", "resnet"}
+"""Families that are grown here in `make frameworks-check` too: a layer that is used again, two towers, an encoder, tied
+tables, gated layers with grouped heads, convolutions."""
+
 NO_BLOCKS = {
     "albert": "one layer, used again and again",
     "deberta_v2": "the normalised embeddings of relative places pass by its layers, which all read them",
@@ -80,8 +84,18 @@ def nested(tree: dict[str, Any], prefix: str = "") -> dict[str, Array]:
     return found
 
 
-@pytest.mark.parametrize("grown", [False, True], ids=["source", "grown"])
-@pytest.mark.parametrize("family", FAMILIES)
+def cases() -> Iterator[Any]:
+    """Every family as it is, and grown. Most of the grown ones wait for `make frameworks-long`: JAX compiles each for
+    seconds, and in PyTorch test_frameworks_optimizer.py differentiates the grown graph of every family."""
+    assert set(FAMILIES) >= GROWN
+    for family in FAMILIES:
+        yield pytest.param(family, False, id=f"{family}-source")
+        yield pytest.param(
+            family, True, id=f"{family}-grown", marks=[] if family in GROWN else [pytest.mark.slow_frameworks]
+        )
+
+
+@pytest.mark.parametrize(("family", "grown"), list(cases()))
 def test_both_frameworks_compute_and_learn_alike(family: str, grown: bool, zoo: Zoo, tmp_path: Path) -> None:
     path = zoo(f"{family}.distinct")
     if grown:
