@@ -77,7 +77,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 def with_signals(command: Sequence[str | os.PathLike[str]], **actions: str) -> list[str]:
     """A command that starts with the default actions of the signals that stop it, or with other `actions`.
 
-    A shell has its background jobs ignore SIGINT, and `nohup` has them ignore SIGHUP; tests run so would hand that on.
+    Background jobs of a shell ignore SIGINT, and `nohup` makes a command ignore SIGHUP. Without these default actions,
+    the command would inherit this from the tests.
     """
     known = {number.name: "SIG_DFL" for number in STOPPING} | actions
     given = ",".join(f"{name}={action}" for name, action in known.items())
@@ -162,9 +163,9 @@ def perceptron(
     tied: bool = False,
     dtype: str = "float",
 ) -> onnx.ModelProto:
-    """The least that has every width of a transformer but its heads: residual layers between two tables.
+    """The smallest model with all widths of a transformer except its heads: residual layers between two tables.
 
-    Tied, the two tables are one; the grown model then divides by a scalar of its own before the second.
+    With `tied`, the two tables are one tensor. The grown model then divides by a new scalar before the second use.
     """
     shapes: dict[str, tuple[int, ...]] = {"embedding": (vocab, hidden), "gain": (hidden,)}
     if not tied:

@@ -88,9 +88,10 @@ def assert_close(name: str, got: Array, want: Array, scale: float) -> None:
 
 
 def matched(source: Any, model: Any) -> dict[str, tuple[str, Callable[[Array], Array]]]:
-    """For each parameter of the source the handoff's of the same content, and how its gradient is laid out back.
+    """For each parameter of the source, the handoff's parameter with the same content, and a function for its gradient.
 
-    The exporter may have transposed it, given it axes of size 1, or added a number to it.
+    The function gives the gradient the layout of the source. The exporter may have transposed the parameter, given it
+    axes of size 1, or added a number to it.
     """
     stored = {model.initializers[name]: each.detach().numpy() for name, each in model.named_parameters()}
     by_size: dict[int, list[tuple[str, Array]]] = defaultdict(list)

@@ -206,7 +206,7 @@ def test_a_recipe_of_two_sources_goes_into_a_file_and_back(tmp_path: Path) -> No
     save(rewrite(analysis.model, plan), big, external=True)
     report = validate_files(path, big)
     assert report.equal and report.tensors is not None and report.tensors.checked >= len(plan.tensors)
-    with pytest.raises(Refused, match="is made of first, second has no one source"):
+    with pytest.raises(Refused, match="is made of first, second does not have exactly one source"):
         _ = plan.tensors[weight.name].source
 
 

@@ -55,7 +55,7 @@ class Recipe:
         if isinstance(self.origin, str):
             return self.origin
         text = f"is made of {', '.join(self.sources)}" if self.sources else "is drawn by a law"
-        raise Refused(f"a tensor that {text} has no one source: this cannot be done with it")
+        raise Refused(f"a tensor that {text} does not have exactly one source tensor, which this operation needs")
 
     @property
     def noise_name(self) -> str:
