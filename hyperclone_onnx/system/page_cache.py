@@ -1,7 +1,7 @@
-"""Stretches of files that the system's page cache need not keep.
+"""Stretches of files that the system's page cache does not need to keep.
 
-`posix_fadvise` with POSIX_FADV_DONTNEED starts writing what is dirty, and drops what is not (see its manual page); a
-system without it goes without.
+`posix_fadvise` with POSIX_FADV_DONTNEED starts writing the pages that are not on the disk yet, and drops the other ones
+(see its manual page). On a system without it nothing happens.
 """
 
 from __future__ import annotations
@@ -10,48 +10,48 @@ import os
 from contextlib import suppress
 
 BATCH = 8 << 20
-"""Stretches are given away so many bytes at a time."""
+"""The system is told when stretches of this many bytes are gathered."""
 
 Stretch = tuple[int, int, int]
 """A file's descriptor, and the bytes [begin, end)."""
 
 
 class Stretches:
-    """Stretches of files, gathered until they are worth a call; for one thread at a time."""
+    """Gathers stretches of files until they are worth a system call; for one thread at a time."""
 
     def __init__(self) -> None:
-        self._found: list[Stretch] = []
+        self._gathered: list[Stretch] = []
         self._bytes = 0
 
     def add(self, descriptor: int, begin: int, size: int) -> list[Stretch]:
-        """Add one; returns all of them, neighbours joined, when they are many, and begins anew."""
-        self._found.append((descriptor, begin, begin + size))
+        """Add a stretch. When they are many, returns all of them, neighbours joined, and begins anew."""
+        self._gathered.append((descriptor, begin, begin + size))
         self._bytes += size
         if self._bytes < BATCH:
             return []
-        found, self._found, self._bytes = self._found, [], 0
-        return joined(found)
+        gathered, self._gathered, self._bytes = self._gathered, [], 0
+        return joined(gathered)
 
 
 def joined(stretches: list[Stretch]) -> list[Stretch]:
-    """The same bytes in as few stretches as can be.
+    """The same bytes in as few stretches as possible.
 
     >>> joined([(3, 4, 8), (3, 0, 4), (3, 9, 12)])
     [(3, 0, 8), (3, 9, 12)]
     """
-    found: list[Stretch] = []
+    whole: list[Stretch] = []
     for descriptor, begin, end in sorted(stretches):
-        if found and found[-1][0] == descriptor and found[-1][2] >= begin:
-            found[-1] = (descriptor, found[-1][1], max(end, found[-1][2]))
+        if whole and whole[-1][0] == descriptor and whole[-1][2] >= begin:
+            whole[-1] = (descriptor, whole[-1][1], max(end, whole[-1][2]))
         else:
-            found.append((descriptor, begin, end))
-    return found
+            whole.append((descriptor, begin, end))
+    return whole
 
 
 def forget(stretches: list[Stretch]) -> None:
-    """Start writing what is dirty in some stretches, and drop from the page cache what is not."""
+    """Start writing the pages of these stretches that are not on the disk, and drop the other pages from memory."""
     if not hasattr(os, "posix_fadvise"):
         return
     for descriptor, begin, end in stretches:
-        with suppress(OSError):  # advice
+        with suppress(OSError):  # it is only advice
             os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)

@@ -1,9 +1,9 @@
-"""Large files leave the page cache as they are written: the disk begins at once, and the memory is used again.
+"""Large files leave the page cache while they are written: the disk begins at once, and the memory is used again.
 
-Left to itself the system collects gigabytes of written pages before it begins to write, then makes every writer wait,
-and by then has given the files memory that others had, or that it first had to clear. So each stretch is sent to the
-disk soon after it was written, by a thread that waits in the writers' place, and is forgotten when it has had time to
-arrive. A disk that cannot follow costs nothing: what has not arrived is not forgotten, and stays with the system.
+Without this the system collects gigabytes of written pages before it begins to write. It takes the memory for them
+from other programs, or has to clear it first, and then makes every writer wait. So a thread asks the system to write
+each stretch soon after it was made, and to drop its pages from memory some time later. Pages that are not on the disk
+by then stay. Whether this is faster depends on the disk and on the memory: docs/benchmarks.md has figures for both.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections import deque
 from hyperclone_onnx.system.page_cache import BATCH, Stretch, Stretches, forget
 
 WINDOW = 256 << 20
-"""So many bytes may be on their way before the first of them are forgotten."""
+"""A stretch is forgotten when this many bytes were sent to the disk after it."""
 
 
 class WriteBehind:
-    """Sends what is written to the disk, and forgets it, in a thread of its own that ends with the block.
+    """Sends written stretches to the disk, and forgets them, in a thread of its own that ends with the block.
 
     Args:
-        size: the bytes that will be written; for less than the window there is nothing to do.
+        size: the bytes that will be written. For less than the window there is no thread and nothing is sent.
     """
 
     def __init__(self, size: int) -> None:
@@ -41,14 +41,14 @@ class WriteBehind:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """What is still to do is the system's own business. Afterwards the files may be closed."""
+        """Wait until the thread uses no file any more. The rest of the stretches is left to the system."""
         if self._thread is None:
             return
         with self._changed:
             self._ended = True
             self._changed.notify()
         interrupted: BaseException | None = None
-        while not self._left.is_set():  # Thread.join takes a thread for ended when a signal interrupts it (bpo-45274)
+        while not self._left.is_set():  # Thread.join, interrupted by a signal, believes that the thread has ended
             try:
                 self._left.wait()
             except BaseException as problem:
@@ -57,7 +57,7 @@ class WriteBehind:
             raise interrupted
 
     def wrote(self, descriptor: int, begin: int, size: int) -> None:
-        """Say that some bytes were written; not in several threads at once."""
+        """Report that some bytes were written; from one thread at a time."""
         batch = self._stretches.add(descriptor, begin, size) if self._thread is not None else []
         if batch:
             with self._changed:
