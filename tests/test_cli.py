@@ -23,11 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hyperclone_onnx
-from hyperclone_onnx import Plan
+from hyperclone_onnx import Plan, Refused
 from hyperclone_onnx.commands.main import COMMANDS as LISTED
 from hyperclone_onnx.commands.main import main
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.rules import registry
+from hyperclone_onnx.rules.op import CannotTell
 
 COMMANDS = main.commands if isinstance(main, click.Group) else {}
 STAGES = ["reading ...", "planning ...", "writing ...", "validating ...", "publishing ..."]
@@ -178,6 +179,41 @@ def test_a_defect_is_one_line_and_says_how_to_report_it(
     with pytest.raises(ZeroDivisionError):
         cli(*GROW.split(), "--factor", "2")
     assert names_in(place) == before
+
+
+@pytest.mark.parametrize("kind", [AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError])
+def test_a_mistake_in_a_rule_is_our_defect_and_not_the_model_s_fault(
+    cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def rule(_op: Any) -> None:
+        raise kind("a mistake")
+
+    monkeypatch.setitem(registry._relations, ("", "Gather"), rule)
+    for arguments in (["inspect", "small.onnx"], [*GROW.split(), "--factor", "2"]):
+        outcome = cli(*arguments)
+        assert (outcome.code, outcome.stdout) == (3, "")
+        assert f"a defect of hyperclone-onnx ({kind.__name__}: " in outcome.error and "a mistake" in outcome.error
+    assert "big.onnx" not in names_in(place)
+    monkeypatch.setenv("HYPERCLONE_DEBUG", "1")
+    with pytest.raises(kind, match="a mistake"):
+        cli("inspect", "small.onnx")
+
+
+def test_a_rule_may_refuse_and_may_be_unable_to_tell(
+    cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising(problem: Exception) -> Callable[[Any], None]:
+        def rule(_op: Any) -> None:
+            raise problem
+
+        return rule
+
+    monkeypatch.setitem(registry._relations, ("", "Relu"), raising(Refused("this form cannot grow")))
+    outcome = cli("inspect", "small.onnx")
+    assert outcome.code == 3 and "this form cannot grow" in outcome.error and "defect" not in outcome.error
+    monkeypatch.setitem(registry._relations, ("", "Relu"), raising(CannotTell("this form is not described")))
+    outcome = cli("inspect", "small.onnx")
+    assert outcome.code == 0 and "this form is not described" in outcome.stdout
 
 
 def test_a_defect_after_the_model_is_written_says_that_it_is_there(
