@@ -273,3 +273,12 @@ def test_an_operator_without_a_handoff_is_named_and_its_node(operators: str, cli
     onnx.save(model, tmp_path / "model.onnx")
     done = cli("handoff", tmp_path / "model.onnx", "--list")
     assert done.code == 3 and done.error == f"error: {tmp_path / 'model.onnx'}: no handoff for {operators}"
+
+
+def test_a_checkpoint_of_a_model_of_which_little_is_trained(cli: Command, tmp_path: Path) -> None:
+    weights = {"mask": np.full((1000, 4), -3e38, np.float32), **normal(0, {"w": (4, 4)})}
+    onnx.save(build_model(LARGE, weights), tmp_path / "model.onnx")
+    options = ("--to", "safetensors", "-o", tmp_path / "out", "--no-validate", "--json")
+    done = cli("handoff", tmp_path / "model.onnx", *options)
+    assert done.code == 0 and "warning: only 0% of the 4,016 " in done.stderr
+    assert json.loads(done.stdout)["warning"].startswith("only 0% of the 4,016 ")
