@@ -1,7 +1,7 @@
 """Write the generated pages of docs/: `python docs/generate.py [--check]`.
 
-zoo.md: what each family's dimensions came out as. operators.md: how each operator's axes relate, or why they keep
-their size.
+zoo.md has the dimensions that were found in each family. operators.md says how the axes of each operator relate, or why
+they keep their size.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ def zoo_page() -> str:
             details.append(f"### {family}\n\n```text\n" + "\n".join(named) + "\n```\n")
     headers = [f"| {kind} | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}" for kind in ("family", "graph")]
     return (
-        "# What the zoo's dimensions came out as\n\n"
-        "Written by `make docs`. Each graph is a small random model exported by `torch.onnx.export(dynamo=True)`;\n"
-        "the sizes were found from the graph's structure alone. A size followed by *x2* occurs as two dimensions\n"
-        "(one for each layer, say); *kept* means that it cannot grow: what is indexed by values, and what a softmax\n"
-        "runs over. `group` is the number of query heads for each key/value head.\n\n"
+        "# The dimensions that were found in the zoo\n\n"
+        "Written by `make docs`. Each graph is a small random model exported by `torch.onnx.export(dynamo=True)`.\n"
+        "The sizes were found from the structure of the graph alone. A size followed by *x2* occurs as two dimensions\n"
+        "(one for each layer, for example). *kept* means that a size cannot grow: values index it, or a softmax runs\n"
+        "over it. `group` is the number of query heads for each key/value head.\n\n"
         + "\n".join([headers[0], *rows])
         + "\n\n## From other exporters, fused, built by hand\n\n"
-        "`cached` and `torchscript` are optimum's exports with and without key/value caches, `fused` and `extended`\n"
-        "what ONNX Runtime's transformers optimizer and its sessions make of such exports, `built` graphs written\n"
-        "by hand (routed experts, state spaces, latent attention, operators of opsets 23 and 24, ONNX Runtime's own).\n"
-        "Where an operator has no rule yet, more is *kept* than need be.\n\n"
+        "`cached` and `torchscript` are optimum's exports with and without key/value caches. `fused` and `extended`\n"
+        "are such exports after ONNX Runtime's transformers optimizer, or after one of its sessions. `built` graphs\n"
+        "are written by hand (routed experts, state spaces, latent attention, operators of opsets 23 and 24, ONNX\n"
+        "Runtime's own). If an operator has no rule yet, more is *kept* than necessary.\n\n"
         + "\n".join([headers[1], *others])
         + "\n\n## The axes of the named tensors\n\n"
-        "`a.*.b x2` stands for two layers that are alike; brackets compose factors, outermost first; `+` joins\n"
-        "segments; *and* separates the uses of a tensor that is stored once.\n\n" + "\n".join(details)
+        "`a.*.b x2` stands for two equal layers. Brackets contain the factors of one axis, the outermost first. `+`\n"
+        "joins segments. *and* separates the uses of a tensor that is stored once.\n\n" + "\n".join(details)
     )
 
 
@@ -127,9 +127,9 @@ def operators_page() -> str:
         f"Written by `make docs` from the registry, for every operator of onnx {onnx.__version__} and of\n"
         f"ONNX Runtime {onnxruntime.__version__}.\n\n"
         "* *ruled*: the rule says how the axes of its operands and results relate;\n"
-        "* *elementwise*: each element by itself, a row in a table of names;\n"
+        "* *elementwise*: the operator treats each element by itself, and is a name in a table;\n"
         "* *pinned on purpose*: every axis that it touches keeps its size, for the reason given;\n"
-        "* *no rule yet*: the same, but for want of a rule, and the report says so.\n\n"
+        "* *no rule yet*: the same, because there is no rule, and the report says so.\n\n"
         "*since* lists the opset versions in which an operator came or changed. *edited* marks operators whose\n"
         "attributes or integer inputs change when their axes grow.\n\n" + "\n".join(tables)
     )
@@ -139,7 +139,7 @@ PAGES = {"zoo.md": zoo_page, "operators.md": operators_page}
 
 
 def main() -> int:
-    """Write the pages, or with --check say which are out of date."""
+    """Write the pages, or with --check print which pages are out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
