@@ -1,4 +1,4 @@
-"""What must hold of a study, with a margin for noise; each check says what it found."""
+"""What must hold of a study, with a margin for noise; each check states the value it saw."""
 
 from __future__ import annotations
 
@@ -39,10 +39,14 @@ def checks(findings: Findings, lab: Lab) -> Iterator[Check]:
         f"the best clone is at least {LEAST_GAIN:g}x as soon as random weights", max(gains) >= LEAST_GAIN, sooner
     )
     for name in ("symmetric", "noisy-diagonal"):
-        found = diagnose(grown[name].model)
-        apart = f"clones {found.activations:.1e} apart in activations, {'stuck' if found.stuck else 'not stuck'}"
+        diagnosis = diagnose(grown[name].model)
+        apart = (
+            f"clones {diagnosis.activations:.1e} apart in activations, {'stuck' if diagnosis.stuck else 'not stuck'}"
+        )
         yield Check(
-            f"{name}: {'stuck' if name == 'symmetric' else 'not stuck'}", found.stuck == (name == "symmetric"), apart
+            f"{name}: {'stuck' if name == 'symmetric' else 'not stuck'}",
+            diagnosis.stuck == (name == "symmetric"),
+            apart,
         )
 
 

@@ -18,10 +18,12 @@ def draw(curves: Mapping[str, Outcome], baseline: Sequence[Outcome], target: flo
     figure, every = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True, layout="constrained")
     colours = plt.get_cmap("tab10")
     for axes, what in zip(every, ("bytes read", "FLOPs", "FLOPs, those of the source included"), strict=True):
-        for number, each in enumerate(baseline):
-            axes.plot(*_curve(each, lab, what), color="black", linewidth=1.2, label="" if number else "random weights")
-        for number, (name, each) in enumerate(curves.items()):
-            axes.plot(*_curve(each, lab, what), color=colours(number), linewidth=1.6, label=name)
+        for number, outcome in enumerate(baseline):
+            axes.plot(
+                *_curve(outcome, lab, what), color="black", linewidth=1.2, label="" if number else "random weights"
+            )
+        for number, (name, outcome) in enumerate(curves.items()):
+            axes.plot(*_curve(outcome, lab, what), color=colours(number), linewidth=1.6, label=name)
         axes.axhline(target, color="black", linewidth=0.8, linestyle=":")
         axes.set(xlabel=what, xlim=(0, None), ylim=(target - 0.12, target + 0.45))
         axes.grid(alpha=0.25)
@@ -35,7 +37,7 @@ def draw(curves: Mapping[str, Outcome], baseline: Sequence[Outcome], target: flo
 
 def _curve(outcome: Outcome, lab: Lab, what: str) -> tuple[list[float], list[float]]:
     run = outcome.run
-    steps, losses = zip(*((each.step, each.loss) for each in outcome.curve), strict=True)
+    steps, losses = zip(*((point.step, point.loss) for point in outcome.curve), strict=True)
     if what == "bytes read":
         return [lab.tokens(run, step) for step in steps], list(losses)
     before = outcome.flops_before if "source" in what else 0.0

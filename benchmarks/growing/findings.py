@@ -50,7 +50,7 @@ def table(rows: Iterable[Row]) -> str:
     """A Markdown table."""
     lines = [HEADER, tuple("---" if number == 0 else "---:" for number in range(len(HEADER)))]
     for row in rows:
-        gains = [_gain(each) for each in (row.gain_tokens, row.gain_flops, row.gain_total)]
+        gains = [_gain(gain) for gain in (row.gain_tokens, row.gain_flops, row.gain_total)]
         lines.append(
             (row.variant, f"{row.recipe.rate:g}", str(row.steps), f"{row.start:.4f}", f"{row.loss:.4f}", *gains)
         )
@@ -72,13 +72,13 @@ def report(findings: Findings, lab: Lab) -> str:
     size = findings.size
     small, big = size.shape(size.width), size.shape(2 * size.width)
     first = findings.baseline[0]
-    spread = [each.loss for each in findings.baseline]
+    losses = [outcome.loss for outcome in findings.baseline]
     text = (
         f"A Llama over bytes, {size.layers} layers, width {size.width} ({small.multiplied():,} weights that are "
         f"multiplied with) grown to {2 * size.width} ({big.multiplied():,}); {size.length} bytes of context, "
         f"{size.batch} windows a step. Random weights are trained for {size.steps} steps = "
         f"{lab.tokens(first.run, size.steps):,.0f} bytes and come to {findings.target:.4f} nats per byte (seeds: "
-        f"{', '.join(f'{each:.4f}' for each in spread)}), measured on {size.examined} windows of files that no model "
+        f"{', '.join(f'{loss:.4f}' for loss in losses)}), measured on {size.examined} windows of files that no model "
         f"saw. A gain is what they took over what the variant took to come to that loss. {_machine()}\n"
     )
     for name, rows in findings.tables.items():
@@ -95,11 +95,15 @@ def write_curves(outcomes: Iterable[Outcome], lab: Lab, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("run", "step", "bytes", "flops", "flops_with_source", "loss"))
-        for each in outcomes:
-            for point in each.curve:
-                flops = lab.flops(each.run, point.step)
-                row = (f"{lab.tokens(each.run, point.step):.0f}", f"{flops:.4g}", f"{flops + each.flops_before:.4g}")
-                writer.writerow((each.run.key, point.step, *row, f"{point.loss:.6f}"))
+        for outcome in outcomes:
+            for point in outcome.curve:
+                flops = lab.flops(outcome.run, point.step)
+                row = (
+                    f"{lab.tokens(outcome.run, point.step):.0f}",
+                    f"{flops:.4g}",
+                    f"{flops + outcome.flops_before:.4g}",
+                )
+                writer.writerow((outcome.run.key, point.step, *row, f"{point.loss:.6f}"))
 
 
 def write_json(findings: Findings, path: Path) -> None:
@@ -117,7 +121,7 @@ def write_json(findings: Findings, path: Path) -> None:
                     "flops": _finite(row.gain_flops),
                     "with_source": _finite(row.gain_total),
                 },
-                "runs": [each.run.key for each in row.runs],
+                "runs": [outcome.run.key for outcome in row.runs],
             }
             for row in rows
         ]

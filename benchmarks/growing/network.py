@@ -68,8 +68,8 @@ class Layer(nn.Module):
         batch, length, _ = x.shape
         normed = self.attention_norm(x)
         q, k, v = (
-            each(normed).view(batch, length, each.out_features // HEAD, HEAD).transpose(1, 2)
-            for each in (self.q, self.k, self.v)
+            layer(normed).view(batch, length, layer.out_features // HEAD, HEAD).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
         )
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)

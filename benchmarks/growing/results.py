@@ -18,7 +18,7 @@ def finish(task: Task, folder: Path, curve: list[Point], weights: Mapping[str, A
     """Write what a run leaves; the last file says that all are there."""
     absorb(task.model, weights, folder / "model.onnx", check=False)
     with (folder / "curve.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("step", "loss"), *((each.step, f"{each.loss:.6f}") for each in curve)])
+        csv.writer(file).writerows([("step", "loss"), *((point.step, f"{point.loss:.6f}") for point in curve)])
     described = asdict(task) | {"model": task.model.name, "optimizer": task.optimizer and task.optimizer.name}
     result = {"task": described, "seconds": round(seconds, 1), "loss": curve[-1].loss}
     partial = folder / "result.partial"

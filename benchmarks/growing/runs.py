@@ -174,8 +174,8 @@ class Lab:
                     while not queue.empty():
                         done += queue.get()
                     self.progress(done, total, what)
-                    for each in ended:
-                        each.result()
+                    for future in ended:
+                        future.result()
         for run in runs:
             self.outcomes[run] = self._outcome(run)
 
@@ -231,7 +231,7 @@ class Lab:
             if start.strategy == "uneven":
                 _share_unevenly(partial, start.seed)
                 validation = validate_files(parent / "model.onnx", partial, mode="full")
-                assert not any(each.problem for each in validation.outputs), validation
+                assert not any(output.problem for output in validation.outputs), validation
             partial.replace(model)
         if start.state == "reset":
             return model, None
@@ -254,7 +254,7 @@ def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> 
     if kind == "half":
         plan = compiled.plan
         assert plan is not None
-        of_path = {each.path: each.initializer for each in compiled.program.weights}
+        of_path = {weight.path: weight.initializer for weight in compiled.program.weights}
         saved = torch.load(partial / "optimizer.pt", weights_only=True)
         names = {
             number: name
@@ -276,7 +276,7 @@ def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> 
 def _share_unevenly(model: Path, seed: int) -> None:
     """Move a random part of each share of two from one to the other, by each weight alone: the sum stays."""
     stored = onnx.load(model)
-    plan = Plan.carried_by({each.key: each.value for each in stored.metadata_props})
+    plan = Plan.carried_by({entry.key: entry.value for entry in stored.metadata_props})
     assert plan is not None
     rng = np.random.default_rng(seed)
     for tensor in stored.graph.initializer:

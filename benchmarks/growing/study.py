@@ -63,7 +63,7 @@ class Row:
 
 @dataclass
 class Findings:
-    """What a study found."""
+    """The results of a study."""
 
     size: Size
     target: float
@@ -90,7 +90,7 @@ class Study:
         """Answer the questions one by one; what is known is told after each."""
         self.measure_baseline()
         self.choose_source()
-        for name in ("strategy", *(each for each in self.size.questions if each != "strategy")):
+        for name in ("strategy", *(name for name in self.size.questions if name != "strategy")):
             self.tables[name] = list(getattr(self, f"ask_{name}")())
             yield Findings(self.size, self.target, self.baseline, dict(self.tables))
 
@@ -100,20 +100,26 @@ class Study:
         """Random weights, at the best of the rates; that one with other seeds, too."""
         size, big = self.size, self.size.shape(2 * self.size.width)
         swept = self.lab.do([Run(Random(big, 0), Recipe(rate), self.steps) for rate in size.rates], "random weights")
-        best = min(swept, key=lambda each: each.loss).run
+        best = min(swept, key=lambda outcome: outcome.loss).run
         seeds = [replace(best, start=Random(big, seed), seed=seed) for seed in range(size.seeds)]
         self.baseline = self.lab.do(seeds, "random weights, other seeds")
-        self.target = sum(each.loss for each in self.baseline) / len(self.baseline)
-        self.tables["baseline"] = [self.row(f"random weights, rate {each.run.recipe.rate:g}", [each]) for each in swept]
-        self.tables["baseline"] += [self.row(f"the same, seed {each.run.seed}", [each]) for each in self.baseline[1:]]
+        self.target = sum(outcome.loss for outcome in self.baseline) / len(self.baseline)
+        self.tables["baseline"] = [
+            self.row(f"random weights, rate {outcome.run.recipe.rate:g}", [outcome]) for outcome in swept
+        ]
+        self.tables["baseline"] += [
+            self.row(f"the same, seed {outcome.run.seed}", [outcome]) for outcome in self.baseline[1:]
+        ]
 
     def choose_source(self) -> None:
         """The source's own rate is the best of some."""
         small, steps = self.size.shape(self.size.width), round(self.size.source_part * self.steps)
         swept = [Run(Random(small, 100), Recipe(rate), steps, 100) for rate in self.size.source_rates]
         outcomes = self.lab.do(swept, "the source")
-        self.source_run = min(outcomes, key=lambda each: each.loss).run
-        self.tables["sources"] = [self.row(f"source, rate {each.run.recipe.rate:g}", [each]) for each in outcomes]
+        self.source_run = min(outcomes, key=lambda outcome: outcome.loss).run
+        self.tables["sources"] = [
+            self.row(f"source, rate {outcome.run.recipe.rate:g}", [outcome]) for outcome in outcomes
+        ]
 
     def source(self, part: float = 0.0, seed: int = 0, width: int = 0, annealed: bool = True) -> Run:
         """A source trained for `part` of the baseline's bytes; annealed to a rate of 0, or always at half its peak."""
@@ -132,8 +138,8 @@ class Study:
 
     def row(self, variant: str, outcomes: Sequence[Outcome]) -> Row:
         """A variant's row, by its run that came to the target soonest (the first, if none did)."""
-        steps = {each: reached(each, self.target) for each in outcomes}
-        best = min(outcomes, key=lambda each: (steps[each] or float("inf"), each.loss))
+        steps = {outcome: reached(outcome, self.target) for outcome in outcomes}
+        best = min(outcomes, key=lambda outcome: (steps[outcome] or float("inf"), outcome.loss))
         run, took = best.run, steps[best]
         gains: list[float | None] = [None, None, None]
         if took is not None:
@@ -169,10 +175,12 @@ class Study:
         best: dict[str, Outcome] = {}
         self.tables["rates"] = []
         for name, outcomes in self.do("strategies", every).items():
-            best[name] = min(outcomes, key=lambda each: each.loss)
-            self.tables["rates"] += [self.row(f"{name}, rate {each.run.recipe.rate:g}", [each]) for each in outcomes]
+            best[name] = min(outcomes, key=lambda outcome: outcome.loss)
+            self.tables["rates"] += [
+                self.row(f"{name}, rate {outcome.run.recipe.rate:g}", [outcome]) for outcome in outcomes
+            ]
             yield self.row(name, [best[name]])
-        winner = min(best.values(), key=lambda each: each.loss).run
+        winner = min(best.values(), key=lambda outcome: outcome.loss).run
         assert isinstance(winner.start, Grown)
         self.winner, self.recipe = winner.start, winner.recipe
 
@@ -248,7 +256,7 @@ class Study:
             for part in (0.5, 1.0, 2.0, 4.0)
         }
         for name, outcomes in self.do("sources", variants).items():
-            yield self.row(name, [min(outcomes, key=lambda each: each.loss)])
+            yield self.row(name, [min(outcomes, key=lambda outcome: outcome.loss)])
 
     def ask_state(self) -> Iterator[Row]:
         """What becomes of the optimizer's state."""
@@ -281,7 +289,9 @@ class Study:
             "by fan-in (muP), the same peak": replace(plain, by_fan_in=True),
             "by fan-in (muP), twice the peak": replace(plain, rate=2 * peak, by_fan_in=True),
         }
-        yield from self.compare("schedules", {name: self.grown(self.winner, each) for name, each in variants.items()})
+        yield from self.compare(
+            "schedules", {name: self.grown(self.winner, recipe) for name, recipe in variants.items()}
+        )
 
     def ask_strategy_whole(self) -> Iterator[Row]:
         """Each strategy trained for as many bytes as the baseline."""

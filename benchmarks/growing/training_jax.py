@@ -22,7 +22,7 @@ def train_jax(task: Task, folder: Path, tell: Tell) -> None:
     """See `training.train`; neither dropout nor rates by fan-in."""
     recipe, data = task.recipe, corpus()
     apply, params = load(task.model)
-    decayed = jax.tree.map(lambda each: each.ndim > 1, params)
+    decayed = jax.tree.map(lambda parameter: parameter.ndim > 1, params)
     rates = jax.numpy.asarray([recipe.rate * recipe.share((step + 1) / task.steps) for step in range(task.steps)])
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -49,7 +49,7 @@ def train_jax(task: Task, folder: Path, tell: Tell) -> None:
     started, curve, times = time.monotonic(), [], task.times()
     for step in range(task.steps + 1):
         if step in times:
-            curve.append(Point(step, float(np.mean([examined(params, each) for each in windows]))))
+            curve.append(Point(step, float(np.mean([examined(params, window) for window in windows]))))
         if step < task.steps:
             params, state = advance(params, state, data.batch(task.seed, step, task.batch, task.length))
             tell(1)

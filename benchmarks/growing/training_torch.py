@@ -37,7 +37,7 @@ def train_torch(task: Task, folder: Path, tell: Tell) -> None:
         module.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["random"].cpu())
-        curve, first, seconds = [Point(*each) for each in saved["curve"]], saved["step"], saved["seconds"]
+        curve, first, seconds = [Point(*numbers) for numbers in saved["curve"]], saved["step"], saved["seconds"]
     tell(first)
     data = corpus()
     last_saved = started = time.monotonic()
@@ -50,7 +50,7 @@ def train_torch(task: Task, folder: Path, tell: Tell) -> None:
         if time.monotonic() - last_saved > SAVE_EVERY:
             last_saved = time.monotonic()
             state = {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            state |= {"curve": [(each.step, each.loss) for each in curve], "random": torch.get_rng_state()}
+            state |= {"curve": [(point.step, point.loss) for point in curve], "random": torch.get_rng_state()}
             torch.save(state | {"seconds": seconds + last_saved - started}, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -78,8 +78,8 @@ def _groups(module: OnnxModule, task: Task) -> list[dict[str, Any]]:
             decay = task.recipe.weight_decay / factor if parameter.ndim > 1 else 0.0
             groups.setdefault((factor, decay), []).append((name, parameter))
     return [
-        {"params": each, "lr": task.recipe.rate * factor, "weight_decay": decay}
-        for (factor, decay), each in groups.items()
+        {"params": named, "lr": task.recipe.rate * factor, "weight_decay": decay}
+        for (factor, decay), named in groups.items()
     ]
 
 
@@ -92,8 +92,8 @@ def _add_dropout(module: OnnxModule, share: float) -> None:
 
 def _dropped(training: bool, outputs: Any, share: float) -> Any:
     return tuple(
-        functional.dropout(each, share, training) if torch.is_tensor(each) and each.is_floating_point() else each
-        for each in outputs
+        functional.dropout(value, share, training) if torch.is_tensor(value) and value.is_floating_point() else value
+        for value in outputs
     )
 
 
