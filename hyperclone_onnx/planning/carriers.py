@@ -69,7 +69,12 @@ class Tracer:
             tensor = value.const_value
             return Carriers({(node, index): marks}) if tensor is not None and tensor.dtype in _SHARING else None
         producer = value.producer()
-        if producer is None or len(value.uses()) > 1 or value.is_graph_output():
+        if len(value.uses()) > 1 or value.is_graph_output():
+            return None
+        if value in self.dimensions.scanned:
+            scan, slot, axis = self.dimensions.scanned[value]
+            return self.trace(scan, slot, frozenset(mark + (mark >= axis) for mark in marks))
+        if producer is None:
             return None
         if producer.op_type == "DequantizeLinear":
             return self._trace_codes(producer, axes, marks)

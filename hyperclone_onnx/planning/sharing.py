@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import describe, is_initializer
-from hyperclone_onnx.plan.edits import DivideOutput, Edit, ScaleInput, SetAttribute
+from hyperclone_onnx.plan.edits import DivideOutput, Edit, ScaleInput, ScaleOutput, SetAttribute
 from hyperclone_onnx.planning.carriers import LAYOUT, Carriers, Marks, Tracer
 from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.rules.dimensions import Axes, Sum, Use
@@ -175,6 +175,9 @@ class _Divider:
         if summation.integers or summation.scales:
             self._scale_quantised(summation)
             return
+        if summation.behind:
+            self._scale_behind(summation)
+            return
         node = summation.node
         slot, axis = self._site(summation)
         operand = self.dimensions.axes_of(node, slot)
@@ -185,6 +188,22 @@ class _Divider:
         if repeats is not None and self._fold(node, slot, float(repeats) ** -summation.power):
             return
         self.edits.append(ScaleInput(node.name or "", slot, ((axis - len(operand), factors),), summation.power))
+
+    def _scale_behind(self, summation: Sum) -> None:
+        """Multiply the output of a node that divides by a sum: in a stored factor behind it, or in the graph.
+
+        Raises:
+            Refused: the indices are repeated unequally, so that no one number corrects the output.
+        """
+        node, repeats = summation.node, self.tracer.repeats(summation.term)
+        factors = self.terms.factors(summation.term)
+        if repeats is None or factors is None:
+            raise Refused(f"{describe(node)} divides by a norm over an axis that does not grow by one whole factor")
+        if self._fold_behind(node.outputs[0], float(repeats) ** -summation.power):
+            return
+        slot, axis = summation.sites[0]
+        rank = len(self.dimensions.axes_of(node, slot) or ())
+        self.edits.append(ScaleOutput(node.name or "", 0, ((axis - rank, factors),), summation.power))
 
     def _scale_quantised(self, summation: Sum) -> None:
         """Divide a quantised sum by its quantisation scale. A sum without a scale is divided itself, or behind it.

@@ -101,6 +101,9 @@ def scan(op: Op) -> None:
         steps.append(axes.pop(op.axis(axis, len(axes))))
         op.pin(steps[-1], "numbers the steps of a scan")
         op.dimensions.axes[value] = tuple(axes)
+        if op.is_weight(index):  # the weights of all layers, of which each step reads one
+            op.dimensions.picked.add(value)
+            op.dimensions.scanned[value] = (op.node, index, op.axis(axis, op.rank(index)))
     for step in steps[1:]:
         op.unify(steps[0], step)
     op.walk(body)

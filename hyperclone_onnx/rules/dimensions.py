@@ -53,6 +53,8 @@ class Sum:
     integers: bool = False
     scales: tuple[int, ...] = ()
     biases: tuple[int, ...] = ()
+    behind: bool = False
+    """Whether only the output can be scaled: LpNormalization divides its input by the sum, so a scale there cancels."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Dimensions:
     uniform: list[Uniform] = field(default_factory=list)
     facts: dict[Fact, list[tuple[Term, ir.Node]]] = field(default_factory=lambda: defaultdict(list))
     index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
+    scanned: dict[ir.Value, tuple[ir.Node, int, int]] = field(default_factory=dict)
+    """For each input of a Scan's body that reads slices of a weight: the Scan, its input, the axis of the slices."""
     sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)
     """The axes of each element of a sequence of tensors, where their number is known."""
     lost: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)

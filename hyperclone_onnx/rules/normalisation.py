@@ -69,7 +69,11 @@ def softmax(op: Op) -> None:
 
 @relates("LpNormalization")
 def lp_normalisation(op: Op) -> None:
-    """Y[.., j, ..] = X[.., j, ..] / (sum_k |X[.., k, ..]|^p)^(1/p): no scale of X changes Y"""
-    axes = op.axes(0)
-    op.pin(axes[op.axis(op.integer("axis", -1), len(axes))], "divided by its norm, of which no input carries a share")
+    """Y[.., j, ..] = X[.., j, ..] / (sum_k |X[.., k, ..]|^p)^(1/p): n repeats make Y smaller by n^(1/p)"""
+    axes, p = op.axes(0), op.integer("p", 2)
+    if p not in (1, 2):
+        raise op.malformed(f"attribute p is {p}, and must be 1 or 2")
+    axis = op.axis(op.integer("axis", -1), len(axes))
+    op.uniform(axes[axis])
+    op.sum_over((0, axis), power=-1.0 / p, behind=True)
     op.out(axes)

@@ -367,6 +367,7 @@ class Op:
         integers: bool = False,
         scales: tuple[int, ...] = (),
         biases: tuple[int, ...] = (),
+        behind: bool = False,
     ) -> None:
         """State that this node multiplies and sums over these (input, axis) sites, which are one axis.
 
@@ -381,7 +382,8 @@ class Op:
             if dtype is not None and not dtype.is_floating_point() and not scales:
                 self.pin(terms[0], "summed in integers, which no share divides")
         given = (tuple(index for index in slots if self.has(index)) for slots in (scales, biases))
-        self.dimensions.sums.append(Sum(self.node, terms[0], sites, power, integers, *given))
+        own_scales, own_biases = given
+        self.dimensions.sums.append(Sum(self.node, terms[0], sites, power, integers, own_scales, own_biases, behind))
         if len(sites) > 1:
             weighted = any(self.is_weight(index) for index, _ in sites)
             kind = Fact.CONTRACTED_WITH_WEIGHT if weighted else Fact.CONTRACTED_WITH_ACTIVATION

@@ -78,6 +78,9 @@ def softmax(m: Model, op: str) -> None:
 def lp_normalisation(m: Model) -> None:
     shape = m.shape(1, 3)
     axis = m.size(0, len(shape) - 1)
-    want = "".join("p" if i == axis else "g" for i in range(len(shape)))
+    m.equal = True
+    want = "g" * len(shape)
     x = activation(m, shape, want)
-    m.node("LpNormalization", x, want=want, axis=axis - m.pick(0, len(shape)), p=m.size(1, 2))
+    y = m.node("LpNormalization", x, want=want, inner=True, axis=axis - m.pick(0, len(shape)), p=m.size(1, 2))
+    # A stored factor behind it may take the scale.
+    m.node("Mul", y, m.operand(shape)) if m.coin() else m.node("Identity", y)

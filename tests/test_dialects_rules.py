@@ -1,0 +1,82 @@
+"""Graphs that follow public reports: what could grow there, grows wholly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import build_model, normal
+from onnx import TensorProto, helper
+from test_dialects import grow
+
+from fuzz.oracle import compare, run_source
+from hyperclone_onnx import Strategy, expand
+from hyperclone_onnx.plan.edits import ScaleOutput
+
+HEAD = "g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) {{ h = Gather (e, ids) {} }}"
+SHAPES = {"e": (31, 12), "gain": (12,), "up": (12, 20), "down": (20, 12), "head": (12, 31)}
+
+
+# -- norms ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_norm_whose_gain_takes_the_scale(tmp_path: Path, p: int) -> None:
+    """An RMS norm written as an L2 norm: the gain behind it has one reader, so no node is added."""
+    body = (
+        f"l = LpNormalization <axis = -1, p = {p}> (h) n = Mul (l, gain) u = MatMul (n, up) r = Relu (u) "
+        "d = MatMul (r, down) y = Add (h, d) logits = MatMul (y, head)"
+    )
+    model = build_model(HEAD.format(body), normal(2, SHAPES))
+    assert grow(model, tmp_path) == {"hidden", "ffn"}
+    assert len(onnx.load(tmp_path / "big.onnx").graph.node) == len(model.graph.node)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_norm_at_the_end(tmp_path: Path, p: int) -> None:
+    """A sentence embedding: nothing behind the norm takes the scale, so a node does."""
+    graph = (
+        "g (int64[batch, sequence] ids) => (float[batch, 12] y) { h = Gather (e, ids) u = MatMul (h, up) r = Relu (u) "
+        f"d = MatMul (r, down) s = Add (h, d) m = ReduceMean <keepdims = 0> (s, one) "
+        f"y = LpNormalization <axis = 1, p = {p}> (m) }}"
+    )
+    weights = normal(2, {name: SHAPES[name] for name in ("e", "up", "down")}) | {"one": np.array([1])}
+    model = build_model(graph, weights)
+    onnx.save(model, tmp_path / "small.onnx")
+    made = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, strategy=Strategy("symmetric"), check=False)
+    assert compare(tmp_path / "big.onnx", run_source(tmp_path / "small.onnx", 0)) == ""
+    assert {dim.role for dim in made.plan.dims.values()} == {"hidden", "ffn"}
+    assert sum(isinstance(edit, ScaleOutput) for edit in made.plan.edits) == 1
+
+
+# -- stacked layers ---------------------------------------------------------------------------------------
+
+
+def test_weights_stacked_along_a_scan(tmp_path: Path) -> None:
+    """Each step reads the weights of one layer, which are weights as they are along a Loop: they share their sums."""
+
+    def value(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "g"], ["n"]),
+        helper.make_node("MatMul", ["n", "u"], ["nu"]),
+        helper.make_node("Relu", ["nu"], ["r"]),
+        helper.make_node("MatMul", ["r", "d"], ["rd"]),
+        helper.make_node("Add", ["x", "rd"], ["y"]),
+    ]
+    inputs = [value("x", ["b", "s", 12]), value("g", [12]), value("u", [12, 20]), value("d", [20, 12])]
+    body = helper.make_graph(nodes, "layer", inputs, [value("y", ["b", "s", 12])])
+    scan = helper.make_node("Scan", ["h", "gains", "ups", "downs"], ["z"], body=body, num_scan_inputs=3)
+    model = build_model(
+        HEAD.format("logits = MatMul (z, head)").replace("logits = MatMul", "z = Identity (h) logits = MatMul"),
+        normal(2, {"e": (31, 12), "gains": (3, 12), "ups": (3, 12, 20), "downs": (3, 20, 12), "head": (12, 31)}),
+    )
+    model.graph.node[1].CopyFrom(scan)
+    onnx.save(model, tmp_path / "small.onnx")
+    made = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+    assert {dim.role for dim in made.plan.dims.values()} == {"hidden", "ffn"}
+    assert made.plan.tensors["ups"].shared and made.plan.tensors["downs"].shared
+    assert compare(tmp_path / "big.onnx", run_source(tmp_path / "small.onnx", 0)) == ""
