@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-from conftest import build_model, normal
+from conftest import build_model, normal, perceptron
 from onnx import TensorProto, helper
 from test_dialects import grow
 
 from fuzz.oracle import compare, run_source
-from hyperclone_onnx import Strategy, expand
+from hyperclone_onnx import Refused, Strategy, expand
+from hyperclone_onnx.analysis.walk import infer
 from hyperclone_onnx.plan.edits import ScaleOutput
+from hyperclone_onnx.reading.normalise import normalise
 
 HEAD = "g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) {{ h = Gather (e, ids) {} }}"
 SHAPES = {"e": (31, 12), "gain": (12,), "up": (12, 20), "down": (20, 12), "head": (12, 31)}
@@ -80,3 +83,40 @@ def test_weights_stacked_along_a_scan(tmp_path: Path) -> None:
     assert {dim.role for dim in made.plan.dims.values()} == {"hidden", "ffn"}
     assert made.plan.tensors["ups"].shared and made.plan.tensors["downs"].shared
     assert compare(tmp_path / "big.onnx", run_source(tmp_path / "small.onnx", 0)) == ""
+
+
+# -- bounds that mean "to the end" -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [10**9, 2**31 - 1, 2**62])
+def test_a_slice_to_the_end_is_the_whole_axis(tmp_path: Path, end: int) -> None:
+    """No length that is known only when running is taken to be 10^9."""
+    body = (
+        "k = Slice (h, zero, far, one) u = MatMul (k, up) r = Relu (u) d = MatMul (r, down) logits = MatMul (d, head)"
+    )
+    bounds = {"zero": np.array([0]), "far": np.array([end]), "one": np.array([1])}
+    weights = normal(2, {name: SHAPES[name] for name in ("e", "up", "down", "head")})
+    model = build_model(HEAD.format(body), weights | bounds)
+    dimensions = infer(normalise(ir.from_proto(model)))
+    sliced = next(node for node in dimensions.model.graph if node.op_type == "Slice").outputs[0]
+    assert [str(dimensions.space.size(term)) for term in dimensions.axes[sliced] or ()] == ["batch", "sequence", "12"]
+    assert "ffn" in grow(model, tmp_path)
+
+
+# -- shapes that a file does not declare ------------------------------------------------------------------
+
+
+def test_an_output_without_a_declared_shape(tmp_path: Path) -> None:
+    model = perceptron()
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    assert grow(model, tmp_path) == {"hidden", "ffn"}
+
+
+def test_an_input_without_a_declared_shape_is_named(tmp_path: Path) -> None:
+    """Nothing can be told of what is made from it, and the refusal says where that begins."""
+    model = perceptron()
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "small.onnx")
+    with pytest.raises(Refused, match=r"no shape is declared for it .*input 'ids'"):
+        expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=False)

@@ -113,6 +113,8 @@ def _read_inputs(dimensions: Dimensions) -> None:
         shape = declared_shape(value)
         if shape is None or not isinstance(value.type, ir.TensorType):
             dimensions.axes[value] = None
+            if isinstance(value.type, ir.TensorType):
+                dimensions.lost[value] = ("no shape is declared for it", space.place)
             continue
         axes: list[Term] = []
         for size in shape:

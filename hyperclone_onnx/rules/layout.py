@@ -15,7 +15,10 @@ from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 END = 2**31 - 1
-"""Slice bounds from here on mean "to the end"."""
+"""The bound that we write for "to the end" of an axis."""
+
+FAR = 10**9
+"""Bounds from here on mean "to the end". Exporters write 10^9, 2^31 - 1 or 2^63 - 1; no axis is as long."""
 
 
 @relates("Transpose")
@@ -294,7 +297,7 @@ def slice_(op: Op) -> None:
             if low is None or high is None or step is None:
                 elements = None
                 break
-            window[axis] = slice(low, None if step < 0 and high < -END else high, step)
+            window[axis] = slice(low, None if step < 0 and high <= -FAR else high, step)
         elements = None if elements is None else elements[tuple(window)]
     op.out(axes, elements)
 
@@ -352,11 +355,11 @@ def _from_front(bound: Size | None, size: Size) -> Size | None:
     if value is None:
         # Symbols stand for lengths: what subtracts nothing but lengths counts from the back.
         return size + bound if (-bound).is_length else bound
-    if value >= END or (size.static is not None and value > size.static):
+    if value >= FAR or (size.static is not None and value > size.static):
         return size
     if value >= 0:
         return bound
-    if value <= -END:
+    if value <= -FAR:
         return Size.of(0)
     moved = size + bound
     return Size.of(max(moved.static, 0)) if moved.static is not None else moved
