@@ -1,9 +1,9 @@
-"""Layers that repeat become blocks: found by their tensors' names, proven by equal structure.
+"""Turn the repeated layers of a program into blocks.
 
-Names such as ``model.layers.3.mlp.weight`` say that layers are there and which tensors they hold. Where one layer ends
-is where a single activation is alive; from there each layer is walked backwards together with the one before it, call
-by call, until both arrive at their entries. Only what is equal in every layer becomes a block: anything else leaves
-the program as it is.
+The names of tensors only suggest where the layers are: ``model.layers.3.mlp.weight`` belongs to layer 3. The structure
+must prove it. A layer ends at a point of the program where a single activation is alive. From this point we walk each
+layer backwards together with the layer before it, call by call, until both walks arrive at the entries of their layers.
+If the walk finds a difference between two layers, the program stays as it is.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _LAYER = re.compile(r"(?P<prefix>[^0-9]*?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
 def block_paths(program: Program) -> Iterator[tuple[str, int]]:
-    """The path of each block call, and which of the program's blocks it calls."""
+    """The path of each block call, and the index of the block that it calls."""
     for step in program.body.steps:
         if isinstance(step, BlockCall):
             yield step.path, step.block
 
 
 def with_blocks(program: Program) -> Program:
-    """The program with its repeated layers as blocks; the same program where none can be proven."""
+    """Return the program with its repeated layers as blocks, or the same program if no layers are proven equal."""
     for prefix, count in _layer_groups(program):
         layers = _Layers(program, prefix, count)
         for choice in range(layers.choices()):
@@ -57,22 +57,24 @@ def with_blocks(program: Program) -> Program:
 
 
 def _layer_groups(program: Program) -> list[tuple[str, int]]:
-    """The prefixes that end in consecutive numbers from 0, two at least."""
-    found: dict[str, set[int]] = defaultdict(set)
+    """The prefixes of layers and how many layers each has: two or more, numbered from 0 without a gap."""
+    numbers: dict[str, set[int]] = defaultdict(set)
     for weight in program.weights:
         match = _LAYER.match(weight.path)
         if match and weight.role != "constant":
-            found[match["prefix"]].add(int(match["index"]))
-    return [(prefix, len(seen)) for prefix, seen in found.items() if len(seen) > 1 and seen == set(range(len(seen)))]
+            numbers[match["prefix"]].add(int(match["index"]))
+    return [
+        (prefix, len(group)) for prefix, group in numbers.items() if len(group) > 1 and group == set(range(len(group)))
+    ]
 
 
 class _NoBlocks(Exception):
-    """The layers are not equal, or do not hang on a single activation."""
+    """The layers are not equal, or more than one activation passes from one layer to the next."""
 
 
 @dataclass
 class _Pairs:
-    """What corresponds to what in two consecutive layers: from the earlier one to the later one."""
+    """The correspondence of two consecutive layers: each dict maps an item of the earlier layer to one of the later."""
 
     values: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
@@ -81,6 +83,8 @@ class _Pairs:
 
 
 class _Layers:
+    """The layers of one prefix, and who makes and who reads each value of the program."""
+
     def __init__(self, program: Program, prefix: str, count: int) -> None:
         self.program = program
         self.prefix = prefix
@@ -107,33 +111,35 @@ class _Layers:
         self.learned = self._depend_on_weights()
 
     def _depend_on_weights(self) -> set[str]:
-        found: set[str] = set()
+        """The variables that are computed from weights, directly or through other variables."""
+        dependent: set[str] = set()
         for step in self.steps:
-            stored = [each for each in operands(step) if isinstance(each, Stored)]
-            if any(self.weights[each.path].role != "constant" for each in stored) or any(
-                name in found for name in reads(step)
+            stored = [operand for operand in operands(step) if isinstance(operand, Stored)]
+            if any(self.weights[operand.path].role != "constant" for operand in stored) or any(
+                name in dependent for name in reads(step)
             ):
-                found.update(name for name in step.outputs if name)
-        return found
+                dependent.update(name for name in step.outputs if name)
+        return dependent
 
     # -- where layers meet ----------------------------------------------------------------------------------
 
     def _places(self, index: int) -> list[int]:
+        """The steps that read a weight of this layer, in order."""
         start = f"{self.prefix}.{index}."
-        found = sorted(
+        places = sorted(
             i
             for path, users in self.users.items()
             if path.startswith(start) and self.weights[path].role != "constant"
             for i in users
         )
-        if not found:
+        if not places:
             raise _NoBlocks
-        return found
+        return places
 
     def _cuts(self) -> list[list[str]]:
-        """The activations that each layer but the first may begin with: where one alone is alive, in order."""
+        """For each layer but the first: the activations that it may begin with. At such a point no other is alive."""
         places = [self._places(index) for index in range(self.count)]
-        # What is made before the first layer and read in the last passes all cuts by.
+        # A value from before the first layer that the last layer reads is alive at every cut, so it tells us nothing.
         passing = {
             name
             for step in self.steps[: places[0][0]]
@@ -147,13 +153,14 @@ class _Layers:
         return cuts
 
     def choices(self) -> int:
-        """How many ways there are to cut the layers apart."""
+        """The number of ways to cut the layers apart."""
         try:
-            return min(len(each) for each in self._cuts())
+            return min(len(activations) for activations in self._cuts())
         except _NoBlocks:
             return 0
 
     def _alive(self, passing: set[str], at: int) -> list[str]:
+        """The activations that exist after step `at` and that a later step reads."""
         return [
             name
             for step in self.steps[: at + 1]
@@ -200,7 +207,7 @@ class _Layers:
                 pending += self._pair_operands(one, two, pairs)
 
     def _pair_outputs(self, late: Call, early: Call, pairs: _Pairs) -> None:
-        """What else two calls make: a cache beside an activation."""
+        """Pair all outputs of two calls: some calls return a cache beside the activation."""
         for one, two in zip(late.outputs, early.outputs, strict=True):
             if (one is None) != (two is None):
                 raise _NoBlocks
@@ -223,8 +230,8 @@ class _Layers:
         return []
 
     def _same_part(self, late: Weight, early: Weight) -> bool:
-        """Whether two tensors have the same name in their layers; tensors without a layer's name may be anything."""
-        parts = [_LAYER.match(each.path) for each in (late, early)]
+        """Whether two tensors have the same name within their layers. Tensors outside the layers may have any name."""
+        parts = [_LAYER.match(weight.path) for weight in (late, early)]
         inside = [part is not None and part["prefix"] == self.prefix for part in parts]
         if late.path == early.path or not any(inside):
             return True
@@ -237,14 +244,17 @@ class _Layers:
         )
 
     def _all_pairs(self, cuts: Sequence[str]) -> list[_Pairs]:
-        """The pairs of layers (1, 0), (2, 1), ...; the last layer's end is where it matches the one before."""
-        found = [self._paired(late, early, entry) for early, late, entry in zip(cuts, cuts[1:], cuts, strict=False)]
+        """The pairs of layers (1, 0), (2, 1), ...
+
+        No cut marks the end of the last layer: it is the first activation from which a walk matches the layer before.
+        """
+        pairs = [self._paired(late, early, entry) for early, late, entry in zip(cuts, cuts[1:], cuts, strict=False)]
         end = self._places(self.count - 1)[-1]
         for step in self.steps[end:]:
             for name in step.outputs:
                 try:
                     if name and name in self.learned:
-                        return [*found, self._paired(name, cuts[-1], cuts[-1])]
+                        return [*pairs, self._paired(name, cuts[-1], cuts[-1])]
                 except _NoBlocks:
                     continue
         raise _NoBlocks
@@ -252,25 +262,27 @@ class _Layers:
     # -- one body for all -----------------------------------------------------------------------------------
 
     def made(self, choice: int) -> Program:
-        """The program with these layers as blocks, cut apart in one of the ways."""
-        pairs = self._all_pairs([each[choice] for each in self._cuts()])
-        layers = _chained([each.values for each in pairs])
-        inputs = _chained([each.inputs for each in pairs])
-        weights = _chained([each.weights for each in pairs])
-        members = [set(layer.values()) for layer in _chained([each.steps for each in pairs])]
+        """The program with these layers as blocks. `choice` is the number of the way to cut them apart."""
+        pairs = self._all_pairs([activations[choice] for activations in self._cuts()])
+        layers = _chained([pair.values for pair in pairs])
+        inputs = _chained([pair.inputs for pair in pairs])
+        weights = _chained([pair.weights for pair in pairs])
+        members = [set(layer.values()) for layer in _chained([pair.steps for pair in pairs])]
         for index, layer in enumerate(members):
             if not set(self._places(index)) <= layer or any(layer & other for other in members[:index]):
                 raise _NoBlocks
         template = [self.steps[i] for i in sorted(members[0])]
-        owned = self._owned(weights, members)
-        read = [name for step in template for name in reads(step) if name in inputs[0]]
-        given = sorted(inputs[0], key=lambda name: (name not in self.learned, name in self.sizes, read.index(name)))
+        own_paths = self._owned(weights, members)
+        reading_order = [name for step in template for name in reads(step) if name in inputs[0]]
+        entries = sorted(
+            inputs[0], key=lambda name: (name not in self.learned, name in self.sizes, reading_order.index(name))
+        )
         stored = list(dict.fromkeys(e.path for step in template for e in operands(step) if isinstance(e, Stored)))
         results = [name for step in template for name in step.outputs if name and self._leaves(name, layers, members)]
-        names = self._relative_names(template, [path for path in stored if path in owned])
-        shared = {path: f"shared_{i}" for i, path in enumerate(path for path in stored if path not in owned)}
+        names = self._relative_names(template, [path for path in stored if path in own_paths])
+        shared = {path: f"shared_{i}" for i, path in enumerate(path for path in stored if path not in own_paths)}
         body = Body(
-            (*given, *shared.values()),
+            (*entries, *shared.values()),
             tuple(_renamed(step, names, shared) for step in template),
             tuple(Local(name) for name in results),
         )
@@ -278,7 +290,7 @@ class _Layers:
             BlockCall(
                 f"{self.prefix}.{index}",
                 len(self.program.blocks),
-                (*(Local(inputs[index][name]) for name in given), *(Stored(weights[index][p]) for p in shared)),
+                (*(Local(inputs[index][name]) for name in entries), *(Stored(weights[index][p]) for p in shared)),
                 tuple(self._result(layers[index][name], members[index]) for name in results),
             )
             for index in range(self.count)
@@ -298,7 +310,7 @@ class _Layers:
         )
 
     def _owned(self, weights: Sequence[Mapping[str, str]], members: Sequence[set[int]]) -> set[str]:
-        """The template's tensors that, in every layer, that layer alone reads."""
+        """The tensors of the first layer whose counterpart in each layer is read by that layer alone."""
         return {
             path
             for path in weights[0]
@@ -309,17 +321,22 @@ class _Layers:
         }
 
     def _leaves(self, name: str, layers: Sequence[Mapping[str, str]], members: Sequence[set[int]]) -> bool:
+        """Whether a variable of the first layer, or its counterpart in another layer, is read outside its layer."""
         return any(
             name in layer and self._result(layer[name], inside) is not None
             for layer, inside in zip(layers, members, strict=True)
         )
 
     def _result(self, name: str, inside: set[int]) -> str | None:
+        """The variable if steps outside the layer read it, or if it is an output of the program; otherwise None."""
         outside = any(reader not in inside for reader in self.readers[name])
         return name if outside or name in self.leaving else None
 
     def _relative_names(self, template: Sequence[Step], paths: Sequence[str]) -> dict[str, str]:
-        """What each tensor is called within its layer: its own name, that of the bias beside it, or a number."""
+        """The name of each tensor within its layer.
+
+        A tensor without a layer's name takes the name of the bias that is added to its product, or a number.
+        """
         start = f"{self.prefix}.0."
         names = {path: path.removeprefix(start) for path in paths if path.startswith(start)}
         for number, path in enumerate(path for path in paths if path not in names):
@@ -329,6 +346,7 @@ class _Layers:
         return names
 
     def _beside(self, path: str, template: Sequence[Step]) -> str | None:
+        """The name for a matrix that its layer's bias suggests: ``mlp.weight`` for ``mlp.bias``."""
         start = f"{self.prefix}.0."
         for step in template:
             if (
@@ -345,7 +363,7 @@ class _Layers:
         return None
 
     def _ordered(self, calls: Sequence[BlockCall], members: Sequence[set[int]]) -> tuple[Step, ...]:
-        """The steps with each layer's in one, in an order that makes every value before it is read."""
+        """The steps with one block call for each layer, in an order that makes every value before it is read."""
         owner = {step: index for index, layer in enumerate(members) for step in layer}
         units: dict[int, Step] = {i: step for i, step in enumerate(self.steps) if i not in owner}
         units |= {min(layer): call for layer, call in zip(members, calls, strict=True)}
@@ -354,31 +372,31 @@ class _Layers:
         readers: dict[int, list[int]] = defaultdict(list)
         for i, step in units.items():
             missing[i] = {maker[name] for name in reads(step) if name in maker}
-            for each in missing[i]:
-                readers[each].append(i)
+            for producer in missing[i]:
+                readers[producer].append(i)
         ready = [i for i, needed in missing.items() if not needed]
         heapq.heapify(ready)
-        found: list[Step] = []
+        ordered: list[Step] = []
         while ready:
             i = heapq.heappop(ready)
-            found.append(units[i])
+            ordered.append(units[i])
             for reader in readers[i]:
                 missing[reader].discard(i)
                 if not missing[reader]:
                     heapq.heappush(ready, reader)
-        if len(found) != len(units):
+        if len(ordered) != len(units):
             raise _NoBlocks
-        return tuple(found)
+        return tuple(ordered)
 
 
 def _agree(known: dict[K, V], key: K, value: V) -> None:
-    """Note a correspondence, which must be the only one of its key."""
+    """Record that a key corresponds to a value. A key must not correspond to two values."""
     if known.setdefault(key, value) != value:
         raise _NoBlocks
 
 
 def _chained(pairs: Sequence[Mapping[K, K]]) -> list[dict[K, K]]:
-    """For each layer, what corresponds in it to what is in the first."""
+    """For each layer, a dict from the items of the first layer to the corresponding items of this layer."""
     layers = [{key: key for key in pairs[0]}]
     for pair in pairs:
         last = layers[-1]
@@ -389,6 +407,7 @@ def _chained(pairs: Sequence[Mapping[K, K]]) -> list[dict[K, K]]:
 
 
 def _alike(one: Call, other: Call) -> bool:
+    """Whether two calls are the same but for the values that they read and make."""
     return (one.domain, one.op_type, one.attributes, one.host, len(one.inputs), len(one.outputs)) == (
         other.domain,
         other.op_type,
@@ -400,10 +419,12 @@ def _alike(one: Call, other: Call) -> bool:
 
 
 def _renamed(step: Step, names: Mapping[str, str], shared: Mapping[str, str]) -> Step:
+    """The step as it is in the block's body: its tensors under their names within the layer, or as inputs."""
+
     def renamed(operand: Operand | None) -> Operand | None:
         if not isinstance(operand, Stored):
             return operand
         return Stored(names[operand.path]) if operand.path in names else Local(shared[operand.path])
 
     assert isinstance(step, Call)
-    return replace(step, inputs=tuple(renamed(each) for each in step.inputs))
+    return replace(step, inputs=tuple(renamed(operand) for operand in step.inputs))

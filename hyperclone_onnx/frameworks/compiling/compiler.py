@@ -1,4 +1,4 @@
-"""From a prepared graph to a `Program`: each node a call into the table, with what it is given as operands."""
+"""Compile a prepared graph to a `Program`: each node becomes a call of an operator of the table."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ from hyperclone_onnx.graphs import is_initializer, opset_of
 
 
 def identifier(name: str, taken: set[str]) -> str:
-    """A variable for a name, unlike all those taken."""
+    """A Python variable for a name, different from all taken variables. It is added to them."""
     base = re.sub(r"\W", "_", name, flags=re.ASCII) or "value"
     if base[0].isdigit() or base.startswith("__") or keyword.iskeyword(base):
         base = f"v_{base}"
-    found, number = base, 0
-    while found in taken:
+    variable, number = base, 0
+    while variable in taken:
         number += 1
-        found = f"{base}_{number}"
-    taken.add(found)
-    return found
+        variable = f"{base}_{number}"
+    taken.add(variable)
+    return variable
 
 
 RESERVED = frozenset("branch device device_of host inf lift loop nan partial self walk weights xp".split())
-"""Names that generated functions use for themselves, besides those of the operators."""
+"""Names that the generated functions use themselves, besides the names of operators."""
 
 
 def compile_program(model: ir.Model, roles: Mapping[str, tuple[Role, str]], paths: Mapping[str, str]) -> Program:
     """Compile a prepared model (see `preparation.prepare`).
 
     Args:
-        model: functions inlined, every operator in the table.
-        roles: what each stored tensor that is not a mere number is for, and why.
-        paths: where each of them lives.
+        model: a model whose functions are inlined and whose operators are all in the table.
+        roles: the role of stored tensors, and the reason. A tensor without a role is constant.
+        paths: the path of each stored tensor.
 
     Raises:
         Refused: a size depends on data, or an operator is used in a form that the table does not describe.
@@ -83,7 +83,7 @@ class _Compiler:
         )
         steps = self.steps(graph)
         outputs = tuple(self.operand(value) for value in graph.outputs)
-        body = Body(tuple(each.variable for each in inputs), steps, outputs)
+        body = Body(tuple(entry.variable for entry in inputs), steps, outputs)
         return Program(inputs, tuple(v.name or "" for v in graph.outputs), body, tuple(self.used.values()))
 
     def variable(self, value: ir.Value) -> str:
@@ -94,7 +94,7 @@ class _Compiler:
     # -- operands -----------------------------------------------------------------------------------------
 
     def operand(self, value: ir.Value) -> Operand:
-        """A value as an array."""
+        """The operand for a value that the operator takes as an array."""
         if is_initializer(value):
             return self.stored(value)
         if value in self.hosts.host:
@@ -102,12 +102,13 @@ class _Compiler:
         return Local(self.variable(value))
 
     def host_operand(self, value: ir.Value) -> Operand:
-        """A value as Python numbers."""
+        """The operand for a value that the operator takes as Python numbers."""
         if is_initializer(value):
             return Number(numbers(value))
         return Local(self.variable(value))
 
     def stored(self, value: ir.Value) -> Stored:
+        """The operand for a stored tensor, which becomes a weight of the program."""
         name = value.name or ""
         tensor = value.const_value
         assert tensor is not None
@@ -134,6 +135,7 @@ class _Compiler:
         return self.call(node)
 
     def outputs(self, node: ir.Node) -> tuple[str | None, ...]:
+        """A variable for each output of a node, or None for an output that nothing reads."""
         return tuple(
             self.variable(value) if value.uses() or value.is_graph_output() else None for value in node.outputs
         )
@@ -163,10 +165,12 @@ class _Compiler:
         )
 
     def as_state(self, value: ir.Value | None, given: ir.Value) -> Operand:
+        """The operand for a Loop's first state, as numbers or as an array like the body's input (`given`)."""
         assert value is not None
         return self.host_operand(value) if given in self.hosts.host else self.operand(value)
 
     def known_or_array(self, value: ir.Value) -> Operand:
+        """The operand for a Loop's count of turns: a Python number if it is known on the host."""
         if not self.hosts.is_known(value):
             return self.operand(value)
         operand = self.host_operand(value)
@@ -178,9 +182,9 @@ class _Compiler:
         if opset_of(self.model.graph) < 9:
             raise Refused(f"Scan (node {node.name!r}) is of opset 8, which has a batch of its own: it has no handoff")
         graph = node.attributes["body"].as_graph()
-        many = node.attributes["num_scan_inputs"].as_int()
-        first = len(node.inputs) - many
-        made = len(graph.outputs) - first
+        scanned = node.attributes["num_scan_inputs"].as_int()
+        states = len(node.inputs) - scanned
+        stacked = len(graph.outputs) - states
 
         def listed(name: str, length: int) -> list[int]:
             return list(node.attributes[name].as_ints()) if name in node.attributes else [0] * length
@@ -188,21 +192,23 @@ class _Compiler:
         operands = [self.operand(value) for value in node.inputs if value is not None]
         return Walk(
             node.name or "",
-            tuple(operands[:first]),
-            tuple(operands[first:]),
+            tuple(operands[:states]),
+            tuple(operands[states:]),
             self.body(graph),
             self.outputs(node),
-            (*listed("scan_input_axes", many), *listed("scan_output_axes", made)),
-            (*listed("scan_input_directions", many), *listed("scan_output_directions", made)),
+            (*listed("scan_input_axes", scanned), *listed("scan_output_axes", stacked)),
+            (*listed("scan_input_directions", scanned), *listed("scan_output_directions", stacked)),
         )
 
     def body(self, graph: ir.Graph, outputs: Sequence[ir.Value] | None = None) -> Body:
         inputs = tuple(self.variable(value) for value in graph.inputs)
         steps = self.steps(graph)
-        return Body(inputs, steps, tuple(self.result(each) for each in (graph.outputs if outputs is None else outputs)))
+        return Body(
+            inputs, steps, tuple(self.result(value) for value in (graph.outputs if outputs is None else outputs))
+        )
 
     def result(self, value: ir.Value) -> Operand:
-        """A body's output; where it is the next turn's state and that is a number, a number."""
+        """The operand for an output of a body. A state that the next turn takes as a number is left as a number."""
         return self.host_operand(value) if value in self.hosts.states else self.operand(value)
 
     def call(self, node: ir.Node) -> Call:
@@ -228,6 +234,7 @@ class _Compiler:
         return Call(node.name or "", node.domain, node.op_type, tuple(inputs), outputs, attributes, host, creates)
 
     def _has_array(self, node: ir.Node) -> bool:
+        """Whether an input is an array at run time, so that the result is one although others are Python numbers."""
         skip = 1 if node.op_type == "Where" else 0
         return any(value is not None and not is_initializer(value) for value in node.inputs[skip:])
 
@@ -237,13 +244,13 @@ class _Compiler:
 
 
 def numbers(value: ir.Value) -> Any:
-    """A stored tensor as Python numbers."""
+    """The elements of a stored tensor as Python numbers."""
     assert value.const_value is not None
     return nested(value.const_value.numpy())
 
 
 def nested(array: Any) -> Any:
-    """An array as nested tuples of Python numbers; narrow floats exactly."""
+    """The elements of an array as nested tuples of Python numbers, without rounding."""
     if array.dtype.kind not in "biuf":
         array = array.astype(np.float32)
     items = array.tolist()
@@ -251,11 +258,11 @@ def nested(array: Any) -> Any:
 
 
 def _tuples(items: Any) -> Any:
-    return tuple(_tuples(each) for each in items) if isinstance(items, list) else items
+    return tuple(_tuples(item) for item in items) if isinstance(items, list) else items
 
 
 def attribute_value(attribute: ir.Attr) -> Any:
-    """An attribute as plain data; a tensor as (element type, its numbers in a row)."""
+    """The value of an attribute as plain data. A tensor becomes (element type, flat tuple of its numbers)."""
     if attribute.type == ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()
         return int(tensor.dtype), nested(tensor.numpy().ravel())
@@ -269,22 +276,22 @@ def bound_attributes(node: ir.Node, form: Operator, opsets: Mapping[str, int]) -
     """The keyword arguments of a call.
 
     Raises:
-        Refused: the node has an attribute, or lacks an input, that the operator's implementation does not.
+        Refused: the node has an attribute that the operator's implementation does not take.
     """
-    found: dict[str, Any] = dict(form.floats)
+    keywords: dict[str, Any] = dict(form.floats)
     for name, attribute in node.attributes.items():
         if name in form.keywords or name in form.inputs[len(node.inputs) :]:
-            found[name] = attribute_value(attribute)
+            keywords[name] = attribute_value(attribute)
         elif not _is_default(node, attribute, opsets):
             raise Refused(f"{registry_name(node)} (node {node.name!r}) has no handoff with its attribute {name!r}")
     if "opset" in form.keywords:
-        found["opset"] = opsets.get(node.domain, 1)
+        keywords["opset"] = opsets.get(node.domain, 1)
     if "outputs" in form.keywords:
         used = [i for i, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
-        found["outputs"] = len(node.outputs) if node.op_type == "Split" else max(used, default=0) + 1
+        keywords["outputs"] = len(node.outputs) if node.op_type == "Split" else max(used, default=0) + 1
     if "element_type" in form.keywords and node.inputs[0] is not None:
-        found["element_type"] = int(node.inputs[0].dtype or ir.DataType.INT64)
-    return tuple(found.items())
+        keywords["element_type"] = int(node.inputs[0].dtype or ir.DataType.INT64)
+    return tuple(keywords.items())
 
 
 def _is_default(node: ir.Node, attribute: ir.Attr, opsets: Mapping[str, int]) -> bool:

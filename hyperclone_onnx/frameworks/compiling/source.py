@@ -1,4 +1,4 @@
-"""A program as Python source: what a framework runs, and what a person can read (`model.code`)."""
+"""Write a program as Python source. A framework runs it, and a person can read it (`model.code`)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from hyperclone_onnx.frameworks.compiling.program import (
 
 INDENT = "    "
 Spell = Callable[[str], str]
-"""How a framework writes a stored tensor, or calls a block, by its path."""
+"""A function from the path of a stored tensor or a block to the source that reads or calls it."""
 
 
 def function_source(name: str, first: str, body: Body, stored: Spell, block: Spell) -> str:
-    """The source of a function of `first` and the body's inputs that returns the body's outputs in a tuple."""
+    """The source of a function that takes `first` and the body's inputs, and returns the body's outputs in a tuple."""
     writer = _Writer(stored, block)
     lines = writer.body(body)
     if needs_device(body):
@@ -45,16 +45,17 @@ def function_source(name: str, first: str, body: Body, stored: Spell, block: Spe
 
 
 def needs_device(body: Body) -> bool:
-    """Whether a body makes arrays from nothing."""
-    return any(_creates(step) for step in body.steps) or any(isinstance(each, Lifted) for each in body.outputs)
+    """Whether a body creates arrays, for which the function must know the device."""
+    return any(_creates(step) for step in body.steps) or any(isinstance(operand, Lifted) for operand in body.outputs)
 
 
 def _creates(step: Step) -> bool:
-    lifts = any(isinstance(each, Lifted) for each in given(step))
+    lifts = any(isinstance(operand, Lifted) for operand in given(step))
     return lifts or (isinstance(step, Call | Repeat) and step.creates) or any(map(needs_device, bodies(step)))
 
 
 def _first_array(body: Body, stored: Spell) -> str:
+    """The source of an array that is on the device: an input of the body, or a stored tensor."""
     hosts = host_variables(body)
     for name in body.inputs:
         if name not in hosts:
@@ -67,25 +68,25 @@ def _first_array(body: Body, stored: Spell) -> str:
 
 
 def host_variables(body: Body) -> set[str]:
-    """The variables of a body that are read as Python numbers."""
-    found: set[str] = set()
+    """The variables of a body that its steps read as Python numbers."""
+    names: set[str] = set()
     for step in body.steps:
         for inner in bodies(step):
-            found |= host_variables(inner)
+            names |= host_variables(inner)
         if isinstance(step, Call):
             operator = registry.operator(step.domain, step.op_type)
             for position, operand in enumerate(step.inputs):
                 if isinstance(operand, Local) and (step.host or (operator is not None and operator.is_host(position))):
-                    found.add(operand.name)
+                    names.add(operand.name)
         for operand in operands(step):
             if isinstance(operand, Lifted) and isinstance(operand.value, Local):
-                found.add(operand.value.name)
-    return found
+                names.add(operand.value.name)
+    return names
 
 
 def operands(step: Step) -> Iterator[Operand]:
-    """What a step reads, in its bodies too."""
-    yield from (each for each in given(step) if each is not None)
+    """The operands that a step reads, also within its bodies."""
+    yield from (operand for operand in given(step) if operand is not None)
     for body in bodies(step):
         for inner in body.steps:
             yield from operands(inner)
@@ -99,33 +100,35 @@ def reads(step: Step) -> Iterator[str]:
 
 
 def variables(operand: Operand) -> Iterator[str]:
-    """The variable that an operand is, if any."""
+    """The variable of an operand; nothing for an operand that reads no variable."""
     inner = operand.value if isinstance(operand, Lifted) else operand
     if isinstance(inner, Local):
         yield inner.name
 
 
 class _Writer:
+    """Writes the lines of one generated function, and numbers the inner functions in it."""
+
     def __init__(self, stored: Spell, block: Spell) -> None:
         self.stored = stored
         self.block = block
         self.bodies = 0
 
     def body(self, body: Body, outer: bool = False) -> list[str]:
-        """The lines of a body; each variable is let go after its last reader, so that memory is free again."""
+        """The lines of a body. They delete a variable after its last reader, so that its memory is free again."""
         last: dict[str, int] = {}
         for number, step in enumerate(body.steps):
-            for name in (*reads(step), *(each for each in step.outputs if each)):
+            for name in (*reads(step), *(output for output in step.outputs if output)):
                 last[name] = number
-        kept = {name for operand in body.outputs for name in variables(operand)}
-        own = set(body.inputs) | {name for step in body.steps for name in step.outputs if name}
+        returned = {name for operand in body.outputs for name in variables(operand)}
+        defined = set(body.inputs) | {name for step in body.steps for name in step.outputs if name}
         lines: list[str] = []
         for number, step in enumerate(body.steps):
             lines += self.step(step)
-            done = sorted(name for name, place in last.items() if place == number and name in own - kept)
-            if done and not outer:
-                lines.append(f"del {', '.join(done)}")
-        lines.append(f"return ({''.join(f'{self.operand(each)}, ' for each in body.outputs)})")
+            unread = sorted(name for name, place in last.items() if place == number and name in defined - returned)
+            if unread and not outer:
+                lines.append(f"del {', '.join(unread)}")
+        lines.append(f"return ({''.join(f'{self.operand(output)}, ' for output in body.outputs)})")
         return lines
 
     def step(self, step: Step) -> list[str]:
@@ -136,10 +139,10 @@ class _Writer:
                 return self.repeat(step)
             case Walk():
                 return self.walk(step)
-        given = [self.operand(each) for each in step.inputs]
+        arguments = [self.operand(operand) for operand in step.inputs]
         targets = [name or "_" for name in step.outputs]
         if isinstance(step, BlockCall):
-            return [f"{', '.join(targets)}, = {self.block(step.path)}({', '.join(given)})"]
+            return [f"{', '.join(targets)}, = {self.block(step.path)}({', '.join(arguments)})"]
         keywords = [f"{name}={literal(value)}" for name, value in step.attributes]
         if step.creates:
             keywords.append("device=device")
@@ -148,8 +151,8 @@ class _Writer:
         if not any(step.outputs):
             return []
         if step.host:
-            return [f"{left} = host.{step.op_type}({', '.join([*given, *keywords])})"]
-        return [f"{left} = {function_name(step.domain, step.op_type)}({', '.join(['xp', *given, *keywords])})"]
+            return [f"{left} = host.{step.op_type}({', '.join([*arguments, *keywords])})"]
+        return [f"{left} = {function_name(step.domain, step.op_type)}({', '.join(['xp', *arguments, *keywords])})"]
 
     def choice(self, step: Choice) -> list[str]:
         yes, one = self.inner("yes", step.yes)
@@ -165,12 +168,14 @@ class _Writer:
 
     def walk(self, step: Walk) -> list[str]:
         name, lines = self.inner("turn", step.turn)
-        states, scanned = (", ".join([*map(self.operand, each), ""]).strip() for each in (step.states, step.scanned))
+        states, scanned = (
+            ", ".join([*map(self.operand, arrays), ""]).strip() for arrays in (step.states, step.scanned)
+        )
         call = f"walk({name}, ({states}), ({scanned}), {step.axes!r}, {step.backwards!r})"
         return [*lines, f"{_targets(step)} = {call}"]
 
     def inner(self, kind: str, body: Body) -> tuple[str, list[str]]:
-        """A body as a function within this one: its name and its lines."""
+        """A body as a function within the generated function: the name and the lines of this inner function."""
         self.bodies += 1
         name = f"{kind}_{self.bodies}"
         inner = self.body(body, outer=True)
@@ -196,16 +201,16 @@ def _targets(step: Choice | Repeat | Walk) -> str:
 
 
 def literal(value: Any) -> str:
-    """A number, a string, or a tuple of them, as Python writes it."""
+    """The Python source of a number, a string, or a tuple of them."""
     if isinstance(value, tuple):
-        return f"({''.join(f'{literal(each)}, ' for each in value)})"
+        return f"({''.join(f'{literal(item)}, ' for item in value)})"
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return repr(value)
 
 
 def function_name(domain: str, op_type: str) -> str:
-    """What an operator is called in the source."""
+    """The name of an operator in the source."""
     return f"{domain.replace('.', '_')}_{op_type}" if domain else op_type
 
 
@@ -228,7 +233,8 @@ def _globals(framework: str) -> dict[str, Any]:
 
 @cache
 def compiled(source: str, framework: str) -> Callable[..., Any]:
-    """The function that a source defines, in a framework's terms; a traceback shows its lines."""
+    """The function that the source defines, with a framework's arrays. A traceback shows the lines of the source."""
+    # A traceback takes its lines from this cache, because the source is in no file.
     name = f"<handoff {len(linecache.cache)} for {framework}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     scope = dict(_globals(framework))

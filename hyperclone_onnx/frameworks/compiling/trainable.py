@@ -1,12 +1,17 @@
-"""Which stored tensors are parameters, decided by structure.
+"""Decide from the structure of the graph which stored tensors are trainable.
 
-A stored floating tensor is trainable when it combines with *activations*. These are the floating inputs of the graph,
-rows that are looked up in a table, products of a stored matrix and a run-time value that sum over more than one
-element, and all that depends on one of these. A run-time value is any that is not made of stored tensors alone: counts
-and bytes that are cast to float, time steps, positions, a OneHot.
+A stored floating tensor is trainable if the graph combines it with an *activation*. Activations are:
 
-So rotary frequencies stay out: they are multiplied with positions, and nothing is summed. Rotary tables, masks, running
-statistics and single numbers are no parameters either.
+* the floating inputs of the graph;
+* rows that are looked up in a table;
+* products of a stored matrix and a run-time value, if they sum over more than one element;
+* every value that depends on an activation.
+
+A run-time value is a value that does not depend on stored tensors alone: counts and bytes that are cast to float, time
+steps, positions, a OneHot.
+
+Rotary frequencies are not trainable: the graph multiplies them with positions and sums nothing. Rotary tables, masks,
+running statistics and single numbers are not trainable either.
 """
 
 from __future__ import annotations
@@ -23,13 +28,13 @@ from hyperclone_onnx.frameworks.compiling.program import Role
 from hyperclone_onnx.graphs import MOVES_OR_CASTS, bodies_of, is_initializer
 
 LAYOUT = MOVES_OR_CASTS | frozenset("Concat Cos Expand Neg Sin Slice Split Tile".split())
-"""Operators whose result is still the tensor itself, laid out anew (or the angles that it holds)."""
+"""Operators that only change the layout of a tensor, or compute the sine or cosine of its angles."""
 
 MASKED = -1e4
 """A stored tensor with elements this low is a mask."""
 
 STATISTICS = {"BatchNormalization": (3, 4)}
-"""Inputs that are gathered while training, not trained."""
+"""Inputs that training measures (running statistics) but does not learn."""
 
 ANGLES = {"RotaryEmbedding": (1, 2, 3), "GroupQueryAttention": (7, 8)}
 """Inputs that are rotary tables."""
@@ -40,19 +45,19 @@ PARAMETERS = frozenset(
     SimplifiedLayerNormalization
     """.split()
 )
-"""Operators that have parameters of their own, whatever run-time value is their first input."""
+"""Operators whose stored inputs are parameters. Their first input may be any run-time value."""
 
 Reasons = dict[str, tuple[Role, str]]
 
 
 def roles(model: ir.Model, *, freeze: Sequence[str] = (), train: Sequence[str] = ()) -> Reasons:
-    """The role of each floating tensor of a model, and why; single numbers and whole numbers are left out.
+    """The role of each floating tensor of a model, and the reason. Single numbers without axes have no role.
 
     Args:
         model: a normalised model.
-        freeze: globs of initializer names that are not to be trained.
-        train: globs of initializer names that are, whatever the structure says; stronger than `freeze`. A single
-            number is meant by its full name only.
+        freeze: globs of the initializers that training must leave unchanged.
+        train: globs of the initializers to train, whatever the structure says. It is stronger than `freeze`. A single
+            number is trained only if its full name is given.
 
     Raises:
         BadRequest: a glob matches no tensor.
@@ -61,16 +66,16 @@ def roles(model: ir.Model, *, freeze: Sequence[str] = (), train: Sequence[str] =
 
 
 def structural_roles(model: ir.Model, numbers: Sequence[str] = ()) -> Reasons:
-    """The roles by structure alone; single numbers that are named in full count as tensors."""
-    found = _Structure(model).roles()
+    """The roles by structure alone. A single number without axes has a role only if `numbers` names it."""
+    reasons = _Structure(model).roles()
     for name, value in model.graph.initializers.items():
-        if name in numbers and name not in found and _is_floating(value):
-            found[name] = ("constant", "a single number")
-    return found
+        if name in numbers and name not in reasons and _is_floating(value):
+            reasons[name] = ("constant", "a single number")
+    return reasons
 
 
 def overridden(found: Reasons, freeze: Sequence[str], train: Sequence[str]) -> Reasons:
-    """Roles with the globs of `roles` applied."""
+    """Roles with the globs `freeze` and `train` applied, as `roles` describes them."""
     found = dict(found)
     _must_match([*freeze, *train], found)
     for name in found:
@@ -98,6 +103,8 @@ def _must_match(globs: Iterable[str], names: Iterable[str]) -> None:
 
 
 class _Structure:
+    """A graph, and for each of its activations the inputs and stored tensors that it depends on."""
+
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.nodes = list(model.graph.all_nodes())
@@ -105,22 +112,23 @@ class _Structure:
         self.sources: dict[ir.Value, frozenset[ir.Value]] = {}
         """For each activation, the floating inputs and the stored tensors that it depends on."""
         self.angles: frozenset[ir.Value] = frozenset()
+        # Which tables hold angles is known only after the first pass; the second pass then leaves them out.
         self._follow()
         self.angles = frozenset(table for table in self._tables() if self._is_angles(table))
         self._follow()
 
     def roles(self) -> Reasons:
-        found: Reasons = {}
+        reasons: Reasons = {}
         for name, value in self.model.graph.initializers.items():
             tensor = value.const_value
             if tensor is None or not tensor.dtype.is_floating_point():
                 continue
             if tensor.size == 1:
                 if len(tensor.shape):
-                    found[name] = ("constant", "a single number")
+                    reasons[name] = ("constant", "a single number")
                 continue
-            found[name] = self._role(value)
-        return found
+            reasons[name] = self._role(value)
+        return reasons
 
     def _role(self, value: ir.Value) -> tuple[Role, str]:
         if value in self.angles:
@@ -130,31 +138,31 @@ class _Structure:
             return "constant", "running statistics"
         if any(index in ANGLES.get(node.op_type, ()) for node, index in uses):
             return "constant", "rotary angles"
-        looked_up = next((node for node, index in uses if _is_lookup(node, index)), None)
-        met = next((node for node, _ in uses if self._meets_activation(node) or self._contracts(node)), None)
-        if looked_up is None and met is None:
+        lookup = next((node for node, index in uses if _is_lookup(node, index)), None)
+        combination = next((node for node, _ in uses if self._meets_activation(node) or self._contracts(node)), None)
+        if lookup is None and combination is None:
             return "constant", "meets no activation"
         tensor = value.const_value
         assert tensor is not None
         if self._is_pruning_mask(value, tensor):
             return "constant", "zeros and ones that another weight is multiplied by"
-        if looked_up is None and self._is_position_bias(value):
+        if lookup is None and self._is_position_bias(value):
             return "constant", "a bias of positions, cut to the lengths and added to scores"
         if len(uses) > 1 and _is_one_value(tensor):
             return "constant", "one value everywhere, and used in several places"
-        if met is not None and met.op_type in ("Add", "Where", "Min") and _lowest(tensor) <= MASKED:
+        if combination is not None and combination.op_type in ("Add", "Where", "Min") and _lowest(tensor) <= MASKED:
             return "constant", "a mask"
-        if looked_up is not None:
-            return "trainable", f"looked up by {looked_up.op_type} (node {looked_up.name!r})"
-        assert met is not None
-        return "trainable", f"meets activations in {met.op_type} (node {met.name!r})"
+        if lookup is not None:
+            return "trainable", f"looked up by {lookup.op_type} (node {lookup.name!r})"
+        assert combination is not None
+        return "trainable", f"meets activations in {combination.op_type} (node {combination.name!r})"
 
     def _is_position_bias(self, value: ir.Value) -> bool:
-        """Whether a tensor is cut to sizes known only when running, and then only added to a softmax's operand."""
+        """Whether a tensor is sliced to sizes known only at run time, and then only added to the input of a softmax."""
         cut = any(
             use.node.op_type == "Slice" and not all(v is None or is_initializer(v) for v in use.node.inputs)
-            for each in self._laid_out(value)
-            for use in each.uses()
+            for form in self._laid_out(value)
+            for use in form.uses()
         )
         return cut and all(node.op_type == "Add" and _reaches_softmax(node) for node, _ in self._readers(value))
 
@@ -172,7 +180,8 @@ class _Structure:
         for node in graph:
             if node.op_type in ("Shape", "Size"):
                 continue
-            for _ in range(2 if node.op_type in ("Loop", "Scan") else 1):  # a state may become an activation in a turn
+            # A state that begins as a constant may become an activation in the first turn, so we go twice.
+            for _ in range(2 if node.op_type in ("Loop", "Scan") else 1):
                 for inner in bodies_of(node):
                     self._enter(node, inner)
                     self._follow_graph(inner)
@@ -189,21 +198,22 @@ class _Structure:
                     self.sources[output] = frozenset().union(*reached)
 
     def _enter(self, node: ir.Node, body: ir.Graph) -> None:
-        """What a body is given: what its node is, and for states what it gave itself before."""
+        """Give the inputs of a body the sources of the node's inputs and, for states, of the body's own outputs."""
         carried = node.inputs if node.op_type == "Scan" else (None, None, *node.inputs[2:])
         before = body.outputs if node.op_type == "Scan" else (None, *body.outputs)
         for i, value in enumerate(body.inputs):
-            given = [each[i] for each in (carried, before) if i < len(each)]
-            found = [self.sources[each] for each in given if each is not None and each in self.sources]
-            if found and value.dtype is not None and value.dtype.is_floating_point():
-                self.sources[value] = frozenset().union(*found)
+            origins = [values[i] for values in (carried, before) if i < len(values)]
+            sources = [self.sources[origin] for origin in origins if origin is not None and origin in self.sources]
+            if sources and value.dtype is not None and value.dtype.is_floating_point():
+                self.sources[value] = frozenset().union(*sources)
 
     def _tables(self) -> set[ir.Value]:
+        """The stored floating tables that the graph looks rows up in."""
         origins = (_origin(node.inputs[0]) for node in self.nodes if _is_lookup(node, 0) and node.inputs[0] is not None)
-        return {each for each in origins if each is not None and _is_floating(each)}
+        return {table for table in origins if table is not None and _is_floating(table)}
 
     def _is_angles(self, table: ir.Value) -> bool:
-        """Whether all that is done with what is looked up is to multiply other activations."""
+        """Whether the rows that are looked up in a table only multiply activations of other sources."""
         readers = [node for node, index in self._readers(table, through_lookups=True)]
         return bool(readers) and all(
             node.op_type == "Mul"
@@ -213,18 +223,18 @@ class _Structure:
         )
 
     def _is_scaled(self, node: ir.Node, table: ir.Value) -> bool:
-        """Whether a product is of nothing but the table and numbers."""
+        """Whether a product depends on the table and on no other activation."""
         return all(self.sources.get(v, frozenset()) <= {table} for v in node.inputs if v is not None)
 
     def _meets_activation(self, node: ir.Node) -> bool:
         return any(value is not None and value in self.sources for value in node.inputs)
 
     def _contracts(self, node: ir.Node) -> bool:
-        """Whether a node multiplies a stored matrix with a run-time value; then it adds a bias to their product."""
+        """Whether a node multiplies a stored matrix with a run-time value. Its other stored input is then a bias."""
         return any(self._is_contracted(node, index) for index in range(len(node.inputs)))
 
     def _is_contracted(self, node: ir.Node, index: int) -> bool:
-        """Whether an input is a matrix of stored numbers, and is multiplied with a run-time value and summed."""
+        """Whether an input is a stored matrix that the node multiplies with a run-time value, with a sum."""
         value = node.inputs[index]
         if value is None or value not in self.fixed or value.dtype is None or not value.dtype.is_floating_point():
             return False
@@ -234,20 +244,21 @@ class _Structure:
         return index < 2 and any(map(self._is_run_time, others)) and _summed_over(node, index) > 1
 
     def _is_run_time(self, value: ir.Value | None) -> bool:
-        """Whether a value is floating, as far as is known, and not made of stored tensors alone."""
+        """Whether a value is floating (or of unknown type) and does not depend on stored tensors alone."""
         if value is None or value in self.fixed:
             return False
-        # ONNX's type inference knows no operators of other domains: their results have no type here.
+        # ONNX's type inference does not know operators of other domains, so their results have no type here.
         return (value.dtype is None or value.dtype.is_floating_point()) and not _is_cut(value)
 
     def _is_pruning_mask(self, value: ir.Value, tensor: ir.TensorProtocol) -> bool:
-        """Whether a tensor holds zeros and ones, and is only multiplied with other stored tensors."""
+        """Whether a tensor holds zeros and ones, and the graph only multiplies it with other stored tensors."""
         products = [use.node for form in self._layouts(value) for use in form.uses() if use.node.op_type != "Cast"]
         if not products or not all(node.op_type == "Mul" and self._is_product_of_stored(node) for node in products):
             return False
         return set(np.unique(np.asarray(tensor.numpy()).astype(np.float32)).tolist()) == {0.0, 1.0}
 
     def _layouts(self, value: ir.Value) -> list[ir.Value]:
+        """The value, and all copies of it in another layout or type."""
         forms = [value]
         for form in forms:
             forms += [use.node.outputs[0] for use in form.uses() if use.node.op_type in MOVES_OR_CASTS]
@@ -259,21 +270,22 @@ class _Structure:
         )
 
     def _laid_out(self, value: ir.Value, through_lookups: bool = False) -> list[ir.Value]:
-        """A stored tensor, and what is only that tensor laid out anew or made of stored tensors alone."""
-        found = [value]
-        for each in found:
-            for use in each.uses():
+        """A stored tensor, its copies in another layout, and the values computed from it and other stored tensors."""
+        forms = [value]
+        for form in forms:
+            for use in form.uses():
                 if self._is_passage(use.node) or (through_lookups and _is_lookup(use.node, use.idx)):
-                    found += [output for output in use.node.outputs if output not in found]
-        return found
+                    forms += [output for output in use.node.outputs if output not in forms]
+        return forms
 
     def _readers(self, value: ir.Value, through_lookups: bool = False) -> Iterator[tuple[ir.Node, int]]:
-        """The nodes that combine a stored tensor with something, or look it up, and at which input."""
+        """The nodes that combine a stored tensor with another value or look up rows in it, and the input's index."""
         forms = self._laid_out(value, through_lookups)
-        for each in forms:
-            yield from ((use.node, use.idx) for use in each.uses() if use.node.outputs[0] not in forms)
+        for form in forms:
+            yield from ((use.node, use.idx) for use in form.uses() if use.node.outputs[0] not in forms)
 
     def _is_passage(self, node: ir.Node) -> bool:
+        """Whether a node only changes the layout of a stored tensor, or computes from stored tensors alone."""
         if _is_lookup(node, 0):
             return False
         if all(value is None or _is_made_of_stored(value) or _is_cut(value) for value in node.inputs):
@@ -285,7 +297,7 @@ class _Structure:
 
 
 def _fixed_values(graph: ir.Graph) -> set[ir.Value | None]:
-    """The values that are made of stored tensors alone."""
+    """The values that depend on stored tensors alone."""
     fixed: set[ir.Value | None] = {None, *graph.initializers.values()}
     for node in graph.all_nodes():
         if all(value in fixed for value in node.inputs) and not any(True for _ in bodies_of(node)):
@@ -294,7 +306,7 @@ def _fixed_values(graph: ir.Graph) -> set[ir.Value | None]:
 
 
 def _summed_over(node: ir.Node, index: int) -> int:
-    """How many products of a stored operand's elements a contraction adds up; 0 for any other operator."""
+    """The number of products that a contraction adds up for one element of its result; 0 for any other operator."""
     value = node.inputs[index]
     shape = None if value is None or value.shape is None else value.shape.dims
     if not shape:
@@ -327,28 +339,29 @@ def _summed_in_einsum(node: ir.Node, index: int, shape: Sequence[int | ir.Symbol
 
 
 def _is_made_of_stored(value: ir.Value) -> bool:
+    """Whether a value depends on stored tensors alone."""
     producer = value.producer()
     if producer is None:
         return is_initializer(value)
-    return all(each is None or _is_made_of_stored(each) for each in producer.inputs)
+    return all(operand is None or _is_made_of_stored(operand) for operand in producer.inputs)
 
 
 def _is_cut(value: ir.Value) -> bool:
-    """Whether a floating value is made of stored floats alone, laid out by sizes known only when running."""
+    """Whether a floating value holds stored floats alone, in a layout whose sizes are known only at run time."""
     producer = value.producer()
     if producer is None or value.dtype is None or not value.dtype.is_floating_point():
         return False
-    given = [each for each in producer.inputs if each is not None]
-    floats = [each for each in given if each.dtype is not None and each.dtype.is_floating_point()]
+    inputs = [operand for operand in producer.inputs if operand is not None]
+    floats = [operand for operand in inputs if operand.dtype is not None and operand.dtype.is_floating_point()]
     return (
         bool(floats)
-        and (producer.op_type in LAYOUT or all(each in floats or _is_made_of_stored(each) for each in given))
-        and all(_is_made_of_stored(each) or _is_cut(each) for each in floats)
+        and (producer.op_type in LAYOUT or all(operand in floats or _is_made_of_stored(operand) for operand in inputs))
+        and all(_is_made_of_stored(operand) or _is_cut(operand) for operand in floats)
     )
 
 
 def _is_lookup(node: ir.Node, index: int) -> bool:
-    """Whether an input is a table that this node looks rows up in, by indices that are not stored."""
+    """Whether an input is a table in which the node looks up rows. The indices must come from run time."""
     if node.op_type == "EmbedLayerNormalization":
         return index in (2, 3, 4)
     if index != 0 or node.op_type not in ("Gather", "GatherElements", "GatherND") or node.domain:
@@ -357,7 +370,7 @@ def _is_lookup(node: ir.Node, index: int) -> bool:
 
 
 def _origin(value: ir.Value) -> ir.Value | None:
-    """The stored tensor that a value is, laid out anew."""
+    """The stored tensor whose elements a value holds in another layout; None if there is none."""
     while not is_initializer(value):
         producer = value.producer()
         if producer is None or producer.op_type not in LAYOUT or producer.inputs[0] is None:
@@ -367,6 +380,7 @@ def _origin(value: ir.Value) -> ir.Value | None:
 
 
 def _reaches_softmax(node: ir.Node) -> bool:
+    """Whether the result of a node goes only to a softmax, with at most sums and choices (`Where`) between."""
     uses = node.outputs[0].uses()
     return bool(uses) and all(
         use.node.op_type == "Softmax" or (use.node.op_type in ("Add", "Where") and _reaches_softmax(use.node))
