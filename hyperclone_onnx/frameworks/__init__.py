@@ -1,9 +1,9 @@
 """Grown models in PyTorch and JAX: ``frameworks.torch.load`` and ``frameworks.jax.load``.
 
-In: an ONNX file, or trained weights. Out: a module, a function or a checkpoint to train, or the ONNX file with those
-weights.
+In: an ONNX file, or trained weights. Out: a PyTorch module, a JAX function or a checkpoint to train; or an ONNX file
+with the trained weights.
 
-Nothing here is imported by ``import hyperclone_onnx``; each framework comes with its own extra.
+``import hyperclone_onnx`` imports nothing from this package. Each framework is installed with its own extra.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hyperclone_onnx.errors import HypercloneError
 
 
 class MissingExtra(HypercloneError, ImportError):
-    """A framework is asked for that is not installed; the text names the extra."""
+    """A framework is needed and not installed. The message names the extra that installs it."""
 
     exit_code = 2
 

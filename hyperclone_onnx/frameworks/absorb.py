@@ -1,4 +1,4 @@
-"""Trained weights back into the ONNX file that they came from."""
+"""Put trained weights back into the ONNX file that they came from."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ from hyperclone_onnx.writing.onnx_files import needs_data_file
 
 Array = npt.NDArray[Any]
 Given = Mapping[str, Callable[[], Array]]
-"""Arrays to read, by name; a `StoredArray` tells its shape beforehand."""
+"""By name, a function that reads an array. If it is a `StoredArray`, its shape is known before it is read."""
 
 HUGGING_FACE = "hyperclone_onnx.json"
-"""What `handoff --to hf` leaves in the folders that it writes."""
+"""The file that `handoff --to hf` adds to a checkpoint. It says which tensor belongs to which initializer."""
 
 
 @dataclass(frozen=True)
 class Absorption:
-    """What came back: the initializers that were replaced, and those that were not given (frozen ones, mostly)."""
+    """The initializers that `absorb` replaced, and the parameters that the weights did not contain."""
 
     replaced: list[str]
     kept: list[str]
+    """Parameters that keep their old values. Most of them are frozen ones, which a checkpoint may leave out."""
     casts: dict[str, int] = field(default_factory=dict)
-    """How many tensors were stored in another type than they were trained in, by ``trained -> stored``."""
+    """How many tensors were cast, by ``trained type -> stored type``."""
     validated_by: str | None = None
-    """The framework that ONNX Runtime was compared with."""
+    """The framework that we compared with ONNX Runtime on the written file; None without that check."""
 
 
 def absorb(
@@ -53,54 +54,56 @@ def absorb(
     *,
     check: bool = True,
 ) -> Absorption:
-    """Write a model file anew with trained weights in the place of its own.
+    """Write a copy of a model file in which trained weights replace the stored ones.
 
-    Weights are read one by one while the file is written.
+    The weights are read one at a time while the file is written.
 
     Args:
-        model: the file that was handed over.
+        model: the file that `handoff` wrote a checkpoint of.
         weights: a checkpoint (see `checkpoints.read_weights`), a Hugging Face folder that ``handoff --to hf`` wrote, or
-            names and arrays (a torch ``state_dict()``, a nested dict of JAX ``params``). Names are those of the
-            parameters, or of the initializers; they may stand under a level of their own (``model.``), and what lies
-            beside it is left out.
-        output: the file to write; it appears only when all is right.
+            a mapping from names to arrays (a torch ``state_dict()``, a nested dict of JAX ``params``). A name is the
+            path of a parameter or the name of an initializer. All names may have a common prefix (``model.``); names
+            without that prefix are ignored.
+        output: the file to write. It appears only after all checks have passed.
         check: whether to compare ONNX Runtime with a framework on the written file.
 
     Raises:
         BadModel: a file cannot be read.
-        BadRequest: a name, a shape or a type does not fit.
-        ModelsDiffer: ONNX Runtime and the framework compute different things from the written file.
+        BadRequest: a name, a shape or a type does not fit the model, or an array has values that are not finite.
+        ModelsDiffer: ONNX Runtime and the framework compute different outputs from the written file.
         CannotWrite, Refused, MissingExtra: see `errors`.
     """
     out = Path(output)
     floating = [
-        each for each in compile_model(model).program.weights if ir.DataType(each.element_type).is_floating_point()
+        weight
+        for weight in compile_model(model).program.weights
+        if ir.DataType(weight.element_type).is_floating_point()
     ]
     target = loading.load(model)
     files = loading.source_files(Path(model), target)
     external = needs_data_file(target) or len(files) > 1
     if isinstance(weights, str | os.PathLike):
         checkpoint = Path(weights)
-        files |= {each.resolve() for each in (checkpoint, *checkpoint.glob("**/*"))}
+        files |= {file.resolve() for file in (checkpoint, *checkpoint.glob("**/*"))}
         check_output(out, files)
-        found = _found(checkpoint, floating)
+        by_initializer = _found(checkpoint, floating)
     else:
         check_output(out, files)
-        found = _matched(_flat(weights), floating, "what was given")
+        by_initializer = _matched(_flat(weights), floating, "the mapping of weights")
     casts: Counter[str] = Counter()
-    _replace(target, found, casts)
-    missing = sorted({each.initializer for each in floating if each.role != "constant"} - set(found))
+    _replace(target, by_initializer, casts)
+    missing = sorted({weight.initializer for weight in floating if weight.role != "constant"} - set(by_initializer))
     with publication(out) as written:
         try:
             writer.save(target, written, external=external)
         except Exception as problem:
             raise _cause(problem) from problem
-        result = Absorption(sorted(found), missing, dict(casts))
+        result = Absorption(sorted(by_initializer), missing, dict(casts))
         return replace(result, validated_by=check_parity(written)) if check else result
 
 
 def _found(checkpoint: Path, floating: list[Weight]) -> Given:
-    """A checkpoint's weights by initializer."""
+    """Read the weights of a checkpoint, by initializer."""
     if (checkpoint / HUGGING_FACE).is_file():
         from hyperclone_onnx.frameworks.hugging_face import read_trained
 
@@ -112,18 +115,18 @@ def _found(checkpoint: Path, floating: list[Weight]) -> Given:
         if not (checkpoint / "config.json").is_file():
             raise
         raise BadRequest(
-            f"{problem} (for a Hugging Face folder, copy {HUGGING_FACE} into it from the folder that was handed over)"
+            f"{problem} (for a Hugging Face folder, copy {HUGGING_FACE} into it from the folder that `handoff` wrote)"
         ) from problem
 
 
 def _matched(given: Given, floating: list[Weight], what: str) -> Given:
-    known = {each.path: each.initializer for each in floating}
-    known |= {each.initializer: each.initializer for each in floating}
+    known = {weight.path: weight.initializer for weight in floating}
+    known |= {weight.initializer: weight.initializer for weight in floating}
     return {initializer: given[name] for name, initializer in match(given, known, what).items()}
 
 
 def _replace(target: ir.Model, found: Given, casts: Counter[str]) -> None:
-    """Put lazy tensors in the place of a model's own; each is checked when it is read."""
+    """Replace initializers by lazy tensors, which read and check the trained arrays while the file is written."""
     stored = target.graph.initializers
     for name, array in found.items():
         old = stored[name].const_value if name in stored else None
@@ -141,7 +144,7 @@ def _checked(name: str, old: ir.TensorProtocol, read_array: Callable[[], Array],
     _check_shape(name, old, array.shape)
     dtype = np.dtype(old.dtype.numpy())
     if array.dtype.kind in "iub":
-        raise BadRequest(f"{name!r} holds whole numbers in the weights, {old.dtype.name.lower()} in the model")
+        raise BadRequest(f"{name!r} has whole numbers in the weights, but {old.dtype.name.lower()} in the model")
     new = np.ascontiguousarray(array, dtype=dtype)
     if not np.isfinite(new if new.dtype.kind == "f" else new.astype(np.float32)).all():
         raise BadRequest(f"{name!r} holds values that are not finite as {old.dtype.name.lower()}")
@@ -157,7 +160,7 @@ def _check_shape(name: str, old: ir.TensorProtocol, found: tuple[int, ...]) -> N
 
 
 def _cause(problem: BaseException) -> BaseException:
-    """Our own error behind those that the writer wraps it in."""
+    """Return our own error if the writer wrapped one in other exceptions; else return `problem` itself."""
     inner: BaseException | None = problem
     while inner is not None and not isinstance(inner, HypercloneError):
         inner = inner.__cause__ or inner.__context__
@@ -165,14 +168,14 @@ def _cause(problem: BaseException) -> BaseException:
 
 
 def _flat(weights: Mapping[str, Any], prefix: str = "") -> dict[str, Callable[[], Array]]:
-    """Names and arrays of a flat or a nested mapping, the levels joined by dots."""
-    found: dict[str, Callable[[], Array]] = {}
+    """Return the arrays of a flat or nested mapping, by names whose levels are joined by dots."""
+    arrays: dict[str, Callable[[], Array]] = {}
     for name, value in weights.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            arrays |= _flat(value, f"{prefix}{name}.")
         elif hasattr(value, "detach"):
-            found[f"{prefix}{name}"] = from_torch(value)
+            arrays[f"{prefix}{name}"] = from_torch(value)
         else:
             shape, dtype = np.shape(value), getattr(value, "dtype", np.dtype(np.float64))
-            found[f"{prefix}{name}"] = StoredArray(shape, np.dtype(dtype), partial(np.asarray, value))
-    return found
+            arrays[f"{prefix}{name}"] = StoredArray(shape, np.dtype(dtype), partial(np.asarray, value))
+    return arrays

@@ -1,4 +1,4 @@
-"""A model file, compiled: what each framework's `load` begins with."""
+"""Compile a model file into a program. The `load` of every framework begins with this."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class CompiledModel:
-    """A program, and the stored tensors that it uses; a tensor is read when a framework asks for it."""
+    """A program and the stored tensors that it uses. A tensor is read only when a framework needs its values."""
 
     program: Program
     tensors: dict[str, ir.TensorProtocol]
-    """By initializer."""
+    """The stored tensors, by initializer name."""
     plan: Plan | None = None
-    """How the model was grown; None where its file carries no plan."""
+    """The plan by which the model was grown; None if the file contains no plan."""
 
 
 def compile_model(
@@ -41,17 +41,20 @@ def compile_model(
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
 ) -> CompiledModel:
-    """Compile a model file, or a model in memory (which is changed).
+    """Compile a model file, or a model in memory. A model in memory is changed in place.
 
     Args:
-        model: the model or, with a plan, the small model that the plan grows.
-        plan: what to compile is the model that this plan makes; its tensors are computed when they are asked for.
-        freeze: globs of initializer names that are not to be trained.
-        train: globs of initializer names that are to be trained, whatever the structure says.
+        model: the model to compile. With a plan: the file of the small model that the plan grows.
+        plan: grow `model` by this plan and compile the grown model. A grown tensor is computed when it is read.
+        freeze: globs of initializer names; the matching tensors are not trained.
+        train: globs of initializer names; the matching tensors are trained, even where the graph's structure says that
+            they are constants.
 
     Raises:
-        BadModel, BadRequest, Refused: see `errors`.
-        MissingExtra: neither extra is installed.
+        BadModel: the file (or the plan) cannot be read, or is incomplete.
+        BadRequest: a glob matches no tensor, the plan is for another model, or a plan is given with a model in memory.
+        Refused: the model has an operator, or a form of an operator, that is not supported.
+        MissingExtra: neither the extra for PyTorch nor the one for JAX is installed.
     """
     try:
         return _compile(model, plan, freeze, train)
@@ -64,16 +67,17 @@ def _compile(
 ) -> CompiledModel:
     if plan is not None:
         if isinstance(model, ir.Model):
-            raise BadRequest("a plan grows a model file, not a model in memory: rewrite it first")
+            raise BadRequest("a plan grows a model file, not a model in memory: give the path of the small model")
         model = _grown(model, plan)
     prepared = prepare_model(model) if isinstance(model, ir.Model) else prepare(model)
     carried = Plan.carried_by(prepared.metadata_props)
     structural = structural_roles(prepared, train)
     structural |= _divisors(structural, carried)
     program = with_blocks(compile_program(prepared, structural, paths(prepared.graph.initializers)))
-    # Blocks come first: `freeze` and `train` then change no path, and a checkpoint fits whatever was trained.
-    asked = overridden(structural, freeze, train)
-    program = replace(program, weights=tuple(_with_role(weight, asked) for weight in program.weights))
+    # `freeze` and `train` are applied after the blocks are made, so they change no parameter's path. A checkpoint then
+    # fits the model with any choice of trained tensors.
+    roles = overridden(structural, freeze, train)
+    program = replace(program, weights=tuple(_with_role(weight, roles) for weight in program.weights))
     tensors = {
         name: value.const_value for name, value in prepared.graph.initializers.items() if value.const_value is not None
     }
@@ -81,14 +85,14 @@ def _compile(
 
 
 def _divisors(tensors: Iterable[str], plan: Plan | None) -> Reasons:
-    """Numbers that growth put in to divide by: they are not trained."""
+    """The roles of the tensors that growth added as divisors: constants, because training must not change them."""
     if plan is None:
         return {}
     return {name: ("constant", "a divisor that growth put in") for name in tensors if plan.brings_in(name)}
 
 
 def _grown(model: PathLike, plan: Plan | PathLike) -> ir.Model:
-    """The grown model, of which nothing is computed yet."""
+    """Grow a model file by a plan. The values of grown tensors are not computed yet."""
     if not isinstance(plan, Plan):
         plan = Plan.read(plan)
     source = source_of(model, plan.transforms).model

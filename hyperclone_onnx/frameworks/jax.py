@@ -1,4 +1,4 @@
-"""A model file as a pure function and its parameters: ``apply, params = load("big.onnx")``."""
+"""Load a model file as a pure JAX function and its parameters: ``apply, params = load("big.onnx")``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hyperclone_onnx.plan.plans import Plan
 try:
     import jax
 
-    from hyperclone_onnx.frameworks.compiling.namespaces import jax as _namespace  # noqa: F401 - says what is missing
+    from hyperclone_onnx.frameworks.compiling.namespaces import jax as _namespace  # noqa: F401 - fails if a package is missing
 except ImportError as problem:
     raise MissingExtra("jax", problem) from problem
 
@@ -27,7 +27,7 @@ Params = dict[str, Any]
 
 
 Placement = Callable[[str, tuple[int, ...]], Any]
-"""Where a parameter lives: (its path, its shape) -> a `jax.sharding.Sharding`."""
+"""How a parameter is sharded: (path of the parameter, shape of the parameter) -> a `jax.sharding.Sharding`."""
 
 
 def load(
@@ -38,25 +38,27 @@ def load(
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
 ) -> tuple[Callable[..., Any], Params]:
-    """A model file (or an onnx_ir model) as ``apply(params, *inputs, **inputs)`` and ``params``.
+    """Load a model file (or an onnx_ir model) as a function ``apply(params, *inputs, **inputs)`` and its ``params``.
 
-    `params` is a nested dict of the trainable tensors under their initializers' names, the dots as levels; what is not
-    trained is a constant of `apply`. `apply` is pure, takes the graph's inputs by position or by name, and returns the
-    one output, or a dict of them.
+    `params` is a nested dict of the trainable tensors. Their names are the initializers' names, split into levels at
+    the dots. Every tensor that is not trainable is a constant inside `apply`. `apply` is pure. It takes the graph's
+    inputs by position or by name. It returns the output, or a dict of outputs by name if the graph has several.
 
     Args:
-        model: the file.
-        plan: grow the model while it is loaded: `model` is then the small file, and each tensor is computed from it
-            where it is needed. A `Plan`, or the JSON file that ``expand --plan-out`` wrote.
-        shard: load each parameter in parts, no process more than its own: a `jax.sharding.Mesh`, over all of which the
-            longest axis that divides is sharded, or a function of a parameter's path and shape that gives its sharding.
-        freeze: globs of initializer names that are not to be trained.
-        train: globs of initializer names that are to be trained, whatever their place in the graph says.
+        model: path of the ONNX file, or the model.
+        plan: grow the model while loading it. `model` is then the small file, and each grown tensor is computed when it
+            is read. A `Plan`, or the path of the JSON file that ``expand --plan-out`` wrote.
+        shard: load each parameter sharded, so that each process reads only its own shards. Give a `jax.sharding.Mesh`:
+            the longest axis whose size is divisible by the mesh's size is then sharded over the whole mesh. Or give a
+            function that takes a parameter's path and shape and returns its sharding.
+        freeze: globs of initializer names; the matching tensors are not trained.
+        train: globs of initializer names; the matching tensors are trained, even where the graph's structure says that
+            they are constants.
 
     Raises:
-        BadModel: the file (or the plan) is not readable and complete.
-        BadRequest: a glob matches nothing, or the plan is for another model.
-        Refused: an operator, or a form of one, is not covered.
+        BadModel: the file (or the plan) cannot be read, or is incomplete.
+        BadRequest: a glob matches no tensor, or the plan is for another model.
+        Refused: the model has an operator, or a form of an operator, that is not supported.
     """
     compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train)
     place = _over(shard) if isinstance(shard, jax.sharding.Mesh) else shard
@@ -67,7 +69,7 @@ def load(
         kind = params if weight.role == "trainable" else constants
         if place is None:
             kind[weight.path] = jax.numpy.asarray(read_whole(tensor))
-        elif weight.role == "constant":  # every process has its own, and tracing makes it a literal
+        elif weight.role == "constant":  # every process needs all of it: tracing turns it into a literal
             kind[weight.path] = read_whole(tensor)
         else:
             kind[weight.path] = _in_parts(tensor, place(weight.path, weight.shape), weight)
@@ -77,12 +79,12 @@ def load(
 def _in_parts(tensor: ir.TensorProtocol, sharding: Any, weight: Weight) -> Any:
     if weight.role == "frozen" and not sharding.is_fully_addressable:
         raise BadRequest(
-            f"{weight.initializer!r} is frozen, and so a constant of apply, which no process holds whole: "
+            f"{weight.initializer!r} is frozen, so it is a constant of apply, and no process can read all its shards: "
             "train it and mask its updates instead (optax.masked)"
         )
 
     def part(index: tuple[slice, ...]) -> Any:
-        windows = tuple(slice(*each.indices(size)[:2]) for each, size in zip(index, weight.shape, strict=True))
+        windows = tuple(slice(*window.indices(size)[:2]) for window, size in zip(index, weight.shape, strict=True))
         return read_slice(tensor, windows)
 
     return jax.make_array_from_callback(weight.shape, sharding, part)
@@ -90,8 +92,8 @@ def _in_parts(tensor: ir.TensorProtocol, sharding: Any, weight: Weight) -> Any:
 
 def _over(mesh: Any) -> Placement:
     def place(_path: str, shape: tuple[int, ...]) -> Any:
-        fitting = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
-        longest = max(fitting, key=lambda axis: shape[axis], default=None)
+        divisible = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
+        longest = max(divisible, key=lambda axis: shape[axis], default=None)
         spec = [mesh.axis_names if axis == longest else None for axis in range(len(shape))]
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 

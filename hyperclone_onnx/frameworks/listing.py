@@ -1,4 +1,4 @@
-"""What `handoff --list` shows: each stored tensor, what it is for, and why."""
+"""The rows of `handoff --list`: each stored tensor, its role, and the reason for that role."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
 from hyperclone_onnx.frameworks.compiling.program import Weight
 
 EXPECTED = 0.9
-"""A model of which less than this share of its floating-point numbers is trained is worth a warning."""
+"""We warn if a smaller share of the model's stored floating-point numbers is trained."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The stored tensors of a model, a row of plain data for each, and what there is to warn of."""
+    """The stored tensors of a model, one row of plain data for each, and a warning if little of it is trained."""
 
     rows: list[dict[str, Any]]
     warning: str | None
 
 
 def list_weights(model: PathLike, *, freeze: Sequence[str] = (), train: Sequence[str] = ()) -> Listing:
-    """List each stored tensor that a framework would hold: those that are trained come first.
+    """List the stored tensors that a framework would load. Trained tensors come first.
+
+    Args:
+        model: path of the ONNX file.
+        freeze: globs of initializer names; the matching tensors are not trained.
+        train: globs of initializer names; the matching tensors are trained.
 
     Raises:
         BadModel, BadRequest, Refused: see `compile_model`.
-        MissingExtra: neither extra is installed.
+        MissingExtra: neither the extra for PyTorch nor the one for JAX is installed.
     """
     stored = compile_model(model, freeze=freeze, train=train).program.weights
     rows = [
@@ -47,21 +52,21 @@ def list_weights(model: PathLike, *, freeze: Sequence[str] = (), train: Sequence
 
 
 def little_trained(stored: Iterable[Weight]) -> str | None:
-    """A warning where nothing is trained, or much less than the model stores; None where all is well.
+    """Return a warning if no tensor is trained, or if less than the share `EXPECTED` is; else None.
 
-    Tensors that the user asked to freeze count as trained: they are no surprise.
+    Tensors that the user froze count as trained: the user knows about them.
     """
     floating = [weight for weight in stored if ir.DataType(weight.element_type).is_floating_point()]
     total = sum(math.prod(weight.shape) for weight in floating)
-    left_out = [weight for weight in floating if weight.role == "constant"]
-    constant = sum(math.prod(weight.shape) for weight in left_out)
-    way_out = "`handoff --list` shows the reason for each tensor, and --train GLOB trains it"
+    constants = [weight for weight in floating if weight.role == "constant"]
+    untrained = sum(math.prod(weight.shape) for weight in constants)
+    advice = "`handoff --list` shows the reason for each tensor, and --train GLOB trains it"
     if not any(weight.role != "constant" for weight in floating):
-        return f"nothing is trained: none of the stored tensors is a parameter; {way_out}"
-    if total - constant >= EXPECTED * total:
+        return f"nothing is trained: none of the stored tensors is a parameter; {advice}"
+    if total - untrained >= EXPECTED * total:
         return None
-    largest = max(left_out, key=lambda weight: math.prod(weight.shape))
+    largest = max(constants, key=lambda weight: math.prod(weight.shape))
     return (
-        f"only {(total - constant) / total:.0%} of the {total:,} stored floating-point numbers are trained. "
-        f"The largest tensor that is not is {largest.initializer!r} ({largest.reason}); {way_out}"
+        f"only {(total - untrained) / total:.0%} of the {total:,} stored floating-point numbers are trained. "
+        f"The largest tensor that is not is {largest.initializer!r} ({largest.reason}); {advice}"
     )

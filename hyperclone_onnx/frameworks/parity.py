@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime and a framework compute the same from a model file."""
+"""Check that ONNX Runtime and a framework compute the same outputs from a model file."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ from hyperclone_onnx.validation.tolerance import tolerance_of
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, Callable[[], Array]]
-"""Arrays by parameter path, read when they are asked for."""
+"""By parameter path, a function that reads the parameter's array."""
 
 TOLERANCE = 1e-4
-"""What two runs of one file stay under in float32, as a part of an output's largest element."""
+"""The largest difference that we allow in float32, divided by the largest absolute element of the output."""
 
 
 def check_parity(path: Path, weights: Weights | None = None) -> str:
-    """Run a file in ONNX Runtime and in a framework on random inputs.
+    """Run a model file in ONNX Runtime and in a framework on the same random inputs, and compare the outputs.
+
+    The framework is PyTorch if it is installed, else JAX.
 
     Args:
         path: the model file.
-        weights: what the framework takes in the place of the file's own parameters.
+        weights: parameters that the framework uses instead of those in the file; None to use the file's.
 
     Returns:
-        The framework.
+        The name of the framework: "PyTorch" or "JAX".
 
     Raises:
-        ModelsDiffer: they disagree.
-        Refused: no inputs were found that ONNX Runtime takes.
+        ModelsDiffer: an output differs by more than the tolerance.
+        Refused: ONNX Runtime rejects all our random inputs.
     """
     name, run = _framework_runner(path, weights)
     runner = Runner(path, "cpu")
@@ -47,18 +49,18 @@ def check_parity(path: Path, weights: Weights | None = None) -> str:
     tolerance = max(TOLERANCE, tolerance_of(dimensions, None, None)[0])
     for case in cases(dimensions):
         try:
-            wanted = runner.run(case.feeds)
+            reference = runner.run(case.feeds)
         except RuntimeError:
-            continue  # lengths that this model does not take
-        found = run(case.feeds)
-        for output, want in wanted.items():
-            got = found[output]
-            scale = float(np.abs(want).max(initial=0.0)) or 1.0
-            error = float(np.abs(got.astype(np.float64) - want).max(initial=0.0)) / scale
-            if got.shape != want.shape or not error <= tolerance:
+            continue  # the model does not accept these lengths
+        outputs = run(case.feeds)
+        for output, expected in reference.items():
+            array = outputs[output]
+            scale = float(np.abs(expected).max(initial=0.0)) or 1.0
+            error = float(np.abs(array.astype(np.float64) - expected).max(initial=0.0)) / scale
+            if array.shape != expected.shape or not error <= tolerance:
                 raise ModelsDiffer(f"ONNX Runtime and {name} disagree on {output!r} by {error:.1e} ({case.label})")
         return name
-    raise Refused("no random inputs were found that ONNX Runtime takes: it cannot be validated")
+    raise Refused("ONNX Runtime accepts none of our random inputs: the model cannot be validated")
 
 
 def _framework_runner(
@@ -73,10 +75,10 @@ def _framework_runner(
         from hyperclone_onnx.frameworks.jax import load as load_function
 
         program = compile_model(path).program
-        given = [glob.escape(each.initializer) for each in program.weights if each.path in (weights or {})]
-        apply, params = load_function(path, train=given)
+        trained = [glob.escape(weight.initializer) for weight in program.weights if weight.path in (weights or {})]
+        apply, params = load_function(path, train=trained)
         if weights is not None:
-            params = nested({each: weights[each]() for each in weights})
+            params = nested({path: weights[path]() for path in weights})
         return "JAX", lambda feeds: _named(program, apply(params, **feeds), np.asarray)
     model = load_module(path)
     if weights is not None:

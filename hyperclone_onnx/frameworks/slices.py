@@ -1,4 +1,4 @@
-"""Parts of stored tensors: what a rank reads is its own shard, whole tensors are never needed."""
+"""Read parts of stored tensors, so that a rank reads its own shard and never a whole sharded tensor."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from hyperclone_onnx.tensors.stored_rows import StoredRows
 
 Array = npt.NDArray[Any]
 Windows = tuple[slice, ...]
-"""A slice with step 1 for each axis."""
+"""One slice with step 1 for each axis of a tensor."""
 
 BLOCK = 8 << 20
 """Tensors are read in blocks of about this many bytes."""
 
 
 def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
-    """The shape of a stored tensor."""
+    """Return the shape of a stored tensor as a tuple of ints."""
     return tuple(int(size) for size in tensor.shape.numpy())
 
 
 def read_slice(tensor: ir.TensorProtocol, windows: Windows) -> Array:
-    """A part of a stored tensor, reading (or computing) little more of it than that part.
+    """Read a part of a stored tensor. Little more than that part is read from the file (or computed).
 
     Args:
-        tensor: in memory, in a file, or grown while it is read.
+        tensor: a tensor in memory, a tensor in a file, or a grown tensor that is computed when it is read.
         windows: one slice with step 1 for each axis; () for a single number.
 
     Returns:
-        An array of the windows' shape in the tensor's own type; it may be a view.
+        An array of the windows' shape and the tensor's own type. It may be a view of the tensor's memory.
     """
     if isinstance(tensor, LazyGrown) and tensor.grown.recipe.bits is None:
         return np.asarray(tensor.grown[windows])
@@ -45,12 +45,12 @@ def read_slice(tensor: ir.TensorProtocol, windows: Windows) -> Array:
 
 
 def read_whole(tensor: ir.TensorProtocol) -> Array:
-    """A whole stored tensor."""
+    """Read a whole stored tensor."""
     return read_slice(tensor, tuple(slice(0, size) for size in shape_of(tensor)))
 
 
 def _read_rows(tensor: ir.ExternalTensor, rows: slice) -> Array:
-    """Rows of a tensor in a file. They are read, not mapped: mapped pages would count as this process's memory."""
+    """Read rows of a tensor in a file. We read and do not map: mapped pages would count as this process's memory."""
     shape, dtype = shape_of(tensor), np.dtype(tensor.dtype.numpy())
     start, stop, _ = rows.indices(shape[0])
     stored = StoredRows(tensor, shape[0], math.prod(shape[1:]) * dtype.itemsize)
@@ -61,7 +61,9 @@ def _read_rows(tensor: ir.ExternalTensor, rows: slice) -> Array:
 
 
 def blocks(shape: Sequence[int], itemsize: int) -> Iterator[Windows]:
-    """Windows of whole rows that cover a tensor of this shape, about `BLOCK` bytes each.
+    """Yield windows of whole rows, of about `BLOCK` bytes each, that together cover a tensor of this shape.
+
+    A scalar gives the one window (). A tensor without elements gives none.
 
     >>> list(blocks((3, 1 << 20), 4))
     [(slice(0, 2, None), slice(0, 1048576, None)), (slice(2, 3, None), slice(0, 1048576, None))]
@@ -78,5 +80,7 @@ def blocks(shape: Sequence[int], itemsize: int) -> Iterator[Windows]:
 
 
 def shifted(windows: Windows, offsets: Sequence[int]) -> Windows:
-    """Windows of a shard as windows of the whole, the shard beginning at `offsets`."""
-    return tuple(slice(w.start + o, w.stop + o) for w, o in zip(windows, offsets, strict=True))
+    """Convert windows of a shard to windows of the whole tensor, in which the shard begins at `offsets`."""
+    return tuple(
+        slice(window.start + offset, window.stop + offset) for window, offset in zip(windows, offsets, strict=True)
+    )

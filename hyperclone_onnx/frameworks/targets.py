@@ -1,4 +1,4 @@
-"""The formats in which ``handoff --to`` writes weights; imported by the command line, so it imports nothing heavy."""
+"""The formats in which ``handoff --to`` writes weights. The command line imports this module: import nothing heavy."""
 
 from __future__ import annotations
 

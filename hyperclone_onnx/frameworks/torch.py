@@ -1,4 +1,4 @@
-"""A model file as a torch.nn.Module: ``model = load("big.onnx")``."""
+"""Load a model file as a torch.nn.Module: ``model = load("big.onnx")``."""
 
 from __future__ import annotations
 
@@ -36,27 +36,31 @@ def load(
     train: Sequence[str] = (),
     device: Any = None,
 ) -> OnnxModule:
-    """A model file (or an onnx_ir model) as an ordinary module.
+    """Load a model file (or an onnx_ir model) as an ordinary module.
 
-    Its parameters have their initializers' names, the dots as submodules; layers that repeat are submodules of the
-    class `Block`. It takes the graph's inputs by position or by name, and returns the one output, or a dict of them.
+    The names of the parameters are the initializers' names; a dot in a name separates submodules. Repeated layers are
+    submodules of the class `Block`. The module takes the graph's inputs by position or by name. It returns the output,
+    or a dict of outputs by name if the graph has several.
 
     Args:
-        model: the file.
-        plan: grow the model while it is loaded: `model` is then the small file, and each tensor is computed from it
-            where it is needed. A `Plan`, or the JSON file that ``expand --plan-out`` wrote.
-        shard: load only this rank's part of each parameter (FSDP2): a `DeviceMesh`, over which each `Block` and then
-            the whole are `fully_shard`ed, or a function that does so in its own way to the module, whose parameters
-            are on the meta device at that time.
-        freeze: globs of initializer names that are not to be trained (``requires_grad`` is False).
-        train: globs of initializer names that are to be trained, whatever their place in the graph says.
-        device: where to put parameters and buffers; with a mesh, by default, its own kind of device. On "meta"
-            nothing is read until `OnnxModule.materialize` is called.
+        model: path of the ONNX file, or the model.
+        plan: grow the model while loading it. `model` is then the small file, and each grown tensor is computed when it
+            is read. A `Plan`, or the path of the JSON file that ``expand --plan-out`` wrote.
+        shard: load only this rank's part of each parameter (FSDP2). Give a `DeviceMesh`: `fully_shard` is then called
+            on each `Block` and then on the whole module. Or give a function that takes the module, whose parameters
+            are still on the meta device, and shards it.
+        freeze: globs of initializer names; the matching tensors are not trained (``requires_grad`` is False).
+        train: globs of initializer names; the matching tensors are trained, even where the graph's structure says that
+            they are constants.
+        device: where to put parameters and buffers. The default is the CPU or, with a mesh, a device of the mesh's
+            type. On "meta" no tensor is read until `OnnxModule.materialize` is called.
 
     Raises:
-        BadModel: the file (or the plan) is not readable and complete.
-        BadRequest: a glob matches nothing, or the plan is for another model.
-        Refused: an operator, or a form of one, is not covered, or a parameter is sharded in a way that is not known.
+        BadModel: the file (or the plan) cannot be read, or is incomplete.
+        BadRequest: a glob matches no tensor, the plan is for another model, or `shard` is combined with the device
+            "meta".
+        Refused: the model has an operator, or a form of an operator, that is not supported; or a parameter is sharded
+            with a placement that is neither Shard nor Replicate.
     """
     compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train)
     if shard is None:
@@ -64,7 +68,7 @@ def load(
         return module if _is_meta(device) else module.materialize(device)
     if _is_meta(device):
         raise BadRequest(
-            "shard= reads each rank's part at once; on the meta device there is none: leave one of both out"
+            "shard= reads each rank's part at once, but the meta device has no values: leave out shard= or the device"
         )
     module = OnnxModule(compiled_model)
     if callable(shard):
@@ -76,18 +80,21 @@ def load(
 
 
 def fully_shard_blocks(module: OnnxModule, mesh: Any, **options: Any) -> OnnxModule:
-    """FSDP2 on each of a module's blocks and then on the module; `options` are `fully_shard`'s.
+    """Call FSDP2's `fully_shard` on each block of a module and then on the module.
 
     Args:
-        module: best on the meta device.
-        mesh: a `DeviceMesh`, over whose (first) dimension parameters are sharded.
-        options: such as ``mp_policy`` and ``reshard_after_forward``.
+        module: the module to shard; put it on the meta device, so that no rank holds all its parameters.
+        mesh: a `DeviceMesh`; parameters are sharded over its (first) dimension.
+        options: further arguments of `fully_shard`, such as ``mp_policy`` and ``reshard_after_forward``.
+
+    Returns:
+        The module that was given.
     """
     from torch.distributed.fsdp import fully_shard
 
-    for each in module.modules():
-        if isinstance(each, Block):
-            fully_shard(each, mesh=mesh, **options)
+    for submodule in module.modules():
+        if isinstance(submodule, Block):
+            fully_shard(submodule, mesh=mesh, **options)
     fully_shard(module, mesh=mesh, **options)
     return module
 
@@ -102,7 +109,7 @@ def _device_of(mesh: Any) -> Any:
 
 
 class Block(torch.nn.Module):
-    """One of a model's repeated layers. It takes and returns tuples of activations (and sizes)."""
+    """One of a model's repeated layers. It takes activations (and sizes) and returns a tuple of them."""
 
     def __init__(self, body: Body, path: str) -> None:
         super().__init__()
@@ -122,19 +129,19 @@ class Block(torch.nn.Module):
         self._compile()
 
     def forward(self, *inputs: Any) -> Any:
-        """The layer's outputs, in a tuple."""
+        """Return the layer's outputs as a tuple."""
         return self._function(self, *inputs)
 
 
 class Folder(torch.nn.Module):
-    """A level of names."""
+    """A submodule that only groups parameters: one level of their dotted names."""
 
     def __getitem__(self, index: int) -> Any:
         return getattr(self, str(index))
 
 
 class OnnxModule(torch.nn.Module):
-    """A whole graph, on the meta device until it is materialized; see `load`."""
+    """A whole graph as a module. Its parameters are on the meta device until `materialize` is called; see `load`."""
 
     def __init__(self, model: CompiledModel) -> None:
         super().__init__()
@@ -151,14 +158,17 @@ class OnnxModule(torch.nn.Module):
         self._compile()
 
     def materialize(self, device: Any = None) -> OnnxModule:
-        """Give parameters and buffers memory and read them; of a sharded parameter only this rank's part is read.
+        """Allocate parameters and buffers and read their values. For a sharded parameter, read only this rank's part.
 
         Args:
-            device: the CPU by default.
+            device: where to allocate them; the CPU by default.
+
+        Returns:
+            This module.
 
         Raises:
-            BadRequest: it has been materialized already.
-            Refused: a parameter is sharded in a way that is not known.
+            BadRequest: the module was materialized before, or is a copy (a copy does not know its file).
+            Refused: a parameter is sharded with a placement that is neither Shard nor Replicate.
         """
         if self._stored is None:
             raise BadRequest("this module has been materialized already, or is a copy: load the file again")
@@ -177,8 +187,8 @@ class OnnxModule(torch.nn.Module):
 
     @property
     def initializers(self) -> dict[str, str]:
-        """The ONNX initializer of each parameter."""
-        return {each.path: each.initializer for each in self.program.weights if each.role != "constant"}
+        """The name of the ONNX initializer of each parameter, by the parameter's path."""
+        return {weight.path: weight.initializer for weight in self.program.weights if weight.role != "constant"}
 
     def _add_blocks(self) -> None:
         lists: dict[str, dict[int, Block]] = defaultdict(dict)
@@ -210,19 +220,19 @@ class OnnxModule(torch.nn.Module):
         self._compile()
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The graph's one output, or a dict of its outputs by name."""
-        given = bind(self.program, inputs, named)
-        given = [
-            namespace.numbers(value) if each.host and isinstance(value, torch.Tensor) else value
-            for each, value in zip(self.program.inputs, given, strict=True)
+        """Run the graph. Return its output, or a dict of outputs by name if it has several."""
+        arguments = bind(self.program, inputs, named)
+        arguments = [
+            namespace.numbers(value) if graph_input.host and isinstance(value, torch.Tensor) else value
+            for graph_input, value in zip(self.program.inputs, arguments, strict=True)
         ]
-        values = self._function(self, *given)
+        values = self._function(self, *arguments)
         names = self.program.outputs
         return values[0] if len(names) == 1 else dict(zip(names, values, strict=True))
 
 
 def _attribute(path: str) -> str:
-    """How the source reads a stored tensor."""
+    """Return the Python expression with which generated source reads a stored tensor."""
     return "self" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
 
 
@@ -237,9 +247,9 @@ def _check_placements(name: str, parameter: Any) -> None:
 
 
 def _fill(target: Any, stored: ir.TensorProtocol) -> None:
-    """Read a tensor, or this rank's part of it, into its place, block by block."""
+    """Read a stored tensor into `target` block by block; if `target` is sharded, read only this rank's part."""
     offsets, local = (0,) * target.dim(), target
-    if hasattr(target, "__create_chunk_list__"):  # what torch.distributed.checkpoint asks of a DTensor
+    if hasattr(target, "__create_chunk_list__"):  # only a DTensor has it: it lists the local shards
         (chunk,) = target.__create_chunk_list__()
         offsets, local = tuple(chunk.offsets), target.to_local()
     for windows in blocks(tuple(local.shape), local.element_size()):
@@ -247,7 +257,7 @@ def _fill(target: Any, stored: ir.TensorProtocol) -> None:
 
 
 def as_torch(array: Any) -> Any:
-    """A NumPy array as a tensor, of the same memory where that may be written."""
+    """Convert a NumPy array to a tensor. It shares the array's memory if that is writeable, and is a copy if not."""
     array = array if array.flags.writeable else array.copy()
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
