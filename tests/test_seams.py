@@ -108,9 +108,6 @@ class Copy(Law):
     def takes_whole(self, number: int, count: Number, other: Number) -> Any:
         return np.True_
 
-    def noise_scale(self, count: int) -> float:
-        return 1.0
-
 
 @pytest.fixture
 def copying() -> Iterator[Strategy]:

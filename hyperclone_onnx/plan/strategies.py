@@ -11,7 +11,6 @@ records the strategy.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -28,7 +27,7 @@ LOWEST_SNR_DB, HIGHEST_SNR_DB = -10.0, 200.0
 """The range of the signal-to-noise ratio, in decibels. With stronger noise, rounding would destroy the weights."""
 
 
-class Law(ABC):
+class Law:
     """How the repeats of an index share a weight."""
 
     name: ClassVar[str]
@@ -44,9 +43,8 @@ class Law(ABC):
         """Whether all repeats get the same numbers."""
         return self.shares_equally and not self.noisy
 
-    @abstractmethod
     def takes_whole(self, number: int, count: Number, other: Number) -> Any:
-        """Whether a repeat takes the whole weight; it takes nothing otherwise.
+        """Whether a repeat takes the whole weight; it takes nothing otherwise. A law that shares equally has none.
 
         Args:
             number: the number of the repeat, from 0.
@@ -56,10 +54,14 @@ class Law(ABC):
         Returns:
             One boolean for all columns, or one for each column.
         """
+        raise NotImplementedError(f"the law {self.name!r} shares unequally and does not say how")
 
-    @abstractmethod
     def noise_scale(self, count: int) -> float:
-        """The standard deviation of the noise on one of `count` repeats, divided by that on a weight not divided."""
+        """The standard deviation of the noise on one of `count` repeats, divided by that on a weight not divided.
+
+        A law without noise has none.
+        """
+        raise NotImplementedError(f"the law {self.name!r} adds noise and does not say how much")
 
     def origin(self, tensor: str, names: Sequence[str]) -> Origin:
         """The origin of a grown tensor's numbers. Most laws grow the stored tensor itself.
@@ -76,10 +78,6 @@ class Symmetric(Law):
 
     name = "symmetric"
     shares_equally = True
-
-    def takes_whole(self, number: int, count: Number, other: Number) -> Any:
-        """Never."""
-        return np.False_
 
     def noise_scale(self, count: int) -> float:
         """1 / n."""

@@ -69,6 +69,22 @@ def total_length(op: Op, new: Term, past: Term | None) -> Term:
     return op.pinned_dim(op.size(new) + op.size(past), "positions of a cache")
 
 
+def cache_lengths(op: Op, new: Term, past: Term | None, shared: bool) -> tuple[Term, Term]:
+    """The length of all keys, and the length of the cache that comes out.
+
+    A `shared` buffer holds past and present keys in one place. It need not be full, so its length and that of all keys
+    are two dimensions.
+    """
+    if not shared:
+        total = total_length(op, new, past)
+        return total, total
+    op.pin(new, "positions of a cache")
+    total = op.pinned_dim(None, "positions of a cache")
+    kept = total if past is None else past
+    op.pin(kept, "positions of a cache")
+    return total, kept
+
+
 def edit_scale(op: GrownOp, depth: Term) -> None:
     """Scores are sums over head_dim: n repeats make them n times too large, and change the default scale."""
     ratio = op.growth(depth)

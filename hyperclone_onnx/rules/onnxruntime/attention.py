@@ -5,13 +5,13 @@ from __future__ import annotations
 from hyperclone_onnx.algebra.dims import Concat, Product, Term
 from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.attention import (
+    cache_lengths,
     edit_heads,
     edit_scale,
     head_terms,
     relate_bias,
     relate_scores,
     split_heads,
-    total_length,
 )
 from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
@@ -50,13 +50,7 @@ def relate_caches(
     past = op.axis_of(index, 2) if op.has(index) else None
     if past is not None:
         op.unify(*widths)
-    if shared:
-        op.pin(new, "positions of a cache")
-        total = op.pinned_dim(None, "positions of a cache")
-        kept = total if past is None else past
-        op.pin(kept, "positions of a cache")
-    else:
-        kept = total = total_length(op, new, past)
+    total, kept = cache_lengths(op, new, past, shared)
     for offset, width in enumerate(widths):
         if op.has(index + offset):
             op.unify_axes(op.axes(index + offset), (batch, heads, past or new, width))

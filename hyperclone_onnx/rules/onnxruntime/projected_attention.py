@@ -7,13 +7,13 @@ import itertools
 from hyperclone_onnx.algebra.dims import Concat, Product, Term
 from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.attention import (
+    cache_lengths,
     edit_heads,
     edit_scale,
     head_terms,
     relate_bias,
     relate_scores,
     split_heads,
-    total_length,
 )
 from hyperclone_onnx.rules.dimensions import Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
@@ -33,13 +33,7 @@ def relate_joint_caches(
     pair = op.pinned_dim(2, "keys and values")
     if past is not None or len(op.node.outputs) > 1:
         op.unify(*widths)
-    if shared:
-        op.pin(new, "positions of a cache")
-        total = op.pinned_dim(None, "positions of a cache")
-        kept = total if past is None else past
-        op.pin(kept, "positions of a cache")
-    else:
-        kept = total = total_length(op, new, past)
+    total, kept = cache_lengths(op, new, past, shared)
     if past is not None:
         op.unify_axes(op.axes(index), (pair, batch, heads, past, widths[0]))
     op.out((pair, batch, heads, kept, widths[0]), index=1)
