@@ -1,8 +1,10 @@
-"""Which fields of a configuration grow: those with which the model's tensors have the shapes that are wanted.
+"""Search for the configuration whose model has tensors of the wanted shapes.
 
-Nothing is known of any field by its name. Candidates are the fields whose value is the size of something that grows;
-each set of them is tried by building the model without weights and comparing every shape. A field that changes no shape
-of a tensor (a number of heads, where one matrix makes them all) counts when it changes the shapes of activations.
+The search knows no field by its name. Candidates are the fields whose value equals a size that grows. To try a set of
+changes, we build the model without weights and compare all shapes.
+
+Some fields change no tensor's shape (the number of heads, where one matrix computes all heads). The search changes them
+too; `measuring.effective` then decides which of them matter.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ Path = tuple[str | int, ...]
 Shapes = Mapping[str, tuple[int, ...]]
 
 MOST_BUILDS = 600
-"""Models built without weights before the search for a configuration is given up."""
+"""The search stops after it has built this many models without weights."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A field that changes: where it is, and its values."""
+    """A field that changes: the keys that lead to it, and its values before and after."""
 
     path: Path
     before: Any
@@ -37,20 +39,24 @@ class Change:
 
     @property
     def name(self) -> str:
-        """The field as one writes it."""
+        """The field's keys joined by dots, as in ``text_config.hidden_size``."""
         return ".".join(str(part) for part in self.path)
 
 
 def sizes(plan: Plan) -> dict[int, list[int]]:
-    """For each size of something that grows, the sizes that it may have afterwards."""
-    found: dict[int, list[int]] = {}
+    """The sizes that grow in a plan, each with the sizes that it may have afterwards.
+
+    A size may belong to several things that grow by different factors. Products and sums of neighbouring parts of an
+    axis count too, because a field may hold the size of several heads, or of joined queries, keys and values.
+    """
+    grown_sizes: dict[int, list[int]] = {}
     maps = plan.maps
 
     def add(parts: Sequence[Axis]) -> None:
         before = grown_size(ProductOf(tuple(parts)), _unmapped(maps))
         after = grown_size(ProductOf(tuple(parts)), maps)
-        if before != after and after not in found.setdefault(before, []):
-            found[before].append(after)
+        if before != after and after not in grown_sizes.setdefault(before, []):
+            grown_sizes[before].append(after)
 
     def walk(parts: Sequence[Axis]) -> None:
         for start, stop in itertools.combinations(range(len(parts) + 1), 2):
@@ -60,8 +66,8 @@ def sizes(plan: Plan) -> dict[int, list[int]]:
                 case ProductOf(inner):
                     walk(inner)
                 case ConcatOf(inner):
-                    for each in inner:
-                        walk((each,))
+                    for segment in inner:
+                        walk((segment,))
                     for start, stop in itertools.combinations(range(len(inner) + 1), 2):
                         add((ConcatOf(inner[start:stop]),))
                 case _:
@@ -75,30 +81,41 @@ def sizes(plan: Plan) -> dict[int, list[int]]:
                 walk(axis)
     for name in maps:
         add((Named(name),))
-    return found
+    return grown_sizes
 
 
 def _unmapped(maps: Maps) -> Maps:
+    """Maps with which every dimension keeps its size."""
     from hyperclone_onnx.plan.maps import SourceMap
 
-    return {name: SourceMap(each.size, tile=1) for name, each in maps.items()}
+    return {name: SourceMap(source_map.size, tile=1) for name, source_map in maps.items()}
 
 
 class Search:
-    """The configurations of a checkpoint under which its model has the shapes wanted."""
+    """A search for the changes of a checkpoint's configuration with which its model has the wanted shapes.
+
+    Args:
+        checkpoint: the source's checkpoint.
+        plan: the plan by which the ONNX file grew. It gives the sizes that grow.
+        wanted: the grown shapes that are certain, by the name of the tensor.
+        source: the shapes of all stored tensors of the source's model.
+    """
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, wanted: Shapes, source: Shapes) -> None:
         self.checkpoint = checkpoint
         self.wanted = wanted
         self.source = source
         self.sizes = sizes(plan)
-        self.ratios = sorted({each.grown // each.size for each in plan.maps.values() if each.grown % each.size == 0})
+        self.ratios = sorted({dim.grown // dim.size for dim in plan.maps.values() if dim.grown % dim.size == 0})
         self.fields = checkpoint.config.to_dict()
         self.built: dict[tuple[Change, ...], Shapes | None] = {}
 
     def shapes(self, changes: Sequence[Change]) -> Shapes | None:
-        """The shapes of the model's tensors under some changes; None where it cannot be built."""
-        key = tuple(sorted(changes, key=lambda each: each.name))
+        """The shapes of the model's tensors with some changes; None where the model cannot be built.
+
+        The order of the changes does not matter. Each set of changes is built once.
+        """
+        key = tuple(sorted(changes, key=lambda change: change.name))
         if key not in self.built:
             self.built[key] = self._build(key)
         return self.built[key]
@@ -107,32 +124,35 @@ class Search:
         try:
             with torch.device("meta"):
                 model = built(self.checkpoint, changes)
-        except Exception:  # a model whose sizes do not fit one another raises whatever it likes
+        except Exception:  # a model whose sizes do not fit together may raise any exception
             return None
-        return {name: tuple(each.shape) for name, each in stored_tensors(model).items()}
+        return {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
 
     def wrong(self, changes: Sequence[Change]) -> int:
-        """How many tensors have not the shape wanted."""
+        """The number of tensors whose shape is not the wanted one; more than all where the model is no candidate."""
         shapes = self.shapes(changes)
         if shapes is None or shapes.keys() != self.source.keys():
             return len(self.wanted) + 1
         return sum(shapes[name] != shape for name, shape in self.wanted.items())
 
     def run(self) -> list[Change]:
-        """Changes under which every shape is the one wanted, those included that change none.
+        """Changes with which every tensor has the wanted shape, as many of them as possible.
+
+        Changes that affect no tensor's shape are included, because they may affect activations.
 
         Raises:
-            Refused: there are none.
+            Refused: the search ended without such changes.
         """
         options = {path: self.sizes[value] for path, value in integers(self.fields) if value in self.sizes}
-        found = self._fitting(options)
+        changes = self._fitting(options)
         for path, values in options.items():
-            if not any(each.path == path for each in found):
-                more = [*found, self._change(path, values[0])]
-                found = more if self.wrong(more) == 0 else found
-        return found
+            if not any(change.path == path for change in changes):
+                more = [*changes, self._change(path, values[0])]
+                changes = more if self.wrong(more) == 0 else changes
+        return changes
 
     def _fitting(self, options: Mapping[Path, Sequence[int]]) -> list[Change]:
+        """Changes with which every tensor has the wanted shape; usual values first, then unusual ones too."""
         for chosen in self._starts(options):
             if self.wrong(chosen) == 0:
                 return chosen
@@ -141,7 +161,7 @@ class Search:
             offered = {path: list(values) for path, values in options.items()}
             if not usual:
                 offered = _joined(options, self._unusual(best))
-            # From all of them changed: what no shape shows stays changed, and is tried.
+            # We start with all fields changed, so that fields that affect no shape stay changed and are tried later.
             for start in (*self._starts(options), best):
                 best = min(best, self._descend(start, offered), key=self.wrong)
                 if self.wrong(best) == 0:
@@ -159,7 +179,7 @@ class Search:
         return Change(path, value_at(self.fields, path), after)
 
     def _descend(self, start: list[Change], options: Mapping[Path, Sequence[int]]) -> list[Change]:
-        """Change one field after the other, or two together, as long as that makes fewer shapes wrong."""
+        """Change one field at a time, or two together, as long as fewer shapes become wrong."""
         chosen, wrong = start, self.wrong(start)
         improved = True
         while improved and wrong and len(self.built) < MOST_BUILDS:
@@ -167,11 +187,11 @@ class Search:
             for count in (1, 2):
                 for paths in itertools.combinations(options, count):
                     for values in itertools.product(*((None, *options[path]) for path in paths)):
-                        kept = [each for each in chosen if each.path not in paths]
+                        kept = [change for change in chosen if change.path not in paths]
                         new = [self._change(p, v) for p, v in zip(paths, values, strict=True) if v is not None]
-                        found = self.wrong([*kept, *new])
-                        if found < wrong:
-                            chosen, wrong, improved = [*kept, *new], found, True
+                        remaining = self.wrong([*kept, *new])
+                        if remaining < wrong:
+                            chosen, wrong, improved = [*kept, *new], remaining, True
                     if len(self.built) >= MOST_BUILDS:
                         return chosen
                 if improved or not wrong:
@@ -179,6 +199,7 @@ class Search:
         return chosen
 
     def _exhaust(self, options: Mapping[Path, Sequence[int]]) -> list[Change]:
+        """Try all combinations, until one fits or too many models were built; the best one."""
         combinations = itertools.product(*((None, *values) for values in options.values()))
         best: list[Change] = []
         for values in combinations:
@@ -191,7 +212,11 @@ class Search:
         return best
 
     def _unusual(self, best: list[Change]) -> dict[Path, list[int]]:
-        """Values for fields that are not set, and whole multiples of those that are (a width in units of another)."""
+        """Less likely values of fields, for those fields that then change a shape.
+
+        A field that is not set may take a size that is still wrong. A field with a whole number may take a multiple of
+        it, because the field may hold a width in units of another width.
+        """
         shapes = self.shapes(best) or {}
         differing = {
             after
@@ -199,21 +224,22 @@ class Search:
             for before, after in zip(shapes.get(name, ()), shape, strict=False)
             if before != after
         }
-        found: dict[Path, list[int]] = {}
+        candidates: dict[Path, list[int]] = {}
         for path, value in flattened(self.fields):
             if value is None:
-                found[path] = sorted(differing)
+                candidates[path] = sorted(differing)
             elif isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= max(differing, default=0):
-                found[path] = [value * ratio for ratio in self.ratios if ratio > 1]
+                candidates[path] = [value * ratio for ratio in self.ratios if ratio > 1]
         alive = {}
-        for path, values in found.items():
-            others = [each for each in best if each.path != path]
+        for path, values in candidates.items():
+            others = [change for change in best if change.path != path]
             changed = self.shapes([*others, self._change(path, values[0])]) if values else None
             if changed is not None and changed != shapes:
                 alive[path] = values
         return alive
 
     def _none(self, best: list[Change]) -> str:
+        """The message where no configuration has the wanted shapes: the first wrong tensor under the best changes."""
         shapes = self.shapes(best) or {}
         kind = type(self.checkpoint.config).__name__
         name, shape = next(
@@ -230,20 +256,23 @@ def _joined(first: Mapping[Path, Sequence[int]], second: Mapping[Path, Sequence[
 
 
 def built(checkpoint: Checkpoint, changes: Sequence[Change]) -> Any:
-    """The checkpoint's model with some fields of its configuration changed; its parameters hold anything."""
+    """The checkpoint's model with some fields of its configuration changed.
+
+    The values of its parameters are unspecified: the caller fills them.
+    """
     with quiet():
         return checkpoint.model_class(changed_config(checkpoint, changes)).eval()
 
 
 def changed_config(checkpoint: Checkpoint, changes: Sequence[Change]) -> Any:
-    """The configuration with some fields changed, as transformers reads it."""
+    """The configuration with some fields changed, as an object of transformers."""
     config = type(checkpoint.config).from_dict(changed_fields(checkpoint.config.to_dict(), changes))
     config._attn_implementation = "eager"
     return config
 
 
 def changed_fields(fields: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
-    """Fields with some of them changed, nested ones too."""
+    """A copy of a configuration's fields with some of them changed, nested ones too."""
     result = copy.deepcopy(dict(fields))
     for change in changes:
         place: Any = result
@@ -255,7 +284,7 @@ def changed_fields(fields: Mapping[str, Any], changes: Sequence[Change]) -> dict
 
 
 def flattened(fields: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every leaf of nested dicts and lists."""
+    """Every leaf of nested dicts and lists with the keys that lead to it, except versions and label names."""
     items: Any = ()
     if isinstance(fields, Mapping):
         items = fields.items()
@@ -283,7 +312,11 @@ def value_at(fields: Any, path: Path) -> Any:
 
 
 def written_config(checkpoint: Checkpoint, changes: Sequence[Change]) -> dict[str, Any]:
-    """The configuration file of the grown model: the source's own, the changed fields under their own names."""
+    """The fields of the grown model's configuration file: the source's file with the changed fields.
+
+    The source's file may use an alias of a field (``hidden_size`` for GPT-2's ``n_embd``), and may leave out fields
+    that have their default. A field that changed is written under its own name, which `Change.path` gives.
+    """
     raw = copy.deepcopy(dict(checkpoint.raw))
     full = checkpoint.config.to_dict()
     aliases = getattr(checkpoint.config, "attribute_map", {}) or {}
@@ -295,12 +328,13 @@ def written_config(checkpoint: Checkpoint, changes: Sequence[Change]) -> dict[st
         if len(change.path) > 1 and top not in raw:
             raw[str(top)] = copy.deepcopy(full[str(top)])
     for change in changes:
-        if len(change.path) > 1:  # a list or a nested configuration may be written shorter than it is read
+        if len(change.path) > 1:  # the file may leave out entries of a nested configuration that have their default
             _fill(raw, full, change.path)
     return changed_fields(raw, changes)
 
 
 def _fill(raw: Any, full: Any, path: Path) -> None:
+    """Copy into `raw` the entries that it lacks along a path, from `full`."""
     part: Any
     for part in path[:-1]:
         if isinstance(raw, dict) and part not in raw:

@@ -1,8 +1,11 @@
-"""Which initializer is which checkpoint tensor: by content, never by a name alone.
+"""Match checkpoint tensors with initializers by their content, never by a name alone.
 
-Tensors of equal content, up to a transposition, are found by their moments and then compared element by element; so
-are tensors that differ by a constant that was added (a gain stored less one) or multiplied (a folded scale). A tensor
-that is a part of another is found by the norms of its lines. Names only choose among candidates of equal content.
+Two tensors with equal content, up to a transposition, have equal moments. So we first compare moments, and then the
+elements of the tensors that remain. The same search finds tensors that differ by an added constant (a gain stored
+minus one) or by a multiplied constant (a folded scale).
+
+A tensor may be a part of another one. The norms of its lines (slices along one axis) then appear among the norms of
+the larger tensor's lines. Names only choose among candidates of equal content.
 """
 
 from __future__ import annotations
@@ -25,24 +28,28 @@ OFFSETS = (1.0, -1.0)
 """Constants that models add to a stored gain."""
 
 LOOSE = 1e-4
-"""How near two moments must be, relative to the largest element, for the tensors to be compared."""
+"""The largest difference of two moments, relative to the largest element, at which the elements are compared."""
 
 
 @dataclass
 class Matches:
-    """For each checkpoint tensor every layout that fits its content, the likeliest first."""
+    """The result of matching."""
 
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
+    """For each checkpoint tensor every layout that fits its content, the likeliest first."""
     unused: list[str] = field(default_factory=list)
-    """Initializers that are no checkpoint tensor, nor a part of one."""
+    """Initializers that match no checkpoint tensor and no part of one."""
 
 
 @dataclass(frozen=True)
 class _Moments:
+    """Numbers that do not change when elements are reordered; `power` is the sum of squares."""
+
     size: int
     mean: float
     power: float
     largest: float
+    """The largest absolute value."""
 
 
 def match(
@@ -57,23 +64,23 @@ def match(
         sources: the initializers as the source has them.
         tensors: the checkpoint's tensors, in the model's order.
         order: the initializers' names, in the order in which the graph uses them.
-        shared: by how many an initializer's repeats are divided. Of equal tensors the one that is only copied comes
-            first: a table that is looked up cannot be a divided one.
+        shared: the number of repeats among which an initializer's weight is divided. Of equal initializers we prefer
+            the one that growth only copies, because a table for lookups must not be divided.
     """
-    found: dict[str, list[Layout]] = defaultdict(list)
-    _match_whole(sources, tensors, found, ((1.0, 0.0),))
-    used = {piece.initializer for each in found.values() for layout in each for piece in layout.pieces}
-    rest = {name: array for name, array in tensors.items() if name not in found}
+    matched: dict[str, list[Layout]] = defaultdict(list)
+    _match_whole(sources, tensors, matched, ((1.0, 0.0),))
+    used = {piece.initializer for layouts in matched.values() for layout in layouts for piece in layout.pieces}
+    rest = {name: array for name, array in tensors.items() if name not in matched}
     free = {name: source for name, source in sources.items() if name not in used}
-    _match_whole(free, rest, found, tuple((1.0, offset) for offset in OFFSETS))
-    _match_scaled(free, rest, found)
-    rest = {name: array for name, array in rest.items() if name not in found}
-    _match_parts(sources, rest, found)
-    rest = {name: array for name, array in rest.items() if name not in found}
-    _match_joined(free, rest, found)
-    result = Matches({name: _ordered(name, found[name], shared) for name in tensors if name in found})
+    _match_whole(free, rest, matched, tuple((1.0, offset) for offset in OFFSETS))
+    _match_scaled(free, rest, matched)
+    rest = {name: array for name, array in rest.items() if name not in matched}
+    _match_parts(sources, rest, matched)
+    rest = {name: array for name, array in rest.items() if name not in matched}
+    _match_joined(free, rest, matched)
+    result = Matches({name: _ordered(name, matched[name], shared) for name in tensors if name in matched})
     _in_order(result, order)
-    used = {piece.initializer for each in result.layouts.values() for layout in each for piece in layout.pieces}
+    used = {piece.initializer for layouts in result.layouts.values() for layout in layouts for piece in layout.pieces}
     result.unused = [name for name in sources if name not in used]
     return result
 
@@ -87,16 +94,17 @@ def _match_whole(
     found: dict[str, list[Layout]],
     affine: Sequence[tuple[float, float]],
 ) -> None:
+    """Tensors that are a whole initializer, times a scale, plus an offset; `affine` lists the pairs to try."""
     by_size: dict[int, list[tuple[str, _Moments]]] = defaultdict(list)
     for name, source in sources.items():
         by_size[source.array.size].append((name, _moments(source.array)))
     for name, array in tensors.items():
         moments = _moments(array)
-        for initializer, theirs in by_size.get(array.size, ()):
+        for initializer, source_moments in by_size.get(array.size, ()):
             for scale, offset in affine:
-                if abs(theirs.mean * scale + offset - moments.mean) > LOOSE * (moments.largest + abs(offset)):
+                if abs(source_moments.mean * scale + offset - moments.mean) > LOOSE * (moments.largest + abs(offset)):
                     continue
-                if not offset and abs(theirs.power - moments.power) > LOOSE * (moments.power + 1e-30):
+                if not offset and abs(source_moments.power - moments.power) > LOOSE * (moments.power + 1e-30):
                     continue
                 source = sources[initializer]
                 layout = _whole(source, initializer, array, scale, offset)
@@ -106,7 +114,7 @@ def _match_whole(
 
 
 def _match_scaled(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
-    """A scale that the exporter folded into a weight."""
+    """Tensors that are a whole initializer times some scale, which the exporter folded into the weight."""
     for name, array in tensors.items():
         if name in found or array.size < 2:
             continue
@@ -114,9 +122,9 @@ def _match_scaled(sources: Mapping[str, Source], tensors: Mapping[str, Array], f
         for initializer, source in sources.items():
             if source.array.size != array.size or not moments.power:
                 continue
-            theirs = _moments(source.array)
-            scale = float(np.sqrt(moments.power / theirs.power)) if theirs.power else 0.0
-            if not scale or abs(theirs.mean * scale - moments.mean) > LOOSE * moments.largest:
+            source_moments = _moments(source.array)
+            scale = float(np.sqrt(moments.power / source_moments.power)) if source_moments.power else 0.0
+            if not scale or abs(source_moments.mean * scale - moments.mean) > LOOSE * moments.largest:
                 continue
             layout = _whole(source, initializer, array, scale, 0.0)
             if layout is not None:
@@ -133,6 +141,7 @@ def _moments(array: Array) -> _Moments:
 
 
 def _power(flat: Array) -> float:
+    """The sum of squares in float64, in blocks, so that no wide copy of the whole tensor is in memory."""
     total = 0.0
     for start in range(0, flat.size, 1 << 20):
         part = flat[start : start + (1 << 20)].astype(np.float64)
@@ -141,23 +150,26 @@ def _power(flat: Array) -> float:
 
 
 def _whole(source: Source, initializer: str, array: Array, scale: float, offset: float) -> Layout | None:
-    """The order of the initializer's axes in which it is the checkpoint's tensor, some of them perhaps merged."""
-    theirs, ours = squeezed(source.array), squeezed(array)
-    if not ours.ndim <= theirs.ndim <= 5:
+    """The layout that makes the checkpoint's tensor from the whole initializer; None where there is none.
+
+    It permutes the initializer's axes, and may merge neighbours into one axis.
+    """
+    from_file, wanted = squeezed(source.array), squeezed(array)
+    if not wanted.ndim <= from_file.ndim <= 5:
         return None
-    for permutation in itertools.permutations(range(theirs.ndim)):
-        shape = [theirs.shape[axis] for axis in permutation]
-        merged = _merging(shape, ours.shape)
+    for permutation in itertools.permutations(range(from_file.ndim)):
+        shape = [from_file.shape[axis] for axis in permutation]
+        merged = _merging(shape, wanted.shape)
         if merged is None:
             continue
-        if _equal(theirs.transpose(permutation).reshape(ours.shape), ours, source.tolerance, scale, offset):
+        if _equal(from_file.transpose(permutation).reshape(wanted.shape), wanted, source.tolerance, scale, offset):
             piece = Piece(initializer, permutation, None, scale, offset)
             return Layout((piece,), array.shape, 0, merged if max(merged, default=1) > 1 else None)
     return None
 
 
 def _merging(fine: Sequence[int], coarse: Sequence[int]) -> tuple[int, ...] | None:
-    """How many axes of the fine shape, in order, make each axis of the coarse one."""
+    """How many consecutive axes of the fine shape form each axis of the coarse one; None where they do not fit."""
     rest, counts = list(fine), []
     for size in coarse:
         count, product = 0, 1
@@ -171,7 +183,10 @@ def _merging(fine: Sequence[int], coarse: Sequence[int]) -> tuple[int, ...] | No
 
 
 def _equal(theirs: Array, ours: Array, tolerance: float, scale: float = 1.0, offset: float = 0.0) -> bool:
-    """Whether `theirs * scale + offset` is `ours`, to rounding; a corner is looked at before the whole."""
+    """Whether `theirs * scale + offset` equals `ours`, up to rounding.
+
+    We compare a corner first: it rejects most candidates at little cost.
+    """
     exact = scale == 1.0 and not offset
     slack = tolerance * abs(scale) + (
         0.0 if exact else 1e-6 * float(np.abs(ours).max(initial=0.0)) + 2e-7 * abs(offset)
@@ -191,24 +206,24 @@ def _equal(theirs: Array, ours: Array, tolerance: float, scale: float = 1.0, off
 
 @dataclass(frozen=True)
 class _Part:
-    """A small tensor is `big[start:stop]` along `axis` of the big one, with the small one's axes permuted."""
+    """Where a small tensor lies in a big one: ``big[start:stop]`` along `axis` equals the small tensor, permuted."""
 
     axis: int
     start: int
     permutation: tuple[int, ...]
-    """Of the small tensor's axes: its order in the big one."""
+    """The order of the small tensor's axes in the big one."""
 
 
 def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
-    """Checkpoint tensors that are a part of one initializer: queries, keys and values that were joined."""
-    bigger = _Lines({name: squeezed(each.array) for name, each in sources.items() if not constant(each.array)})
+    """Checkpoint tensors that are a part of one initializer, such as queries, keys and values that were joined."""
+    bigger = _Lines({name: squeezed(source.array) for name, source in sources.items() if not constant(source.array)})
     for name, array in tensors.items():
-        ours = squeezed(array)
-        if constant(ours):  # of one number any tensor of that number is made
+        part_array = squeezed(array)
+        if constant(part_array):  # a constant tensor would match any other tensor with that number
             continue
-        for initializer, part in bigger.holding(ours, lambda each: sources[each].tolerance):
+        for initializer, part in bigger.holding(part_array, lambda big_name: sources[big_name].tolerance):
             inverse = tuple(int(axis) for axis in np.argsort(part.permutation))
-            window = (part.axis, part.start, part.start + ours.shape[part.permutation[part.axis]])
+            window = (part.axis, part.start, part.start + part_array.shape[part.permutation[part.axis]])
             found[name].append(Layout((Piece(initializer, inverse, window),), array.shape))
 
 
@@ -217,15 +232,15 @@ def _match_joined(sources: Mapping[str, Source], tensors: Mapping[str, Array], f
     bigger = _Lines({name: squeezed(array) for name, array in tensors.items() if not constant(array)})
     parts: dict[tuple[str, int], list[tuple[int, int, Piece]]] = defaultdict(list)
     for initializer, source in sources.items():
-        theirs = squeezed(source.array)
-        if constant(theirs):
+        part_array = squeezed(source.array)
+        if constant(part_array):
             continue
-        for name, part in bigger.holding(theirs, lambda _, source=source: source.tolerance):
-            stop = part.start + theirs.shape[part.permutation[part.axis]]
+        for name, part in bigger.holding(part_array, lambda _, source=source: source.tolerance):
+            stop = part.start + part_array.shape[part.permutation[part.axis]]
             parts[name, part.axis].append((part.start, stop, Piece(initializer, part.permutation)))
     for (name, axis), pieces in parts.items():
         reached, chosen = 0, []
-        for start, stop, piece in sorted(pieces, key=lambda each: each[:2]):
+        for start, stop, piece in sorted(pieces, key=lambda stretch: stretch[:2]):
             if start == reached:
                 chosen.append(piece)
                 reached = stop
@@ -234,7 +249,10 @@ def _match_joined(sources: Mapping[str, Source], tensors: Mapping[str, Array], f
 
 
 class _Lines:
-    """Tensors by the norms of their lines: where another tensor might lie in one."""
+    """An index of tensors that answers which of them contain a given smaller tensor.
+
+    A line is the slice at one index of an axis. The norms of lines do not change when the other axes are permuted.
+    """
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self.arrays = arrays
@@ -251,19 +269,26 @@ class _Lines:
         return self.norms[name, axis]
 
     def holding(self, small: Array, tolerance: Any) -> Iterable[tuple[str, _Part]]:
-        """The tensors of which `small` is a proper part along one axis, and where it lies."""
+        """The tensors of which `small` is a proper part along one axis, and where `small` lies in them.
+
+        `tolerance` gives the absolute tolerance for a tensor's name.
+        """
         for cut in range(small.ndim):
             across = tuple(sorted(size for axis, size in enumerate(small.shape) if axis != cut))
-            own = _norms(small, cut)
+            small_norms = _norms(small, cut)
             for name, axis in self.by_shape.get(across, ()):
                 big = self.arrays[name]
                 if big.shape[axis] <= small.shape[cut] or big.ndim != small.ndim:
                     continue
-                part = self._place(small, cut, own, name, axis, tolerance(name))
+                part = self._place(small, cut, small_norms, name, axis, tolerance(name))
                 if part is not None:
                     yield name, part
 
     def _place(self, small: Array, cut: int, own: Array, name: str, axis: int, tolerance: float) -> _Part | None:
+        """Where `small`, cut along its axis `cut`, lies along `axis` of the tensor `name`; None where it does not.
+
+        `own` holds the norms of the lines of `small`.
+        """
         big, norms = self.arrays[name], self._norms(name, axis)
         slack = LOOSE * (float(own.max(initial=0.0)) + 1e-30)
         starts = np.flatnonzero(np.abs(norms[: len(norms) - len(own) + 1] - own[0]) <= slack)
@@ -274,21 +299,22 @@ class _Lines:
             for order in itertools.permutations(others):
                 permutation = (*order[:axis], cut, *order[axis:])
                 window = (slice(None),) * axis + (slice(start, start + len(own)),)
-                there = big[window]
-                if small.transpose(permutation).shape == there.shape and _equal(
-                    small.transpose(permutation), there, tolerance
+                region = big[window]
+                if small.transpose(permutation).shape == region.shape and _equal(
+                    small.transpose(permutation), region, tolerance
                 ):
                     return _Part(axis, int(start), permutation)
         return None
 
 
 def _norms(array: Array, axis: int) -> Array:
+    """The Euclidean norm of the slice at each index of an axis."""
     rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
     return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)))
 
 
 def constant(array: Array) -> bool:
-    """Whether a tensor is one number all over."""
+    """Whether all elements of a tensor are the same number."""
     return not array.size or bool((array == array.reshape(-1)[0]).all())
 
 
@@ -296,32 +322,35 @@ def constant(array: Array) -> bool:
 
 
 def _ordered(name: str, layouts: list[Layout], shared: Callable[[str], int]) -> list[Layout]:
-    """The likeliest first: few pieces, then the name that ends alike, then what is only copied."""
+    """The layouts, the likeliest first.
 
-    def rank(each: Layout) -> tuple[int, int, int]:
-        first = each.pieces[0].initializer
-        return len(each.pieces), -_alike(name, first), shared(first)
+    We prefer few pieces, then initializers whose name ends as the tensor's does, then those that growth only copies.
+    """
+
+    def rank(layout: Layout) -> tuple[int, int, int]:
+        first = layout.pieces[0].initializer
+        return len(layout.pieces), -_alike(name, first), shared(first)
 
     return sorted(layouts, key=rank)
 
 
 def _alike(a: str, b: str) -> int:
-    """How many parts two dotted names share at their ends."""
+    """How many parts at their ends two dotted names have in common."""
     pairs = zip(reversed(a.split(".")), reversed(b.split(".")), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _in_order(matches: Matches, order: Sequence[str]) -> None:
-    """Where names tell nothing, equal tensors are matched in the order in which both sides use them."""
+    """Pair equal tensors in the order in which graph and model use them, where their names have nothing in common."""
     place = {name: number for number, name in enumerate(order)}
     groups: dict[frozenset[str], list[str]] = defaultdict(list)
     for name, layouts in matches.layouts.items():
-        candidates = frozenset(each.pieces[0].initializer for each in layouts)
-        if len(candidates) > 1 and not any(_alike(name, each) for each in candidates):
+        candidates = frozenset(layout.pieces[0].initializer for layout in layouts)
+        if len(candidates) > 1 and not any(_alike(name, initializer) for initializer in candidates):
             groups[candidates].append(name)
     for names, members in groups.items():
-        ranked = sorted(names, key=lambda each: place.get(each, len(place)))
+        ranked = sorted(names, key=lambda initializer: place.get(initializer, len(place)))
         if len(ranked) != len(members):
             continue
         for name, wanted in zip(members, ranked, strict=True):
-            matches.layouts[name].sort(key=lambda each, wanted=wanted: each.pieces[0].initializer != wanted)  # type: ignore[misc]
+            matches.layouts[name].sort(key=lambda layout, wanted=wanted: layout.pieces[0].initializer != wanted)  # type: ignore[misc]

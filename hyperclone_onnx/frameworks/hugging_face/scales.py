@@ -1,14 +1,20 @@
-"""Constants that a model derives from its sizes, and where to put what they change.
+"""Compensate for the constants that a model derives from its sizes, by factors folded into its stored tensors.
 
-In a grown model every activation should be the source's, repeated. A model built from a grown configuration computes
-constants of its own from the sizes (an embedding multiplied by sqrt(hidden), scores divided by sqrt(head size), logits
-by the width), and has no place for a scalar that the grown graph has between two operators. So some of its activations
-are the source's repeated *and scaled*. Which, and by how much, is measured: both models run, operator by operator.
+In a grown model every activation should repeat the elements of the source's activation. Two things prevent that:
 
-Each stored tensor may be multiplied by a factor e^x. The logarithm of an activation's scale is then linear in the x: a
-product adds, a sum needs equal scales, and whatever is not homogeneous (a softmax, a norm with its epsilon) needs the
-scale one. These equations are solved; where they have no solution, or an activation is no scaled repetition at all
-(rotary frequencies of a grown head), the operator where that happens is named.
+* A model built from a grown configuration computes constants from the sizes: it multiplies an embedding by
+  sqrt(hidden), divides scores by sqrt(head size), or divides logits by the width.
+* The grown graph may have a scalar between two operators. The model has no place for such a scalar.
+
+So some activations repeat the source's elements *and scale them*. To measure which activations, and by how much, both
+models run, operator by operator.
+
+We may multiply each stored tensor by a factor e^x. The logarithm of an activation's scale is then a linear function of
+the x. A product adds the logarithms of its operands. A sum needs operands of equal scale. An operator that is not
+homogeneous (a softmax, a norm with an epsilon) needs operands of scale 1. `equations.solve` solves these equations.
+
+The handoff is refused, and the message names the operator, in two cases: the equations have no solution, or an
+activation does not repeat the source's at any scale (for example the rotary frequencies of a larger head).
 """
 
 from __future__ import annotations
@@ -44,33 +50,42 @@ SAME = frozenset(
     upsample_nearest2d view_as movedim pixel_shuffle im2col repeat_interleave narrow take_along_dim resolve_conj
     _reshape_alias to positive fill_diagonal dropout native_dropout unsafe_split pad swapaxes""".split()
 )
-"""Operators whose result scales as their first floating operand does."""
+"""Operators whose result has the scale of their first floating operand."""
 
 PRODUCTS = frozenset("mul mm bmm matmul dot mv linear convolution outer einsum _convolution".split())
+"""Operators whose result has the product of their operands' scales."""
+
 EQUAL = frozenset(
     """add sub cat stack where maximum minimum index_put scatter scatter_add index_add index_copy slice_scatter
     select_scatter copy lerp rsub""".split()
 )
+"""Operators that add their operands or place them side by side: all operands need the same scale."""
+
 POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "square": 2.0, "linalg_vector_norm": 1.0, "norm": 1.0}
+"""Operators of one operand whose result has a power of the operand's scale, with the exponent."""
 
 
 @dataclass
 class Value:
-    """A tensor: ``scale = exp(sum of coefficients * x + constant)`` once the factors e^x are in the stored tensors."""
+    """What we know of a tensor's scale relative to the source's tensor.
+
+    With factors e^x folded into the stored tensors, ``scale = exp(sum of coefficients[name] * x[name] + constant)``.
+    """
 
     coefficients: dict[str, float] = field(default_factory=dict)
     constant: float = 0.0
     ran: float = 0.0
-    """The logarithm of its scale as it ran, with earlier scales set right."""
+    """The logarithm of the scale measured in this run, in which the walk corrects operands of unequal scale."""
     active: bool = False
-    """Whether it depends on the model's inputs."""
+    """Whether the tensor depends on the model's inputs."""
     stored: bool = False
-    """Whether it is made of parameters alone."""
+    """Whether the tensor is computed from parameters alone."""
     zero: bool = False
+    """Whether all elements are zero: zeros have every scale."""
     leaf: str | None = None
-    """The parameter that it is, as stored or seen otherwise."""
+    """The name of the stored tensor whose elements these are, as stored or rearranged."""
     broken: str | None = None
-    """The operator that first made what is no scaled repetition."""
+    """A message about the first tensor on the way here that does not repeat the source's at any scale."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +104,24 @@ def compensations(
     ratios: Iterable[int],
     known: Mapping[str, float],
 ) -> dict[str, Compensation]:
-    """What must be folded into a grown model's stored tensors for it to compute what its source computes.
+    """The factors with which the grown model computes what its source computes, for each stored tensor that needs one.
 
     Args:
-        model: the grown model in float32, its tensors as they were grown from the source.
-        feeds: its inputs, as the source was given them.
-        source: the source's recording.
-        names: the stored tensor that each parameter or buffer is, by id.
-        ratios: by how many the dimensions grow, to recognise their roots.
-        known: the scales of stored tensors that are zero, where none can be measured.
+        model: the grown model in float32. Its tensors are those that growth alone makes from the source's.
+        feeds: the model's inputs by name. They are the inputs with which `source` was recorded.
+        source: the steps recorded from the source's model.
+        names: the name of each stored tensor, by the id of its parameter or buffer.
+        ratios: the factors by which dimensions grow. Measured scales near a product of their roots are set to it.
+        known: by name, the scales of stored tensors that are zero, because a scale of zeros cannot be measured.
 
     Raises:
-        Refused: no factors of stored tensors do it; the operator is named.
+        Refused: no factors make the models equal. The message names the operator.
     """
     walk = _Walk(model, source, names, _Grid(ratios), known)
     walk.run(feeds)
-    sizes = {names[id(each)]: each.numel() for each in (*model.parameters(), *model.buffers()) if id(each) in names}
+    sizes = {
+        names[id(tensor)]: tensor.numel() for tensor in (*model.parameters(), *model.buffers()) if id(tensor) in names
+    }
     for name, offsets in walk.offsets.items():
         if len(offsets) > 1:
             walk.equations.append(Equation({name: 1.0}, 0.0, f"{name}, which is read in two ways"))
@@ -117,11 +134,14 @@ def compensations(
 
 
 class _Grid:
-    """Scales are mostly products of square roots of the factors of growth."""
+    """Snaps a measured logarithm of a scale to the nearest exact one.
+
+    Scales are mostly products of square roots of the growth factors, so the exact values are known beforehand.
+    """
 
     def __init__(self, ratios: Iterable[int]) -> None:
         logs = [0.0]
-        for ratio in sorted({each for each in ratios if each > 1}):
+        for ratio in sorted({factor for factor in ratios if factor > 1}):
             logs = [log + k * 0.5 * math.log(ratio) for log in logs for k in range(-6, 7)]
         self.logs = np.unique(np.asarray(logs))
 
@@ -131,6 +151,8 @@ class _Grid:
 
 
 class _Walk:
+    """One run of the grown model beside the source's recording, which collects the equations of all operators."""
+
     def __init__(
         self,
         model: Any,
@@ -150,12 +172,12 @@ class _Walk:
         self.offsets: dict[str, set[float]] = {}
         self.inputs: set[int] = set()
         self.where: list[str] = []
-        self.labels = {id(each): name for name, each in model.named_buffers()}
+        self.labels = {id(buffer): name for name, buffer in model.named_buffers()}
         self.count = 0
         self.aligned: dict[int, int] | None = None
 
     def run(self, feeds: dict[str, Any]) -> None:
-        self.inputs = {id(each) for each in feeds.values()}
+        self.inputs = {id(tensor) for tensor in feeds.values()}
         hooks = self._hooks()
         try:
             self._align(feeds)
@@ -173,20 +195,22 @@ class _Walk:
                 self._demand(value, f"the output {name}")
 
     def _hooks(self) -> list[Any]:
+        """Hooks that keep `self.where`, the stack of modules that are running, for messages."""
+
         def enter(name: str) -> Any:
             return lambda *_: self.where.append(name)
 
         def leave(*_: Any) -> None:
             self.where.pop()
 
-        found = []
+        hooks = []
         for name, module in self.model.named_modules():
-            found.append(module.register_forward_pre_hook(enter(name or type(module).__name__)))
-            found.append(module.register_forward_hook(leave))
-        return found
+            hooks.append(module.register_forward_pre_hook(enter(name or type(module).__name__)))
+            hooks.append(module.register_forward_hook(leave))
+        return hooks
 
     def _align(self, feeds: dict[str, Any]) -> None:
-        """Which of the source's steps each step is, where the two do not run the same operators."""
+        """Pair the steps of both models where the two do not run the same sequence of operators."""
         names: list[str] = []
 
         def handler(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -196,19 +220,21 @@ class _Walk:
 
         with Recorder(handler):
             run_model(self.model, feeds)
-        theirs = [step.name for step in self.source]
-        if names == theirs:
+        source_names = [step.name for step in self.source]
+        if names == source_names:
             return
-        matcher = difflib.SequenceMatcher(None, theirs, names, autojunk=False)
+        matcher = difflib.SequenceMatcher(None, source_names, names, autojunk=False)
         self.aligned = {b + i: a + i for a, b, size in matcher.get_matching_blocks() for i in range(size)}
 
     def _step(self) -> Step | None:
+        """The source's step that belongs to the current step."""
         number = self.count if self.aligned is None else self.aligned.get(self.count)
         return None if number is None else self.source[number]
 
     # -- one operator -------------------------------------------------------------------------------------------
 
     def _handle(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one operator, and note its equations and its result's scale."""
         name = operator_name(func)
         if name in TRANSPARENT:
             result = func(*args, **kwargs)
@@ -233,6 +259,7 @@ class _Walk:
         return result
 
     def _value(self, tensor: Any, step: Step | None, position: int) -> Value:
+        """The value of an operand. At its first use, a parameter, buffer, constant or input is measured."""
         value = self.values.get(id(tensor))
         if value is not None:
             return value
@@ -257,7 +284,11 @@ class _Walk:
     def _rule(
         self, name: str, args: Sequence[Any], floating: list[tuple[Any, Value]], full: str
     ) -> tuple[Value, dict[int, float]]:
-        """What the result's scale will be, and the operands that must be divided first."""
+        """The result's scale as the operator implies it, and the factors by which operands must be multiplied first.
+
+        The factors, by the id of the operand, correct scales that the operator does not accept: with them the rest of
+        the run stays comparable with the source's.
+        """
         where = self._where(full)
         inputs = [value for _, value in floating]
         if not inputs:
@@ -285,33 +316,35 @@ class _Walk:
         return self._nonlinear(floating, where)
 
     def _bare(self, inputs: Sequence[Value]) -> None:
+        """Note that the model reads these stored tensors without adding a constant to them first."""
         for value in inputs:
             if value.leaf is not None:
                 self.offsets.setdefault(value.leaf, set()).add(0.0)
 
     def _equal(self, floating: list[tuple[Any, Value]], where: str) -> tuple[Value, dict[int, float]]:
-        """Operands that are added, or set side by side, must have one scale."""
-        counted = [(t, v) for t, v in floating if not v.zero]
-        if not counted:
+        """Operands that are added, or placed side by side, must have the same scale."""
+        operands = [(t, v) for t, v in floating if not v.zero]
+        if not operands:
             return _copied(floating[0][1]), {}
-        head = next((v for _, v in counted if not v.coefficients), counted[0][1])
-        for _, value in counted:
+        head = next((v for _, v in operands if not v.coefficients), operands[0][1])
+        for _, value in operands:
             if value is head:
                 continue
             difference = dict(value.coefficients)
             for key, coefficient in head.coefficients.items():
                 difference[key] = difference.get(key, 0.0) - coefficient
             self._equation(difference, head.constant - value.constant, where)
-        unequal = any(abs(v.ran - head.ran) > NEAR for _, v in counted)
+        unequal = any(abs(v.ran - head.ran) > NEAR for _, v in operands)
         out = Value(dict(head.coefficients), head.constant, 0.0 if unequal else head.ran)
-        return out, {id(t): math.exp(-v.ran) for t, v in counted if abs(v.ran) > 0.0} if unequal else {}
+        return out, {id(t): math.exp(-v.ran) for t, v in operands if abs(v.ran) > 0.0} if unequal else {}
 
     def _nonlinear(self, floating: list[tuple[Any, Value]], where: str) -> tuple[Value, dict[int, float]]:
+        """Every operand must have the scale 1, because nothing is known of how the operator treats scales."""
         factors = {}
         for tensor, value in floating:
             if value.zero:
                 continue
-            if value.stored:  # what is stored is taken for right as it is
+            if value.stored:  # the scale that growth gave a stored tensor is correct, so only the factors count
                 self._equation(value.coefficients, 0.0, where)
                 continue
             self._demand(value, where)
@@ -320,29 +353,32 @@ class _Walk:
         return Value(), factors
 
     def _demand(self, value: Value, where: str) -> None:
+        """Demand that a value has the scale 1."""
         self._equation(value.coefficients, -value.constant, where)
 
     def _equation(self, coefficients: Mapping[str, float], constant: float, where: str) -> None:
-        kept = {name: each for name, each in coefficients.items() if each}
+        kept = {name: coefficient for name, coefficient in coefficients.items() if coefficient}
         if kept or abs(constant) > NEAR:
             self.equations.append(Equation(kept, constant if abs(constant) > NEAR else 0.0, where))
 
-    # -- its result ---------------------------------------------------------------------------------------------
+    # -- the operator's result ----------------------------------------------------------------------------------
 
     def _made(
         self, result: Any, out: Value, inputs: Sequence[Value], step: Step | None, name: str, given: Sequence[Any]
     ) -> None:
+        """Note the values of an operator's results: as the operator implies them, corrected by what is measured."""
         active = any(value.active for value in inputs)
         stored = bool(inputs) and not active and any(value.stored for value in inputs)
         broken = next((value.broken for value in inputs if value.broken is not None), None)
         outputs = tensors_of(result)
+        # An operator that works in place may return a view of its operand: what changed is the operand itself.
         if name.endswith("_") and not name.startswith("_") and given and outputs and outputs[0] is not given[0]:
             outputs = [given[0], *outputs[1:]]
         for number, tensor in enumerate(outputs):
             value = Value(dict(out.coefficients), out.constant, out.ran, active, stored, leaf=out.leaf, broken=broken)
             if tensor.is_floating_point():
-                theirs = step.outputs[number] if step is not None and number < len(step.outputs) else None
-                self._measure(value, tensor, theirs, name)
+                expected = step.outputs[number] if step is not None and number < len(step.outputs) else None
+                self._measure(value, tensor, expected, name)
             self.values[id(tensor)] = value
             self.alive.append(tensor)
 
@@ -362,12 +398,18 @@ class _Walk:
             value.broken = self._story(self._where(name), tensor, theirs)
 
     def _measured(self, tensor: Any, theirs: Signature | None) -> float | str | None:
-        """The logarithm of a tensor's scale; None where it has none or cannot be said; "" where it is no repetition."""
-        ours = signature(tensor)
-        if ours is None or theirs is None:
+        """The logarithm of a tensor's scale, from its signature and that of the source's tensor.
+
+        None means that there is no scale to measure (zeros, or a signature is missing). "" means that the tensor does
+        not repeat the source's at any scale.
+        """
+        repeated = signature(tensor)
+        if repeated is None or theirs is None:
             return None
-        a, b = theirs.values, ours.values
-        if ours.size % theirs.size:
+        a, b = theirs.values, repeated.values
+        if (
+            repeated.size % theirs.size
+        ):  # repeats are unequal in number: only the smallest and the largest are comparable
             a, b = a[[0, -1]], b[[0, -1]]
         usual = np.isfinite(a) & (np.abs(a) < HUGE)
         if not np.array_equal(usual, np.isfinite(b) & (np.abs(b) < HUGE)):
@@ -386,10 +428,11 @@ class _Walk:
         return f"what {name} makes in {self.where[-1] if self.where else 'the model'}"
 
     def _story(self, where: str, tensor: Any, theirs: Signature | None) -> str:
-        ours = signature(tensor)
+        """The message for a tensor that does not repeat the source's: where it is, and a number that differs."""
+        repeated = signature(tensor)
         shown = ""
-        if ours is not None and theirs is not None:
-            pairs = [(a, b) for a, b in zip(theirs.values, ours.values, strict=True) if abs(a - b) > NEAR * abs(a)]
+        if repeated is not None and theirs is not None:
+            pairs = [(a, b) for a, b in zip(theirs.values, repeated.values, strict=True) if abs(a - b) > NEAR * abs(a)]
             if pairs:
                 shown = f" ({pairs[-1][0]:.4g} becomes {pairs[-1][1]:.4g})"
         return (
@@ -399,12 +442,14 @@ class _Walk:
 
 
 def _copied(value: Value, keep_leaf: bool = False) -> Value:
+    """The value of a result that has its operand's scale."""
     return Value(
         dict(value.coefficients), value.constant, value.ran, zero=value.zero, leaf=value.leaf if keep_leaf else None
     )
 
 
 def _combined(values: Sequence[Value], powers: Sequence[float]) -> Value:
+    """The value of a product of powers."""
     out = Value()
     for value, power in zip(values, powers, strict=False):
         for name, coefficient in value.coefficients.items():
@@ -416,21 +461,23 @@ def _combined(values: Sequence[Value], powers: Sequence[float]) -> Value:
 
 def _number(args: Sequence[Any]) -> Any:
     """The number among the operands of a sum."""
-    return next((each for each in args[:2] if isinstance(each, int | float)), None)
+    return next((operand for operand in args[:2] if isinstance(operand, int | float)), None)
 
 
 def _harmless(args: Sequence[Any]) -> bool:
-    """Whether what a mask writes is the same at every scale."""
+    """Whether the number that a mask writes means the same at every scale: zero, or a stand-in for infinity."""
     number = args[-1]
     return isinstance(number, int | float) and (number == 0 or abs(number) >= HUGE or math.isinf(number))
 
 
 def _scaled(args: Sequence[Any], factors: Mapping[int, float]) -> list[Any]:
-    def scale(each: Any) -> Any:
-        if isinstance(each, torch.Tensor) and id(each) in factors:
-            return each * factors[id(each)]
-        if isinstance(each, list | tuple):
-            return [scale(inner) for inner in each]
-        return each
+    """An operator's arguments with some tensors multiplied, in nested lists too."""
 
-    return [scale(each) for each in args]
+    def scale(argument: Any) -> Any:
+        if isinstance(argument, torch.Tensor) and id(argument) in factors:
+            return argument * factors[id(argument)]
+        if isinstance(argument, list | tuple):
+            return [scale(inner) for inner in argument]
+        return argument
+
+    return [scale(argument) for argument in args]
