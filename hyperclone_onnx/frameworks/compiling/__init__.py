@@ -1,1 +1,1 @@
-"""From an ONNX graph to a program, and from a program to the source of a function in PyTorch or JAX."""
+"""Compile an ONNX graph to a program, and a program to the source of a function in PyTorch or JAX."""

@@ -1,4 +1,4 @@
-"""A program as a pure function of its stored tensors and its inputs."""
+"""Turn a program into a pure function of its stored tensors and its inputs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hyperclone_onnx.frameworks.compiling.program import Program
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
 
 Tree = Mapping[str, Any]
-"""Stored tensors under their paths, a level for each dot."""
+"""Stored tensors in nested dicts, with a level for each dot of their paths."""
 
 
 class Application:
-    """``apply(params, *inputs, **inputs)`` in one framework; `code` is its source.
+    """The function ``apply(params, *inputs, **inputs)`` in one framework. `code` is its source.
 
-    What `params` lacks of the program's stored tensors is in `constants`.
+    `params` may lack stored tensors of the program; these are in `constants`.
     """
 
     def __init__(self, program: Program, constants: Tree, framework: str) -> None:
@@ -32,52 +32,52 @@ class Application:
         )
 
     def __call__(self, params: Tree, /, *inputs: Any, **named: Any) -> Any:
-        """The graph's one output, or a dict of its outputs by name."""
-        given = [
+        """Return the output of the graph, or a dict of its outputs by name if it has several."""
+        arguments = [
             self._namespace.numbers(value) if entry.host and not isinstance(value, int | tuple) else value
             for entry, value in zip(self.program.inputs, bind(self.program, inputs, named), strict=True)
         ]
         weights = {**_merged(params, self.constants), "blocks": self._blocks}
-        values = self._function(weights, *given)
+        values = self._function(weights, *arguments)
         names = self.program.outputs
         return values[0] if len(names) == 1 else dict(zip(names, values, strict=True))
 
 
 def bind(program: Program, positional: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
-    """The values of a program's inputs in its order; they are given by position and by name.
+    """Bind arguments to the inputs of a program: the values in the order of the inputs.
 
     Raises:
-        BadRequest: one is missing, unknown, or given twice.
+        BadRequest: an input is missing, unknown, or given twice.
     """
     names = [entry.name for entry in program.inputs]
     if len(positional) > len(names):
         raise BadRequest(f"{len(positional)} inputs given, the model has {len(names)}: {', '.join(names)}")
-    given = dict(zip(names, positional, strict=False))
+    values = dict(zip(names, positional, strict=False))
     for name, value in named.items():
         if name not in names:
             raise BadRequest(f"the model has no input {name!r}; it has {', '.join(names)}")
-        if name in given:
+        if name in values:
             raise BadRequest(f"the input {name!r} is given twice")
-        given[name] = value
-    missing = [name for name in names if name not in given]
+        values[name] = value
+    missing = [name for name in names if name not in values]
     if missing:
         raise BadRequest(f"the model's inputs {', '.join(missing)} are missing")
-    return [given[name] for name in names]
+    return [values[name] for name in names]
 
 
 def _item(path: str) -> str:
-    """How the source reads a stored tensor, or a layer's tensors."""
+    """The source that reads a stored tensor, or the tensors of a layer."""
     return "weights" + "".join(f"[{part!r}]" for part in path.split("."))
 
 
 def _called(program: Program) -> Callable[[str], str]:
-    """How the source calls a layer: its block's function, given its tensors."""
+    """A function from the path of a layer to the source that calls its block with its tensors."""
     blocks = dict(block_paths(program))
     return lambda path: f'partial(weights["blocks"][{blocks[path]}], {_item(path)})'
 
 
 def _merged(one: Tree, other: Tree) -> dict[str, Any]:
-    """Two trees as one."""
+    """The tensors of two trees in one tree."""
     both = {**other, **one}
     for name in one.keys() & other.keys():
         both[name] = _merged(one[name], other[name])

@@ -1,4 +1,4 @@
-"""Which values are sizes: computed on the host in Python numbers, not as arrays."""
+"""Decide which values of a graph are sizes. A program computes sizes on the host, as Python numbers, not arrays."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _WHOLE = frozenset(
     ]
 )
 LARGEST = 1024
-"""A stored tensor with more elements than this is data, not sizes."""
+"""A stored tensor with more elements holds data, not sizes."""
 
 
 class HostValues:
-    """The values of a model that live on the host.
+    """The values of a model that the program computes on the host.
 
-    A value does where an operator *needs* it there (the shape of a Reshape, back through everything it is computed
-    from), and where it is whole numbers computed from shapes alone.
+    There are two kinds. First, an operator *needs* a value as Python numbers, such as the shape of a Reshape. Then all
+    values from which this one is computed are on the host too. Second, a value holds integers that are computed from
+    shapes alone.
 
     Raises:
         Refused: a size depends on data.
@@ -39,29 +40,29 @@ class HostValues:
     def __init__(self, model: ir.Model) -> None:
         self.host: set[ir.Value] = set()
         self.states: set[ir.Value] = set()
-        """What a Loop's body gives on as a Python number."""
+        """The outputs of Loop bodies that are passed to the next turn as Python numbers."""
         self._loops: dict[ir.Value, tuple[ir.Node, int]] = {}
         self._demand(model.graph)
         self._follow(model.graph)
 
     def is_known(self, value: ir.Value | None) -> bool:
-        """Whether a value's elements are Python numbers."""
+        """Whether the program has the elements of a value as Python numbers."""
         return value is not None and (value in self.host or is_initializer(value))
 
     def runs_on_host(self, node: ir.Node) -> bool:
-        """Whether a node computes with Python numbers alone; the shape of an array is asked of the array."""
+        """Whether a node computes with Python numbers alone. The Shape of an array does not: it reads the array."""
         if not any(output in self.host for output in node.outputs):
             return False
         return node.op_type not in ("Shape", "Size") or self.is_known(node.inputs[0])
 
-    # -- backwards: what is needed --------------------------------------------------------------------------
+    # -- backwards: values that operators need --------------------------------------------------------------
 
     def _demand(self, graph: ir.Graph) -> None:
         for node in reversed(list(graph)):
             for inner in bodies_of(node):
                 self._loops |= {value: (node, place) for place, value in enumerate(inner.inputs)}
                 known = -1
-                while known != len(self.host):  # a state that is needed makes others needed
+                while known != len(self.host):  # if one state is needed, other states can become needed
                     known = len(self.host)
                     self._demand(inner)
             if any(output in self.host for output in node.outputs):
@@ -99,7 +100,7 @@ class HostValues:
         self.host.add(value)
 
     def _need_in_turns(self, value: ir.Value, reader: ir.Node) -> None:
-        """A Loop's number of a turn, or a state of it, which then is a number before and after every turn."""
+        """Put a Loop's turn number or state on the host. A state is then a number before and after every turn."""
         node, place = self._loops[value]
         if node.op_type != "Loop" or place == 1:
             raise Refused(
@@ -112,11 +113,11 @@ class HostValues:
         after = node.attributes["body"].as_graph().outputs[place - 1]
         self.states.add(after)
         self.host.add(node.outputs[place - 2])
-        for each in (node.inputs[place], after):
-            assert each is not None
-            self._need(each, reader)
+        for state in (node.inputs[place], after):
+            assert state is not None
+            self._need(state, reader)
 
-    # -- forwards: what comes of shapes alone ---------------------------------------------------------------
+    # -- forwards: values computed from shapes alone --------------------------------------------------------
 
     def _follow(self, graph: ir.Graph) -> None:
         for node in graph:
@@ -135,10 +136,10 @@ class HostValues:
         if any(output.shape is not None and len(output.shape) > 1 for output in node.outputs):
             return False
         if node.op_type in ("Range", "ConstantOfShape", "Expand", "Tile"):
-            return False  # these make arrays; only a reader that needs numbers makes them numbers
-        given = [value for value in node.inputs if value is not None]
-        return any(value in self.host for value in given) and all(
-            value in self.host or (is_initializer(value) and _is_small(value)) for value in given
+            return False  # these make arrays, unless a reader needs their results as numbers
+        inputs = [value for value in node.inputs if value is not None]
+        return any(value in self.host for value in inputs) and all(
+            value in self.host or (is_initializer(value) and _is_small(value)) for value in inputs
         )
 
 
@@ -163,4 +164,5 @@ def _is_small(value: ir.Value) -> bool:
 
 
 def _has_host_form(node: ir.Node) -> bool:
+    """Whether the table can compute a node with Python numbers."""
     return node.op_type in ("Shape", "Size") or registry.host_operator(node.domain, node.op_type) is not None

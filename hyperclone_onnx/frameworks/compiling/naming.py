@@ -1,4 +1,4 @@
-"""Where each stored tensor lives: its initializer's name, the dots as levels."""
+"""The path of each stored tensor: the name of its initializer, in which dots separate levels."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ MODULE_ATTRIBUTES = frozenset(
     train training type xpu zero_grad
     """.split()
 )
-"""What a torch.nn.Module has of its own."""
+"""Attributes of every torch.nn.Module, which a path must not replace."""
 
 
 def paths(names: Iterable[str]) -> dict[str, str]:
-    """A path for each initializer: parts that are identifiers or numbers, none of them a torch.nn.Module's own.
+    """A path for each initializer. Its parts are identifiers or numbers, and none is an attribute of torch.nn.Module.
 
     >>> paths(["model.layers.0.weight", "onnx::MatMul_12", "a", "a.b"])
     {'model.layers.0.weight': 'model.layers.0.weight', 'onnx::MatMul_12': 'onnx__MatMul_12', 'a': 'a_', 'a.b': 'a.b'}
     """
     cleaned = {name: ".".join(_part(part) for part in name.split(".") if part) or "tensor" for name in names}
     folders = {path.rsplit(".", depth)[0] for path in cleaned.values() for depth in range(1, path.count(".") + 1)}
-    found: dict[str, str] = {}
+    path_of: dict[str, str] = {}
     taken: set[str] = set()
     for name, path in cleaned.items():
         while path in taken or path in folders:
             path += "_"
         taken.add(path)
-        found[name] = path
-    return found
+        path_of[name] = path
+    return path_of
 
 
 def _part(text: str) -> str:
+    """One part of a path, made an identifier or a number."""
     part = re.sub(r"\W", "_", text, flags=re.ASCII)
     if part.isdigit():
         return part
@@ -51,7 +52,7 @@ def _part(text: str) -> str:
 
 
 def nested(flat: Mapping[str, T]) -> dict[str, Any]:
-    """A nested dict from paths, the dots as levels.
+    """A nested dict from paths, with a level for each dot.
 
     >>> nested({"a.b": 1, "a.c": 2, "d": 3})
     {'a': {'b': 1, 'c': 2}, 'd': 3}

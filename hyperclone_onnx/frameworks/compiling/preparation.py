@@ -1,4 +1,4 @@
-"""From a model file to a graph of covered operators: functions inlined, constants folded, patterns recognised."""
+"""Prepare a model for compiling: inline its functions, check its operators, fold constants, recognise patterns."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from hyperclone_onnx.reading.opsets import settle_opsets, take_over_versions
 from hyperclone_onnx.reading.type_inference import infer_types
 
 CONTROL = ("If", "Loop", "Scan")
-"""Operators with bodies."""
+"""Operators that hold graphs of their own."""
 DEEPEST = 8
-"""How deep function bodies may nest."""
+"""How many levels of function bodies we inline."""
 
 
 def prepare(path: str | os.PathLike[str]) -> ir.Model:
-    """Read a model and bring it into the form that `compiler.compile_program` reads.
+    """Read a model and bring it into the form that `compiler.compile_program` takes.
 
     Raises:
         BadModel: the file is not a readable, complete ONNX model.
@@ -44,7 +44,7 @@ def prepare(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
-    """The same for a model in memory, which is changed in place and returned."""
+    """Prepare a model in memory. The model is changed in place and returned."""
     try:
         settle_opsets(model)
         passes.InlinePass()(model)
@@ -56,7 +56,7 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
         _store_constant_outputs(model)
     except (BadModel, Refused) as problem:
         raise type(problem)(f"{name}: {problem}") from problem
-    except Exception as problem:  # the passes raise whatever a malformed graph makes them raise
+    except Exception as problem:  # a malformed graph can make the passes raise any exception
         raise BadModel(f"{name}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     check(model, name)
     _fold(model)
@@ -66,7 +66,7 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
 
 
 def _store_constant_outputs(model: ir.Model) -> None:
-    """Constants that are outputs of the graph, which normalising leaves alone, as stored tensors too."""
+    """Turn constants that are outputs of the graph into stored tensors too: `normalise` leaves these alone."""
     fresh = FreshNames(model.graph)
     for node in list(model.graph.all_nodes()):
         if node.op_type == "Constant" and "value" in node.attributes:
@@ -81,7 +81,7 @@ def _store_constant_outputs(model: ir.Model) -> None:
 
 
 def _inline_bodies(model: ir.Model) -> bool:
-    """Inline ONNX's own function body of each operator that the table lacks; whether there was any."""
+    """Inline ONNX's function body of each operator that the table lacks. Return whether a body was inlined."""
     missing = [
         node
         for node in model.graph.all_nodes()
@@ -91,23 +91,25 @@ def _inline_bodies(model: ir.Model) -> bool:
         return False
     if any(output.dtype is None for node in model.graph for output in node.outputs):
         infer_types(model)
-    found = False
+    has_body = False
     for number, node in enumerate(missing):
         function = _function_body(node, model.graph, f"body{number}")
         if function is not None:
             node.overload = function.overload
             model.functions[function.identifier()] = function
-            found = True
-    if found:
+            has_body = True
+    if has_body:
         passes.InlinePass()(model)
-    return found
+    return has_body
 
 
 def _function_body(node: ir.Node, graph: ir.Graph, overload: str) -> ir.Function | None:
-    """The body that ONNX gives an operator; None where it gives none, or none in the operators of the model's opset."""
+    """The body that ONNX defines for an operator; None if there is none, or none for the model's opset."""
     opset = opset_of(graph, node.domain)
     try:
-        schema: Any = onnx.defs.get_schema(node.op_type, opset, node.domain)  # its stubs lack the function bodies
+        schema: Any = onnx.defs.get_schema(
+            node.op_type, opset, node.domain
+        )  # onnx's type stubs lack the function bodies
     except onnx.defs.SchemaError:
         return None
     for name, attribute in schema.attributes.items():
@@ -137,10 +139,10 @@ def _function_body(node: ir.Node, graph: ir.Graph, overload: str) -> ir.Function
 
 
 def check(model: ir.Model, name: str) -> None:
-    """Refuse a model with operators, or forms of operators, that the table does not have.
+    """Refuse a model with an operator, an attribute, an input or a type that the table does not cover.
 
     Raises:
-        Refused: with the operators, and a node of each.
+        Refused: the model has one. For operators the message names all that are missing, with a node for each.
     """
     missing: Counter[str] = Counter()
     nodes: dict[str, str] = {}
@@ -157,8 +159,8 @@ def check(model: ir.Model, name: str) -> None:
             nodes.setdefault(registry_name(node), node.name or "")
             continue
         bound_attributes(node, operator, model.graph.opset_imports)
-        given = len(node.inputs)
-        if not operator.variadic and given > len(operator.inputs):
+        count = len(node.inputs)
+        if not operator.variadic and count > len(operator.inputs):
             extra = [value for value in node.inputs[len(operator.inputs) :] if value is not None]
             if extra:
                 where = f"{registry_name(node)} (node {node.name!r})"
@@ -182,7 +184,7 @@ def _check_type(name: str, value: ir.Value, where: str) -> None:
 
 
 def _fold(model: ir.Model) -> None:
-    """Compute what whole numbers make of stored whole numbers; floats stay as they are, weights among them."""
+    """Fold shapes of stored tensors, and integers computed from stored integers. Floats stay: they may be weights."""
     from hyperclone_onnx.frameworks.compiling.namespaces import numpy as xp
 
     for node in list(model.graph):
@@ -203,9 +205,9 @@ def _fold(model: ir.Model) -> None:
         if form.keywords & {"device", "outputs"} or form.host - {"axes", "shape", "starts", "ends", "steps"}:
             continue
         arrays = [v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None]
-        given = [tuple(a.tolist()) if form.is_host(i) else a for i, a in enumerate(arrays)]
+        arguments = [tuple(a.tolist()) if form.is_host(i) else a for i, a in enumerate(arrays)]
         attributes = dict(bound_attributes(node, form, model.graph.opset_imports))
-        result = np.asarray(form.function(xp, *given, **attributes))
+        result = np.asarray(form.function(xp, *arguments, **attributes))
         if result.dtype.kind in "biu" and result.size <= LARGEST:
             _store(model, node, result)
 
@@ -216,6 +218,7 @@ def _is_whole(value: ir.Value) -> bool:
 
 
 def _store(model: ir.Model, node: ir.Node, array: npt.NDArray[Any]) -> None:
+    """Put a stored tensor, under the name of the node's output, in the place of the node."""
     output = node.outputs[0]
     tensor = ir.Tensor(array, name=output.name)
     value = ir.Value(

@@ -1,7 +1,8 @@
-"""A graph as a program: calls into the table of operators, host values apart from arrays.
+"""A program: a graph as a list of calls of the table's operators.
 
-A `Program` is frozen data that knows no framework; `compiler` makes it. Sizes and what is computed from them are *host*
-values, Python numbers; so a tracing framework sees static shapes, or its own symbols.
+A `Program` is frozen data and does not depend on a framework. `compiler` makes it. Sizes, and the values that are
+computed from sizes, are *host* values: Python numbers instead of arrays. So a framework that traces the program sees
+static shapes, or its own symbols.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal as OneOf
 
 @dataclass(frozen=True)
 class Local:
-    """A variable: an input or what a call made."""
+    """A variable of the program: an input, or a result of a step."""
 
     name: str
 
@@ -34,7 +35,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Lifted:
-    """A host value as an array of an ONNX element type."""
+    """A host value that is turned into an array of an ONNX element type."""
 
     value: Local | Number
     element_type: int
@@ -45,7 +46,7 @@ Operand = Local | Stored | Number | Lifted
 
 @dataclass(frozen=True)
 class Call:
-    """outputs = operator(*inputs, **attributes), by the operator's form for Python numbers when `host`."""
+    """outputs = operator(*inputs, **attributes). If `host`, the operator's form for Python numbers is called."""
 
     node: str
     domain: str
@@ -55,7 +56,7 @@ class Call:
     attributes: tuple[tuple[str, Any], ...] = ()
     host: bool = False
     creates: bool = False
-    """Whether it makes an array from nothing, and so is told the device."""
+    """Whether the operator creates an array, and so takes the device as an argument."""
 
 
 @dataclass(frozen=True)
@@ -71,24 +72,24 @@ class Choice:
 
 @dataclass(frozen=True)
 class Repeat:
-    """A Loop: states, made = turn(number, condition, *states), again and again."""
+    """A Loop: states, results = turn(number, condition, *states), repeated. The results of all turns are stacked."""
 
     node: str
     trips: Operand | None
-    """How often at most; None: until the condition fails."""
+    """The largest number of turns. With None the Loop runs until the condition fails."""
     condition: Operand | None
-    """Whether to begin; None where it always holds, also after each turn."""
+    """Whether the first turn runs. None if the condition always holds, also after each turn."""
     states: tuple[Operand, ...]
     turn: Body
     outputs: tuple[str | None, ...]
     numbered: bool
-    """Whether the turn takes its number, or a state, as a Python number."""
+    """Whether the body takes the turn's number, or a state, as a Python number."""
     creates: bool = True
 
 
 @dataclass(frozen=True)
 class Walk:
-    """A Scan: states, made = turn(*states, *slices), along one axis of each scanned array."""
+    """A Scan: states, results = turn(*states, *slices), along one axis of each scanned array."""
 
     node: str
     states: tuple[Operand, ...]
@@ -96,14 +97,14 @@ class Walk:
     turn: Body
     outputs: tuple[str | None, ...]
     axes: tuple[int, ...]
-    """Of each scanned array, then of each made one."""
+    """The axis of each scanned array, then the axis along which each result is stacked."""
     backwards: tuple[int, ...]
-    """The same, 1 where it runs from the end."""
+    """In the same order: 1 if the Scan runs from the end of the axis, otherwise 0."""
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """outputs = the block at `path`, called."""
+    """outputs = block(*inputs), with the stored tensors under `path`. `block` is an index into `Program.blocks`."""
 
     path: str
     block: int
@@ -125,7 +126,7 @@ def bodies(step: Step) -> tuple[Body, ...]:
 
 
 def given(step: Step) -> tuple[Operand | None, ...]:
-    """What a step itself is given, its bodies aside."""
+    """The operands of a step itself. The operands of steps within its bodies are left out."""
     match step:
         case Choice():
             return (step.condition,)
@@ -138,7 +139,7 @@ def given(step: Step) -> tuple[Operand | None, ...]:
 
 @dataclass(frozen=True)
 class Body:
-    """Steps in order, each variable set once."""
+    """Steps in the order in which they run. Each variable is set once."""
 
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
@@ -150,7 +151,7 @@ Role = OneOf["trainable", "frozen", "constant"]
 
 @dataclass(frozen=True)
 class Weight:
-    """A stored tensor: the initializer it is, where it lives, and what it is for."""
+    """A stored tensor: the name of its initializer, its path in the parameters, its shape, type and role."""
 
     initializer: str
     path: str
@@ -162,7 +163,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Input:
-    """A graph input: its name, its variable, and whether it is taken as Python numbers."""
+    """A graph input: its name, its variable, its element type, and whether the program takes it as Python numbers."""
 
     name: str
     variable: str
@@ -172,7 +173,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Program:
-    """A whole graph. `blocks` are the bodies that `BlockCall`s refer to."""
+    """A whole graph as a program. A `BlockCall` names one of its `blocks` by index."""
 
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]

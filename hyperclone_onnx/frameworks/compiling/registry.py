@@ -1,9 +1,10 @@
-"""The one table of operators: what each computes, in the terms of the Python array API standard.
+"""The table of operators: for each operator a function that computes it with the Python array API standard.
 
-An implementation is one function ``f(xp, *inputs, **attributes)``. Its signature says the rest: parameters annotated
-`Host` are sizes and indices that must be plain Python numbers (or tuples of them); keyword parameters are the
-operator's attributes with the operator's defaults. An attribute of an older opset that has become an input (``axes``)
-is given to the parameter of that name.
+An implementation is one function ``f(xp, *inputs, **attributes)``. Its signature says the rest:
+
+* A parameter annotated `Host` is a size or an index. It must be a Python number or a tuple of Python numbers.
+* A keyword parameter is an attribute of the operator and has the operator's default.
+* In some older opsets an input of today (``axes``) is an attribute. Then the parameter of that name takes it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Array = Any
-"""An array of whatever framework the namespace `xp` is of."""
+"""An array of the framework to which the namespace `xp` belongs."""
 
 Host = Any
 """A parameter that is computed on the host: a Python number, or a tuple of them."""
@@ -22,16 +23,16 @@ Host = Any
 Implementation = Callable[..., Any]
 
 INTERNAL = "hyperclone"
-"""The domain of what `fusions` makes of several nodes."""
+"""The domain of the operators that `fusions` puts in the place of several nodes."""
 
 GIVEN = ("device", "opset", "outputs", "element_type")
-"""Keyword parameters that are no attributes: where to create, the opset in force, how many outputs are wanted, and the
-ONNX type of the first input."""
+"""Keyword parameters that are not attributes: the device of new arrays, the model's opset, the number of outputs that
+are needed, and the ONNX type of the first input."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An implementation, and what its signature says of it."""
+    """An implementation, and the properties that its signature states."""
 
     domain: str
     op_type: str
@@ -41,10 +42,10 @@ class Operator:
     host: frozenset[str]
     keywords: frozenset[str]
     scalars: bool
-    """Whether Python numbers may stand in for stored scalars."""
+    """Whether the implementation takes Python numbers in the place of stored scalars."""
     floats: tuple[tuple[str, float], ...]
-    """Keyword parameters whose defaults are floats. A call spells them out: torch.compile takes a default for an input,
-    finds that it must be known, and starts again, for each of them."""
+    """Keyword parameters whose defaults are floats. The generated source writes them into each call. Otherwise
+    torch.compile takes a default for an input, discovers that it must be constant, and starts again for each default."""
 
     def is_host(self, position: int) -> bool:
         """Whether the input at a position is computed on the host."""
@@ -58,16 +59,18 @@ _fast: dict[tuple[str, str, str], Implementation] = {}
 
 def _describe(domain: str, op_type: str, function: Implementation, scalars: bool, skip: int) -> Operator:
     parameters = list(inspect.signature(function).parameters.values())[skip:]
-    positional = tuple(each.name for each in parameters if each.kind == each.POSITIONAL_OR_KEYWORD)
-    host = frozenset(each.name for each in parameters if each.annotation in ("Host", "Host | None"))
-    keywords = frozenset(each.name for each in parameters if each.kind == each.KEYWORD_ONLY)
-    variadic = any(each.kind == each.VAR_POSITIONAL for each in parameters)
-    floats = tuple((each.name, each.default) for each in parameters if isinstance(each.default, float))
+    positional = tuple(parameter.name for parameter in parameters if parameter.kind == parameter.POSITIONAL_OR_KEYWORD)
+    host = frozenset(parameter.name for parameter in parameters if parameter.annotation in ("Host", "Host | None"))
+    keywords = frozenset(parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY)
+    variadic = any(parameter.kind == parameter.VAR_POSITIONAL for parameter in parameters)
+    floats = tuple(
+        (parameter.name, parameter.default) for parameter in parameters if isinstance(parameter.default, float)
+    )
     return Operator(domain, op_type, function, positional, variadic, host, keywords, scalars, floats)
 
 
 def implements(*op_types: str, domain: str = "", scalars: bool = False) -> Callable[[Implementation], Implementation]:
-    """Register what one or more operators compute."""
+    """Register the implementation of one or more operators."""
 
     def register(function: Implementation) -> Implementation:
         for op_type in op_types:
@@ -80,7 +83,7 @@ def implements(*op_types: str, domain: str = "", scalars: bool = False) -> Calla
 
 
 def on_host(*op_types: str) -> Callable[[Implementation], Implementation]:
-    """Register what one or more operators of the default domain compute of Python numbers."""
+    """Register a function that computes operators of the default domain with Python numbers."""
 
     def register(function: Implementation) -> Implementation:
         for op_type in op_types:
@@ -91,7 +94,7 @@ def on_host(*op_types: str) -> Callable[[Implementation], Implementation]:
 
 
 def faster(framework: str, *op_types: str, domain: str = "") -> Callable[[Implementation], Implementation]:
-    """Register a framework's own, faster way to the same values, with the same signature."""
+    """Register a faster implementation in one framework. It has the same signature and computes the same values."""
 
     def register(function: Implementation) -> Implementation:
         for op_type in op_types:
@@ -102,25 +105,25 @@ def faster(framework: str, *op_types: str, domain: str = "") -> Callable[[Implem
 
 
 def operator(domain: str, op_type: str) -> Operator | None:
-    """An operator of the table, None when it is not covered."""
+    """The table's entry for an operator, or None if the table lacks it."""
     return _operators.get((domain, op_type))
 
 
 def host_operator(domain: str, op_type: str) -> Operator | None:
-    """An operator's form for Python numbers, None when it has none."""
+    """The entry that computes an operator with Python numbers, or None if there is none."""
     return None if domain else _host.get(op_type)
 
 
 def host_operators() -> dict[str, Operator]:
-    """Every operator's form for Python numbers."""
+    """All entries that compute operators with Python numbers, by operator."""
     return dict(_host)
 
 
 def implementation(framework: str, domain: str, op_type: str) -> Implementation:
-    """What runs for an operator in a framework."""
+    """The function that computes an operator in a framework."""
     return _fast.get((framework, domain, op_type)) or _operators[domain, op_type].function
 
 
 def covered() -> list[tuple[str, str]]:
-    """Every (domain, operator) of the table."""
+    """Each (domain, operator) of the table, sorted."""
     return sorted(_operators)

@@ -234,7 +234,7 @@ class _Structure:
         return any(self._is_contracted(node, index) for index in range(len(node.inputs)))
 
     def _is_contracted(self, node: ir.Node, index: int) -> bool:
-        """Whether an input is a stored matrix that the node multiplies with a run-time value, with a sum."""
+        """Whether an input is a stored matrix in a product with a run-time value that sums, or one of `PARAMETERS`."""
         value = node.inputs[index]
         if value is None or value not in self.fixed or value.dtype is None or not value.dtype.is_floating_point():
             return False
