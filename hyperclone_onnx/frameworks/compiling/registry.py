@@ -45,7 +45,7 @@ class Operator:
     """Whether the implementation takes Python numbers in the place of stored scalars."""
     floats: tuple[tuple[str, float], ...]
     """Keyword parameters whose defaults are floats. The generated source writes them into each call. Otherwise
-    torch.compile takes a default for an input, discovers that it must be constant, and starts again for each default."""
+    torch.compile takes a default for an input, discovers that it must be constant, and starts again every time."""
 
     def is_host(self, position: int) -> bool:
         """Whether the input at a position is computed on the host."""

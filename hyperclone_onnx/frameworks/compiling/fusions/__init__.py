@@ -1,7 +1,7 @@
-"""Patterns that one operator of a framework computes faster, recognised by structure.
+"""Recognise patterns of nodes by structure, and put one operator that frameworks compute faster in their place.
 
-Attention, RMS norm, GELU, SiLU and linear layers are written out by exporters; each is put back together where nothing
-else reads what lies between.
+Exporters write attention, RMS norm, GELU, SiLU and linear layers as several nodes. We replace these nodes by one if no
+other node reads the values between them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["fuse", "put_in_place"]
 
 
 def fuse(model: ir.Model) -> None:
-    """Recognise every pattern, in place."""
+    """Replace all patterns of a model in place."""
     for node in list(model.graph):
         if node.graph is None or node.domain:
             continue

@@ -1,4 +1,4 @@
-"""GELU and SiLU that were written out."""
+"""Recognise GELU and SiLU that a model writes as several nodes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _near(a: float, b: float) -> bool:
 
 
 def _factors(value: ir.Value, first: bool = False) -> tuple[float, Sequence[ir.Value]]:
-    """A product as (a number, the other factors)."""
+    """Split a product into a number and its other factors."""
     node = made_by(value, "Mul", "Div") if first else only(value, "Mul", "Div")
     if node is None:
         return 1.0, [value]
@@ -52,11 +52,12 @@ def _factors(value: ir.Value, first: bool = False) -> tuple[float, Sequence[ir.V
         return scale * scaled[1], factors
     if node.op_type == "Div" or node.inputs[0] is None or node.inputs[1] is None:
         return 1.0, [value]
-    parts = [_factors(each) for each in node.inputs if each is not None]
+    parts = [_factors(factor) for factor in node.inputs if factor is not None]
     return parts[0][0] * parts[1][0], [*parts[0][1], *parts[1][1]]
 
 
 def _minus_one(gate: ir.Value) -> ir.Node | None:
+    """The Erf or Tanh to which a gate adds 1."""
     node = only(gate, "Add")
     if node is None:
         return None
@@ -67,6 +68,7 @@ def _minus_one(gate: ir.Value) -> ir.Node | None:
 
 
 def _is_erf_of(node: ir.Node, x: ir.Value) -> bool:
+    """Whether the input of a node is x / sqrt 2"""
     value = node.inputs[0]
     assert value is not None
     scale, factors = _factors(value)
@@ -74,6 +76,7 @@ def _is_erf_of(node: ir.Node, x: ir.Value) -> bool:
 
 
 def _is_tanh_of(node: ir.Node, x: ir.Value) -> bool:
+    """Whether the input of a node is sqrt(2 / pi) (x + 0.044715 x^3)"""
     value = node.inputs[0]
     assert value is not None
     scale, factors = _factors(value)

@@ -1,4 +1,4 @@
-"""Attention that was written out: products, a scale, masks, a softmax."""
+"""Recognise attention that a model writes as several nodes: products, a scale, masks, a softmax."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fuse_attention(softmax: ir.Node) -> None:
 
 @dataclass(frozen=True)
 class _Heads:
-    """Reshape(Expand(Unsqueeze(few, 2), spread), joined): heads that are repeated for groups of queries"""
+    """Reshape(Expand(Unsqueeze(few, 2), spread), joined): heads, repeated because groups of queries share them"""
 
     few: ir.Value
     spread: ir.Value
@@ -51,7 +51,7 @@ class _Heads:
 
 
 def _heads(value: ir.Value | None, transposed: bool = False) -> _Heads | None:
-    """The heads that a value repeats; that they are what is repeated is seen when the sizes are there."""
+    """The heads that a value may repeat. The operator checks at run time, when it knows the sizes, that it does."""
     if transposed:
         turned = only(value, "Transpose")
         perm = None if turned is None else turned.attributes.get("perm")
@@ -75,7 +75,7 @@ def _at_axis_two(unsqueeze: ir.Node) -> bool:
 
 
 def _after(weights: ir.Value) -> ir.Node | None:
-    """The product with V, behind a guard of rows that nothing is visible to."""
+    """The product with V. Before it may be a guard that sets rows to 0 in which the softmax is NaN."""
     if weights.is_graph_output():
         return None
     readers = [use.node for use in weights.uses()]
@@ -102,16 +102,16 @@ def _scores(value: ir.Value | None) -> _Scores | None:
     left, right = node.inputs[:2]
     if node.op_type == "Add":
         for inner, bias in ((left, right), (right, left)):
-            found = _scores(inner)
-            if found is not None and bias is not None:
-                return _Scores(found.query, found.key_transposed, found.scale, (*found.biases, bias))
+            scores = _scores(inner)
+            if scores is not None and bias is not None:
+                return _Scores(scores.query, scores.key_transposed, scores.scale, (*scores.biases, bias))
         return None
     if node.op_type in ("Mul", "Div"):
         scaled = with_number(node)
-        found = None if scaled is None else _scores(scaled[0])
-        if scaled is None or found is None or found.biases:
+        scores = None if scaled is None else _scores(scaled[0])
+        if scaled is None or scores is None or scores.biases:
             return None
-        return _Scores(found.query, found.key_transposed, found.scale * scaled[1], ())
+        return _Scores(scores.query, scores.key_transposed, scores.scale * scaled[1], ())
     query, scale = _unscaled(left)
     key, key_scale = _unscaled(right)
     return None if query is None or key is None else _Scores(query, key, scale * key_scale, ())

@@ -1,4 +1,7 @@
-"""A product with a stored matrix, and a stored vector added: one kernel, and one place for a weight beside its bias."""
+"""Recognise linear layers: a product with a stored matrix, plus a stored vector.
+
+One kernel then computes the layer, and its weight and bias belong to one operator.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def fuse_linear(add: ir.Node) -> bool:
 
 
 def _stored_shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """The sizes of a stored floating tensor."""
+    """The sizes of a stored floating tensor; None for any other value."""
     if value is None or not is_initializer(value) or value.const_value is None:
         return None
     tensor = value.const_value

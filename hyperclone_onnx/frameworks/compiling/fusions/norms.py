@@ -1,4 +1,4 @@
-"""Root mean square norms that were written out."""
+"""Recognise root mean square norms that a model writes as several nodes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hyperclone_onnx.graphs import is_initializer
 
 
 def fuse_norm(node: ir.Node) -> bool:
-    """x / sqrt(mean(x^2) + epsilon), then times a stored gain if that is all that happens to it"""
-    found = _root_mean_square(node)
-    if found is None:
+    """x / sqrt(mean(x^2) + epsilon), then times a stored gain if no other node reads the quotient"""
+    norm = _root_mean_square(node)
+    if norm is None:
         return False
-    x, epsilon = found
+    x, epsilon = norm
     gain = _gain(node)
     if gain is None:
         put_in_place(node, ir.node("RootMeanSquare", [x], {"epsilon": epsilon}, domain=INTERNAL))
@@ -26,6 +26,7 @@ def fuse_norm(node: ir.Node) -> bool:
 
 
 def _root_mean_square(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """(x, epsilon) if a node computes x / sqrt(mean(x^2) + epsilon)"""
     for x, other in (node.inputs[:2], node.inputs[1::-1]):
         if node.op_type == "Div":
             x, other = node.inputs[:2]
@@ -64,6 +65,7 @@ def _over_last_axis(mean: ir.Node) -> bool:
 
 
 def _gain(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """The product of a node's output with a stored vector, and this vector."""
     output = node.outputs[0]
     if len(output.uses()) != 1 or output.is_graph_output():
         return None

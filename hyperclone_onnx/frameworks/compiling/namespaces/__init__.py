@@ -1,8 +1,8 @@
-"""An array namespace for each framework: the Python array API standard and what else the operators need.
+"""An array namespace for each framework: the Python array API standard and further functions for the operators.
 
-A namespace is a module. Beyond the standard it has `attend`, `convolution`, `device_of`, `dtype_named`, `dtype_of`,
-`einsum`, `erf`, `expm1`, `lift`, `log_softmax`, `logsumexp`, `loop`, `numbers`, `relu`, `scan`, `scatter`, `sigmoid`,
-`softmax`, `softplus` and `branch`.
+A namespace is a module. Besides the functions of the standard it has `attend`, `branch`, `convolution`, `device_of`,
+`dtype_named`, `dtype_of`, `einsum`, `erf`, `expm1`, `lift`, `log_softmax`, `logsumexp`, `loop`, `numbers`, `relu`,
+`scan`, `scatter`, `sigmoid`, `softmax` and `softplus`.
 """
 
 from __future__ import annotations
@@ -11,5 +11,5 @@ import onnx_ir as ir
 
 
 def dtype_name(number: int) -> str:
-    """What the array API calls an ONNX element type."""
+    """The array API's name of an ONNX element type."""
     return str(ir.DataType(number).numpy().name)

@@ -1,4 +1,4 @@
-"""JAX: its NumPy is the standard's namespace as it is."""
+"""The namespace for JAX: jax.numpy already follows the standard."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "jax"
 
 
 def dtype_named(name: str) -> Any:
-    """The type of that name, in 32 bits where JAX is not told to have 64."""
+    """The type of a name. It has 32 bits instead of 64 unless JAX is configured for 64."""
     return jax.dtypes.canonicalize_dtype(name)
 
 
@@ -35,24 +35,24 @@ def dtype_of(number: int) -> Any:
 
 
 def device_of(_: Any) -> None:
-    """JAX places what it makes by itself."""
+    """None: JAX chooses the device of new arrays itself."""
 
 
 def lift(value: Any, number: int, device: Any) -> Any:
-    """Python numbers as an array."""
+    """An array of Python numbers."""
     return _standard.asarray(value, dtype=dtype_of(number))
 
 
 def numbers(array: Any) -> Any:
-    """An array as Python numbers; under jit it must be static."""
+    """The elements of an array as Python numbers. Under jit the array must be static."""
     return tuple(np.asarray(array).tolist()) if np.ndim(array) else np.asarray(array).item()
 
 
 def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-    """What one of two branches gives; both must give the same shapes where the condition is traced."""
+    """The results of one of two branches. If the condition is traced, both must have the same shapes."""
     if not isinstance(condition, jax.core.Tracer):
         return yes() if condition else no()
-    shapes = [[(each.shape, each.dtype) for each in jax.eval_shape(way)] for way in (yes, no)]
+    shapes = [[(array.shape, array.dtype) for array in jax.eval_shape(way)] for way in (yes, no)]
     if shapes[0] != shapes[1]:
         raise Refused(
             "the branches of an If make different shapes: its condition must be a value under jit, not traced"
@@ -61,7 +61,7 @@ def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any
 
 
 def nonzero(x: Any) -> Any:  # type: ignore[no-redef,unused-ignore]
-    """Where x is not 0, for each axis."""
+    """For each axis, the indices of the elements that are not 0."""
     try:
         return _standard.nonzero(x)
     except jax.errors.ConcretizationTypeError as problem:
@@ -69,15 +69,16 @@ def nonzero(x: Any) -> Any:  # type: ignore[no-redef,unused-ignore]
 
 
 def scan(step: Any, carry: Any, slices: Any, length: Any) -> Any:
-    """carry, made = step(carry, slices[i]) for each i"""
+    """carry, results = step(carry, slices[i]) for each i"""
     return jax.lax.scan(step, carry, slices, length=length)
 
 
 def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, device: Any) -> Any:
     """ONNX's Loop.
 
-    A known count of turns without a condition is a scan. Else Python turns while it can tell whether to; where it
-    cannot, a loop of XLA's does, which cannot be differentiated backwards.
+    If the count of turns is known and there is no condition, the Loop is a scan. Otherwise Python runs the turns, as
+    long as it knows whether a further turn follows. If it does not know, XLA runs a `while_loop`. A `while_loop` has no
+    gradient in reverse mode.
     """
     import hyperclone_onnx.frameworks.compiling.namespaces.jax as xp
 
@@ -87,11 +88,11 @@ def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, d
         if condition is None and bound is not None and _keeps_shapes(turn, states):
 
             def step(carry: Any, number: Any) -> Any:
-                found = turn(number, _standard.asarray(True), *carry)
-                return found[: len(carry)], found[len(carry) :]
+                outputs = turn(number, _standard.asarray(True), *carry)
+                return outputs[: len(carry)], outputs[len(carry) :]
 
-            carry, made = jax.lax.scan(step, states, _standard.arange(bound, dtype=dtype_of(7)))
-            return (*carry, *made)
+            carry, results = jax.lax.scan(step, states, _standard.arange(bound, dtype=dtype_of(7)))
+            return (*carry, *results)
     try:
         return _control.loop_in_turns(xp, turn, trips, condition, states, numbered=numbered, device=device)
     except jax.errors.ConcretizationTypeError as problem:
@@ -103,14 +104,14 @@ def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, d
 
 
 def _keeps_shapes(turn: Any, states: Any) -> Any:
-    """Whether states have the same shapes and types after a turn."""
-    made = jax.eval_shape(turn, _standard.zeros((), dtype_of(7)), _standard.asarray(True), *states)
-    kinds = [(each.shape, each.dtype) for each in states]
-    return kinds == [(each.shape, each.dtype) for each in made[: len(kinds)]]
+    """Whether a turn leaves the shapes and types of the states as they are."""
+    outputs = jax.eval_shape(turn, _standard.zeros((), dtype_of(7)), _standard.asarray(True), *states)
+    kinds = [(state.shape, state.dtype) for state in states]
+    return kinds == [(state.shape, state.dtype) for state in outputs[: len(kinds)]]
 
 
 def _while(turn: Any, trips: Any, condition: Any, states: Any) -> Any:
-    """A Loop whose end depends on data, under jit."""
+    """A Loop under jit whose number of turns depends on data."""
     known = int(condition is not None)
     condition = _standard.asarray(True if condition is None else condition)
     shapes = jax.eval_shape(turn, _standard.zeros((), dtype_of(7)), condition, *states)
@@ -124,27 +125,27 @@ def _while(turn: Any, trips: Any, condition: Any, states: Any) -> Any:
 
     def step(carry: Any) -> Any:
         number, on, states = carry
-        found = turn(number, on, *states)
-        return number + 1, (found[0] if known else on), tuple(found[known:])
+        outputs = turn(number, on, *states)
+        return number + 1, (outputs[0] if known else on), tuple(outputs[known:])
 
     return jax.lax.while_loop(goes_on, step, (_standard.zeros((), dtype_of(7)), condition, tuple(states)))[2]
 
 
 def attend(*operands: Any, **options: Any) -> Any:
-    """Attention as the table writes it: XLA fuses it."""
+    """Attention by the table's equation, which XLA fuses."""
     import hyperclone_onnx.frameworks.compiling.namespaces.jax as xp
 
     return _attend(xp, *operands, **options)
 
 
 def scatter(flat: Any, places: Any, updates: Any, reduction: str) -> Any:
-    """flat with updates put at places, or added, multiplied, ..."""
+    """A copy of flat in which flat[places] is set to updates, or updates are added, multiplied, ..."""
     way = {"none": "set", "add": "add", "mul": "multiply", "max": "max", "min": "min"}[reduction]
     return getattr(_standard.asarray(flat).at[places], way)(_standard.reshape(updates, (-1,)))
 
 
 def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group: int) -> Any:
-    """The framework's own convolution."""
+    """The convolution of JAX."""
     return jax.lax.conv_general_dilated(
         x, w, strides, around, rhs_dilation=dilations, feature_group_count=group, precision=jax.lax.Precision.HIGHEST
     )

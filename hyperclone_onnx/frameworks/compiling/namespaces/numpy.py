@@ -1,4 +1,4 @@
-"""NumPy: the reference. Not for training."""
+"""The namespace for NumPy: the reference for tests, and for folding constants. It cannot train."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hyperclone_onnx.frameworks.compiling.namespaces import dtype_name
 from hyperclone_onnx.frameworks.compiling.ops import control as _control
 from hyperclone_onnx.frameworks.compiling.ops.attention import attend as _attend
 
-bool = _standard.bool  # the star leaves out what hides a builtin
+bool = _standard.bool  # import * leaves out names that hide builtins
 abs, all, any, max, min, round, sum, pow = (
     getattr(_standard, name) for name in ("abs", "all", "any", "max", "min", "round", "sum", "pow")
 )
@@ -24,7 +24,7 @@ NAME = "numpy"
 
 
 def dtype_named(name: str) -> Any:
-    """The type of that name."""
+    """The type of a name."""
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
@@ -34,28 +34,28 @@ def dtype_of(number: int) -> Any:
 
 
 def isdtype(dtype: Any, kind: Any) -> Any:
-    """The standard's question, answered for bfloat16 too."""
+    """The standard's `isdtype`, extended to bfloat16."""
     if dtype == ml_dtypes.bfloat16:
         return kind in ("real floating", "numeric")
     return _standard.isdtype(dtype, kind)
 
 
 def device_of(_: Any) -> None:
-    """Where an array is."""
+    """None: NumPy has one device."""
 
 
 def lift(value: Any, number: int, device: Any) -> Any:
-    """Python numbers as an array."""
+    """An array of Python numbers."""
     return np.asarray(value, dtype=dtype_of(number))
 
 
 def numbers(array: Any) -> Any:
-    """An array as Python numbers."""
+    """The elements of an array as Python numbers."""
     return tuple(array.tolist()) if np.ndim(array) else np.asarray(array).item()
 
 
 def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-    """What one of two branches gives."""
+    """The results of one of two branches."""
     return yes() if condition else no()
 
 
@@ -102,7 +102,7 @@ def log_softmax(x: Any, axis: int) -> Any:
 
 
 def scan(step: Any, carry: Any, slices: Any, length: Any) -> Any:
-    """carry, made = step(carry, slices[i]) for each i"""
+    """carry, results = step(carry, slices[i]) for each i"""
     import hyperclone_onnx.frameworks.compiling.namespaces.numpy as xp
 
     return _control.scan_in_turns(xp, step, carry, slices, length)
@@ -116,14 +116,14 @@ def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, d
 
 
 def attend(*operands: Any, **options: Any) -> Any:
-    """Attention as the table writes it."""
+    """Attention by the table's equation."""
     import hyperclone_onnx.frameworks.compiling.namespaces.numpy as xp
 
     return _attend(xp, *operands, **options)
 
 
 def scatter(flat: Any, places: Any, updates: Any, reduction: str) -> Any:
-    """flat with updates put at places, or added, multiplied, ..."""
+    """A copy of flat in which flat[places] is set to updates, or updates are added, multiplied, ..."""
     ways = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
     result, values = flat.copy(), np.reshape(updates, (-1,))
     if reduction == "none":
@@ -134,7 +134,7 @@ def scatter(flat: Any, places: Any, updates: Any, reduction: str) -> Any:
 
 
 def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group: int) -> Any:
-    """A sum over the places of the kernel."""
+    """A convolution as a sum over the places of the kernel."""
     x = np.pad(x, [(0, 0), (0, 0), *around])
     kernel = w.shape[2:]
     sizes = [

@@ -1,4 +1,4 @@
-"""PyTorch, by array-api-compat."""
+"""The namespace for PyTorch: array-api-compat adapts it to the standard."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAME = "torch"
 
 
 def dtype_named(name: str) -> Any:
-    """The type of that name."""
+    """The type of a name."""
     return getattr(torch, name)
 
 
@@ -41,24 +41,24 @@ def dtype_of(number: int) -> Any:
 
 
 def device_of(x: Any) -> Any:
-    """Where a tensor is; None leaves it to torch's default."""
+    """The device of a tensor. None means torch's default device."""
     return getattr(x, "device", None)
 
 
 def lift(value: Any, number: int, device: Any) -> Any:
-    """Python numbers (or symbols) as a tensor."""
+    """A tensor of Python numbers, or of symbols that stand for them."""
     if isinstance(value, tuple):
         return torch.tensor(value, dtype=dtype_of(number), device=device)
     return torch.full((), value, dtype=dtype_of(number), device=device)
 
 
 def numbers(array: Any) -> Any:
-    """A tensor as Python numbers."""
+    """The elements of a tensor as Python numbers."""
     return tuple(array.tolist()) if array.ndim else array.item()
 
 
 def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-    """What one of two branches gives."""
+    """The results of one of two branches."""
     return yes() if condition else no()
 
 
@@ -78,7 +78,7 @@ def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
 
 
 def scan(step: Any, carry: Any, slices: Any, length: Any) -> Any:
-    """carry, made = step(carry, slices[i]) for each i"""
+    """carry, results = step(carry, slices[i]) for each i"""
     import hyperclone_onnx.frameworks.compiling.namespaces.torch as xp
 
     return _control.scan_in_turns(xp, step, carry, slices, length)
@@ -94,14 +94,14 @@ def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, d
 def attend(
     query: Any, key: Any, value: Any, *biases: Any, scale: float, key_transposed: int = 0, grouped: Any = False
 ) -> Any:
-    """softmax(scale Q K^T + biases) V, by the fused kernels; a row that nothing is visible to is 0"""
+    """softmax(scale Q K^T + biases) V, by the fused kernels. A row of the result is 0 if its query sees no key."""
     if not grouped and not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         import hyperclone_onnx.frameworks.compiling.namespaces.torch as xp
 
         return _attend(xp, query, key, value, *biases, scale=scale, key_transposed=key_transposed)
     bias = None
-    for each in biases:
-        bias = each if bias is None else bias + each
+    for addend in biases:
+        bias = addend if bias is None else bias + addend
     if bias is not None and bias.dtype != query.dtype:
         bias = bias.to(query.dtype)
     if bias is not None and bias.shape[-1] != 0:
@@ -111,10 +111,11 @@ def attend(
 
 
 def _not_drowned(query: Any, bias: Any) -> Any:
-    """Queries and a mask, both 0 in rows where a finite mask leaves nothing of any score.
+    """Return queries and a mask that are both 0 in rows whose mask is finite but so low that it rounds away all scores.
 
-    Such a row is the mean of all values either way; but beside a number that large the kernel's backward pass loses the
-    logarithm of the sum, and would count each value as often as there are.
+    The result of such a row is the mean of all values, with or without this change. But the kernel's backward pass adds
+    the logarithm of the sum to the large mask, where it is rounded away. In the gradient each of n values would then
+    have the weight 1 instead of 1 / n.
     """
     highest = bias.detach().amax(-1, keepdim=True)
     rows = (highest <= -16 / torch.finfo(bias.dtype).eps) & (highest > -torch.inf)
@@ -124,12 +125,12 @@ def _not_drowned(query: Any, bias: Any) -> Any:
 
 
 def _is_seen_empty(rows: Any) -> Any:
-    """Whether nothing is true, where looking costs nothing: not on a GPU, nor while something traces."""
+    """Whether no element is true. On a GPU or while tracing, looking costs time or fails: then the answer is False."""
     if rows.device.type != "cpu" or type(rows) is not torch.Tensor or torch.compiler.is_compiling():
         return False
     try:
         return not rows.any()
-    except RuntimeError:  # torch.func.vmap has no value to look at
+    except RuntimeError:  # under torch.func.vmap the tensor has no value
         return False
 
 
@@ -137,7 +138,7 @@ _REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 
 def scatter(flat: Any, places: Any, updates: Any, reduction: str) -> Any:
-    """flat with updates put at places, or added, multiplied, ..."""
+    """A copy of flat in which flat[places] is set to updates, or updates are added, multiplied, ..."""
     places, values = places.long(), updates.reshape(-1)
     if reduction == "none":
         return torch.scatter(flat, 0, places, values)
@@ -148,7 +149,7 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group: int) -> Any:
-    """The framework's own convolution."""
+    """The convolution of PyTorch."""
     if builtins.any(before != after for before, after in around):
         x = F.pad(x, [size for pair in reversed(around) for size in pair])
         around = [(0, 0)] * len(around)
