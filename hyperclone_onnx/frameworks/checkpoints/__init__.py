@@ -1,4 +1,8 @@
-"""What trainers save, read without the trainer: names, shapes and types at once, each array when it is asked for."""
+"""Read the checkpoints that trainers save, without the trainer.
+
+In: a file or a folder. Out: a `StoredArray` for each name. Names, shapes and types are read at once; the values of an
+array are read only when they are needed.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +19,24 @@ from hyperclone_onnx.frameworks.checkpoints import manifest
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import Array, StoredArray, guarded, read_safetensors
 
 INDEX = "model.safetensors.index.json"
-"""What says which of several safetensors files holds which tensor."""
+"""The file that says, for each tensor, which of several safetensors files holds it."""
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 TO_SAFETENSORS = "safetensors.torch.save_file(model.state_dict(), 'trained.safetensors')"
 
 
 def read_weights(path: Path) -> dict[str, StoredArray]:
-    """The arrays of a checkpoint, by the names that they have there.
+    """Open a checkpoint and return its arrays, by their names in the checkpoint.
 
     Args:
-        path: a safetensors file, or the index of several, or a folder with either; an .npz file; a folder of
-            torch.distributed.checkpoint or of Orbax, or one that `handoff` wrote. None of them can run code: pickles
-            are refused, and of torch.distributed.checkpoint's metadata, which is one, only its own plain classes are
-            accepted.
+        path: a safetensors file, the index of several safetensors files, or a folder with either; an .npz file; a
+            folder of torch.distributed.checkpoint or of Orbax; or a folder that `handoff` wrote. Reading never runs
+            code from the checkpoint. Pickles are refused. The metadata of torch.distributed.checkpoint is a pickle too:
+            we let it create only the plain classes that such metadata consists of.
 
     Raises:
-        BadModel: it cannot be read, or is truncated.
-        BadRequest: it is of a kind that is not read, and what to save instead.
+        BadModel: the checkpoint cannot be read, or is truncated.
+        BadRequest: we do not read this format; the message says what to save instead.
         MissingExtra: reading it needs a framework that is not installed.
     """
     if not path.exists():
@@ -40,7 +44,7 @@ def read_weights(path: Path) -> dict[str, StoredArray]:
     if path.is_dir():
         return _read_folder(path)
     if path.suffix in PICKLES:
-        raise BadRequest(f"{path}: a pickle may hold anything and is not read; save the weights with {TO_SAFETENSORS}")
+        raise BadRequest(f"{path}: a pickle may run any code and is not read; save the weights with {TO_SAFETENSORS}")
     if path.suffix == ".npz":
         return _read_npz(path)
     if path.name.endswith(".index.json"):
@@ -52,7 +56,7 @@ def _read_folder(path: Path) -> dict[str, StoredArray]:
     if (path / manifest.NAME).is_file():
         weights = path / manifest.Manifest.read(path).weights
         if weights.resolve().parent != path.resolve():
-            raise BadModel(f"{path / manifest.NAME}: it names {weights}, which lies outside its folder")
+            raise BadModel(f"{path / manifest.NAME}: it names {weights}, which is outside its folder")
         return read_weights(weights)
     if (path / ".metadata").is_file():
         from hyperclone_onnx.frameworks.checkpoints.dcp import read_dcp
@@ -73,10 +77,12 @@ def _read_folder(path: Path) -> dict[str, StoredArray]:
     if len(files) == 1:
         return read_safetensors(files[0])
     if files:
-        raise BadRequest(f"{path}: {len(files)} safetensors files and no {INDEX}: name the one that is meant")
-    pickled = next((each for each in sorted(path.iterdir()) if each.suffix in PICKLES), None)
+        raise BadRequest(f"{path}: {len(files)} safetensors files and no {INDEX}: give the path of one file")
+    pickled = next((file for file in sorted(path.iterdir()) if file.suffix in PICKLES), None)
     if pickled is not None:
-        raise BadRequest(f"{pickled}: a pickle may hold anything and is not read; save with {TO_SAFETENSORS}")
+        raise BadRequest(
+            f"{pickled}: a pickle may run any code and is not read; save the weights with {TO_SAFETENSORS}"
+        )
     raise BadRequest(
         f"{path}: no checkpoint: it has neither safetensors, nor the .metadata of torch.distributed.checkpoint, "
         "nor the _METADATA of Orbax"
@@ -84,13 +90,17 @@ def _read_folder(path: Path) -> dict[str, StoredArray]:
 
 
 def _orbax_items(path: Path) -> dict[str, Path]:
-    """The parts of an Orbax checkpoint by name: one without a name, those of a step, those of the only step."""
+    """Find the items of an Orbax checkpoint: the folder of each item, by the item's name.
+
+    A single item gets the empty name. A folder of steps is accepted if it has one step. The result is {} if the folder
+    is not an Orbax checkpoint.
+    """
     if (path / "_METADATA").is_file():
         return {"": path}
-    items = sorted(each.parent for each in path.glob("*/_METADATA"))
+    items = sorted(file.parent for file in path.glob("*/_METADATA"))
     if items:
-        return {"": items[0]} if len(items) == 1 else {each.name: each for each in items}
-    steps = sorted({each.parent.parent for each in path.glob("*/*/_METADATA")}, key=lambda step: step.name)
+        return {"": items[0]} if len(items) == 1 else {item.name: item for item in items}
+    steps = sorted({file.parent.parent for file in path.glob("*/*/_METADATA")}, key=lambda step: step.name)
     if len(steps) > 1:
         listed = ", ".join(step.name for step in steps)
         raise BadRequest(f"{path}: it holds the steps {listed}: name one, such as {steps[-1]}")
@@ -103,16 +113,16 @@ def _read_index(path: Path) -> dict[str, StoredArray]:
         names = dict(where)
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise BadModel(f"{path}: not a readable index of safetensors files") from problem
-    found: dict[str, StoredArray] = {}
+    arrays: dict[str, StoredArray] = {}
     for file in sorted(set(names.values())):
         part = path.parent / str(file)
         if part.resolve().parent != path.parent.resolve():
-            raise BadModel(f"{path}: it names {file!r}, which lies outside its folder")
-        found |= read_safetensors(part)
-    missing = sorted(names.keys() - found.keys())
+            raise BadModel(f"{path}: it names {file!r}, which is outside its folder")
+        arrays |= read_safetensors(part)
+    missing = sorted(names.keys() - arrays.keys())
     if missing:
         raise BadModel(f"{path}: {names[missing[0]]} does not hold {missing[0]!r}")
-    return {name: found[name] for name in names}
+    return {name: arrays[name] for name in names}
 
 
 def _read_npz(path: Path) -> dict[str, StoredArray]:
@@ -134,8 +144,8 @@ def _npz_entry(path: Path, archive: zipfile.ZipFile, member: str) -> StoredArray
         shape, _, dtype = header(stream)
     if dtype.kind not in "fiub":
         raise BadRequest(
-            f"{path}: {member.removesuffix('.npy')!r} is of the type {dtype}: .npz knows no bfloat16 (save float32, or "
-            "safetensors)"
+            f"{path}: {member.removesuffix('.npy')!r} has the type {dtype}: .npz cannot hold bfloat16 (save float32 "
+            "or safetensors)"
         )
     return StoredArray(shape, dtype, guarded(path, member, partial(_from_npz, path, member)))
 

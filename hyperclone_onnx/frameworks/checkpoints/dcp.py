@@ -1,7 +1,8 @@
-"""A folder of torch.distributed.checkpoint, read tensor by tensor and without a process group.
+"""Read a folder of torch.distributed.checkpoint tensor by tensor, without a process group.
 
-Its metadata is a pickle. Only names, sizes, types and places in files are in it, so of all that a pickle can call only
-the classes that say these are let through; torch itself reads the tensors with ``weights_only=True``.
+The folder's metadata is a pickle, and a pickle can call any function. This metadata contains only names, sizes, types
+and positions in files. So we allow only the classes that describe these, and refuse everything else. The tensors are
+read by torch itself, with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -32,34 +33,36 @@ except ImportError as problem:
 
 
 def read_dcp(path: Path) -> dict[str, StoredArray]:
-    """The tensors of a checkpoint by their whole names, the levels joined by dots; what is no tensor is left out.
+    """Open a checkpoint and return its tensors by full name, in which dots join the levels.
+
+    Values that are not tensors are left out.
 
     Raises:
-        BadModel: the metadata cannot be read, or holds what no checkpoint holds.
+        BadModel: the metadata cannot be read, or contains something that no checkpoint contains.
     """
     reader = _Reader(path)
-    found: dict[str, StoredArray] = {}
+    tensors: dict[str, StoredArray] = {}
     for name, entry in reader.described.state_dict_metadata.items():
         if isinstance(entry, metadata.TensorStorageMetadata):
             kind = entry.properties.dtype
             read = partial(_read, reader, name, tuple(entry.size), kind)
-            found[name] = StoredArray(tuple(entry.size), torch_dtype(kind), guarded(path, name, read))
-    return found
+            tensors[name] = StoredArray(tuple(entry.size), torch_dtype(kind), guarded(path, name, read))
+    return tensors
 
 
 def _read(reader: _Reader, name: str, shape: tuple[int, ...], kind: Any) -> Any:
     tensor = torch.empty(shape, dtype=kind)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
+        warnings.simplefilter("ignore")  # torch warns that there is no process group: we need none
         try:
             dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
-        except dcp.CheckpointException as problem:  # no Exception, but what wraps those of the ranks
+        except dcp.CheckpointException as problem:  # it wraps the errors of the ranks
             raise next(failure for failure, _ in problem.failures.values()) from None
     return torch_array(tensor, torch_dtype(kind))
 
 
 class _Reader(filesystem.FileSystemReader):
-    """The reader of a folder whose metadata was read with care."""
+    """A torch reader of a folder whose metadata we read ourselves, so that it can run no code."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -72,20 +75,24 @@ class _Reader(filesystem.FileSystemReader):
         except Exception as problem:  # a broken pickle raises nearly anything
             raise BadModel(f"{path}: its .metadata cannot be read ({first_line(problem, 160)})") from problem
         if not isinstance(entries, dict):
-            raise BadModel(f"{path}: its .metadata is that of no checkpoint")
+            raise BadModel(f"{path}: its .metadata does not describe a checkpoint")
 
     def read_metadata(self, *_: Any, **__: Any) -> Any:
-        """What the constructor read."""
+        """Return the metadata that the constructor read."""
         described = dataclasses.replace(self.described)
         described.storage_meta = metadata.StorageMeta()
         return described
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds sizes, types, paths and the descriptions of tensors, and nothing else."""
+    """An unpickler that creates only sizes, types, paths and descriptions of tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class of that name, if it is one that a checkpoint's metadata has."""
+        """Return the class of that name, if a checkpoint's metadata can contain it.
+
+        Raises:
+            BadModel: no checkpoint's metadata contains it.
+        """
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
@@ -95,8 +102,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return super().find_class(module, name)
         if module in (metadata.__name__, filesystem.__name__):
-            found = getattr({metadata.__name__: metadata, filesystem.__name__: filesystem}[module], name, None)
-            plain = isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum))
+            member = getattr({metadata.__name__: metadata, filesystem.__name__: filesystem}[module], name, None)
+            plain = isinstance(member, type) and (dataclasses.is_dataclass(member) or issubclass(member, enum.Enum))
             if plain and "." not in name:
-                return found
+                return member
         raise BadModel(f"the checkpoint's .metadata would call {module}.{name}, which no checkpoint needs: not read")

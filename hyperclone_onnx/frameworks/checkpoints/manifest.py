@@ -1,4 +1,7 @@
-"""What lies in a folder that `handoff` wrote: which parameter is which initializer, and how the model was grown."""
+"""The manifest in a folder that `handoff` wrote.
+
+It says which initializer each parameter is, and how the model was grown.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its path in the framework, its initializer in the ONNX file, and what it is for."""
+    """One parameter: its path in the framework, its initializer in the ONNX file, and its role with the reason."""
 
     path: str
     initializer: str
@@ -29,58 +32,61 @@ class Entry:
     role: Role
     reason: str
     fan_in_growth: float = 1.0
-    """By how much the sums grew that it is a factor in: what muP divides Adam's rate by."""
+    """The growth factor of the parameter's fan-in. muP divides Adam's learning rate by it."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The parameters of a handoff. `weights` is the file, the folder or the pattern of files that holds them."""
+    """The content of the manifest: where the weights are, which parameters they are, and how the model was grown."""
 
     model: str
+    """The name of the ONNX file, without its folder."""
     target: str
     weights: str
+    """The file or subfolder, in the manifest's folder, that holds the weights."""
     optimizer: str | None
+    """The file with the optimizer's state, in the manifest's folder; None if there is none."""
     growth: dict[str, Any] | None
-    """The growing dimensions and the strategy, where the model says how it was grown."""
+    """The growing dimensions and the strategy; None if the model contains no plan."""
     tensors: tuple[Entry, ...]
     training: dict[str, Any] | None = None
-    """How to train a grown model on; see `training_recipe.TrainingRecipe`."""
+    """Advice for training a grown model further; see `training_recipe.TrainingRecipe`. None for other models."""
 
     def write(self, folder: Path) -> None:
-        """Write it into the folder."""
+        """Write this manifest into a folder."""
         data = {"version": VERSION, **asdict(self)}
         (folder / NAME).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """Read that of a folder.
+        """Read the manifest of a folder.
 
         Raises:
-            BadModel: it has none, or one of another version.
+            BadModel: the folder has no manifest, or the manifest is malformed or of another version.
         """
         path = folder / NAME
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("version") != VERSION:
                 raise BadModel(f"{path}: written by another release of hyperclone-onnx")
-            entries = tuple(Entry(**{**each, "shape": tuple(each["shape"])}) for each in data.pop("tensors"))
+            entries = tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in data.pop("tensors"))
             return Manifest(**data, tensors=entries)
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as problem:
             raise BadModel(f"{path}: not a manifest of a handoff ({problem})") from problem
 
 
 def entries(program: Program, plan: Plan | None = None) -> tuple[Entry, ...]:
-    """The parameters of a program, frozen ones too, and how their fan-ins grew by a plan."""
+    """List the parameters of a program, frozen ones included, with the growth of their fan-ins by a plan."""
     return tuple(
         Entry(
-            each.path,
-            each.initializer,
-            each.shape,
-            ir.DataType(each.element_type).name.lower(),
-            each.role,
-            each.reason,
-            1.0 if plan is None else fan_in_growth(plan, each.initializer),
+            weight.path,
+            weight.initializer,
+            weight.shape,
+            ir.DataType(weight.element_type).name.lower(),
+            weight.role,
+            weight.reason,
+            1.0 if plan is None else fan_in_growth(plan, weight.initializer),
         )
-        for each in program.weights
-        if each.role != "constant"
+        for weight in program.weights
+        if weight.role != "constant"
     )

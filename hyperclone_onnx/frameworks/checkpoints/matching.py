@@ -1,4 +1,4 @@
-"""Which initializer each tensor of a checkpoint is: by its name, under whatever the trainer put before it."""
+"""Match the tensors of a checkpoint with initializers by name, whatever prefix the trainer put before the names."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from hyperclone_onnx.errors import BadRequest
 
 INFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
-"""What wrappers of a module put among the parts of its parameters' names."""
+"""Parts that wrappers of a module insert into the names of its parameters."""
 
 
 MOMENTS = frozenset(["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu", "nu"])
-"""Levels at which an optimizer keeps arrays of its own by the names of the weights."""
+"""Levels of names at which an optimizer stores its own arrays by the names of the weights. They are no weights."""
 
 
 def bare(name: str) -> str:
-    """A name without what wrappers of modules put into it.
+    """Remove from a name the parts that wrappers of modules inserted.
 
     >>> bare("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
     'layers.0.weight'
@@ -28,22 +28,22 @@ def bare(name: str) -> str:
 
 
 def match(names: Iterable[str], known: Mapping[str, str], what: str) -> dict[str, str]:
-    """The initializer of each name.
+    """Find the initializer that each name of a checkpoint means.
 
-    A checkpoint often holds a model under a level of its own (``model.``, ``module.``, ``state.params.``) beside other
-    things: the one level under which most names are known is taken, and what lies beside it is left out.
+    A checkpoint often stores a model under a prefix (``model.``, ``module.``, ``state.params.``), beside other arrays.
+    We choose the prefix under which most names are known. Names without that prefix are ignored.
 
     Args:
-        names: those of the checkpoint.
-        known: an initializer by each of the names that it may have.
-        what: what the names are of, for messages.
+        names: the names in the checkpoint.
+        known: for each name that an initializer may have, the initializer.
+        what: what the names come from, such as the checkpoint's path; messages begin with it.
 
     Returns:
-        Initializers by the names as they were given.
+        For each name with the chosen prefix, as it is in the checkpoint, the initializer.
 
     Raises:
-        BadRequest: no name is known, one under the level taken is not, two mean one initializer, or two levels hold
-            equally many.
+        BadRequest: no name is known, a name with the chosen prefix is unknown, two names mean the same initializer, or
+            several prefixes have equally many known names.
     """
     given = list(names)
     levels = Counter(level for name in given for level in _levels(bare(name), known))
@@ -55,7 +55,7 @@ def match(names: Iterable[str], known: Mapping[str, str], what: str) -> dict[str
         listed = " and ".join(repr(level.rstrip(".")) for level in best[:2])
         raise BadRequest(f"{what} holds the tensors of this model twice, under {listed}: save one of them by itself")
     level = best[0]
-    found: dict[str, str] = {}
+    initializers: dict[str, str] = {}
     first: dict[str, str] = {}
     for name in given:
         short = bare(name)
@@ -68,9 +68,9 @@ def match(names: Iterable[str], known: Mapping[str, str], what: str) -> dict[str
             )
         if initializer in first:
             raise BadRequest(f"{what} holds {initializer!r} twice: as {first[initializer]!r} and {name!r}")
-        found[name] = initializer
+        initializers[name] = initializer
         first[initializer] = name
-    return found
+    return initializers
 
 
 def _levels(name: str, known: Mapping[str, str]) -> list[str]:

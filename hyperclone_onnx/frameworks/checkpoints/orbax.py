@@ -1,4 +1,4 @@
-"""A folder of Orbax, read array by array as NumPy's, whatever devices it was saved from."""
+"""Read a folder of Orbax array by array into NumPy arrays. The devices that it was saved from are not needed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ except ImportError as problem:
 
 
 def read_orbax(path: Path) -> dict[str, StoredArray]:
-    """The arrays of a checkpoint (of PyTreeCheckpointer or StandardCheckpointer), the levels' names joined by dots.
+    """Open a checkpoint of PyTreeCheckpointer or StandardCheckpointer and return its arrays by name.
+
+    Dots join the levels of a name.
 
     Raises:
-        BadModel: its metadata cannot be read.
+        BadModel: the checkpoint's metadata cannot be read.
     """
     path = path.resolve()
     handler = ocp.PyTreeCheckpointHandler()
@@ -33,13 +35,13 @@ def read_orbax(path: Path) -> dict[str, StoredArray]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)
     except Exception as problem:  # a broken folder raises nearly anything
         raise BadModel(f"{path}: not a readable Orbax checkpoint ({first_line(problem, 160)})") from problem
-    found: dict[str, StoredArray] = {}
+    arrays: dict[str, StoredArray] = {}
     for keys, leaf in leaves:
         if _is_leaf(leaf):
             name = jax.tree_util.keystr(keys, simple=True, separator=".")
             read = guarded(path, name, partial(_read, handler, path, tree, keys))
-            found[name] = StoredArray(tuple(leaf.shape or ()), np.dtype(leaf.dtype), read)
-    return found
+            arrays[name] = StoredArray(tuple(leaf.shape or ()), np.dtype(leaf.dtype), read)
+    return arrays
 
 
 def _is_leaf(node: Any) -> bool:
@@ -47,7 +49,7 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _read(handler: Any, path: Path, tree: Any, keys: Any) -> Any:
-    """One array: all others are placeholders, which are not restored."""
+    """Read one array. All others become placeholders, which Orbax does not restore."""
 
     def choose(at: Any, leaf: Any) -> Any:
         return leaf if at == keys else ocp.PLACEHOLDER

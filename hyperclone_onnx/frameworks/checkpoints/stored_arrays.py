@@ -1,6 +1,7 @@
-"""Arrays that lie in files, read when they are asked for; of safetensors files among others.
+"""Arrays in files, whose values are read only when they are needed; and the reader of safetensors files.
 
-The library's own NumPy reader knows no bfloat16; the format is described in `safetensors_files.py`, which writes it.
+We read safetensors ourselves because the library's NumPy reader cannot read bfloat16. `safetensors_files.py`, which
+writes the format, describes it.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ from hyperclone_onnx.writing.safetensors_files import TYPES
 Array = npt.NDArray[Any]
 
 LARGEST_HEADER = 100_000_000
-"""What safetensors itself allows."""
+"""The largest header in bytes that the safetensors library allows."""
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array whose shape and type are known, and that is read when it is called."""
+    """An array in a file. Its shape and type are known; calling the object reads its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], Array]
 
     def __call__(self) -> Array:
-        """The array."""
+        """Read the array."""
         return self.read()
 
 
 def from_torch(tensor: Any) -> StoredArray:
-    """A torch tensor as a stored array, in its own type.
+    """Wrap a torch tensor as a stored array of the same type.
 
     Raises:
-        BadRequest: it is a part of a sharded tensor.
+        BadRequest: the tensor is sharded, so this process has only a part of it.
     """
     if hasattr(tensor, "full_tensor"):
         raise BadRequest(
-            "a sharded tensor: gather the weights with get_model_state_dict(model, "
+            "a tensor is sharded, this process has only a part: gather the weights with get_model_state_dict(model, "
             "options=StateDictOptions(full_state_dict=True)), or save them with torch.distributed.checkpoint"
         )
     dtype = torch_dtype(tensor.dtype)
@@ -54,17 +55,17 @@ def from_torch(tensor: Any) -> StoredArray:
 
 
 def torch_dtype(dtype: Any) -> np.dtype[Any]:
-    """NumPy's type for one of torch's."""
+    """Return NumPy's type for a type of torch."""
     name = str(dtype).removeprefix("torch.")
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def torch_array(tensor: Any, dtype: np.dtype[Any]) -> Array:
-    """The elements of a torch tensor, in place where it is on the CPU."""
+    """Return a torch tensor as an array of type `dtype`. It shares the tensor's memory if the tensor is on the CPU."""
     import torch
 
     plain = tensor.detach().cpu()
-    if dtype.type.__module__ != "numpy":  # torch gives NumPy only the types that it has itself
+    if dtype.type.__module__ != "numpy":  # torch converts only the types that NumPy itself has
         plain = plain.view({1: torch.uint8, 2: torch.int16}[dtype.itemsize])
     array: Array = plain.numpy().view(dtype)
     return array
@@ -74,10 +75,10 @@ _TYPES = {name: np.dtype(kind.numpy()) for kind, name in TYPES.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, StoredArray]:
-    """The arrays of a safetensors file; each is mapped when it is asked for.
+    """Open a safetensors file and return its arrays by name. An array is mapped into memory when it is read.
 
     Raises:
-        BadModel: the file cannot be read, is no safetensors file, or is truncated.
+        BadModel: the file cannot be read, is not a safetensors file, or is truncated.
     """
     try:
         size = path.stat().st_size
@@ -100,7 +101,7 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredAr
         raise BadModel(f"{path}: its header is wrong at {name!r}") from problem
     dtype = _TYPES.get(kind)
     if dtype is None:
-        raise BadModel(f"{path}: {name!r} is of the type {kind}, which cannot be read")
+        raise BadModel(f"{path}: {name!r} has the type {kind}, which we cannot read")
     if end - begin != count * dtype.itemsize or begin < 0 or start + end > size:
         raise BadModel(f"{path}: truncated, or its header is wrong: {name!r} needs {count * dtype.itemsize} bytes")
 
@@ -117,9 +118,9 @@ def _single(path: Path, dtype: np.dtype[Any], offset: int) -> Array:
 
 
 def guarded(path: Path, name: str, read: Callable[[], Any]) -> Callable[[], Array]:
-    """A reading of which whatever goes wrong is a broken checkpoint.
+    """Wrap a function that reads an array, so that any exception in it becomes a BadModel that names the array.
 
-    The libraries that read checkpoints raise many types for a file that is cut off or overwritten.
+    The libraries that read checkpoints raise exceptions of many types for a truncated or overwritten file.
     """
 
     def run() -> Array:

@@ -1,4 +1,4 @@
-"""``handoff BIG --to TARGET -o DIR``: the weights of a grown model as a trainer's own checkpoint."""
+"""``handoff BIG --to TARGET -o DIR``: write the weights of a grown model as a checkpoint that a trainer can load."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.writing.safetensors_files import write_safetensors
 
 CHECKPOINT = "checkpoint"
-"""The folder of a checkpoint that is one, within the folder of the handoff."""
+"""The subfolder of the handoff's folder that holds the weights, for targets whose checkpoint is a folder."""
 
 LARGEST_FILE = 5_000_000_000
-"""Bytes of weights in one safetensors file, unless told otherwise."""
+"""The default for the largest number of bytes of weights in one safetensors file."""
 
 Tensors = Mapping[str, ir.TensorProtocol]
 
@@ -41,19 +41,20 @@ class HandedOver:
     folder: str
     tensors: int
     parameters: int
-    """Elements of all tensors, frozen ones too."""
+    """The number of elements of all tensors, frozen ones included."""
     optimizer: dict[str, Any] | None = None
+    """The fields of `optimizer.growing.GrownState`; None if no optimizer state was grown."""
     validated_by: str | None = None
-    """The framework that ONNX Runtime was compared with, on what was written."""
+    """The framework that we compared with ONNX Runtime on the written weights; None without that check."""
     hugging_face: dict[str, Any] = field(default_factory=dict)
-    """How the checkpoint's tensors were found in the model, and what changed in its configuration."""
+    """For ``hf``: how the checkpoint's tensors were matched with initializers, and the changes in its configuration."""
     training: TrainingRecipe | None = None
-    """How to train it on, if it was grown."""
+    """Advice for training the grown model further; None if the model was not grown."""
     warning: str | None = None
-    """That little of the model is trained, where that is so."""
+    """A warning if little of the model is trained; else None."""
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return asdict(self)
 
 
@@ -71,24 +72,29 @@ def hand_over(
     check: bool = True,
     notify: Notify | None = None,
 ) -> HandedOver:
-    """Write a model's weights into a folder, which appears only when all of it is right.
+    """Write a model's weights into a new folder. The folder appears only after all checks have passed.
 
     Args:
-        model: the (grown) ONNX file.
+        model: path of the (grown) ONNX file.
         target: ``pytorch`` (torch.distributed.checkpoint), ``jax`` (Orbax), ``safetensors``, or ``hf`` (a Hugging Face
             checkpoint).
-        output: the folder to make.
-        like: for ``hf``, the checkpoint that the small model was exported from.
-        source: the small ONNX file; only needed where tensors or names cannot be recovered from the grown one.
-        optimizer: the small model's AdamW state, to be grown beside the weights.
-        freeze: globs of initializer names that are not to be trained.
-        train: globs of initializer names that are to be trained.
-        largest_file: bytes of one safetensors file; more are spread over several, with an index.
-        check: whether to compare ONNX Runtime with the framework on what was written.
-        notify: told of each stage begun.
+        output: the folder to create.
+        like: for ``hf`` only: the checkpoint that the small model was exported from.
+        source: the small ONNX file. Give it only if tensors or names cannot be recovered from the grown file.
+        optimizer: the small model's AdamW state; it is grown and written with the weights.
+        freeze: globs of initializer names; the matching tensors are not trained.
+        train: globs of initializer names; the matching tensors are trained.
+        largest_file: the largest number of bytes of weights in one safetensors file. Larger models are written to
+            several files and an index.
+        check: whether to compare ONNX Runtime with a framework on the written weights.
+        notify: called with a short text when a stage begins.
 
     Raises:
-        BadModel, BadRequest, Refused, CannotWrite, ModelsDiffer: see `errors`.
+        BadModel: a file cannot be read, or is incomplete.
+        BadRequest: options contradict each other, a glob matches no tensor, or the optimizer's state does not fit.
+        Refused: the model has an operator, or a form of an operator, that is not supported.
+        CannotWrite: the folder cannot be written.
+        ModelsDiffer: ONNX Runtime and the framework compute different outputs from the written weights.
         MissingExtra: the target's extra is not installed.
     """
     if (target == "hf") != (like is not None):
@@ -97,17 +103,17 @@ def hand_over(
     with publication_folder(Path(output)) as folder:
         if target == "hf":
             assert like is not None
-            given = _given(freeze=freeze, train=train, optimizer=optimizer)
-            if given:
-                raise BadRequest(f"--to hf takes no {given}: a Hugging Face checkpoint holds all weights, and no more")
+            excess = _given(freeze=freeze, train=train, optimizer=optimizer)
+            if excess:
+                raise BadRequest(f"--to hf takes no {excess}: a Hugging Face checkpoint holds all weights, and no more")
             return _to_hugging_face(Path(model), Path(like), source, folder, output, say)
         say("reading")
         _require(target)
         compiled = compile_model(model, freeze=freeze, train=train)
         parameters = entries(compiled.program, compiled.plan)
         if not parameters:
-            raise BadRequest(f"{model}: it has no floating tensor that a trainer would hold")
-        tensors = {each.path: compiled.tensors[each.initializer] for each in parameters}
+            raise BadRequest(f"{model}: none of its floating-point tensors is a parameter: there is nothing to train")
+        tensors = {entry.path: compiled.tensors[entry.initializer] for entry in parameters}
         state: dict[str, Any] | None = None
         if optimizer is not None:
             say("growing the optimizer's state")
@@ -122,9 +128,11 @@ def hand_over(
         training = None if compiled.plan is None else RECIPE
         advice = None if training is None else training.to_json()
         Manifest(Path(model).name, target, weights, state_file, growth, parameters, advice).write(folder)
-        by = _checked(model, folder, say) if check else None
-    size = sum(math.prod(each.shape) for each in parameters)
-    return HandedOver(target, os.fspath(output), len(parameters), size, state, by, training=training, warning=warning)
+        framework = _checked(model, folder, say) if check else None
+    size = sum(math.prod(entry.shape) for entry in parameters)
+    return HandedOver(
+        target, os.fspath(output), len(parameters), size, state, framework, training=training, warning=warning
+    )
 
 
 def _given(**options: Any) -> str:
@@ -132,29 +140,29 @@ def _given(**options: Any) -> str:
 
 
 def _require(target: Target) -> None:
-    """Say at once that a trainer is not installed: its module does."""
-    name = {"pytorch": "torch", "jax": "jax"}.get(target)
-    if name is not None:
-        import_module(f"hyperclone_onnx.frameworks.{name}")
+    """Fail before the long work if the target's framework is missing: importing our module raises MissingExtra."""
+    module = {"pytorch": "torch", "jax": "jax"}.get(target)
+    if module is not None:
+        import_module(f"hyperclone_onnx.frameworks.{module}")
 
 
 def _growth(plan: Plan) -> dict[str, Any]:
-    """How the model was grown; the recipes stay in the model."""
-    dims = {name: {"role": each.role, "from": each.map.size, "to": each.map.grown} for name, each in plan.dims.items()}
+    """Summarise the growth for the manifest. The recipes are left out: they are in the model's file."""
+    dims = {name: {"role": dim.role, "from": dim.map.size, "to": dim.map.grown} for name, dim in plan.dims.items()}
     return {"strategy": plan.strategy.to_json(), "dims": dims}
 
 
 def _checked(model: PathLike, folder: Path, say: Notify) -> str:
-    """Compare what was written with the model, as ONNX Runtime runs it."""
+    """Compare the framework with the written weights against ONNX Runtime with the model file; return the framework."""
     from hyperclone_onnx.frameworks.checkpoints import read_weights
     from hyperclone_onnx.frameworks.checkpoints.matching import match
     from hyperclone_onnx.frameworks.parity import check_parity
 
     say("validating")
-    paths = [each.path for each in Manifest.read(folder).tensors]
+    paths = [entry.path for entry in Manifest.read(folder).tensors]
     arrays = read_weights(folder)
-    found = match(arrays, {path: path for path in paths}, str(folder))
-    return check_parity(Path(model), {path: arrays[name] for name, path in found.items()})
+    path_of_name = match(arrays, {path: path for path in paths}, str(folder))
+    return check_parity(Path(model), {path: arrays[name] for name, path in path_of_name.items()})
 
 
 def _to_hugging_face(
@@ -165,7 +173,7 @@ def _to_hugging_face(
 
     report = grow_checkpoint(model, like, folder, source=None if source is None else Path(source), notify=say)
     written = read_weights(folder)
-    size = sum(math.prod(each.shape) for each in written.values())
+    size = sum(math.prod(array.shape) for array in written.values())
     return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json(), training=RECIPE)
 
 
@@ -192,10 +200,10 @@ WRITERS: Mapping[Target, Callable[[Tensors, Path, int], str]] = {
     "jax": _write_jax,
     "safetensors": _write_safetensors,
 }
-"""(tensors, folder, bytes in one file) -> the name of the file or folder, within the folder, that holds the weights.
+"""By target, a function (tensors, folder, largest number of bytes in one file) -> name of what holds the weights.
 
-There is none for ``hf``: there a checkpoint of the small model is grown.
+The name is that of a file or a subfolder in the folder. ``hf`` is not here: it grows a checkpoint of the small model.
 """
 
 OPTIMIZER_KINDS: Mapping[Target, Kind] = {"pytorch": "pytorch", "jax": "jax"}
-"""The optimizer's state for a target; a safetensors file for any other target."""
+"""The format of the optimizer's state for a target; any other target gets a safetensors file."""

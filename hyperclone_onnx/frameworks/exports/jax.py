@@ -1,4 +1,4 @@
-"""An Orbax checkpoint of nested parameters."""
+"""Write nested parameters as an Orbax checkpoint."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from hyperclone_onnx.frameworks.slices import read_whole
 
 
 def write_checkpoint(tensors: Mapping[str, ir.TensorProtocol], folder: Path) -> None:
-    """Write what ``orbax.checkpoint.StandardCheckpointer().restore(folder, like)`` reads, under any sharding.
+    """Write a checkpoint that ``orbax.checkpoint.StandardCheckpointer().restore(folder, like)`` reads.
+
+    Orbax can restore it with any sharding.
 
     Args:
-        tensors: by parameter path.
-        folder: where to write; it must not exist.
+        tensors: the tensors, by parameter path.
+        folder: the folder to create; it must not exist.
 
     Raises:
         MissingExtra: Orbax is not installed.

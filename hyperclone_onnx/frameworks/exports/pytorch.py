@@ -1,4 +1,4 @@
-"""A checkpoint of torch.distributed.checkpoint, written tensor by tensor."""
+"""Write a checkpoint of torch.distributed.checkpoint, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.slices import read_whole, shape_of
 
 KEY = "model"
-"""Names in the checkpoint begin with this, as those of ``dcp.save({"model": model.state_dict()})`` do."""
+"""The first part of each name in the checkpoint, as ``dcp.save({"model": model.state_dict()})`` writes it."""
 
 
 def write_checkpoint(tensors: Mapping[str, ir.TensorProtocol], folder: Path) -> None:
-    """Write what ``dcp.load({"model": model.state_dict()}, checkpoint_id=folder)`` reads, on any number of ranks.
+    """Write a checkpoint that ``dcp.load({"model": model.state_dict()}, checkpoint_id=folder)`` reads.
+
+    Any number of ranks can load it.
 
     Args:
-        tensors: by parameter path; one at a time is in memory.
-        folder: where to write, an empty folder.
+        tensors: the tensors, by parameter path. Only one at a time is in memory.
+        folder: the empty folder to write into.
 
     Raises:
         MissingExtra: PyTorch is not installed.
@@ -39,7 +41,7 @@ def write_checkpoint(tensors: Mapping[str, ir.TensorProtocol], folder: Path) -> 
         raise MissingExtra("torch", problem) from problem
 
     class Planner(DefaultSavePlanner):
-        """Plans for tensors on the meta device, and reads each when it is its turn to be written."""
+        """Plan the file with tensors on the meta device, and read a tensor's values only when it is written."""
 
         def lookup_object(self, index: Any) -> Any:
             return as_torch(read_whole(tensors[index.fqn.removeprefix(f"{KEY}.")]))
@@ -53,7 +55,7 @@ def write_checkpoint(tensors: Mapping[str, ir.TensorProtocol], folder: Path) -> 
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is no process group, as is meant
+            warnings.simplefilter("ignore")  # torch warns that there is no process group: we need none
             dcp.save(state, storage_writer=writer, planner=Planner(), no_dist=True)
     except OSError as problem:
         raise CannotWrite(f"{folder}: cannot be written ({problem.strerror or problem})") from problem

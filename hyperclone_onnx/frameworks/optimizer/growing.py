@@ -1,4 +1,4 @@
-"""AdamW's state of a small model, grown by a grown file's plan and written for the next trainer."""
+"""Grow AdamW's state of a small model by the plan in the grown file, and write it for the trainer of that file."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ FILES: Mapping[Kind, str] = {
     "pytorch": "optimizer.pt",
     "jax": "optimizer.safetensors",
 }
-"""What `write_optimizer` writes into its folder."""
+"""The name of the file that `write_optimizer` writes, by the kind of trainer."""
 
 Translate = Callable[[Mapping[str, StoredArray]], Mapping[str, StoredArray]]
-"""From moments by other names and in other layouts (those of a Hugging Face checkpoint) to moments by initializer."""
+"""Converts moments with other names and layouts (such as a Hugging Face checkpoint's) to moments by initializer."""
 
 
 @dataclass(frozen=True)
 class GrownState:
-    """What was written."""
+    """A report about the written state."""
 
     file: str
+    """The path of the written file."""
     steps: float
-    """The most that any tensor was stepped."""
+    """The largest number of steps of any tensor."""
     tensors: int
+    """The number of tensors with moments."""
     exact: bool
-    """Whether the moments are those that the grown model would have; else, in `mean`, means over repeats."""
+    """Whether all moments are exactly those of the grown model; if not, `mean` lists the other tensors."""
     mean: list[str]
-    """Tensors whose moments are a mean over repeats that differ, or a part of what one tensor had before it became
-    several."""
+    """Tensors whose moments are not exact. Either the repeats of an element have different gradients, and the moments
+    are a mean over them. Or one tensor became several, and we assume that each has an equal part of its gradient."""
 
 
 # -- growing ----------------------------------------------------------------------------------------------------
@@ -63,41 +65,42 @@ def write_optimizer(
     translate: Translate | None = None,
     compiled: CompiledModel | None = None,
 ) -> GrownState:
-    """Grow the source's AdamW state by a grown file's plan, and write it where its trainer looks for it.
+    """Grow AdamW's state of the small model by the plan in the grown file, and write it into a folder.
 
     Args:
-        big: the grown file; its plan is in it.
-        state: the source's state; see `read_state`.
-        folder: an existing folder. `FILES` says what is written into it: for PyTorch a state_dict for
-            ``AdamW(load(big).named_parameters())``; else a safetensors file by the parameters' names.
-        kind: for whom.
-        freeze: as for `load`.
-        train: as for `load`.
-        source: the source's file, if the state's names are those of its handoff and not those of `big`.
-        translate: from other names and layouts.
-        compiled: what `compile_model` makes of `big` with the same `freeze` and `train`, where that was done already.
+        big: the grown file, which contains its plan.
+        state: the state of the small model; see `read_state`.
+        folder: an existing folder. The file in it is named by `FILES`. For PyTorch it is a state_dict for
+            ``AdamW(load(big).named_parameters())``; for others it is a safetensors file by the parameters' names.
+        kind: the trainer that will read the file.
+        freeze: globs of initializer names; the matching tensors are not trained.
+        train: globs of initializer names; the matching tensors are trained.
+        source: the small model's file. Give it if the names in the state come from the small model's handoff and differ
+            from those of `big`.
+        translate: a function that converts names and layouts of the moments; None if they need no conversion.
+        compiled: the result of `compile_model` for `big` with the same `freeze` and `train`, to save compiling again.
 
     Raises:
         BadModel: a file cannot be read.
-        BadRequest: `big` was not grown; the state does not fit it, or lacks a tensor that is trained.
+        BadRequest: `big` contains no plan; or the state does not fit it, or lacks a tensor that is trained.
         CannotWrite, Refused, MissingExtra: see `errors`.
     """
     compiled = compiled or compile_model(big, freeze=freeze, train=train)
     plan = compiled.plan
     if plan is None:
-        raise BadRequest(f"{big}: it carries no plan of its growth, by which an optimizer's state would grow")
-    weights = [each for each in compiled.program.weights if each.role in ("trainable", "frozen")]
+        raise BadRequest(f"{big}: it carries no plan of its growth, which we need to grow an optimizer's state")
+    weights = [weight for weight in compiled.program.weights if weight.role in ("trainable", "frozen")]
     saved = read_state(state)
     known = _names(plan, weights, source)
     moments, names = _moments(saved, known, str(state), translate)
     grown = grow_moments(plan, moments)
     _check_shapes(weights, grown)
-    trained = [each for each in weights if each.role == "trainable"]
-    missing = [each.initializer for each in trained if each.initializer not in grown]
+    trained = [weight for weight in weights if weight.role == "trainable"]
+    missing = [weight.initializer for weight in trained if weight.initializer not in grown]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BadRequest(f"{state}: no moments of {missing[0]!r}{more}, which is trained: see --freeze")
-    by_path = {each.path: grown[each.initializer] for each in trained}
+    by_path = {weight.path: grown[weight.initializer] for weight in trained}
     out = Path(folder) / FILES[kind]
     try:
         if kind == "pytorch":
@@ -106,20 +109,20 @@ def write_optimizer(
             _write_safetensors(out, by_path, kind)
     finally:
         forget()
-    mean = _means(plan, [each.initializer for each in trained])
-    return GrownState(str(out), max(each.step for each in by_path.values()), len(by_path), not mean, mean)
+    mean = _means(plan, [weight.initializer for weight in trained])
+    return GrownState(str(out), max(moment.step for moment in by_path.values()), len(by_path), not mean, mean)
 
 
 def _names(plan: Plan, weights: Sequence[Weight], source: PathLike | None) -> dict[str, str]:
-    """The source's initializer, by each name that it may have in a state."""
+    """Return the small model's initializers, by every name that an initializer may have in a saved state."""
     known: dict[str, str] = {}
     if source is not None:
-        known |= {each.path: each.initializer for each in compile_model(source).program.weights}
-        known |= {each: each for each in known.values()}
-    for each in weights:
-        recipe = plan.tensors.get(each.initializer)
-        origin = each.initializer if recipe is None else recipe.source
-        for name in (each.path, each.initializer, origin):
+        known |= {weight.path: weight.initializer for weight in compile_model(source).program.weights}
+        known |= {initializer: initializer for initializer in known.values()}
+    for weight in weights:
+        recipe = plan.tensors.get(weight.initializer)
+        origin = weight.initializer if recipe is None else recipe.source
+        for name in (weight.path, weight.initializer, origin):
             known.setdefault(name, origin)
     return known
 
@@ -127,13 +130,13 @@ def _names(plan: Plan, weights: Sequence[Weight], source: PathLike | None) -> di
 def _moments(
     saved: State, known: Mapping[str, str], where: str, translate: Translate | None
 ) -> tuple[dict[str, Moments], dict[str, str]]:
-    """The moments by source initializer, and the source initializer by saved name."""
+    """Return the moments by the small model's initializer, and that initializer by saved name."""
     first: Mapping[str, StoredArray] = saved.first
     second: Mapping[str, StoredArray] = saved.second
     if translate is not None:
         first, second = translate(first), translate(second)
-        most = max(saved.steps.values(), default=0.0)
-        return {name: Moments(first[name], second[name], most) for name in first}, {}
+        steps_taken = max(saved.steps.values(), default=0.0)
+        return {name: Moments(first[name], second[name], steps_taken) for name in first}, {}
     names = match(saved.first, known, where)
     steps = saved.steps
     if not steps:
@@ -145,30 +148,30 @@ def _moments(
 
 
 def _check_shapes(weights: Iterable[Weight], grown: Mapping[str, GrownMoments]) -> None:
-    for each in weights:
-        moments = grown.get(each.initializer)
-        if moments is not None and moments.first.shape != tuple(each.shape):
+    for weight in weights:
+        moments = grown.get(weight.initializer)
+        if moments is not None and moments.first.shape != tuple(weight.shape):
             raise BadRequest(
-                f"the moments of {each.initializer!r} have the shape {moments.first.shape}, "
-                f"the grown model's tensor has {tuple(each.shape)}"
+                f"the moments of {weight.initializer!r} have the shape {moments.first.shape}, "
+                f"the grown model's tensor has {tuple(weight.shape)}"
             )
 
 
 def _means(plan: Plan, names: Iterable[str]) -> list[str]:
-    """The tensors whose repeats have moments of their own, of which the grown ones are the mean."""
+    """List the tensors whose grown moments are not exact; see `GrownState.mean`."""
     several = separated(plan)
-    found = []
+    inexact = []
     for name in names:
         recipe = plan.tensors.get(name)
         source = name if recipe is None else recipe.source
         copies = recipe is not None and any(
-            (a, f) not in recipe.shared and not isinstance(factor, Kept)
-            for a, axis in enumerate(recipe.axes)
-            for f, factor in enumerate(axis)
+            (axis_number, factor_number) not in recipe.shared and not isinstance(factor, Kept)
+            for axis_number, axis in enumerate(recipe.axes)
+            for factor_number, factor in enumerate(axis)
         )
         if source in several or (copies and not plan.strategy.law.is_even):
-            found.append(name)
-    return found
+            inexact.append(name)
+    return inexact
 
 
 # -- writing ----------------------------------------------------------------------------------------------------
@@ -177,29 +180,33 @@ def _means(plan: Plan, names: Iterable[str]) -> list[str]:
 def _write_safetensors(out: Path, grown: Mapping[str, GrownMoments], kind: Kind) -> None:
     first, second, step = (names[kind == "jax"] for names in (FIRST, SECOND, STEP))
     arrays: dict[str, Tensor] = {}
-    for path, each in grown.items():
-        arrays[f"{first}.{path}"], arrays[f"{second}.{path}"] = each.first, each.second
-    steps = {path: each.step for path, each in grown.items()}
+    for path, moments in grown.items():
+        arrays[f"{first}.{path}"], arrays[f"{second}.{path}"] = moments.first, moments.second
+    steps = {path: moments.step for path, moments in grown.items()}
     if len(set(steps.values())) == 1:
         arrays[step] = np.asarray(next(iter(steps.values())), np.int32 if kind == "jax" else np.float32)
     elif kind == "jax":
         least, most = min(steps.values()), max(steps.values())
-        raise BadRequest(f"its tensors were stepped {least:g} to {most:g} times; optax has one count for all")
+        raise BadRequest(
+            f"the tensors took different numbers of steps ({least:g} to {most:g}), but optax has one count for all"
+        )
     else:
-        arrays |= {f"{step}.{path}": np.asarray(each, np.float32) for path, each in steps.items()}
+        arrays |= {f"{step}.{path}": np.asarray(count, np.float32) for path, count in steps.items()}
     write_safetensors(arrays, out.parent, name=out.name, metadata={"format": "pt"})
 
 
 def _groups(saved: State, names: Mapping[str, str], plan: Plan, weights: Sequence[Weight]) -> list[Group]:
-    """The saved groups by the grown model's parameters; what was in none is in the first."""
+    """Return the saved groups with the grown model's parameters. A parameter that was in no group joins the first."""
     if not saved.groups:
         return []
-    number = {names[name]: i for i, group in enumerate(saved.groups) for name in group.names if name in names}
+    number_of = {
+        names[name]: number for number, group in enumerate(saved.groups) for name in group.names if name in names
+    }
     members: list[set[str]] = [set() for _ in saved.groups]
-    for each in weights:
-        recipe = plan.tensors.get(each.initializer)
-        members[number.get(each.initializer if recipe is None else recipe.source, 0)].add(each.path)
-    return [Group(group.settings, frozenset(own)) for group, own in zip(saved.groups, members, strict=True)]
+    for weight in weights:
+        recipe = plan.tensors.get(weight.initializer)
+        members[number_of.get(weight.initializer if recipe is None else recipe.source, 0)].add(weight.path)
+    return [Group(group.settings, frozenset(paths)) for group, paths in zip(saved.groups, members, strict=True)]
 
 
 def _write_torch(
@@ -213,21 +220,21 @@ def _write_torch(
 
     names = [name for name, _ in OnnxModule(compiled).named_parameters()]
     if not groups:
-        nothing = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).state_dict()["param_groups"][0]
-        settings = {key: value for key, value in nothing.items() if key != "params"}
+        defaults = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).state_dict()["param_groups"][0]
+        settings = {key: value for key, value in defaults.items() if key != "params"}
         groups = [Group(settings, frozenset(names))]
     scratch = out.with_name(f".{out.name}.partial")
     try:
-        # The moments are computed block by block into a file, and torch saves them from there: none is held whole.
+        # No moment is ever whole in memory: we compute it block by block into a scratch file, and torch saves that.
         _write_safetensors(scratch, grown, "safetensors")
         tensors = {name: torch.from_numpy(array.read()) for name, array in read_safetensors(scratch).items()}
         state: dict[int, Any] = {}
         written: list[dict[str, Any]] = []
         for group in groups:
-            own = [name for name in names if name in group.names]
-            start = sum(len(each["params"]) for each in written)
-            written.append({**group.settings, "params": [*range(start, start + len(own))], "param_names": own})
-            for number, name in enumerate(own, start):
+            members = [name for name in names if name in group.names]
+            start = sum(len(earlier["params"]) for earlier in written)
+            written.append({**group.settings, "params": [*range(start, start + len(members))], "param_names": members})
+            for number, name in enumerate(members, start):
                 if name in grown:
                     state[number] = {
                         "step": torch.tensor(float(grown[name].step)),

@@ -1,19 +1,21 @@
-"""How an optimizer's state grows with its model: Adam's moments, and the steps that follow.
+"""Grow Adam's moments with the model, and find the settings with which the grown model steps like the small one.
 
 A plan makes each grown tensor linearly from its source: theta' = G theta, with
-theta'[j] = scale * share[j] * theta[m(j)], the shares of one source element's repeats along the *shared* axes adding up
-to 1. The grown model's loss at G theta is the small model's at theta, whatever theta is, so the chain rule gives
+theta'[j] = scale * share[j] * theta[m(j)]. Here m(j) is the source element that j repeats. The shares of all repeats of
+one source element along the *shared* axes add up to 1. For every theta, the grown model's loss at G theta equals the
+small model's loss at theta. So the chain rule gives, for the gradients g of the small and g' of the grown model,
 
     g[i] = sum over the repeats j of i of (scale * share[j] * g'[j]).
 
-Repeats along a shared axis read equal activations, so their gradients are equal with every strategy. Along the other
-axes they are equal where the repeats are symmetric, and then
+Repeats along a shared axis read equal activations, so their gradients are equal with every strategy. Repeats along the
+other axes have equal gradients if the strategy makes them symmetric. Then
 
     g'[j] = g[m(j)] / (scale * n[j]),    n[j] the number of repeats of j along the axes that are not shared.
 
-So the gradient grows by the dual of the recipe: what a weight shares the gradient copies, and what a weight copies the
-gradient shares. Adam's first moment is a mean of gradients and grows alike, the second one is a mean of squares and
-grows by the square. With noise or the diagonal strategy the formula is the mean over those repeats.
+So the gradient grows by the dual of the recipe. Where the weight is divided among repeats, the gradient is copied.
+Where the weight is copied, the gradient is divided. Adam's first moment is a mean of gradients, so it grows by the same
+factor. The second moment is a mean of squared gradients, so it grows by the square of the factor. With noise or the
+diagonal strategy the repeats have different gradients, and the formula gives their mean.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from hyperclone_onnx.tensors.grown_tensor import GrownTensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's state of one tensor: running means of its gradient and of the gradient's square, and the steps taken."""
+    """Adam's state of one tensor: the running means of its gradient and of the squared gradient, and the step count."""
 
     first: StoredArray
     second: StoredArray
@@ -47,7 +49,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class GrownMoments:
-    """The same of a grown tensor, not yet computed."""
+    """Adam's state of one grown tensor. The moments are computed when they are read."""
 
     first: GrownMoment
     second: GrownMoment
@@ -55,14 +57,14 @@ class GrownMoments:
 
 
 class GrownMoment:
-    """A moment of a grown tensor, of which any slice can be had.
+    """A moment of a grown tensor, from which any slice can be computed.
 
     Args:
         source: the moment of the source tensor.
-        recipe: how the grown tensor is made; None where it is the source tensor.
+        recipe: how the grown tensor is made; None if growth did not change the tensor.
         maps: the source map of each named dimension.
-        power: 1 for a mean of gradients, 2 for a mean of their squares.
-        tensors: how many tensors of the grown model the source tensor became; each is taken to have an equal part in
+        power: 1 for a mean of gradients, 2 for a mean of squared gradients.
+        tensors: how many tensors of the grown model the source tensor became. We assume that they have equal parts in
             its gradient.
     """
 
@@ -77,7 +79,7 @@ class GrownMoment:
         self.copies = None if recipe is None else (replace(recipe, shared=(), scale=1.0), maps)
 
     def __getitem__(self, windows: slice | tuple[slice, ...]) -> Array:
-        """A slice: one slice with step 1 for each leading axis."""
+        """Compute a part of the moment; `windows` has one slice with step 1 for each leading axis."""
         windows = windows if isinstance(windows, tuple) else (windows,)
         values = np.asarray(_repeated(self)[windows], dtype=self.dtype) / self.dtype.type(self.scale**self.power)
         for axis, counts in enumerate(self.counts):
@@ -87,13 +89,13 @@ class GrownMoment:
         return np.asarray(values)
 
     def numpy(self) -> Array:
-        """The whole moment."""
+        """Compute the whole moment."""
         return self[()]
 
 
 @lru_cache(maxsize=8)
 def _repeated(moment: GrownMoment) -> Any:
-    """The source's elements, repeated along the grown axes and not divided; the last few moments' are in memory."""
+    """Return the source's elements, repeated along the grown axes and not divided. The last 8 moments are cached."""
     if moment.copies is None:
         return moment.source.read()
     source, dtype = moment.source, ir.DataType.from_numpy(moment.source.dtype)
@@ -102,19 +104,20 @@ def _repeated(moment: GrownMoment) -> Any:
 
 
 def forget() -> None:
-    """Let go of what was read of the last moments."""
+    """Free the cached source moments."""
     _repeated.cache_clear()
 
 
 def grow_moments(plan: Plan, moments: Mapping[str, Moments]) -> dict[str, GrownMoments]:
-    """Grow an optimizer's state by a plan; nothing is computed before it is asked for.
+    """Grow an optimizer's state by a plan. The moments are computed only when they are read.
 
     Args:
-        plan: the growth of the model.
-        moments: by the names of the source's tensors.
+        plan: the plan that grew the model.
+        moments: the moments of the small model, by the names of its tensors.
 
     Returns:
-        By the names of the grown model's tensors. What the plan does not touch has the gradient that it had.
+        The moments of the grown model, by the names of its tensors. A tensor that is not in the plan has the same
+        gradient as before, so its moments stay as they are.
 
     Raises:
         BadRequest: a moment has another shape than the tensor that the plan grows.
@@ -125,20 +128,20 @@ def grow_moments(plan: Plan, moments: Mapping[str, Moments]) -> dict[str, GrownM
     grown: dict[str, GrownMoments] = {}
     for name, recipe in recipes.items():
         source = name if recipe is None else recipe.source
-        each, count = moments[source], parts.get(source, 1)
-        for moment in (each.first, each.second):
-            _check_shape(source, moment.shape, each.first.shape if recipe is None else recipe.source_shape(maps))
+        old, count = moments[source], parts.get(source, 1)
+        for moment in (old.first, old.second):
+            _check_shape(source, moment.shape, old.first.shape if recipe is None else recipe.source_shape(maps))
         grown[name] = GrownMoments(
-            GrownMoment(each.first, recipe, maps, 1, count), GrownMoment(each.second, recipe, maps, 2, count), each.step
+            GrownMoment(old.first, recipe, maps, 1, count), GrownMoment(old.second, recipe, maps, 2, count), old.step
         )
     return grown
 
 
 def separated(plan: Plan) -> dict[str, int]:
-    """The source tensors that became several in the grown model, and how many."""
+    """Return the source tensors that became several tensors of the grown model, with the number of these tensors."""
     counts = Counter(recipe.source for recipe in plan.tensors.values())
-    every = {source: count + (source not in plan.tensors) for source, count in counts.items()}
-    return {source: count for source, count in every.items() if count > 1}
+    totals = {source: count + (source not in plan.tensors) for source, count in counts.items()}
+    return {source: count for source, count in totals.items() if count > 1}
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -151,7 +154,10 @@ def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> 
 
 @dataclass(frozen=True)
 class StepFactors:
-    """What to multiply AdamW's settings with so that a grown tensor moves exactly as its source would."""
+    """Factors for AdamW's settings with which a grown tensor moves exactly as its source tensor would.
+
+    `rate` multiplies the learning rate, `eps` multiplies eps, and `weight_decay` multiplies the weight decay.
+    """
 
     rate: float = 1.0
     eps: float = 1.0
@@ -159,15 +165,19 @@ class StepFactors:
 
 
 def step_factors(plan: Plan, name: str) -> StepFactors:
-    """How a tensor of the grown model has to be stepped for the grown model to follow the small one.
+    """Return the factors with which a tensor of the grown model follows the small model exactly.
 
-    Adam's step m / (sqrt(v) + eps) does not change when the gradient is multiplied, but for eps. A grown element is
-    scale * share times its source, and so must its step be; the decay, rate * weight_decay, must stay what it was.
-    Among weight matrices that is the rule of muP for Adam, a rate that falls with the fan-in (Yang et al.,
-    arXiv 2203.03466).
+    Multiplying the gradient by a factor does not change Adam's step m / (sqrt(v) + eps), except for eps. A grown
+    element is scale * share times its source element, so its step must be scale * share times the source's step. The
+    decay, rate * weight_decay, must not change. For weight matrices this is muP's rule for Adam: the rate falls with
+    the fan-in (Yang et al., arXiv 2203.03466).
+
+    Args:
+        plan: the plan that grew the model.
+        name: the initializer of the grown model.
 
     Raises:
-        BadRequest: the elements of this tensor are repeated unequally: no one rate serves them.
+        BadRequest: the elements of this tensor are repeated unequally, so they would need different rates.
     """
     parts = separated(plan)
     recipe = plan.tensors.get(name)
@@ -179,7 +189,9 @@ def step_factors(plan: Plan, name: str) -> StepFactors:
     for axis in axes:
         for counts in (axis.count, axis.other_count):
             if counts.size and counts.min() != counts.max():
-                raise BadRequest(f"{name!r} is repeated unequally along an axis: no one rate serves its elements")
+                raise BadRequest(
+                    f"{name!r} is repeated unequally along an axis: its elements would need different rates"
+                )
         share /= float(axis.count[0]) if axis.grown else 1.0
         other *= float(axis.other_count[0]) if axis.grown else 1.0
     rate = recipe.scale * share

@@ -1,4 +1,4 @@
-"""A grown optimizer state put into a trainer's optimizer, by the names of its parameters."""
+"""Load a grown optimizer state into a trainer's optimizer, by the names of the parameters."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from hyperclone_onnx.frameworks.optimizer.saved_state import State, read_state
 
 
 def resume_torch(optimizer: Any, state: str | os.PathLike[str]) -> None:
-    """Give a torch AdamW the moments of a file, by name; its rates and groups stay its own.
+    """Load the moments and step counts of a file into a torch AdamW, by parameter name.
+
+    The optimizer keeps its learning rates and its parameter groups.
 
     Args:
-        optimizer: made of named parameters, in whatever groups: ``AdamW(model.named_parameters())``. The parameters may
-            be sharded.
-        state: `optimizer.pt` or `optimizer.safetensors`, as `write_optimizer` writes them.
+        optimizer: an AdamW made from named parameters: ``AdamW(model.named_parameters())``. It may have several groups,
+            and the parameters may be sharded.
+        state: path of `optimizer.pt` or `optimizer.safetensors`, as `write_optimizer` writes them.
 
     Raises:
         BadModel: the file cannot be read.
-        BadRequest: the optimizer has no names, a name is missing in the file, or a shape is another.
+        BadRequest: the optimizer has no parameter names, or the file lacks a trained parameter or has it with another
+            shape.
     """
     import torch
 
     saved = read_state(state)
     for group in optimizer.param_groups:
         if "param_names" not in group:
-            raise BadRequest("the optimizer has no names: make it of model.named_parameters()")
+            raise BadRequest("the optimizer has no parameter names: make it from model.named_parameters()")
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if not parameter.requires_grad:
                 continue
@@ -44,31 +47,32 @@ def resume_torch(optimizer: Any, state: str | os.PathLike[str]) -> None:
 
 
 def _beside(parameter: Any, array: Array) -> Any:
-    """A tensor placed as a parameter is, of an array's elements; of a sharded one this rank's are read alone."""
+    """Return an array as a tensor with a parameter's device and sharding. If sharded, read only this rank's part."""
     import torch
 
     target = torch.zeros_like(parameter, requires_grad=False)
     local, window = target, tuple(slice(None) for _ in target.shape)
-    if hasattr(target, "__create_chunk_list__"):  # what torch.distributed.checkpoint asks of a DTensor
+    if hasattr(target, "__create_chunk_list__"):  # only a DTensor has it: it lists the local shards
         (chunk,) = target.__create_chunk_list__()
-        window = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        window = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
         local = target.to_local()
     local.copy_(torch.from_numpy(np.array(array[window])))
     return target
 
 
 def resume_optax(optimizer_state: Any, params: Mapping[str, Any], state: str | os.PathLike[str]) -> Any:
-    """An optax state with the moments of a file in the place of its own: those of every `ScaleByAdamState` in it.
+    """Return a copy of an optax state in which every `ScaleByAdamState` has the moments of a file.
 
     Args:
-        optimizer_state: ``optax.adamw(...).init(params)``, or any chain with Adam in it; what else it holds (the
-            count of a schedule) stays.
-        params: the nested dict that `frameworks.jax.load` gives.
-        state: `optimizer.safetensors`.
+        optimizer_state: ``optax.adamw(...).init(params)``, or the state of any chain that contains Adam. Its other
+            parts, such as the count of a schedule, are kept.
+        params: the nested dict of parameters that `frameworks.jax.load` returns.
+        state: path of `optimizer.safetensors`.
 
     Raises:
         BadModel: the file cannot be read.
-        BadRequest: a name is missing in the file, a shape is another, or the state holds no Adam.
+        BadRequest: the file lacks a parameter or has it with another shape, or the optax state contains no Adam.
+        MissingExtra: JAX or optax is not installed.
     """
     try:
         import jax
@@ -79,13 +83,13 @@ def resume_optax(optimizer_state: Any, params: Mapping[str, Any], state: str | o
     paths = {
         path: jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(params)
     }
-    found = {path: _of(saved, name, _leaf_shape(params, name), str(state)) for path, name in paths.items()}
-    steps = {each[2] for each in found.values()}
+    loaded = {path: _of(saved, name, _leaf_shape(params, name), str(state)) for path, name in paths.items()}
+    steps = {moments_and_step[2] for moments_and_step in loaded.values()}
     replaced = 0
 
     def moments(which: int) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jax.numpy.asarray(found[path][which], dtype=leaf.dtype), params
+            lambda path, leaf: jax.numpy.asarray(loaded[path][which], dtype=leaf.dtype), params
         )
 
     def put(node: Any) -> Any:
@@ -110,14 +114,16 @@ def _leaf_shape(params: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def _of(saved: State, name: str, shape: tuple[int, ...], where: str) -> tuple[Any, Any, float]:
-    """A parameter's two moments and its steps."""
-    found: list[StoredArray | None] = [saved.first.get(name), saved.second.get(name)]
+    """Return a parameter's first moment, second moment and number of steps. Messages name the file `where`."""
+    moments: list[StoredArray | None] = [saved.first.get(name), saved.second.get(name)]
     arrays = []
-    for each in found:
-        if each is None:
-            raise BadRequest(f"{where}: no moments of {name!r}")
-        if each.shape != shape:
-            raise BadRequest(f"{where}: the moments of {name!r} have the shape {each.shape}, the parameter {shape}")
-        arrays.append(np.asarray(each.read()))
+    for moment in moments:
+        if moment is None:
+            raise BadRequest(f"{where}: it has no moments of the parameter {name!r}")
+        if moment.shape != shape:
+            raise BadRequest(
+                f"{where}: the moments of {name!r} have the shape {moment.shape}, the parameter has {shape}"
+            )
+        arrays.append(np.asarray(moment.read()))
     step = saved.steps.get(name, saved.steps.get("", 0.0))
     return arrays[0], arrays[1], step

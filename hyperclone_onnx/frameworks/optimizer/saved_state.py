@@ -1,4 +1,4 @@
-"""AdamW's state as trainers leave it, read under the names that it was saved under."""
+"""Read AdamW's state as trainers save it, by the names in the saved file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, fr
 from hyperclone_onnx.frameworks.compiled_model import PathLike
 
 FIRST, SECOND, STEP = ("exp_avg", "mu"), ("exp_avg_sq", "nu"), ("step", "count")
-"""What PyTorch and optax call the two moments and the number of steps."""
+"""The names of the two moments and of the number of steps: PyTorch's, then optax's."""
 
 SAVE_NAMED = (
     "make the optimizer of model.named_parameters() (PyTorch 2.6 and later keep the names), or save "
@@ -27,7 +27,7 @@ SAVE_NAMED = (
 
 @dataclass(frozen=True)
 class Group:
-    """One of a torch optimizer's parameter groups: its settings, and whose they are."""
+    """A parameter group of a torch optimizer: its settings, and the names of its parameters."""
 
     settings: dict[str, Any]
     names: frozenset[str]
@@ -35,26 +35,27 @@ class Group:
 
 @dataclass
 class State:
-    """An optimizer's state as it was saved, by the names it was saved under."""
+    """The state of an optimizer, by the names in the saved file."""
 
     first: dict[str, StoredArray] = field(default_factory=dict)
     second: dict[str, StoredArray] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
-    """By name; that of the empty name counts for all."""
+    """The number of steps, by name. The entry of the empty name holds for all tensors that have no entry."""
     groups: list[Group] = field(default_factory=list)
 
 
 def read_state(path: PathLike) -> State:
-    """AdamW's state from a file or a folder.
+    """Read AdamW's state from a file or a folder.
 
     Args:
-        path: a torch file with names (see `SAVE_NAMED`), which is read with ``weights_only=True``; or anything that
-            `checkpoints.read_weights` reads, with tensors ``exp_avg.NAME`` or ``NAME.exp_avg``, ``exp_avg_sq``,
-            ``step`` (or optax's ``mu``, ``nu``, ``count``).
+        path: a torch file whose parameters have names (see `SAVE_NAMED`); it is read with ``weights_only=True``. Or
+            anything that `checkpoints.read_weights` reads, with tensors ``exp_avg.NAME`` or ``NAME.exp_avg``,
+            ``exp_avg_sq``, ``step`` (or optax's ``mu``, ``nu``, ``count``).
 
     Raises:
-        BadModel: it cannot be read.
-        BadRequest: it has no names, or is the state of another optimizer.
+        BadModel: the file cannot be read.
+        BadRequest: the parameters have no names, or the state is that of another optimizer.
+        MissingExtra: reading the file needs a framework that is not installed.
     """
     file = Path(path)
     if file.is_dir() or file.suffix in (".safetensors", ".json", ".npz"):
@@ -76,7 +77,9 @@ def _from_flat(arrays: Mapping[str, StoredArray], where: str) -> State:
 
 
 def _split(key: str) -> tuple[str, str]:
-    """A key as what it holds and of which tensor; ("", key) for what is no part of AdamW's state.
+    """Split a key into the kind of value and the name of its tensor.
+
+    A key that is no part of AdamW's state gives ("", key).
 
     >>> _split("optimizer.state.norm.weight.exp_avg"), _split("0.mu.norm.weight"), _split("0.count")
     (('exp_avg', 'optimizer.state.norm.weight'), ('mu', 'norm.weight'), ('count', ''))
@@ -84,9 +87,9 @@ def _split(key: str) -> tuple[str, str]:
     parts = key.split(".")
     if parts[-1] in ("exp_avg", "exp_avg_sq"):
         return parts[-1], ".".join(parts[:-1])
-    for at, part in enumerate(parts[:-1]):
-        if part in (*FIRST, *SECOND) or (part in STEP and at == 0):
-            return part, ".".join(parts[at + 1 :])
+    for level, part in enumerate(parts[:-1]):
+        if part in (*FIRST, *SECOND) or (part in STEP and level == 0):
+            return part, ".".join(parts[level + 1 :])
     if parts[-1] in STEP:
         return parts[-1], ".".join(parts[:-1]) if parts[-1] == "step" else ""
     return (parts[-1], ".".join(parts[:-1])) if parts[-1] in (*FIRST, *SECOND) and len(parts) > 1 else ("", key)
@@ -101,30 +104,32 @@ def _load_torch(file: Path) -> Any:
         raise BadModel(f"{file}: no such file")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as problem:  # whatever a file that is none makes of the reader
+    except Exception as problem:  # a broken file makes torch.load raise nearly anything
         raise BadModel(
             f"{file}: not a torch file of tensors alone, or truncated ({first_line(problem, 160)})"
         ) from problem
 
 
 def _from_torch(data: Any, where: str) -> State:
-    found = _optimizer_in(data)
-    if found is None:
+    optimizer = _optimizer_in(data)
+    if optimizer is None:
         flat = dict(_flat(data)) if isinstance(data, Mapping) else {}
         return _from_flat({name: from_torch(value) for name, value in flat.items()}, where)
     state = State()
     names: dict[Any, str] = {}
-    for group in found["param_groups"]:
+    for group in optimizer["param_groups"]:
         ids = group["params"]
-        own = group.get("param_names", [each if isinstance(each, str) else None for each in ids])
-        if None in own or len(own) != len(ids):
+        members = group.get("param_names", [key if isinstance(key, str) else None for key in ids])
+        if None in members or len(members) != len(ids):
             raise BadRequest(f"{where}: its tensors are numbered, not named: {SAVE_NAMED}")
-        names |= dict(zip(ids, own, strict=True))
+        names |= dict(zip(ids, members, strict=True))
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         if settings.get("amsgrad"):
-            raise BadRequest(f"{where}: AdamW with amsgrad keeps a maximum, for which there is no growth here")
-        state.groups.append(Group(settings, frozenset(own)))
-    for key, entry in found["state"].items():
+            raise BadRequest(
+                f"{where}: AdamW with amsgrad keeps a maximum, which we cannot grow: train without amsgrad"
+            )
+        state.groups.append(Group(settings, frozenset(members)))
+    for key, entry in optimizer["state"].items():
         name = names.get(key, str(key))
         if "exp_avg" not in entry or "exp_avg_sq" not in entry:
             held = ", ".join(map(str, entry)) or "nothing"
@@ -135,13 +140,13 @@ def _from_torch(data: Any, where: str) -> State:
 
 
 def _optimizer_in(data: Any) -> Mapping[str, Any] | None:
-    """The state_dict of an optimizer in what a trainer saved: itself, or the one part of it that is one."""
+    """Find the state_dict of an optimizer in a saved object: the object itself, or the only state_dict inside it."""
     if not isinstance(data, Mapping):
         return None
     if isinstance(data.get("state"), Mapping) and isinstance(data.get("param_groups"), Sequence):
         return data
-    found = [each for each in map(_optimizer_in, data.values()) if each is not None]
-    return found[0] if len(found) == 1 else None
+    inner = [optimizer for optimizer in map(_optimizer_in, data.values()) if optimizer is not None]
+    return inner[0] if len(inner) == 1 else None
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -154,11 +159,11 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _checked(state: State, where: str, held: Sequence[str]) -> State:
     if not state.first and not state.second:
-        some = ", ".join(map(repr, held[:3])) or "nothing"
+        examples = ", ".join(map(repr, held[:3])) or "nothing"
         raise BadRequest(
-            f"{where}: no state of AdamW (exp_avg and exp_avg_sq, or mu and nu, of each tensor): it holds {some}"
+            f"{where}: no state of AdamW (exp_avg and exp_avg_sq, or mu and nu, of each tensor): it holds {examples}"
         )
-    alone = sorted(state.first.keys() ^ state.second.keys())
-    if alone:
-        raise BadRequest(f"{where}: {alone[0]!r} has one of AdamW's two moments only")
+    incomplete = sorted(state.first.keys() ^ state.second.keys())
+    if incomplete:
+        raise BadRequest(f"{where}: {incomplete[0]!r} has only one of AdamW's two moments")
     return state
