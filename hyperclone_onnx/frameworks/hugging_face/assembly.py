@@ -1,4 +1,8 @@
-"""How every tensor of a grown checkpoint is made: from initializers, or, where the file has none, by repetition."""
+"""How every tensor of a grown checkpoint is made.
+
+A tensor is made from the initializers of the grown file. A tensor that the file does not have is made by repeating the
+source checkpoint's elements.
+"""
 
 from __future__ import annotations
 
@@ -24,24 +28,31 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Given:
-    """The source's model and its tensors."""
+    """The source checkpoint's model and its tensors by name. Tensors that the checkpoint lacks are not among them."""
 
     loaded: Loaded
     floating: dict[str, Array]
+    """Floating tensors, in float32 or float64."""
     others: dict[str, Array]
-    """Tensors that are no floating ones: they are taken over."""
+    """Tensors of integers or booleans. The grown checkpoint has them unchanged."""
     types: dict[str, str]
+    """The name of each tensor's type in PyTorch."""
     names: list[str]
+    """The names of all these tensors, in the model's order."""
 
     @staticmethod
     def read(checkpoint: Checkpoint) -> Given:
-        """Load a checkpoint; what it lacks is zero."""
+        """Load a checkpoint. Parameters of the model that it lacks become zero.
+
+        Raises:
+            BadModel: the weights cannot be read, or do not fit the configuration.
+        """
         loaded = checkpoint.load()
         tensors = loaded.tensors()
-        types = {name: str(each.dtype).removeprefix("torch.") for name, each in tensors.items()}
-        floating = {name: to_numpy(each) for name, each in tensors.items() if each.is_floating_point()}
-        others = {name: each.numpy() for name, each in tensors.items() if not each.is_floating_point()}
-        # What is noise in the model for a while (measuring.py) must stay here what it is.
+        types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+        floating = {name: to_numpy(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+        others = {name: tensor.numpy() for name, tensor in tensors.items() if not tensor.is_floating_point()}
+        # measuring.py overwrites constant tensors of the model with noise. The arrays here must not change with them.
         floating = {name: array.copy() if constant(array) else array for name, array in floating.items()}
         for name in loaded.missing:
             zero(loaded.model, name)
@@ -49,34 +60,39 @@ class Given:
 
     @property
     def model(self) -> Any:
-        """The model in memory, until it is released."""
+        """The model in memory; None after `release`."""
         return self.loaded.model
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every stored tensor of the model, those that the checkpoint lacks too."""
-        return {name: tuple(each.shape) for name, each in stored_tensors(self.model).items()}
+        """The shape of every stored tensor of the model, including those that the checkpoint lacks."""
+        return {name: tuple(tensor.shape) for name, tensor in stored_tensors(self.model).items()}
 
     def release(self) -> None:
-        """Let go of the model: its tensors stay."""
+        """Free the model's memory. The arrays in `floating` and `others` stay."""
         self.loaded = Loaded(None, self.loaded.missing)
         gc.collect()
 
 
 def zero(model: Any, name: str) -> None:
-    """What a checkpoint lacks is drawn at random each time: zeros are the same in source and grown model."""
-    found = stored_tensors(model).get(name)
-    if found is not None:
+    """Set a stored tensor of a model to zero.
+
+    transformers draws tensors that a checkpoint lacks at random. Two models can only be compared if such tensors are
+    the same in both.
+    """
+    tensor = stored_tensors(model).get(name)
+    if tensor is not None:
         with torch.no_grad():
-            found.zero_()
+            tensor.zero_()
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """A tensor that is not in the file: the source's own, repeated along its axes."""
+    """A tensor that is not in the file: the source checkpoint's tensor, repeated along its axes."""
 
     array: Array
     orders: tuple[Indices | None, ...]
+    """For each axis the source index of each new index; None where the axis keeps its size."""
 
     def made(self, factor: float = 1.0, offset: float = 0.0) -> Array:
         """``(tensor + offset) * factor - offset``, repeated."""
@@ -87,7 +103,7 @@ class Repeated:
 
     @property
     def grows(self) -> bool:
-        """Whether it is repeated at all."""
+        """Whether any axis grows."""
         return any(order is not None for order in self.orders)
 
 
@@ -98,26 +114,36 @@ class Assembly:
     grown: Grown
     given: Given
     layouts: dict[str, Layout]
+    """Tensors that are made from initializers, by name."""
     repeated: dict[str, Repeated]
+    """Tensors that are not in the file, by name."""
     also: dict[str, tuple[str, Layout]]
-    """Initializers that no tensor is made from, and the tensor and layout that they can be read back from."""
+    """Initializers from which no tensor is made, with the tensor and the layout to read them back from.
+
+    The file stores such a tensor twice (a tied embedding, for example), and the checkpoint stores it once.
+    """
     orders: dict[tuple[int, int], Indices]
+    """For sizes before and after: the source index of each index, as most grown axes of these sizes have it."""
 
     def scales(self) -> dict[str, float]:
-        """What growth multiplies each tensor by, where one number says it."""
-        found: dict[str, float] = {}
+        """The number by which growth multiplies the elements of each tensor that is made from initializers.
+
+        For a tensor made of several pieces it is the number of the first piece.
+        """
+        scales: dict[str, float] = {}
         for name, layout in self.layouts.items():
             initializer = layout.pieces[0].initializer
             recipe = self.grown.recipe(initializer)
-            found[name] = (1.0 if recipe is None else abs(recipe.scale)) / self.grown.shared(initializer)
-        return found
+            scales[name] = (1.0 if recipe is None else abs(recipe.scale)) / self.grown.shared(initializer)
+        return scales
 
     def fresh(self, stored: Mapping[str, Source], tensors: Mapping[str, Array]) -> dict[str, Callable[[], Array]]:
-        """Each tensor as growth alone makes it, in float32, were the checkpoint's tensors the ones given.
+        """Functions that make each tensor of the grown checkpoint afresh, without training and compensation.
 
         Args:
             stored: the initializers as the source has them.
-            tensors: what the checkpoint's tensors are to be taken for.
+            tensors: the tensors to grow in place of the checkpoint's, by name. Tensors that are the same objects as
+                in `given.floating` are taken from `stored`.
         """
         makers: dict[str, list[tuple[str, Layout]]] = {}
         for name, layout in self.layouts.items():
@@ -140,15 +166,21 @@ class Assembly:
                 for name, layout in self.layouts.items()
             },
             **{
-                name: lambda name=name, each=each: replace(each, array=tensors[name]).made()  # type: ignore[misc]
-                for name, each in self.repeated.items()
+                name: lambda name=name, repeated=repeated: replace(repeated, array=tensors[name]).made()  # type: ignore[misc]
+                for name, repeated in self.repeated.items()
             },
             **{name: lambda array=array: array for name, array in self.given.others.items()},  # type: ignore[misc]
         }
 
 
 class Chooser:
-    """Chooses, for each checkpoint tensor, one of the layouts that fit its content."""
+    """Chooses, for each checkpoint tensor, one of the layouts that fit its content.
+
+    Args:
+        grown: the grown file.
+        given: the source's checkpoint.
+        matches: the layouts that fit the content of each tensor.
+    """
 
     def __init__(self, grown: Grown, given: Given, matches: Matches) -> None:
         self.grown = grown
@@ -157,31 +189,37 @@ class Chooser:
         self.orders = _orders(grown, matches)
 
     def certain(self) -> dict[str, tuple[int, ...]]:
-        """The grown shapes of the tensors for which all layouts agree on it."""
-        found = {}
+        """The grown shapes of those tensors for which all layouts make the same shape."""
+        certain = {}
         for name, layouts in self.matches.layouts.items():
-            shapes = {grown_shape(each, self.grown.axis) for each in layouts}
+            shapes = {grown_shape(layout, self.grown.axis) for layout in layouts}
             if len(shapes) == 1:
-                found[name] = next(iter(shapes))
-        return found
+                certain[name] = next(iter(shapes))
+        return certain
 
     @property
     def doubtful(self) -> frozenset[str]:
-        """The tensors that several initializers are equal to."""
+        """The tensors that more than one layout fits."""
         return frozenset(name for name, layouts in self.matches.layouts.items() if len(layouts) > 1)
 
     def assembled(self, shapes: Mapping[str, tuple[int, ...]]) -> Assembly:
-        """Everything, with the shapes that the configuration asks for.
+        """How every tensor is made, with the first layout for each that makes the wanted shape.
+
+        Args:
+            shapes: the shape of each tensor in the model that the grown configuration builds.
 
         Raises:
-            Refused: a tensor that is not in the file would have to grow in a way that nothing tells.
+            Refused: no layout makes a tensor's wanted shape, and no other axis grew from its size to the wanted size,
+                so that the order of repeats is unknown.
         """
         layouts: dict[str, Layout] = {}
         repeated: dict[str, Repeated] = {}
         for name, array in self.given.floating.items():
             wanted = shapes[name]
             fitting = [
-                each for each in self.matches.layouts.get(name, ()) if grown_shape(each, self.grown.axis) == wanted
+                layout
+                for layout in self.matches.layouts.get(name, ())
+                if grown_shape(layout, self.grown.axis) == wanted
             ]
             if fitting:
                 layouts[name] = fitting[0]
@@ -190,28 +228,31 @@ class Chooser:
         return Assembly(self.grown, self.given, layouts, repeated, self._also(layouts), self.orders)
 
     def _orders_of(self, name: str, before: Sequence[int], after: Sequence[int]) -> tuple[Indices | None, ...]:
-        found = []
+        """The order of repeats along each axis of a tensor that is not in the file."""
+        orders = []
         for old, new in zip(before, after, strict=True):
             order = self.orders.get((old, new))
             if old != new and order is None:
                 raise Refused(f"{name} is not in {self.grown.path}, and nothing tells how its {old} become {new}")
-            found.append(order if old != new else None)
-        return tuple(found)
+            orders.append(order if old != new else None)
+        return tuple(orders)
 
     def _also(self, layouts: Mapping[str, Layout]) -> dict[str, tuple[str, Layout]]:
-        used = {piece.initializer for each in layouts.values() for piece in each.pieces}
-        found: dict[str, tuple[str, Layout]] = {}
+        """`Assembly.also` for the chosen layouts."""
+        used = {piece.initializer for layout in layouts.values() for piece in layout.pieces}
+        unused: dict[str, tuple[str, Layout]] = {}
         for name, candidates in self.matches.layouts.items():
-            for each in candidates:
-                initializer = each.pieces[0].initializer
-                if len(each.pieces) == 1 and name in layouts and initializer not in used | found.keys():
+            for candidate in candidates:
+                initializer = candidate.pieces[0].initializer
+                if len(candidate.pieces) == 1 and name in layouts and initializer not in used | unused.keys():
+                    # Both have the source's content, but growth may divide the two among different numbers of repeats.
                     shares = self.grown.shared(initializer) / self.grown.shared(layouts[name].pieces[0].initializer)
-                    found[initializer] = name, each.scaled(shares)
-        return found
+                    unused[initializer] = name, candidate.scaled(shares)
+        return unused
 
 
 def _orders(grown: Grown, matches: Matches) -> dict[tuple[int, int], Indices]:
-    """For sizes before and after, the order of repeats that most axes of such sizes have."""
+    """For each pair of sizes before and after: the order of repeats that most axes with these sizes have."""
     seen: dict[tuple[int, int], Counter[bytes]] = {}
     kept: dict[bytes, Indices] = {}
     for layouts in matches.layouts.values():

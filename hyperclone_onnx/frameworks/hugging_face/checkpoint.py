@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint: a folder with a configuration, safetensors, and the files of its tokenizer."""
+"""Read a Hugging Face checkpoint: a folder with a configuration, safetensors files and the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -23,46 +23,54 @@ from hyperclone_onnx.frameworks.checkpoints import INDEX, PICKLES
 Array = npt.NDArray[Any]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".data", ".index.json")
-"""Endings of files that hold weights: no grown checkpoint takes them over."""
+"""Endings of files that hold weights. Such files are not copied into the grown checkpoint."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: its configuration as written and as transformers reads it, and the class of its model."""
+    """A checkpoint's folder, its configuration, and the class of its model."""
 
     folder: Path
     raw: Mapping[str, Any]
+    """The fields of ``config.json`` as the file has them."""
     config: Any
+    """The configuration as an object of transformers, with all defaults."""
     model_class: Any
 
     @property
     def files(self) -> list[Path]:
-        """The files that a copy of the folder takes over: all but weights and the configuration."""
-        found = []
+        """The files to copy into the grown checkpoint, relative to the folder.
+
+        Weights, the configuration, our manifest and hidden files are left out.
+        """
+        files = []
         for path in sorted(self.folder.rglob("*")):
             inside = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in inside.parts)
-            own = str(inside) in ("config.json", "hyperclone_onnx.json") or path.name.endswith(WEIGHTS)
-            if path.is_file() and not hidden and not own:
-                found.append(inside)
-        return found
+            replaced = str(inside) in ("config.json", "hyperclone_onnx.json") or path.name.endswith(WEIGHTS)
+            if path.is_file() and not hidden and not replaced:
+                files.append(inside)
+        return files
 
     @property
     def other_weights(self) -> list[str]:
-        """Files in folders of the folder that hold weights (a layer behind the model): they are left out."""
-        found = (path.relative_to(self.folder) for path in sorted(self.folder.glob("*/**/*")) if path.is_file())
-        return [str(each) for each in found if each.name.endswith(WEIGHTS) and not str(each).startswith(".")]
+        """Files with weights in subfolders, relative to the folder; for example those of a layer after the model.
+
+        They are no part of the model, so the grown checkpoint does not get them.
+        """
+        files = (path.relative_to(self.folder) for path in sorted(self.folder.glob("*/**/*")) if path.is_file())
+        return [str(inside) for inside in files if inside.name.endswith(WEIGHTS) and not str(inside).startswith(".")]
 
     def load(self) -> Loaded:
-        """The model, on the CPU and in the types that it is stored in.
+        """Load the model on the CPU, in the types in which its weights are stored.
 
         Raises:
-            BadModel: its weights cannot be read, or are not those that the configuration asks for.
+            BadModel: the weights cannot be read, or do not fit the configuration.
         """
         return load(self.folder, self.model_class)
 
     def copy_files(self, folder: Path) -> list[str]:
-        """Copy everything but weights and configuration; the names of what was copied."""
+        """Copy the files listed in `files` into a folder, and return their names."""
         for inside in self.files:
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / inside, folder / inside)
@@ -71,30 +79,37 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory, and the parameters that its checkpoint did not have."""
+    """A model in memory, and the names of the parameters that its checkpoint lacks."""
 
     model: Any
     missing: frozenset[str]
 
     def tensors(self) -> dict[str, Any]:
-        """Each stored tensor once, by the first of its names, in the model's order."""
-        return {name: each for name, each in stored_tensors(self.model).items() if name not in self.missing}
+        """The tensors that the checkpoint has, in the model's order.
+
+        A tensor with several names is listed once, under the first name.
+        """
+        return {name: tensor for name, tensor in stored_tensors(self.model).items() if name not in self.missing}
 
 
 def stored_tensors(model: Any) -> dict[str, Any]:
-    """The parameters and the buffers that a checkpoint holds, each once, by the first of its names."""
+    """The parameters of a model, and those buffers that a checkpoint stores.
+
+    A tensor with several names is listed once, under the first name.
+    """
     state = model.state_dict(keep_vars=True)
-    found: dict[str, Any] = dict(model.named_parameters())
-    found |= {name: each for name, each in model.named_buffers() if name in state}
-    return found
+    tensors: dict[str, Any] = dict(model.named_parameters())
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in state}
+    return tensors
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read what a folder says it is; no weights.
+    """Read a checkpoint's configuration and check that its weights are there. No weights are read.
 
     Raises:
-        BadModel: it is no checkpoint, or not a whole one.
-        Refused: its weights are pickles or quantised, or it needs code of its own.
+        BadModel: the folder is no checkpoint, or a file of the checkpoint is missing or malformed.
+        Refused: the weights are pickles or quantised, the model needs code of its own, or transformers does not have
+            the model's class.
     """
     if not folder.is_dir():
         raise BadModel(f"{folder}: no such folder; --like names the checkpoint that the ONNX file was exported from")
@@ -105,7 +120,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as problem:  # whatever its reader raises, the configuration is not readable
+        except Exception as problem:  # the reader may raise any exception on a malformed configuration
             if "auto_map" in raw:
                 raise Refused(f"{folder}: this model needs code of its own (auto_map), which is not run") from problem
             raise BadModel(
@@ -122,6 +137,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _json(path: Path, otherwise: str) -> dict[str, Any]:
+    """Read a JSON object. `otherwise` says in the message what a missing file means."""
     if not path.is_file():
         raise BadModel(f"{path.parent}: no {path.name}: {otherwise}")
     try:
@@ -134,6 +150,7 @@ def _json(path: Path, otherwise: str) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path) -> None:
+    """Check that a folder has all its safetensors files."""
     if (folder / "model.safetensors").is_file():
         return
     if (folder / INDEX).is_file():
@@ -151,10 +168,14 @@ def _check_weights(folder: Path) -> None:
 
 
 def load(folder: Path, model_class: Any) -> Loaded:
-    """Load a folder's model.
+    """Load the model of a checkpoint's folder.
+
+    Args:
+        folder: the checkpoint.
+        model_class: the class of transformers to load it with.
 
     Raises:
-        BadModel: its weights cannot be read, or are not those that the configuration asks for.
+        BadModel: the weights cannot be read, or do not fit the configuration.
     """
     with quiet():
         try:
@@ -176,14 +197,14 @@ def load(folder: Path, model_class: Any) -> Loaded:
 
 
 def to_numpy(tensor: Any) -> Array:
-    """A floating tensor in float32, or in float64 if that is its type."""
+    """A floating tensor as an array, in float64 if that is its type, otherwise in float32."""
     tensor = tensor.detach()
     return np.asarray(tensor.numpy() if tensor.dtype in (torch.float32, torch.float64) else tensor.float().numpy())
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers says while it loads: the report says what matters."""
+    """Silence the messages and progress bars of transformers. Our report says what matters."""
     before = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)

@@ -1,4 +1,7 @@
-"""Grow a Hugging Face checkpoint by the plan that grew its ONNX file."""
+"""Grow a Hugging Face checkpoint by the plan that grew its ONNX file.
+
+`grow_checkpoint` runs the stages one after the other: it reads, matches, configures, measures, writes and validates.
+"""
 
 from __future__ import annotations
 
@@ -38,26 +41,27 @@ from hyperclone_onnx.writing.safetensors_files import write_safetensors
 Array = npt.NDArray[Any]
 
 LARGEST_FILE = 5_000_000_000
-"""Bytes of one safetensors file, as transformers' own limit has long been."""
+"""The most bytes of one safetensors file. This was the default of transformers for a long time."""
 
 
 def grow_checkpoint(
     big: Path, like: Path, folder: Path, *, source: Path | None = None, notify: Notify | None = None
 ) -> Report:
-    """Write the checkpoint that is to `like` what the grown file is to its source.
+    """Grow the checkpoint `like` by the plan that grew the ONNX file `big`, and write it into `folder`.
 
     Args:
-        big: the grown ONNX file, fresh or trained.
-        like: the checkpoint that the source was exported from.
-        folder: an empty folder to write into. Its contents are right only if this returns.
-        source: the ONNX file that `big` was grown from; needed where `big` has been trained.
-        notify: told of each stage begun.
+        big: the grown ONNX file. Its weights may have been trained since.
+        like: the checkpoint from which the source ONNX file was exported.
+        folder: an empty folder to write into. Its contents are correct only if this function returns.
+        source: the ONNX file from which `big` was grown. Needed only if `big` has been trained.
+        notify: called with the name of each stage when the stage begins.
 
     Raises:
-        BadModel: a file cannot be read, or `like` is another model than the file's source.
-        BadRequest: the file carries no plan, or has been trained and no source is given.
-        Refused: the configuration cannot say the new sizes, or the model derives constants from them.
-        ModelsDiffer: the result does not compute what the source, or the file, computes.
+        BadModel: a file cannot be read, or `like` is not the checkpoint of the file's source.
+        BadRequest: the file carries no plan, or it has been trained and no source is given.
+        Refused: no configuration has the new sizes, or the model derives constants from its sizes that cannot be
+            compensated.
+        ModelsDiffer: the result does not compute what the source or the file computes.
         CannotWrite: the folder cannot be written.
         MissingExtra: transformers is not installed.
     """
@@ -103,6 +107,7 @@ def grow_checkpoint(
 
 
 def _sources(grown: Grown, source: Path | None) -> tuple[dict[str, Source], bool]:
+    """The source's initializers, and whether the grown file has been trained."""
     if source is None:
         stored, torn = sources.added_up(grown)
         if torn:
@@ -113,9 +118,9 @@ def _sources(grown: Grown, source: Path | None) -> tuple[dict[str, Source], bool
         return stored, False
     stored = sources.from_file(grown, source)
     trained = any(
-        not np.array_equal(grown.remade(name, each.array), grown.tensors[name].numpy(), equal_nan=True)
-        for name, each in stored.items()
-        if each.array.size > 1
+        not np.array_equal(grown.remade(name, tensor.array), grown.tensors[name].numpy(), equal_nan=True)
+        for name, tensor in stored.items()
+        if tensor.array.size > 1
     )
     return stored, trained
 
@@ -123,10 +128,11 @@ def _sources(grown: Grown, source: Path | None) -> tuple[dict[str, Source], bool
 def _check_matches(
     checkpoint: Checkpoint, grown: Grown, stored: Mapping[str, Source], given: Given, matches: Matches
 ) -> None:
-    """Raise where a tensor of the checkpoint looks like an initializer that it should be, and is not.
+    """Reject a checkpoint from which the file was not exported.
 
     Raises:
-        BadModel: the checkpoint is not what the file was exported from.
+        BadModel: no matrix of the checkpoint is in the file; or an unmatched tensor has the shape of an unmatched
+            initializer, so that the two should be equal and are not.
     """
     hint = f"{checkpoint.folder} is not the checkpoint that {grown.path} comes from"
     weights = [name for name, array in given.floating.items() if array.ndim > 1]
@@ -137,8 +143,8 @@ def _check_matches(
             continue
         shape = sorted(sources.squeezed_shape(array))
         for initializer in matches.unused:
-            theirs = stored[initializer].array
-            if array.size > 1 and sorted(sources.squeezed_shape(theirs)) == shape:
+            candidate = stored[initializer].array
+            if array.size > 1 and sorted(sources.squeezed_shape(candidate)) == shape:
                 counts = (_differing(stored[initializer], array), array.size)
                 raise BadModel(
                     f"{hint}: {counts[0]} of the {counts[1]} elements of {name} differ from {initializer!r} "
@@ -147,8 +153,9 @@ def _check_matches(
 
 
 def _differing(theirs: Source, ours: Array) -> int:
+    """The number of elements that differ beyond rounding, as the tensors are or transposed."""
     a, b = squeezed(theirs.array), squeezed(ours)
-    counts = [int((np.abs(each - b) > theirs.tolerance).sum()) for each in (a, a.T) if each.shape == b.shape]
+    counts = [int((np.abs(view - b) > theirs.tolerance).sum()) for view in (a, a.T) if view.shape == b.shape]
     return min(counts, default=b.size)
 
 
@@ -163,9 +170,15 @@ def _write(
     folded: Mapping[str, Compensation],
     report: Report,
 ) -> None:
+    """Write weights, configuration, manifest and the files that are copied, and fill the report.
+
+    A tensor that is not in the file gets the type that most tensors of the file have.
+    """
     grown, given = assembly.grown, assembly.given
     types = Counter(
-        grown.tensors[piece.initializer].dtype.numpy() for each in assembly.layouts.values() for piece in each.pieces
+        grown.tensors[piece.initializer].dtype.numpy()
+        for layout in assembly.layouts.values()
+        for piece in layout.pieces
     )
     main = types.most_common(1)[0][0]
     entries: dict[str, Any] = {}
@@ -177,16 +190,16 @@ def _write(
             layout = layout.scaled(fold.factor, fold.offset) if name in folded else layout
             layouts[name] = layout
             kind = grown.tensors[layout.pieces[0].initializer].dtype.numpy()
-            entries[name] = LaidOut(layout, lambda each: grown.tensors[each].numpy(), grown.axis, kind)
+            entries[name] = LaidOut(layout, lambda initializer: grown.tensors[initializer].numpy(), grown.axis, kind)
             report.matched[name] = layout.described()
             if all(grown.recipe(piece.initializer) is None for piece in layout.pieces):
                 report.unchanged[name] = "no axis of it grows"
         elif name in assembly.repeated:
-            each = assembly.repeated[name]
-            made = each.made(fold.factor, fold.offset)
-            entries[name] = made.astype(main)
-            if each.grows:
-                report.repeated[name] = f"{list(each.array.shape)} -> {list(made.shape)}"
+            repeated = assembly.repeated[name]
+            enlarged = repeated.made(fold.factor, fold.offset)
+            entries[name] = enlarged.astype(main)
+            if repeated.grows:
+                report.repeated[name] = f"{list(repeated.array.shape)} -> {list(enlarged.shape)}"
             else:
                 report.unchanged[name] = "it is not in the file, and keeps its size"
         else:
@@ -197,9 +210,9 @@ def _write(
             plus = f" of it plus {fold.offset:g}" if fold.offset else ""
             report.compensations[name] = f"times {fold.factor:.8g}{plus}"
     files = write_safetensors(entries, folder, LARGEST_FILE, metadata={"format": "pt"})
-    report.weights = [each.name for each in files]
+    report.weights = [file.name for file in files]
     fields = written_config(checkpoint, changes)
-    report.config = {each.name: (each.before, each.after) for each in changes}
+    report.config = {change.name: (change.before, change.after) for change in changes}
     for key in ("dtype", "torch_dtype"):
         if key in fields and fields[key] != main.name:
             report.config[key] = (fields[key], main.name)
@@ -218,7 +231,7 @@ def _write(
 
 
 def _note_sizes(folder: Path, report: Report) -> None:
-    """Files beside the model may speak of its sizes too (a pooling layer's width): say so."""
+    """Note in the report which copied JSON files still state a size that has grown (a pooling layer's width)."""
     changed = {before: after for before, after in report.config.values() if isinstance(before, int)}
     for name in report.copied:
         path = folder / name
@@ -239,10 +252,11 @@ def _note_sizes(folder: Path, report: Report) -> None:
 
 
 def _check(folder: Path, checkpoint: Checkpoint, fed: Feeding, runs: Runs, assembly: Assembly, report: Report) -> None:
-    """Load what was written and compare it.
+    """Load the written checkpoint and compare its outputs with the source's and the file's.
 
     Raises:
-        ModelsDiffer: it does not compute what the source, or the file, computes.
+        ModelsDiffer: the outputs differ by more than the tolerance, or a tensor is missing.
+        Refused: the file runs on none of the inputs.
     """
     loaded = load(folder, checkpoint.model_class)
     extra = loaded.missing - assembly.given.loaded.missing
@@ -278,6 +292,7 @@ def _check(folder: Path, checkpoint: Checkpoint, fed: Feeding, runs: Runs, assem
 
 
 def _demand(worst: Error, report: Report, whose: str, hint: str = "") -> None:
+    """Raise `ModelsDiffer` where the worst error is larger than the tolerance, or not a number."""
     if not worst.relative <= report.tolerance:
         shown = (
             "its shape"

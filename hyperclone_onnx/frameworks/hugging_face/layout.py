@@ -1,7 +1,8 @@
-"""How a checkpoint tensor is laid out from initializers: transposed, a part of one, several side by side, plus one.
+"""Layouts: how a checkpoint tensor is made from initializers.
 
-A layout is data. `laid_out` makes the checkpoint's tensor from initializers of any size, grown or not; `put_back` is
-its inverse. Axes of size one carry nothing and are dropped: an exporter adds and removes them freely.
+A tensor may be a transposed initializer, a part of one, several side by side, or one with a scale or an added constant.
+A layout is plain data. `laid_out` makes the checkpoint's tensor from initializers of any size, grown or not. `put_back`
+is the inverse. Both drop axes of size one, because exporters add and remove such axes freely.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from hyperclone_onnx.plan.maps import Indices
 
 Array = npt.NDArray[Any]
 Sources = Callable[[str, int], Indices]
-"""For an axis of an initializer (size-one axes dropped): the source index of each of its indices."""
+"""For an initializer and the number of an axis (axes of size one not counted): the source index of each index."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """A stretch of a checkpoint tensor: ``permuted(initializer[window]) * scale + offset``.
 
-    `window` is (axis, start, stop) in the source's indices, None for the whole tensor; `permutation` orders the
-    initializer's axes as the checkpoint has them.
+    `window` is (axis, start, stop) in the source's indices; None means the whole initializer. `permutation` lists the
+    initializer's axes in the order that they have in the checkpoint.
     """
 
     initializer: str
@@ -37,7 +38,7 @@ class Piece:
     offset: float = 0.0
 
     def described(self) -> str:
-        """How the initializer became it, in words."""
+        """What is done to the initializer, in words."""
         words = []
         if self.window is not None:
             words.append(f"[{self.window[1]}:{self.window[2]}] of axis {self.window[0]}")
@@ -62,7 +63,11 @@ class Piece:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Piece:
-        """The inverse of `to_json`."""
+        """Read what `to_json` gives.
+
+        Raises:
+            KeyError, TypeError, ValueError, IndexError: the data is malformed.
+        """
         window = data.get("window")
         return Piece(
             data["initializer"],
@@ -75,9 +80,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint tensor as pieces side by side along one axis; `shape` is the source's, ones included.
+    """A checkpoint tensor as pieces side by side along `axis`.
 
-    `merged`, of a single piece, says of how many of the initializer's axes each of the tensor's axes is made.
+    `shape` is the tensor's shape in the source's checkpoint, axes of size one included. `merged` is set only for a
+    single piece: it says how many axes of the initializer form each axis of the tensor.
     """
 
     pieces: tuple[Piece, ...]
@@ -90,21 +96,21 @@ class Layout:
         return replace(
             self,
             pieces=tuple(
-                replace(each, scale=each.scale * factor, offset=(each.offset + offset) * factor - offset)
-                for each in self.pieces
+                replace(piece, scale=piece.scale * factor, offset=(piece.offset + offset) * factor - offset)
+                for piece in self.pieces
             ),
         )
 
     def described(self) -> str:
-        """How the initializers became it, in words."""
-        return " beside ".join(f"{each.initializer} {each.described()}" for each in self.pieces)
+        """What is done to the initializers, in words."""
+        return " beside ".join(f"{piece.initializer} {piece.described()}" for piece in self.pieces)
 
     def to_json(self) -> dict[str, Any]:
         """The layout as plain data."""
         data: dict[str, Any] = {
             "shape": list(self.shape),
             "axis": self.axis,
-            "pieces": [each.to_json() for each in self.pieces],
+            "pieces": [piece.to_json() for piece in self.pieces],
         }
         if self.merged is not None:
             data["merged"] = list(self.merged)
@@ -112,19 +118,30 @@ class Layout:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Layout:
-        """The inverse of `to_json`."""
-        pieces = tuple(Piece.from_json(each) for each in data["pieces"])
+        """Read what `to_json` gives.
+
+        Raises:
+            KeyError, TypeError, ValueError, IndexError: the data is malformed.
+        """
+        pieces = tuple(Piece.from_json(entry) for entry in data["pieces"])
         merged = data.get("merged")
         return Layout(pieces, tuple(data["shape"]), int(data["axis"]), None if merged is None else tuple(merged))
 
 
 def squeezed(array: Array) -> Array:
-    """Without its axes of size one."""
+    """The array without its axes of size one."""
     return array.reshape([size for size in array.shape if size != 1])
 
 
 class LaidOut:
-    """The checkpoint's tensor, of the size that the initializers have; its rows are made when they are asked for."""
+    """A checkpoint tensor of the size that the initializers have, which computes its rows when they are read.
+
+    Args:
+        layout: how the tensor is made.
+        read: gives the array of an initializer.
+        sources: gives the source indices of an initializer's axis.
+        dtype: the type to declare. It should be the initializers' type, because nothing is cast.
+    """
 
     def __init__(self, layout: Layout, read: Callable[[str], Array], sources: Sources, dtype: Any) -> None:
         self.layout = layout
@@ -135,13 +152,16 @@ class LaidOut:
 
     @cached_property
     def _view(self) -> Array:
-        """All of it; where the initializer can be looked at in another order, nothing is copied."""
-        parts = [_part(each, squeezed(self.read(each.initializer)), self.sources) for each in self.layout.pieces]
+        """The whole tensor, for a single piece still without scale and offset.
+
+        A single piece is a view of the initializer where NumPy can make one. So a large tensor need not be copied.
+        """
+        parts = [_part(piece, squeezed(self.read(piece.initializer)), self.sources) for piece in self.layout.pieces]
         whole = (
             parts[0]
             if len(parts) == 1
             else np.concatenate(
-                [_affine(each, part) for each, part in zip(self.layout.pieces, parts, strict=True)],
+                [_affine(piece, part) for piece, part in zip(self.layout.pieces, parts, strict=True)],
                 axis=self.layout.axis,
             )
         )
@@ -157,12 +177,12 @@ class LaidOut:
 
 
 def laid_out(layout: Layout, read: Callable[[str], Array], sources: Sources) -> Array:
-    """The whole of a checkpoint's tensor."""
+    """The whole array of a checkpoint tensor."""
     return LaidOut(layout, read, sources, np.float32)[...]
 
 
 def grown_shape(layout: Layout, sources: Sources) -> tuple[int, ...]:
-    """The shape that `laid_out` makes."""
+    """The shape of the array that `laid_out` makes."""
     shapes = [_shape(piece, sources) for piece in layout.pieces]
     total = list(shapes[0])
     for shape in shapes[1:]:
@@ -171,9 +191,20 @@ def grown_shape(layout: Layout, sources: Sources) -> tuple[int, ...]:
 
 
 def put_back(layout: Layout, array: Array, initializer: str, into: Array, sources: Sources) -> int:
-    """Write a checkpoint tensor's stretches back into an initializer; the number of elements written.
+    """Write the stretches of a checkpoint tensor that come from one initializer back into it.
 
-    `into` is the initializer's array, which is changed; size-one axes may be anywhere in both.
+    Args:
+        layout: how the tensor is made.
+        array: the checkpoint's tensor.
+        initializer: the name of the initializer. Stretches of other initializers are ignored.
+        into: the initializer's array, which is changed. Axes of size one may be anywhere in both arrays.
+        sources: gives the source indices of an initializer's axis.
+
+    Returns:
+        The number of elements written.
+
+    Raises:
+        ValueError: the tensor does not have the shape that the layout makes.
     """
     flat = squeezed(array)
     target = into.reshape([size for size in into.shape if size != 1])
@@ -200,12 +231,14 @@ def put_back(layout: Layout, array: Array, initializer: str, into: Array, source
 
 
 def _part(piece: Piece, array: Array, sources: Sources) -> Array:
+    """A piece of an initializer without its scale and offset."""
     if piece.window is not None:
         array = np.take(array, _window(piece, sources), axis=piece.window[0])
     return array.transpose(piece.permutation)
 
 
 def _affine(piece: Piece, array: Array) -> Array:
+    """The array with the piece's scale and offset, computed in float64 and rounded to the array's type."""
     if piece.scale == 1.0 and not piece.offset:
         return array
     wide = array.astype(np.float64) * piece.scale + piece.offset
@@ -221,7 +254,7 @@ def _shape(piece: Piece, sources: Sources) -> list[int]:
 
 
 def _window(piece: Piece, sources: Sources) -> Indices:
-    """The indices of the cut axis whose source indices lie in the window."""
+    """The indices along the window's axis whose source indices lie in the window."""
     assert piece.window is not None
     axis, start, stop = piece.window
     source = sources(piece.initializer, axis)
@@ -229,6 +262,7 @@ def _window(piece: Piece, sources: Sources) -> Indices:
 
 
 def _merged(layout: Layout, shape: Sequence[int]) -> list[int]:
+    """The shape after the axes are merged as the layout says."""
     if layout.merged is None:
         return list(shape)
     ends = np.cumsum(layout.merged).tolist()
@@ -236,5 +270,6 @@ def _merged(layout: Layout, shape: Sequence[int]) -> list[int]:
 
 
 def _with_ones(source: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape with axes of size one inserted where the source's shape has them."""
     rest = iter(shape)
     return tuple(1 if size == 1 else int(next(rest)) for size in source)

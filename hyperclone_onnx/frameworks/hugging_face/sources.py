@@ -1,4 +1,8 @@
-"""The source's initializers, of which a grown file is made: read from the source's file, or added up again."""
+"""The source's initializers, from which a grown file was made.
+
+`from_file` reads them from the source's file. `added_up` computes them from the grown file: the repeats of each tensor
+add up to the source's tensor.
+"""
 
 from __future__ import annotations
 
@@ -25,30 +29,30 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Grown:
-    """A grown file: its plan, its floating initializers, and how to see the source in them."""
+    """A grown file: its plan and its floating initializers, with the indices that relate them to the source."""
 
     path: Path
     plan: Plan
     tensors: Mapping[str, ir.TensorProtocol]
-    """The floating initializers, by name; read when they are used."""
+    """The floating initializers by name. Their elements are read when they are used."""
     order: tuple[str, ...] = ()
     """The initializers' names in the order in which the graph uses them."""
     _axes: dict[str, tuple[AxisIndex, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def recipe(self, name: str) -> Recipe | None:
-        """How an initializer was made; None where it is the source's own."""
+        """How an initializer was grown; None where the file has the source's tensor unchanged."""
         return self.plan.tensors.get(name)
 
     def axis(self, name: str, axis: int) -> Indices:
-        """The source index of each index of one axis, axes of size one not counted."""
+        """The source index of each index of one axis. Axes of size one are not counted."""
         return self.axes(name)[axis].source
 
     def shared(self, name: str) -> int:
-        """How many repeats divide the weight among them."""
-        return int(np.prod([int(each.count.max(initial=1)) for each in self.axes(name)], dtype=np.int64))
+        """The number of repeats among which the weight is divided; where repeats are unequal, the largest number."""
+        return int(np.prod([int(index.count.max(initial=1)) for index in self.axes(name)], dtype=np.int64))
 
     def axes(self, name: str) -> tuple[AxisIndex, ...]:
-        """The axes of an initializer, those of size one not counted."""
+        """The indices of each axis of an initializer. Axes of size one are left out."""
         if name not in self._axes:
             self._axes[name] = self._indexed(name)
         return self._axes[name]
@@ -58,10 +62,10 @@ class Grown:
         if recipe is None:
             shape = [int(size) for size in self.tensors[name].shape.numpy()]
             return tuple(index_kept(size) for size in shape if size != 1)
-        return tuple(each for each in recipe.index(self.plan.maps) if each.source_size != 1)
+        return tuple(index for index in recipe.index(self.plan.maps) if index.source_size != 1)
 
     def remade(self, name: str, source: Array) -> Array:
-        """The initializer made afresh from its source tensor."""
+        """The initializer grown afresh from a source tensor, in the type that the file has."""
         recipe, stored = self.recipe(name), self.tensors[name]
         if recipe is None:
             return source
@@ -75,8 +79,8 @@ def read_grown(path: Path) -> Grown:
     """Read a grown file.
 
     Raises:
-        BadModel: it cannot be read.
-        BadRequest: it carries no plan.
+        BadModel: the file cannot be read, or lacks a tensor that its plan names.
+        BadRequest: the file carries no plan.
     """
     model = loading.load(path)
     plan = Plan.carried_by(model.metadata_props)
@@ -88,28 +92,33 @@ def read_grown(path: Path) -> Grown:
     missing = next((name for name in plan.tensors if name not in stored), None)
     if missing is not None:
         raise BadModel(f"{path}: it has no tensor {missing!r}, which its plan names")
-    floating = {name: each for name, each in stored.items() if each.dtype.is_floating_point()}
-    order = dict.fromkeys(each.name for node in model.graph.all_nodes() for each in node.inputs if each is not None)
+    floating = {name: tensor for name, tensor in stored.items() if tensor.dtype.is_floating_point()}
+    order = dict.fromkeys(value.name for node in model.graph.all_nodes() for value in node.inputs if value is not None)
     return Grown(path, plan, floating, tuple(name for name in order if name in floating))
 
 
 @dataclass(frozen=True)
 class Source:
-    """One initializer as the source has it, in float32 or its own wider type, and how exactly it is known."""
+    """One initializer as the source has it, and how exactly we know it."""
 
     array: Array
+    """In float64 if the file has that type, otherwise in float32."""
     tolerance: float
-    """The largest difference that rounding explains, absolute."""
+    """The largest absolute difference that rounding explains."""
 
 
 def from_file(grown: Grown, path: Path) -> dict[str, Source]:
-    """The source of each initializer, from the source's own file.
+    """The source of each initializer of a grown file, read from the source's file.
+
+    Args:
+        grown: the grown file.
+        path: the file from which it was grown.
 
     Raises:
-        BadModel: the file cannot be read, or is not what the plan was made from.
+        BadModel: the source's file cannot be read, or the grown file was not grown from it.
     """
     stored = source_of(path, grown.plan.transforms).model.graph.initializers
-    found = {}
+    read = {}
     for name in grown.tensors:
         recipe = grown.recipe(name)
         value = stored.get(recipe.source if recipe is not None else name)
@@ -118,43 +127,47 @@ def from_file(grown: Grown, path: Path) -> dict[str, Source]:
                 raise BadModel(f"{path}: it has no tensor {recipe.source!r}: {grown.path} was not grown from it")
             continue
         array = _wide(value.const_value.numpy())
-        if recipe is not None and squeezed_shape(array) != tuple(each.source_size for each in grown.axes(name)):
+        if recipe is not None and squeezed_shape(array) != tuple(index.source_size for index in grown.axes(name)):
             raise BadModel(
                 f"{path}: its tensor {recipe.source!r} is of another size: {grown.path} was not grown from it"
             )
-        found[name] = Source(array, eps_of(value.const_value.dtype) * _largest(array))
-    return found
+        read[name] = Source(array, eps_of(value.const_value.dtype) * _largest(array))
+    return read
 
 
 def squeezed_shape(array: Array) -> tuple[int, ...]:
-    """The shape without its ones."""
+    """The shape without axes of size one."""
     return tuple(size for size in array.shape if size != 1)
 
 
 def added_up(grown: Grown) -> tuple[dict[str, Source], list[str]]:
-    """The source of each initializer as its repeats add up, and those whose repeats contradict one another.
+    """The source of each initializer as its repeats add up, and the names of initializers whose copies differ.
 
-    Where repeats that were copies differ, the file has been trained: it does not hold its source any more.
+    If repeats that growth copied differ by more than rounding, the file has been trained. Then its repeats no longer
+    add up to the source.
     """
-    found, torn = {}, []
+    summed, torn = {}, []
     for name, tensor in grown.tensors.items():
         recipe = grown.recipe(name)
         array = tensor.numpy()
         if recipe is None:
-            found[name] = Source(_wide(array), eps_of(tensor.dtype) * _largest(array))
+            summed[name] = Source(_wide(array), eps_of(tensor.dtype) * _largest(array))
             continue
         source, error = _collapsed(grown, name, array, recipe)
         tolerance = 4 * grown.shared(name) * eps_of(tensor.dtype) * _largest(array) / abs(recipe.scale)
         if not error <= tolerance:
             torn.append(name)
-        found[name] = Source(source, tolerance)
-    return found, torn
+        summed[name] = Source(source, tolerance)
+    return summed, torn
 
 
 def _collapsed(grown: Grown, name: str, array: Array, recipe: Recipe) -> tuple[Array, float]:
-    """The source tensor, and how far copies of it are from one another."""
+    """The source tensor, and the largest absolute difference of two copies of one of its elements.
+
+    Repeats that share a weight are added. Of repeats that are copies the first is taken.
+    """
     axes = grown.axes(name)
-    total = np.asarray(array, dtype=np.float64).reshape([each.grown for each in axes])
+    total = np.asarray(array, dtype=np.float64).reshape([index.grown for index in axes])
     for axis, index in enumerate(axes):
         if index.collapsed_size != index.grown:
             moved = np.moveaxis(total, axis, 0)
@@ -185,12 +198,15 @@ def _added(array: Array, index: AxisIndex) -> Array:
 
 
 def _narrow(total: Array, like: Array) -> Array:
+    """A float64 result in float32, unless the file's array is float64."""
     return total if like.dtype == np.float64 else total.astype(np.float32)
 
 
 def _wide(array: Array) -> Array:
+    """The array in float32, or in float64 if that is its type."""
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
 def _largest(array: Array) -> float:
+    """The largest absolute value."""
     return float(np.abs(array).max(initial=0.0))
