@@ -1,4 +1,4 @@
-"""The table of operators, a module for each family; importing this fills it."""
+"""The table of operators, with a module for each family. Importing this package fills the table."""
 
 from hyperclone_onnx.frameworks.compiling.ops import (
     attention,

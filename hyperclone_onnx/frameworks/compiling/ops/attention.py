@@ -1,4 +1,4 @@
-"""Attention and rotary embedding, as ONNX defines them, and the core that every form of attention comes down to."""
+"""ONNX's attention and rotary embedding, and the equation that all forms of attention share (`attend`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recognised_grouped_attention(
     *biases: Array,
     scale: float,
 ) -> Array:
-    """softmax(scale Q K^T + biases) V, where K and V are repeated: a new third axis is expanded, then reshaped away"""
+    """softmax(scale Q K^T + biases) V, where K and V are first expanded along a new third axis and then reshaped"""
     if _repeats_heads(query, key, key_spread, key_joined) and _repeats_heads(query, value, value_spread, value_joined):
         return xp.attend(query, key, value, *biases, scale=scale, grouped=True)
     key, value = (
@@ -40,7 +40,7 @@ def recognised_grouped_attention(
 
 
 def _repeats_heads(query: Array, x: Array, spread: tuple[Any, ...], joined: tuple[Any, ...]) -> bool:
-    """Whether (batch, few, length, size) becomes (batch, few * groups, length, size), as many heads as queries have."""
+    """Whether (batch, few, length, size) becomes (batch, few * groups, length, size), with as many heads as queries."""
     if not x.ndim == query.ndim == len(joined) == len(spread) - 1 == 4:
         return False
     batch, few, length, size = x.shape
@@ -48,8 +48,8 @@ def _repeats_heads(query: Array, x: Array, spread: tuple[Any, ...], joined: tupl
     wide = zip(spread, (batch, few, groups, length, size), strict=True)
     flat = zip(joined, (batch, few * groups, length, size), strict=True)
     return (
-        all(asked in (1, own) for asked, own in wide)
-        and all(asked in (0, -1, own) for asked, own in flat)
+        all(target in (1, expected) for target, expected in wide)
+        and all(target in (0, -1, expected) for target, expected in flat)
         and tuple(query.shape[:2]) == (batch, few * groups)
     )
 
@@ -64,9 +64,9 @@ def attend(
     key_transposed: int = 0,
     grouped: bool = False,
 ) -> Array:
-    """softmax(scale Q K^T + biases) V; a row that nothing is visible to is 0
+    """softmax(scale Q K^T + biases) V; a row of the result is 0 if its query sees no key
 
-    Grouped, keys and values have fewer heads than queries: each serves as many queries' as there are for it.
+    If `grouped`, keys and values have fewer heads than queries, and each of their heads serves a group of query heads.
     """
     if grouped:
         groups = query.shape[1] // key.shape[1]
@@ -79,7 +79,7 @@ def attend(
 
 
 def _not_drowned(xp: Any, scores: Array, bias: Array) -> Array:
-    """Scores; all 0 in a row where a finite mask leaves nothing of them, so that no gradient goes through it either."""
+    """Scores, set to 0 in rows whose mask is finite but rounds away all scores. Such a row then has no gradient."""
     if isinstance(bias.shape[-1], int) and bias.shape[-1] == 0:
         return scores
     highest = xp.max(bias, axis=-1, keepdims=True)
@@ -87,12 +87,12 @@ def _not_drowned(xp: Any, scores: Array, bias: Array) -> Array:
 
 
 def drowned(xp: Any, scores: Array) -> float:
-    """The addend beside which a score of some tens is rounded away."""
+    """The addend that is so low that scores up to some tens are rounded away in the sum."""
     return -16 / float(xp.finfo(scores.dtype).eps)
 
 
 def visible_softmax(xp: Any, scores: Array) -> Array:
-    """The softmax of each row; 0 where all scores are minus infinity, and no gradient (that of NaN would be NaN)."""
+    """The softmax of each row. A row whose scores are all minus infinity is 0 without a gradient, instead of NaN."""
     if isinstance(scores.shape[-1], int) and scores.shape[-1] == 0:
         return scores
     hidden = xp.max(scores, axis=-1, keepdims=True) == -math.inf
@@ -101,7 +101,7 @@ def visible_softmax(xp: Any, scores: Array) -> Array:
 
 
 def split_heads(xp: Any, x: Array, heads: int) -> Array:
-    """(batch, length, heads * size) as (batch, heads, length, size); four axes stay"""
+    """(batch, length, heads * size) as (batch, heads, length, size); an array of four axes stays as it is"""
     if x.ndim == 4:
         return x
     batch, length, width = x.shape
@@ -115,7 +115,7 @@ def join_heads(xp: Any, x: Array) -> Array:
 
 
 def repeat_heads(xp: Any, x: Array, groups: int) -> Array:
-    """Each head `groups` times, one after another: the key/value heads of grouped queries."""
+    """Repeat each head `groups` times, side by side: the key and value heads that groups of query heads share."""
     if groups == 1:
         return x
     batch, heads, length, size = x.shape
@@ -124,24 +124,24 @@ def repeat_heads(xp: Any, x: Array, groups: int) -> Array:
 
 
 def hidden_bias(xp: Any, visible: Array, like: Array, hidden: float | None = None) -> Array:
-    """0 where visible, else the lowest number (or `hidden`), in another array's type"""
+    """0 where visible, else the lowest number (or `hidden`), in the type of `like`"""
     lowest = float(xp.finfo(like.dtype).min) if hidden is None else hidden
     zero = xp.zeros_like(visible, dtype=like.dtype)
     return xp.where(visible, zero, xp.full_like(zero, lowest))
 
 
 def within(xp: Any, query: Array, total: Any, offset: Any, left: int, right: int) -> Array:
-    """Whether query i, at place p = offset + i, sees key t: p - left <= t <= p + right, below 0 without that bound"""
+    """Whether query i, at place p = offset + i, sees key t: p - left <= t <= p + right; a negative bound is no bound"""
     device = xp.device_of(query)
     places = xp.expand_dims(xp.arange(query.shape[-2], device=device), axis=-1) + offset
     keys = xp.arange(total, device=device)
-    sees = [keys <= places + right] if right >= 0 else []
-    sees += [keys >= places - left] if left >= 0 else []
-    return reduce(lambda a, b: a & b, sees)
+    bounds = [keys <= places + right] if right >= 0 else []
+    bounds += [keys >= places - left] if left >= 0 else []
+    return reduce(lambda a, b: a & b, bounds)
 
 
 def with_sink(xp: Any, key: Array, value: Array, biases: list[Array], sink: Array) -> tuple[Array, Array, list[Array]]:
-    """Keys, values and biases with one key more, whose score is the sink of its head and whose value is 0."""
+    """Keys, values and biases with one further key. Its score is the sink of its head, and its value is 0."""
     total: Any = 0
     for bias in biases:
         total = total + bias
@@ -149,17 +149,17 @@ def with_sink(xp: Any, key: Array, value: Array, biases: list[Array], sink: Arra
     heads = xp.reshape(xp.astype(sink, key.dtype), (1, -1, 1, 1))
     shape = (total.shape[0], heads.shape[1], total.shape[2], 1)
     bias = xp.concat([xp.broadcast_to(total, (*shape[:-1], total.shape[-1])), xp.broadcast_to(heads, shape)], axis=-1)
-    longer = [xp.concat([each, xp.zeros_like(each[..., :1, :])], axis=-2) for each in (key, value)]
+    longer = [xp.concat([x, xp.zeros_like(x[..., :1, :])], axis=-2) for x in (key, value)]
     return longer[0], longer[1], [bias]
 
 
 def soft_cap(xp: Any, scores: Array, softcap: float) -> Array:
-    """softcap tanh(scores / softcap), or the scores themselves when there is none"""
+    """softcap tanh(scores / softcap), or the scores themselves if softcap is 0"""
     return softcap * xp.tanh(scores / softcap) if softcap else scores
 
 
 def _shape_bias(xp: Any, bias: Array, total: Any, like: Array) -> Array:
-    """A mask as an addend; keys that it is too short for are hidden."""
+    """A mask as an addend to the scores. If it is too short, the keys behind its end are hidden."""
     short = total - bias.shape[-1]
     if xp.isdtype(bias.dtype, "bool"):
         bias = hidden_bias(xp, bias, like, -math.inf)
@@ -191,7 +191,7 @@ def attention(
     softmax_precision: int = 0,
     outputs: int = 1,
 ) -> Any:
-    """softmax(scale Q K^T + mask) V for each head, with keys and values of the past before the new ones"""
+    """softmax(scale Q K^T + mask) V for each head, where the past keys and values come before the new ones"""
     packed = query.ndim == 3
     query = split_heads(xp, query, q_num_heads)
     key, value = split_heads(xp, key, kv_num_heads), split_heads(xp, value, kv_num_heads)
@@ -235,7 +235,7 @@ def attention(
 
 
 def rotate(xp: Any, x: Array, cos: Array, sin: Array, interleaved: int) -> Array:
-    """(x1 cos - x2 sin, x1 sin + x2 cos) for halves (or, interleaved, pairs) x1, x2 of the last axis; the rest stays"""
+    """(x1 cos - x2 sin, x1 sin + x2 cos) for halves (if interleaved: pairs) x1, x2 of the last axis; the rest stays"""
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:
@@ -252,8 +252,8 @@ def rotate(xp: Any, x: Array, cos: Array, sin: Array, interleaved: int) -> Array
 
 def look_up(xp: Any, table: Array, positions: Array) -> Array:
     """table[positions[i..], ..]"""
-    taken = xp.take(table, xp.reshape(positions, (-1,)), axis=0)
-    return xp.reshape(taken, (*positions.shape, *table.shape[1:]))
+    rows = xp.take(table, xp.reshape(positions, (-1,)), axis=0)
+    return xp.reshape(rows, (*positions.shape, *table.shape[1:]))
 
 
 @implements("RotaryEmbedding")
@@ -268,10 +268,10 @@ def rotary_embedding(
     num_heads: int = 0,
     rotary_embedding_dim: int = 0,
 ) -> Array:
-    """each head's pairs turned by the angles of their places"""
+    """the pairs of each head, rotated by the angles of their positions"""
     heads = split_heads(xp, x, num_heads)
     if positions is not None:
         cos, sin = look_up(xp, cos, positions), look_up(xp, sin, positions)
-    cos, sin = (xp.expand_dims(each, axis=1) for each in (cos, sin))
+    cos, sin = (xp.expand_dims(table, axis=1) for table in (cos, sin))
     out = rotate(xp, heads, cos, sin, interleaved)
     return join_heads(xp, out) if x.ndim == 3 else out

@@ -31,7 +31,7 @@ def gemm(
     transA: int = 0,  # noqa: N803 - the operator's own names
     transB: int = 0,  # noqa: N803
 ) -> Array:
-    """out[m, n] = alpha sum_k a'[m, k] b'[k, n] + beta c[m, n], with a', b' transposed as asked"""
+    """out[m, n] = alpha sum_k a'[m, k] b'[k, n] + beta c[m, n], where a', b' are a, b or their transposes"""
     product = xp.matmul(a.T if transA else a, b.T if transB else b)
     product = product if alpha == 1 else alpha * product
     if c is None or beta == 0:

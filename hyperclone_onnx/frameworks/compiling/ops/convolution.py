@@ -1,4 +1,4 @@
-"""Convolutions, as image encoders use them."""
+"""Convolutions over spatial axes, as image encoders use them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hyperclone_onnx.frameworks.compiling.registry import Array, implements
 def spatial_pads(
     auto_pad: str, pads: tuple[int, ...] | None, sizes: Any, kernel: Any, strides: Any, dilations: Any
 ) -> list[tuple[int, int]]:
-    """(before, after) for each spatial axis"""
+    """The padding (before, after) of each spatial axis."""
     rank = len(kernel)
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        found = []
+        padding = []
         for size, width, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
             whole = max((-(-size // stride) - 1) * stride + (width - 1) * dilation + 1 - size, 0)
             less, more = whole // 2, whole - whole // 2
-            found.append((less, more) if auto_pad == "SAME_UPPER" else (more, less))
-        return found
+            padding.append((less, more) if auto_pad == "SAME_UPPER" else (more, less))
+        return padding
     if auto_pad == "VALID" or pads is None:
         return [(0, 0)] * rank
     return [(pads[i], pads[i + rank]) for i in range(rank)]

@@ -1,4 +1,4 @@
-"""Operators that treat elements alike: one table of equations, then those with attributes or types to mind."""
+"""Elementwise operators: tables of equations, then the operators that depend on attributes or types."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ _register()
 
 def _is_integer(xp: Any, *operands: Array) -> bool:
     return all(
-        isinstance(each, int) if isinstance(each, int | float) else xp.isdtype(each.dtype, "integral")
-        for each in operands
+        isinstance(operand, int) if isinstance(operand, int | float) else xp.isdtype(operand.dtype, "integral")
+        for operand in operands
     )
 
 
@@ -101,7 +101,7 @@ def divide(xp: Any, a: Array, b: Array) -> Array:
 
 @implements("Mod", scalars=True)
 def modulo(xp: Any, a: Array, b: Array, *, fmod: int = 0) -> Array:
-    """a - b floor(a / b), with b's sign; with fmod a's sign"""
+    """a - b floor(a / b), with the sign of b; if fmod, with the sign of a"""
     rest = a % b
     if not fmod:
         return rest
@@ -110,7 +110,7 @@ def modulo(xp: Any, a: Array, b: Array, *, fmod: int = 0) -> Array:
 
 @implements("Pow", scalars=True)
 def power(xp: Any, base: Array, exponent: Array) -> Array:
-    """base ^ exponent, in base's type"""
+    """base ^ exponent, in the type of the base"""
     if isinstance(exponent, float) and exponent == 2:
         return base * base
     if isinstance(base, int | float):
@@ -184,7 +184,7 @@ def cast(xp: Any, x: Array, *, to: int, saturate: int = 1, round_mode: str = "up
 
 @implements("CastLike")
 def cast_like(xp: Any, x: Array, like: Array, *, saturate: int = 1, round_mode: str = "up") -> Array:
-    """x in another's type"""
+    """x in the type of `like`"""
     return xp.astype(x, like.dtype)
 
 
@@ -198,7 +198,7 @@ def dropout(
     seed: int = 0,
     outputs: int = 1,
 ) -> Any:
-    """x: a graph exported for inference drops nothing"""
+    """x, because a graph for inference drops no elements"""
     if training_mode:
         raise Refused("Dropout in training mode has no handoff: export the model for inference")
     return x if outputs == 1 else (x, xp.ones_like(x, dtype=xp.bool))
@@ -206,7 +206,7 @@ def dropout(
 
 @implements("IsInf")
 def is_inf(xp: Any, x: Array, *, detect_negative: int = 1, detect_positive: int = 1) -> Array:
-    """whether x is infinite, of the signs asked for"""
+    """whether x is infinite, with a sign that the attributes ask for"""
     infinite = xp.isinf(x)
     if not detect_negative:
         infinite = infinite & (x > 0)

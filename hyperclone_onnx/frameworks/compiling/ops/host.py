@@ -1,6 +1,7 @@
-"""The arithmetic of sizes, in Python numbers: a value is a number, a tuple of numbers, or a tuple of such tuples.
+"""The arithmetic of sizes in Python numbers. A value is a number, a tuple of numbers, or a tuple of such tuples.
 
-Sizes may be a tracing framework's symbols; so nothing here asks what they are, where it can be helped.
+A framework that traces passes symbols instead of numbers. So these functions avoid decisions that depend on a number's
+value or type: such a decision would fix the size in the trace, or fail.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ Value = Any
 
 
 def zipped(function: Callable[..., Any], *operands: Value) -> Value:
-    """Apply a function elementwise; numbers and tuples of one element repeat."""
-    lengths = [len(each) for each in operands if isinstance(each, tuple)]
+    """Apply a function elementwise. Numbers, and tuples of one element, are repeated to the length of the others."""
+    lengths = [len(operand) for operand in operands if isinstance(operand, tuple)]
     if not lengths:
         return function(*operands)
     length = 0 if 0 in lengths else max(lengths)
-    rows = [each if isinstance(each, tuple) else (each,) for each in operands]
+    rows = [operand if isinstance(operand, tuple) else (operand,) for operand in operands]
     return tuple(function(*(row[i if len(row) > 1 else 0] for row in rows)) for i in range(length))
 
 
@@ -111,7 +112,7 @@ def _integer(a: Any) -> Any:
 @on_host("Concat")
 def concat(*operands: Value, axis: int) -> Value:
     """the operands one after another"""
-    return tuple(element for each in operands for element in each)
+    return tuple(element for operand in operands for element in operand)
 
 
 @on_host("Gather")
@@ -158,8 +159,8 @@ def reshape(x: Value, shape: Value, *, allowzero: int = 0) -> Value:
 
 
 def _flat(x: Value) -> tuple[Any, ...]:
-    """The numbers of a value in a row."""
-    return tuple(number for each in x for number in _flat(each)) if isinstance(x, tuple) else (x,)
+    """All numbers of a value in one tuple."""
+    return tuple(number for part in x for number in _flat(part)) if isinstance(x, tuple) else (x,)
 
 
 @on_host("Transpose")
@@ -171,8 +172,8 @@ def transpose(x: Value, *, perm: tuple[int, ...] | None = None) -> Value:
 @on_host("Split")
 def split(x: Value, split: Value = None, *, axis: int = 0, num_outputs: int = 0, outputs: int) -> tuple[Value, ...]:
     """the elements in groups"""
-    each = -(-len(x) // outputs)
-    sizes = split if split is not None else (*[each] * (outputs - 1), len(x) - each * (outputs - 1))
+    equal = -(-len(x) // outputs)
+    sizes = split if split is not None else (*[equal] * (outputs - 1), len(x) - equal * (outputs - 1))
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return tuple(x[start : start + size] for start, size in zip(starts, sizes, strict=True))
 
@@ -217,8 +218,8 @@ def reduce_prod(x: Value, axes: Value = None, *, keepdims: int = 1, noop_with_em
 @on_host("ReduceSum")
 def reduce_sum(x: Value, axes: Value = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Value:
     """the sum of all elements"""
-    whole = sum(x)
-    return (whole,) if keepdims else whole
+    total = sum(x)
+    return (total,) if keepdims else total
 
 
 @on_host("ReduceMax")

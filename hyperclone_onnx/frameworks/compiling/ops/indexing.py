@@ -1,4 +1,4 @@
-"""Operators that pick elements by their places, or put them there."""
+"""Operators that read or write elements at given places."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hyperclone_onnx.frameworks.compiling.registry import Array, Host, implement
 
 
 def _places(xp: Any, indices: Array, size: Any) -> Array:
-    """Indices counted from the front; ONNX lets negative ones count from the end."""
+    """Indices counted from the front: in ONNX negative indices count from the end."""
     return xp.where(indices < 0, indices + size, indices)
 
 
@@ -18,8 +18,8 @@ def gather(xp: Any, data: Array, indices: Array, *, axis: int = 0) -> Array:
     """out[.., i.., ..] = data[.., indices[i..], ..]"""
     axis %= data.ndim
     flat = xp.reshape(_places(xp, indices, data.shape[axis]), (-1,))
-    taken = xp.take(data, flat, axis=axis)
-    return xp.reshape(taken, (*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]))
+    rows = xp.take(data, flat, axis=axis)
+    return xp.reshape(rows, (*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]))
 
 
 @implements("GatherElements")
@@ -31,7 +31,7 @@ def gather_elements(xp: Any, data: Array, indices: Array, *, axis: int = 0) -> A
 
 
 def _linear(xp: Any, indices: Array, sizes: tuple[Any, ...]) -> Array:
-    """Tuples of indices along the last axis as places in the flattened axes."""
+    """The places in the flattened axes of tuples of indices, which lie along the last axis."""
     place = _places(xp, indices[..., 0], sizes[0])
     for i, size in enumerate(sizes[1:], 1):
         place = place * size + _places(xp, indices[..., i], size)
@@ -46,13 +46,13 @@ def gather_nd(xp: Any, data: Array, indices: Array, *, batch_dims: int = 0) -> A
     flat = xp.reshape(_linear(xp, indices, picked), (math.prod(batch), -1))
     offsets = xp.arange(math.prod(batch), dtype=flat.dtype, device=xp.device_of(flat))
     flat = xp.reshape(flat + xp.reshape(offsets, (-1, 1)) * math.prod(picked), (-1,))
-    taken = xp.take(xp.reshape(data, (math.prod(batch) * math.prod(picked), *rest)), flat, axis=0)
-    return xp.reshape(taken, (*indices.shape[:-1], *rest))
+    rows = xp.take(xp.reshape(data, (math.prod(batch) * math.prod(picked), *rest)), flat, axis=0)
+    return xp.reshape(rows, (*indices.shape[:-1], *rest))
 
 
 @implements("ScatterND")
 def scatter_nd(xp: Any, data: Array, indices: Array, updates: Array, *, reduction: str = "none") -> Array:
-    """data with out[*indices[i..]] = updates[i..], or added, multiplied, ..."""
+    """data with out[*indices[i..]] = updates[i..], or with updates added, multiplied, ..."""
     depth = indices.shape[-1]
     rest = math.prod(data.shape[depth:])
     rows = xp.reshape(_linear(xp, indices, data.shape[:depth]), (-1, 1))
@@ -65,15 +65,15 @@ def scatter_nd(xp: Any, data: Array, indices: Array, updates: Array, *, reductio
 def scatter_elements(
     xp: Any, data: Array, indices: Array, updates: Array, *, axis: int = 0, reduction: str = "none"
 ) -> Array:
-    """data with out[.., indices[.., i, ..], ..] = updates[.., i, ..], or added, multiplied, ..."""
+    """data with out[.., indices[.., i, ..], ..] = updates[.., i, ..], or with updates added, multiplied, ..."""
     axis %= data.ndim
     place: Any = 0
     for i, size in enumerate(data.shape):
         if i == axis:
             along = _places(xp, indices, size)
         else:
-            own = xp.arange(indices.shape[i], dtype=indices.dtype, device=xp.device_of(indices))
-            along = xp.reshape(own, tuple(-1 if i == j else 1 for j in range(data.ndim)))
+            numbers = xp.arange(indices.shape[i], dtype=indices.dtype, device=xp.device_of(indices))
+            along = xp.reshape(numbers, tuple(-1 if i == j else 1 for j in range(data.ndim)))
         place = place * size + along
     flat = xp.scatter(xp.reshape(data, (-1,)), xp.reshape(place, (-1,)), updates, reduction)
     return xp.reshape(flat, data.shape)
@@ -102,7 +102,7 @@ def cumulative_sum(xp: Any, x: Array, axis: Host, *, exclusive: int = 0, reverse
 
 @implements("TopK")
 def top_k(xp: Any, x: Array, k: Host, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Array, Array]:
-    """the k largest (or smallest) along an axis, and where they are"""
+    """the k largest (or smallest) elements along an axis, and their places"""
     k, axis = (k[0] if isinstance(k, tuple) else k), axis % x.ndim
     order = xp.argsort(x, axis=axis, descending=bool(largest), stable=True)
     order = order[(*[slice(None)] * axis, slice(0, k))]
@@ -117,19 +117,19 @@ def _extreme_place(xp: Any, find: Any, x: Array, axis: int, keepdims: int, last:
 
 @implements("ArgMax")
 def arg_max(xp: Any, x: Array, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Array:
-    """where the largest along an axis is"""
+    """the place of the largest element along an axis"""
     return _extreme_place(xp, xp.argmax, x, axis, keepdims, select_last_index)
 
 
 @implements("ArgMin")
 def arg_min(xp: Any, x: Array, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Array:
-    """where the smallest along an axis is"""
+    """the place of the smallest element along an axis"""
     return _extreme_place(xp, xp.argmin, x, axis, keepdims, select_last_index)
 
 
 @implements("NonZero")
 def non_zero(xp: Any, x: Array) -> Array:
-    """out[axis, n] = where along the axis the n-th element lies that is not 0"""
+    """out[axis, n] = the index along this axis of the n-th element that is not 0"""
     return xp.stack(xp.nonzero(x), axis=0)
 
 
@@ -148,5 +148,5 @@ def tensor_scatter(
     source = xp.clip(along, 0, length - 1)
     rows = tuple(source.shape[i] if i in (0, axis) else n for i, n in enumerate(past.shape))
     source = xp.broadcast_to(source, (past.shape[0], *rows[1:]))
-    taken = xp.take_along_axis(update, source, axis=axis)
-    return xp.where((along >= 0) & (along < length), taken, past)
+    values = xp.take_along_axis(update, source, axis=axis)
+    return xp.where((along >= 0) & (along < length), values, past)

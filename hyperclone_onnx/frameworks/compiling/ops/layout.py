@@ -10,7 +10,7 @@ from hyperclone_onnx.frameworks.compiling.registry import Array, Host, implement
 
 @implements("Reshape")
 def reshape(xp: Any, x: Array, shape: Host, *, allowzero: int = 0) -> Array:
-    """x's elements in another shape: 0 keeps a size, -1 is what is left"""
+    """the elements of x in another shape, where 0 keeps a size and -1 follows from the other sizes"""
     if not allowzero:
         shape = tuple(x.shape[i] if size == 0 else size for i, size in enumerate(shape))
     return xp.reshape(x, tuple(shape))
@@ -18,7 +18,7 @@ def reshape(xp: Any, x: Array, shape: Host, *, allowzero: int = 0) -> Array:
 
 @implements("Flatten")
 def flatten(xp: Any, x: Array, *, axis: int = 1) -> Array:
-    """(the axes before `axis`, the others)"""
+    """x with two axes: the axes before `axis` in one, the others in one"""
     axis = axis if axis >= 0 else x.ndim + axis
     return xp.reshape(x, (math.prod(x.shape[:axis]), math.prod(x.shape[axis:])))
 
@@ -49,7 +49,7 @@ def unsqueeze(xp: Any, x: Array, axes: Host) -> Array:
 
 @implements("Concat")
 def concat(xp: Any, *operands: Array, axis: int) -> Array:
-    """the operands one after another"""
+    """the operands joined along an axis"""
     return xp.concat(operands, axis=axis)
 
 
@@ -60,8 +60,8 @@ def split(
     """x in pieces along an axis"""
     size = x.shape[axis]
     if split is None:
-        each = -(-size // outputs)
-        split = (*[each] * (outputs - 1), size - each * (outputs - 1))
+        equal = -(-size // outputs)
+        split = (*[equal] * (outputs - 1), size - equal * (outputs - 1))
     axis %= x.ndim
     pieces, start = [], 0
     for length in split:
@@ -71,7 +71,7 @@ def split(
 
 
 def _bound(value: Any) -> Any:
-    """A bound of a slice; the largest integers mean the end."""
+    """A bound of a slice, or None for the largest integers: they mean the end of the axis."""
     return None if isinstance(value, int) and abs(value) >= 2**31 - 1 else value
 
 
@@ -86,19 +86,19 @@ def slice_(
 ) -> Array:
     """x[start : end : step] along each of the axes"""
     window: list[slice] = [slice(None)] * x.ndim
-    turned = []
+    backwards = []
     axes = tuple(range(len(starts))) if axes is None else axes
     steps = (1,) * len(starts) if steps is None else steps
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step > 0:
             window[axis] = slice(None if start == 0 else _bound(start), _bound(end), None if step == 1 else step)
             continue
-        # Not every framework steps backwards: take the same elements forwards, then turn them.
+        # Some frameworks cannot step backwards, so we take the same elements forwards and then flip them.
         picked = range(*slice(start, _end_backwards(end, x.shape[axis]), step).indices(x.shape[axis]))
         window[axis] = slice(picked[-1], picked[0] + 1, -step) if picked else slice(0, 0)
-        turned.append(axis % x.ndim)
+        backwards.append(axis % x.ndim)
     result = x[tuple(window)]
-    return xp.flip(result, axis=tuple(turned)) if turned else result
+    return xp.flip(result, axis=tuple(backwards)) if backwards else result
 
 
 def _end_backwards(end: Any, size: Any) -> Any:
@@ -107,11 +107,11 @@ def _end_backwards(end: Any, size: Any) -> Any:
 
 @implements("Expand")
 def expand(xp: Any, x: Array, shape: Host) -> Array:
-    """x repeated along its axes of size 1 up to a shape that broadcasts with its own"""
+    """x repeated along its axes of size 1, to the shape to which its own shape and `shape` broadcast"""
     rank = max(x.ndim, len(shape))
-    own = (*[1] * (rank - x.ndim), *x.shape)
-    wanted = (*[1] * (rank - len(shape)), *shape)
-    return xp.broadcast_to(x, tuple(a if b == 1 else b for a, b in zip(own, wanted, strict=True)))
+    sizes = (*[1] * (rank - x.ndim), *x.shape)
+    targets = (*[1] * (rank - len(shape)), *shape)
+    return xp.broadcast_to(x, tuple(a if b == 1 else b for a, b in zip(sizes, targets, strict=True)))
 
 
 @implements("Tile")
@@ -130,7 +130,7 @@ def pad(
     *,
     mode: str = "constant",
 ) -> Array:
-    """x with elements added (or, below 0, taken away) at both ends of its axes"""
+    """x with elements added at both ends of its axes; a negative pad removes elements"""
     axes = range(x.ndim) if axes is None else axes
     value = 0 if value is None else value
     for position, axis in enumerate(axes):
@@ -160,6 +160,7 @@ def _pad_axis(xp: Any, x: Array, axis: int, before: Any, after: Any, mode: str, 
 
 
 def _filled(xp: Any, x: Array, axis: int, count: Any, value: Array) -> Array:
+    """An array like x with `count` elements along an axis, all equal to `value`."""
     shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
     if hasattr(value, "dtype"):
         return xp.broadcast_to(xp.reshape(xp.astype(value, x.dtype), (1,) * x.ndim), shape)
@@ -175,7 +176,7 @@ def trilu(xp: Any, x: Array, k: Host | None = None, *, upper: int = 1) -> Array:
 
 @implements("DepthToSpace")
 def depth_to_space(xp: Any, x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
-    """channels laid out in blocks"""
+    """the channels moved into blocks of height and width"""
     n, channels, height, width = x.shape
     size, depth = blocksize, channels // blocksize**2
     if mode == "DCR":
@@ -187,7 +188,7 @@ def depth_to_space(xp: Any, x: Array, *, blocksize: int, mode: str = "DCR") -> A
 
 @implements("SpaceToDepth")
 def space_to_depth(xp: Any, x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
-    """blocks laid out in channels"""
+    """the blocks of height and width moved into channels"""
     n, channels, height, width = x.shape
     size = blocksize
     blocks = xp.reshape(x, (n, channels, height // size, size, width // size, size))

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operators, as its optimiser writes them."""
+"""Operators that only ONNX Runtime has, as its optimiser writes them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bias_gelu(xp: Any, x: Array, bias: Array) -> Array:
 
 @implements("FastGelu", domain=MICROSOFT)
 def fast_gelu(xp: Any, x: Array, bias: Array | None = None) -> Array:
-    """gelu(x + bias), by tanh"""
+    """gelu(x + bias), approximated by tanh"""
     return elementwise.gelu(xp, x if bias is None else x + bias, approximate="tanh")
 
 
@@ -51,8 +51,8 @@ def fused_matmul(
     transBatchA: int = 0,  # noqa: N803
     transBatchB: int = 0,  # noqa: N803
 ) -> Array:
-    """alpha a' b', after the first axis was brought in front of the last and the last two were transposed, as asked"""
-    a, b = (_batch_inside(xp, x) if asked else x for x, asked in ((a, transBatchA), (b, transBatchB)))
+    """alpha a' b', where a', b' are a, b with the first axis moved before the last, then transposed, if so asked"""
+    a, b = (_batch_inside(xp, x) if moved else x for x, moved in ((a, transBatchA), (b, transBatchB)))
     product = xp.matmul(a.mT if transA else a, b.mT if transB else b)
     return product if alpha == 1 else alpha * product
 
@@ -118,7 +118,7 @@ def embed_layer_norm(
     mask_index_type: int = 0,
     outputs: int = 1,
 ) -> Any:
-    """norm(words[ids] + places[positions] + kinds[segments]) gamma + beta; then how many tokens each mask shows"""
+    """norm(words[ids] + places[positions] + kinds[segments]) gamma + beta; then the number of tokens each mask shows"""
     length, device = ids.shape[1], xp.device_of(ids)
     if positions is None:
         positions = xp.expand_dims(xp.arange(length, dtype=ids.dtype, device=device), axis=0)
@@ -182,5 +182,5 @@ def fused_gemm(
 ) -> Array:
     """activation(alpha a' b' + beta c)"""
     out = gemm(xp, a, b, c, alpha=alpha, beta=beta, transA=transA, transB=transB)
-    given = [each for each in (activation_alpha, activation_beta, activation_gamma) if each is not None]
-    return ACTIVATIONS[activation](xp, out, *given) if activation else out
+    numbers = [number for number in (activation_alpha, activation_beta, activation_gamma) if number is not None]
+    return ACTIVATIONS[activation](xp, out, *numbers) if activation else out

@@ -32,19 +32,19 @@ def rotary_embedding(
     rotary_embedding_dim: int = 0,
     scale: float = 1.0,
 ) -> Array:
-    """each head's pairs turned by the angles of their places; one position is that of the first token"""
+    """the pairs of each head, rotated by the angles of their positions; a single position is that of the first token"""
     size = 2 * cos.shape[1]
     heads = split_heads(xp, x, num_heads or (x.shape[-1] // size if x.ndim == 3 else 0))
     if positions.ndim == 1:
         positions = positions + xp.arange(heads.shape[2], dtype=positions.dtype, device=xp.device_of(x))
         positions = xp.expand_dims(positions, axis=0)
-    cos, sin = (xp.expand_dims(look_up(xp, each, positions), axis=1) for each in (cos, sin))
+    cos, sin = (xp.expand_dims(look_up(xp, table, positions), axis=1) for table in (cos, sin))
     out = rotate(xp, heads, cos, sin, interleaved)
     return join_heads(xp, out) if x.ndim == 3 else out
 
 
 def _padding_bias(xp: Any, mask: Array, total: Any, like: Array, hidden: float) -> Array:
-    """A mask of 0 and 1 over keys, or the count of keys to see, as an addend."""
+    """A mask as an addend to the scores. The mask holds 0 and 1 for the keys, or the number of visible keys."""
     if mask.ndim == 1:
         if mask.shape[0] != like.shape[0]:
             raise Refused("an attention mask of start and end positions: it has no handoff")
@@ -72,12 +72,12 @@ def multi_head_attention(
     unidirectional: int = 0,
     outputs: int = 1,
 ) -> Any:
-    """softmax(scale Q K^T + biases) V for each head, with keys and values of the past before the new ones"""
+    """softmax(scale Q K^T + biases) V for each head, where the past keys and values come before the new ones"""
     if bias is not None:
         width, depth = query.shape[-1], value.shape[-1]
         query = query + bias[:width]
         key, value = key + bias[width : 2 * width], value + bias[2 * width : 2 * width + depth]
-    query, key, value = (split_heads(xp, each, num_heads) for each in (query, key, value))
+    query, key, value = (split_heads(xp, x, num_heads) for x in (query, key, value))
     offset: Any = 0
     if past_key is not None:
         offset = past_key.shape[2]
@@ -109,7 +109,7 @@ def packed_attention(
     scale: float = 0.0,
     unidirectional: int = 0,
 ) -> Array:
-    """attention of x W + b, where W's columns are queries, keys and values side by side"""
+    """attention of x W + b, where the columns of W are queries, then keys, then values"""
     if past is not None:
         raise Refused("com.microsoft.Attention with a packed cache has no handoff")
     packed = xp.matmul(x, weight) if bias is None else xp.matmul(x, weight) + bias
@@ -157,10 +157,10 @@ def group_query_attention(
     softcap: float = 0.0,
     outputs: int = 1,
 ) -> Any:
-    """causal attention whose query heads share key/value heads in groups, with rotary angles inside
+    """causal attention in which groups of query heads share a key and value head; it can rotate queries and keys itself
 
-    `last` is the place of each row's last token. Without a past a row begins at place 0. A `sink` is a further score
-    for each head, of a key whose value is 0; a smooth softmax has one of 0.
+    `last` is the place of the last token of each row. Without a past a row begins at place 0. A `sink` is one further
+    score for each head; the value of its key is 0. A smooth softmax is a sink whose scores are 0.
     """
     if softcap:
         raise Refused("GroupQueryAttention with a soft cap has no handoff")
@@ -175,8 +175,8 @@ def group_query_attention(
     offset: Any = xp.reshape(last, (-1, 1)) + 1 - length if has_past else 0
     if do_rotary:
         places = xp.expand_dims(xp.arange(length, device=device), axis=0) + offset if positions is None else positions
-        angles = [xp.expand_dims(look_up(xp, each, places), axis=1) for each in (cos, sin)]
-        query, key = (rotate(xp, each, angles[0], angles[1], rotary_interleaved) for each in (query, key))
+        angles = [xp.expand_dims(look_up(xp, table, places), axis=1) for table in (cos, sin)]
+        query, key = (rotate(xp, x, angles[0], angles[1], rotary_interleaved) for x in (query, key))
     if has_past:
         key, value = (_continued(xp, past, new, offset) for past, new in ((past_key, key), (past_value, value)))
         offset = xp.reshape(offset, (-1, 1, 1, 1))
@@ -196,7 +196,7 @@ def group_query_attention(
 
 
 def _continued(xp: Any, past: Array, new: Array, offset: Array) -> Array:
-    """Each row's past up to its own length, then the new keys; what lies behind is not looked at."""
+    """The past of each row up to its own length, then the new keys. Attention hides all that lies behind these."""
     before, length = past.shape[2], new.shape[2]
     both = xp.concat([past, new], axis=2)
     places = xp.expand_dims(xp.arange(before + length, device=xp.device_of(new)), axis=0)

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own mixture of experts."""
+"""The mixture of experts of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def mixture_of_experts(
     swiglu_limit: float = math.inf,
     use_sparse_mixer: int = 0,
 ) -> Array:
-    """out[n] = sum_e p[n, e] W2[e] f(W1[e] x[n], W3[e] x[n]), where p is 0 but for each token's k largest
+    """out[n] = sum_e p[n, e] W2[e] f(W1[e] x[n], W3[e] x[n]), where p is 0 but for the k largest of each token
 
-    Every expert computes every token: sizes that depend on the router would be no sizes of a compiled graph.
+    Each expert computes all tokens. Otherwise sizes would depend on the router, and a compiled graph cannot have these.
     """
     tokens = xp.reshape(x, (-1, x.shape[-1]))
     inner = _projected(xp, tokens, first, first_bias)
@@ -59,20 +59,20 @@ def mixture_of_experts(
     else:
         inner = ACTIVATIONS[activation_type](xp, inner)
         inner = inner if other is None else inner * other
-    made = _projected(xp, inner, second, second_bias)
+    projected = _projected(xp, inner, second, second_bias)
     shares = _shares(xp, router, k, bool(normalize_routing_weights))
-    out = xp.sum(made * xp.expand_dims(xp.permute_dims(shares, (1, 0)), axis=-1), axis=0, dtype=made.dtype)
+    out = xp.sum(projected * xp.expand_dims(xp.permute_dims(shares, (1, 0)), axis=-1), axis=0, dtype=projected.dtype)
     return xp.reshape(out, x.shape)
 
 
 def _projected(xp: Any, x: Array, weight: Array, bias: Array | None) -> Array:
-    """(experts or none, n, d) by (experts, i, d) as (experts, n, i)"""
+    """The product of (n, d) or (experts, n, d) with (experts, i, d) as (experts, n, i)."""
     out = xp.matmul(x, weight.mT)
     return out if bias is None else out + xp.expand_dims(bias, axis=1)
 
 
 def _shares(xp: Any, router: Array, k: int, normalised: bool) -> Array:
-    """The router's softmax, 0 but for each row's k largest."""
+    """The softmax of the router, set to 0 but for the k largest of each row."""
     chances = xp.softmax(router, axis=-1)
     chosen = xp.argsort(chances, axis=-1, descending=True, stable=True)[:, :k]
     places = xp.arange(router.shape[-1], dtype=chosen.dtype, device=xp.device_of(router))

@@ -1,4 +1,4 @@
-"""Softmax and the norms."""
+"""Softmax and norms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hyperclone_onnx.frameworks.compiling.registry import INTERNAL, Array, imple
 
 
 def _coerced(xp: Any, function: Any, x: Array, axis: int | None, opset: int) -> Array:
-    """Before opset 13 the axes from `axis` on were taken as one."""
+    """Apply a softmax along an axis. Before opset 13 it runs over all axes from `axis` on, as one axis."""
     if opset >= 13:
         return function(x, axis=-1 if axis is None else axis)
     axis = (1 if axis is None else axis) % x.ndim
@@ -30,7 +30,7 @@ def log_softmax(xp: Any, x: Array, *, axis: int | None = None, opset: int) -> Ar
 
 
 def wide(xp: Any, x: Array) -> Array:
-    """x in at least float32, in which norms average."""
+    """x in float32 or wider, because norms compute their means in at least float32."""
     return xp.astype(x, xp.float32) if x.dtype in (xp.dtype_of(10), xp.dtype_of(16)) else x
 
 
@@ -110,7 +110,7 @@ def batch_norm(
 
 @implements("InstanceNormalization")
 def instance_norm(xp: Any, x: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5) -> Array:
-    """each channel of each sample standardised, then scale and bias"""
+    """each channel of each sample standardised, then times scale, plus bias"""
     normal, _, _ = _standardised(xp, wide(xp, x), tuple(range(2, x.ndim)), epsilon)
     return xp.astype(normal, x.dtype) * _per_channel(xp, scale, x.ndim) + _per_channel(xp, bias, x.ndim)
 
@@ -127,7 +127,7 @@ def group_norm(
     stash_type: int = 1,
     opset: int,
 ) -> Array:
-    """each group of channels of each sample standardised, then scale and bias (before opset 21 for each group)"""
+    """each group of channels of each sample standardised, then times scale, plus bias (of groups before opset 21)"""
     grouped = xp.reshape(wide(xp, x), (x.shape[0], num_groups, -1))
     normal, _, _ = _standardised(xp, grouped, (2,), epsilon)
     normal = xp.astype(normal, x.dtype)
@@ -138,6 +138,6 @@ def group_norm(
 
 @implements("LpNormalization")
 def lp_norm(xp: Any, x: Array, *, axis: int = -1, p: int = 2) -> Array:
-    """x / its p-norm along an axis; 0 where that is 0"""
+    """x / p-norm(x) along an axis; 0 where the norm is 0"""
     norm = xp.sum(xp.abs(x), axis=axis, keepdims=True) if p == 1 else xp.sqrt(xp.sum(x * x, axis=axis, keepdims=True))
     return xp.where(norm == 0, xp.zeros_like(x), x / xp.where(norm == 0, xp.ones_like(norm), norm))

@@ -1,4 +1,7 @@
-"""Pooling: what a window sees is taken place by place, as strided views of the padded input."""
+"""Pooling: for each place of the kernel, a strided view of the padded input.
+
+The view holds the element that each window has at this place. So a sum or a maximum over views pools all windows.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,17 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Windows:
-    """How windows lie over the spatial axes: (before, after) of padding with what rounding up adds to it."""
+    """How windows lie over the spatial axes. `around` is the padding (before, after), with what rounding up adds."""
 
     kernel: Sizes
     strides: Sizes
     dilations: Sizes
     around: tuple[tuple[Any, Any], ...]
     counts: tuple[Any, ...]
-    """How many windows there are along each axis."""
+    """The number of windows along each axis."""
 
     def pieces(self, padded: Array) -> Iterator[tuple[Sizes, Array]]:
-        """Each place of the kernel, and what all windows see there."""
+        """Each place of the kernel, with the elements that all windows have there."""
         for place in itertools.product(*map(range, self.kernel)):
             cut = tuple(
                 slice(i * dilation, i * dilation + (count - 1) * stride + 1, stride)
@@ -45,12 +48,12 @@ def windows(
     pads: Sizes | None,
     ceil_mode: int,
 ) -> Windows:
-    """The windows over axes of these sizes; none begins in the padding behind."""
+    """The windows over axes of these sizes. No window begins in the padding after the end."""
     rank = len(kernel)
     strides, dilations = strides or (1,) * rank, dilations or (1,) * rank
     around, counts = [], []
-    given = spatial_pads(auto_pad, pads, sizes, kernel, strides, dilations)
-    for size, width, stride, dilation, (before, after) in zip(sizes, kernel, strides, dilations, given, strict=True):
+    padding = spatial_pads(auto_pad, pads, sizes, kernel, strides, dilations)
+    for size, width, stride, dilation, (before, after) in zip(sizes, kernel, strides, dilations, padding, strict=True):
         room = size + before + after - (width - 1) * dilation - 1
         count = room // stride + 1
         if ceil_mode and auto_pad == "NOTSET":
@@ -63,7 +66,7 @@ def windows(
 
 
 def padded(xp: Any, x: Array, around: tuple[tuple[Any, Any], ...], value: float) -> Array:
-    """x with a value around its spatial axes"""
+    """x padded with a value around its spatial axes"""
     for axis, sides in enumerate(around, 2):
         pieces = [
             xp.full((*x.shape[:axis], count, *x.shape[axis + 1 :]), value, dtype=x.dtype, device=xp.device_of(x))
@@ -87,7 +90,7 @@ def max_pool(
     strides: Sizes | None = None,
     outputs: int = 1,
 ) -> Any:
-    """the largest that each window sees, and where it is in the flattened input"""
+    """the largest element of each window, and its place in the flattened input"""
     form = windows(x.shape[2:], kernel_shape, strides, dilations, auto_pad, pads, ceil_mode)
     lowest = -math.inf if xp.isdtype(x.dtype, "real floating") else int(xp.iinfo(x.dtype).min)
     pieces = form.pieces(padded(xp, x, form.around, lowest))
@@ -105,7 +108,7 @@ def max_pool(
 
 
 def _places(xp: Any, x: Array, form: Windows, at: Sizes, columns_first: int) -> Array:
-    """Where in the flattened input each window sees at a place of the kernel."""
+    """For one place of the kernel: the places in the flattened input of the elements that the windows have there."""
     along = [
         xp.arange(count, dtype=xp.dtype_of(7), device=xp.device_of(x)) * stride + i * dilation - before
         for count, stride, i, dilation, (before, _) in zip(
@@ -113,12 +116,14 @@ def _places(xp: Any, x: Array, form: Windows, at: Sizes, columns_first: int) -> 
         )
     ]
     rank = len(along)
-    found: Any = 0
+    places: Any = 0
     for axis in reversed(range(rank)) if columns_first else range(rank):
-        found = found * x.shape[2 + axis] + xp.reshape(along[axis], tuple(-1 if axis == i else 1 for i in range(rank)))
+        places = places * x.shape[2 + axis] + xp.reshape(
+            along[axis], tuple(-1 if axis == i else 1 for i in range(rank))
+        )
     images = xp.arange(x.shape[0] * x.shape[1], dtype=xp.dtype_of(7), device=xp.device_of(x))
     images = xp.reshape(images, (x.shape[0], x.shape[1], *[1] * rank))
-    return found + images * math.prod(x.shape[2:])
+    return places + images * math.prod(x.shape[2:])
 
 
 @implements("AveragePool")
@@ -134,18 +139,18 @@ def average_pool(
     pads: Sizes | None = None,
     strides: Sizes | None = None,
 ) -> Array:
-    """the mean of what each window sees, of the padding only when that is asked to count"""
+    """the mean of each window; padding counts only if count_include_pad"""
     form = windows(x.shape[2:], kernel_shape, strides, dilations, auto_pad, pads, ceil_mode)
     total = reduce(lambda a, b: a + b, (piece for _, piece in form.pieces(padded(xp, x, form.around, 0.0))))
-    seen = xp.ones((1, 1, *x.shape[2:]), dtype=x.dtype, device=xp.device_of(x))
+    counted = xp.ones((1, 1, *x.shape[2:]), dtype=x.dtype, device=xp.device_of(x))
     if count_include_pad:
-        own = spatial_pads(auto_pad, pads, x.shape[2:], form.kernel, form.strides, form.dilations)
-        seen = padded(xp, seen, tuple(own), 1.0)
-        rest = tuple((0, more - after) for (_, more), (_, after) in zip(form.around, own, strict=True))
-        seen = padded(xp, seen, rest, 0.0)
+        padding = spatial_pads(auto_pad, pads, x.shape[2:], form.kernel, form.strides, form.dilations)
+        counted = padded(xp, counted, tuple(padding), 1.0)
+        rest = tuple((0, more - after) for (_, more), (_, after) in zip(form.around, padding, strict=True))
+        counted = padded(xp, counted, rest, 0.0)
     else:
-        seen = padded(xp, seen, form.around, 0.0)
-    return total / reduce(lambda a, b: a + b, (piece for _, piece in form.pieces(seen)))
+        counted = padded(xp, counted, form.around, 0.0)
+    return total / reduce(lambda a, b: a + b, (piece for _, piece in form.pieces(counted)))
 
 
 @implements("GlobalAveragePool")
@@ -156,5 +161,5 @@ def global_average_pool(xp: Any, x: Array) -> Array:
 
 @implements("GlobalMaxPool")
 def global_max_pool(xp: Any, x: Array) -> Array:
-    """the largest over all spatial axes"""
+    """the largest element over all spatial axes"""
     return xp.max(x, axis=tuple(range(2, x.ndim)), keepdims=True)

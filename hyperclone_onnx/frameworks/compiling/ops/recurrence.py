@@ -1,4 +1,4 @@
-"""Recurrences that run along a sequence: linear attention and causal convolution, with their states."""
+"""Operators that carry a state along a sequence: linear attention and causal convolution."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def causal_conv(
     state_window: int = 0,
     outputs: int = 1,
 ) -> Any:
-    """out[b, c, t] = f(sum_k w[c, 0, k] x[b, c, t + k - K + 1] + bias[c]); the state is the last K - 1 of x"""
+    """out[b, c, t] = f(sum_k w[c, 0, k] x[b, c, t + k - K + 1] + bias[c]); the state is the last K - 1 elements of x"""
     if channels_last or ndim != 1 or state_window:
         raise Refused("CausalConvWithState with channels last, more than one axis or a window has no handoff")
     count = (weight.shape[-1] - 1) * dilation
@@ -63,7 +63,7 @@ def linear_attention(
 ) -> Any:
     """o_t = scale q_t S_t for each head, token by token, where S_t = e^g_t S_(t-1) + b_t k_t (v_t - k_t e^g_t S_(t-1))
 
-    Without "gated" in the rule e^g is 1; without "delta" what is added is k_t v_t.
+    If the rule is not "gated", e^g is 1. If it has no "delta", k_t v_t is added instead.
     """
     if state_window or q_num_heads % kv_num_heads:
         raise Refused("LinearAttention with a window of states, or fewer query than key heads, has no handoff")
@@ -74,23 +74,23 @@ def linear_attention(
     q = xp.reshape(q, (batch, kv_num_heads, groups, length, depth))
     if past is None:
         past = xp.zeros((batch, kv_num_heads, depth, width), dtype=q.dtype, device=xp.device_of(q))
-    slices = [wide(xp, xp.moveaxis(q, 3, 0)), *(wide(xp, xp.moveaxis(each, 2, 0)) for each in (k, v))]
+    slices = [wide(xp, xp.moveaxis(q, 3, 0)), *(wide(xp, xp.moveaxis(x, 2, 0)) for x in (k, v))]
     if "gated" in update_rule:
         slices.append(xp.exp(wide(xp, _by_head(xp, decay, kv_num_heads))))
     if "delta" in update_rule:
         slices.append(wide(xp, _by_head(xp, beta, kv_num_heads)))
 
     def token(carry: tuple[Array, ...], now: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        (state,), (asked, k, v, *rest) = carry, now
+        (state,), (q, k, v, *rest) = carry, now
         state = state * rest.pop(0) if "gated" in update_rule else state
         new = xp.expand_dims(v, axis=-2)
         if "delta" in update_rule:
             new = rest.pop(0) * (new - xp.matmul(xp.expand_dims(k, axis=-2), state))
         state = state + xp.matmul(xp.expand_dims(k, axis=-1), new)
-        return (state,), (xp.matmul(asked, state),)
+        return (state,), (xp.matmul(q, state),)
 
-    (state,), (made,) = xp.scan(token, (wide(xp, past),), tuple(slices), length)
-    out = join_heads(xp, xp.reshape(xp.moveaxis(made, 0, 3), (batch, q_num_heads, length, width)))
+    (state,), (results,) = xp.scan(token, (wide(xp, past),), tuple(slices), length)
+    out = join_heads(xp, xp.reshape(xp.moveaxis(results, 0, 3), (batch, q_num_heads, length, width)))
     out = xp.astype(out * (scale or 1 / math.sqrt(depth)), query.dtype)
     return out if outputs == 1 else (out, xp.astype(state, kind))
 

@@ -1,4 +1,4 @@
-"""Operators that take sizes from arrays, and make arrays from sizes."""
+"""Operators that return the sizes of arrays, or create arrays of given sizes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hyperclone_onnx.frameworks.compiling.registry import Array, Host, implement
 
 @implements("Shape")
 def shape(xp: Any, x: Array, *, start: int = 0, end: int | None = None) -> tuple[Any, ...]:
-    """x's sizes, as Python numbers"""
+    """the sizes of x, as Python numbers"""
     return tuple(x.shape)[slice(start, end)]
 
 
 @implements("Size")
 def size(xp: Any, x: Array) -> Any:
-    """how many elements x has, as a Python number"""
+    """the number of elements of x, as a Python number"""
     return math.prod(x.shape)
 
 
@@ -28,7 +28,7 @@ def arange(xp: Any, start: Host, limit: Host, delta: Host, *, device: Any, eleme
 
 @implements("ConstantOfShape")
 def constant_of_shape(xp: Any, shape: Host, *, value: tuple[int, tuple[Any]] | None = None, device: Any) -> Array:
-    """one value everywhere"""
+    """an array that holds one value everywhere"""
     element_type, (number,) = value or (1, (0.0,))
     return xp.full(tuple(shape), number, dtype=xp.dtype_of(element_type), device=device)
 
