@@ -68,7 +68,7 @@ def load(
         return module if _is_meta(device) else module.materialize(device)
     if _is_meta(device):
         raise BadRequest(
-            "shard= reads each rank's part at once, but the meta device has no values: leave out shard= or the device"
+            "shard= reads each rank's part at once, but the meta device has no values: leave out shard= or device="
         )
     module = OnnxModule(compiled_model)
     if callable(shard):

@@ -13,7 +13,7 @@ INFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 
 
 MOMENTS = frozenset(["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu", "nu"])
-"""Levels of names at which an optimizer stores its own arrays by the names of the weights. They are no weights."""
+"""Parts of names that mark an optimizer's own arrays. The names of weights follow these parts."""
 
 
 def bare(name: str) -> str:
@@ -35,36 +35,36 @@ def match(names: Iterable[str], known: Mapping[str, str], what: str) -> dict[str
 
     Args:
         names: the names in the checkpoint.
-        known: for each name that an initializer may have, the initializer.
+        known: the initializers, by every name that they may have.
         what: what the names come from, such as the checkpoint's path; messages begin with it.
 
     Returns:
-        For each name with the chosen prefix, as it is in the checkpoint, the initializer.
+        The initializers, by the names in the checkpoint that have the chosen prefix.
 
     Raises:
         BadRequest: no name is known, a name with the chosen prefix is unknown, two names mean the same initializer, or
-            several prefixes have equally many known names.
+            several prefixes have equally many known names and none of them is empty.
     """
-    given = list(names)
-    levels = Counter(level for name in given for level in _levels(bare(name), known))
-    if not levels:
-        raise BadRequest(f"{what} holds no tensor of this model: {_unlike(given, known)}")
-    most = max(levels.values())
-    best = sorted((level for level, count in levels.items() if count == most), key=len)
+    saved_names = list(names)
+    prefixes = Counter(prefix for name in saved_names for prefix in _levels(bare(name), known))
+    if not prefixes:
+        raise BadRequest(f"{what} holds no tensor of this model: {_unlike(saved_names, known)}")
+    most = max(prefixes.values())
+    best = sorted((prefix for prefix, count in prefixes.items() if count == most), key=len)
     if len(best) > 1 and best[0]:
-        listed = " and ".join(repr(level.rstrip(".")) for level in best[:2])
+        listed = " and ".join(repr(prefix.rstrip(".")) for prefix in best[:2])
         raise BadRequest(f"{what} holds the tensors of this model twice, under {listed}: save one of them by itself")
-    level = best[0]
+    prefix = best[0]
     initializers: dict[str, str] = {}
     first: dict[str, str] = {}
-    for name in given:
+    for name in saved_names:
         short = bare(name)
-        if not short.startswith(level):
+        if not short.startswith(prefix):
             continue
-        initializer = known.get(short.removeprefix(level))
+        initializer = known.get(short.removeprefix(prefix))
         if initializer is None:
             raise BadRequest(
-                f"{what} holds {name!r}, which is no floating tensor of this model{_hint(short, level, known)}"
+                f"{what} holds {name!r}, which is no floating tensor of this model{_hint(short, prefix, known)}"
             )
         if initializer in first:
             raise BadRequest(f"{what} holds {initializer!r} twice: as {first[initializer]!r} and {name!r}")
@@ -92,5 +92,5 @@ def _unlike(given: Sequence[str], known: Mapping[str, str]) -> str:
     if not given:
         return "it is empty"
     near = difflib.get_close_matches(bare(given[0]), list(known), n=1) or list(known)[:1]
-    wanted = f", where this one has {near[0]!r}" if near else ""
-    return f"{len(given)} tensors, such as {given[0]!r}{wanted}"
+    contrast = f", where this one has {near[0]!r}" if near else ""
+    return f"{len(given)} tensors, such as {given[0]!r}{contrast}"

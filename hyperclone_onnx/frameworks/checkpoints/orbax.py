@@ -55,9 +55,9 @@ def _read(handler: Any, path: Path, tree: Any, keys: Any) -> Any:
         return leaf if at == keys else ocp.PLACEHOLDER
 
     item = jax.tree_util.tree_map_with_path(choose, tree, is_leaf=_is_leaf)
-    wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item, is_leaf=_is_leaf)
-    restored = handler.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=wanted))
-    for at, leaf in jax.tree_util.tree_leaves_with_path(restored):
-        if at == keys:
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item, is_leaf=_is_leaf)
+    restored = handler.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
+    for leaf_keys, leaf in jax.tree_util.tree_leaves_with_path(restored):
+        if leaf_keys == keys:
             return leaf
     raise KeyError(jax.tree_util.keystr(keys))

@@ -71,7 +71,7 @@ def write_optimizer(
         big: the grown file, which contains its plan.
         state: the state of the small model; see `read_state`.
         folder: an existing folder. The file in it is named by `FILES`. For PyTorch it is a state_dict for
-            ``AdamW(load(big).named_parameters())``; for others it is a safetensors file by the parameters' names.
+            ``AdamW(load(big).named_parameters())``; for others it is a safetensors file by the parameters' paths.
         kind: the trainer that will read the file.
         freeze: globs of initializer names; the matching tensors are not trained.
         train: globs of initializer names; the matching tensors are trained.

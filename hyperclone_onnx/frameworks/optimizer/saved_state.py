@@ -20,7 +20,7 @@ FIRST, SECOND, STEP = ("exp_avg", "mu"), ("exp_avg_sq", "nu"), ("step", "count")
 """The names of the two moments and of the number of steps: PyTorch's, then optax's."""
 
 SAVE_NAMED = (
-    "make the optimizer of model.named_parameters() (PyTorch 2.6 and later keep the names), or save "
+    "make the optimizer from model.named_parameters() (PyTorch 2.6 and later keep the names), or save "
     "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(model, optimizer)"
 )
 
