@@ -78,7 +78,7 @@ def _called(program: Program) -> Callable[[str], str]:
 
 def _merged(one: Tree, other: Tree) -> dict[str, Any]:
     """The tensors of two trees in one tree."""
-    both = {**other, **one}
+    merged = {**other, **one}
     for name in one.keys() & other.keys():
-        both[name] = _merged(one[name], other[name])
-    return both
+        merged[name] = _merged(one[name], other[name])
+    return merged

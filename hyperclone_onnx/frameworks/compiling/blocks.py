@@ -83,7 +83,7 @@ class _Pairs:
 
 
 class _Layers:
-    """The layers of one prefix, and who makes and who reads each value of the program."""
+    """The layers of one prefix, and the steps that make and read each value of the program."""
 
     def __init__(self, program: Program, prefix: str, count: int) -> None:
         self.program = program
@@ -203,21 +203,24 @@ class _Layers:
                 raise _NoBlocks
             _agree(pairs.steps, other, number)
             self._pair_outputs(step, twin, pairs)
-            for one, two in zip(step.inputs, twin.inputs, strict=True):
-                pending += self._pair_operands(one, two, pairs)
+            for operand, counterpart in zip(step.inputs, twin.inputs, strict=True):
+                pending += self._pair_operands(operand, counterpart, pairs)
 
     def _pair_outputs(self, late: Call, early: Call, pairs: _Pairs) -> None:
         """Pair all outputs of two calls: some calls return a cache beside the activation."""
-        for one, two in zip(late.outputs, early.outputs, strict=True):
-            if (one is None) != (two is None):
+        for late_name, early_name in zip(late.outputs, early.outputs, strict=True):
+            if (late_name is None) != (early_name is None):
                 raise _NoBlocks
-            if one is not None and two is not None:
-                _agree(pairs.values, two, one)
+            if late_name is not None and early_name is not None:
+                _agree(pairs.values, early_name, late_name)
 
     def _pair_operands(self, late: Operand | None, early: Operand | None, pairs: _Pairs) -> list[tuple[str, str]]:
         if isinstance(late, Stored) and isinstance(early, Stored):
-            one, two = self.weights[late.path], self.weights[early.path]
-            if (one.shape, one.element_type) != (two.shape, two.element_type) or not self._same_part(one, two):
+            late_weight, early_weight = self.weights[late.path], self.weights[early.path]
+            if (late_weight.shape, late_weight.element_type) != (
+                early_weight.shape,
+                early_weight.element_type,
+            ) or not self._same_part(late_weight, early_weight):
                 raise _NoBlocks
             _agree(pairs.weights, early.path, late.path)
             return []
@@ -235,12 +238,12 @@ class _Layers:
         inside = [part is not None and part["prefix"] == self.prefix for part in parts]
         if late.path == early.path or not any(inside):
             return True
-        one, two = parts
+        late_part, early_part = parts
         return (
             all(inside)
-            and one is not None
-            and two is not None
-            and (one["rest"] == two["rest"] and int(one["index"]) == int(two["index"]) + 1)
+            and late_part is not None
+            and early_part is not None
+            and (late_part["rest"] == early_part["rest"] and int(late_part["index"]) == int(early_part["index"]) + 1)
         )
 
     def _all_pairs(self, cuts: Sequence[str]) -> list[_Pairs]:
@@ -259,7 +262,7 @@ class _Layers:
                     continue
         raise _NoBlocks
 
-    # -- one body for all -----------------------------------------------------------------------------------
+    # -- one body for all layers ----------------------------------------------------------------------------
 
     def made(self, choice: int) -> Program:
         """The program with these layers as blocks. `choice` is the number of the way to cut them apart."""
@@ -341,8 +344,8 @@ class _Layers:
         names = {path: path.removeprefix(start) for path in paths if path.startswith(start)}
         for number, path in enumerate(path for path in paths if path not in names):
             sibling = self._beside(path, template)
-            taken = set(names.values())
-            names[path] = sibling if sibling and sibling not in taken else f"weight_{number}"
+            used = set(names.values())
+            names[path] = sibling if sibling and sibling not in used else f"weight_{number}"
         return names
 
     def _beside(self, path: str, template: Sequence[Step]) -> str | None:

@@ -158,7 +158,7 @@ class _Compiler:
             node.name or "",
             None if trips is None else self.known_or_array(trips),
             None if always or condition is None else self.operand(condition),
-            tuple(self.as_state(value, given) for value, given in zip(states, graph.inputs[2:], strict=True)),
+            tuple(self.as_state(value, entry) for value, entry in zip(states, graph.inputs[2:], strict=True)),
             body,
             self.outputs(node),
             any(value in self.hosts.host for value in graph.inputs),
@@ -180,7 +180,7 @@ class _Compiler:
 
     def walk(self, node: ir.Node) -> Walk:
         if opset_of(self.model.graph) < 9:
-            raise Refused(f"Scan (node {node.name!r}) is of opset 8, which has a batch of its own: it has no handoff")
+            raise Refused(f"Scan (node {node.name!r}) is of opset 8, where a Scan has a batch axis: it has no handoff")
         graph = node.attributes["body"].as_graph()
         scanned = node.attributes["num_scan_inputs"].as_int()
         states = len(node.inputs) - scanned

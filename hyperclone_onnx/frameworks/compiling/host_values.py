@@ -104,8 +104,8 @@ class HostValues:
         node, place = self._loops[value]
         if node.op_type != "Loop" or place == 1:
             raise Refused(
-                f"{reader.op_type} (node {reader.name!r}) takes a size from what {node.op_type} (node {node.name!r}) "
-                "gives its body: it has no handoff"
+                f"{reader.op_type} (node {reader.name!r}) takes a size from a value that {node.op_type} (node "
+                f"{node.name!r}) passes to its body: it has no handoff"
             )
         self.host.add(value)
         if place == 0:

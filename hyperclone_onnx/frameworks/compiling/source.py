@@ -155,9 +155,9 @@ class _Writer:
         return [f"{left} = {function_name(step.domain, step.op_type)}({', '.join(['xp', *arguments, *keywords])})"]
 
     def choice(self, step: Choice) -> list[str]:
-        yes, one = self.inner("yes", step.yes)
-        no, other = self.inner("no", step.no)
-        return [*one, *other, f"{_targets(step)} = branch({self.operand(step.condition)}, {yes}, {no})"]
+        yes, yes_lines = self.inner("yes", step.yes)
+        no, no_lines = self.inner("no", step.no)
+        return [*yes_lines, *no_lines, f"{_targets(step)} = branch({self.operand(step.condition)}, {yes}, {no})"]
 
     def repeat(self, step: Repeat) -> list[str]:
         name, lines = self.inner("turn", step.turn)

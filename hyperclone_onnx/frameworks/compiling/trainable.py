@@ -80,9 +80,9 @@ def overridden(found: Reasons, freeze: Sequence[str], train: Sequence[str]) -> R
     _must_match([*freeze, *train], found)
     for name in found:
         if _matches(name, train):
-            found[name] = ("trainable", "asked to be trained")
+            found[name] = ("trainable", "matches a glob of `train`")
         elif found[name][0] == "trainable" and _matches(name, freeze):
-            found[name] = ("frozen", "asked to be frozen")
+            found[name] = ("frozen", "matches a glob of `freeze`")
     return found
 
 
@@ -166,7 +166,7 @@ class _Structure:
         )
         return cut and all(node.op_type == "Add" and _reaches_softmax(node) for node, _ in self._readers(value))
 
-    # -- what depends on what -------------------------------------------------------------------------------
+    # -- dependencies of activations ------------------------------------------------------------------------
 
     def _follow(self) -> None:
         self.sources = {

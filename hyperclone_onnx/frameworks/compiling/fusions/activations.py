@@ -61,9 +61,9 @@ def _minus_one(gate: ir.Value) -> ir.Node | None:
     node = only(gate, "Add")
     if node is None:
         return None
-    for one, other in (node.inputs[:2], node.inputs[1::-1]):
-        if number(one) == 1:
-            return only(other, "Erf", "Tanh")
+    for constant, function in (node.inputs[:2], node.inputs[1::-1]):
+        if number(constant) == 1:
+            return only(function, "Erf", "Tanh")
     return None
 
 
@@ -83,8 +83,8 @@ def _is_tanh_of(node: ir.Node, x: ir.Value) -> bool:
     total = only(factors[0], "Add") if len(factors) == 1 else None
     if total is None or not _near(scale, math.sqrt(2 / math.pi)):
         return False
-    for one, cube in (total.inputs[:2], total.inputs[1::-1]):
-        if one is not x or cube is None:
+    for linear, cube in (total.inputs[:2], total.inputs[1::-1]):
+        if linear is not x or cube is None:
             continue
         part, powers = _factors(cube)
         if _near(part, 0.044715) and _is_cube(powers, x):

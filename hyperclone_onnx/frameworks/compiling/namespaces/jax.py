@@ -98,7 +98,7 @@ def loop(turn: Any, trips: Any, condition: Any, states: Any, *, numbered: Any, d
     except jax.errors.ConcretizationTypeError as problem:
         if numbered:
             raise Refused(
-                "a Loop takes sizes from the number of its turn: jax.jit needs to know the count"
+                "a Loop computes sizes from the number of its turn, so jax.jit must know the count of turns"
             ) from problem
         return _while(turn, trips, condition, states)
 
@@ -116,7 +116,9 @@ def _while(turn: Any, trips: Any, condition: Any, states: Any) -> Any:
     condition = _standard.asarray(True if condition is None else condition)
     shapes = jax.eval_shape(turn, _standard.zeros((), dtype_of(7)), condition, *states)
     if len(shapes) > known + len(states):
-        raise Refused("a Loop makes as many outputs as it turns, which depends on data: jax.jit cannot have that size")
+        raise Refused(
+            "a Loop stacks a result for each turn, and the count depends on data: jax.jit cannot have such a size"
+        )
 
     def goes_on(carry: Any) -> Any:
         number, on, _ = carry

@@ -242,11 +242,11 @@ def rotate(xp: Any, x: Array, cos: Array, sin: Array, interleaved: int) -> Array
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
         first, second = turned[..., :half], turned[..., half:]
-    one, other = first * cos - second * sin, first * sin + second * cos
+    rotated_first, rotated_second = first * cos - second * sin, first * sin + second * cos
     if interleaved:
-        joined = xp.reshape(xp.stack([one, other], axis=-1), turned.shape)
+        joined = xp.reshape(xp.stack([rotated_first, rotated_second], axis=-1), turned.shape)
     else:
-        joined = xp.concat([one, other], axis=-1)
+        joined = xp.concat([rotated_first, rotated_second], axis=-1)
     return xp.concat([joined, rest], axis=-1) if 2 * half < x.shape[-1] else joined
 
 

@@ -86,13 +86,13 @@ _register()
 @on_host("Mod")
 def modulo(a: Value, b: Value, *, fmod: int = 0) -> Value:
     """a mod b"""
-    return zipped(lambda one, other: _modulo(one, other, fmod), a, b)
+    return zipped(lambda dividend, divisor: _modulo(dividend, divisor, fmod), a, b)
 
 
 @on_host("Where")
 def where(condition: Value, x: Value, y: Value) -> Value:
     """x where the condition holds, else y"""
-    return zipped(lambda test, one, other: one if test else other, condition, x, y)
+    return zipped(lambda test, yes, no: yes if test else no, condition, x, y)
 
 
 @on_host("Cast")
@@ -142,7 +142,7 @@ def squeeze(x: Value, axes: Value = None) -> Value:
 def unsqueeze(x: Value, axes: Value) -> Value:
     """a number as a tuple of one"""
     if isinstance(x, tuple):
-        raise ValueError("sizes in more than one axis")
+        raise ValueError("sizes must have at most one axis on the host")
     return (x,)
 
 
@@ -151,7 +151,7 @@ def reshape(x: Value, shape: Value, *, allowzero: int = 0) -> Value:
     """a number, or tuples of them"""
     flat = _flat(x)
     if len(shape) > 2:
-        raise ValueError("sizes in more than two axes")
+        raise ValueError("sizes must have at most two axes on the host")
     for size in reversed(shape[1:]):
         size = len(flat) // math.prod(shape[:1]) if size == -1 else size
         flat = tuple(flat[i : i + size] for i in range(0, len(flat), size))
@@ -183,7 +183,7 @@ def expand(x: Value, shape: Value) -> Value:
     """a number or one element, repeated"""
     flat = x if isinstance(x, tuple) else (x,)
     if len(shape) > 1:
-        raise ValueError("sizes in more than one axis")
+        raise ValueError("sizes must have at most one axis on the host")
     return flat * shape[0] if len(flat) == 1 and shape else flat
 
 
@@ -204,7 +204,7 @@ def constant_of_shape(shape: Value, *, value: tuple[int, tuple[Any]] | None = No
     """one number everywhere"""
     _, (item,) = value or (1, (0.0,))
     if len(shape) > 1:
-        raise ValueError("sizes in more than one axis")
+        raise ValueError("sizes must have at most one axis on the host")
     return (item,) * shape[0] if shape else item
 
 

@@ -47,7 +47,7 @@ def _padding_bias(xp: Any, mask: Array, total: Any, like: Array, hidden: float) 
     """A mask as an addend to the scores. The mask holds 0 and 1 for the keys, or the number of visible keys."""
     if mask.ndim == 1:
         if mask.shape[0] != like.shape[0]:
-            raise Refused("an attention mask of start and end positions: it has no handoff")
+            raise Refused("an attention mask that holds start and end positions has no handoff")
         mask = xp.arange(total, device=xp.device_of(like)) < xp.expand_dims(mask, axis=-1)
     visible = mask != 0 if not xp.isdtype(mask.dtype, "bool") else mask
     shape = (mask.shape[0], 1, 1 if mask.ndim == 2 else mask.shape[-2], mask.shape[-1])

@@ -30,7 +30,7 @@ def causal_conv(
 ) -> Any:
     """out[b, c, t] = f(sum_k w[c, 0, k] x[b, c, t + k - K + 1] + bias[c]); the state is the last K - 1 elements of x"""
     if channels_last or ndim != 1 or state_window:
-        raise Refused("CausalConvWithState with channels last, more than one axis or a window has no handoff")
+        raise Refused("CausalConvWithState with the channels last, with several axes or with a window has no handoff")
     count = (weight.shape[-1] - 1) * dilation
     if past is None:
         past = xp.zeros((x.shape[0], x.shape[1], count), dtype=x.dtype, device=xp.device_of(x))
@@ -66,7 +66,9 @@ def linear_attention(
     If the rule is not "gated", e^g is 1. If it has no "delta", k_t v_t is added instead.
     """
     if state_window or q_num_heads % kv_num_heads:
-        raise Refused("LinearAttention with a window of states, or fewer query than key heads, has no handoff")
+        raise Refused(
+            "LinearAttention needs query heads in whole groups and no window of states: this form has no handoff"
+        )
     batch, length, _ = query.shape
     kind = query.dtype if past is None else past.dtype
     q, k, v = (split_heads(xp, x, n) for x, n in ((query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads)))
