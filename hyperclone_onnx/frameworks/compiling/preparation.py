@@ -107,9 +107,8 @@ def _function_body(node: ir.Node, graph: ir.Graph, overload: str) -> ir.Function
     """The body that ONNX defines for an operator; None if there is none, or none for the model's opset."""
     opset = opset_of(graph, node.domain)
     try:
-        schema: Any = onnx.defs.get_schema(
-            node.op_type, opset, node.domain
-        )  # onnx's type stubs lack the function bodies
+        # Any, because onnx's type stubs lack the function bodies.
+        schema: Any = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
         return None
     for name, attribute in schema.attributes.items():
