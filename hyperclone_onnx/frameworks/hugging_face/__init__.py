@@ -1,6 +1,9 @@
-"""The handoff to Hugging Face: a grown checkpoint that transformers loads, and its trained weights back.
+"""The handoff to Hugging Face.
 
-`grow_checkpoint` needs the extra ``hf``; `read_trained` needs nothing but numpy.
+In: a grown ONNX file, and the checkpoint from which its source was exported. Out: a grown checkpoint that transformers
+loads. After training, `read_trained` reads its weights back as the initializers of the ONNX file.
+
+`grow_checkpoint` needs the extra ``hf``, which installs transformers. `read_trained` needs no extra.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Three models must agree: the grown checkpoint, its source, and the grown file in ONNX Runtime."""
+"""Compare the grown checkpoint with its source's model, and with the grown file in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -32,33 +32,42 @@ Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
 
 RESIDUE = 64.0
-"""Roundings by which shares may miss their weight and still be the same weight."""
+"""The number of roundings by which the sum of a weight's shares may differ from the weight.
+
+A weight that is divided among repeats is rounded in each of them.
+"""
 
 
 @dataclass(frozen=True)
 class Feeding:
-    """The input sets that a model in PyTorch and its file take alike."""
+    """The input sets on which the models and the file are compared."""
 
     analysis: Analysis
     cases: tuple[Case, ...]
 
     @property
     def tolerance(self) -> tuple[float, str]:
-        """The relative error that rounding explains in float32, and how it is made up."""
+        """The relative error that rounding explains in float32, and the formula for the report."""
         rounding, reason = tolerance_of(self.analysis.dimensions, None, None, ir.DataType.FLOAT)
         residue = RESIDUE * eps_of(ir.DataType.FLOAT) * math.sqrt(len(self.analysis.dimensions.sums) or 1)
         return rounding + residue, f"{reason} + {RESIDUE:.0f} x eps of the shares"
 
 
 def feeding(big: Path, model: Any) -> Feeding:
-    """Input sets for a file's inputs, as the model's forward takes them.
+    """Input sets for a file's inputs that the model's ``forward`` accepts too.
+
+    Sets with a filled cache are left out where the model has no argument for the cache.
+
+    Args:
+        big: the grown ONNX file.
+        model: the source's model in PyTorch.
 
     Raises:
-        Refused: an input of the file is none of the model's.
+        Refused: the file has an input that is no argument of the model.
     """
     analysis = analyse(big)
     accepted = set(inspect.signature(model.forward).parameters)
-    found: list[Case] = []
+    accepted_cases: list[Case] = []
     for case in cases(analysis.dimensions):
         empty = [name for name, array in case.feeds.items() if name not in accepted and not array.size]
         unknown = [name for name in case.feeds if name not in accepted and name not in empty]
@@ -68,39 +77,49 @@ def feeding(big: Path, model: Any) -> Feeding:
             raise Refused(
                 f"{big}: its input {unknown[0]!r} is no argument of {type(model).__name__}: it cannot be compared"
             )
-        found.append(case)
-    return Feeding(analysis, tuple(found))
+        accepted_cases.append(case)
+    return Feeding(analysis, tuple(accepted_cases))
 
 
 def torch_feeds(case: Case, model: Any) -> dict[str, Any]:
-    """A case as the model takes it."""
+    """The input set as tensors of PyTorch, without inputs that the model has no argument for."""
     accepted = set(inspect.signature(model.forward).parameters)
     return {name: torch.from_numpy(array) for name, array in case.feeds.items() if name in accepted}
 
 
 def outputs(model: Any, case: Case) -> Outputs:
-    """The floating outputs of a model in float32."""
+    """The floating outputs of a model by name, in float32 or float64."""
     result = run_model(model, torch_feeds(case, model))
-    return {name: to_numpy(each) for name, each in floating_outputs(result).items()}
+    return {name: to_numpy(tensor) for name, tensor in floating_outputs(result).items()}
 
 
 @dataclass(frozen=True)
 class Error:
-    """The largest difference of two outputs, relative to the largest element."""
+    """The largest difference between two arrays of one output, relative to the largest element."""
 
     name: str
     relative: float
 
     @staticmethod
     def worst(errors: Sequence[Error]) -> Error:
-        """The largest of some errors; not a number is larger than any."""
-        return max(errors, key=lambda each: math.inf if math.isnan(each.relative) else each.relative)
+        """The largest of some errors. NaN counts as infinite."""
+        return max(errors, key=lambda error: math.inf if math.isnan(error.relative) else error.relative)
 
 
 def compare_with_source(
     got: Mapping[str, Array], want: Mapping[str, Array], orders: Mapping[tuple[int, int], Indices]
 ) -> list[Error]:
-    """Compare a grown model's outputs with its source's; axes that grew are taken back by their repeats."""
+    """Compare a grown model's outputs with its source's.
+
+    Args:
+        got: the grown model's outputs by name.
+        want: the source's outputs by name.
+        orders: for sizes before and after, the source index of each index. Axes of `want` that differ in size are
+            repeated in this order before they are compared.
+
+    Returns:
+        One error for each output of the source. It is infinite where shapes do not fit.
+    """
     errors = []
     for name, expected in want.items():
         array = got.get(name)
@@ -116,7 +135,10 @@ def compare_with_source(
 
 
 def relative_error(got: Array, want: Array) -> float:
-    """The largest difference, relative to the largest element; infinite where shapes or infinities differ."""
+    """The largest difference, relative to the largest finite element of `want`.
+
+    It is infinite where the shapes differ, or where one array has a finite element and the other has none.
+    """
     if got.shape != want.shape:
         return math.inf
     a, b = np.asarray(want, dtype=np.float64), np.asarray(got, dtype=np.float64)
@@ -127,10 +149,13 @@ def relative_error(got: Array, want: Array) -> float:
 
 
 def _runner(big: Path) -> Runner:
-    """A session on the file; on a copy in float32 where it computes in fewer bits, its weights widened exactly."""
+    """A session of ONNX Runtime for the file.
+
+    If the file computes in half precision, the session runs a copy in float32 whose weights are widened exactly.
+    """
     model = loading.load(big)
-    stored = [each.const_value for each in model.graph.initializers.values() if each.const_value is not None]
-    if not any(each.dtype in HALVES and each.size > 1 for each in stored):
+    stored = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    if not any(tensor.dtype in HALVES and tensor.size > 1 for tensor in stored):
         return Runner(big, "cpu")
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
         save_wide(model, Path(folder) / big.name, ir.DataType.FLOAT)
@@ -142,18 +167,26 @@ def _is_half(array: Array) -> bool:
 
 
 class FileRunner:
-    """The grown file in ONNX Runtime, in float32; its outputs in the order that the model inside has."""
+    """Runs the grown file in ONNX Runtime in float32, and compares its outputs with a model's.
+
+    Args:
+        big: the grown ONNX file.
+        plan: the plan that the file carries.
+    """
 
     def __init__(self, big: Path, plan: Plan) -> None:
         self.runner = _runner(big)
         self.plan = plan
-        self.interfaces = {each.name: each for each in plan.outputs}
+        self.interfaces = {interface.name: interface for interface in plan.outputs}
 
     def compare(self, case: Case, got: Mapping[str, Array]) -> list[Error]:
         """Compare a checkpoint's outputs with the file's.
 
+        An output of the file is compared with the model's output of the same name. If the file has a single output
+        and no output of the model has its name, the nearest of the model's outputs with as many axes counts.
+
         Raises:
-            Refused: no output of the file is one of the model's.
+            Refused: no output of the file can be paired with one of the model's.
             RuntimeError: the file does not run on these inputs.
         """
         errors = []
@@ -162,17 +195,24 @@ class FileRunner:
             if expected.dtype.kind in "iub":
                 continue
             expected = np.asarray(expected, dtype=np.float32)
-            named = [name] if name in got else [each for each, array in got.items() if array.ndim == expected.ndim]
+            named = [name] if name in got else [other for other, array in got.items() if array.ndim == expected.ndim]
             if not named or (name not in got and len(self.runner.outputs) > 1):
                 continue
             errors.append(
-                min((Error(each, self._error(name, expected, got[each])) for each in named), key=lambda e: e.relative)
+                min(
+                    (Error(candidate, self._error(name, expected, got[candidate])) for candidate in named),
+                    key=lambda error: error.relative,
+                )
             )
         if not errors:
             raise Refused("none of the file's outputs is one that the model in transformers has: it cannot be compared")
         return errors
 
     def _error(self, name: str, expected: Array, got: Array) -> float:
+        """The relative error of one output, from the first repeat of each index of the axes that grew.
+
+        The file may present an axis in another order than the model inside has, or at its source's size.
+        """
         interface = self.interfaces.get(name)
         if interface is not None:
             for axis, factors in enumerate(interface.axes):

@@ -1,4 +1,7 @@
-"""Linear equations between the logarithms of factors, and a solution that changes little."""
+"""Solve linear equations between the logarithms of factors, so that few tensors change.
+
+The unknown x of a stored tensor is the logarithm of the factor by which the tensor is multiplied.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,16 @@ from dataclasses import dataclass
 from hyperclone_onnx.errors import Refused
 
 NEAR = 2e-4
-"""How far signatures may be from proportion, as a part of the largest element; a scale this near to one is one."""
+"""The largest difference that we attribute to rounding.
+
+For two signatures that should be in proportion it is relative to the largest element. For the logarithm of a scale it
+is absolute.
+"""
 
 
 @dataclass(frozen=True)
 class Equation:
-    """sum of coefficients * x = constant, and the operator that asks for it."""
+    """The sum of ``coefficients[name] * x[name]`` must equal `constant`; `where` names the operator that demands it."""
 
     coefficients: Mapping[str, float]
     constant: float
@@ -22,14 +29,23 @@ class Equation:
 
 
 def solve(equations: Sequence[Equation], sizes: Mapping[str, int]) -> dict[str, float]:
-    """A solution that changes few tensors, and rather small ones.
+    """Solve the equations by elimination, with x = 0 for every tensor that the equations leave free.
+
+    In each equation we solve for the smallest tensor. So the factors go into few tensors, and into rather small ones.
+
+    Args:
+        equations: the equations of all operators. The same equation may occur many times.
+        sizes: the number of elements of each tensor.
+
+    Returns:
+        The logarithm of the factor for each tensor that is not free.
 
     Raises:
-        Refused: there is none; the equation that contradicts the others is named.
+        Refused: the equations contradict each other. The message names the operator whose equation fails.
     """
     pivots: dict[str, tuple[dict[str, float], float]] = {}
     seen: set[tuple[frozenset[tuple[str, float]], float]] = set()
-    for equation in sorted(equations, key=lambda each: (not each.constant, len(each.coefficients))):
+    for equation in sorted(equations, key=lambda equation: (not equation.constant, len(equation.coefficients))):
         key = (frozenset(equation.coefficients.items()), round(equation.constant, 9))
         if key in seen:
             continue
@@ -38,7 +54,7 @@ def solve(equations: Sequence[Equation], sizes: Mapping[str, int]) -> dict[str, 
         for name in list(row):
             if name in pivots and name in row:
                 row, constant = _eliminated(row, constant, name, *pivots[name])
-        row = {name: each for name, each in row.items() if abs(each) > 1e-9}
+        row = {name: coefficient for name, coefficient in row.items() if abs(coefficient) > 1e-9}
         if not row:
             if abs(constant) > 5 * NEAR:
                 raise Refused(
@@ -49,12 +65,12 @@ def solve(equations: Sequence[Equation], sizes: Mapping[str, int]) -> dict[str, 
             continue
         chosen = min(row, key=lambda name: (sizes.get(name, 0), name))
         scale = row.pop(chosen)
-        solved = {name: -each / scale for name, each in row.items()}, constant / scale
+        solved = {name: -coefficient / scale for name, coefficient in row.items()}, constant / scale
         for name, (others, value) in pivots.items():
             if chosen in others:
                 factor = others.pop(chosen)
-                for other, each in solved[0].items():
-                    others[other] = others.get(other, 0.0) + factor * each
+                for other, coefficient in solved[0].items():
+                    others[other] = others.get(other, 0.0) + factor * coefficient
                 pivots[name] = others, value + factor * solved[1]
         pivots[chosen] = solved
     return {name: value for name, (_, value) in pivots.items()}
@@ -63,8 +79,8 @@ def solve(equations: Sequence[Equation], sizes: Mapping[str, int]) -> dict[str, 
 def _eliminated(
     row: dict[str, float], constant: float, name: str, others: Mapping[str, float], value: float
 ) -> tuple[dict[str, float], float]:
-    """The row with x_name = sum of others * x + value put in."""
+    """The row after x[name] is replaced by the sum of ``others[other] * x[other]``, plus `value`."""
     coefficient = row.pop(name)
-    for other, each in others.items():
-        row[other] = row.get(other, 0.0) + coefficient * each
+    for other, weight in others.items():
+        row[other] = row.get(other, 0.0) + coefficient * weight
     return row, constant - coefficient * value

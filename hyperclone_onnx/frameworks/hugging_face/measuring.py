@@ -1,4 +1,4 @@
-"""The grown model beside its source: which settings matter, and what has to be folded into its tensors."""
+"""Run the grown model and its source, to decide which settings matter and which factors its tensors need."""
 
 from __future__ import annotations
 
@@ -24,49 +24,64 @@ from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source
 Array = npt.NDArray[Any]
 
 CASES = 3
-"""Input sets that are compared."""
+"""The number of input sets on which models are compared."""
 
 
 class DoesNotRun(Refused):
-    """A model cannot run with the sizes that its configuration then has."""
+    """The model cannot run with the sizes of a changed configuration."""
 
 
 @dataclass
 class Runs:
-    """The source's recording on one case, and its outputs on all."""
+    """What the source's model computes: recorded steps for one input set, and outputs for several."""
 
     steps: list[Step]
+    """The steps on the first input set, with `tensors` in the model."""
     feeds: dict[str, Any]
+    """The first input set, as tensors of PyTorch."""
     outputs: list[tuple[Any, Outputs]]
+    """Input sets with the source's outputs, with the checkpoint's tensors in the model."""
     tensors: dict[str, Array]
-    """What was recorded: the checkpoint's tensors, but none that is one number all over."""
+    """The tensors in the model while it was recorded: the checkpoint's, with noise added to constant ones."""
 
     @staticmethod
     def of(given: Given, fed: Feeding, checkpoint: Checkpoint, doubtful: Collection[str]) -> Runs:
-        """Run the source on the first cases that it takes; of doubtful tensors it is not certain how they grow."""
+        """Run the source's model on the first input sets that it accepts, and record it on the first of these.
+
+        Args:
+            given: the source's model and its tensors. The model's tensors are overwritten.
+            fed: the input sets to try.
+            checkpoint: the source's checkpoint.
+            doubtful: tensors that more than one layout fits. They get no noise, because the noise would have to grow
+                as they do.
+
+        Raises:
+            Refused: the model runs on none of the input sets.
+        """
         model = given.model.float()
-        found: list[tuple[Any, Outputs]] = []
+        compared: list[tuple[Any, Outputs]] = []
         problem: Exception | None = None
         for case in fed.cases:
             try:
-                found.append((case, outputs(model, case)))
+                compared.append((case, outputs(model, case)))
             except (RuntimeError, ValueError, IndexError) as failure:
                 problem = failure
-            if len(found) == CASES:
+            if len(compared) == CASES:
                 break
-        if not found:
+        if not compared:
             raise Refused(f"{checkpoint.folder}: its model runs on none of the inputs made for it ({problem})")
-        feeds = torch_feeds(found[0][0], model)
+        feeds = torch_feeds(compared[0][0], model)
         tensors = {name: array if name in doubtful else _stirred(array) for name, array in given.floating.items()}
         fill(model, {name: lambda array=array: array for name, array in {**tensors, **given.others}.items()})  # type: ignore[misc]
         steps, _ = record(model, feeds)
-        return Runs(steps, feeds, found, tensors)
+        return Runs(steps, feeds, compared, tensors)
 
 
 def _stirred(array: Array) -> Array:
-    """A tensor of which all elements are equal, with noise: zeros have no scale that could be measured.
+    """The tensor, with noise added if all its elements are equal.
 
-    Tensors of one size get the same noise, so that what is one tensor elsewhere can remain one.
+    The scale of zeros cannot be measured. Tensors of equal size get the same noise, so that tensors that are equal
+    stay equal: the ONNX file may store them once.
     """
     if array.size < 2 or not constant(array):
         return array
@@ -77,43 +92,57 @@ def _stirred(array: Array) -> Array:
 def effective(
     checkpoint: Checkpoint, search: Search, changes: list[Change], runs: Runs, given: Given
 ) -> list[list[Change]]:
-    """The changes that matter, then without each of those that only show in activations."""
+    """Sets of changes to try, the likeliest first. With each of them all tensors have the wanted shapes.
+
+    A change that affects neither a tensor's shape nor an activation's shape is left out of all sets. The first set has
+    all other changes. The next sets leave out changes that affect only shapes of activations: each one alone, and then
+    all of them.
+    """
     kept, unseen = list(changes), []
     for change in changes:
-        rest = [each for each in kept if each is not change]
+        rest = [other for other in kept if other is not change]
         if search.wrong(rest):
             continue
         if _shows(checkpoint, change, runs, given):
             unseen.append(change)
         else:
             kept = rest
-    attempts = [[each for each in kept if each not in left] for left in ([], *([each] for each in unseen), unseen)]
-    distinct = [each for number, each in enumerate(attempts) if each not in attempts[:number]]
-    return [each for each in distinct if search.wrong(each) == 0]
+    attempts = [
+        [change for change in kept if change not in omitted]
+        for omitted in ([], *([change] for change in unseen), unseen)
+    ]
+    distinct = [attempt for number, attempt in enumerate(attempts) if attempt not in attempts[:number]]
+    return [attempt for attempt in distinct if search.wrong(attempt) == 0]
 
 
 def _shows(checkpoint: Checkpoint, change: Change, runs: Runs, given: Given) -> bool:
-    """Whether a field, changed alone, changes the shapes of what the source's model computes."""
+    """Whether a change, made alone, affects the operators of the source's model or the shapes of their results."""
     try:
         model = built(checkpoint, [change]).float()
         fill(model, {name: lambda a=a: a for name, a in {**runs.tensors, **given.others}.items()})  # type: ignore[misc]
         steps, _ = record(model, runs.feeds)
-    except Exception:  # a model whose sizes do not fit one another raises whatever it likes: the field matters
+    except Exception:  # a model whose sizes do not fit together may raise any exception, and then the field matters
         return True
-    return [(s.name, s.shapes) for s in steps] != [(s.name, s.shapes) for s in runs.steps]
+    return [(step.name, step.shapes) for step in steps] != [(step.name, step.shapes) for step in runs.steps]
 
 
 def fill(model: Any, tensors: Mapping[str, Callable[[], Array]]) -> None:
-    """Put tensors into a model; what is not given is zero."""
+    """Copy tensors into a model. Floating parameters that are not given become zero.
+
+    Args:
+        model: the model in PyTorch, whose tensors are overwritten.
+        tensors: by name, functions that make the arrays. One array at a time is in memory.
+    """
     with torch.no_grad():
-        for name, each in stored_tensors(model).items():
+        for name, tensor in stored_tensors(model).items():
             if name in tensors:
-                each.copy_(torch.from_numpy(np.array(_float32(tensors[name]()))))
-            elif each.is_floating_point() and name in dict(model.named_parameters()):
-                each.zero_()
+                tensor.copy_(torch.from_numpy(np.array(_float32(tensors[name]()))))
+            elif tensor.is_floating_point() and name in dict(model.named_parameters()):
+                tensor.zero_()
 
 
 def _float32(array: Array) -> Array:
+    """The array in float32 if its type is bfloat16, which PyTorch does not take from NumPy."""
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
@@ -125,26 +154,39 @@ def measured(
     runs: Runs,
     grown: Grown,
 ) -> dict[str, Compensation]:
-    """What must be folded into the grown checkpoint's tensors."""
+    """The factors that must be folded into the grown checkpoint's tensors, by name.
+
+    Args:
+        checkpoint: the source's checkpoint.
+        changes: the changes of its configuration.
+        assembly: how the grown tensors are made.
+        stored: the initializers as the source has them.
+        runs: the recording of the source's model.
+        grown: the grown ONNX file.
+
+    Raises:
+        DoesNotRun: the model does not run with these changes.
+        Refused: no factors make the models equal, or a tensor would need one that the checkpoint does not have.
+    """
     model = built(checkpoint, changes).float()
     fill(model, assembly.fresh(stored, runs.tensors))
-    names = {id(each): name for name, each in stored_tensors(model).items() if each.is_floating_point()}
+    names = {id(tensor): name for name, tensor in stored_tensors(model).items() if tensor.is_floating_point()}
     ratios = {
-        index // size
-        for index, size in ((each.grown, each.size) for each in grown.plan.maps.values())
-        if index % size == 0
+        after // before
+        for after, before in ((dim.grown, dim.size) for dim in grown.plan.maps.values())
+        if after % before == 0
     }
     try:
-        found = compensations(model, runs.feeds, runs.steps, names, ratios, assembly.scales())
+        folded = compensations(model, runs.feeds, runs.steps, names, ratios, assembly.scales())
     except (RuntimeError, ValueError, IndexError, TypeError) as problem:
-        shown = ", ".join(f"{each.name}={each.after}" for each in changes)
+        shown = ", ".join(f"{change.name}={change.after}" for change in changes)
         raise DoesNotRun(
             f"{checkpoint.folder}: its model does not run with {shown} ({first_line(problem)})"
         ) from problem
     finally:
         del model
         gc.collect()
-    absent = next((name for name in found if name not in assembly.layouts and name not in assembly.repeated), None)
+    absent = next((name for name in folded if name not in assembly.layouts and name not in assembly.repeated), None)
     if absent is not None:
         raise Refused(f"{checkpoint.folder}: {absent}, which the checkpoint does not have, would have to be scaled")
-    return found
+    return folded

@@ -1,4 +1,8 @@
-"""Trained weights of a grown checkpoint, as the initializers of its ONNX file."""
+"""Read the weights of a grown checkpoint back as the initializers of its ONNX file.
+
+`manifest` is the data that the handoff writes into the checkpoint's folder. `read_trained` uses it to undo each layout
+and each factor after training.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +31,17 @@ VERSION = 1
 def manifest(
     grown: Grown, layouts: Mapping[str, Layout], also: Mapping[str, tuple[str, Layout]], elsewhere: Mapping[str, Array]
 ) -> dict[str, Any]:
-    """What a folder says of itself: how each tensor is made from the file's initializers, and their axes.
+    """The data that a folder needs so that its weights can be read back into the ONNX file.
+
+    It says how each tensor is made from initializers, and holds the part of the plan that gives their axes.
 
     Args:
-        grown: the file.
-        layouts: the checkpoint's tensors that are made from it.
-        also: initializers that no tensor is made from, and how they can be read back from one.
-        elsewhere: the checkpoint's tensors that the file has no place for.
+        grown: the grown ONNX file.
+        layouts: for each tensor that is made from initializers, its layout.
+        also: initializers from which no tensor is made, with the tensor and the layout to read them back from.
+        elsewhere: the checkpoint's tensors that the ONNX file does not have.
     """
-    names = {piece.initializer for each in layouts.values() for piece in each.pieces} | set(also)
+    names = {piece.initializer for layout in layouts.values() for piece in layout.pieces} | set(also)
     plan = grown.plan
     kept = Plan(plan.dims, {n: r for n, r in plan.tensors.items() if n in names}, (), (), (), (), plan.strategy)
     return {
@@ -49,20 +55,20 @@ def manifest(
             }
             for name in sorted(names)
         },
-        "tensors": {name: each.to_json() for name, each in layouts.items()},
+        "tensors": {name: layout.to_json() for name, layout in layouts.items()},
         "also": {name: [tensor, layout.to_json()] for name, (tensor, layout) in also.items()},
         "elsewhere": {name: _moments(array) for name, array in elsewhere.items()},
     }
 
 
 def _moments(array: Array) -> list[float]:
-    """What tells whether a tensor has been trained: its sum, its power, its largest element."""
+    """Numbers that change when a tensor is trained: its sum, its sum of squares, its largest absolute value."""
     wide = array.astype(np.float64)
     return [float(wide.sum()), float((wide**2).sum()), float(np.abs(wide).max(initial=0.0))]
 
 
 class _Stored:
-    """An initializer's shape and type, where its contents do not matter."""
+    """An initializer's shape and type, for places that need no elements."""
 
     def __init__(self, entry: Mapping[str, Any]) -> None:
         self.shape = ir.Shape(entry["shape"])
@@ -70,19 +76,22 @@ class _Stored:
 
 
 def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
-    """The initializers of the ONNX file that a folder was handed over from, from the folder's current weights.
-
-    Each is read when it is asked for, in the type that the file has it in. A tensor that the checkpoint stores once
-    and the file more than once is given for each of them.
+    """Read the current weights of a checkpoint's folder as the initializers of its ONNX file.
 
     Args:
-        folder: a folder that `grow_checkpoint` wrote, or that a trainer saved from it (`save_pretrained`) with its
-            `hyperclone_onnx.json` beside the weights.
+        folder: a folder that `grow_checkpoint` wrote; or a folder that a trainer saved (`save_pretrained`), with the
+            ``hyperclone_onnx.json`` of the former beside its weights.
+
+    Returns:
+        For each initializer a function that reads its array, in the type that the file has. If the checkpoint stores a
+        tensor once and the file stores it several times, each of these initializers is given.
+
+        Such a function raises BadRequest where a tensor has another shape than it had at the handoff, or where
+        several tensors that are one initializer in the file now differ.
 
     Raises:
-        BadModel: the folder is not such a one, or its weights cannot be read.
-        BadRequest: a tensor was trained that the ONNX file has no place for. Asking for an array raises it too, where
-            a tensor has another shape than was handed over, or several that the file has as one were trained apart.
+        BadModel: the folder has no valid manifest, or its weights cannot be read or lack a tensor.
+        BadRequest: a tensor was trained that the ONNX file does not have.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -93,9 +102,9 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
             raise BadModel(f"{path}: of version {data.get('version')!r}; this release reads version {VERSION}")
         stored = {name: _Stored(entry) for name, entry in data["initializers"].items()}
         grown = Grown(folder, Plan.from_json(data["plan"]), stored)  # type: ignore[arg-type]
-        layouts = {name: Layout.from_json(each) for name, each in data["tensors"].items()}
-        elsewhere = {name: [float(number) for number in each] for name, each in data["elsewhere"].items()}
-        also = {name: (each[0], Layout.from_json(each[1])) for name, each in data["also"].items()}
+        layouts = {name: Layout.from_json(entry) for name, entry in data["tensors"].items()}
+        elsewhere = {name: [float(number) for number in moments] for name, moments in data["elsewhere"].items()}
+        also = {name: (entry[0], Layout.from_json(entry[1])) for name, entry in data["also"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as problem:
         raise BadModel(f"{path}: malformed ({type(problem).__name__} {problem})") from problem
     weights = read_weights(folder)
@@ -105,7 +114,7 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
             makers.setdefault(piece.initializer, []).append((name, layout))
     for initializer, maker in also.items():
         makers[initializer] = [maker]
-    missing = sorted({name for each in makers.values() for name, _ in each} - weights.keys())
+    missing = sorted({name for pairs in makers.values() for name, _ in pairs} - weights.keys())
     if missing:
         raise BadModel(f"{folder}: its weights lack {missing[0]}, which was handed over")
     for name, before in elsewhere.items():
@@ -115,12 +124,13 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
                 "it with the model before growing"
             )
     return {
-        initializer: lambda i=initializer, m=each: _made(i, m, grown, weights)  # type: ignore[misc]
-        for initializer, each in makers.items()
+        initializer: lambda i=initializer, m=pairs: _made(i, m, grown, weights)  # type: ignore[misc]
+        for initializer, pairs in makers.items()
     }
 
 
 def _is_as_before(array: Array, before: Sequence[float]) -> bool:
+    """Whether a tensor's moments are those that the manifest holds, up to the rounding of the tensor's type."""
     rounding = max(1e-5, eps_of(ir.DataType.from_numpy(array.dtype)))
     total, power, largest = _moments(array)
     scale = before[2] * max(array.size, 1)
@@ -137,18 +147,30 @@ def _made(
     grown: Grown,
     weights: Mapping[str, Callable[[], Array]],
 ) -> Array:
+    """An initializer, put together from the checkpoint's tensors that hold parts of it or copies of it.
+
+    Args:
+        initializer: its name.
+        makers: the tensors with the layouts that make them from the initializer.
+        grown: gives the initializer's shape, type and axes.
+        weights: functions that read the checkpoint's tensors, by name.
+
+    Raises:
+        BadRequest: a tensor has another shape than at the handoff, or two copies differ.
+    """
     stored = grown.tensors[initializer]
     shape = [int(size) for size in stored.shape.numpy()]
     whole = np.zeros(shape, dtype=_wider(stored.dtype))
     written = 0
     for number, (name, layout) in enumerate(makers):
         array = weights[name]()
-        first = np.zeros_like(whole) if number and len(makers) > 1 and written >= whole.size else whole
+        # Once all elements are written, every further tensor is a copy: we compare it instead.
+        target = np.zeros_like(whole) if number and len(makers) > 1 and written >= whole.size else whole
         try:
-            written += put_back(layout, array.astype(whole.dtype), initializer, first, grown.axis)
+            written += put_back(layout, array.astype(whole.dtype), initializer, target, grown.axis)
         except ValueError as problem:
             raise BadRequest(f"{name} has the shape {list(array.shape)}, another than was handed over") from problem
-        if first is not whole and not np.array_equal(first, whole):
+        if target is not whole and not np.array_equal(target, whole):
             raise BadRequest(
                 f"{makers[0][0]} and {name} are one tensor ({initializer}) in the ONNX file, and were trained apart: "
                 "grow it with --untie"

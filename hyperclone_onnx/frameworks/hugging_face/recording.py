@@ -1,8 +1,9 @@
-"""What a model computes, operator by operator, and what of it a comparison needs to remember.
+"""Record what a model computes, operator by operator.
 
-A `Recorder` sees every operator that PyTorch runs, whatever the model's code looks like. Of each result it keeps a
-signature: its elements in order of size, at fixed ranks. Where a tensor repeats another's elements equally often, the
-two signatures are the same, whatever the order of the repeats; where it repeats them scaled, they are in proportion.
+A `Recorder` sees every operator that PyTorch runs, whatever the model's code looks like. `record` keeps a signature of
+each result: we sort the elements and take those at fixed ranks. If one tensor repeats all elements of another equally
+often, the two signatures are equal, whatever the order of the repeats. If it repeats them scaled, the signatures are in
+proportion.
 """
 
 from __future__ import annotations
@@ -19,25 +20,29 @@ from torch.utils._pytree import tree_flatten
 Array = npt.NDArray[Any]
 
 RANKS = 64
+"""The number of ranks in a signature, besides the smallest and the largest element."""
+
 LARGEST = 1 << 24
-"""Elements; larger tensors (embeddings turned over) are not sorted."""
+"""The most elements of a tensor that we sort. Larger tensors, such as transposed embeddings, get no signature."""
 
 HUGE = 1e30
-"""What masks write for minus infinity."""
+"""Absolute values from here on count as infinite: masks write such numbers for minus infinity."""
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A floating tensor's elements at fixed ranks, the smallest and the largest included; its number of elements."""
+    """A floating tensor's elements at fixed ranks."""
 
     values: Array
+    """The smallest element, the elements at `RANKS` ranks in ascending order, and the largest element."""
     size: int
+    """The number of the tensor's elements."""
 
 
 def signature(tensor: Any) -> Signature | None:
-    """The signature of a floating tensor; None of an empty or a very large one."""
+    """The signature of a tensor; None for one that is not floating, is empty, or has more than `LARGEST` elements."""
     if not tensor.is_floating_point() or tensor.is_meta or not 0 < tensor.numel() <= LARGEST:
         return None
     ordered = tensor.detach().reshape(-1).double().sort().values
@@ -48,33 +53,38 @@ def signature(tensor: Any) -> Signature | None:
 
 @dataclass
 class Step:
-    """One operator as it ran: its name, what it made, and what it read that no operator made."""
+    """One operator as it ran: its name, its results, and those operands that no operator computed."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     outputs: list[Signature | None]
     leaves: dict[int, Signature | None] = field(default_factory=dict)
-    """By the position among the operator's tensors: parameters, buffers and constants at their first use."""
+    """Parameters, buffers, constants and inputs at their first use, by position among the operator's tensors."""
 
 
 TRANSPARENT = frozenset(("detach", "alias", "lift_fresh"))
-"""What PyTorch puts in between as it likes: the same tensor once more, no step."""
+"""Operators that return the same tensor once more. PyTorch inserts them at varying places, so they count as no step."""
 
 Handler = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
+"""Runs one operator: the operator, its positional arguments and its keyword arguments -> its result."""
 
 
 class Recorder(TorchDispatchMode):
-    """Runs `handler` for each operator, the fused ones taken apart into what adds and what multiplies."""
+    """Calls `handler` for each operator that runs inside the ``with`` block.
+
+    Fused operators are split into products and sums, because scales behave differently in the two.
+    """
 
     def __init__(self, handler: Handler) -> None:
         super().__init__()
         self.handler = handler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See torch.utils._python_dispatch."""
+        """Called by PyTorch for each operator: see ``torch.utils._python_dispatch``."""
         return self._run(func, list(args), dict(kwargs or {}))
 
     def _run(self, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one operator, or the operators into which it is split."""
         run = self._run
         match func:
             case aten.addmm.default if not kwargs:
@@ -92,56 +102,64 @@ class Recorder(TorchDispatchMode):
             case aten.linear.default if len(args) > 2 and args[2] is not None:
                 return run(aten.add.Tensor, [run(func, args[:2], {}), args[2]], {})
             case aten.convolution.default if args[2] is not None:
-                made = run(func, [*args[:2], None, *args[3:]], kwargs)
-                bias = run(aten.view.default, [args[2], [-1] + [1] * (made.ndim - 2)], {})
-                return run(aten.add.Tensor, [made, bias], {})
+                convolved = run(func, [*args[:2], None, *args[3:]], kwargs)
+                bias = run(aten.view.default, [args[2], [-1] + [1] * (convolved.ndim - 2)], {})
+                return run(aten.add.Tensor, [convolved, bias], {})
             case aten.native_layer_norm.default if args[2] is not None or args[3] is not None:
-                made, *rest = run(func, [args[0], args[1], None, None, args[4]], {})
+                normalised, *rest = run(func, [args[0], args[1], None, None, args[4]], {})
                 if args[2] is not None:
-                    made = run(aten.mul.Tensor, [made, args[2]], {})
+                    normalised = run(aten.mul.Tensor, [normalised, args[2]], {})
                 if args[3] is not None:
-                    made = run(aten.add.Tensor, [made, args[3]], {})
-                return (made, *rest)
+                    normalised = run(aten.add.Tensor, [normalised, args[3]], {})
+                return (normalised, *rest)
         return self.handler(func, args, kwargs)
 
 
 def tensors_of(args: Any, kwargs: Any = None) -> list[Any]:
     """The tensors among an operator's arguments, in order."""
-    return [each for each in tree_flatten((args, kwargs or {}))[0] if isinstance(each, torch.Tensor)]
+    return [leaf for leaf in tree_flatten((args, kwargs or {}))[0] if isinstance(leaf, torch.Tensor)]
 
 
 def operator_name(func: Any) -> str:
-    """The operator without its overload."""
+    """An operator's name without its overload: ``add`` for ``aten.add.Tensor``."""
     return str(func.overloadpacket.__name__)
 
 
 def record(model: Any, feeds: dict[str, Any]) -> tuple[list[Step], dict[str, Any]]:
-    """Run a model and record it: its steps, and its floating outputs by name."""
+    """Run a model and record it.
+
+    Args:
+        model: the model in PyTorch.
+        feeds: its inputs by name.
+
+    Returns:
+        The steps in the order in which they ran, and the floating outputs by name.
+    """
     steps: list[Step] = []
-    alive: list[Any] = []
-    made: set[int] = set()
+    alive: list[Any] = []  # keeps every tensor, because the id of a deleted tensor may be given to another one
+    seen: set[int] = set()
 
     def handler(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         leaves = {}
         if operator_name(func) in TRANSPARENT:
             result = func(*args, **kwargs)
             alive.append(result)
-            made.update({id(result)} if id(args[0]) in made else ())
+            seen.update({id(result)} if id(args[0]) in seen else ())
             return result
         for position, tensor in enumerate(tensors_of(args, kwargs)):
-            if id(tensor) not in made:
+            if id(tensor) not in seen:
                 leaves[position] = signature(tensor)
-                made.add(id(tensor))
+                seen.add(id(tensor))
                 alive.append(tensor)
         result = func(*args, **kwargs)
         outputs = tensors_of(result)
         alive.extend(outputs)
-        made.update(map(id, outputs))
+        seen.update(map(id, outputs))
         steps.append(
             Step(
                 operator_name(func),
-                tuple(tuple(each.shape) for each in outputs),
-                [signature(t) for t in outputs],
+                tuple(tuple(output.shape) for output in outputs),
+                [signature(output) for output in outputs],
                 leaves,
             )
         )
@@ -153,7 +171,7 @@ def record(model: Any, feeds: dict[str, Any]) -> tuple[list[Step], dict[str, Any
 
 
 def run_model(model: Any, feeds: dict[str, Any]) -> Any:
-    """A forward pass without a cache."""
+    """Run a model's forward pass without a cache, and return what the model returns."""
     options = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
     with torch.no_grad():
         try:
@@ -165,4 +183,6 @@ def run_model(model: Any, feeds: dict[str, Any]) -> Any:
 def floating_outputs(result: Any) -> dict[str, Any]:
     """The floating tensors that a model returns, by name."""
     items = result.items() if hasattr(result, "items") else enumerate(result)
-    return {str(name): each for name, each in items if isinstance(each, torch.Tensor) and each.is_floating_point()}
+    return {
+        str(name): output for name, output in items if isinstance(output, torch.Tensor) and output.is_floating_point()
+    }

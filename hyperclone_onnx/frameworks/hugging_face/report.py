@@ -1,4 +1,4 @@
-"""What a handoff to Hugging Face did."""
+"""The report of a handoff to Hugging Face, as plain data."""
 
 from __future__ import annotations
 
@@ -8,30 +8,36 @@ from typing import Any
 
 @dataclass
 class Report:
-    """What the handoff did."""
+    """The report of a handoff to Hugging Face. Errors and the tolerance are relative to an output's largest element."""
 
     model: str
+    """The path of the grown ONNX file."""
     matched: dict[str, str] = field(default_factory=dict)
-    """How each checkpoint tensor is made from the file's initializers."""
+    """How each checkpoint tensor is made from the file's initializers, by the tensor's name."""
     repeated: dict[str, str] = field(default_factory=dict)
-    """Tensors that are not in the file, and so were repeated without noise."""
+    """Tensors that are not in the file and were repeated without noise, with the shapes before and after."""
     unchanged: dict[str, str] = field(default_factory=dict)
-    """Tensors taken over as they are, and why."""
+    """Tensors that do not grow, with the reason."""
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """The configuration's fields that changed: from, to."""
+    """The configuration's fields that changed, with the values before and after."""
     compensations: dict[str, str] = field(default_factory=dict)
-    """What was folded into stored tensors for constants that the model derives from its sizes."""
+    """The factors folded into stored tensors, because the model derives constants from its sizes."""
     copied: list[str] = field(default_factory=list)
+    """Files that were copied from the source's checkpoint."""
     weights: list[str] = field(default_factory=list)
+    """The safetensors files that were written, and their index."""
     trained: bool = False
-    """Whether the file's weights are others than growth made: only the file itself is then a reference."""
+    """Whether the file was trained after it was grown. The result is then compared with the file only."""
     cases: list[str] = field(default_factory=list)
+    """The input sets on which the result was compared with the file."""
     error_to_source: float | None = None
+    """The largest error against the source's model; None for a trained file."""
     error_to_file: float = 0.0
+    """The largest error against the file in ONNX Runtime."""
     tolerance: float = 0.0
     tolerance_reason: str = ""
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """The report as a dict for JSON."""
         return asdict(self)
