@@ -344,3 +344,20 @@ def test_an_onnx_model_with_the_suffix_of_another_format(tmp_path: Path) -> None
     onnx.save(perceptron(), tmp_path / "model.bin")
     expand(tmp_path / "model.bin", tmp_path / "big.onnx", 2, check=False)
     assert (tmp_path / "big.onnx").exists()
+
+
+# -- functions --------------------------------------------------------------------------------------------
+
+
+def test_overloads_of_a_function_are_told_apart(tmp_path: Path) -> None:
+    model, plain = perceptron(), perceptron()
+    opsets = [helper.make_opsetid("", 20)]
+    for overload, op_type in (("rectified", "Relu"), ("smooth", "Sigmoid")):
+        body = [helper.make_node(op_type, ["x"], ["y"])]
+        model.functions.append(helper.make_function("own", "F", ["x"], ["y"], body, opsets, overload=overload))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    calls = [node for node in model.graph.node if node.op_type == "Relu"]
+    for call, overload in zip(calls, ("rectified", "smooth"), strict=True):
+        call.op_type, call.domain, call.overload = "F", "own", overload
+    [node for node in plain.graph.node if node.op_type == "Relu"][1].op_type = "Sigmoid"
+    assert grow(model, tmp_path, plain) == {"hidden", "ffn"}

@@ -120,3 +120,32 @@ def test_an_input_without_a_declared_shape_is_named(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "small.onnx")
     with pytest.raises(Refused, match=r"no shape is declared for it .*input 'ids'"):
         expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+
+
+def test_wrong_shapes_of_values_are_dropped(tmp_path: Path) -> None:
+    """A tool changed the widths and kept the shapes: what the rules prove is believed."""
+    model = perceptron()
+    for name, size in (("u0", 21), ("n1", 1)):
+        shape = ["batch", "sequence", size]
+        model.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    model.graph.output[0].type.tensor_type.shape.dim[2].dim_value = 99
+    assert grow(model, tmp_path, perceptron()) == {"hidden", "ffn"}
+    output = onnx.load(tmp_path / "big.onnx").graph.output[0].type.tensor_type.shape
+    assert 99 not in [dim.dim_value for dim in output.dim]
+
+
+def test_one_wrong_shape_takes_the_others_with_it() -> None:
+    """Only the file tells the sizes of a Resize. Beside a shape that is proven wrong, they are not believed."""
+    graph = (
+        "g (float[1, 3, 4, 4] x) => (float[1, 3, q, p] y) { s = Resize (x, , scales) t = Relu (x) u = MatMul (t, w) "
+        "v = ReduceMean <keepdims = 1> (u) y = Add (s, v) }"
+    )
+    weights = {"scales": np.array([1, 1, 2, 2], np.float32), "w": np.ones((4, 5), np.float32)}
+    for declared, believed in ((5, True), (6, False)):
+        model = build_model(graph, weights)
+        for name, shape in (("s", [1, 3, 8, 8]), ("u", [1, 3, 4, declared])):
+            model.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        dimensions = infer(normalise(ir.from_proto(model)))
+        resized = next(node for node in dimensions.model.graph if node.op_type == "Resize").outputs[0]
+        sizes = [dimensions.space.static(term) for term in dimensions.axes[resized] or ()]
+        assert sizes == [1, 3, *([8, 8] if believed else [None, None])]

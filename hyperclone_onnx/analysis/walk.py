@@ -24,6 +24,17 @@ def infer(model: ir.Model) -> Dimensions:
     Raises:
         Refused: a node does not fit the specification of its operator.
     """
+    dimensions = _related(model)
+    if any(_contradicts_file(dimensions, value) for value in dimensions.axes if value.producer() is not None):
+        # One wrong shape, and none is believed: a tool changed the graph and kept the shapes.
+        for value in (value for node in model.graph.all_nodes() for value in node.outputs):
+            value.shape = None
+        dimensions = _related(model)
+    return dimensions
+
+
+def _related(model: ir.Model) -> Dimensions:
+    """The dimensions of a model, with the shapes that it declares."""
     dimensions = Dimensions(model, Space())
     _read_inputs(dimensions)
     for value in model.graph.initializers.values():
@@ -33,6 +44,17 @@ def infer(model: ir.Model) -> Dimensions:
     _unify_measured_uses(dimensions)
     dimensions.space.place = ""
     return dimensions
+
+
+def _contradicts_file(dimensions: Dimensions, value: ir.Value) -> bool:
+    """Whether the axes of a value have other sizes than the file declares for it."""
+    axes, declared = dimensions.axes.get(value), declared_shape(value)
+    if axes is None or declared is None:
+        return False
+    if len(axes) != len(declared):
+        return True
+    sizes = zip((dimensions.space.static(term) for term in axes), declared, strict=True)
+    return any(own is not None and size is not None and size.static not in (None, own) for own, size in sizes)
 
 
 def _unify_measured_uses(dimensions: Dimensions) -> None:
