@@ -1,4 +1,4 @@
-"""A diagnosis as tables."""
+"""The report of `diagnose`: how far the clones are apart, as tables."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from hyperclone_onnx.reports.tables import Table
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
-    """Print the distances layer by layer and by role, where they come from, and the conclusion."""
+    """Print the distances by layer and by role, what they were measured on, and the conclusion."""
     against = "source" if diagnosis.source is not None else "largest"
     console.print(_table("layer", diagnosis.layers, against))
     console.print(_table("clones of", diagnosis.roles, against))
     console.print(
-        "distance of clones: 0 the same, 0.71 nothing in common (of two). weights: under the best matching; forward: "
-        "in what they compute; backward: in how they are read; activations: on sample inputs",
+        "distances of clones: 0 means equal, 0.71 means that two clones have nothing in common. weights: under the "
+        "best matching; forward: in what they compute; backward: in how they are read; activations: on sample inputs",
         soft_wrap=True,
     )
     if diagnosis.ran_on:
         console.print(
-            f"ran on {diagnosis.ran_on}; up to {diagnosis.tolerance:.1e} is rounding", markup=False, soft_wrap=True
+            f"ran on {diagnosis.ran_on}; distances up to {diagnosis.tolerance:.1e} are rounding",
+            markup=False,
+            soft_wrap=True,
         )
     for note in diagnosis.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
@@ -30,6 +32,7 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
 
 
 def _table(what: str, parts: Sequence[PartDiagnosis], against: str) -> Table:
+    """A row of distances for each part; `what` is the heading of the parts' names."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(what, overflow="fold")
     for heading in ("tensors", "weights", "forward", "backward", "activations"):
@@ -46,7 +49,11 @@ def _table(what: str, parts: Sequence[PartDiagnosis], against: str) -> Table:
 
 
 def written(distance: float | None) -> str:
-    """A distance for people: three figures, and an exact 0 as such."""
+    """A distance as text: ``-`` where there is none, ``0`` only for an exact zero, otherwise with few digits.
+
+    >>> written(None), written(0.0), written(0.25), written(2e-5)
+    ('-', '0', '0.250', '2.0e-05')
+    """
     if distance is None:
         return "-"
     if distance == 0.0:

@@ -1,4 +1,4 @@
-"""The report of `expand` for one model: what grew, what did not and why, the sizes, and how equal the models are."""
+"""The report of `expand` for one model: what grew, what did not grow and why, the sizes, and the validation."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def print_expansion(console: Console, result: Expansion) -> None:
     if result.quantised and not result.plan.strategy.law.is_even:
         print_line(
             console,
-            f"{result.quantised} quantised tensors repeat their codes, their scales divided: their shares are equal, "
-            "and without noise",
+            f"{result.quantised} quantised tensors: their codes are repeated and their scales divided, so their shares "
+            "are equal and have no noise",
         )
     for name, copies in result.separated.items():
-        console.print(f"{name} is stored once in the source, and separately here: {', '.join(copies)}", markup=False)
+        console.print(f"{name} is one tensor in the source and several here: {', '.join(copies)}", markup=False)
     ratio = result.parameters_after / max(result.parameters_before, 1)
     console.print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,} (x{ratio:.2f})")
     took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
@@ -40,6 +40,7 @@ def print_expansion(console: Console, result: Expansion) -> None:
 
 
 def _print_grown(console: Console, result: Expansion) -> None:
+    """A row for each role and sizes of the dimensions that grew."""
     rows: dict[tuple[str, int, int], list[str]] = defaultdict(list)
     for name, dim in result.plan.dims.items():
         rows[dim.role, dim.map.size, dim.map.grown].append(name)
@@ -50,6 +51,7 @@ def _print_grown(console: Console, result: Expansion) -> None:
 
 
 def _print_kept(console: Console, result: Expansion) -> None:
+    """A row for each role, size and reason of the dimensions that kept their size."""
     rows: dict[tuple[str, int, str], int] = defaultdict(int)
     for dimension in result.kept:
         rows[dimension.role, dimension.size, dimension.reason] += 1

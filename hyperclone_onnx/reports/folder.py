@@ -1,4 +1,4 @@
-"""The report of `expand` for a folder: what became of each file."""
+"""The report of `expand` for a folder: which models grew, and which files were copied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def print_folder(console: Console, result: FolderExpansion) -> None:
     if result.copied:
         print_line(
             console,
-            f"copied as they are: {', '.join(result.copied)} (a configuration that states sizes states the source's)",
+            f"copied as they are: {', '.join(result.copied)} (sizes in a configuration are still the source's)",
         )
     validated = all(expansion.validation is not None for expansion in result.models.values())
     how = "equal and fitting together" if validated else "fitting together, but not validated"

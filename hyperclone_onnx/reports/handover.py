@@ -1,4 +1,4 @@
-"""What `handoff --to` prints: what was written, and the lines that go on with it."""
+"""The report of `handoff --to`: what was written, and the Python lines that load it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hyperclone_onnx.frameworks.exports import CHECKPOINT, HandedOver
 
 
 def print_handover(console: Any, model: Path, result: HandedOver) -> None:
-    """What was written, whether it was compared, and how to go on."""
+    """Print what was written, how it was validated, and how to load and train it."""
     console.print(f"{result.folder}: {result.tensors} tensors, {result.parameters:,} parameters")
     if result.hugging_face:
         _print_hugging_face(console, result.hugging_face)
@@ -21,7 +21,7 @@ def print_handover(console: Any, model: Path, result: HandedOver) -> None:
         console.print("not validated")
     if result.optimizer:
         _print_optimizer(console, result.optimizer)
-    console.print("go on with")
+    console.print("load it with")
     for line in go_on(model, result):
         console.print(f"    {line}")
     for line in () if result.training is None else result.training.lines():
@@ -49,7 +49,7 @@ def _print_optimizer(console: Any, state: dict[str, Any]) -> None:
 
 
 def go_on(model: Path, result: HandedOver) -> Iterator[str]:
-    """Python lines that load what was written."""
+    """The Python lines that load what was written, for the framework it was written for."""
     folder = Path(result.folder)
     checkpoint = str(folder / CHECKPOINT)
     if result.target == "hf":
@@ -59,8 +59,8 @@ def go_on(model: Path, result: HandedOver) -> Iterator[str]:
         return
     framework = "jax" if result.target == "jax" else "torch"
     yield f"from hyperclone_onnx.frameworks.{framework} import load"
-    left = "apply, params" if framework == "jax" else "model"
-    yield f"{left} = load({str(model)!r})  # shard=mesh: each process its own part"
+    targets = "apply, params" if framework == "jax" else "model"
+    yield f"{targets} = load({str(model)!r})  # with shard=mesh each process loads only its own part"
     if result.target == "pytorch":
         yield f"torch.distributed.checkpoint.load({{'model': model.state_dict()}}, checkpoint_id={checkpoint!r})"
     elif result.target == "jax":
@@ -74,6 +74,6 @@ def go_on(model: Path, result: HandedOver) -> Iterator[str]:
 
 
 def _architecture(folder: Path) -> str:
-    """The class that a configuration names."""
+    """The name of the model's class, from the configuration."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return str(next(iter(config.get("architectures") or ()), "AutoModel"))

@@ -1,4 +1,4 @@
-"""The report of `inspect`: dimensions by role, and the axes of every tensor, written as einops writes axes."""
+"""The report of `inspect`: dimensions by role, and the axes of every tensor in the notation of einops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TermWriter:
         self.names = {dimension.dim: dimension.name for dimension in named if dimension.role != "other"}
 
     def axis(self, term: Term) -> str:
-        """One axis."""
+        """One axis: the name of its dimension, or its size where it has no name."""
         resolved = self.space.resolve(term)
         if isinstance(resolved, Dim):
             return self.names.get(resolved) or str(self.space.size(resolved))
@@ -35,17 +35,20 @@ class TermWriter:
         return "(" + " + ".join(self._segment(segment) for segment in resolved.segments) + ")"
 
     def _segment(self, term: Term) -> str:
-        """A segment of a concatenation; a product stands there without brackets."""
+        """A segment of a concatenation. A product is written without brackets there."""
         text = self.axis(term)
         return text[1:-1] if isinstance(self.space.resolve(term), Product) and text.startswith("(") else text
 
     def axes(self, terms: Iterable[Term]) -> str:
-        """All axes of a value."""
+        """All axes of a value, with spaces between them."""
         return " ".join(self.axis(term) for term in terms)
 
 
 def tensor_axes(analysis: Analysis) -> dict[str, list[str]]:
-    """The axes of each stored tensor with at least one axis, one entry for each way in which it is used."""
+    """The axes of every floating stored tensor that has at least one axis.
+
+    A tensor that nodes use in several ways has an entry for each of them.
+    """
     writer = TermWriter(analysis.dimensions.space, analysis.named)
     ways: dict[str, dict[str, None]] = defaultdict(dict)
     for value, _, axes in analysis.dimensions.initializer_uses():
@@ -55,7 +58,7 @@ def tensor_axes(analysis: Analysis) -> dict[str, list[str]]:
 
 
 def inspection(analysis: Analysis) -> dict[str, Any]:
-    """The whole report as plain data."""
+    """The whole report as a dict for JSON."""
     dimensions = analysis.dimensions
     writer = TermWriter(dimensions.space, analysis.named)
     graph = analysis.model.graph
@@ -90,7 +93,7 @@ def inspection(analysis: Analysis) -> dict[str, Any]:
 
 
 def print_inspection(console: Console, analysis: Analysis) -> None:
-    """Print the dimensions by role, and every kind of tensor with its axes."""
+    """Print the dimensions by role, the inputs and outputs, and every kind of tensor with its axes."""
     data = inspection(analysis)
     console.print(f"{data['model']}: {data['parameters']:,} parameters, {data['nodes']} nodes, opset {data['opset']}")
     console.print(_dimension_table(analysis.dimensions, analysis.named))
@@ -102,11 +105,11 @@ def print_inspection(console: Console, analysis: Analysis) -> None:
         print_line(console, f"  {line}")
     if data["operators_without_rule"]:
         listed = ", ".join(f"{name} x{count}" for name, count in data["operators_without_rule"].items())
-        console.print(f"\nno rule for (what they touch keeps its size): {listed}", markup=False)
+        console.print(f"\noperators without a rule, whose inputs and outputs keep their sizes: {listed}", markup=False)
 
 
 def grouped_tensors(tensors: dict[str, list[str]]) -> list[str]:
-    """A line for each kind of tensor: layers that are alike share one."""
+    """One line for each kind of tensor. Tensors of layers that are alike share a line."""
     groups: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
     for name, ways in tensors.items():
         kind = re.sub(r"\d+", "*", name)
@@ -115,6 +118,7 @@ def grouped_tensors(tensors: dict[str, list[str]]) -> list[str]:
 
 
 def _dimension_table(dimensions: Dimensions, named: Sequence[NamedDim]) -> Table:
+    """A row for each role, size and reason; dimensions that agree in all three share a row."""
     table = plain_table("dimension", "size", "grows", "why not")
     rows: dict[tuple[str, int, str], list[str]] = defaultdict(list)
     for dimension in named:

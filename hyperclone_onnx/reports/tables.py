@@ -1,4 +1,4 @@
-"""The tables of all reports, and lines that may hold a model's names."""
+"""Tables and lines that all reports use. Both may contain names from a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hyperclone_onnx.errors import printable
 
 
 class Table(RichTable):
-    """A table whose cells may hold a model's names: what is unprintable in them is written out."""
+    """A table whose cells may contain names from a model. Unprintable characters in them are escaped."""
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row of texts."""
+        """Add a row. Cells that are texts are escaped; `options` are those of rich."""
         super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
@@ -24,12 +24,12 @@ def plain_table(*headings: str) -> Table:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print one line as it is, however long: no brackets are taken for markup, and nothing is broken."""
+    """Print one line unchanged: brackets are not read as markup, and a long line is not wrapped."""
     console.print(text, markup=False, soft_wrap=True)
 
 
 def counted(name: str, count: int) -> str:
-    """A name and how many have it.
+    """A name, with its count where there are several.
 
     >>> counted("ffn", 1), counted("ffn", 4)
     ('ffn', 'ffn x4')

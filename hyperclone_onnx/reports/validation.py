@@ -1,4 +1,4 @@
-"""The report of a validation: errors, tolerances and where they come from, and the verdict."""
+"""The report of a validation: errors, tolerances with their reasons, and the verdict."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def print_validation(console: Console, validation: Validation) -> None:
 
 
 def _print_outputs(console: Console, outputs: Sequence[OutputReport], tolerance: float) -> None:
+    """Print the table of outputs. An exclamation mark marks an output that differs by more than the tolerance."""
     table = plain_table("output", "max abs", "max rel", "top-1", "KL")
     for output in outputs:
         top1 = "" if output.top1_agreement is None else f"{output.top1_agreement:.1%}"
