@@ -263,7 +263,7 @@ def parse(text: str) -> dict[str, Any]:
 
 def assert_validation(data: dict[str, Any]) -> None:
     assert list(data) == VALIDATION_KEYS
-    assert [list(each) for each in data["outputs"]] == [OUTPUT_KEYS] * len(data["outputs"])
+    assert [list(output) for output in data["outputs"]] == [OUTPUT_KEYS] * len(data["outputs"])
     assert list(data["tensors"]) == TENSORS_KEYS
 
 
@@ -274,9 +274,9 @@ def test_inspect_json(cli: Command, place: Path) -> None:
     assert list(data) == INSPECTION_KEYS
     assert data["inputs"] == {"ids": "batch sequence"} and data["outputs"] == {"logits": "batch sequence 31"}
     assert data["tensors"]["up.0"] == ["hidden ffn.0"]
-    found = {each["name"]: each for each in data["dimensions"]}
-    assert found["hidden"] == {"name": "hidden", "role": "hidden", "size": 12, "growable": True, "reason": None}
-    assert not found["vocab"]["growable"] and "Gather" in found["vocab"]["reason"]
+    dimensions = {entry["name"]: entry for entry in data["dimensions"]}
+    assert dimensions["hidden"] == {"name": "hidden", "role": "hidden", "size": 12, "growable": True, "reason": None}
+    assert not dimensions["vocab"]["growable"] and "Gather" in dimensions["vocab"]["reason"]
 
 
 def test_expand_json(cli: Command, place: Path) -> None:
@@ -291,7 +291,7 @@ def test_expand_json(cli: Command, place: Path) -> None:
         "ffn.0": {"role": "ffn", "from": 20, "to": 40},
         "ffn.1": {"role": "ffn", "from": 20, "to": 60},
     }
-    assert [each["name"] for each in data["kept"]] == ["vocab"]
+    assert [entry["name"] for entry in data["kept"]] == ["vocab"]
     assert set(data["seconds"]) == {"plan", "write", "validate"}
     assert_validation(data["validation"])
     assert data["validation"]["equal"] is True and data["validation"]["double"] is None
@@ -354,7 +354,7 @@ def test_help_mentions_every_option(cli: Command, name: str, flag: str) -> None:
     for parameter in COMMANDS[name].params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{parameter.name} says nothing of itself"
-            assert all(re.search(rf"(?<![\w-]){re.escape(each)}\b", outcome.stdout) for each in parameter.opts)
+            assert all(re.search(rf"(?<![\w-]){re.escape(name)}\b", outcome.stdout) for name in parameter.opts)
         else:
             assert parameter.name is not None and parameter.name.upper() in outcome.stdout
 
@@ -641,7 +641,7 @@ def test_untie_and_keep_are_passed_on(cli: Command, place: Path) -> None:
         arguments = ("expand", "hidden.onnx", "--factor", "2", "-o", "big.onnx", "--interface", interface, "--json")
         data = parse(cli(*arguments).stdout)
         assert data["interface"] == interface
-        output = next(each for each in onnx.load("big.onnx").graph.output if each.name == "last")
+        output = next(value for value in onnx.load("big.onnx").graph.output if value.name == "last")
         assert output.type.tensor_type.shape.dim[2].dim_value == width
     outcome = cli("expand", "small.onnx", "--factor", "2", "-o", "a.onnx", "--strategy", "symmetric", "--json")
     assert parse(outcome.stdout)["strategy"]["name"] == "symmetric"

@@ -31,12 +31,12 @@ SCENES = ["a file", "a pair", "a pair over a pair", "a file and its plan", "a fo
 
 
 def scene(folder: Path, name: str) -> faults.Scene:  # type: ignore[name-defined]
-    return next(each for each in faults.scenes(folder) if each.name == name)
+    return next(candidate for candidate in faults.scenes(folder) if candidate.name == name)
 
 
 @pytest.mark.parametrize("name", SCENES)
 def test_a_fault_before_some_calls(tmp_path: Path, name: str) -> None:
-    strikes = {each: faults.STRIKES[each] for each in ("kill", "terminate", "disk_full")}
+    strikes = {strike: faults.STRIKES[strike] for strike in ("kill", "terminate", "disk_full")}
     ends = Counter(faults.at_every_call(scene(tmp_path, name), strikes, every=7, offset=1))
     assert {strike for strike, _ in ends} == set(strikes)
     assert ends["kill", "old"] and ends["disk_full", "old"]
@@ -45,9 +45,9 @@ def test_a_fault_before_some_calls(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("call", range(-8, 0))
 def test_a_kill_in_the_last_calls(tmp_path: Path, call: int) -> None:
     """The calls of the commit: data file, model, the old data file, and cleaning up."""
-    each = scene(tmp_path, "a pair over a pair")
-    at = faults.count_calls(each) + call
-    assert [end for _, end in faults.at_every_call(each, {"kill": faults.kill}, every=1000, offset=at)]
+    published = scene(tmp_path, "a pair over a pair")
+    at = faults.count_calls(published) + call
+    assert [end for _, end in faults.at_every_call(published, {"kill": faults.kill}, every=1000, offset=at)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -87,22 +87,22 @@ def test_a_source_that_changes(tmp_path: Path) -> None:
 
 def test_what_the_judge_finds(tmp_path: Path) -> None:
     """These checks can fail: they notice half a model, leftover files, and a wrong message."""
-    each = scene(tmp_path, "a file")
-    judge = faults.Judge(each)
+    published = scene(tmp_path, "a file")
+    judge = faults.Judge(published)
     done = faults.Ended(2, "error: no space", "")
-    each.reset()
-    (each.root / each.out).write_bytes(b"half a model")
+    published.reset()
+    (published.root / published.out).write_bytes(b"half a model")
     with pytest.raises(faults.Broken, match="no whole model"):
         judge.judge(done)
-    each.reset()
-    (each.root / ".big.onnx.partial").mkdir()
+    published.reset()
+    (published.root / ".big.onnx.partial").mkdir()
     with pytest.raises(faults.Broken, match="leftovers"):
         judge.judge(done)
-    each.reset()
+    published.reset()
     with pytest.raises(faults.Broken, match="exit code does not say"):
         judge.judge(faults.Ended(0, "wrote it", ""))
-    each.reset()
-    (each.root / each.source).write_bytes(b"")
+    published.reset()
+    (published.root / published.source).write_bytes(b"")
     with pytest.raises(faults.Broken, match="harmed"):
         judge.judge(done)
 

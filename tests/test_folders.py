@@ -46,7 +46,7 @@ def run_both(folder: Path) -> np.ndarray:
         "encoder_attention_mask": np.ones_like(ids),
         "encoder_hidden_states": made["last_hidden_state"],
     }
-    wanted = {each.name for each in decoder.get_inputs()}
+    wanted = {value.name for value in decoder.get_inputs()}
     return np.asarray(decoder.run(["logits"], {k: v for k, v in feeds.items() if k in wanted})[0])
 
 

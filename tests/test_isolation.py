@@ -51,8 +51,8 @@ def gone(pid: int) -> bool:
 def test_what_a_copy_makes_of_arguments() -> None:
     state: list[int] = []
 
-    def collect(each: int) -> list[int]:
-        state.append(each)
+    def collect(number: int) -> list[int]:
+        state.append(number)
         return state
 
     isolated = Isolated(lambda: collect)

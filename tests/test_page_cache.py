@@ -57,11 +57,11 @@ def test_what_was_written_is_sent_and_later_forgotten_in_order(advised: list[tup
             behind.wrote(7, start, 500)
         until(lambda: len(advised) == 12)
     sent = [(7, start, 1000) for start in range(0, 8000, 1000)]
-    assert [each for each in sent if advised.count(each) == 2] == sent[:4]
-    assert [each for each in sent if advised.count(each) == 1] == sent[4:]
-    first = {each: advised.index(each) for each in sent}
-    again = {each: len(advised) - 1 - advised[::-1].index(each) for each in sent[:4]}
-    assert all(again[each] > first[sent[index + 4]] for index, each in enumerate(sent[:4]))
+    assert [stretch for stretch in sent if advised.count(stretch) == 2] == sent[:4]
+    assert [stretch for stretch in sent if advised.count(stretch) == 1] == sent[4:]
+    first = {stretch: advised.index(stretch) for stretch in sent}
+    again = {stretch: len(advised) - 1 - advised[::-1].index(stretch) for stretch in sent[:4]}
+    assert all(again[stretch] > first[sent[index + 4]] for index, stretch in enumerate(sent[:4]))
 
 
 def test_little_is_left_to_the_system(advised: list[tuple[int, int, int]]) -> None:
@@ -117,8 +117,8 @@ def test_what_was_read_once_is_forgotten(advised: list[tuple[int, int, int]], tm
     )
     for forget in (False, True):
         rows, scratch = StoredRows(tensor, 100, 100, forget=forget), Scratch()
-        found = [rows.read(first, 5, scratch).copy() for first in range(0, 100, 5)]
-        np.testing.assert_array_equal(np.concatenate(found).reshape(-1), data)
+        read = [rows.read(first, 5, scratch).copy() for first in range(0, 100, 5)]
+        np.testing.assert_array_equal(np.concatenate(read).reshape(-1), data)
         assert sum(size for _, _, size in advised) == (10_000 if forget else 0)
 
 

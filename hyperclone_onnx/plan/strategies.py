@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 from hyperclone_onnx.plan.origins import Origin
 
-Number = npt.NDArray[np.int64] | int
+if TYPE_CHECKING:  # the command line imports this module for the names of the laws: `--help` needs no numpy
+    import numpy as np
+    import numpy.typing as npt
+
+Number: TypeAlias = "npt.NDArray[np.int64] | int"
 """One number for all columns, or one for each column."""
 
 LOWEST_SNR_DB, HIGHEST_SNR_DB = -10.0, 200.0
