@@ -81,6 +81,20 @@ Term = Dim | Product | Concat
 ONE = Product(())
 
 
+@dataclass(frozen=True)
+class Equation:
+    """Two sizes that some node needs to be equal, at least one of them symbolic.
+
+    Where broadcasting may `stretch`, each of them may be 1 instead. A `hint` holds mostly.
+    """
+
+    left: Size
+    right: Size
+    place: str
+    stretch: bool = False
+    hint: bool = False
+
+
 def product(*factors: Term) -> Term:
     """The product of `factors`. The product of one factor is that factor."""
     return factors[0] if len(factors) == 1 else Product(factors)
@@ -99,6 +113,8 @@ class Space:
         self.place = ""
         self.dims: list[Dim] = []
         self.symbols: dict[str, Size] = {}
+        self.equations: list[Equation] = []
+        """What relates symbolic sizes, in the order in which it was met; also what `symbols` cannot express."""
         self._edges: dict[int, list[tuple[int, str]]] = {}
         self._links = 0
         self._last: tuple[int, int, dict[int, tuple[int, str]]] = (-1, -1, {})
@@ -242,6 +258,11 @@ class Space:
             self._last = (start, self._links, came)
         return self._last[2]
 
+    def relate(self, one: Size, other: Size, stretch: bool = False, hint: bool = False) -> None:
+        """Note an equation between two sizes; see `Equation`. It unifies nothing."""
+        if one != other and (one.static is None or other.static is None):
+            self.equations.append(Equation(one, other, self.place, stretch, hint))
+
     # -- unification --------------------------------------------------------------------------------------
 
     def unify(self, left: Term, right: Term) -> None:
@@ -273,6 +294,7 @@ class Space:
         """Learn that two sizes are equal. Returns False when they cannot be."""
         if a.static is not None and b.static is not None:
             return False
+        self.relate(a, b)
         for name, other in ((a.lone_symbol, b), (b.lone_symbol, a)):
             if name is not None and name not in other.symbols:
                 self.symbols[name] = other
@@ -360,6 +382,7 @@ class Space:
             if len(lone) == 1 and others and isinstance(lone[0], Dim):
                 self.unify(lone[0], product(*others))
                 return
+        self.relate(self.size(Product(tuple(a))), self.size(Product(tuple(b))))
         for term in (*a, *b):
             self.pin(term, "factors that do not divide each other", gap=True)
 

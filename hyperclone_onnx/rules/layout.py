@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hyperclone_onnx.algebra.dims import ONE, Concat, Product, Term
-from hyperclone_onnx.algebra.shape_values import LIMIT, Known, known
+from hyperclone_onnx.algebra.shape_values import BINARY, LIMIT, Known, known
 from hyperclone_onnx.algebra.sizes import Size
 from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
@@ -148,6 +148,8 @@ def expand(op: Op) -> None:
     for term, element, guess in zip(padded, wanted, declared, strict=True):
         size = guess if element is None else element
         if not op.is_one(term):
+            if size is not None:
+                op.space.relate(op.size(term), size, stretch=True)
             if op.static(term) is None and size is not None and size.static not in (None, 1):
                 op.pin(term, "meets an axis whose size is not known before running")
                 term = op.pinned_dim(size, "stretches an axis whose size is not known before running")
@@ -334,7 +336,7 @@ def _slice_bounds(op: Op, rank: int) -> list[Bound]:
 
 def _sliced(op: Op, term: Term, start: Size | None, end: Size | None, step: int | None) -> Term:
     size = op.size(term)
-    low, high = (_from_front(each, size) for each in (start, end))
+    low, high = _from_front(start, size), _no_further(_from_front(end, size), size)
     if step == 1 and low == Size.of(0) and high == size:
         return term
     total = size.static
@@ -347,14 +349,23 @@ def _sliced(op: Op, term: Term, start: Size | None, end: Size | None, step: int 
     return op.pinned_dim(length, "a slice of an axis that keeps its size")
 
 
+def _no_further(end: Size | None, size: Size) -> Size | None:
+    """The end of a slice, which is the end of the axis where the axis is shorter."""
+    if end is None or end.static is None or end.static <= 1 or size.static is not None:
+        return end
+    return BINARY["Min"](end, size)
+
+
 def _from_front(bound: Size | None, size: Size) -> Size | None:
     """A slice bound counted from the front; the whole axis for a bound far beyond it."""
     if bound is None:
         return None
     value = bound.static
     if value is None:
-        # Symbols stand for lengths: what subtracts nothing but lengths counts from the back.
-        return size + bound if (-bound).is_length else bound
+        # Symbols stand for lengths: what subtracts nothing but lengths counts from the back. What subtracts them from
+        # a number mostly counts from the front: `buffer[length - keys :]`.
+        counts_back = (-bound).is_length and dict(bound.terms).get((), 0) <= 0
+        return size + bound if counts_back else bound
     if value >= FAR or (size.static is not None and value > size.static):
         return size
     if value >= 0:

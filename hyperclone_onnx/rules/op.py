@@ -305,6 +305,7 @@ class Op:
         if static and len(static) < len(wide):
             for term in wide:
                 self.pin(term, "meets an axis whose size is not known before running")
+                self.space.relate(self.size(static[0]), self.size(term), stretch=True)
         same = static or wide
         for term in same[1:]:
             self.unify(same[0], term)

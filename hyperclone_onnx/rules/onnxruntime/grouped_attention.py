@@ -120,6 +120,9 @@ def group_query_attention(op: Op) -> None:
     if op.has(5):
         op.unify(op.axis_of(5, 0), batch) if op.rank(5) == 1 else op.parameter(5)
     op.parameter(6)
+    told = op.known(6)
+    if told is not None and op.has(3) and (size := told.ravel()[0]) is not None:
+        op.space.relate(size, op.size(op.axes(3)[2]) + op.size(length), hint=True)
     if op.has(9):
         op.pin(batch, "the first prompt's place serves all")
         op.parameter(9)
