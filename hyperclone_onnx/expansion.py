@@ -26,10 +26,12 @@ from hyperclone_onnx.publishing.publication import check_output, data_name, publ
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.rewriting.rewriting import rewrite
 from hyperclone_onnx.tensors.assembled import assemble
-from hyperclone_onnx.validation.not_finite import not_finite
-from hyperclone_onnx.validation.outputs import NOTHING_COMPARED
+from hyperclone_onnx.transforms.source import source_of
+from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
+from hyperclone_onnx.validation.not_finite import named_not_finite
+from hyperclone_onnx.validation.running import Pair
 from hyperclone_onnx.validation.sessions import Device
-from hyperclone_onnx.validation.validating import Mode, Validation, validate, validate_double
+from hyperclone_onnx.validation.validating import Mode, Validation, prepare, validate, validate_double
 from hyperclone_onnx.writing import onnx_files as writer
 from hyperclone_onnx.writing.onnx_files import needs_data_file
 
@@ -198,6 +200,8 @@ def expand(
     max_shard_size: int | None = None,
     workers: int | None = None,
     plan_out: str | os.PathLike[str] | None = None,
+    inputs: Inputs | None = None,
+    dims: Mapping[str, int] | None = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Expansion:
@@ -220,6 +224,9 @@ def expand(
         max_shard_size: the most bytes of one data file. Larger models get several data files.
         workers: the number of processes that compute, write and compare. The written files do not depend on it.
         plan_out: a file to which the plan is written too, as JSON.
+        inputs: inputs of the source on which both models are compared: a path (see `validation.inputs.given`), or
+            arrays by input. By default they are random.
+        dims: numbers for the symbolic sizes of random inputs, by name.
         progress: called after each written tensor, with the number of written tensors and the number of all tensors.
         notify: called with the name of each stage when it begins.
 
@@ -239,21 +246,28 @@ def expand(
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big = planned.analysis, planned.plan, planned.big
     validation: Validation | None = None
+    pair = Pair(analysis.dimensions, big, plan, device, wishes_of(analysis.model, inputs, dims))
+    prepared = None
+    if mode is not None:
+        say("running the source")
+        prepared = prepare(analysis.path, pair, mode)
+        clock.lap("validate")
     external = needs_data_file(big) or len(analysis.files) > 1 or max_shard_size is not None
     texts = {} if plan_out is None else {Path(plan_out): _text(plan)}
     with publication(out, beside=texts) as written:
         say("writing")
         writer.save(big, written, external=external, max_shard_size=max_shard_size, workers=workers, progress=progress)
         clock.lap("write")
-        if mode is not None:
+        if prepared is not None:
             say("validating")
-            grown = loading.load(written)
-            validation = validate(
-                analysis.path, written, analysis.dimensions, grown, plan, device=device, mode=mode, workers=workers
-            )
+            pair = replace(pair, grown=loading.load(written))
+            try:
+                validation = validate(prepared, pair, written, workers)
+            except Refused as problem:  # it names the file by its temporary place
+                raise Refused(str(problem).replace(str(written), str(out))) from problem
             if precision == "float64":
                 say("validating in float64")
-                validation = _with_float64(validation, analysis, plan, written.parent)
+                validation = _with_float64(validation, pair, analysis.model, written.parent)
             validation = _with_not_finite(validation, analysis)
             clock.lap("validate")
             if validation.problems:
@@ -300,32 +314,21 @@ def _mode(check: bool | Mode, precision: Precision) -> Mode | None:
 
 
 def _with_not_finite(validation: Validation, analysis: Analysis) -> Validation:
-    """The validation, with a note of the weights that are infinite or not a number.
-
-    Raises:
-        Refused: because of these weights all outputs are not finite, so that they cannot be compared.
-    """
-    counts = not_finite(analysis.model)
-    if not counts:
+    """The validation, with a note of the weights that are infinite or not a number."""
+    named = named_not_finite(analysis.model)
+    if not named:
         return validation
-    first, *rest = [f"{name} ({count} elements)" for name, count in counts.items()]
-    named = f"{first}{f' and {len(rest)} more tensors' if rest else ''}"
-    not_compared = [output.problem.startswith(NOTHING_COMPARED) for output in validation.outputs]
-    if validation.problems and not_compared and all(not_compared):
-        raise Refused(
-            f"{analysis.path}: no output is a number, so that nothing can be compared: the weights of {named} are "
-            "infinite or not a number; --no-validate grows them as they are"
-        )
     return validation.with_notes(f"weights that are infinite or not a number grow as they are: {named}")
 
 
-def _with_float64(validation: Validation, analysis: Analysis, plan: Plan, folder: Path) -> Validation:
+def _with_float64(validation: Validation, pair: Pair, source: ir.Model, folder: Path) -> Validation:
     """The validation, with a comparison of both models in float64."""
+    assert pair.plan is not None
     scratch = folder / "float64"
     scratch.mkdir()
-    double = rewrite(analysis.model, plan, ir.DataType.DOUBLE)
-    outputs, computed_by = validate_double(analysis.dimensions, double, plan, scratch)
-    return replace(validation, double=outputs, double_by=computed_by)
+    wide = rewrite(source, pair.plan, ir.DataType.DOUBLE)
+    outputs, by = validate_double(replace(pair, grown=wide), scratch)
+    return replace(validation, double=outputs, double_by=by)
 
 
 def _differs(out: Path, validation: Validation) -> str:
@@ -373,9 +376,9 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     def lap(self, stage: str) -> None:
-        """Record the end of a stage."""
+        """Record the end of a stage, or of a part of it."""
         now = time.perf_counter()
-        self.seconds[stage] = round(now - self.last, 3)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self.last, 3)
         self.last = now
 
 
@@ -386,6 +389,9 @@ def validate_files(
     seed: int = 0,
     mode: Mode = "auto",
     workers: int | None = None,
+    *,
+    inputs: Inputs | None = None,
+    dims: Mapping[str, int] | None = None,
 ) -> Validation:
     """Compare a grown model file with its source, with the weights as the files store them.
 
@@ -400,16 +406,27 @@ def validate_files(
     Returns:
         The validation, with notes if the grown file has no plan, or the plan of another source.
 
+    Args:
+        small: the source.
+        big: what was grown from it.
+        device: where to run.
+        seed: of the random inputs.
+        mode: how much is done.
+        workers: processes that compare tensors.
+        inputs: the source's inputs: a path (see `validation.inputs.given`), or arrays by input.
+        dims: numbers for the symbolic sizes of the source's inputs, by name.
+
     Raises:
         BadModel: one of the files cannot be read.
-        Refused, BadRequest: see `validation.validating.validate`.
+        Refused, BadRequest: see `validation.validating.prepare`.
     """
     grown = loading.load(big)
     plan = Plan.carried_by(grown.metadata_props)
     analysis = analyse(small, () if plan is None else plan.transforms)
-    result = validate(
-        analysis.path, big, analysis.dimensions, grown, plan, device=device, seed=seed, mode=mode, workers=workers
-    )
+    if plan is None:
+        _check_order(Path(small), Path(big))
+    pair = Pair(analysis.dimensions, grown, plan, device, wishes_of(analysis.model, inputs, dims, seed))
+    result = validate(prepare(analysis.path, pair, mode), pair, big, workers)
     if plan is None:
         return result.with_notes("the grown model carries no plan: its tensors were not compared, only its outputs")
     if plan.source:
@@ -420,3 +437,17 @@ def validate_files(
                 f"the plan was made from another source: its {' and '.join(differing)} had other digests"
             )
     return result
+
+
+def _check_order(small: Path, big: Path) -> None:
+    """Refuse arguments that are swapped: the model given as the source carries a plan, made from the other one.
+
+    Raises:
+        BadRequest: they are.
+    """
+    plan = Plan.carried_by(loading.load(small).metadata_props)
+    if plan is None:
+        return
+    own = provenance(source_of(big, plan.transforms).model, {})
+    if all(plan.source.get(part) == own[part] for part in ("graph", "weights")):
+        raise BadRequest(f"{small} was grown from {big}: the source comes first, as in: validate SOURCE GROWN")

@@ -565,7 +565,7 @@ ERRORS = [
     (("small.onnx",), 2, "small.onnx: it carries no plan"),
     (("big.onnx", "--inputs", "bad.npz"), 2, "--inputs bad.npz: not a readable .npz file"),
     (("big.onnx", "--inputs", "other.npz"), 2, "--inputs other.npz: it lacks 'ids'; the model's inputs are 'ids'"),
-    (("big.onnx", "--inputs", "wrong.npz"), 3, "runs on none of the inputs"),
+    (("big.onnx", "--inputs", "wrong.npz"), 3, "does not run on the inputs of wrong.npz"),
     (
         ("big.onnx", "--source", "other.onnx"),
         2,

@@ -186,7 +186,8 @@ def test_an_abort_of_the_command_itself(small: Path, tmp_path: Path) -> None:
     code = (
         "import os; from hyperclone_onnx.system import isolation; isolation.POSSIBLE = False\n"
         "from hyperclone_onnx.validation import sessions\n"
-        "sessions._session = lambda *_: os.abort()\n"
+        "start = sessions._session\n"
+        "sessions._session = lambda ort, path, *more: os.abort() if 'big' in str(path) else start(ort, path, *more)\n"
         "from hyperclone_onnx.entry import main; main()"
     )
     arguments = ["expand", str(small), "--factor", "2", "-o", str(out), "--device", "cpu"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from hyperclone_onnx.commands.guard import guarded
-from hyperclone_onnx.commands.options import json_option, model_path, no_validate_option
+from hyperclone_onnx.commands.options import dim_option, inputs_option, json_option, model_path, no_validate_option
 from hyperclone_onnx.commands.printing import print_json, printing
 
 
@@ -17,9 +17,19 @@ from hyperclone_onnx.commands.printing import print_json, printing
 @click.argument("weights", type=model_path)
 @click.option("-o", "--output", required=True, type=model_path, help="The file to write, e.g. trained.onnx.")
 @no_validate_option
+@inputs_option("MODEL, or of the model that it was grown from,")
+@dim_option
 @json_option
 @guarded
-def absorb(model: Path, weights: Path, output: Path, no_validate: bool, as_json: bool) -> None:
+def absorb(
+    model: Path,
+    weights: Path,
+    output: Path,
+    no_validate: bool,
+    inputs: Path | None,
+    dims: dict[str, int],
+    as_json: bool,
+) -> None:
     """Write MODEL anew with trained WEIGHTS.
 
     WEIGHTS is a state_dict in safetensors (sharded ones with their index too), an .npz file, a folder of
@@ -27,7 +37,7 @@ def absorb(model: Path, weights: Path, output: Path, no_validate: bool, as_json:
     """
     from hyperclone_onnx.frameworks.absorb import absorb as run
 
-    result = run(model, weights, output, check=not no_validate)
+    result = run(model, weights, output, check=not no_validate, inputs=inputs, dims=dims)
     with printing():
         if as_json:
             print_json(asdict(result))

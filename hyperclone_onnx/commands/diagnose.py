@@ -10,7 +10,14 @@ import click
 from click.core import ParameterSource
 
 from hyperclone_onnx.commands.guard import guarded
-from hyperclone_onnx.commands.options import device_option, json_option, model_path, seed_option
+from hyperclone_onnx.commands.options import (
+    device_option,
+    dim_option,
+    inputs_option,
+    json_option,
+    model_path,
+    seed_option,
+)
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress
 
 
@@ -18,7 +25,8 @@ from hyperclone_onnx.commands.printing import console, print_json, printing, pro
 @click.argument("model", type=model_path)
 @click.option("--source", type=model_path, help="The small model's file: ranks are then compared with its own.")
 @click.option("--plan", type=model_path, help="The file of expand --plan-out, where MODEL carries no plan any more.")
-@click.option("--inputs", type=model_path, help="An .npz file of MODEL's inputs by name, instead of random ones.")
+@inputs_option("MODEL, or of the model that it was grown from,")
+@dim_option
 @click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Of random inputs.")
 @click.option(
     "--length", type=click.IntRange(min=1), default=32, show_default=True, help="Of random inputs, in tokens."
@@ -38,6 +46,7 @@ def diagnose(
     source: Path | None,
     plan: Path | None,
     inputs: Path | None,
+    dims: dict[str, int],
     batch: int,
     length: int,
     seed: int,
@@ -71,6 +80,7 @@ def diagnose(
             not no_activations,
             plan=plan,
             inputs=inputs,
+            dims=dims,
             lengths=(batch, length) if sized else None,
             seed=seed,
             ranks=not no_ranks,

@@ -10,7 +10,9 @@ import click
 from hyperclone_onnx.commands.guard import guarded
 from hyperclone_onnx.commands.options import (
     device_option,
+    dim_option,
     finite,
+    inputs_option,
     json_option,
     model_path,
     parse_requests,
@@ -67,6 +69,8 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRAT
 @device_option
 @validate_option("validation", "full", "algebraic", "none")
 @click.option("--no-validate", is_flag=True, help="The same as --validate none.")
+@inputs_option("MODEL")
+@dim_option
 @click.option(
     "--precision",
     type=click.Choice(["stored", "float64"]),
@@ -99,6 +103,8 @@ def expand(
     device: Any,
     validation: str | None,
     no_validate: bool,
+    inputs: Path | None,
+    dims: dict[str, int],
     precision: Any,
     plan_out: Path | None,
     plan_only: bool,
@@ -122,6 +128,8 @@ def expand(
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
     if model.is_dir() and plan_out is not None:
         raise click.UsageError("--plan-out is for one model; each grown file carries its plan in its metadata")
+    if model.is_dir() and inputs is not None:
+        raise click.UsageError("--inputs is for one model; the files of a folder have inputs of their own")
     if plan_only and (model.is_dir() or output is not None):
         raise click.UsageError("--plan-only plans one model and writes no other: give a file, and no -o")
 
@@ -141,6 +149,8 @@ def expand(
         "precision": precision,
         "max_shard_size": max_shard_size,
         "workers": workers,
+        "inputs": inputs,
+        "dims": dims,
     }
     if model.is_dir():
         _expand_folder(model, output, exclude, growth | how, as_json)

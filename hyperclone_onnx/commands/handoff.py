@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from hyperclone_onnx.commands.guard import guarded
-from hyperclone_onnx.commands.options import json_option, model_path, no_validate_option, shard_size_option
+from hyperclone_onnx.commands.options import (
+    dim_option,
+    inputs_option,
+    json_option,
+    model_path,
+    no_validate_option,
+    shard_size_option,
+)
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress, warn
 from hyperclone_onnx.frameworks.targets import TARGETS
 
@@ -31,6 +38,8 @@ from hyperclone_onnx.frameworks.targets import TARGETS
 @click.option("--train", multiple=True, metavar="GLOB", help="Tensors that are to be trained; stronger than --freeze.")
 @shard_size_option("Gigabytes in one safetensors file; more are spread over several.", default=5.0)
 @no_validate_option
+@inputs_option("MODEL, or of the model that it was grown from,")
+@dim_option
 @json_option
 @guarded
 def handoff(
@@ -45,6 +54,8 @@ def handoff(
     train: tuple[str, ...],
     max_shard_size: int,
     no_validate: bool,
+    inputs: Path | None,
+    dims: dict[str, int],
     as_json: bool,
 ) -> None:
     """Hand MODEL over to a trainer: list what it would train, or write a checkpoint (--to TARGET -o FOLDER).
@@ -73,6 +84,8 @@ def handoff(
             train=train,
             largest_file=max_shard_size,
             check=not no_validate,
+            inputs=inputs,
+            dims=dims,
             notify=notify,
         )
     warn(result.warning)

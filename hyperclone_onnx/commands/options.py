@@ -44,6 +44,37 @@ def validate_option(name: str, *modes: str) -> Decorator:
     return click.option("--validate", name, type=click.Choice(modes), help=_HOW_TO_VALIDATE)
 
 
+def parse_dims(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    """A callback that makes a number by name of texts such as ``sequence_length=64``."""
+    dims: dict[str, int] = {}
+    for text in values:
+        name, equals, number = text.rpartition("=")
+        if not equals or not name or not (number.isascii() and number.isdigit()):
+            raise click.BadParameter(f"{text!r}: write NAME=N, such as sequence_length=64, with N a whole number")
+        dims[name] = int(number)
+    return dims
+
+
+dim_option = click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    metavar="NAME=N",
+    callback=parse_dims,
+    help="Run the models with this number for a size that the inputs call so, such as sequence_length=64.",
+)
+
+
+def inputs_option(whose: str) -> Decorator:
+    """``--inputs``: a path with inputs of a model."""
+    return click.option(
+        "--inputs",
+        type=model_path,
+        help=f"Run the models on these inputs of {whose} instead of random ones: an .npz file, a folder of .npy files, "
+        "or ONNX's test data (a folder of input_0.pb and so on, or of test_data_set_*).",
+    )
+
+
 def seed_option(what: str) -> Decorator:
     """``--seed``, which draws something."""
     return click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help=f"Draws {what}.")

@@ -10,6 +10,8 @@ import click
 from hyperclone_onnx.commands.guard import guarded
 from hyperclone_onnx.commands.options import (
     device_option,
+    dim_option,
+    inputs_option,
     json_option,
     model_path,
     seed_option,
@@ -25,15 +27,27 @@ from hyperclone_onnx.commands.printing import console, print_json, printing
 @device_option
 @validate_option("mode", "full", "algebraic")
 @seed_option("the inputs")
+@inputs_option("SMALL")
+@dim_option
 @workers_option
 @json_option
 @guarded
-def validate(small: Path, big: Path, device: Any, mode: Any, seed: int, workers: int | None, as_json: bool) -> None:
+def validate(
+    small: Path,
+    big: Path,
+    device: Any,
+    mode: Any,
+    seed: int,
+    inputs: Path | None,
+    dims: dict[str, int],
+    workers: int | None,
+    as_json: bool,
+) -> None:
     """Check that BIG, as it is stored, computes what SMALL computes (exit 1 when it does not)."""
     from hyperclone_onnx.expansion import validate_files
     from hyperclone_onnx.reports.validation import print_validation
 
-    result = validate_files(small, big, device, seed, mode or "auto", workers)
+    result = validate_files(small, big, device, seed, mode or "auto", workers, inputs=inputs, dims=dims)
     with printing():
         print_json(result.to_json()) if as_json else print_validation(console(), result)
     if not result.equal:

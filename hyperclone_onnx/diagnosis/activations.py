@@ -9,9 +9,8 @@ a value is that of `distance.py`, over all its rows and places together. A run r
 from __future__ import annotations
 
 import math
-import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +23,15 @@ from hyperclone_onnx.analysis.analysing import Analysis
 from hyperclone_onnx.analysis.walk import infer, pin_interface
 from hyperclone_onnx.diagnosis.distance import Array, Spread, joint, spread_along
 from hyperclone_onnx.diagnosis.value_axes import Factor, ValueAxes
-from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.plan.edits import TakeBranch
 from hyperclone_onnx.plan.maps import grown_size, presented
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.rewriting.rewriting import rewrite
-from hyperclone_onnx.validation import feeds as inputs
+from hyperclone_onnx.validation.inputs.cases import in_float32
+from hyperclone_onnx.validation.inputs.search import NoInputs, Outputs, Wishes, find_inputs
+from hyperclone_onnx.validation.inputs.sizes import Row
 from hyperclone_onnx.validation.sessions import Device, Runner
 from hyperclone_onnx.validation.unrounded import unrounded
 from hyperclone_onnx.validation.wide import save_wide
@@ -91,27 +92,6 @@ def measured_values(analysis: Analysis, axes: ValueAxes) -> dict[ir.Value, list[
     return measured
 
 
-def samples(
-    analysis: Analysis,
-    plan: Plan,
-    seed: int = 0,
-    lengths: tuple[int, int] | None = None,
-) -> Iterator[inputs.Case]:
-    """Random inputs to try, in order: of the given lengths, or else first of moderate and then of short lengths.
-
-    Where an input grew, the clones in it are equal.
-
-    Args:
-        analysis: the analysis of the grown model.
-        plan: its plan.
-        seed: the seed of the inputs.
-        lengths: the batch size and the sequence length.
-    """
-    cases = inputs.cases(analysis.dimensions, seed, lengths=[lengths or DEFAULT_LENGTHS])
-    for case in cases if lengths else (*cases, *inputs.cases(analysis.dimensions, seed)):
-        yield inputs.Case(case.label, alike(case.feeds, plan))
-
-
 def alike(feeds: Mapping[str, Array], plan: Plan) -> dict[str, Array]:
     """The inputs with equal clones: where an input grew, all clones of a unit get the values of its first clone."""
     result = dict(feeds)
@@ -127,46 +107,25 @@ def alike(feeds: Mapping[str, Array], plan: Plan) -> dict[str, Array]:
     return result
 
 
-def given_inputs(path: str | os.PathLike[str], model: ir.Model) -> inputs.Case:
-    """The inputs in an .npz file, by name, converted to the types of the model's inputs.
-
-    Raises:
-        BadRequest: the file cannot be read, or lacks an input of the model.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            feeds = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, AttributeError) as problem:
-        raise BadRequest(
-            f"--inputs {path}: not a readable .npz file ({type(problem).__name__}: {problem})"
-        ) from problem
-    model_inputs = {value.name or "": value for value in model.graph.inputs}
-    missing = sorted(set(model_inputs) - set(feeds))
-    if missing:
-        raise BadRequest(
-            f"--inputs {path}: it lacks {', '.join(map(repr, missing))}; the model's inputs are "
-            f"{', '.join(map(repr, model_inputs))}"
-        )
-    arrays: dict[str, Array] = {}
-    for name, value in model_inputs.items():
-        array = feeds[name]
-        arrays[name] = array if value.dtype is None else array.astype(value.dtype.numpy())
-    return inputs.Case(f"{path}", arrays)
-
-
 def measure(
     analysis: Analysis,
+    plan: Plan,
     values: Mapping[ir.Value, list[list[Factor]]],
-    cases: Iterable[inputs.Case],
+    wishes: Wishes,
+    lengths: tuple[int, int] | None = None,
     device: Device = "auto",
     widened: bool = False,
 ) -> tuple[list[ValueSpread], str]:
     """Run the model on the first inputs on which it can run, and compare the clones in each value.
 
+    Where inputs are made, what grew on the interface holds clones that are alike.
+
     Args:
         analysis: the analysis of the grown model.
+        plan: its plan.
         values: the values to compare, with the factors of their axes.
-        cases: the inputs to try, in order.
+        wishes: what the user says of the inputs.
+        lengths: the batch size and the sequence length. By default moderate lengths are tried first, then short ones.
         device: the device on which the model runs.
         widened: run the model in float32, and without rounding activations to codes, from a temporary file.
 
@@ -177,27 +136,29 @@ def measure(
         Refused: the model runs on none of the inputs.
         BadRequest: the device is not available.
     """
-    refusal = "no inputs could be made for it"
-    for case in cases:
-        spreads: list[ValueSpread] = []
-        provider = ""
-        try:
-            for batch in _batches(values, case):
-                with _runner(analysis, batch, device, widened) as runner:
-                    provider = runner.provider
-                    results = runner.run(inputs.in_float32(case.feeds) if widened else case.feeds)
-                for value in batch:
-                    spread = spread_of(results.pop(value.name or ""), values[value])
-                    if spread is not None:
-                        dims = (name for axis in values[value] for factor in axis for name in factor.dims)
-                        spreads.append(ValueSpread(value, tuple(dict.fromkeys(dims)), spread))
-            return spreads, f"{provider}{' in float32' if widened else ''}, {case.label}"
-        except RuntimeError as problem:
-            refusal = f"{case.label}: {problem}"
-    raise Refused(
-        f"{analysis.path}: it runs on none of the inputs made for it ({refusal}); give some with --inputs FILE.npz, or "
-        "leave out activations with --no-activations"
-    )
+    spreads: list[ValueSpread] = []
+    providers: list[str] = []
+
+    def run(feeds: Mapping[str, Array]) -> Outputs:
+        made = dict(feeds) if wishes.given else alike(feeds, plan)
+        spreads.clear()
+        for batch in _batches(values, made):
+            with _runner(analysis, batch, device, widened) as runner:
+                providers.append(runner.provider)
+                got = runner.run(in_float32(made) if widened else made)
+            for value in batch:
+                spread = spread_of(got.pop(value.name or ""), values[value])
+                if spread is not None:
+                    dims = (name for axis in values[value] for factor in axis for name in factor.dims)
+                    spreads.append(ValueSpread(value, tuple(dict.fromkeys(dims)), spread))
+        return {}
+
+    first = [Row((batch, *[length] * 8), empty_cache=True) for batch, length in [lengths or DEFAULT_LENGTHS]]
+    try:
+        (accepted,) = find_inputs(analysis.dimensions, run, wishes, 1, first, others=lengths is None)
+    except NoInputs as problem:
+        raise Refused(f"{analysis.path}: {problem}; or leave out activations with --no-activations") from problem
+    return spreads, f"{providers[-1]}{' in float32' if widened else ''}, {accepted.case.label}"
 
 
 def spread_of(array: Array, factors: list[list[Factor]]) -> Spread | None:
@@ -220,9 +181,9 @@ def spread_of(array: Array, factors: list[list[Factor]]) -> Spread | None:
     return spread_along(grown_last.reshape(-1, len(units)), units)
 
 
-def _batches(values: Mapping[ir.Value, Any], case: inputs.Case) -> list[list[ir.Value]]:
+def _batches(values: Mapping[ir.Value, Any], feeds: Mapping[str, Array]) -> list[list[ir.Value]]:
     """Divide the values into batches whose estimated sizes are within the budget."""
-    tokens = max((array.size for array in case.feeds.values() if array.dtype.kind in "iu"), default=1024)
+    tokens = max((array.size for array in feeds.values() if array.dtype.kind in "iu"), default=1024)
     batches: list[list[ir.Value]] = [[]]
     used = 0
     for value, factors in values.items():

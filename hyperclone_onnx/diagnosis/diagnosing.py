@@ -22,6 +22,7 @@ from hyperclone_onnx.planning.activations import activations as activations_of
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.validation.sessions import Device
 
 PathLike = str | os.PathLike[str]
@@ -33,7 +34,8 @@ def diagnose(
     activations: bool = True,
     *,
     plan: PathLike | Plan | None = None,
-    inputs: PathLike | None = None,
+    inputs: Inputs | None = None,
+    dims: Mapping[str, int] | None = None,
     lengths: tuple[int, int] | None = None,
     seed: int = 0,
     ranks: bool = True,
@@ -48,7 +50,8 @@ def diagnose(
         activations: whether to run the model. Otherwise only the weights are compared.
         plan: the plan by which the model was grown, if the file does not contain it: a plan, or the file that
             ``expand --plan-out`` wrote.
-        inputs: an .npz file with the model's inputs by name. By default the inputs are random.
+        inputs: inputs of the model, or of its source (see `validation.inputs.given`). By default they are random.
+        dims: numbers for symbolic sizes of random inputs, by name.
         lengths: the batch size and the sequence length of random inputs.
         seed: the seed of random inputs.
         ranks: whether to compute effective ranks. For a large model they take most of the time.
@@ -81,7 +84,7 @@ def diagnose(
     measured = Measured()
     if analysis is not None:
         say("running")
-        measured = compare_values(analysis, plan_used, layers, Sampling(inputs, lengths, seed, device), planned)
+        measured = compare_values(analysis, plan_used, layers, Sampling(inputs, lengths, seed, device, dims), planned)
     tied = lasting(tensors)
     by_layer = _by_layer(layers.names, tensors, measured, tied)
     by_role = _by_role({name: dim.role for name, dim in plan_used.dims.items()}, tensors, measured, tied)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -18,10 +19,11 @@ from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.activations import Activations
+from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
+from hyperclone_onnx.validation.judging import WIDEST
 from hyperclone_onnx.validation.sessions import Device
 from hyperclone_onnx.validation.tolerance import HALVES, computed_type, tolerance_of
 from hyperclone_onnx.validation.unrounded import Unsupported, rounds, unrounded
-from hyperclone_onnx.validation.validating import WIDEST
 
 PathLike = str | os.PathLike[str]
 
@@ -30,12 +32,14 @@ PathLike = str | os.PathLike[str]
 class Sampling:
     """The inputs and the device of a run."""
 
-    inputs: PathLike | None = None
-    """An .npz file; None for random inputs."""
+    inputs: Inputs | None = None
+    """Inputs of the user's own, or a path that holds them; None for random inputs."""
     lengths: tuple[int, int] | None = None
     """The batch size and the sequence length of random inputs."""
     seed: int = 0
     device: Device = "auto"
+    dims: Mapping[str, int] | None = None
+    """Numbers for symbolic sizes of random inputs, by name."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,9 @@ def _compare_values(
     if not measured:
         notes.append("no activation was compared: all values that have clones are inside the bodies of Loop or Scan")
         return Measured(notes=tuple(notes))
-    given = None if sampling.inputs is None else runs.given_inputs(sampling.inputs, flat.model)
-    cases = [given] if given is not None else list(runs.samples(flat, plan, sampling.seed, sampling.lengths))
-    if given is not None:
+    wishes = wishes_of(flat.model, sampling.inputs, sampling.dims, sampling.seed, plan)
+    wishes = replace(wishes, given=wishes.given[:1])
+    for given in wishes.given:
         equal = runs.alike(given.feeds, plan)
         differing = [
             name for name, array in given.feeds.items() if not np.array_equal(array, equal[name], equal_nan=True)
@@ -102,12 +106,12 @@ def _compare_values(
             )
     widened, notes_on_width = _widened(flat)
     try:
-        spreads, ran_on = runs.measure(flat, measured, cases, sampling.device, widened)
+        spreads, ran_on = runs.measure(flat, plan, measured, wishes, sampling.lengths, sampling.device, widened)
     except Refused as problem:
         if not widened:
             raise
         widened, notes_on_width = False, [f"activations are compared with the rounding of the model itself: {problem}"]
-        spreads, ran_on = runs.measure(flat, measured, cases, sampling.device)
+        spreads, ran_on = runs.measure(flat, plan, measured, wishes, sampling.lengths, sampling.device)
     notes += notes_on_width
     tolerance, _ = tolerance_of(flat.dimensions, None, None, ir.DataType.FLOAT if widened else None)
     values = []

@@ -23,6 +23,7 @@ from hyperclone_onnx.frameworks.compiling.program import Weight
 from hyperclone_onnx.frameworks.parity import check_parity
 from hyperclone_onnx.publishing.publication import check_output, publication
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.writing import onnx_files as writer
 from hyperclone_onnx.writing.onnx_files import needs_data_file
 
@@ -53,6 +54,8 @@ def absorb(
     output: str | os.PathLike[str],
     *,
     check: bool = True,
+    inputs: Inputs | None = None,
+    dims: Mapping[str, int] | None = None,
 ) -> Absorption:
     """Write a copy of a model file in which trained weights replace the stored ones.
 
@@ -66,6 +69,8 @@ def absorb(
             without that prefix are ignored.
         output: the file to write. It appears only after all checks have passed.
         check: whether to compare ONNX Runtime with a framework on the written file.
+        inputs: inputs to compare on, the file's or its source's (see `validation.inputs.given`); random by default.
+        dims: numbers for symbolic sizes of random inputs, by name.
 
     Raises:
         BadModel: a file cannot be read.
@@ -99,7 +104,7 @@ def absorb(
         except Exception as problem:
             raise _cause(problem) from problem
         result = Absorption(sorted(by_initializer), missing, dict(casts))
-        return replace(result, validated_by=check_parity(written)) if check else result
+        return replace(result, validated_by=check_parity(written, None, inputs, dims)) if check else result
 
 
 def _found(checkpoint: Path, floating: list[Weight]) -> Given:

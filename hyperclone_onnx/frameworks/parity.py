@@ -15,7 +15,10 @@ from hyperclone_onnx.errors import ModelsDiffer, Refused
 from hyperclone_onnx.frameworks.compiled_model import compile_model
 from hyperclone_onnx.frameworks.compiling.naming import nested
 from hyperclone_onnx.frameworks.compiling.program import Program
-from hyperclone_onnx.validation.feeds import cases
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
+from hyperclone_onnx.validation.inputs.search import NoInputs, find_inputs
 from hyperclone_onnx.validation.sessions import Runner
 from hyperclone_onnx.validation.tolerance import tolerance_of
 
@@ -27,40 +30,45 @@ TOLERANCE = 1e-4
 """The largest difference that we allow in float32, divided by the largest absolute element of the output."""
 
 
-def check_parity(path: Path, weights: Weights | None = None) -> str:
-    """Run a model file in ONNX Runtime and in a framework on the same random inputs, and compare the outputs.
+def check_parity(
+    path: Path, weights: Weights | None = None, inputs: Inputs | None = None, dims: Mapping[str, int] | None = None
+) -> str:
+    """Run a model file in ONNX Runtime and in a framework on the same inputs, and compare the outputs.
 
     The framework is PyTorch if it is installed, else JAX.
 
     Args:
         path: the model file.
         weights: parameters that the framework uses instead of those in the file; None to use the file's.
+        inputs: inputs to compare on, the file's or its source's (see `validation.inputs.given`); random by default.
+        dims: numbers for symbolic sizes of random inputs, by name.
 
     Returns:
         The name of the framework: "PyTorch" or "JAX".
 
     Raises:
         ModelsDiffer: an output differs by more than the tolerance.
-        Refused: ONNX Runtime rejects all our random inputs.
+        Refused: ONNX Runtime rejects all inputs.
     """
     name, run = _framework_runner(path, weights)
     runner = Runner(path, "cpu")
-    dimensions = analyse(path).dimensions
+    analysis = analyse(path)
+    dimensions = analysis.dimensions
     tolerance = max(TOLERANCE, tolerance_of(dimensions, None, None)[0])
-    for case in cases(dimensions):
-        try:
-            reference = runner.run(case.feeds)
-        except RuntimeError:
-            continue  # the model does not accept these lengths
-        outputs = run(case.feeds)
-        for output, expected in reference.items():
+    wishes = wishes_of(analysis.model, inputs, dims, plan=Plan.carried_by(loading.load(path).metadata_props))
+    try:
+        accepted = find_inputs(dimensions, runner.run, wishes, wanted=1)
+    except NoInputs as problem:
+        raise Refused(f"{path}: {problem}") from problem
+    for ran in accepted:
+        outputs = run(ran.case.feeds)
+        for output, expected in ran.outputs.items():
             array = outputs[output]
             scale = float(np.abs(expected).max(initial=0.0)) or 1.0
             error = float(np.abs(array.astype(np.float64) - expected).max(initial=0.0)) / scale
             if array.shape != expected.shape or not error <= tolerance:
-                raise ModelsDiffer(f"ONNX Runtime and {name} disagree on {output!r} by {error:.1e} ({case.label})")
-        return name
-    raise Refused("ONNX Runtime accepts none of our random inputs: the model cannot be validated")
+                raise ModelsDiffer(f"ONNX Runtime and {name} disagree on {output!r} by {error:.1e} ({ran.case.label})")
+    return name
 
 
 def _framework_runner(

@@ -77,9 +77,9 @@ def cut_off(model: ir.Model, name: str) -> ir.Model:
     return short
 
 
-def repeated(array: Array, cut: Cut, maps: Maps) -> Array:
-    """The cut's value as the grown graph has it inside."""
-    for axis, factors in enumerate(cut.axes):
+def repeated(array: Array, axes: ValueAxes, maps: Maps) -> Array:
+    """A value as the grown graph has it inside."""
+    for axis, factors in enumerate(axes):
         if factors is not None:
             array = np.take(array, index_axis([(factor, False) for factor in factors], maps).source, axis=axis)
     return array

@@ -14,6 +14,9 @@ from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.stored_rows import StoredRows
 from hyperclone_onnx.writing.streaming import CHUNK
 
+MASK = 1 << 26
+"""No mask has more elements than this."""
+
 
 def not_finite(model: ir.Model, workers: int | None = None) -> dict[str, int]:
     """How many elements of each stored tensor are infinite or not a number; tensors without any are left out.
@@ -25,15 +28,32 @@ def not_finite(model: ir.Model, workers: int | None = None) -> dict[str, int]:
         for name, value in model.graph.initializers.items()
         if value.const_value is not None and _is_of_numbers(value.const_value.dtype)
     }
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
 
     def counter() -> Callable[[str], tuple[str, int]]:
         scratch = Scratch()
         return lambda name: (name, _count(tensors[name], scratch))
 
     size = sum(each.nbytes for each in tensors.values())
-    share_out(counter, list(tensors), workers_for(size, workers), lambda each: found.update([each]))
-    return {name: found[name] for name in tensors if found[name]}
+    share_out(counter, list(tensors), workers_for(size, workers), lambda counted: counts.update([counted]))
+    return {name: counts[name] for name in tensors if counts[name] and not _is_mask(tensors[name])}
+
+
+def _is_mask(tensor: ir.TensorProtocol) -> bool:
+    """Whether a tensor is the constant of a mask: nothing but zeros and minus infinity, or one number."""
+    if tensor.size > MASK:
+        return False
+    numbers = np.asarray(tensor.numpy()).astype(np.float32)
+    return tensor.size == 1 or bool(np.isin(numbers, [0.0, -np.inf]).all())
+
+
+def named_not_finite(model: ir.Model, workers: int | None = None) -> str:
+    """The weights that are infinite or not a number, in words; empty where there are none."""
+    counts = not_finite(model, workers)
+    if not counts:
+        return ""
+    first, *rest = [f"{name} ({count} elements)" for name, count in counts.items()]
+    return f"{first}{f' and {len(rest)} more tensors' if rest else ''}"
 
 
 def _is_of_numbers(dtype: ir.DataType) -> bool:

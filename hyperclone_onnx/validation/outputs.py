@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from hyperclone_onnx.rules.dimensions import Dimensions
 
 Array = npt.NDArray[Any]
 
-NOTHING_COMPARED = "nothing was compared"
+NOTHING_COMPARED = "nothing was compared: the source gives no number"
+
+NOT_IDENTICAL = "values that must be identical differ"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,15 @@ class OutputReport:
     top1_agreement: float | None = None
     kl_divergence: float | None = None
     problem: str = ""
+    silent: bool = False
+    """Whether the source gives no number here, so that nothing was compared."""
+    noise: float | None = None
+    """How far the source itself moves when its rounding changes, as a part of the output's largest element; None where
+    that was not measured."""
+    excess: float | None = None
+    """The largest difference in units of what that noise allows at its place; None where it was not measured."""
+    note: str = ""
+    """Why a difference is none."""
 
     def joined(self, other: OutputReport) -> OutputReport:
         """Both reports of one output as one: the larger errors, the lower agreement, the later problem."""
@@ -38,16 +50,24 @@ class OutputReport:
             min(agreements, default=None),
             max(divergences, default=None),
             other.problem or self.problem,
+            self.silent and other.silent,
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data; what was not looked at is left out."""
+        data = asdict(self)
+        unseen = {"silent": False, "noise": None, "excess": None, "note": ""}
+        return {name: value for name, value in data.items() if name not in unseen or value != unseen[name]}
+
     def problem_beyond(self, tolerance: float) -> str:
-        """Why this output differs, empty where it is equal within the tolerance."""
-        if self.problem or self.max_relative <= tolerance:
+        """Why this output differs, empty where it is equal within the tolerance or within the source's own noise."""
+        if self.problem or self.max_relative <= tolerance or (self.excess is not None and self.excess <= 1.0):
             return self.problem
-        return f"relative error {self.max_relative:.1e} > {tolerance:.1e}"
+        noise = "" if self.noise is None else f"; the source itself moves by {self.noise:.1e}"
+        return f"relative error {self.max_relative:.1e} > {tolerance:.1e}{noise}"
 
 
-def joined_by_name(reports: list[OutputReport]) -> tuple[OutputReport, ...]:
+def joined_by_name(reports: Iterable[OutputReport]) -> tuple[OutputReport, ...]:
     """One report for each output, in order of first appearance."""
     by_name: dict[str, OutputReport] = {}
     for report in reports:
@@ -72,16 +92,15 @@ def compare(name: str, want: Array, got: Array | None, *, logits: bool = False, 
         want = tile_to(want, got.shape)
     if want.shape != got.shape:
         return OutputReport(name, problem=f"shape {got.shape}, expected {want.shape}")
-    if want.dtype.kind in "iub" and want.dtype == got.dtype:
-        return OutputReport(name, problem="" if np.array_equal(want, got) else "values that must be identical differ")
+    if want.dtype.kind in "iubSUO" and want.dtype == got.dtype:
+        return OutputReport(name, problem="" if np.array_equal(want, got) else NOT_IDENTICAL)
     a, b = np.asarray(want, dtype=np.float64), np.asarray(got, dtype=np.float64)
     finite = np.isfinite(a)
     if not (np.array_equal(finite, np.isfinite(b)) and np.array_equal(a[~finite], b[~finite], equal_nan=True)):
         return OutputReport(name, problem="infinite, or not a number, in other places than the source's")
     error = np.abs(a[finite] - b[finite])
     if error.size == 0:
-        silent = f"{NOTHING_COMPARED}: the source gives no number" if np.isnan(a).any() else ""
-        return OutputReport(name, problem=silent)
+        return OutputReport(name, silent=bool(np.isnan(a).any()))
     largest = float(np.abs(a[finite]).max())
     return OutputReport(
         name,

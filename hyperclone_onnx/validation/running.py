@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.maps import Maps
 from hyperclone_onnx.plan.plans import Interface, Plan
 from hyperclone_onnx.rules.dimensions import Dimensions
-from hyperclone_onnx.validation import feeds as inputs
 from hyperclone_onnx.validation.first_blocks import Cut, repeated
+from hyperclone_onnx.validation.inputs.cases import Feeds, grown, in_float32
+from hyperclone_onnx.validation.inputs.search import Accepted, Wishes, find_inputs
 from hyperclone_onnx.validation.outputs import OutputReport, compare, joined_by_name, logits_outputs, tile_to
-from hyperclone_onnx.validation.sessions import Device
+from hyperclone_onnx.validation.sessions import Device, Runner
+from hyperclone_onnx.validation.wide import save_wide
+from hyperclone_onnx.writing import onnx_files as writer
 
 Array = npt.NDArray[Any]
-Run = Callable[[Mapping[str, Array]], dict[str, Array]]
-
-MOST_CASES = 3
-"""The source is not run on more input sets than these."""
+Outputs = dict[str, Array]
+Run = Callable[[Mapping[str, Array]], Outputs]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,50 @@ class Started:
 
 Start = Callable[[], Started]
 
+MOST_INSIDE = 1 << 30
+"""Bytes of weights that a model which is started in memory may hold itself."""
+
+
+def start_file(path: str | os.PathLike[str], device: Device, weights: int) -> Start:
+    """Starts a model file as it is."""
+
+    def start() -> Started:
+        runner = Runner(path, device, isolated=True, weights=weights)
+        return Started(runner.run, runner.provider)
+
+    return start
+
+
+def start_in_memory(model: ir.Model, device: Device) -> Start | None:
+    """Starts a model without writing it, its data where it lies; None where that is not one folder, or too large."""
+    stored = [value.const_value for value in model.graph.initializers.values()]
+    folders = {Path(tensor.base_dir).resolve() for tensor in stored if isinstance(tensor, ir.ExternalTensor)}
+    inside = sum(t.nbytes for t in stored if t is not None and not isinstance(t, ir.ExternalTensor))
+    if len(folders) > 1 or inside > MOST_INSIDE:
+        return None
+
+    def start() -> Started:
+        message = ir.to_proto(model).SerializeToString()
+        place = next(iter(folders), Path.cwd()) / "model.onnx"
+        runner = Runner(place, device, graph=message, isolated=True, weights=weight_bytes(model))
+        return Started(runner.run, runner.provider)
+
+    return start
+
+
+def start_copy(model: ir.Model, path: Path, device: Device, wide: bool = False) -> Start:
+    """Starts a model that is written to a temporary file first; `wide` with all its narrower floats in float32."""
+
+    def start() -> Started:
+        if wide:
+            save_wide(model, path, ir.DataType.FLOAT)
+        else:
+            writer.save(model, path, external=True)
+        runner = Runner(path, device, isolated=True, weights=(2 if wide else 1) * weight_bytes(model))
+        return Started((lambda fed: runner.run(in_float32(fed))) if wide else runner.run, runner.provider)
+
+    return start
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -47,7 +93,7 @@ class Pair:
     grown: ir.Model
     plan: Plan | None
     device: Device = "auto"
-    seed: int = 0
+    wishes: Wishes = field(default_factory=Wishes)
 
     @property
     def source(self) -> ir.Model:
@@ -70,69 +116,97 @@ class Pair:
             return (), ()
         return self.plan.inputs, self.plan.outputs
 
-    def feeds_of_grown(self, feeds: inputs.Feeds) -> inputs.Feeds:
+    def feeds_of_grown(self, feeds: Feeds) -> Feeds:
         """The source's inputs as the grown model takes them; without a plan its declared shapes tell how."""
-        fed = inputs.grown(feeds, self.interfaces()[0], self.maps)
+        fed = grown(feeds, self.interfaces()[0], self.maps)
         if self.plan is not None:
             return fed
         shapes = {value.name or "": value.shape for value in self.grown.graph.inputs}
         return {name: tile_to(array, shapes.get(name)) for name, array in fed.items()}
 
-    def outputs_of_grown(self, outputs: Mapping[str, Array], cut: Cut | None) -> dict[str, Array]:
+    def outputs_of_grown(self, outputs: Mapping[str, Array], cut: Cut | None = None) -> Outputs:
         """The source's outputs as the grown model should give them."""
         if cut is not None:
-            return {name: repeated(array, cut, self.maps) for name, array in outputs.items()}
-        return inputs.grown(dict(outputs), self.interfaces()[1], self.maps)
+            return {name: repeated(array, cut.axes, self.maps) for name, array in outputs.items()}
+        return grown(outputs, self.interfaces()[1], self.maps)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the source gives on some input sets, and what ran it."""
+
+    sets: tuple[Accepted, ...]
+    by: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What tells the input sets apart."""
+        return tuple(accepted.case.label for accepted in self.sets)
+
+
+def run_source(pair: Pair, start: Start) -> Expected:
+    """Look for inputs on which the source runs.
+
+    Raises:
+        Refused: it cannot be loaded, or runs on none.
+    """
+    source = start()
+    return Expected(find_inputs(pair.dimensions, source.run, pair.wishes), source.by)
+
+
+def run_again(expected: Expected, start: Start) -> Expected:
+    """Run the source, or a copy of it, on the same inputs.
+
+    Raises:
+        Refused: it cannot be loaded.
+        RuntimeError: it does not run on them.
+    """
+    source = start()
+    sets = tuple(Accepted(accepted.case, source.run(accepted.case.feeds)) for accepted in expected.sets)
+    return Expected(sets, source.by)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the grown model should give on one input set, and what it gave."""
+
+    wanted: Outputs
+    got: Outputs
 
 
 @dataclass(frozen=True)
 class Ran:
-    """Both models were run: how their outputs compare, on which input sets, and what ran the source and the other."""
+    """How the outputs of a grown model compare, and what ran it."""
 
     outputs: tuple[OutputReport, ...]
-    cases: tuple[str, ...]
-    by: tuple[str, ...]
+    answers: tuple[Answer, ...]
+    by: str
 
 
-def compare_runs(pair: Pair, start_source: Start, start_grown: Start, cut: Cut | None = None) -> Ran:
-    """Run the source on some input sets, then the grown model; both are never in memory at once.
-
-    Raises:
-        Refused: the source runs on none of the inputs.
-    """
-    by, ran = _run_source(pair, start_source)
-    grown = start_grown()
+def run_grown(pair: Pair, expected: Expected, start: Start, cut: Cut | None = None) -> Ran:
+    """Run the grown model on the inputs on which the source ran; both are never in memory at once."""
+    model = start()
     logits = logits_outputs(pair.dimensions)
     reports: list[OutputReport] = []
-    for case, expected in ran:
-        wanted = pair.outputs_of_grown(expected, cut)
+    answers: list[Answer] = []
+    for accepted in expected.sets:
+        wanted = pair.outputs_of_grown(accepted.outputs, cut)
         try:
-            got = grown.run(pair.feeds_of_grown(case.feeds))
+            got = model.run(pair.feeds_of_grown(accepted.case.feeds))
         except RuntimeError as problem:
-            reports += [OutputReport(name, problem=f"the grown model does not run: {problem}") for name in expected]
+            reports += [OutputReport(name, problem=f"the grown model does not run: {problem}") for name in wanted]
             break
-        reports += [
-            compare(name, want, got.get(name), logits=name in logits, tile=pair.plan is None)
-            for name, want in wanted.items()
-        ]
-    return Ran(joined_by_name(reports), tuple(case.label for case, _ in ran), (by, grown.by))
+        answers.append(Answer(wanted, got))
+        reports += compare_answer(pair, answers[-1], logits)
+    return Ran(joined_by_name(reports), tuple(answers), model.by)
 
 
-def _run_source(pair: Pair, start: Start) -> tuple[str, list[tuple[inputs.Case, dict[str, Array]]]]:
-    """What the source gives on the input sets on which it runs."""
-    source = start()
-    ran: list[tuple[inputs.Case, dict[str, Array]]] = []
-    refusal = "no inputs could be made"
-    for case in inputs.cases(pair.dimensions, pair.seed):
-        try:
-            ran.append((case, source.run(case.feeds)))
-        except RuntimeError as problem:
-            refusal = f"{case.label}: {problem}"
-        if len(ran) == MOST_CASES:
-            break
-    if not ran:
-        raise Refused(f"the source runs on none of the inputs made for it ({refusal}); --no-validate skips this")
-    return source.by, ran
+def compare_answer(pair: Pair, answer: Answer, logits: Sequence[str] | set[str] = ()) -> list[OutputReport]:
+    """Compare what the grown model gave on one input set with what it should give."""
+    return [
+        compare(name, want, answer.got.get(name), logits=name in logits, tile=pair.plan is None)
+        for name, want in answer.wanted.items()
+    ]
 
 
 def in_float64(run: Run) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hyperclone_onnx.errors import BadRequest, Refused, first_line
+from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.system import isolation
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Runner:
                 f"{path}: ONNX Runtime breaks down on it ({problem}); --no-validate grows a model without running it"
             ) from problem
         except Exception as problem:  # ONNX Runtime's exceptions share no base class
-            raise Refused(f"{path}: ONNX Runtime cannot load it ({first_line(problem, 300)})") from problem
+            raise Refused(f"{path}: ONNX Runtime cannot load it ({runtime_message(problem)})") from problem
         self.inputs = set(inputs)
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             raise BadRequest(
@@ -109,8 +110,26 @@ class Runner:
         except isolation.BrokenDown as problem:
             raise RuntimeError(f"ONNX Runtime breaks down on it: {problem}") from problem
         except Exception as problem:  # ONNX Runtime's exceptions share no base class
-            raise RuntimeError(first_line(problem, 300)) from problem
+            raise RuntimeError(runtime_message(problem)) from problem
         return {name: np.asarray(value) for name, value in zip(self.outputs, values, strict=True)}
+
+
+_STATUS = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_NODE = re.compile(r"Non-zero status code returned while running (\S+) node\. Name:'([^']*)' Status Message: ")
+_SOURCE_LINE = re.compile(r"(?:\S*onnxruntime\S*|/\S+)\.(?:cc|cu|cuh|h|hpp):\d+ (?:.*?(?: was false\. | failed\. ))?")
+LONGEST_MESSAGE = 300
+
+
+def runtime_message(problem: object) -> str:
+    r"""What ONNX Runtime says, in one line: the node and the reason, without codes and places in its own source.
+
+    >>> runtime_message("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Add "
+    ...     "node. Name:'/add' Status Message: /src/onnxruntime/core/x.h:5 void Init() largest was false. 7 by 9\n")
+    "Add '/add': 7 by 9"
+    """
+    text = " ".join(str(problem).split())
+    text = _SOURCE_LINE.sub("", _NODE.sub(r"\1 '\2': ", _STATUS.sub("", text))).strip()
+    return text[:LONGEST_MESSAGE] if text else type(problem).__name__
 
 
 def _has_cuda() -> bool:

@@ -152,6 +152,8 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
     if recipe is None:
         compared = _identical(_stored(source, name), stored)
         return _Checked(name, 0.0, shared=False, planned=False, sums=_added_up(compared, scratch))
+    for needed in recipe.sources:
+        _stored(source, needed)
     made = GrownTensor(assemble(recipe.origin, source), recipe, plan.maps, plan.strategy)
     if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
         return _Checked(name, 0.0, made.is_shared, planned=True, sums=_Sums(worst=math.inf))

@@ -26,19 +26,29 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
-from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.system.memory import free_memory
-from hyperclone_onnx.validation import feeds as inputs
-from hyperclone_onnx.validation.first_blocks import cut_off, find_cut
+from hyperclone_onnx.validation.first_blocks import Cut, cut_off, find_cut
 from hyperclone_onnx.validation.graph_check import check_graph
-from hyperclone_onnx.validation.outputs import OutputReport
-from hyperclone_onnx.validation.running import Pair, Ran, Start, Started, compare_runs, in_float64
-from hyperclone_onnx.validation.sessions import Device, Runner
+from hyperclone_onnx.validation.inputs.search import WAYS_OUT
+from hyperclone_onnx.validation.judging import AS_STORED, FLOAT32, WIDEST, Judge
+from hyperclone_onnx.validation.not_finite import named_not_finite
+from hyperclone_onnx.validation.outputs import NOT_IDENTICAL, NOTHING_COMPARED, OutputReport
+from hyperclone_onnx.validation.running import (
+    Expected,
+    Pair,
+    Start,
+    Started,
+    in_float64,
+    run_again,
+    run_grown,
+    run_source,
+    start_copy,
+    start_file,
+)
+from hyperclone_onnx.validation.sessions import Runner
 from hyperclone_onnx.validation.tensor_check import TensorReport, check_tensors
 from hyperclone_onnx.validation.tolerance import DOUBLE_TOLERANCE, HALVES, computed_type, tolerance_of
-from hyperclone_onnx.validation.unrounded import Unsupported, rounds, unrounded
-from hyperclone_onnx.validation.wide import save_wide
-from hyperclone_onnx.writing import onnx_files as writer
+from hyperclone_onnx.validation.unrounded import Unsupported, rounds
 
 Mode = Literal["auto", "full", "algebraic"]
 
@@ -48,8 +58,9 @@ ALGEBRAIC = "the tensors, and that the graph is what the plan makes of the sourc
 FEWEST = 1 << 30
 """First layers may always take this many bytes of weights, however little memory is free."""
 
-WIDEST = 4 << 30
-"""Coarse models with more bytes of weights than this are not compared in float32 as well."""
+
+class Silent(Refused):
+    """No output of the source is a number."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ class Validation:
     """Why that mode, and what it covers."""
     graph: tuple[str, ...] = ()
     """Where the grown graph is not what the plan makes of the source's."""
+    before: tuple[OutputReport, ...] = ()
+    """What outputs are made of that a saturating function squeezes."""
     preserves: bool = True
     """Whether the growth was to preserve the function. Where it was not, differences of numbers are only reported."""
 
@@ -84,7 +97,7 @@ class Validation:
         """What is not as it should be, a line for each; empty where the grown model may be published."""
         if self.preserves:
             return self.differences
-        reports = (*self.outputs, *(self.wide or ()), *(self.double or ()))
+        reports = (*self.outputs, *self.before, *(self.wide or ()), *(self.double or ()))
         broken = [f"output {report.name}: {report.problem}" for report in reports if report.problem]
         return [*(f"graph: {text}" for text in self.graph), *broken]
 
@@ -95,7 +108,7 @@ class Validation:
         return [
             *(f"tensor {text}" for text in (self.tensors.wrong if self.tensors else ())),
             *(f"graph: {text}" for text in self.graph),
-            *_problems(self.outputs, math.inf if steps else self.tolerance, ""),
+            *_problems((*self.outputs, *self.before), math.inf if steps else self.tolerance, ""),
             *_problems(self.wide or (), self.wide_tolerance, " in float32"),
             *_problems(self.double or (), DOUBLE_TOLERANCE, " in float64"),
         ]
@@ -117,6 +130,11 @@ class Validation:
     def to_json(self) -> dict[str, Any]:
         """The outcome as plain data."""
         data = asdict(self)
+        for side in ("outputs", "before", "wide", "double"):
+            if data[side] is not None:
+                data[side] = [report.to_json() for report in getattr(self, side)]
+        if not self.before:
+            del data["before"]
         if self.preserves:
             del data["preserves"]
         return {"equal": self.equal, "problems": self.problems, **data}
@@ -127,51 +145,49 @@ def _problems(outputs: Sequence[OutputReport], tolerance: float, where: str) -> 
     return [f"output {name}{where}: {problem}" for name, problem in problems if problem]
 
 
-def validate(
-    small: str | os.PathLike[str],
-    big: str | os.PathLike[str],
-    dimensions: Dimensions,
-    grown: ir.Model,
-    plan: Plan | None,
-    *,
-    device: Device = "auto",
-    seed: int = 0,
-    mode: Mode = "auto",
-    workers: int | None = None,
-) -> Validation:
-    """Compare two model files.
+@dataclass(frozen=True)
+class Prepared:
+    """How two models will be compared, and what the source gives: what is known before the larger one is written."""
+
+    mode: Literal["full", "algebraic", "first layers"]
+    scope: str
+    """Why that mode, and what it covers."""
+    expected: Expected | None = None
+    """What the source gives; None where it is not run, or only in float32."""
+    wide: Expected | None = None
+    """What it gives in float32, where it does not run in its own type."""
+    cut: Cut | None = None
+    """Where the first layers end."""
+    notes: tuple[str, ...] = ()
+
+
+def prepare(source: str | os.PathLike[str], pair: Pair, mode: Mode = "auto") -> Prepared:
+    """Choose how much is done, and run the source as far as that needs it.
 
     Args:
-        small: the source's file.
-        big: the grown model's file.
-        dimensions: what inference found of the source.
-        grown: the grown model as read from `big`.
-        plan: how it was grown; without it tensors are not compared, and axes that changed size are taken for
-            tiled.
-        device: where to run.
-        seed: of the random inputs.
-        mode: how much is done.
-        workers: processes that compare tensors; see `parallel.workers_for`.
+        source: the source's file.
+        pair: both models; the tensors of the grown one are not read.
+        mode: how much is asked for.
 
     Raises:
-        Refused: the source runs on none of the inputs that could be made for it.
+        Refused: the source cannot be loaded, runs on no inputs that could be made for it, or gives no number.
         BadRequest: the device is not to be had, or the mode is algebraic and there is no plan.
     """
-    if plan is None and mode == "algebraic":
-        raise BadRequest(f"{big} carries no plan, without which only outputs can be compared: --validate full")
-    pair = Pair(dimensions, grown, plan, device, seed)
-    tensors = check_tensors(pair.source, grown, plan, workers) if plan is not None else None
-    tolerance, reason = tolerance_of(dimensions, plan, tensors)
-    preserves = plan is None or plan.strategy.law.preserves
-    begun = Validation("", (), (), tensors, tolerance, reason, rounds=rounds(pair.source), preserves=preserves)
+    if pair.plan is None and mode == "algebraic":
+        raise BadRequest("the grown model carries no plan, without which only outputs can be compared: --validate full")
     fits, figures = _fits(pair)
-    if plan is None or mode == "full" or (mode == "auto" and fits):
-        return _full(replace(begun, scope="as asked" if mode == "full" else figures), pair, small, big)
-    checked = replace(begun, mode="algebraic", graph=tuple(check_graph(pair.source, grown, plan)))
-    if mode == "algebraic":
-        return replace(checked, scope=ALGEBRAIC)
-    checked = replace(checked, scope=figures)
-    return checked if checked.problems else _with_first_layers(checked, pair, plan, Path(big).parent)
+    try:
+        if pair.plan is None or mode == "full" or (mode == "auto" and fits):
+            return _prepare_full(source, pair, "as asked" if mode == "full" else figures)
+        if mode == "algebraic":
+            return Prepared("algebraic", ALGEBRAIC)
+        return _prepare_first_layers(pair, pair.plan, figures)
+    except Silent as problem:
+        unreal = named_not_finite(pair.source)
+        why = f": the weights of {unreal} are infinite or not a number" if unreal else ""
+        raise Refused(f"{source}: {problem}{why}; {WAYS_OUT}") from problem
+    except Refused as problem:
+        raise Refused(f"{source}: the source itself does not run: {problem}") from problem
 
 
 def _fits(pair: Pair) -> tuple[bool, str]:
@@ -184,109 +200,208 @@ def _fits(pair: Pair) -> tuple[bool, str]:
     return fits, f"both models {how} in free memory: {needed / 1e9:.1f} of {free / 1e9:.1f} GB"
 
 
+def _prepare_full(source: str | os.PathLike[str], pair: Pair, scope: str) -> Prepared:
+    try:
+        start = start_file(source, pair.device, weight_bytes(pair.source))
+        return Prepared("full", scope, _heard(run_source(pair, start)))
+    except Refused as problem:
+        if computed_type(pair.dimensions) not in HALVES or weight_bytes(pair.grown) > WIDEST:
+            raise
+        note = f"compared in float32 only: {problem}"
+    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+        start = FLOAT32.start(FLOAT32.copy(pair.source), Path(folder) / "source.onnx", pair.device)
+        return Prepared("full", scope, wide=_heard(run_source(pair, start)), notes=(note,))
+
+
+def _heard(expected: Expected) -> Expected:
+    """The same, if any output is a number.
+
+    Raises:
+        Silent: none is.
+    """
+    if not any(accepted.speaks for accepted in expected.sets):
+        raise Silent(f"no output is a number, so that nothing can be compared (on {'; '.join(expected.labels)})")
+    return expected
+
+
+def _prepare_first_layers(pair: Pair, plan: Plan, figures: str) -> Prepared:
+    budget = max(FEWEST, (free_memory() or 0) // 2)
+    cut = find_cut(pair.dimensions, pair.grown, plan, budget)
+    if cut is None:
+        note = f"no layer was run: its weights would take more than {budget / 1e9:.1f} GB"
+        return Prepared("algebraic", figures, notes=(note,))
+    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+        start = start_copy(cut_off(pair.source, cut.name), Path(folder) / "source.onnx", pair.device)
+        expected = _heard(run_source(pair, start))
+    scope = (
+        f"{figures}. Compared: every tensor; that the graph is what the plan makes of the source's; and "
+        f"{cut.name!r}, which the first {cut.nodes} of {len(pair.source.graph)} nodes make. The nodes behind it were "
+        "not run"
+    )
+    return Prepared("first layers", scope, expected, cut=cut)
+
+
+def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], workers: int | None = None) -> Validation:
+    """Compare a grown model, as it is stored, with its source.
+
+    Args:
+        prepared: what `prepare` made of the same pair.
+        pair: both models, the grown one as read from `big`.
+        big: the grown model's file.
+        workers: processes that compare tensors; see `parallel.workers_for`.
+
+    Raises:
+        Refused: ONNX Runtime cannot run the grown model, or nothing could be compared.
+    """
+    plan, source = pair.plan, pair.source
+    tensors = check_tensors(source, pair.grown, plan, workers) if plan is not None else None
+    tolerance, reason = tolerance_of(pair.dimensions, plan, tensors)
+    result = Validation(
+        "",
+        (),
+        (),
+        tensors,
+        tolerance,
+        reason,
+        rounds=rounds(source),
+        notes=prepared.notes,
+        mode=prepared.mode,
+        scope=prepared.scope,
+        preserves=plan is None or plan.strategy.law.preserves,
+    )
+    if prepared.mode == "full" or plan is None:
+        return _with_whole_models(result, prepared, pair, big)
+    result = replace(result, graph=tuple(check_graph(source, pair.grown, plan)))
+    if prepared.mode == "algebraic":
+        return _with_loading(result, pair, big)
+    if result.problems:
+        return replace(result, mode="algebraic")
+    return _with_first_layers(result, prepared, pair, Path(big).parent)
+
+
 # -- whole models -----------------------------------------------------------------------------------------
 
 
-def _full(begun: Validation, pair: Pair, small: str | os.PathLike[str], big: str | os.PathLike[str]) -> Validation:
-    """Run both files; where they compute coarsely, compare them in float32 as well."""
-    weights = weight_bytes(pair.grown)  # the larger ones
-
-    def starter(path: str | os.PathLike[str]) -> Start:
-        def start() -> Started:
-            runner = Runner(path, pair.device, isolated=True, weights=weights)
-            return Started(runner.run, runner.provider)
-
-        return start
-
-    narrow = computed_type(pair.dimensions) in HALVES
-    result = begun
-    try:
-        ran = compare_runs(pair, starter(small), starter(big))
-        result = replace(result, outputs=ran.outputs, cases=ran.cases, provider=ran.by[-1])
-    except Refused as problem:
-        if not narrow:
-            raise
-        result = result.with_notes(f"compared in float32 only: {problem}")
-    off = any(not report.max_relative <= result.tolerance for report in result.outputs)
-    if narrow or (result.rounds and off):
-        result = _with_float32(result, pair)
-    if result.rounds and off and result.wide is not None:
-        note = "activations are rounded to few bits, so that a last bit may move an output by whole steps"
-        result = result.with_notes(note)
-    return result
+def _with_whole_models(result: Validation, prepared: Prepared, pair: Pair, big: str | os.PathLike[str]) -> Validation:
+    """The same, with the outputs of both files compared; where they compute coarsely, in float32 as well."""
+    if prepared.expected is not None:
+        judge = Judge(pair, AS_STORED, result.tolerance, _residue(result))
+        judged = judge.compare(prepared.expected, start_file(big, pair.device, weight_bytes(pair.grown)))
+        result = replace(
+            result,
+            outputs=judged.outputs,
+            before=judged.before,
+            cases=prepared.expected.labels,
+            provider=judged.by,
+        ).with_notes(*judged.notes, *_silent(judged.outputs))
+    off = any(
+        report.problem_beyond(result.tolerance) or not report.max_relative <= result.tolerance
+        for report in (*result.outputs, *result.before)
+    )
+    if computed_type(pair.dimensions) in HALVES or (result.rounds and off):
+        result = _with_float32(result, prepared, pair)
+    if result.wide is None and prepared.expected is None:
+        raise Refused("; ".join(result.notes))
+    return _excused(result)
 
 
-def _with_float32(result: Validation, pair: Pair) -> Validation:
+def _silent(outputs: Sequence[OutputReport]) -> list[str]:
+    return [f"output {report.name}: {NOTHING_COMPARED} on any of the inputs" for report in outputs if report.silent]
+
+
+def _residue(result: Validation) -> float:
+    return 0.0 if result.tensors is None else result.tensors.residue
+
+
+def _with_float32(result: Validation, prepared: Prepared, pair: Pair) -> Validation:
     """The same, with both models compared in float32 and without the rounding of activations."""
     if weight_bytes(pair.grown) > WIDEST:
         return result.with_notes("too large to be compared in float32 besides")
     try:
-        models = unrounded(pair.source), unrounded(pair.grown)
+        source, grown = FLOAT32.copy(pair.source), FLOAT32.copy(pair.grown)
     except Unsupported as problem:
         return result.with_notes(f"not compared without the rounding of activations: {problem}")
-    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
-
-        def starter(model: ir.Model, name: str) -> Start:
-            def start() -> Started:
-                save_wide(model, Path(folder) / name, ir.DataType.FLOAT)
-                runner = Runner(Path(folder) / name, pair.device, isolated=True, weights=2 * weight_bytes(model))
-                return Started(lambda fed: runner.run(inputs.in_float32(fed)), runner.provider)
-
-            return start
-
-        ran = compare_runs(pair, starter(models[0], "source.onnx"), starter(models[1], "grown.onnx"))
     tolerance, _ = tolerance_of(pair.dimensions, pair.plan, result.tensors, ir.DataType.FLOAT)
+    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+        expected = prepared.wide
+        if expected is None:
+            start = FLOAT32.start(source, Path(folder) / "source.onnx", pair.device)
+            assert prepared.expected is not None
+            expected = _again(prepared.expected, pair, start)
+        judge = Judge(pair, FLOAT32, tolerance, _residue(result))
+        judged = judge.compare(expected, FLOAT32.start(grown, Path(folder) / "grown.onnx", pair.device))
     return replace(
         result,
-        wide=ran.outputs,
+        wide=(*judged.outputs, *judged.before),
         wide_tolerance=tolerance,
-        cases=result.cases or ran.cases,
-        provider=result.provider or ran.by[0],
+        cases=result.cases or expected.labels,
+        provider=result.provider or judged.by,
+    ).with_notes(*judged.notes)
+
+
+def _again(expected: Expected, pair: Pair, start: Start) -> Expected:
+    """The source on the same inputs, or on others where it does not run on these in another type."""
+    try:
+        return run_again(expected, start)
+    except RuntimeError:
+        return run_source(pair, start)
+
+
+def _excused(result: Validation) -> Validation:
+    """The same; what coarse types or the rounding of activations explain is no difference, if float32 shows none."""
+    if result.wide is None:
+        return result
+    right = {report.name for report in result.wide if not report.problem_beyond(result.wide_tolerance)}
+    note = "the integers differ in the model's own types, and are right in float32"
+    outputs = tuple(
+        replace(report, problem="", note=note) if report.problem == NOT_IDENTICAL and report.name in right else report
+        for report in result.outputs
     )
+    result = replace(result, outputs=outputs)
+    if result.rounds and any(not report.max_relative <= result.tolerance for report in outputs):
+        note = "activations are rounded to few bits, so that a last bit may move an output by whole steps"
+        return result.with_notes(note)
+    return result
+
+
+# -- nothing run ------------------------------------------------------------------------------------------
+
+
+def _with_loading(result: Validation, pair: Pair, big: str | os.PathLike[str]) -> Validation:
+    """The same; a grown model that ONNX Runtime does not load is not as it should be, if it loads the source."""
+    try:
+        Runner(big, "cpu", isolated=True, weights=weight_bytes(pair.grown))
+    except Refused as problem:
+        try:
+            with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+                start_copy(pair.source.clone(), Path(folder) / "source.onnx", "cpu")()
+        except Refused as own:
+            return result.with_notes(f"ONNX Runtime loads neither model, so that loading is not checked: {own}")
+        return replace(result, graph=(*result.graph, str(problem)))
+    return result
 
 
 # -- first layers -----------------------------------------------------------------------------------------
 
 
-def _with_first_layers(result: Validation, pair: Pair, plan: Plan, folder: Path) -> Validation:
+def _with_first_layers(result: Validation, prepared: Prepared, pair: Pair, folder: Path) -> Validation:
     """The same, with a value in the first layers of both models compared, as the outputs of whole models are."""
-    budget = max(FEWEST, (free_memory() or 0) // 2)
-    cut = find_cut(pair.dimensions, pair.grown, plan, budget)
-    if cut is None:
-        return result.with_notes(f"no layer was run: its weights would take more than {budget / 1e9:.1f} GB")
+    assert prepared.cut is not None and prepared.expected is not None
     with tempfile.TemporaryDirectory(prefix=".first-layers.", dir=folder) as scratch:
-
-        def starter(model: ir.Model, name: str) -> Start:
-            def start() -> Started:
-                writer.save(cut_off(model, cut.name), Path(scratch) / name, external=True)
-                runner = Runner(Path(scratch) / name, pair.device, isolated=True, weights=weight_bytes(model))
-                return Started(runner.run, runner.provider)
-
-            return start
-
-        ran: Ran = compare_runs(pair, starter(pair.source, "source.onnx"), starter(pair.grown, "grown.onnx"), cut)
-    scope = (
-        f"{result.scope}. Compared: every tensor; that the graph is what the plan makes of the source's; and "
-        f"{cut.name!r}, which the first {cut.nodes} of {len(pair.source.graph)} nodes make. The nodes behind it were "
-        "not run"
-    )
-    return replace(result, mode="first layers", scope=scope, outputs=ran.outputs, cases=ran.cases, provider=ran.by[-1])
+        start = start_copy(cut_off(pair.grown, prepared.cut.name), Path(scratch) / "grown.onnx", pair.device)
+        ran = run_grown(pair, prepared.expected, start, prepared.cut)
+    return replace(result, outputs=ran.outputs, cases=prepared.expected.labels, provider=ran.by)
 
 
 # -- float64 ----------------------------------------------------------------------------------------------
 
 
-def validate_double(
-    dimensions: Dimensions, grown: ir.Model, plan: Plan, folder: Path, seed: int = 0
-) -> tuple[tuple[OutputReport, ...], str]:
+def validate_double(pair: Pair, folder: Path) -> tuple[tuple[OutputReport, ...], str]:
     """Run both models in float64 and compare; the grown one's tensors are built in float64.
 
     Args:
-        dimensions: what inference found of the source.
-        grown: the grown model with its tensors computed in float64.
-        plan: how it was grown.
+        pair: both models, the grown one with its tensors computed in float64.
         folder: where the two temporary models may be written.
-        seed: of the random inputs.
 
     Returns:
         The outputs' reports, and what ran them.
@@ -300,6 +415,6 @@ def validate_double(
 
         return start
 
-    pair = Pair(dimensions, grown, plan, seed=seed)
-    ran = compare_runs(pair, starter(dimensions.model.clone(), "source.onnx"), starter(grown, "grown.onnx"))
-    return ran.outputs, ", ".join(dict.fromkeys(ran.by))
+    expected = run_source(pair, starter(pair.source.clone(), "source.onnx"))
+    ran = run_grown(pair, expected, starter(pair.grown, "grown.onnx"))
+    return ran.outputs, ", ".join(dict.fromkeys((expected.by, ran.by)))

@@ -27,7 +27,7 @@ from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.rewriting.rewriting import rewrite
 from hyperclone_onnx.rules.dimensions import Dimensions
-from hyperclone_onnx.validation import feeds
+from hyperclone_onnx.validation.inputs import cases as feeds
 from rule_rows.references import REFERENCES
 
 assert hyperclone_onnx.rules  # importing it registers the rules

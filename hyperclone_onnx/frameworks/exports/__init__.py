@@ -22,6 +22,7 @@ from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.training_recipe import RECIPE, TrainingRecipe
 from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.publishing.publication import publication_folder
+from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.writing.safetensors_files import write_safetensors
 
 CHECKPOINT = "checkpoint"
@@ -70,6 +71,8 @@ def hand_over(
     train: Sequence[str] = (),
     largest_file: int = LARGEST_FILE,
     check: bool = True,
+    inputs: Inputs | None = None,
+    dims: Mapping[str, int] | None = None,
     notify: Notify | None = None,
 ) -> HandedOver:
     """Write a model's weights into a new folder. The folder appears only after all checks have passed.
@@ -87,6 +90,8 @@ def hand_over(
         largest_file: the largest number of bytes of weights in one safetensors file. Larger models are written to
             several files and an index.
         check: whether to compare ONNX Runtime with a framework on the written weights.
+        inputs: inputs to compare on, the file's or its source's (see `validation.inputs.given`); random by default.
+        dims: numbers for symbolic sizes of random inputs, by name.
         notify: called with a short text when a stage begins.
 
     Raises:
@@ -106,7 +111,7 @@ def hand_over(
             excess = _given(freeze=freeze, train=train, optimizer=optimizer)
             if excess:
                 raise BadRequest(f"--to hf takes no {excess}: a Hugging Face checkpoint holds all weights, and no more")
-            return _to_hugging_face(Path(model), Path(like), source, folder, output, say)
+            return _to_hugging_face(Path(model), Path(like), source, folder, output, say, inputs, dims)
         say("reading")
         _require(target)
         compiled = compile_model(model, freeze=freeze, train=train)
@@ -128,7 +133,7 @@ def hand_over(
         training = None if compiled.plan is None else RECIPE
         advice = None if training is None else training.to_json()
         Manifest(Path(model).name, target, weights, state_file, growth, parameters, advice).write(folder)
-        framework = _checked(model, folder, say) if check else None
+        framework = _checked(model, folder, say, inputs, dims) if check else None
     size = sum(math.prod(entry.shape) for entry in parameters)
     return HandedOver(
         target, os.fspath(output), len(parameters), size, state, framework, training=training, warning=warning
@@ -152,7 +157,7 @@ def _growth(plan: Plan) -> dict[str, Any]:
     return {"strategy": plan.strategy.to_json(), "dims": dims}
 
 
-def _checked(model: PathLike, folder: Path, say: Notify) -> str:
+def _checked(model: PathLike, folder: Path, say: Notify, inputs: Inputs | None, dims: Mapping[str, int] | None) -> str:
     """Compare the framework with the written weights against ONNX Runtime with the model file; return the framework."""
     from hyperclone_onnx.frameworks.checkpoints import read_weights
     from hyperclone_onnx.frameworks.checkpoints.matching import match
@@ -162,16 +167,24 @@ def _checked(model: PathLike, folder: Path, say: Notify) -> str:
     paths = [entry.path for entry in Manifest.read(folder).tensors]
     arrays = read_weights(folder)
     path_of_name = match(arrays, {path: path for path in paths}, str(folder))
-    return check_parity(Path(model), {path: arrays[name] for name, path in path_of_name.items()})
+    return check_parity(Path(model), {path: arrays[name] for name, path in path_of_name.items()}, inputs, dims)
 
 
 def _to_hugging_face(
-    model: Path, like: Path, source: PathLike | None, folder: Path, output: PathLike, say: Notify
+    model: Path,
+    like: Path,
+    source: PathLike | None,
+    folder: Path,
+    output: PathLike,
+    say: Notify,
+    inputs: Inputs | None,
+    dims: Mapping[str, int] | None,
 ) -> HandedOver:
     from hyperclone_onnx.frameworks.checkpoints import read_weights
     from hyperclone_onnx.frameworks.hugging_face import grow_checkpoint
 
-    report = grow_checkpoint(model, like, folder, source=None if source is None else Path(source), notify=say)
+    small = None if source is None else Path(source)
+    report = grow_checkpoint(model, like, folder, source=small, inputs=inputs, dims=dims, notify=say)
     written = read_weights(folder)
     size = sum(math.prod(array.shape) for array in written.values())
     return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json(), training=RECIPE)

@@ -23,7 +23,9 @@ from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.maps import Indices, index_axis, presented
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.reading import loading
-from hyperclone_onnx.validation.feeds import Case, cases
+from hyperclone_onnx.validation.inputs.cases import Case
+from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
+from hyperclone_onnx.validation.inputs.search import cases
 from hyperclone_onnx.validation.sessions import Runner
 from hyperclone_onnx.validation.tolerance import HALVES, tolerance_of
 from hyperclone_onnx.validation.wide import save_wide
@@ -53,7 +55,7 @@ class Feeding:
         return rounding + residue, f"{reason} + {RESIDUE:.0f} x eps of the shares"
 
 
-def feeding(big: Path, model: Any) -> Feeding:
+def feeding(big: Path, model: Any, inputs: Inputs | None = None, dims: Mapping[str, int] | None = None) -> Feeding:
     """Input sets for a file's inputs that the model's ``forward`` accepts too.
 
     Sets with a filled cache are left out where the model has no argument for the cache.
@@ -61,6 +63,8 @@ def feeding(big: Path, model: Any) -> Feeding:
     Args:
         big: the grown ONNX file.
         model: the source's model in PyTorch.
+        inputs: inputs to compare on, the file's or its source's (see `validation.inputs.given`); random by default.
+        dims: numbers for symbolic sizes of random inputs, by name.
 
     Raises:
         Refused: the file has an input that is no argument of the model.
@@ -68,7 +72,9 @@ def feeding(big: Path, model: Any) -> Feeding:
     analysis = analyse(big)
     accepted = set(inspect.signature(model.forward).parameters)
     accepted_cases: list[Case] = []
-    for case in cases(analysis.dimensions):
+    plan = Plan.carried_by(loading.load(big).metadata_props)
+    wishes = wishes_of(analysis.model, inputs, dims, plan=plan)
+    for case in wishes.given or cases(analysis.dimensions, dims=wishes.dims):
         empty = [name for name, array in case.feeds.items() if name not in accepted and not array.size]
         unknown = [name for name in case.feeds if name not in accepted and name not in empty]
         if unknown:

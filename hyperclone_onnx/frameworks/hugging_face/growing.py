@@ -36,6 +36,7 @@ from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown
 from hyperclone_onnx.progress import Notify, tell_nobody
+from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.writing.safetensors_files import write_safetensors
 
 Array = npt.NDArray[Any]
@@ -45,7 +46,14 @@ LARGEST_FILE = 5_000_000_000
 
 
 def grow_checkpoint(
-    big: Path, like: Path, folder: Path, *, source: Path | None = None, notify: Notify | None = None
+    big: Path,
+    like: Path,
+    folder: Path,
+    *,
+    source: Path | None = None,
+    inputs: Inputs | None = None,
+    dims: Mapping[str, int] | None = None,
+    notify: Notify | None = None,
 ) -> Report:
     """Grow the checkpoint `like` by the plan that grew the ONNX file `big`, and write it into `folder`.
 
@@ -54,6 +62,8 @@ def grow_checkpoint(
         like: the checkpoint from which the source ONNX file was exported.
         folder: an empty folder to write into. Its contents are correct only if this function returns.
         source: the ONNX file from which `big` was grown. Needed only if `big` has been trained.
+        inputs: inputs to compare on, the file's or its source's (see `validation.inputs.given`); random by default.
+        dims: numbers for symbolic sizes of random inputs, by name.
         notify: called with the name of each stage when the stage begins.
 
     Raises:
@@ -79,7 +89,7 @@ def grow_checkpoint(
     search = Search(checkpoint, grown.plan, chooser.certain(), given.shapes)
     changes = search.run()
     say("measuring")
-    fed = feeding(big, given.model)
+    fed = feeding(big, given.model, inputs, dims)
     runs = Runs.of(given, fed, checkpoint, chooser.doubtful)
     pruned = effective(checkpoint, search, changes, runs, given)
     given.release()

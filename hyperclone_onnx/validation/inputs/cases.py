@@ -1,0 +1,48 @@
+"""One set of inputs, and the same set as a grown model takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hyperclone_onnx.plan.maps import Maps, presented
+from hyperclone_onnx.plan.plans import Interface
+
+Array = npt.NDArray[Any]
+Feeds = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs, and what tells it from others."""
+
+    label: str
+    feeds: Feeds
+
+
+def grown(values: Mapping[str, Array], interfaces: Iterable[Interface], maps: Maps) -> Feeds:
+    """Inputs (or outputs) of the source as the grown model has them: repeated by the interface's maps."""
+    result = dict(values)
+    for interface in interfaces:
+        array = result.get(interface.name)
+        if array is None:
+            continue
+        for axis, factors in enumerate(interface.axes):
+            if factors is not None and array.shape[axis] > 0:
+                array = np.take(array, presented(factors, maps), axis=axis)
+        result[interface.name] = array
+    return result
+
+
+def is_half(array: Array) -> bool:
+    """Whether an array holds floats of 16 bits; numpy knows bfloat16 only as bytes of some other kind."""
+    return array.dtype.itemsize == 2 and array.dtype.kind not in "iub"
+
+
+def in_float32(feeds: Mapping[str, Array]) -> Feeds:
+    """The same inputs, those in half precision widened."""
+    return {name: array.astype(np.float32) if is_half(array) else array for name, array in feeds.items()}

@@ -1,0 +1,315 @@
+"""Which sizes of a model's inputs must agree, and numbers that do.
+
+The walk over the graph met every relation between sizes: two axes that are added, a mask as wide as all keys, a Reshape
+to sizes that were read elsewhere. Each is an equation over the symbols of the inputs. The names of the symbols are a
+hint only: equal names are taken for equal sizes as long as the model runs so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import onnx_ir as ir
+
+from hyperclone_onnx.algebra.dims import Equation
+from hyperclone_onnx.algebra.evaluation import divisors, evaluate, parse, value_of, variables_of
+from hyperclone_onnx.algebra.shape_values import static_values
+from hyperclone_onnx.algebra.sizes import Size
+from hyperclone_onnx.graphs import describe
+from hyperclone_onnx.rules.dimensions import Dimensions, Fact
+from hyperclone_onnx.rules.op import declared_shape
+
+Sizes = Mapping[str, int]
+"""A number for each of some symbols."""
+
+SENTINEL = 1 << 24
+"""No axis is as long as this: a size from here on means "to the end", and binds no symbol."""
+
+
+class Contradiction(Exception):
+    """No numbers fit; the text says which equation fails."""
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A length that some node needs."""
+
+    size: Size
+    least: int
+    place: str
+
+
+@dataclass(frozen=True)
+class Equations:
+    """The sizes of a model's inputs, and what relates them."""
+
+    shapes: Mapping[str, tuple[Size, ...]]
+    """The axes of every input whose rank is known."""
+    free: tuple[str, ...]
+    """The symbols of the inputs, in order of appearance."""
+    equations: tuple[Equation, ...]
+    least: tuple[AtLeast, ...]
+    whole: frozenset[str] = frozenset()
+    """Names that look like expressions, of things that no input has: each is a symbol of its own."""
+
+    def having(self, *more: Equation) -> Equations:
+        """The same with more equations."""
+        return replace(self, equations=(*self.equations, *more))
+
+    def variables(self, size: Size) -> frozenset[str]:
+        """The symbols that a size is made of, those inside functions included."""
+        names = (frozenset([s]) if s in self.whole else variables_of(s) for s in size.symbols)
+        return frozenset(name for some in names for name in some)
+
+    def shape(self, name: str, sizes: Sizes) -> tuple[int, ...] | None:
+        """The shape of an input; None where a symbol has no number."""
+        numbers = [_integer(evaluate(size, sizes)) for size in self.shapes[name]]
+        return None if any(number is None for number in numbers) else tuple(number or 0 for number in numbers)
+
+    def numbers(self, symbol: str) -> frozenset[int]:
+        """The numbers that something made of a symbol is divided by."""
+        return self._numbers.get(symbol, frozenset())
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, frozenset[int]]:
+        sizes = [size for shape in self.shapes.values() for size in shape]
+        sizes += [side for equation in self.equations for side in (equation.left, equation.right)]
+        sizes += [bound.size for bound in self.least]
+        numbers: dict[str, frozenset[int]] = {}
+        for size in sizes:
+            for symbol in self.variables(size) if divisors(size) else ():
+                numbers[symbol] = numbers.get(symbol, frozenset()) | divisors(size)
+        return numbers
+
+    def check(self, known: Sizes) -> None:
+        """Check the least lengths, and that every axis has a length.
+
+        Raises:
+            Contradiction: one has none, or is too short.
+        """
+        for bound in self.least:
+            value = evaluate(bound.size, known)
+            if value is not None and value < bound.least:
+                raise Contradiction(f"{bound.place} needs {bound.size} to be at least {bound.least}")
+        for shape in self.shapes.values():
+            for size in shape:
+                value = evaluate(size, known) if size.static is None else None
+                if value is not None and (value < 0 or value != int(value) or value >= SENTINEL):
+                    raise Contradiction(f"no axis has the length {value}")
+
+    def solved(self, sizes: Sizes) -> Solved:
+        """The numbers given, and those that follow from them.
+
+        Raises:
+            Contradiction: two of them do not go together.
+        """
+        return Solved(self, {}, self.equations).having(sizes)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Numbers for some symbols, and the equations that are still open."""
+
+    of: Equations
+    numbers: Mapping[str, int]
+    left: tuple[Equation, ...]
+
+    def having(self, sizes: Sizes) -> Solved:
+        """The same with more numbers, and those that follow from them.
+
+        Raises:
+            Contradiction: two of them do not go together.
+        """
+        known = {**self.numbers, **sizes}
+        left = self.left
+        while True:
+            still: list[Equation] = []
+            before = len(known)
+            for equation in left:
+                told = _follow(equation, known, self.of.whole)
+                if told is None:
+                    still.append(equation)
+                else:
+                    known.update(told)
+            left = tuple(still)
+            if len(known) == before:
+                break
+        self.of.check(known)
+        return Solved(self.of, known, left)
+
+
+def _integer(value: Fraction | int | None) -> int | None:
+    return None if value is None or value != int(value) else int(value)
+
+
+def _follow(equation: Equation, known: Mapping[str, int], whole: frozenset[str]) -> dict[str, int] | None:
+    """What an equation tells: nothing new where it holds, one more number, or None as long as too much is open.
+
+    Raises:
+        Contradiction: it does not hold, or no length makes it hold.
+    """
+    if equation.stretch:
+        left, right = evaluate(equation.left, known), evaluate(equation.right, known)
+        if left is not None and right is not None:
+            if left != right and left != 1 and right != 1:
+                raise Contradiction(f"{left} meets {right} (at {equation.place})")
+            return {}
+        return None
+    linear = _linear(equation.left - equation.right, known, whole)
+    if linear is None:
+        return None
+    constant, unknown = linear
+    if not unknown:
+        if constant != 0:
+            raise Contradiction(f"{equation.left} is not {equation.right} (at {equation.place})")
+        return {}
+    ((name, factor),) = unknown.items()
+    if factor == 0:
+        return None
+    value = Fraction(-constant) / factor
+    if value.denominator != 1 or not 0 <= value < SENTINEL:
+        raise Contradiction(f"no length makes {equation.left} equal to {equation.right} (at {equation.place})")
+    return {name: int(value)}
+
+
+def _linear(
+    size: Size, known: Mapping[str, int], whole: frozenset[str]
+) -> tuple[Fraction | int, dict[str, Fraction | int]] | None:
+    """A size as a constant and a multiple of one symbol that has no number; None where it is not so simple."""
+    constant: Fraction | int = 0
+    unknown: dict[str, Fraction | int] = {}
+    for monomial, coefficient in size.terms:
+        factor: Fraction | int = coefficient
+        names: list[str] = []
+        for name in monomial:
+            value = value_of(name, known)
+            if value is not None:
+                factor *= value
+            elif name in whole or parse(name) is None:
+                names.append(name)
+            else:
+                return None
+        if len(names) > 1:
+            return None
+        if names:
+            unknown[names[0]] = unknown.get(names[0], 0) + factor
+        else:
+            constant += factor
+    return (constant, unknown) if len(unknown) < 2 else None
+
+
+# -- what a graph tells -----------------------------------------------------------------------------------
+
+
+def equations_of(dimensions: Dimensions, hints: bool = True, rank: int = 2) -> Equations:
+    """The equations of a graph, from what the walk over it met.
+
+    Args:
+        dimensions: of the model.
+        hints: whether to believe what holds mostly, and what the file declares of its outputs.
+        rank: of inputs that are declared without one.
+    """
+    shapes = _input_shapes(dimensions, rank)
+    whole = _whole_names(shapes)
+    met = [one for one in (*dimensions.space.equations, *_declared_outputs(dimensions)) if _may_hold(one)]
+    met = [one for one in met if hints or not one.hint]
+    unique = dict.fromkeys(replace(equation, place="") for equation in met)
+    places: dict[Equation, str] = {}
+    for equation in met:
+        places.setdefault(replace(equation, place=""), equation.place)
+    equations = tuple(replace(equation, place=places[equation]) for equation in unique)
+    least = dict.fromkeys(_least_lengths(dimensions))
+    made = Equations(shapes, (), equations, tuple(least), whole)
+    order = dict.fromkeys(name for shape in shapes.values() for size in shape for name in sorted(made.variables(size)))
+    return replace(made, free=tuple(order))
+
+
+def _may_hold(equation: Equation) -> bool:
+    """Whether numbers can make an equation hold; inference may have misread a size."""
+    lengths = all(side.static is None or 0 <= side.static < SENTINEL for side in (equation.left, equation.right))
+    return lengths and (equation.left - equation.right).static in (None, 0)
+
+
+def _input_shapes(dimensions: Dimensions, rank: int) -> dict[str, tuple[Size, ...]]:
+    """The shapes of the inputs as they are declared; an axis without a name has a symbol of its own."""
+    shapes: dict[str, tuple[Size, ...]] = {}
+    for value in dimensions.model.graph.inputs:
+        axes, declared = dimensions.axes.get(value), declared_shape(value)
+        if axes is None or declared is None:
+            if isinstance(value.type, ir.TensorType):
+                own = (Size.symbol(f"?{value.name} axis {axis}") for axis in range(rank))
+                shapes[value.name or ""] = tuple(own)
+            continue
+        shapes[value.name or ""] = tuple(
+            size if size is not None else getattr(term, "size", None) or dimensions.space.size(term)
+            for term, size in zip(axes, declared, strict=True)
+        )
+    return shapes
+
+
+def _whole_names(shapes: Mapping[str, Iterable[Size]]) -> frozenset[str]:
+    """Names like ``batch-size``: expressions to look at, but of things that are no axis of any input."""
+    names = {name for shape in shapes.values() for size in shape for name in size.symbols}
+    plain = {name for name in names if parse(name) is None}
+    return frozenset(name for name in names - plain if not variables_of(name) <= plain)
+
+
+def _declared_outputs(dimensions: Dimensions) -> Iterator[Equation]:
+    """What the file declares of its outputs, where inference has found their sizes as well."""
+    for value in dimensions.model.graph.outputs:
+        axes, declared = dimensions.axes.get(value), declared_shape(value)
+        for term, size in zip(axes or (), declared or (), strict=False):
+            own = dimensions.space.size(term)
+            if size is not None and size != own and size.static is None and size.symbols:
+                yield Equation(own, size, f"output {value.name!r}", hint=True)
+
+
+def _least_lengths(dimensions: Dimensions) -> Iterator[AtLeast]:
+    """Every window needs one place at least, and a reflecting Pad more than it pads."""
+    space = dimensions.space
+    for term, node in dimensions.facts[Fact.SPATIAL]:
+        size = space.size(term)
+        if size.static is None:
+            yield AtLeast(size, 1, describe(node))
+    for node in dimensions.walked:
+        if node.domain or node.op_type not in _LEAST:
+            continue
+        for axis, least in _LEAST[node.op_type](dimensions, node):
+            axes = dimensions.axes_of(node, 0) or ()
+            if axis < len(axes) and space.static(axes[axis]) is None:
+                yield AtLeast(space.size(axes[axis]), least, describe(node))
+
+
+def _reflecting_pad(dimensions: Dimensions, node: ir.Node) -> Iterator[tuple[int, int]]:
+    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
+    pads = _integers(dimensions, node, "pads", 1)
+    listed = _integers(dimensions, node, "axes", 3)
+    if mode not in ("reflect", "wrap") or pads is None:
+        return
+    rank = len(dimensions.axes_of(node, 0) or ())
+    axes = [axis % rank for axis in listed] if listed is not None and rank else range(len(pads) // 2)
+    more = 1 if mode == "reflect" else 0
+    for position, axis in enumerate(axes):
+        yield axis, max(pads[position], pads[position + len(pads) // 2]) + more
+
+
+def _short_time_fourier_transform(dimensions: Dimensions, node: ir.Node) -> Iterator[tuple[int, int]]:
+    length = _integers(dimensions, node, "frame_length", 3)
+    window = dimensions.axes_of(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    least = length[0] if length else dimensions.space.static(window[0]) if window else None
+    if least is not None:
+        yield 1, least
+
+
+_LEAST = {"Pad": _reflecting_pad, "STFT": _short_time_fourier_transform}
+
+
+def _integers(dimensions: Dimensions, node: ir.Node, attribute: str, index: int) -> list[int] | None:
+    """Integers that are an attribute or an input."""
+    if attribute in node.attributes:
+        return list(node.attributes[attribute].as_ints())
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return None if value is None else static_values(dimensions.known.get(value))

@@ -1,0 +1,414 @@
+"""Looking for inputs on which a model runs: cheap ones first, and nothing again that cannot work."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from hyperclone_onnx.algebra.dims import Equation
+from hyperclone_onnx.algebra.evaluation import evaluate
+from hyperclone_onnx.algebra.sizes import Size
+from hyperclone_onnx.analysis.walk import infer
+from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.validation.inputs.cases import Array, Case
+from hyperclone_onnx.validation.inputs.equations import Equations, Sizes, equations_of
+from hyperclone_onnx.validation.inputs.sizes import CACHED, PLAIN, Known, Row, fitting, rows
+from hyperclone_onnx.validation.inputs.values import CACHED_USUAL, LOUDER, USUAL, Style, Values
+
+Outputs = dict[str, Array]
+Run = Callable[[Mapping[str, Array]], Outputs]
+
+WANTED = 3
+"""How many input sets are looked for."""
+
+PATIENCE = 8.0
+"""Seconds of failures after which no more is tried."""
+
+WAYS_OUT = "give inputs with --inputs FILE.npz, or leave out running with --no-validate"
+
+GUESSES = 4
+"""How many equations are guessed from one failure."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user says of the inputs."""
+
+    given: tuple[Case, ...] = ()
+    """Input sets of the user's own; nothing else is tried then."""
+    dims: Mapping[str, int] = field(default_factory=dict)
+    """Numbers for symbols."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Inputs on which the model ran, and what it gave."""
+
+    case: Case
+    outputs: Outputs
+
+    @property
+    def silent(self) -> frozenset[str]:
+        """The outputs that hold no number at all."""
+        return frozenset(name for name, array in self.outputs.items() if _is_silent(array))
+
+    @property
+    def speaks(self) -> bool:
+        """Whether some output holds a number, or there is nothing to hold one."""
+        return not self.outputs or len(self.silent) < len(self.outputs)
+
+
+def _is_silent(array: Array) -> bool:
+    if array.dtype.kind in "iubSUO" or not array.size:
+        return False
+    with np.errstate(invalid="ignore"):
+        return not bool(np.isfinite(np.asarray(array, dtype=np.float64)).any())
+
+
+class NoInputs(Refused):
+    """The model runs on none of the inputs that were made for it; the text says what was tried."""
+
+
+def find_inputs(
+    dimensions: Dimensions,
+    run: Run,
+    wishes: Wishes | None = None,
+    wanted: int = WANTED,
+    first: Sequence[Row] = (),
+    others: bool = True,
+) -> tuple[Accepted, ...]:
+    """Input sets on which a model runs, of unlike sizes where it takes such.
+
+    Args:
+        dimensions: of the model.
+        run: runs the model.
+        wishes: what the user says of the inputs.
+        wanted: how many sets are looked for; there may be fewer.
+        first: sizes that are tried before any other.
+        others: whether any other are tried.
+
+    Raises:
+        NoInputs: it runs on none.
+    """
+    wishes = wishes or Wishes()
+    if wishes.given:
+        return tuple(_run_given(case, run) for case in wishes.given)
+    search = _Search(run, wishes, wanted)
+    for stage in _stages(dimensions, wishes):
+        search.go_through(stage, (*first, *(rows(bool(stage.values.caches)) if others else ())))
+        if search.accepted or search.impatient:
+            break
+    if not search.accepted and not search.unheard:
+        raise NoInputs(search.refusal(dimensions))
+    return tuple(search.accepted or search.unheard)
+
+
+def cases(dimensions: Dimensions, seed: int = 0, dims: Mapping[str, int] | None = None) -> Iterator[Case]:
+    """Input sets in the order in which they are tried, for those who run several models on them."""
+    stage = next(_stages(dimensions, Wishes(dims=dims or {}, seed=seed)))
+    for number, row in enumerate(rows(bool(stage.values.caches))):
+        sizes = fitting(stage.equations, row, stage.values.caches, Known(), stage.dims)
+        if sizes is not None:
+            yield stage.case(sizes, stage.style(number), [seed, number])
+        if not stage.equations.free:
+            return
+
+
+def _run_given(case: Case, run: Run) -> Accepted:
+    try:
+        return Accepted(case, run(case.feeds))
+    except RuntimeError as problem:
+        raise NoInputs(f"it does not run on the inputs of {case.label}: {problem}") from problem
+
+
+# -- what is believed -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The equations that are believed while some rows are tried."""
+
+    equations: Equations
+    values: Values
+    dims: Sizes
+
+    def style(self, number: int) -> Style:
+        """The values for a row."""
+        styles = CACHED_USUAL if self.values.caches else USUAL
+        return styles[number % len(styles)]
+
+    def case(self, sizes: Sizes, style: Style, seed: Sequence[int]) -> Case:
+        """An input set."""
+        text = ", ".join(part for part in (self.label(sizes), style.text(self.values.masked)) if part)
+        return Case(text, self.values.make(sizes, style, np.random.default_rng(list(seed))))
+
+    def label(self, sizes: Sizes) -> str:
+        """The sizes in words."""
+        named = {name: sizes[name] for name in self.equations.free if not name.startswith("?")}
+        if len(named) == len(self.equations.free):
+            return ", ".join(f"{name}={number}" for name, number in named.items()) or "fixed sizes"
+        shapes = ((name, self.equations.shape(name, sizes) or ()) for name in self.equations.shapes)
+        return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes)
+
+
+def _stages(dimensions: Dimensions, wishes: Wishes) -> Iterator[_Stage]:
+    """What is believed: all that the file says; what the graph says; not that equal names are equal sizes; nothing."""
+    unranked = any(value.shape is None for value in dimensions.model.graph.inputs)
+    for rank in (2, 1, 0, 3, 4) if unranked else (2,):
+        equations = _without_stretching(equations_of(dimensions, hints=True, rank=rank))
+        yield _Stage(equations, Values(dimensions, equations), wishes.dims)
+    equations = equations_of(dimensions, hints=False)
+    yield _Stage(equations, Values(dimensions, equations), wishes.dims)
+    nameless, dims = _without_names(dimensions, wishes.dims)
+    equations = equations_of(nameless, hints=False)
+    yield _Stage(equations, Values(nameless, equations), dims)
+    equations = replace(equations, equations=(), least=())
+    yield _Stage(equations, Values(nameless, equations), dims)
+
+
+def _without_stretching(equations: Equations) -> Equations:
+    """Axes that are broadcast are mostly equal, unless one of them is 1 for certain."""
+    sides = [(one, (one.left.static, one.right.static)) for one in equations.equations]
+    return replace(
+        equations,
+        equations=tuple(replace(one, stretch=False) if one.stretch and 1 not in both else one for one, both in sides),
+    )
+
+
+def _without_names(dimensions: Dimensions, dims: Sizes) -> tuple[Dimensions, dict[str, int]]:
+    """The dimensions of the model with a symbol of its own for every axis of its inputs, and the user's numbers so."""
+    model = dimensions.model.clone()
+    numbers: dict[str, int] = {}
+    count = itertools.count()
+    for value in model.graph.inputs:
+        if value.shape is None:
+            continue
+        axes: list[int | ir.SymbolicDim] = []
+        for axis in value.shape.dims:
+            name = f"?axis{next(count)}"
+            axes.append(axis if isinstance(axis, int) else ir.SymbolicDim(name))
+            if not isinstance(axis, int) and axis.value in dims:
+                numbers[name] = dims[str(axis.value)]
+        value.shape = ir.Shape(axes)
+    return infer(model), numbers
+
+
+# -- the search -------------------------------------------------------------------------------------------
+
+
+class _Search:
+    """Tries input sets, and keeps those on which the model ran."""
+
+    def __init__(self, run: Run, wishes: Wishes, wanted: int) -> None:
+        self.run, self.wishes, self.wanted = run, wishes, wanted
+        self.accepted: list[Accepted] = []
+        self.unheard: list[Accepted] = []
+        """Sets on which no output was a number."""
+        self.tried: list[tuple[str, str]] = []
+        """Labels and what was said of them."""
+        self.wasted = 0.0
+        self._seen: set[tuple[object, ...]] = set()
+        self._guessed: set[Equation] = set()
+
+    @property
+    def impatient(self) -> bool:
+        """Whether failures have taken long enough."""
+        return self.wasted > PATIENCE
+
+    def go_through(self, stage: _Stage, wishes: Sequence[Row]) -> None:
+        """Try rows until enough sets are accepted."""
+        known = Known()
+        for number, row in enumerate(wishes):
+            usual = row in PLAIN or row in CACHED
+            if len(self.accepted) >= self.wanted or (self.impatient and not usual):
+                break
+            if not usual and len(self.accepted) > 1:
+                break
+            if self.accepted and not stage.equations.free and not (usual and stage.values.varied):
+                break
+            self._try_row(stage, row, stage.style(number), known, number)
+        self._hear_all(stage)
+
+    def _try_row(self, stage: _Stage, row: Row, style: Style, known: Known, number: int) -> None:
+        """Try one row; where it fails, what the failure seems to say is believed and it is tried again."""
+        open_stages = [stage]
+        for _ in range(1 + GUESSES):
+            if not open_stages:
+                return
+            believed = open_stages.pop(0)
+            sizes = fitting(believed.equations, row, believed.values.caches, known, believed.dims)
+            if sizes is None:
+                continue
+            problem = self._try(believed, sizes, style, number)
+            if problem is None:
+                known.works(sizes)
+                return
+            lesson = _learn(problem, believed, sizes)
+            known.ruled_out.append(lesson.ruled_out)
+            if lesson.most is not None:
+                style = replace(style, most=lesson.most)
+                problem = self._try(believed, sizes, style, number)
+                if problem is None:
+                    return
+            if self.impatient:
+                return
+            for guess in lesson.guesses:
+                if guess not in self._guessed:
+                    self._guessed.add(guess)
+                    open_stages.append(replace(believed, equations=believed.equations.having(guess)))
+
+    def _try(self, stage: _Stage, sizes: Sizes, style: Style, number: int) -> str | None:
+        """Run one set; what the model says where it does not run."""
+        case = stage.case(sizes, style, [self.wishes.seed, number])
+        key = (*((name, array.shape) for name, array in case.feeds.items()), style)
+        if key in self._seen:
+            return None
+        self._seen.add(key)
+        began = time.monotonic()
+        try:
+            result = Accepted(case, self.run(case.feeds))
+        except RuntimeError as problem:
+            self.wasted += time.monotonic() - began
+            self.tried.append((case.label, str(problem)))
+            return str(problem)
+        if result.speaks:
+            self.accepted.append(result)
+        else:
+            self.unheard.append(result)
+            self._louder(stage, sizes, number, frozenset())
+        return None
+
+    def _louder(self, stage: _Stage, sizes: Sizes, number: int, wanted: frozenset[str]) -> None:
+        """Try other values in the same sizes until an output of `wanted` holds a number (any one if none is named)."""
+        for style in LOUDER:
+            if self.impatient:
+                return
+            began = time.monotonic()
+            case = stage.case(sizes, style, [self.wishes.seed, number])
+            try:
+                result = Accepted(case, self.run(case.feeds))
+            except RuntimeError as problem:
+                self.tried.append((case.label, str(problem)))
+                result = None
+            if result is not None and result.speaks and (not wanted or wanted - result.silent):
+                self.accepted.append(result)
+                return
+            self.wasted += time.monotonic() - began
+
+    def _hear_all(self, stage: _Stage) -> None:
+        """Where an output is silent on every accepted set, look for values on which it speaks."""
+        if not self.accepted:
+            return
+        silent = frozenset.intersection(*(one.silent for one in self.accepted))
+        if silent:
+            known = Known()
+            sizes = fitting(stage.equations, rows_first(stage), stage.values.caches, known, stage.dims)
+            if sizes is not None:
+                self._louder(stage, sizes, 0, silent)
+
+    def refusal(self, dimensions: Dimensions) -> str:
+        """What was tried, in one line."""
+        names = [name for name in equations_of(dimensions).free if not name.startswith("?")]
+        sizes = f", or sizes with --dim NAME=N ({', '.join(names)})" if names else ""
+        what = (
+            f"{len(self.tried)} sets were tried" if self.tried else "no sizes were found that its own equations allow"
+        )
+        last = f"; on {self.tried[0][0]}: {self.tried[0][1]}" if self.tried else ""
+        return (
+            f"it runs on none of the inputs made for it: {what}{last}. Give inputs with --inputs FILE.npz{sizes}, or "
+            "leave out running with --no-validate"
+        )
+
+
+def rows_first(stage: _Stage) -> Row:
+    """The first row for a stage."""
+    return next(rows(bool(stage.values.caches)))
+
+
+# -- what a failure says ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What a failed run teaches: numbers that do not go together, equations that may hold, a bound of integers."""
+
+    ruled_out: Mapping[str, int]
+    guesses: tuple[Equation, ...] = ()
+    most: int | None = None
+
+
+_NODE = re.compile(r"\b\w+ '([^']*)':")
+_RANGE = re.compile(r"(?:range|bounds) ?\[(-?\d+), ?(\d+)\]")
+
+
+def _learn(problem: str, stage: _Stage, sizes: Sizes) -> _Lesson:
+    """Read a failure: the node that it names, and the numbers in it."""
+    match = _NODE.search(problem)
+    node = _named(stage.values.dimensions.model, match[1]) if match else None
+    involved = _symbols_at(node, stage) if node is not None else frozenset()
+    ruled_out = {name: sizes[name] for name in stage.equations.free if name in sizes}
+    if involved:
+        ruled_out = {name: number for name, number in ruled_out.items() if name in involved}
+    bounds = _RANGE.search(problem)
+    if bounds is not None:
+        # The values may be at fault: the sizes stay possible.
+        full = {name: sizes[name] for name in stage.equations.free if name in sizes}
+        return _Lesson(full, most=int(bounds[2]) + 1)
+    said = _NODE.sub("", problem)
+    guesses = [*(_guesses_at(node, stage, sizes) if node is not None else ()), *_guesses_of_numbers(said, stage, sizes)]
+    return _Lesson(ruled_out, tuple(dict.fromkeys(guesses))[:GUESSES])
+
+
+def _named(model: ir.Model, name: str) -> ir.Node | None:
+    return next((node for node in model.graph.all_nodes() if node.name == name), None) if name else None
+
+
+def _axes_at(node: ir.Node, stage: _Stage) -> list[tuple[Size, ...]]:
+    """The sizes of a node's operands."""
+    dimensions = stage.values.dimensions
+    operands = (dimensions.axes_of(node, index) for index, value in enumerate(node.inputs) if value is not None)
+    return [tuple(dimensions.space.size(term) for term in axes) for axes in operands if axes is not None]
+
+
+def _symbols_at(node: ir.Node, stage: _Stage) -> frozenset[str]:
+    symbols = (stage.equations.variables(size) for axes in _axes_at(node, stage) for size in axes)
+    return frozenset(name for some in symbols for name in some) & frozenset(stage.equations.free)
+
+
+def _guesses_at(node: ir.Node, stage: _Stage, sizes: Sizes) -> Iterator[Equation]:
+    """Axes of a node's operands, aligned at the right, that should have been equal."""
+    for one, other in itertools.combinations(_axes_at(node, stage), 2):
+        pairs = list(zip(reversed(one), reversed(other), strict=False))
+        if node.op_type in ("MatMul", "Gemm") and len(one) > 1 and len(other) > 1:
+            pairs = [(one[-1], other[-2])]
+        for left, right in pairs:
+            numbers = evaluate(left, sizes), evaluate(right, sizes)
+            if None not in numbers and numbers[0] != numbers[1] and 1 not in numbers:
+                yield Equation(left, right, "a failed run")
+
+
+def _guesses_of_numbers(problem: str, stage: _Stage, sizes: Sizes) -> Iterator[Equation]:
+    """Two numbers in a message that should have been one: they are sizes, or sums of two."""
+    numbers = list(dict.fromkeys(int(text) for text in re.findall(r"(?<![\w.])\d{1,7}(?![\w.])", problem)))
+    symbols = [Size.symbol(name) for name in stage.equations.free if name in sizes]
+    sums = [one + other for one, other in itertools.combinations(symbols, 2)]
+    readings: dict[int, list[Size]] = {}
+    for size in (*symbols, *sums):
+        value = evaluate(size, sizes)
+        if value is not None and int(value) in numbers:
+            readings.setdefault(int(value), []).append(size)
+    for first, second in itertools.combinations(numbers, 2):
+        for left in readings.get(first, ())[:2]:
+            for right in readings.get(second, [Size.of(second)] if second > 1 else [])[:2]:
+                yield Equation(left, right, "a failed run")
+        if first not in readings and first > 1:
+            for right in readings.get(second, ())[:1]:
+                yield Equation(right, Size.of(first), "a failed run")

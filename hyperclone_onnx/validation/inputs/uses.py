@@ -1,0 +1,312 @@
+"""What a graph does with the elements of each of its inputs: that tells which values make sense.
+
+The elements are followed through operators that move them, convert them, or add and multiply constants, until something
+is decided by them: a table is indexed, a mask is applied, a number is compared, multiplied with weights, or used as a
+size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from hyperclone_onnx.algebra.dims import Term
+from hyperclone_onnx.algebra.shape_values import static_values
+from hyperclone_onnx.algebra.sizes import Size
+from hyperclone_onnx.graphs import MICROSOFT, MOVES_OR_CASTS
+from hyperclone_onnx.rules.dimensions import Dimensions
+
+_PASSES_ON = MOVES_OR_CASTS | {"Expand", "Gather", "GatherElements", "Pad", "Slice", "Split", "Tile"}
+"""Operators whose outputs hold elements of their first input."""
+
+_JOINS = frozenset(["Concat", "Max", "Min", "Clip", "Mod"])
+"""Operators whose output holds elements of any of their inputs, or what is no larger."""
+
+_DECIDES = frozenset(["And", "If", "Not", "Or", "Xor", "NonZero", "Compress"])
+"""Operators for which an element is true or false."""
+
+_COMPARES = frozenset(["Greater", "GreaterOrEqual", "Less", "LessOrEqual"])
+
+_COUNTS = frozenset(["CumSum", "ReduceSum", "ReduceMax", "ReduceMin", "ArgMax", "ArgMin"])
+"""Operators that take elements together: a mask is counted so."""
+
+_MEASURES = frozenset(["Conv", "Cos", "Einsum", "Gemm", "LayerNormalization", "MatMul", "Sin", "RMSNormalization"])
+"""Operators to which an integer is a quantity: a count, a time."""
+
+_SHAPES = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": -1, "Slice": -1, "Pad": 1, "TopK": 1}
+"""Operators to which an element says a size, and by which input; -1 for any but the first."""
+
+_NEEDS_POSITIVE = frozenset(["Log", "Pow", "Reciprocal", "Sqrt", "Acosh"])
+
+_UNITARY = frozenset(["Acos", "Asin", "Atanh"])
+
+HIDING = 1e3
+"""A mask that is added to scores is multiplied by at least this."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Elements times `scale` plus `offset` index an axis of this size."""
+
+    size: Size
+    scale: float
+    offset: float
+    exact: bool = True
+    """Whether that is all; otherwise something else is done to them on the way."""
+
+
+@dataclass
+class Uses:
+    """What a graph does with the elements of one input."""
+
+    tables: list[Table] = field(default_factory=list)
+    equals: list[float] = field(default_factory=list)
+    """Constants that elements are compared with for equality."""
+    limits: list[float] = field(default_factory=list)
+    """Constants that elements are compared with otherwise."""
+    decides: bool = False
+    """Whether an element is taken for true or false."""
+    counted: bool = False
+    """Whether elements are added up, or the largest of them is searched."""
+    measured: bool = False
+    """Whether an element is a quantity: multiplied with weights, or an angle."""
+    sizes: bool = False
+    """Whether an element says a size."""
+    positive: bool = False
+    """Whether an element must be positive: a logarithm or a root is taken of it, or something is divided by it."""
+    unitary: bool = False
+    """Whether an element must lie between -1 and 1."""
+    hides: bool = False
+    """Whether an element, multiplied by a large number, is added to scores."""
+    scored: bool = False
+    """Whether an element is added to what a Softmax is taken of."""
+    convolved: bool = False
+    """Whether a convolution reads the input: an image, or sound."""
+    ranges: list[Term] = field(default_factory=list)
+    """Axes along which positions are compared with elements: these are lengths, or positions themselves."""
+    lengths: list[tuple[ir.Value, int, int]] = field(default_factory=list)
+    """Operators to which elements are lengths: a value, an axis of it, and how much less than that axis they are."""
+    searched: list[tuple[float, ir.Value, Term]] = field(default_factory=list)
+    """Constants whose places are counted by NonZero: the constant, what NonZero reads, and the axis of its results."""
+
+    @property
+    def indexes(self) -> bool:
+        """Whether the elements index a table."""
+        return any(table.exact for table in self.tables) or (bool(self.tables) and not self._masks)
+
+    @property
+    def masks(self) -> bool:
+        """Whether the elements look like a mask or a flag. Positions may be counted from a mask, and then indexed."""
+        return self._masks and not self.indexes
+
+    @property
+    def _masks(self) -> bool:
+        return self.decides or self.counted or self.hides
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A value that holds elements of an input, times `scale` plus `offset`."""
+
+    value: ir.Value
+    scale: float = 1.0
+    offset: float = 0.0
+    exact: bool = True
+    """Whether `scale` and `offset` say how the elements were changed."""
+    tested: float | None = None
+    """After a comparison for equality, the constant."""
+    depth: int = 0
+
+
+FURTHEST = 40
+"""No element is followed through more operators than these."""
+
+MOST = 4000
+"""For no input are more values looked at than these."""
+
+
+def uses_of(dimensions: Dimensions) -> dict[str, Uses]:
+    """For each input of a graph, what is done with its elements."""
+    tables: dict[ir.Value, list[Term]] = defaultdict(list)
+    for indices, term in dimensions.index_tables:
+        tables[indices].append(term)
+    tracer = _Tracer(dimensions, tables)
+    return {value.name or "": tracer.trace(value) for value in dimensions.model.graph.inputs}
+
+
+class _Tracer:
+    def __init__(self, dimensions: Dimensions, tables: dict[ir.Value, list[Term]]) -> None:
+        self.dimensions = dimensions
+        self.tables = tables
+
+    def trace(self, value: ir.Value) -> Uses:
+        uses = Uses()
+        open_steps = [_Step(value)]
+        seen: set[tuple[ir.Value, float | None]] = {(value, None)}
+        while open_steps and len(seen) < MOST:
+            step = open_steps.pop(0)
+            for term in self.tables.get(step.value, ()) if step.tested is None else ():
+                uses.tables.append(Table(self.dimensions.space.size(term), step.scale, step.offset, step.exact))
+            for use in step.value.uses():
+                for following in self._through(step, use.node, use.idx, uses):
+                    key = (following.value, following.tested)
+                    if key not in seen and following.depth < FURTHEST:
+                        seen.add(key)
+                        open_steps.append(following)
+        return uses
+
+    def _through(self, step: _Step, node: ir.Node, index: int, uses: Uses) -> Iterator[_Step]:
+        """The values behind a node that still hold the elements; notes in `uses` what the node does with them."""
+        following = replace(step, depth=step.depth + 1)
+        kind = node.op_type
+        self._note_lengths(node, index, uses)
+        if node.domain:
+            return
+        if kind == "Cast" and node.attributes["to"].as_int() == int(ir.DataType.BOOL) and step.tested is None:
+            uses.decides = True
+        if kind in _SHAPES and (index == _SHAPES[kind] or (_SHAPES[kind] < 0 and index > 0)):
+            uses.sizes = True
+        elif kind in _PASSES_ON and index == 0:
+            for output in node.outputs:
+                yield replace(following, value=output)
+        elif kind in _JOINS:
+            yield replace(following, value=node.outputs[0], exact=step.exact and kind == "Concat")
+        elif kind in ("Add", "Sub", "Mul", "Div", "Neg"):
+            yield from self._arithmetic(following, node, index, uses)
+        elif kind == "Equal":
+            constant = self._constant(node.inputs[1 - index])
+            if constant is not None and step.exact and step.scale:
+                number = (constant - step.offset) / step.scale
+                uses.equals.append(number)
+                yield replace(following, value=node.outputs[0], tested=number)
+            elif constant is not None:
+                uses.decides = True
+        elif kind in _COMPARES:
+            self._compared(step, node, index, uses)
+        elif kind == "Where":
+            if index == 0:
+                uses.decides = uses.decides or step.tested is None
+                if step.tested is not None:
+                    yield replace(following, value=node.outputs[0])
+            else:
+                yield replace(following, value=node.outputs[0])
+        elif kind == "NonZero" and step.tested is not None:
+            axes = self.dimensions.axes.get(node.outputs[0])
+            if axes and len(axes) == 2:
+                uses.searched.append((step.tested, step.value, axes[1]))
+        elif kind in _DECIDES:
+            uses.decides = uses.decides or step.tested is None
+            if step.tested is not None and node.outputs:
+                yield replace(following, value=node.outputs[0])
+        elif kind in _COUNTS:
+            uses.counted = uses.counted or step.tested is None
+        elif kind in _NEEDS_POSITIVE:
+            uses.positive = uses.positive or kind != "Pow" or (index == 0 and not self._is_integer(node.inputs[1]))
+        elif kind in _UNITARY:
+            uses.unitary = True
+        elif kind in _MEASURES:
+            uses.measured = True
+            uses.convolved = uses.convolved or (kind == "Conv" and index == 0)
+
+    def _arithmetic(self, step: _Step, node: ir.Node, index: int, uses: Uses) -> Iterator[_Step]:
+        output = node.outputs[0]
+        if node.op_type == "Neg":
+            yield replace(step, value=output, scale=-step.scale, offset=-step.offset)
+            return
+        other = node.inputs[1 - index]
+        constant = self._constant(other)
+        if node.op_type == "Div" and index == 1:
+            uses.positive = True
+            yield replace(step, value=output, exact=False)
+            return
+        if constant is None:
+            if other is not None and self.dimensions.is_weight(other) and node.op_type == "Mul":
+                uses.measured = True
+            if node.op_type in ("Add", "Sub") and self._scores(output):
+                uses.scored = True
+            yield replace(step, value=output, exact=False)
+            return
+        scale, offset = step.scale, step.offset
+        match node.op_type, index:
+            case "Add", _:
+                offset += constant
+            case "Sub", 0:
+                offset -= constant
+            case "Sub", _:
+                scale, offset = -scale, constant - offset
+            case "Mul", _:
+                scale, offset = scale * constant, offset * constant
+            case "Div", _ if constant:
+                scale, offset = scale / constant, offset / constant
+        if abs(scale) >= HIDING:
+            uses.hides = True
+        yield replace(step, value=output, scale=scale, offset=offset)
+
+    def _compared(self, step: _Step, node: ir.Node, index: int, uses: Uses) -> None:
+        """A comparison with a constant, or with positions."""
+        other = node.inputs[1 - index]
+        constant = self._constant(other)
+        if constant is not None:
+            if step.exact and step.scale:
+                uses.limits.append((constant - step.offset) / step.scale)
+            return
+        axes = self.dimensions.axes.get(other) if other is not None else None
+        wide = [term for term in axes or () if self.dimensions.space.static(term) != 1]
+        if wide:
+            uses.ranges.append(wide[-1])
+
+    def _scores(self, value: ir.Value) -> bool:
+        """Whether a Softmax is taken of a value."""
+        for _ in range(3):
+            users = [use.node for use in value.uses()]
+            if any(node.op_type in ("Softmax", "LogSoftmax") for node in users):
+                return True
+            if len(users) != 1 or users[0].op_type not in (*MOVES_OR_CASTS, "Add", "Max", "Div", "Mul"):
+                return False
+            value = users[0].outputs[0]
+        return False
+
+    def _note_lengths(self, node: ir.Node, index: int, uses: Uses) -> None:
+        place = _LENGTHS.get((node.domain, node.op_type), {}).get(index)
+        if place is None:
+            return
+        side, position, axis, less = place
+        values = node.inputs if side == "input" else node.outputs
+        value = values[position] if position < len(values) else None
+        if value is not None:
+            uses.lengths.append((value, axis, less))
+
+    def _constant(self, value: ir.Value | None) -> float | None:
+        """The number that a value is, None where it is not known, or not one number."""
+        if value is None:
+            return None
+        tensor = value.const_value
+        if tensor is not None and tensor.size == 1 and tensor.dtype != ir.DataType.STRING:
+            number = float(np.asarray(tensor.numpy()).astype(np.float64).ravel()[0])
+            return number if math.isfinite(number) else None
+        elements = static_values(self.dimensions.known.get(value))
+        return float(elements[0]) if elements is not None and len(set(elements)) == 1 else None
+
+    def _is_integer(self, value: ir.Value | None) -> bool:
+        constant = self._constant(value)
+        return constant is not None and constant.is_integer() and constant >= 0
+
+
+_OF_STEPS = {4: ("input", 0, 0, 0)}
+
+_LENGTHS: dict[tuple[str, str], dict[int, tuple[str, int, int, int]]] = {
+    (MICROSOFT, "GroupQueryAttention"): {5: ("output", 1, 2, 1), 6: ("output", 1, 2, 0)},
+    (MICROSOFT, "SparseAttention"): {4: ("output", 1, 2, 0), 5: ("output", 1, 2, 0)},
+    ("", "ReverseSequence"): {1: ("input", 0, 0, 0)},
+    ("", "RNN"): _OF_STEPS,
+    ("", "GRU"): _OF_STEPS,
+    ("", "LSTM"): _OF_STEPS,
+    ("", "Attention"): {6: ("input", 1, -2, 0)},
+}
+"""Operators with inputs that are lengths: by input, of which input or output they are the lengths, along which axis,
+and how much less than its size they are (ONNX Runtime counts the last place in one of them)."""
