@@ -233,7 +233,9 @@ class Chooser:
         for old, new in zip(before, after, strict=True):
             order = self.orders.get((old, new))
             if old != new and order is None:
-                raise Refused(f"{name} is not in {self.grown.path}, and nothing tells how its {old} become {new}")
+                raise Refused(
+                    f"{name} is not in {self.grown.path}, so it is unknown how its axis of {old} becomes {new}"
+                )
             orders.append(order if old != new else None)
         return tuple(orders)
 

@@ -81,7 +81,7 @@ def feeding(big: Path, model: Any, inputs: Inputs | None = None, dims: Mapping[s
             if any("past" in name or "cache" in name for name in unknown):
                 continue
             raise Refused(
-                f"{big}: its input {unknown[0]!r} is no argument of {type(model).__name__}: it cannot be compared"
+                f"{big}: its input {unknown[0]!r} is no argument of {type(model).__name__}, so they cannot be compared"
             )
         accepted_cases.append(case)
     return Feeding(analysis, tuple(accepted_cases))
@@ -211,7 +211,7 @@ class FileRunner:
                 )
             )
         if not errors:
-            raise Refused("none of the file's outputs is one that the model in transformers has: it cannot be compared")
+            raise Refused("no output of the file is an output of the model in transformers: they cannot be compared")
         return errors
 
     def _error(self, name: str, expected: Array, got: Array) -> float:

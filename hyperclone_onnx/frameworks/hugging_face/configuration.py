@@ -230,13 +230,13 @@ class Search:
                 candidates[path] = sorted(differing)
             elif isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= max(differing, default=0):
                 candidates[path] = [value * ratio for ratio in self.ratios if ratio > 1]
-        alive = {}
+        relevant = {}
         for path, values in candidates.items():
             others = [change for change in best if change.path != path]
             changed = self.shapes([*others, self._change(path, values[0])]) if values else None
             if changed is not None and changed != shapes:
-                alive[path] = values
-        return alive
+                relevant[path] = values
+        return relevant
 
     def _none(self, best: list[Change]) -> str:
         """The message where no configuration has the wanted shapes: the first wrong tensor under the best changes."""

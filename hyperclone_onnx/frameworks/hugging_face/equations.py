@@ -59,8 +59,8 @@ def solve(equations: Sequence[Equation], sizes: Mapping[str, int]) -> dict[str, 
             if abs(constant) > 5 * NEAR:
                 raise Refused(
                     "the model multiplies by a constant that it derives from its sizes (off by "
-                    f"{math.exp(abs(constant)):.4g} at {equation.where}), and no stored tensor can take it: "
-                    "grow other dimensions with --set"
+                    f"{math.exp(abs(constant)):.4g} at {equation.where}), and no factor of a stored tensor compensates "
+                    "it: grow other dimensions with --set"
                 )
             continue
         chosen = min(row, key=lambda name: (sizes.get(name, 0), name))

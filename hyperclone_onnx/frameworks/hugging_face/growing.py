@@ -93,18 +93,18 @@ def grow_checkpoint(
     runs = Runs.of(given, fed, checkpoint, chooser.doubtful)
     pruned = effective(checkpoint, search, changes, runs, given)
     given.release()
-    last: Refused | None = None
+    refusal: Refused | None = None
     for attempt in pruned:
         assembly = chooser.assembled(search.shapes(attempt) or {})
         try:
             folded = measured(checkpoint, attempt, assembly, stored, runs, grown)
         except Refused as problem:
-            last = problem if last is None or isinstance(last, DoesNotRun) else last
+            refusal = problem if refusal is None or isinstance(refusal, DoesNotRun) else refusal
             continue
         break
     else:
-        assert last is not None
-        raise last
+        assert refusal is not None
+        raise refusal
     say("writing")
     report = Report(str(big), trained=trained)
     try:
@@ -158,7 +158,7 @@ def _check_matches(
                 counts = (_differing(stored[initializer], array), array.size)
                 raise BadModel(
                     f"{hint}: {counts[0]} of the {counts[1]} elements of {name} differ from {initializer!r} "
-                    "(another checkpoint, or the exporter merged other tensors into it)"
+                    "(this is another checkpoint, or the exporter merged other tensors into this one)"
                 )
 
 
@@ -237,7 +237,9 @@ def _write(
     text = json.dumps(manifest(grown, layouts, also, elsewhere), separators=(",", ":"))
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _note_sizes(folder, report)
-    report.notes += [f"{name} was left out: its weights are none of the model's" for name in checkpoint.other_weights]
+    report.notes += [
+        f"{name} was left out: its weights do not belong to the model" for name in checkpoint.other_weights
+    ]
 
 
 def _note_sizes(folder: Path, report: Report) -> None:
@@ -279,17 +281,17 @@ def _check(folder: Path, checkpoint: Checkpoint, fed: Feeding, runs: Runs, assem
     file = FileRunner(assembly.grown.path, assembly.grown.plan)
     to_source: list[Error] = []
     to_file: list[Error] = []
-    for case, want in runs.outputs:
-        got = outputs(model, case)
+    for case, expected in runs.outputs:
+        computed = outputs(model, case)
         if not report.trained:
-            to_source += compare_with_source(got, want, assembly.orders)
+            to_source += compare_with_source(computed, expected, assembly.orders)
         try:
-            to_file += file.compare(case, got)
+            to_file += file.compare(case, computed)
         except RuntimeError:
             continue
         report.cases.append(case.label)
     if not to_file:
-        raise Refused(f"{assembly.grown.path}: ONNX Runtime runs it on none of the inputs made for it")
+        raise Refused(f"{assembly.grown.path}: ONNX Runtime does not run it on any of the inputs that we tried")
     if to_source:
         worst = Error.worst(to_source)
         report.error_to_source = worst.relative
@@ -297,7 +299,11 @@ def _check(folder: Path, checkpoint: Checkpoint, fed: Feeding, runs: Runs, assem
     worst = Error.worst(to_file)
     report.error_to_file = worst.relative
     apart = [name for name, (_, layout) in assembly.also.items() if report.trained and len(layout.shape) > 1]
-    hint = f" (the file has {apart[0]!r} apart from a tensor that is one with it in the checkpoint)" if apart else ""
+    hint = (
+        f" (the file stores {apart[0]!r} separately from a tensor that is one with it in the checkpoint)"
+        if apart
+        else ""
+    )
     _demand(worst, report, "the file's in ONNX Runtime", hint)
 
 

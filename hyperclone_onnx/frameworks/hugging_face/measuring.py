@@ -69,7 +69,7 @@ class Runs:
             if len(compared) == CASES:
                 break
         if not compared:
-            raise Refused(f"{checkpoint.folder}: its model runs on none of the inputs made for it ({problem})")
+            raise Refused(f"{checkpoint.folder}: the model does not run on any of the inputs that we tried ({problem})")
         feeds = torch_feeds(compared[0][0], model)
         tensors = {name: array if name in doubtful else _stirred(array) for name, array in given.floating.items()}
         fill(model, {name: lambda array=array: array for name, array in {**tensors, **given.others}.items()})  # type: ignore[misc]
@@ -188,5 +188,5 @@ def measured(
         gc.collect()
     absent = next((name for name in folded if name not in assembly.layouts and name not in assembly.repeated), None)
     if absent is not None:
-        raise Refused(f"{checkpoint.folder}: {absent}, which the checkpoint does not have, would have to be scaled")
+        raise Refused(f"{checkpoint.folder}: the checkpoint does not have {absent}, which would need a factor")
     return folded

@@ -116,7 +116,7 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
         makers[initializer] = [maker]
     missing = sorted({name for pairs in makers.values() for name, _ in pairs} - weights.keys())
     if missing:
-        raise BadModel(f"{folder}: its weights lack {missing[0]}, which was handed over")
+        raise BadModel(f"{folder}: its weights lack {missing[0]}, which they had at the handoff")
     for name, before in elsewhere.items():
         if name in weights and not _is_as_before(weights[name](), before):
             raise BadRequest(
@@ -169,10 +169,10 @@ def _made(
         try:
             written += put_back(layout, array.astype(whole.dtype), initializer, target, grown.axis)
         except ValueError as problem:
-            raise BadRequest(f"{name} has the shape {list(array.shape)}, another than was handed over") from problem
+            raise BadRequest(f"{name} has the shape {list(array.shape)}, and had another at the handoff") from problem
         if target is not whole and not np.array_equal(target, whole):
             raise BadRequest(
-                f"{makers[0][0]} and {name} are one tensor ({initializer}) in the ONNX file, and were trained apart: "
+                f"{makers[0][0]} and {name} are one tensor ({initializer}) in the ONNX file, but their values differ: "
                 "grow it with --untie"
             )
     return whole.astype(stored.dtype.numpy())

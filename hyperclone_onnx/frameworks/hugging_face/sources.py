@@ -85,7 +85,7 @@ def read_grown(path: Path) -> Grown:
     model = loading.load(path)
     plan = Plan.carried_by(model.metadata_props)
     if plan is None:
-        raise BadRequest(f"{path}: it carries no plan: only a file that hyperclone-onnx grew can be handed to hf")
+        raise BadRequest(f"{path}: it carries no plan: --to hf needs a file that hyperclone-onnx grew")
     stored = {
         name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
     }
@@ -128,9 +128,7 @@ def from_file(grown: Grown, path: Path) -> dict[str, Source]:
             continue
         array = _wide(value.const_value.numpy())
         if recipe is not None and squeezed_shape(array) != tuple(index.source_size for index in grown.axes(name)):
-            raise BadModel(
-                f"{path}: its tensor {recipe.source!r} is of another size: {grown.path} was not grown from it"
-            )
+            raise BadModel(f"{path}: its tensor {recipe.source!r} has another size: {grown.path} was not grown from it")
         read[name] = Source(array, eps_of(value.const_value.dtype) * _largest(array))
     return read
 
@@ -192,8 +190,8 @@ def _added(array: Array, index: AxisIndex) -> Array:
     order = np.argsort(index.collapsed, kind="stable")
     total = array[order[starts]].copy()
     for repeat in range(1, int(counts.max(initial=1))):
-        some = np.flatnonzero(counts > repeat)
-        total[some] += array[order[starts[some] + repeat]]
+        indices = np.flatnonzero(counts > repeat)
+        total[indices] += array[order[starts[indices] + repeat]]
     return np.asarray(total)
 
 
