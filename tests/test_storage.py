@@ -65,7 +65,7 @@ def assert_refused(cli: Command, folder: Path, code: int, *texts: str, model: st
         (b"this is a text and not a model\n", "not a readable ONNX model"),
         (np.random.default_rng(0).bytes(4096), "not a readable ONNX model"),
         (b"\x00" * 512, "not a readable ONNX model"),
-        (b"PK\x03\x04" + bytes(64), "not a readable ONNX model"),
+        (b"PK\x03\x04" + bytes(64), "PyTorch"),
         (onnx.TensorProto(name="weight", dims=[2], data_type=1, float_data=[1, 2]).SerializeToString(), "ONNX model"),
     ],
     ids=["empty", "text", "random", "zeros", "zip", "another message"],
