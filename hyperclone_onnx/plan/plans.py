@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,18 @@ class Plan:
     def brings_in(self, name: str) -> bool:
         """Whether a tensor of the grown model is a constant that growth put into the graph."""
         if self.added is not None:
-            return name in self.added
-        nodes = {edit.node for edit in self.edits if isinstance(edit, ScaleInput)}
+            return name in self._added_names
         node, is_scale, number = name.rpartition(".scale")
-        return bool(is_scale) and node in nodes and name not in self.tensors and _NUMBERED.fullmatch(number) is not None
+        scaled = bool(is_scale) and node in self._scaled_nodes
+        return scaled and name not in self.tensors and _NUMBERED.fullmatch(number) is not None
+
+    @cached_property
+    def _added_names(self) -> frozenset[str]:
+        return frozenset(self.added or ())
+
+    @cached_property
+    def _scaled_nodes(self) -> frozenset[str]:
+        return frozenset(edit.node for edit in self.edits if isinstance(edit, ScaleInput))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""

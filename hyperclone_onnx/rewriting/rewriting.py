@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,18 +42,19 @@ def rewrite(source: ir.Model, plan: Plan, dtype: ir.DataType | None = None) -> i
         for interface in side:
             _set_interface(editor, plan, interface, named[interface.name])
     put_defaults_back(model, partial(_grown_default, plan))
-    model.metadata_props[METADATA_KEY] = _with_added_names(plan, model, editor.added).dumps()
+    model.metadata_props[METADATA_KEY] = _with_added_names(plan, model, tuple(editor.added)).dumps()
     return model
 
 
-def _with_added_names(plan: Plan, model: ir.Model, added: Collection[str]) -> Plan:
+def _with_added_names(plan: Plan, model: ir.Model, added: tuple[str, ...]) -> Plan:
     """The plan, with the names of the added constants if the forms of names alone would mistake another tensor."""
     floats = [
         name for name, value in model.graph.initializers.items() if value.dtype and value.dtype.is_floating_point()
     ]
-    if all(plan.brings_in(name) == (name in added) for name in floats):
+    names = frozenset(added)
+    if all(plan.brings_in(name) == (name in names) for name in floats):
         return plan
-    return replace(plan, added=tuple(added))
+    return replace(plan, added=added)
 
 
 def check_fits(plan: Plan, source: ir.Model) -> None:
