@@ -63,8 +63,8 @@ models-check: $(VENV)/.models  ## grow real pretrained models: minutes and gigab
 # test's time is its optimisation.
 FRAMEWORKS_TESTS = OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-frameworks-check: $(VENV)/.frameworks  ## the handoff to PyTorch and JAX: installs both
-	$(FRAMEWORKS_TESTS) -m 'frameworks and not slow_frameworks'
+frameworks-check: $(VENV)/.frameworks  ## the handoff to PyTorch and JAX: installs both; TESTS names files to run alone
+	$(FRAMEWORKS_TESTS) -m 'frameworks and not slow_frameworks' $(TESTS)
 
 frameworks-long: $(VENV)/.frameworks  ## what frameworks-check leaves out because it takes long
 	$(FRAMEWORKS_TESTS) -m slow_frameworks
