@@ -83,8 +83,6 @@ class Dimensions:
     index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
     scanned: dict[ir.Value, tuple[ir.Node, int, int]] = field(default_factory=dict)
     """For each input of a Scan's body that reads slices of a weight: the Scan, its input, the axis of the slices."""
-    stretched: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """For each symbol the lengths of the axes that it meets by broadcasting: it is one of these, or 1."""
     sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)
     """The axes of each element of a sequence of tensors, where their number is known."""
     lost: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)
