@@ -200,9 +200,37 @@ class ResizeVector(Edit):
         editor.insert(self.node, self.slot, self.output, steps)
 
 
+class _Scale(Edit):
+    """The part that `ScaleInput` and `ScaleOutput` have in common: their axes, and the steps that scale along them."""
+
+    axes: tuple[tuple[int, tuple[Axis, ...]], ...]
+    power: float
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        axes = [[axis, [axis_to_json(factor) for factor in factors]] for axis, factors in self.axes]
+        return {**super()._fields_to_json(), "axes": axes}
+
+    @classmethod
+    def _fields_from_json(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        axes = tuple((axis, tuple(map(axis_from_json, factors))) for axis, factors in data["axes"])
+        return {**data, "axes": axes}
+
+    def _steps(self, editor: Editor, slot: int) -> list[Step]:
+        """The steps; the factors are in the type of the node's input `slot`."""
+        steps: list[Step] = []
+        for axis, factors in self.axes:
+            counts = index_axis([(factor, True) for factor in factors], editor.maps).count
+            divisors = counts.astype(np.float64) ** self.power
+            uniform = counts.min() == counts.max()
+            shaped = divisors[0] if uniform else divisors.reshape(-1, *[1] * (-axis - 1))
+            op_type, operand = editor.factor(f"{self.node}.scale", self.node, slot, shaped)
+            steps.append(Step(op_type, (operand,)))
+        return steps
+
+
 @edit
 @dataclass(frozen=True)
-class ScaleInput(Edit):
+class ScaleInput(_Scale):
     """Multiply a node's input by (number of repeats of each index) ** -power, along the given axes."""
 
     node: str
@@ -211,31 +239,14 @@ class ScaleInput(Edit):
     """(the axis as a negative number, -1 for the last; the factors of that axis)"""
     power: float
 
-    def _fields_to_json(self) -> dict[str, Any]:
-        axes = [[axis, [axis_to_json(factor) for factor in factors]] for axis, factors in self.axes]
-        return {**super()._fields_to_json(), "axes": axes}
-
-    @classmethod
-    def _fields_from_json(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        axes = tuple((axis, tuple(map(axis_from_json, factors))) for axis, factors in data["axes"])
-        return {**data, "axes": axes}
-
     def apply(self, editor: Editor) -> None:
         """Insert a multiplication, or a division if only the divisors are exact in the type of the input."""
-        steps: list[Step] = []
-        for axis, factors in self.axes:
-            counts = index_axis([(factor, True) for factor in factors], editor.maps).count
-            divisors = counts.astype(np.float64) ** self.power
-            uniform = counts.min() == counts.max()
-            shaped = divisors[0] if uniform else divisors.reshape(-1, *[1] * (-axis - 1))
-            op_type, operand = editor.factor(f"{self.node}.scale", self.node, self.input, shaped)
-            steps.append(Step(op_type, (operand,)))
-        editor.insert(self.node, self.input, False, steps)
+        editor.insert(self.node, self.input, False, self._steps(editor, self.input))
 
 
 @edit
 @dataclass(frozen=True)
-class ScaleOutput(Edit):
+class ScaleOutput(_Scale):
     """Multiply a node's output by (number of repeats of each index) ** -power, along the given axes."""
 
     node: str
@@ -244,26 +255,9 @@ class ScaleOutput(Edit):
     """(the axis as a negative number, -1 for the last; the factors of that axis)"""
     power: float
 
-    def _fields_to_json(self) -> dict[str, Any]:
-        axes = [[axis, [axis_to_json(factor) for factor in factors]] for axis, factors in self.axes]
-        return {**super()._fields_to_json(), "axes": axes}
-
-    @classmethod
-    def _fields_from_json(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        axes = tuple((axis, tuple(map(axis_from_json, factors))) for axis, factors in data["axes"])
-        return {**data, "axes": axes}
-
     def apply(self, editor: Editor) -> None:
         """Insert a multiplication, or a division if only the divisors are exact in the type of the first input."""
-        steps: list[Step] = []
-        for axis, factors in self.axes:
-            counts = index_axis([(factor, True) for factor in factors], editor.maps).count
-            divisors = counts.astype(np.float64) ** self.power
-            uniform = counts.min() == counts.max()
-            shaped = divisors[0] if uniform else divisors.reshape(-1, *[1] * (-axis - 1))
-            op_type, operand = editor.factor(f"{self.node}.scale", self.node, 0, shaped)
-            steps.append(Step(op_type, (operand,)))
-        editor.insert(self.node, self.output, True, steps)
+        editor.insert(self.node, self.output, True, self._steps(editor, 0))
 
 
 @edit
