@@ -149,3 +149,36 @@ def test_one_wrong_shape_takes_the_others_with_it() -> None:
         resized = next(node for node in dimensions.model.graph if node.op_type == "Resize").outputs[0]
         sizes = [dimensions.space.static(term) for term in dimensions.axes[resized] or ()]
         assert sizes == [1, 3, *([8, 8] if believed else [None, None])]
+
+
+# -- one feature of many ----------------------------------------------------------------------------------
+
+PICKS = {
+    "Slice": "one = Slice (n, five, six, last)",
+    "Gather": "one = Gather <axis = -1> (n, five)",
+}
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_one_feature_of_a_normalised_stream(tmp_path: Path, pick: str) -> None:
+    """A norm averages over all features, so they grow by one factor; the picked one is that of any clone."""
+    body = (
+        f"n = LayerNormalization (h, gain) {PICKS[pick]} s = Sigmoid (one) g = Mul (n, s) u = MatMul (g, up) "
+        "r = Relu (u) d = MatMul (r, down) y = Add (h, d) logits = MatMul (y, head)"
+    )
+    bounds = {"five": np.array([5]), "six": np.array([6]), "last": np.array([-1])}
+    model = build_model(HEAD.format(body), normal(2, SHAPES) | bounds)
+    assert grow(model, tmp_path) == {"hidden", "ffn"}
+
+
+def test_a_part_of_size_1_is_named(tmp_path: Path) -> None:
+    """A norm over parts that were cut before it: the message names the part that cannot grow."""
+    body = (
+        "a = Slice (h, zero, five, last) b = Slice (h, five, six, last) c = Slice (h, six, end, last) "
+        "j = Concat <axis = -1> (a, b, c) n = LayerNormalization (j, gain) logits = MatMul (n, head)"
+    )
+    bounds = {name: np.array([n]) for name, n in (("zero", 0), ("five", 5), ("six", 6), ("end", 12), ("last", -1))}
+    model = build_model(HEAD.format(body), normal(2, {n: SHAPES[n] for n in ("e", "gain", "head")}) | bounds)
+    onnx.save(model, tmp_path / "small.onnx")
+    with pytest.raises(Refused, match="a part of size 1"):
+        expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=False)

@@ -50,6 +50,10 @@ class GrownOp(Op):
         """Where source boundary `at` lies in the grown axis."""
         return self.terms.offset(term, at)
 
+    def position(self, term: Term, at: int) -> int:
+        """The first index of the grown axis that repeats source index `at`."""
+        return self.terms.position(term, at)
+
     def factored(self, term: Term, inner: int) -> tuple[Term, Term]:
         """An axis as (outer, inner of source size `inner`); of segments, their outer parts side by side.
 

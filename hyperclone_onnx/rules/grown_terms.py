@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
+import numpy as np
+
 from hyperclone_onnx.algebra.dims import Concat, Dim, Product, Space, Term
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.plan.maps import (
@@ -16,6 +18,7 @@ from hyperclone_onnx.plan.maps import (
     SourceMap,
     canonical_axis,
     grown_size,
+    index_axis,
 )
 from hyperclone_onnx.rules.dimensions import Axes
 
@@ -72,10 +75,11 @@ class GrownTerms:
 
     def written(self, term: Term) -> str:
         """The parts of an axis and what each grows by, for messages."""
-        return ", ".join(
-            f"{self.named[atom][0]} x{self.growth(atom)}" if atom in self.named else str(atom)
-            for atom in self.space.atoms(term)
-        )
+        resolved = self.space.resolve(term)
+        if isinstance(resolved, Dim):
+            return f"{self.named[resolved][0]} x{self.growth(resolved)}" if resolved in self.named else str(resolved)
+        parts = resolved.factors if isinstance(resolved, Product) else resolved.segments
+        return ", ".join(map(self.written, parts)) or "a part of size 1"
 
     def grown(self, term: Term) -> int:
         """The length of a static axis in the grown model."""
@@ -92,6 +96,12 @@ class GrownTerms:
             if self.grows(factor) and size:
                 ratio *= Fraction(self.grown(factor), size)
         return ratio
+
+    def position(self, term: Term, at: int) -> int:
+        """The first index of the grown axis that repeats source index `at` of a static axis."""
+        factors = self.factors(term)
+        assert factors is not None, "the axis is static"
+        return int(np.argmax(index_axis([(factor, False) for factor in factors], self.maps).source == at))
 
     def offset(self, term: Term, at: int) -> int:
         """Where source boundary `at` of an axis lies in the grown axis.

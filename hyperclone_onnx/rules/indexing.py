@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hyperclone_onnx.algebra.dims import Term
+from hyperclone_onnx.algebra.dims import ONE, Term
 from hyperclone_onnx.algebra.shape_values import LIMIT, Known, accumulated
 from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
@@ -75,6 +75,8 @@ def _cut_run(op: Op, term: Term) -> Term | None:
     if run is None:
         return None
     first, length = run
+    if length == 1 and op.is_averaged(term):
+        return ONE  # one index of an axis that stays whole: any of its clones will do
     rest = (op.static(term) or 0) - first - length
     parts = op.space.segments(term, [n for n in (first, length, rest) if n])
     return None if parts is None else parts[1 if first else 0]
@@ -103,7 +105,11 @@ def edit_gather(op: GrownOp) -> None:
 
 
 def _move_run(op: GrownOp, term: Term, run: tuple[int, int], where: Axes) -> None:
-    start, end = op.offset(term, run[0]), op.offset(term, sum(run))
+    if run[1] == 1:
+        start = op.position(term, run[0])
+        end = start + 1
+    else:
+        start, end = op.offset(term, run[0]), op.offset(term, sum(run))
     op.set_input(1, list(range(start, end)), [1 if op.is_one(axis) else end - start for axis in where])
 
 

@@ -380,6 +380,8 @@ def _statically_sliced(op: Op, term: Term, total: int, first: int, last: int, st
     length = max(0, -(-(last - first) // step))
     if length == 0:
         return op.dim(0)
+    if step == 1 and length == 1 and op.is_averaged(term):
+        return ONE  # one index of an axis that stays whole: any of its clones will do
     if step == 1:
         sizes = [n for n in (first, length, total - first - length) if n]
         parts = op.space.segments(term, sizes)
@@ -413,6 +415,10 @@ def edit_slice(op: GrownOp) -> None:
             if op.static(term) is None:  # the whole of it
                 starts.append(0)
                 ends.append(END)
+                continue
+            if step == 1 and op.is_one(out[axis]):
+                starts.append(op.position(term, first.static))
+                ends.append(op.position(term, first.static) + 1)
                 continue
             low = op.offset(term, first.static) if step == 1 else first.static
             high = low + op.grown(out[axis]) if step == 1 else op.grown(term)

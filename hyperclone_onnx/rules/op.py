@@ -356,6 +356,11 @@ class Op:
         """Record what happens to an axis here."""
         self.dimensions.facts[kind].append((term, self.node))
 
+    def is_averaged(self, term: Term) -> bool:
+        """Whether a node before this one averages over a part of an axis, so that its parts must grow alike."""
+        atoms = set(self.space.atoms(term))
+        return any(not atoms.isdisjoint(self.space.atoms(mean.term)) for mean in self.dimensions.uniform)
+
     def uniform(self, term: Term) -> None:
         """State that this node averages over an axis."""
         self.fact(Fact.NORMALISED, term)

@@ -216,3 +216,14 @@ def eye_like(m: Model) -> None:
 def non_zero(m: Model) -> None:
     shape = m.shape(1, 3)
     m.node("NonZero", m.operand(shape, "p" * len(shape), stored=False, kind=np.bool_))
+
+
+@row("Gather", seeds=8)
+def gather_of_one_index_of_an_averaged_axis(m: Model) -> None:
+    """The axis stays whole, and any clone of the index serves."""
+    m.opset, m.equal = 21, True
+    n = m.size()
+    x = activation(m, (3, n), "gg")
+    m.node("ReduceMean", x, m.ints([1]), want="gp")
+    at = m.size(-n, n - 1)
+    m.node("Gather", x, m.ints(m.pick(at, [at])), axis=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rule_rows.harness import Model, letters, narrow, row
+from rule_rows.harness import Model, activation, letters, narrow, row
 
 
 @row("Transpose")
@@ -272,3 +272,14 @@ def pad(m: Model) -> None:
     if low < 0:
         narrow(m)
     m.node("Pad", x, *inputs, **({"mode": mode} if mode else {}))
+
+
+@row("Slice", seeds=8)
+def slice_of_one_index_of_an_averaged_axis(m: Model) -> None:
+    """The axis stays whole, and any clone of the index serves."""
+    m.opset, m.equal = 21, True
+    n = m.size()
+    x = activation(m, (3, n), "gg")
+    m.node("ReduceMean", x, m.ints([1]), want="gp")
+    at = m.size(0, n - 1)
+    m.node("Slice", x, m.ints([at]), m.ints([at + 1]), m.ints([m.pick(1, -1)]), want="gp")
