@@ -12,7 +12,7 @@ from conftest import build_model, normal, perceptron
 from onnx import TensorProto, helper
 from test_dialects import grow
 
-from fuzz.oracle import compare, run_source
+from fuzz.oracle import compare, run_source, session
 from hyperclone_onnx import Refused, Strategy, expand
 from hyperclone_onnx.analysis.walk import infer
 from hyperclone_onnx.plan.edits import ScaleOutput
@@ -182,3 +182,29 @@ def test_a_part_of_size_1_is_named(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "small.onnx")
     with pytest.raises(Refused, match="a part of size 1"):
         expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+
+
+# -- rows replaced under a mask ---------------------------------------------------------------------------
+
+
+def test_image_features_replace_rows_of_the_stream(tmp_path: Path) -> None:
+    """How image tokens enter a language model: the mask is expanded over hidden, and flat features fill its places."""
+    graph = """g (int64[batch, sequence] ids, float[tokens, 7] image) => (float[batch, sequence, 31] logits) {
+        h = Gather (e, ids) m = Equal (ids, token) m3 = Unsqueeze (m, last) shape = Shape (h) whole = Expand (m3, shape)
+        hits = NonZero (whole) tuples = Transpose <perm = [1, 0]> (hits) f = MatMul (image, project)
+        flat = Reshape (f, last) size = Shape (tuples) count = Gather (size, zero)
+        part = Slice (flat, zero, count, zero) x = ScatterND (h, tuples, part) n = LayerNormalization (x, gain)
+        u = MatMul (n, up) r = Relu (u) d = MatMul (r, down) y = Add (x, d) logits = MatMul (y, head) }"""
+    stored = {"token": np.array(3), "last": np.array([-1]), "zero": np.array([0])}
+    model = build_model(graph, normal(2, SHAPES | {"project": (7, 12)}) | stored)
+    small, big = tmp_path / "small.onnx", tmp_path / "big.onnx"
+    onnx.save(model, small)
+    made = expand(small, big, 2, strategy=Strategy("symmetric"), check=False)
+    assert {"hidden", "ffn"} <= {dim.role for dim in made.plan.dims.values()}
+    image = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    for ids in ([[1, 3, 3, 4], [3, 2, 3, 5]], [[1, 2, 4, 5]]):
+        fed = {"ids": np.array(ids), "image": image}
+        wide = session(big).get_inputs()[1].shape[1]
+        want = session(small).run(None, fed)[0]
+        got = session(big).run(None, fed | {"image": np.tile(image, (1, wide // 7))})[0]
+        np.testing.assert_allclose(got, want, atol=1e-5)

@@ -83,6 +83,10 @@ class Dimensions:
     index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
     scanned: dict[ir.Value, tuple[ir.Node, int, int]] = field(default_factory=dict)
     """For each input of a Scan's body that reads slices of a weight: the Scan, its input, the axis of the slices."""
+    repeated: dict[ir.Value, frozenset[int]] = field(default_factory=dict)
+    """The axes of a value along which it was expanded: all its elements are the same there."""
+    listed: dict[ir.Value, Axes] = field(default_factory=dict)
+    """For index tuples that NonZero made of such a value: its last axes, which the tuples run through for each hit."""
     sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)
     """The axes of each element of a sequence of tensors, where their number is known."""
     lost: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from itertools import starmap
 
-from hyperclone_onnx.algebra.dims import ONE, Term
+import numpy as np
+import onnx_ir as ir
+
+from hyperclone_onnx.algebra.dims import ONE, Product, Term
 from hyperclone_onnx.algebra.shape_values import LIMIT, Known, accumulated
 from hyperclone_onnx.rules.dimensions import Axes, Fact
 from hyperclone_onnx.rules.grown_op import GrownOp
@@ -179,7 +182,10 @@ def gather_nd(op: Op) -> None:
         op.parameter(1)
         op.out((*_spread(op, picked, where[:-1]), *axes[1:]))
         return
-    for term in axes[batch : batch + depth]:
+    # Tuples that run through whole rows read all of a row, in its order: the row may be of any length.
+    rows = op.dimensions.listed.get(op.value(1), ())
+    op.unify_axes(axes[batch + depth - len(rows) : batch + depth], rows)
+    for term in axes[batch : batch + depth - len(rows)]:
         index_by(op, term, 1)
     op.out((*where[:-1], *axes[batch + depth :]))
 
@@ -199,7 +205,10 @@ def scatter_nd(op: Op) -> None:
     """out = x with out[indices[i, :], rest] = updates[i, rest]"""
     where, depth = op.axes(1), _depth(op)
     axes = op.axes(0, least=depth)
-    for term in axes[:depth]:
+    # Tuples that run through whole rows set all of a row, in its order: the row may be of any length.
+    rows = op.dimensions.listed.get(op.value(1), ())
+    op.unify_axes(axes[depth - len(rows) : depth], rows)
+    for term in axes[: depth - len(rows)]:
         index_by(op, term, 1)
     op.unify_axes(op.axes(2), (*where[:-1], *axes[depth:]))
     _once_each(op, where[:-1])
@@ -323,10 +332,39 @@ def eye_like(op: Op) -> None:
     op.out(axes)
 
 
+def _only_indexes(value: ir.Value) -> bool:
+    """Whether indices that NonZero made are used as tuples of indices only, or only their number is read.
+
+    Any other reader would see indices of a grown axis, which mean other elements than in the source.
+    """
+    if value.is_graph_output():
+        return False
+    for node, slot in value.uses():
+        if node.domain or slot or node.op_type not in ("Transpose", "Shape", "Size"):
+            return False
+        tuples = node.outputs[0]
+        if node.op_type == "Transpose" and (tuples.is_graph_output() or not all(starmap(_indexes, tuples.uses()))):
+            return False
+    return True
+
+
+def _indexes(node: ir.Node, slot: int) -> bool:
+    """Whether a node reads whole tuples as indices of GatherND or ScatterND, or reads their number."""
+    indexing = node.op_type in ("GatherND", "ScatterND") and slot == 1 and "batch_dims" not in node.attributes
+    return not node.domain and (indexing or (node.op_type in ("Shape", "Size") and slot == 0))
+
+
 @relates("NonZero")
 def non_zero(op: Op) -> None:
-    """out[:, i] = the indices of the i-th element that is not zero"""
+    """out[:, i] = the indices of the i-th element that is not zero; an axis along which x is expanded may grow"""
     axes = op.axes(0)
-    for term in axes:
+    repeated = op.dimensions.repeated.get(op.value(0), frozenset())
+    if not _only_indexes(op.node.outputs[0]):
+        repeated = frozenset()
+    start = len(axes)
+    while start - 1 in repeated and op.static(axes[start - 1]) is not None:
+        start -= 1
+    for term in axes[:start]:
         op.pin(term, "numbered by NonZero")
-    op.out((op.pinned_dim(len(axes), "a tuple of indices"), op.space.unknown()))
+    op.out((op.pinned_dim(len(axes), "a tuple of indices"), Product((op.space.unknown(), *axes[start:]))))
+    op.dimensions.listed[op.node.outputs[0]] = axes[start:]

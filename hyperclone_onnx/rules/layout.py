@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -29,6 +30,9 @@ def transpose(op: Op) -> None:
     if sorted(perm) != list(range(len(axes))):
         raise op.malformed(f"perm is no order of {len(axes)} axes")
     op.out([axes[p] for p in perm], None if elements is None else elements.transpose(perm))
+    listed = op.dimensions.listed.get(op.value(0))
+    if listed is not None and perm == [1, 0]:
+        op.dimensions.listed[op.node.outputs[0]] = listed
 
 
 def _reshaped(op: Op, axes: Sequence[Term]) -> None:
@@ -158,6 +162,9 @@ def expand(op: Op) -> None:
             made = op.dim(size)
             op.fact(Fact.EXPANDED, made)
             out.append(made)
+    pairs = enumerate(zip(padded, out, strict=True))
+    new = frozenset(axis for axis, (before, after) in pairs if op.is_one(before) and not op.is_one(after))
+    op.dimensions.repeated[op.node.outputs[0]] = new
     op.out(out, _expanded(op.known(0), [op.static(term) for term in out]))
 
 
@@ -344,6 +351,9 @@ def _sliced(op: Op, term: Term, start: Size | None, end: Size | None, step: int 
         first, last = low.static, high.static
         if first is not None and last is not None:
             return _statically_sliced(op, term, total, first, last, step)
+    rows = _leading_rows(op, term, low, high, step)
+    if rows is not None:
+        return Product((op.dim(rows), *op.space.factors(term)[1:]))
     op.pin(term, "sliced at bounds that are not known before running")
     length = None if low is None or high is None or step != 1 else high - low
     return op.pinned_dim(length, "a slice of an axis that keeps its size")
@@ -354,6 +364,17 @@ def _no_further(end: Size | None, size: Size) -> Size | None:
     if end is None or end.static is None or end.static <= 1 or size.static is not None:
         return end
     return BINARY["Min"](end, size)
+
+
+def _leading_rows(op: Op, term: Term, low: Size | None, high: Size | None, step: int | None) -> Size | None:
+    """How many whole rows a slice from the start takes of an axis that is (rows, columns), both rows not known yet."""
+    factors = op.space.factors(term)
+    columns = Product(factors[1:])
+    if step != 1 or low != Size.of(0) or high is None or high.static is not None:
+        return None
+    if len(factors) < 2 or op.static(factors[0]) is not None or op.static(columns) is None:
+        return None
+    return high.divided_by(op.size(columns))
 
 
 def _from_front(bound: Size | None, size: Size) -> Size | None:
@@ -403,8 +424,17 @@ def edit_slice(op: GrownOp) -> None:
     axes, out = op.axes(0), op.out_axes(0)
     starts: list[int | None] = []
     ends: list[int | None] = []
-    for axis, start, _, step in _slice_bounds(op, len(axes)):
+    factors: list[Fraction] = []
+    for axis, start, end, step in _slice_bounds(op, len(axes)):
         term, low, high = axes[axis], None, None
+        high_bound = _from_front(end, op.size(term))
+        rows = _leading_rows(op, term, _from_front(start, op.size(term)), high_bound, step)
+        cut = rows is not None and high_bound != op.size(term)
+        factors.append(op.growth(term) if cut else Fraction(1))
+        if cut:
+            starts.append(None)
+            ends.append(None)
+            continue
         if op.grows(term):
             first = _from_front(start, op.size(term))
             assert first is not None and first.static is not None
@@ -424,6 +454,8 @@ def edit_slice(op: GrownOp) -> None:
             high = low + op.grown(out[axis]) if step == 1 else op.grown(term)
         starts.append(low)
         ends.append(high)
+    if any(factor != 1 for factor in factors):
+        op.scale_input(2, factors)
     for index, name, moved in ((1, "starts", starts), (2, "ends", ends)):
         if all(value is None for value in moved):
             continue

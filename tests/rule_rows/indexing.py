@@ -227,3 +227,43 @@ def gather_of_one_index_of_an_averaged_axis(m: Model) -> None:
     m.node("ReduceMean", x, m.ints([1]), want="gp")
     at = m.size(-n, n - 1)
     m.node("Gather", x, m.ints(m.pick(at, [at])), axis=1)
+
+
+def rows_of_a_mask(m: Model) -> tuple[str, str, tuple[int, int, int]]:
+    """A computed value, and the index tuples of the elements under a mask of its rows."""
+    m.opset = 21
+    b, s, h = m.size(), m.size(), m.size()
+    mask = m.operand(m.rng.random((b, s, 1)) < 0.6, stored=False)
+    whole = m.node("Expand", mask, m.ints([b, s, h]), inner=True)
+    tuples = m.node("Transpose", m.node("NonZero", whole, inner=True), inner=True, perm=[1, 0])
+    return activation(m, (b, s, h)), tuples, (b, s, h)
+
+
+@row("ScatterND", "NonZero", seeds=12)
+def masked_scatter(m: Model, op: str) -> None:
+    """Rows under a mask are replaced by others, one after the other."""
+    x, tuples, (b, s, h) = rows_of_a_mask(m)
+    y = m.operand((b * s, h), stored=False)
+    m.symbols[y] = ("rows", h)
+    count = m.node("Gather", m.node("Shape", tuples, inner=True), m.ints([0]), inner=True)
+    flat = m.node("Reshape", m.node("Identity", y, inner=True), m.ints([-1]), inner=True)
+    updates = m.node("Slice", flat, m.ints([0]), count, m.ints([0]), inner=True)
+    m.node("ScatterND", x, tuples, updates, want="ppg")
+
+
+@row("GatherND", "NonZero", seeds=12)
+def masked_select(m: Model, op: str) -> None:
+    """The rows under a mask, flat."""
+    x, tuples, (_, _, h) = rows_of_a_mask(m)
+    m.expected[x] = "ppg"
+    rows = m.node("GatherND", x, tuples, inner=True)
+    m.node("Reshape", rows, m.ints([-1, h]), want=".g")
+
+
+@row("NonZero", seeds=6)
+def indices_of_a_mask_that_leave(m: Model) -> None:
+    """Whoever else reads the indices sees those of the source."""
+    x, tuples, _ = rows_of_a_mask(m)
+    m.expected[x] = "ppp"
+    m.node("GatherND", x, tuples)
+    m.node("Identity", tuples)
