@@ -28,25 +28,30 @@ def _unify_all(op: Op, index: int, wanted: Axes) -> None:
 @relates(*GATES)
 def recurrent(op: Op) -> None:
     """H[t, h] = f(sum_i X[t, i] W[(gate h), i], sum_k H[t-1, k] R[(gate h), k], B, H[t-1, h]), f elementwise in h"""
-    x, r = op.axes(0, rank=3), op.axes(2, rank=3)
-    gates = GATES[op.node.op_type]
-    directions, hidden = r[0], r[2]
+    directions, _, hidden = op.axes(2, rank=3)
     if op.static(hidden) is None:
         raise CannotTell("a state of unknown width")
-    batch_first = bool(op.integer("layout", 0))
+    gates = GATES[op.node.op_type]
+    relate_states(op, directions, hidden, gates, batch_first=bool(op.integer("layout", 0)))
+    op.sum_over((0, 2), (1, 2))
+    op.sum_over((2, 2))
+    every_gate = Concat((hidden,) * gates)
+    _unify_all(op, 1, (directions, every_gate, op.axis_of(0, 2)))
+    _unify_all(op, 2, (directions, every_gate, hidden))
+
+
+def relate_states(op: Op, directions: Term, hidden: Term, gates: int, batch_first: bool) -> None:
+    """The axes of all but the weights: RNN, GRU and LSTM have the same inputs and outputs for these."""
+    x = op.axes(0, rank=3)
     length, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
     op.pin(length, "a recurrence steps along it")
     op.pin(directions, "the directions of a recurrence")
-    op.sum_over((0, 2), (1, 2))
-    op.sum_over((2, 2))
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, hidden)
     op.fact(Fact.WEIGHT_OUTPUT, hidden)
     op.fact(Fact.STATE, hidden)
 
     every_gate = Concat((hidden,) * gates)
     state = (batch, directions, hidden) if batch_first else (directions, batch, hidden)
-    _unify_all(op, 1, (directions, every_gate, x[2]))
-    _unify_all(op, 2, (directions, every_gate, hidden))
     _unify_all(op, 3, (directions, Concat((every_gate, every_gate))))
     _unify_all(op, 4, (batch,))
     _unify_all(op, 5, state)
@@ -60,8 +65,13 @@ def recurrent(op: Op) -> None:
 @edits(*GATES)
 def edit_recurrent(op: GrownOp) -> None:
     """The width of the state."""
+    edit_state(op, op.axis_of(2, 2))
+
+
+def edit_state(op: GrownOp, hidden: Term) -> None:
+    """The attribute with the width of the state, which may be left out."""
     if op.has_attribute("hidden_size"):
-        op.set_attribute("hidden_size", op.grown(op.axis_of(2, 2)))
+        op.set_attribute("hidden_size", op.grown(hidden))
 
 
 # -- linear attention -------------------------------------------------------------------------------------

@@ -38,4 +38,3 @@ pinned(
     "QOrderedMatMul",
     domain=MICROSOFT,
 )
-pinned("its recurrent weights are codes with one scale for each direction", "DynamicQuantizeLSTM", domain=MICROSOFT)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from hyperclone_onnx.algebra.dims import ONE, Term
+from hyperclone_onnx.algebra.dims import ONE, Concat, Term
 from hyperclone_onnx.graphs import MICROSOFT
 from hyperclone_onnx.rules.contractions import relate_matmul
 from hyperclone_onnx.rules.convolution import pool
 from hyperclone_onnx.rules.dimensions import Axes, Fact
+from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.indexing import index_by
 from hyperclone_onnx.rules.layout import side_by_side
 from hyperclone_onnx.rules.op import CannotTell, Op
@@ -19,6 +20,7 @@ from hyperclone_onnx.rules.quantised import (
     qlinear_conv,
     rows_and_columns,
 )
+from hyperclone_onnx.rules.recurrent import GATES, edit_state, relate_states
 from hyperclone_onnx.rules.reductions import out_reduced
 from hyperclone_onnx.rules.registry import edits, relates
 
@@ -67,6 +69,33 @@ def qlinear_conv_last(op: Op) -> None:
     if op.integer("channels_last", 0):
         raise CannotTell("channels that come last")
     qlinear_conv(op)
+
+
+@relates("DynamicQuantizeLSTM", domain=MICROSOFT)
+def dynamic_quantize_lstm(op: Op) -> None:
+    """LSTM with W[d, i, (gate h)] and R[d, k, (gate h)] as codes with scales; X and H are quantised on the way
+
+    Repeats of X and H do not move their range, so the codes of the activations stay. The scales of W and R divide.
+    """
+    directions, hidden, _ = op.axes(2, rank=3)
+    if op.static(hidden) is None:
+        raise CannotTell("a state of unknown width")
+    relate_states(op, directions, hidden, GATES["LSTM"], batch_first=False)
+    op.sum_over((0, 2), (1, 1), scales=(8,))
+    op.sum_over((2, 1), scales=(10,))
+    every_gate = Concat((hidden,) * GATES["LSTM"])
+    op.unify_axes(op.axes(1, rank=3), (directions, op.axis_of(0, 2), every_gate))
+    op.unify_axes(op.axes(2), (directions, hidden, every_gate))
+    for index in range(8, 12):
+        if op.has(index):
+            scale = op.axes(index)
+            op.unify_axes(scale, (directions, every_gate)[: max(len(scale), 1)])
+
+
+@edits("DynamicQuantizeLSTM", domain=MICROSOFT)
+def edit_dynamic_quantize_lstm(op: GrownOp) -> None:
+    """The width of the state."""
+    edit_state(op, op.axis_of(2, 1))
 
 
 # -- elementwise operators, poolings and joins ---------------------------------------------------------------

@@ -53,6 +53,37 @@ def dynamic_quantize_matmul(m: Model) -> None:
     m.node("DynamicQuantizeMatMul", *operands, *zeros, domain=MICROSOFT, want="gg")
 
 
+@row("DynamicQuantizeLSTM", domain=MICROSOFT, seeds=12)
+def dynamic_quantize_lstm(m: Model) -> None:
+    """Every input and attribute; scales for a direction, or for each column of its weights. Zero points must be 0.
+
+    The state is quantised at each step: its last bit may move it by a whole step, which the tolerance allows.
+    """
+    m.runtime, m.equal, m.tolerance = True, True, 2e-3
+    length, batch, n, hidden = m.size(), m.size(), m.size(), m.size()
+    direction, directions = m.pick(("forward", 1), ("reverse", 1), ("bidirectional", 2))
+    columns = 4 * hidden
+    state = (directions, batch, hidden)
+    kind = m.pick(np.int8, np.uint8)
+    per = m.pick((directions,), (directions, columns))
+    weights, scales = [], []
+    for rows in (n, hidden):
+        weights.append(m.operand(weight_codes(m, (directions, rows, columns), kind), "pgg", stored=True))
+        scales += [m.operand(scale_for(m, *per), stored=True), m.operand(np.zeros(per, kind), stored=True)]
+    inputs = [
+        single(m, (length, batch, n)),
+        *weights,
+        m.operand(scale_for(m, directions, 2 * columns), "pg", stored=True) if m.coin() else "",
+        m.operand(m.rng.integers(1, length + 1, (batch,), dtype="int32"), stored=False) if m.coin() else "",
+        *(m.operand(scale_for(m, *state), stored=False) if m.coin() else "" for _ in range(2)),
+        m.operand(scale_for(m, directions, 3 * hidden), "pg", stored=True) if m.coin() else "",
+        *scales,
+    ]
+    attributes = m.pick({}, {"direction": direction}) if direction == "forward" else {"direction": direction}
+    attributes |= m.pick({}, {"clip": 0.4})
+    m.node("DynamicQuantizeLSTM", *inputs, outputs=3, domain=MICROSOFT, hidden_size=hidden, want="ppgg", **attributes)
+
+
 @row("QGemm", domain=MICROSOFT, seeds=10)
 def qgemm(m: Model) -> None:
     m.runtime, m.equal, m.tolerance = True, True, 1e-6
