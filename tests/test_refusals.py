@@ -48,7 +48,7 @@ class Obstacle:
 
 
 OBSTACLES = [
-    Obstacle("drawn", "e = RandomNormalLike (d)  x = Add (d, e)", "RandomNormalLike", "what it draws", runs=False),
+    Obstacle("drawn", "e = RandomNormalLike (d)  x = Add (d, e)", "RandomNormalLike", "its random numbers", runs=False),
     Obstacle(
         "foreign operator",
         f"x = {DOMAIN}.Twist (d)",

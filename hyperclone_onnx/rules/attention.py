@@ -16,10 +16,10 @@ from hyperclone_onnx.rules.registry import edits, relates
 
 
 def split_heads(op: Op, term: Term, heads: int) -> tuple[Term, Term]:
-    """A packed axis as (heads, head_dim)."""
+    """Split an axis that holds all heads into (heads, head_dim)."""
     size = op.static(term)
     if size is None or heads < 1 or size % heads:
-        raise CannotTell("a width that its heads do not divide")
+        raise CannotTell("a width that is not a multiple of the number of heads")
     parts = op.dim(heads), op.dim(size // heads)
     op.space.match([term], parts)
     return parts
@@ -33,14 +33,14 @@ def relate_heads(op: Op, query: Term, key: Term) -> None:
         op.unify(query, key)
         return
     if many is None or few is None or few < 1 or many % few:
-        raise CannotTell("query heads that the key/value heads do not divide")
+        raise CannotTell("a number of query heads that is not a multiple of that of the key/value heads")
     group = op.dim(many // few)
     op.space.match([query], [key, group])
     op.fact(Fact.EXPANDED, group)
 
 
 def relate_scores(op: Op, depth: Term, value_depth: Term, total: Term) -> None:
-    """softmax_t(sum_d q[d] k[t, d]) v[t, e]: what is summed, what is free, what softmax runs over."""
+    """Record the axes of softmax_t(sum_d q[d] k[t, d]) v[t, e]: d is summed, e is free, softmax runs over t."""
     op.fact(Fact.CONTRACTED_WITH_ACTIVATION, depth)
     op.fact(Fact.VALUE_AXIS, value_depth)
     op.dimensions.uniform.append(Uniform(op.node, depth))
@@ -51,17 +51,17 @@ def relate_scores(op: Op, depth: Term, value_depth: Term, total: Term) -> None:
 def relate_bias(op: Op, index: int, scores: tuple[Term, Term, Term, Term]) -> None:
     """A mask or bias added to the scores, broadcast to their axes (batch, heads, query length, total length).
 
-    It may end before the keys do: the rest is masked.
+    It may cover only the first keys. Then the operator masks the others.
     """
     if not op.has(index):
         return
     if op.static(op.axis_of(index, -1)) != op.static(scores[3]):
-        op.pin(op.axis_of(index, -1), "a mask of the first keys")
+        op.pin(op.axis_of(index, -1), "the mask covers only the first keys")
     op.broadcast([scores, op.axes(index)])
 
 
 def total_length(op: Op, new: Term, past: Term | None) -> Term:
-    """The length of past and new keys together."""
+    """The number of past and new keys together."""
     if past is None:
         return new
     for term in (new, past):
@@ -70,10 +70,10 @@ def total_length(op: Op, new: Term, past: Term | None) -> Term:
 
 
 def cache_lengths(op: Op, new: Term, past: Term | None, shared: bool) -> tuple[Term, Term]:
-    """The length of all keys, and the length of the cache that comes out.
+    """The number of all keys, and the length of the output cache.
 
-    A `shared` buffer holds past and present keys in one place. It need not be full, so its length and that of all keys
-    are two dimensions.
+    With `shared`, one buffer holds past and new keys. The buffer may be longer than the keys in it. So its length and
+    the number of all keys are two dimensions.
     """
     if not shared:
         total = total_length(op, new, past)
@@ -86,7 +86,10 @@ def cache_lengths(op: Op, new: Term, past: Term | None, shared: bool) -> tuple[T
 
 
 def edit_scale(op: GrownOp, depth: Term) -> None:
-    """Scores are sums over head_dim: n repeats make them n times too large, and change the default scale."""
+    """Divide the scale of the scores. A score is a sum over head_dim, and n repeats make it n times too large.
+
+    The default scale, 1 / sqrt(head_dim), would change too. So we write the scale of the source, divided by n.
+    """
     ratio = op.growth(depth)
     if ratio == 1:
         return
@@ -95,11 +98,11 @@ def edit_scale(op: GrownOp, depth: Term) -> None:
 
 
 def divide_scores(op: GrownOp, depth: Term, given: float | None) -> None:
-    """Divide a sum over head_dim by its repeats, exactly: in `scale`, else in the queries (input 0).
+    """Divide a sum over head_dim by the number n of its repeats, without rounding.
 
-    An attribute is a float32, and so is the square root that kernels take of it: where these are not exact the
-    source's scale stays, and the queries are divided. The default, 1 / sqrt(head_dim), has then shrunk by the
-    square root of what is asked.
+    The attribute is a float32, and kernels take its square root in float32. If both are exact, we divide `scale`.
+    Otherwise we keep the source's scale and divide the queries (input 0) by n. Without a scale in the source, the
+    default 1 / sqrt(head_dim) has already shrunk by sqrt(n), so we divide the queries by sqrt(n) only.
     """
     ratio = op.growth(depth)
     if ratio == 1:
@@ -116,7 +119,7 @@ def _has_exact_root(scale: float) -> bool:
 
 
 def edit_heads(op: GrownOp, name: str, heads: Term) -> None:
-    """An attribute that counts heads."""
+    """Set an attribute that holds a number of heads."""
     if op.has_attribute(name) and op.integer(name) and op.grows(heads):
         op.set_attribute(name, op.grown(heads))
 
@@ -137,7 +140,7 @@ def attention(op: Op) -> None:
     relate_scores(op, depth, value_depth, total)
     relate_bias(op, 3, (batch, heads, length, total))
     if op.integer("is_causal", 0) or any(op.integer(f"{side}_window_size", -1) >= 0 for side in ("left", "right")):
-        op.pin(length, "a mask counts along it")
+        op.pin(length, "a mask compares positions along it")
     if op.has(6):
         op.unify(op.axis_of(6, 0), batch)
     packed = op.rank(0) == 3
@@ -151,7 +154,7 @@ def _operands(op: Op) -> tuple[tuple[Term, Term, Term, Term], tuple[Term, Term, 
     """((batch, heads, query length, head_dim), (key/value heads, key length, value head_dim))."""
     query, key, value = op.axes(0), op.axes(1), op.axes(2)
     if not len(query) == len(key) == len(value) in (3, 4):
-        raise CannotTell("Attention of operands of different ranks")
+        raise CannotTell("queries, keys and values of different ranks")
     if len(query) == 4:
         batch, heads, length, depth = query
         kv_heads, new, value_depth = key[1], key[2], value[3]
@@ -177,13 +180,13 @@ def _heads_of(op: GrownOp, index: int, name: str) -> tuple[Term, Term]:
 
 
 def head_terms(op: GrownOp, term: Term, heads: int) -> tuple[Term, Term]:
-    """A packed axis as (heads, head_dim)."""
+    """Split an axis that holds all heads into (heads, head_dim)."""
     return op.factored(term, (op.static(term) or 0) // heads)
 
 
 @edits("Attention")
 def edit_attention(op: GrownOp) -> None:
-    """The counts of heads, and the scale of the scores."""
+    """Sets the numbers of heads and the scale of the scores."""
     heads, depth = _heads_of(op, 0, "q_num_heads")
     kv_heads, _ = _heads_of(op, 1, "kv_num_heads")
     edit_heads(op, "q_num_heads", heads)
@@ -195,12 +198,12 @@ def edit_attention(op: GrownOp) -> None:
 
 
 def _rotary_slots(op: Op) -> tuple[int, int, int]:
-    """(cosines, sines, position ids): the two domains order their inputs differently."""
+    """The positions of the inputs (cosines, sines, position ids), which differ between the two domains."""
     return (2, 3, 1) if op.node.domain == MICROSOFT else (1, 2, 3)
 
 
 def _rotary_head(op: Op) -> Term:
-    """The head_dim of a rotary embedding's operand."""
+    """The head_dim of the input of a rotary embedding."""
     axes = op.axes(0, least=3)
     if len(axes) == 4:
         return axes[3]
@@ -213,18 +216,21 @@ def _rotary_head(op: Op) -> Term:
 
 
 def rotate(op: Op, depth: Term, half: Term, rotary: int, interleaved: bool) -> None:
-    """The first `rotary` of head_dim are two halves, or pairs, that turn by one angle each; the rest stays."""
+    """Relate head_dim with the angles: its first `rotary` channels are rotated, the others are not.
+
+    The rotated channels are two halves, or pairs of neighbours if `interleaved`. Each pair has one angle.
+    """
     size = op.static(depth)
     if size is None or op.static(half) != rotary // 2:
         raise CannotTell("rotary angles that do not fit the head size")
-    pair = op.pinned_dim(2, "a pair that rotates") if interleaved else None
+    pair = op.pinned_dim(2, "two numbers that are rotated together") if interleaved else None
     turned: tuple[Term, ...] = (Product((half, pair)),) if pair is not None else (half, half)
     rest = size - rotary
     op.unify(depth, Concat((*turned, op.dim(rest)) if rest else turned))
 
 
 def _unify_all(op: Op, axes: Axes, wanted: Axes) -> None:
-    """Relate axes pairwise where they are as many; a single offset has none of them."""
+    """Relate axes one by one if there are as many of both. A single offset has none."""
     if len(axes) == len(wanted):
         for one, other in zip(axes, wanted, strict=True):
             op.merge([one, other])
@@ -245,7 +251,7 @@ def rotary_embedding(op: Op) -> None:
         for index in (cosines, sines):
             index_by(op, op.axis_of(index, 0), positions)
         if op.rank(positions) == 1:
-            op.pin(places[1], "counted from one offset")
+            op.pin(places[1], "its positions are counted from one offset")
         _unify_all(op, op.axes(positions), places)
     else:
         for index in (cosines, sines):
@@ -255,7 +261,7 @@ def rotary_embedding(op: Op) -> None:
 
 @edits("RotaryEmbedding")
 def edit_rotary(op: GrownOp) -> None:
-    """The count of heads and the width of the rotated part."""
+    """Sets the number of heads and the width of the rotated part."""
     axes = op.axes(0)
     count = op.integer("num_heads", 0)
     if len(axes) == 3 and count:

@@ -1,6 +1,7 @@
-"""Operators that multiply and sum: their summed axes need a partition of unity over the repeats.
+"""Operators that multiply and sum.
 
-The rules only say *what* is summed; the plan decides who carries the division (a weight, a scalar).
+When a summed axis is repeated, the repeats of each summand must share its value. The rules only say *what* is summed.
+The plan decides which factor is divided: a weight or a scalar.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hyperclone_onnx.rules.registry import relates
 
 
 def note_roles(op: Op, batch: Axes, left_free: Axes, right_free: Axes, slots: tuple[int, int] = (0, 1)) -> None:
-    """Record what the free and batch axes of a contraction of two inputs, at `slots`, are seen to be."""
+    """Record facts about the free and batch axes of a contraction of the two inputs at `slots`."""
     if any(op.is_weight(index) for index in slots):
         for index, free in zip(slots, (left_free, right_free), strict=True):
             if op.is_weight(index):
@@ -33,7 +34,7 @@ def relate_matmul(
     """Relate a product of the inputs `a` and `b`; see `Op.sum_over` for the rest."""
     left, right = op.axes(a), op.axes(b)
     if not left or not right:
-        raise CannotTell("MatMul of a scalar")
+        raise CannotTell("MatMul with a scalar")
     op.sum_over((a, len(left) - 1), (b, max(len(right) - 2, 0)), integers=integers, scales=scales, biases=biases)
     left_free, right_free = left[-2:-1], right[-1:] if len(right) > 1 else ()
     batch = op.broadcast([left[:-2], right[:-2]])
@@ -53,7 +54,7 @@ def matmul(op: Op) -> None:
 
 @relates("Gemm")
 def gemm(op: Op) -> None:
-    """Y[m, n] = alpha sum_k A'[m, k] B'[k, n] + beta C[m, n], with A', B' transposed as asked"""
+    """Y[m, n] = alpha sum_k A'[m, k] B'[k, n] + beta C[m, n], with A', B' = A, B or their transposes"""
     left, right = op.axes(0, rank=2), op.axes(1, rank=2)
     trans_a, trans_b = op.integer("transA", 0), op.integer("transB", 0)
     op.number("alpha")  # planning divides by it
@@ -68,7 +69,7 @@ def gemm(op: Op) -> None:
 
 @relates("Einsum")
 def einsum(op: Op) -> None:
-    """out[free] = sum over the letters absent from the output of the product of the operands"""
+    """out[free] = the product of the operands, summed over the letters that are not in the output"""
     letters, output = _parse_einsum(op)
     terms: dict[str, Term] = {}
     sites: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -78,7 +79,7 @@ def einsum(op: Op) -> None:
             raise CannotTell("Einsum whose equation does not fit an operand's rank")
         for position, (letter, term) in enumerate(zip(word, axes, strict=True)):
             if word.count(letter) > 1:
-                op.pin(term, "a diagonal taken by Einsum")
+                op.pin(term, "Einsum takes a diagonal along it")
             terms[letter] = op.merge([terms[letter], term]) if letter in terms else term
             if not op.is_one(term):
                 sites[letter].append((index, position))
@@ -97,7 +98,7 @@ def einsum(op: Op) -> None:
 
 
 def _parse_einsum(op: Op) -> tuple[list[list[str]], list[str]]:
-    """The letters of each operand and of the output; an ellipsis becomes letters of its own ("0", "1", ...)."""
+    """The letters of each operand and of the output; an ellipsis becomes letters too ("<0>", "<1>", ...)."""
     left, arrow, right = op.text("equation", "").replace(" ", "").partition("->")
     words = left.split(",")
     if len(words) != op.count:

@@ -1,6 +1,7 @@
 """Control flow: the walk goes into the bodies.
 
-A body is one graph that is run many times, so what it carries around has the same dimensions before and after it.
+A loop runs its body many times. So a value that the body passes to its next run has the same dimensions before and
+after it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from hyperclone_onnx.rules.registry import edits, pinned, relates
 
 @relates("If")
 def if_(op: Op) -> None:
-    """out = then_branch() or else_branch(): what both make of an axis is the same dimension"""
+    """out = then_branch() or else_branch(): an axis is the same dimension in both"""
     names = ("then_branch", "else_branch")
     branches = [op.body(name) for name in names]
     if not len(branches[0].outputs) == len(branches[1].outputs) >= len(op.node.outputs):
-        raise op.malformed("its branches make other numbers of values")
+        raise op.malformed("its branches and the node itself have different numbers of outputs")
     condition = op.element(0)
     if condition is not None and condition.static is not None:  # the other branch never runs
         idle = branches.pop(1 if condition.static else 0)
@@ -34,7 +35,7 @@ def if_(op: Op) -> None:
         one, other = (op.dimensions.axes.get(value) for value in (values[0], values[-1]))
         if one is None or other is None or len(one) != len(other):
             for term in (*(one or ()), *(other or ())):
-                op.pin(term, "made with another rank by the other branch")
+                op.pin(term, "the other branch makes this value with another rank")
             op.out_unknown(index)
             continue
         op.out([_either(op, a, b) for a, b in zip(one, other, strict=True)], index=index)
@@ -42,13 +43,16 @@ def if_(op: Op) -> None:
 
 @edits("If")
 def edit_if(op: GrownOp) -> None:
-    """A branch that never runs was not walked, and would no longer fit what it reads: the other one takes its place."""
+    """Replaces the node by the branch that always runs, where that is known.
+
+    The rules have not related the other branch. It would no longer fit the grown values that it reads.
+    """
     condition = op.element(0)
     if condition is not None and condition.static is not None:
         op.edits.append(TakeBranch(op.name, "then_branch" if condition.static else "else_branch"))
 
 
-pinned("a tensor that is sparse or no number; any other is stored before the analysis", "Constant")
+pinned("it is sparse or holds no numbers; any other becomes an initializer before the analysis", "Constant")
 
 
 def _either(op: Op, one: Term, other: Term) -> Term:
@@ -56,17 +60,17 @@ def _either(op: Op, one: Term, other: Term) -> Term:
         op.unify(one, other)
         return one
     for term in (one, other):
-        op.pin(term, "made in another size by the other branch")
-    return op.pinned_dim(None, "made in two sizes by two branches")
+        op.pin(term, "the other branch makes it in another size")
+    return op.pinned_dim(None, "the two branches make it in different sizes")
 
 
 @relates("Loop")
 def loop(op: Op) -> None:
-    """(carried, stacked) = body(i, condition, carried) for i = 0, 1, ...: what is carried keeps its dimensions"""
+    """(carried, stacked) = body(i, condition, carried) for i = 0, 1, ...: carried values keep their dimensions"""
     body = op.body("body")
     carried_values = len(body.inputs) - 2
     if len(body.inputs) != max(op.count, 2) or len(body.outputs) < 1 + max(carried_values, len(op.node.outputs)):
-        raise op.malformed("its body has other inputs or outputs than itself")
+        raise op.malformed("the inputs or outputs of its body do not fit its own")
     for index in (0, 1):
         op.parameter(index)
     carried = _enter(op, body.inputs[2:], range(2, op.count))
@@ -78,28 +82,27 @@ def loop(op: Op) -> None:
     stays = op.dimensions.known.get(body.outputs[0])
     stays_true = body.outputs[0] is body.inputs[1] or static_values(stays) == [1]
     count = trips if endless and stays_true else None
-    _leave(
-        op, body.outputs[1:], carried, [(0, op.pinned_dim(count, "numbers the turns of a loop"))] * len(body.outputs)
-    )
+    iterations = op.pinned_dim(count, "it numbers the iterations of a loop")
+    _leave(op, body.outputs[1:], carried, [(0, iterations)] * len(body.outputs))
 
 
 @relates("Scan")
 def scan(op: Op) -> None:
     """(carried, stacked) = body(carried, x[.., t, ..]) for t = 0, 1, ... along an axis of each scanned operand"""
     if op.opset < 9:
-        raise CannotTell("Scan over a batch (opset 8)")
+        raise CannotTell("Scan of opset 8, which also runs over a batch")
     body = op.body("body")
     scanned = op.positive("num_scan_inputs")
     states = op.count - scanned
     if states < 0 or len(body.inputs) != op.count or len(body.outputs) < max(states, len(op.node.outputs)):
-        raise op.malformed("its body has other inputs or outputs than itself")
+        raise op.malformed("the inputs or outputs of its body do not fit its own")
     carried = _enter(op, body.inputs[:states], range(states))
     axes_in = op.int_list("scan_input_axes", None, length=scanned) or [0] * scanned
     steps: list[Term] = []
     for value, index, axis in zip(body.inputs[states:], range(states, op.count), axes_in, strict=True):
         axes = list(op.axes(index))
         steps.append(axes.pop(op.axis(axis, len(axes))))
-        op.pin(steps[-1], "numbers the steps of a scan")
+        op.pin(steps[-1], "it numbers the steps of a scan")
         op.dimensions.axes[value] = tuple(axes)
         if op.is_weight(index):  # the weights of all layers, of which each step reads one
             op.dimensions.picked.add(value)
@@ -113,25 +116,25 @@ def scan(op: Op) -> None:
 
 
 def _enter(op: Op, inner: Sequence[ir.Value], indices: Sequence[int]) -> list[Axes]:
-    """Give a body's carried inputs the axes of what they begin with; a length that may change is a new one."""
+    """Give a body's carried inputs the axes of their first values. A length that may change is a new dimension."""
     carried: list[Axes] = []
     for value, index in zip(inner, indices, strict=True):
         axes = tuple(op.dim(None) if op.static(term) in (None, 0) else term for term in op.axes(index))
         for term, begins in zip(axes, op.axes(index), strict=True):
             if term is not begins:
-                for each in (term, begins):
-                    op.pin(each, "a length that a loop may change")
+                for axis in (term, begins):
+                    op.pin(axis, "a length that a loop may change")
         carried.append(axes)
         op.dimensions.axes[value] = axes
     return carried
 
 
 def _leave(op: Op, made: Sequence[ir.Value], carried: list[Axes], stacked: Sequence[tuple[int, Term]]) -> None:
-    """Relate what a body carried around with what it began with, and set the node's outputs."""
+    """Relate the carried values at the end of a body with those at its beginning, and set the node's outputs."""
     for index, value in enumerate(made):
         axes = op.dimensions.axes.get(value)
         if axes is None:
-            raise CannotTell(*op.dimensions.lost.get(value, ("a body that makes a value of unknown rank", "")))
+            raise CannotTell(*op.dimensions.lost.get(value, ("the body of a loop makes a value of unknown rank", "")))
         if index >= len(carried):
             axis, turns = stacked[index - len(carried)]
             whole = list(axes)
@@ -146,11 +149,11 @@ def _leave(op: Op, made: Sequence[ir.Value], carried: list[Axes], stacked: Seque
             op.out([op.pinned_dim(None, CHANGED) for _ in axes], index=index)
 
 
-CHANGED = "a loop that changes the shape of what it carries"
+CHANGED = "a loop changes the shape of a value that it carries"
 
 
 def _comes_back(op: Op, before: Axes, after: Axes) -> bool:
-    """Relate a carried value at the end of a turn with the same at its beginning; False when the shape is another."""
+    """Relate a carried value after an iteration with the same value before it. False if its shape has changed."""
     if len(before) != len(after):
         return False
     for one, other in zip(before, after, strict=True):
@@ -164,7 +167,7 @@ def _comes_back(op: Op, before: Axes, after: Axes) -> bool:
 
 
 def _distrust(op: Op) -> None:
-    """Pin all that a body touches: it was read with shapes that it does not keep."""
+    """Pin all axes in a body. Its rules have seen shapes that change in the next iteration."""
     for node in op.body("body").all_nodes():
         given = (op.dimensions.axes_of(node, i) for i, value in enumerate(node.inputs) if value is not None)
         for axes in (*given, *(op.dimensions.axes.get(value) for value in node.outputs)):

@@ -14,14 +14,14 @@ from hyperclone_onnx.rules.registry import edits, relates
 
 
 def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = None, fixed: bool = True) -> list[Term]:
-    """The output's spatial axes, from the input's, which are pinned, and the window that runs over them.
+    """The spatial axes of the output. Those of the input are pinned, because a window moves along them.
 
-    Where that is not known before running, the file's own word is taken. An axis whose window is one element that
-    stays (`fixed`) in its place is no space: it passes.
+    A size that is not known before running is taken from the shape that the file declares. If the window is a single
+    element that always reads its own place (`fixed`), the axis passes through and is not pinned.
     """
     inner = op.axes(0, least=2)[2:]
     if len(kernel) != len(inner):
-        raise op.malformed(f"a kernel of {len(kernel)} axes for {len(inner)} spatial ones")
+        raise op.malformed(f"its kernel has {len(kernel)} axes, and its input {len(inner)} spatial axes")
     passing = [fixed and _stays(op, axis, kernel[axis]) for axis in range(len(inner))]
     for term, passes in zip(inner, passing, strict=True):
         if not passes:
@@ -33,15 +33,15 @@ def _spatial(op: Op, kernel: Sequence[int | None], count: WindowCount | None = N
         sizes = declared[2:]
     made = [(count or _window_count)(op, axis, op.size(term), kernel[axis]) for axis, term in enumerate(inner)]
     out: list[Term] = []
-    for term, passes, found, size in zip(inner, passing, made, sizes, strict=True):
-        out.append(term if passes else op.pinned_dim(found if found is not None else size, "a spatial axis"))
+    for term, passes, computed, size in zip(inner, passing, made, sizes, strict=True):
+        out.append(term if passes else op.pinned_dim(computed if computed is not None else size, "a spatial axis"))
         if not passes:
             op.fact(Fact.SPATIAL, out[-1])
     return out
 
 
 def _stays(op: Op, axis: int, kernel: int | None) -> bool:
-    """Whether output j is made of input j alone: a window of one, one step apart, without padding."""
+    """Whether output j reads input j only: a window of one element, a step of 1, and no padding."""
     before, after = _pads(op, axis)
     more = _per_axis(op, "output_padding", 0)[axis]
     whole = op.int_list("output_shape", None) is None and not before and not after and not more
@@ -49,7 +49,7 @@ def _stays(op: Op, axis: int, kernel: int | None) -> bool:
 
 
 def _per_axis(op: Op, name: str, default: int) -> list[int]:
-    """An attribute that has a number for each spatial axis."""
+    """An attribute that holds one number for each spatial axis."""
     count = op.rank(0) - 2
     return op.int_list(name, None, length=count) or [default] * count
 
@@ -69,11 +69,11 @@ def _pads(op: Op, axis: int) -> tuple[int, int]:
 
 
 WindowCount = Callable[[Op, int, Size, int | None], Size | None]
-"""(operator, spatial axis, its size, the kernel's) to the size of the output's axis, None where it is not known."""
+"""Takes (operator, spatial axis, its size, the kernel's size) and gives the output's size, None if it is not known."""
 
 
 def _window_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | None:
-    """How many windows fit along a spatial axis; None where that is not known."""
+    """The number of windows along a spatial axis, None if it is not known."""
     stride, dilation = _strides(op)[axis], _per_axis(op, "dilations", 1)[axis]
     padding = op.text("auto_pad", "NOTSET")
     if kernel is None or op.integer("ceil_mode", 0):
@@ -86,13 +86,13 @@ def _window_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | N
 
 
 def _spread_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | None:
-    """How far the windows of a transposed convolution reach along a spatial axis."""
+    """The size of a spatial axis of a transposed convolution's output, None if it is not known."""
     count = op.rank(0) - 2
-    asked = op.int_list("output_shape", None)
-    if asked is not None:
-        if len(asked) < count:
-            raise op.malformed(f"output_shape has {len(asked)} elements for {count} spatial axes")
-        return Size.of(asked[-count:][axis])
+    shape = op.int_list("output_shape", None)
+    if shape is not None:
+        if len(shape) < count:
+            raise op.malformed(f"output_shape has {len(shape)} elements for {count} spatial axes")
+        return Size.of(shape[-count:][axis])
     if kernel is None or op.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
     stride, dilation = _strides(op)[axis], _per_axis(op, "dilations", 1)[axis]
@@ -101,12 +101,12 @@ def _spread_count(op: Op, axis: int, size: Size, kernel: int | None) -> Size | N
 
 
 def _grouped(op: Op, term: Term, group: int) -> tuple[Term, Term]:
-    """An axis as (group, channels of a group)."""
+    """Split an axis of channels into (groups, channels of a group)."""
     size = op.static(term)
     if group == 1:
         return ONE, term
     if size is None or size % group:
-        raise CannotTell("channels that its groups do not divide")
+        raise CannotTell("a number of channels that is not a multiple of the number of groups")
     parts = op.dim(group), op.dim(size // group)
     op.space.match([term], parts)
     return parts
@@ -154,7 +154,7 @@ def deform_conv(op: Op) -> None:
     """Conv that reads X[n, (f c), p + k + offset[n, (f k), p]] mask[n, (f k), p]"""
     relate_conv(op, 0, 1, 3, fixed=False)
     x = op.axes(0)
-    op.pin(_grouped(op, x[1], op.positive("offset_group", 1))[0], "channels that move together")
+    op.pin(_grouped(op, x[1], op.positive("offset_group", 1))[0], "groups of channels that share their offsets")
     for index in (2, 4):
         if op.has(index):
             batch, kernel, *space = op.axes(index, least=2)
@@ -173,7 +173,7 @@ def conv_transpose(op: Op) -> None:
     op.unify(x[1], w[0])
     groups, channels = _grouped(op, w[0], group)
     if not op.is_one(channels):
-        op.pin(groups, "groups beside the channels that are summed")
+        op.pin(groups, "groups of a transposed convolution that also sums over channels")
         op.sum_over((0, 1), (1, 0))
     out = product(groups, w[1])
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, channels)
@@ -187,7 +187,7 @@ def conv_transpose(op: Op) -> None:
 
 @edits("ConvTranspose")
 def edit_conv_transpose(op: GrownOp) -> None:
-    """As many groups as channels grow with them; others stay."""
+    """Sets the number of groups if there are as many groups as channels. Any other number keeps its size."""
     channels = op.axis_of(1, 0)
     if op.integer("group", 1) > 1 and op.static(channels) == op.integer("group"):
         op.set_attribute("group", op.grown(channels))
@@ -195,7 +195,7 @@ def edit_conv_transpose(op: GrownOp) -> None:
 
 @edits("Conv", "DeformConv")
 def edit_conv(op: GrownOp) -> None:
-    """The group attribute is the channels over the channels of a group."""
+    """Sets the attribute `group`: all channels divided by the channels of one group."""
     edit_groups(op, 1)
 
 
@@ -207,7 +207,7 @@ def edit_groups(op: GrownOp, weight: int) -> None:
 
 @relates("BatchNormalization", "InstanceNormalization")
 def channel_norm(op: Op) -> None:
-    """Y[n, c, p] = scale[c] (X[n, c, p] - mean[c]) / sqrt(var[c] + eps) + B[c]; statistics are per channel"""
+    """Y[n, c, p] = scale[c] (X[n, c, p] - mean[c]) / sqrt(var[c] + eps) + B[c]; mean and var belong to one channel"""
     x = op.axes(0, least=2)
     if op.node.op_type == "InstanceNormalization":
         averaged: Axes = x[2:]
@@ -229,21 +229,21 @@ def pool(op: Op) -> None:
     out = (x[0], x[1], *_spatial(op, op.int_list("kernel_shape", None) or [None] * (len(x) - 2)))
     if op.node.op_type == "MaxPool" and len(op.node.outputs) > 1:
         for term in x:
-            op.pin(term, "MaxPool's flat indices count through it")
+            op.pin(term, "MaxPool returns flat indices, which depend on its size")
     op.out(out)
     op.out(out, index=1)
 
 
 @relates("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def global_pool(op: Op) -> None:
-    """Y[n, c, 1...] pools X[n, c, all]: its mean, its largest, or (sum |X|^p)^(1/p)"""
+    """Y[n, c, 1...] pools X[n, c, all]: the mean, the maximum or (sum |X|^p)^(1/p)"""
     x = op.axes(0, least=2)
     for axis in range(2, len(x)):
         match op.node.op_type:
             case "GlobalAveragePool":
                 op.uniform(x[axis])
             case "GlobalLpPool" if op.is_constant(0):
-                op.pin(x[axis], "the sizes of a weight's shares do not add up to its own")
+                op.pin(x[axis], "the absolute values of a weight's shares do not add up to that of the weight")
             case "GlobalLpPool":
                 op.sum_over((0, axis), power=1.0 / op.positive("p", 2))
     op.out((x[0], x[1], *[ONE] * (len(x) - 2)))
@@ -258,7 +258,7 @@ def local_response_norm(op: Op) -> None:
 
 @relates("Upsample")
 def upsample(op: Op) -> None:
-    """Y[n, c, p'] samples X[n, c, p]; axes whose scale is 1 are untouched"""
+    """Y[n, c, p'] samples X[n, c, p]; axes whose scale is 1 keep their elements"""
     x = op.axes(0)
     op.parameter(1)
     scales = op.numbers("scales")
@@ -279,7 +279,7 @@ def upsample(op: Op) -> None:
 
 @relates("Resize")
 def resize(op: Op) -> None:
-    """Y[n, c, p'] samples X[n, c, p]; axes whose scale is 1 are untouched"""
+    """Y[n, c, p'] samples X[n, c, p]; axes whose scale is 1 keep their elements"""
     x = op.axes(0)
     for index in (1, 2, 3):
         op.parameter(index)
@@ -306,7 +306,7 @@ def resize(op: Op) -> None:
 
 
 def _unscaled(op: Op, index: int) -> bool:
-    """Whether the stored scales of batch and channels are 1, converted or not."""
+    """Whether the stored scales of batch and channels are 1, also if a Cast follows them."""
     value = op.value(index)
     producer = value.producer()
     while producer is not None and producer.op_type in ("Cast", "Identity") and producer.inputs[0] is not None:
@@ -318,6 +318,6 @@ def _unscaled(op: Op, index: int) -> bool:
 
 @edits("Resize")
 def edit_resize(op: GrownOp) -> None:
-    """Asked-for sizes follow the untouched axes."""
+    """Sets the sizes of the axes that are not resized."""
     if op.has(3) and not op.has_attribute("axes"):
         op.resize_input(3, op.out_axes(0), keep=())

@@ -1,4 +1,4 @@
-"""Attention whose scores and probabilities subgraphs may change."""
+"""Attention in which subgraphs may change the scores and the probabilities."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def _walk_modifier(op: Op, name: str, scores: tuple[Term, ...]) -> None:
     op.walk(body)
     changed = op.dimensions.axes.get(body.outputs[0])
     if changed is None or len(changed) != len(scores):
-        raise CannotTell(f"{name} gives scores of unknown axes")
+        raise CannotTell(f"{name} returns scores of unknown rank")
     op.unify_axes(changed, scores)
 
 
 @edits("FlexAttention", domain=PREVIEW)
 def edit_flex_attention(op: GrownOp) -> None:
-    """The scale of the scores."""
+    """Sets the scale of the scores."""
     divide_scores(op, op.axis_of(0, 3), op.number("scale"))

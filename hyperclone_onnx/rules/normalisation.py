@@ -27,7 +27,7 @@ def group_norm(op: Op) -> None:
     axes = op.axes(0, least=2)
     groups, size = op.positive("num_groups"), op.static(axes[1])
     if size is None or size % groups:
-        raise CannotTell("channels that its groups do not divide")
+        raise CannotTell("a number of channels that is not a multiple of the number of groups")
     group, channels = op.dim(groups), op.dim(size // groups)
     op.space.match([axes[1]], [group, channels])
     op.fact(Fact.GROUPED, group)
@@ -40,7 +40,7 @@ def group_norm(op: Op) -> None:
 
 @edits("GroupNormalization")
 def edit_group_norm(op: GrownOp) -> None:
-    """The number of groups grows by what the channels grow and a group does not."""
+    """Sets the number of groups: it grows by the part of the channels' growth that is outside a group."""
     groups, channels = op.positive("num_groups"), op.axis_of(0, 1)
     grown = op.grown(op.factored(channels, (op.static(channels) or 0) // groups)[0])
     if grown != groups:
@@ -58,7 +58,7 @@ def mean_variance_norm(op: Op) -> None:
 
 @relates("Softmax", "LogSoftmax", "Hardmax")
 def softmax(op: Op) -> None:
-    """out[j] = exp x[j] / sum_k exp x[k]: repeats would take each other's share"""
+    """out[j] = exp x[j] / sum_k exp x[k]: the axis keeps its size, since repeats would change the sum"""
     axes = op.axes(0)
     axis = op.axis(op.integer("axis", -1 if op.opset >= 13 else 1), len(axes))
     for term in axes[axis:] if op.opset < 13 else axes[axis : axis + 1]:
@@ -69,7 +69,7 @@ def softmax(op: Op) -> None:
 
 @relates("LpNormalization")
 def lp_normalisation(op: Op) -> None:
-    """Y[.., j, ..] = X[.., j, ..] / (sum_k |X[.., k, ..]|^p)^(1/p): n repeats make Y smaller by n^(1/p)"""
+    """Y[.., j, ..] = X[.., j, ..] / (sum_k |X[.., k, ..]|^p)^(1/p): n repeats make Y n^(1/p) times smaller"""
     axes, p = op.axes(0), op.integer("p", 2)
     if p not in (1, 2):
         raise op.malformed(f"attribute p is {p}, and must be 1 or 2")

@@ -1,17 +1,17 @@
-"""Operators of which no axis can grow by its nature: reason, then operators."""
+"""Operators that can let no axis grow: a reason, then the operators."""
 
 from __future__ import annotations
 
 from hyperclone_onnx.rules.registry import pinned
 
 STANDARD = {
-    "what it draws is not repeated when its axes are": (
+    "its random numbers would differ between the repeats of an axis": (
         "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
     ),
-    "a loss takes a share of each class": "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss",
-    "it numbers or compares what it is given": "MaxUnpool NonMaxSuppression Unique",
-    "it makes the places of a grid": "AffineGrid",
-    "it makes a signal of a length of its own": "BlackmanWindow HammingWindow HannWindow MelWeightMatrix",
+    "it is a loss, and its targets are numbers of classes": "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss",
+    "it numbers or compares the elements of its inputs": "MaxUnpool NonMaxSuppression Unique",
+    "it makes the coordinates of a grid": "AffineGrid",
+    "it makes a signal whose values depend on its length": "BlackmanWindow HammingWindow HannWindow MelWeightMatrix",
     "it reads an image": "ImageDecoder",
     "it reads text": "RegexFullMatch StringConcat StringNormalizer StringSplit TfIdfVectorizer",
 }

@@ -1,7 +1,7 @@
-"""Operators on quantised values: codes repeat as they are, and what a sum over repeats grows by goes into the scales.
+"""Operators on quantised values: codes are repeated unchanged, and their scales are divided.
 
-A quantised weight is (codes - zero point) * scale. Codes cannot share a weight without new rounding; their scale can:
-divided by the number of repeats it undoes the sum exactly, since every repeat holds the same code.
+A quantised weight is (codes - zero point) * scale. If codes were divided among repeats, they would be rounded again.
+Every repeat holds the same code, so n repeats make a sum n times too large. A scale divided by n undoes that exactly.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ BLOCK = "elements of a block share one scale"
 
 
 def parameters(op: Op, *indices: int) -> None:
-    """Scales and zero points of whole tensors, whose own axes keep their size."""
+    """State that inputs are scales and zero points of whole tensors. Their axes keep their size."""
     for index in indices:
         op.parameter(index)
 
 
 def per_channel(op: Op, index: int, channels: Term) -> None:
-    """A scale or zero point that is one number, or a vector with one for each channel."""
+    """Relate a scale or zero point: it is one number, or a vector with one number for each channel."""
     if op.has(index) and op.rank(index) == 1:
         op.merge([op.axis_of(index, 0), channels])
     elif op.has(index) and op.rank(index) > 1:
@@ -34,11 +34,11 @@ def per_channel(op: Op, index: int, channels: Term) -> None:
 
 
 def blocks_of(op: Op, term: Term, blocks: Term, size: int) -> None:
-    """An axis is (blocks, elements of a block): blocks grow, for a block's elements share one scale."""
+    """Relate an axis as (blocks, elements of a block). Only blocks grow, since a block's elements share one scale."""
     count, length = op.static(blocks), op.static(term)
     if count is None or length is None or count * size != length:
-        for each in (term, blocks):
-            op.pin(each, f"blocks of {size} share a scale, and do not fill it")
+        for axis in (term, blocks):
+            op.pin(axis, f"the axis is not a multiple of its blocks of {size} elements that share a scale")
         return
     op.space.match([term], [blocks, op.pinned_dim(size, BLOCK)])
 
@@ -48,7 +48,7 @@ def blocks_of(op: Op, term: Term, blocks: Term, size: int) -> None:
 
 @relates("DequantizeLinear", "QuantizeLinear")
 def linear(op: Op) -> None:
-    """y[j] = (x[j] - zero_point[j]) scale[j], or its inverse; scales are one number, per channel or per block"""
+    """y[j] = (x[j] - zero_point[j]) scale[j], or its inverse; one scale in all, or one for each channel or block"""
     x = op.axes(0)
     _relate_scale(op, x, op.axes(1))
     if op.has(2):
@@ -73,7 +73,7 @@ def _relate_scale(op: Op, x: Axes, scale: Axes) -> None:
 
 @relates("DynamicQuantizeLinear")
 def dynamic_linear(op: Op) -> None:
-    """y[j] = round(x[j] / scale) + zero_point, both from the least and the largest x: repeats do not move them"""
+    """y[j] = round(x[j] / scale) + zero_point, both from the minimum and maximum of x: repeats do not change them"""
     op.out(op.axes(0))
     op.out((), index=1)
     op.out((), index=2)
@@ -83,7 +83,7 @@ def dynamic_linear(op: Op) -> None:
 
 
 def rows_and_columns(op: Op, rows: Sequence[int], columns: Sequence[int]) -> None:
-    """Scales and zero points of a product's operands: one number, a vector for rows or columns, or of full rank."""
+    """Relate scales and zero points of a product's operands: one number, a vector for rows or columns, or full rank."""
     out = op.dimensions.axes[op.node.outputs[0]] or ()
     for slots, axis in ((rows, -2), (columns, -1)):
         for slot in slots:
@@ -129,5 +129,5 @@ def qlinear_conv(op: Op) -> None:
 
 @edits("ConvInteger", "QLinearConv")
 def edit_integer_conv(op: GrownOp) -> None:
-    """The group attribute is the channels over the channels of a group."""
+    """Sets the attribute `group`: all channels divided by the channels of one group."""
     edit_groups(op, 1 if op.node.op_type == "ConvInteger" else 3)

@@ -1,4 +1,4 @@
-"""Layers that carry a state from step to step. Steps are counted, so that the sequence keeps its length."""
+"""Layers that carry a state from step to step. The sequence keeps its length, since its steps follow each other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _unify_all(op: Op, index: int, wanted: Axes) -> None:
 
 @relates(*GATES)
 def recurrent(op: Op) -> None:
-    """H[t, h] = f(sum_i X[t, i] W[(gate h), i], sum_k H[t-1, k] R[(gate h), k], B, H[t-1, h]), f elementwise in h"""
+    """H[t, h] = f(sum_i X[t, i] W[(gate h), i], sum_k H[t-1, k] R[(gate h), k], B, H[t-1, h]), f elementwise"""
     directions, _, hidden = op.axes(2, rank=3)
     if op.static(hidden) is None:
         raise CannotTell("a state of unknown width")
@@ -41,7 +41,7 @@ def recurrent(op: Op) -> None:
 
 
 def relate_states(op: Op, directions: Term, hidden: Term, gates: int, batch_first: bool) -> None:
-    """The axes of all but the weights: RNN, GRU and LSTM have the same inputs and outputs for these."""
+    """Relate all axes except those of the weights. RNN, GRU and LSTM have the same inputs and outputs here."""
     x = op.axes(0, rank=3)
     length, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
     op.pin(length, "a recurrence steps along it")
@@ -64,12 +64,12 @@ def relate_states(op: Op, directions: Term, hidden: Term, gates: int, batch_firs
 
 @edits(*GATES)
 def edit_recurrent(op: GrownOp) -> None:
-    """The width of the state."""
+    """Sets the width of the state."""
     edit_state(op, op.axis_of(2, 2))
 
 
 def edit_state(op: GrownOp, hidden: Term) -> None:
-    """The attribute with the width of the state, which may be left out."""
+    """Set the attribute that holds the width of the state, if the node has it."""
     if op.has_attribute("hidden_size"):
         op.set_attribute("hidden_size", op.grown(hidden))
 
@@ -78,13 +78,13 @@ def edit_state(op: GrownOp, hidden: Term) -> None:
 
 
 def relate_gate(op: Op, term: Term, choices: Sequence[Term]) -> None:
-    """The last axis of a gate is one of several, which its size tells; where it does not, none of them can grow."""
+    """Relate the last axis of a gate with the choice of the same size. Without such a choice, pin all of them."""
     for choice in choices:
         if op.size(term) == op.size(choice):
             op.unify(term, choice)
             return
-    for each in (term, *choices):
-        op.pin(each, "gated by an axis of which the size does not tell what it numbers")
+    for axis in (term, *choices):
+        op.pin(axis, "the last axis of a gate has neither the size of the heads nor of the channels")
 
 
 @relates("LinearAttention")
@@ -113,14 +113,14 @@ def linear_attention(op: Op) -> None:
     op.fact(Fact.VALUE_AXIS, value_depth)
     op.dimensions.uniform.append(Uniform(op.node, depth))
     if op.text("update_rule", "gated_delta") in ("delta", "gated_delta"):
-        op.pin(depth, "a delta rule sums along it into the state that it keeps")
+        op.pin(depth, "a delta rule sums over it, and keeps the sum in its state")
     op.out((batch, length, Product((heads, value_depth))))
     op.out(state, index=1)
 
 
 @edits("LinearAttention")
 def edit_linear_attention(op: GrownOp) -> None:
-    """The counts of heads, and the scale of what is read from the state; its default is written as 0."""
+    """Sets the numbers of heads and the scale of the output. An attribute `scale` of 0 means the default."""
     heads, depth = head_terms(op, op.axis_of(0, 2), op.integer("q_num_heads"))
     edit_heads(op, "q_num_heads", heads)
     edit_heads(op, "kv_num_heads", head_terms(op, op.axis_of(1, 2), op.integer("kv_num_heads"))[0])
@@ -129,7 +129,7 @@ def edit_linear_attention(op: GrownOp) -> None:
 
 @relates("CausalConvWithState")
 def causal_conv(op: Op) -> None:
-    """Y[b, c, t] = f(sum_k X[b, c, t - k] W[c, 1, k] + B[c]), past steps from the state: each channel by itself"""
+    """Y[b, c, t] = f(sum_k X[b, c, t - k] W[c, 1, k] + B[c]), past steps are read from the state"""
     batch, channels, length = op.axes(0, rank=3)
     kernel = op.axis_of(1, 2)
     op.pin(length, "a convolution's kernel moves along it")

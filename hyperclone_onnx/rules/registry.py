@@ -1,9 +1,9 @@
 """The one registry of rules, keyed by (domain, operator).
 
-A rule is one function that relates the axes of an operator's operands and results (`relates`) and, only where
-the operator carries sizes in attributes or integer inputs, one that edits them for the grown model (`edits`).
-Contractions and reductions need no edit of their own: what they sum over is compensated by the plan.
-An operator of which no axis may grow is `pinned` on purpose, with the reason; any other has a gap.
+A rule is a function that relates the axes of an operator's inputs and outputs (`relates`). If the operator has sizes in
+attributes or integer inputs, a second function edits them for the grown model (`edits`). Contractions and reductions
+need no edit, since the plan divides their sums. An operator whose axes must all keep their size is `pinned` on purpose,
+with the reason. An operator that is in none of these lists is a gap in the rules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _pinned: dict[tuple[str, str], str] = {}
 
 
 def relates(*op_types: str, domain: str = "") -> Callable[[Relation], Relation]:
-    """Register the relation of one or more operators; registering an operator twice is an error."""
+    """Register the relation of one or more operators. To register an operator twice is an error."""
 
     def register(function: Relation) -> Relation:
         for op_type in op_types:
@@ -39,7 +39,7 @@ def relates(*op_types: str, domain: str = "") -> Callable[[Relation], Relation]:
 
 
 def edits(*op_types: str, domain: str = "") -> Callable[[Edit], Edit]:
-    """Register how one or more operators are edited when their axes grow."""
+    """Register the function that edits one or more operators when their axes grow."""
 
     def register(function: Edit) -> Edit:
         for op_type in op_types:
@@ -52,7 +52,7 @@ def edits(*op_types: str, domain: str = "") -> Callable[[Edit], Edit]:
 
 
 def pinned(reason: str, *op_types: str, domain: str = "") -> None:
-    """Say that operators keep the size of every axis they touch, and why: no scale or repetition undoes a growth."""
+    """Register operators all of whose axes keep their size, with the reason."""
     for op_type in op_types:
         if (domain, op_type) in _relations or (domain, op_type) in _pinned:
             raise ValueError(f"{op_type} has a rule already")

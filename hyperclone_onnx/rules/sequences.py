@@ -1,6 +1,6 @@
-"""Sequences of tensors: an element has axes of its own, and joining them relates those.
+"""Sequences of tensors. Each element has its own axes; an operator that joins elements relates these axes.
 
-A sequence whose length is known before running is a list of elements; of any other, all elements share their axes.
+We follow a sequence if the number of its elements is known before running. Otherwise all that touches it is pinned.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from hyperclone_onnx.rules.registry import edits, pinned, relates
 
 Elements = list[Axes]
 
-pinned("an element that may be absent", "Optional", "OptionalGetElement", "OptionalHasElement")
+pinned("its value may be absent", "Optional", "OptionalGetElement", "OptionalHasElement")
 
 
 def _elements(op: Op, index: int) -> Elements:
     """The elements of a sequence of known length."""
     value = op.value(index)
-    found = op.dimensions.sequences.get(value)
-    if found is None:
+    elements = op.dimensions.sequences.get(value)
+    if elements is None:
         raise CannotTell(*op.dimensions.lost.get(value, ("a sequence whose length is known only when running", "")))
-    return list(found)
+    return list(elements)
 
 
 def _set(op: Op, elements: Sequence[Axes], index: int = 0) -> None:
@@ -67,14 +67,14 @@ def erase(op: Op) -> None:
     """out = the elements without the last, or without one at a position"""
     elements = _elements(op, 0)
     if not elements:
-        raise op.malformed("an element of an empty sequence")
+        raise op.malformed("it takes an element of an empty sequence")
     del elements[_position(op, 1, len(elements)) if op.has(1) else -1]
     _set(op, elements)
 
 
 @relates("SequenceAt")
 def at(op: Op) -> None:
-    """out = the element at a position; one chosen while running has what all of them share"""
+    """out = the element at a position; if the position is not known, all elements must have the same axes"""
     elements = _elements(op, 0)
     if op.ints(1) is not None:
         op.out(elements[_position(op, 1, len(elements))])
@@ -87,14 +87,14 @@ def _alike(op: Op, elements: Elements) -> Axes:
     """The axes that all elements share.
 
     Raises:
-        CannotTell: they are of different shapes, or there is none.
+        CannotTell: their shapes differ, or there are no elements.
     """
     if not elements or any(len(axes) != len(elements[0]) for axes in elements):
-        raise CannotTell("elements of different ranks")
+        raise CannotTell("sequence elements of different ranks")
     for axes in elements[1:]:
         for one, other in zip(elements[0], axes, strict=True):
             if op.size(one) != op.size(other):
-                raise CannotTell("elements of different sizes")
+                raise CannotTell("sequence elements of different sizes")
             op.unify(one, other)
     return elements[0]
 
@@ -107,7 +107,7 @@ def length(op: Op) -> None:
 
 @relates("SplitToSequence")
 def split(op: Op) -> None:
-    """out = pieces of x side by side along one axis; single indices lose that axis where `keepdims` is 0"""
+    """out = pieces of x side by side along one axis; pieces of one index lose the axis if `keepdims` is 0"""
     axes = list(op.axes(0))
     axis = op.axis(op.integer("axis", 0), len(axes))
     total, sizes = op.static(axes[axis]), op.ints(1) if op.has(1) else [1]
@@ -116,11 +116,11 @@ def split(op: Op) -> None:
         raise CannotTell("pieces whose number is known only when running")
     if not op.has(1) or op.rank(1) == 0:
         if total // max(sizes[0], 1) > LIMIT:
-            raise CannotTell("more pieces than are followed")
+            raise CannotTell(f"a sequence of more than {LIMIT} pieces")
         sizes = [min(sizes[0], total - start) for start in range(0, total, max(sizes[0], 1))]
     parts = op.space.segments(axes[axis], sizes)
     if parts is None:
-        op.pin(axes[axis], "split where it cannot be cut")
+        op.pin(axes[axis], "it is split at an index that is not between two of its parts")
         parts = [op.pinned_dim(size, "a piece of an axis that keeps its size") for size in sizes]
     if not op.has(1) and not op.integer("keepdims", 1):
         _set(op, [(*axes[:axis], *axes[axis + 1 :]) for _ in parts])
@@ -130,7 +130,7 @@ def split(op: Op) -> None:
 
 @edits("SplitToSequence")
 def edit_split(op: GrownOp) -> None:
-    """The pieces' sizes are written out, since equal pieces may grow unequally."""
+    """Writes the size of each piece, since equal pieces may grow unequally."""
     axis = op.integer("axis", 0) % len(op.axes(0))
     if op.grows(op.axes(0)[axis]):
         pieces = [axes[axis] for axes in op.dimensions.sequences[op.node.outputs[0]]]
@@ -144,31 +144,31 @@ def join(op: Op) -> None:
     new = op.integer("new_axis", 0)
     axis = op.axis(op.integer("axis"), len(elements[0]) + new) if elements else 0
     if not elements or any(len(axes) != len(elements[0]) for axes in elements):
-        raise CannotTell("elements of different ranks")
+        raise CannotTell("sequence elements of different ranks")
     if new:
         whole = list(_alike(op, elements))
-        whole.insert(axis, op.pinned_dim(len(elements), "numbers the elements of a sequence"))
+        whole.insert(axis, op.pinned_dim(len(elements), "it numbers the elements of a sequence"))
         op.out(whole)
         return
     if any(op.static(axes[axis]) is None for axes in elements):
-        raise CannotTell("joined parts whose size is not known before running")
+        raise CannotTell("joined parts whose sizes are not known before running")
     op.out(side_by_side(op, elements, axis))
 
 
 @relates("SequenceMap")
 def sequence_map(op: Op) -> None:
-    """out[i] = body(x[i], y[i], shared): the body is walked once, for all elements share their axes"""
+    """out[i] = body(x[i], y[i], shared): the elements of a sequence must have the same axes"""
     body = op.body("body")
     if len(body.inputs) != op.count or len(body.outputs) != len(op.node.outputs):
-        raise op.malformed("its body has other inputs or outputs than itself")
+        raise op.malformed("the inputs or outputs of its body do not fit its own")
     count = len(_elements(op, 0))
     for index, value in enumerate(body.inputs):
-        given = op.dimensions.sequences.get(op.value(index))
-        axes = op.axes(index) if given is None else _alike(op, list(given))
+        elements = op.dimensions.sequences.get(op.value(index))
+        axes = op.axes(index) if elements is None else _alike(op, list(elements))
         op.dimensions.axes[value] = axes
     op.walk(body)
     for index, value in enumerate(body.outputs):
         made = op.dimensions.axes.get(value)
         if made is None:
-            raise CannotTell("a body that makes a value of unknown rank")
+            raise CannotTell("the body makes a value of unknown rank")
         _set(op, [made] * count, index)

@@ -1,7 +1,7 @@
-"""Operators that speak of sizes: what they say stays in the source model's sizes.
+"""Operators that compute with sizes. In the grown model too, they compute with the sizes of the source model.
 
-A grown axis is read as its source's length, so that all arithmetic on sizes, and everything computed from it
-(an attention scale, a mask's width), is what it was; who makes an axis from a size scales it at that point.
+Shape and Size return the source's length of a grown axis. So all that is computed from a length stays the same, such as
+an attention scale or the width of a mask. An operator that makes an axis from a length multiplies the length itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def shape(op: Op) -> None:
 
 @edits("Shape")
 def edit_shape(op: GrownOp) -> None:
-    """Grown lengths are read as the source's."""
+    """Returns the source's lengths of grown axes."""
     literals: list[int | None] = []
     factors: list[Fraction] = []
     for term in op.axes(0)[_window(op, op.rank(0))]:
@@ -47,14 +47,14 @@ def size(op: Op) -> None:
 
 @edits("Size")
 def edit_size(op: GrownOp) -> None:
-    """The number of elements is read as the source's."""
+    """Returns the source's number of elements."""
     whole = Product(op.axes(0))
     if op.grows(whole):
         op.resize_output(0, [op.static(whole)], [1 / op.growth(whole)])
 
 
 def counted(op: Op, first: int, last: int, step: int) -> tuple[Axes, Known | None]:
-    """The axis of a range, and its elements where they are few.
+    """The axis of a range, and its elements if they are few.
 
     Raises:
         Malformed: its step is 0.
@@ -67,7 +67,7 @@ def counted(op: Op, first: int, last: int, step: int) -> tuple[Axes, Known | Non
 
 @relates("Range")
 def range_(op: Op) -> None:
-    """out[j] = start + j delta; its values are made in the source's size and repeated when the axis grows"""
+    """out[j] = start + j delta; the grown model makes the source's values and repeats them"""
     start, limit, delta = (op.element(i) for i in range(3))
     bounds = [bound.static for bound in (start, limit, delta) if bound is not None and bound.static is not None]
     if len(bounds) == 3:
@@ -82,7 +82,7 @@ def range_(op: Op) -> None:
 
 @edits("Range")
 def edit_range(op: GrownOp) -> None:
-    """A grown range is the source's range, repeated."""
+    """Repeats the source's range along the grown axis."""
     if op.grows(op.out_axes(0)[0]):
         op.gather_output(0, 0)
 
@@ -108,5 +108,5 @@ def constant_of_shape(op: Op) -> None:
 
 @edits("ConstantOfShape")
 def edit_constant_of_shape(op: GrownOp) -> None:
-    """Every static entry of the shape becomes the grown axis's size."""
+    """Sets each static element of the shape to the size of the grown axis."""
     op.resize_input(0, op.out_axes(0), keep=())

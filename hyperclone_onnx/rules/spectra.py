@@ -1,4 +1,4 @@
-"""Fourier transforms: a repeated signal has another spectrum, so the transformed axis keeps its size."""
+"""Fourier transforms. A repeated signal has another spectrum, so the transformed axis keeps its size."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def dft(op: Op) -> None:
 def _dft_axis(op: Op, rank: int) -> int:
     if op.opset < 20:
         return op.axis(op.integer("axis", 1), rank)
-    given = -2
+    number = -2
     if op.has(2):
         op.parameter(2)
         value = op.element(2)
         if value is None or value.static is None:
-            raise CannotTell("an axis computed at run time")
-        given = value.static
-    return op.axis(given, rank)
+            raise CannotTell("an axis whose number is computed at run time")
+        number = value.static
+    return op.axis(number, rank)
 
 
 def _dft_length(op: Op, axis: int) -> Size | None:
-    """The output's length along the transformed axis, where the file declares it or nothing changes it."""
+    """The output's length along the transformed axis. None if the file does not declare a length that may change."""
     declared = op.declared(op.node.outputs[0])
     if declared is not None and len(declared) == op.rank(0):
         return declared[axis]

@@ -20,32 +20,32 @@ from hyperclone_onnx.rules.registry import edits, relates
 
 
 def relate_mask(op: Op, index: int, batch: Term, length: Term) -> None:
-    """A padding mask: lengths (batch), or places (batch, keys), (batch, queries, keys), (batch, 1, keys, keys)."""
+    """Relate a padding mask: (batch) lengths, (batch, keys), (batch, queries, keys) or (batch, 1, keys, keys)."""
     if not op.has(index):
         return
     axes = op.axes(index, least=1)
     if len(axes) > 1 or op.size(axes[0]) == op.size(batch):
         op.unify(axes[0], batch)
-    else:  # (2 * batch) or (3 * batch + 2): ends and starts one after the other
+    else:  # (2 * batch) or (3 * batch + 2): first all ends, then all starts
         for term in (axes[0], batch):
-            op.pin(term, "a mask lists the ends and starts of a batch")
+            op.pin(term, "a mask lists the ends and starts of the sequences of a batch")
     for term in (*axes[1:], *([length] if len(axes) > 2 else [])):
         op.pin(term, "positions of a mask")
 
 
 def relate_beams(op: Op, index: int, batch: Term) -> None:
-    """Which beam each cached token came from: the batch counts beams."""
+    """Relate the input that says from which beam a cached token came. The batch then numbers beams."""
     if op.has(index):
         for term in (batch, *op.axes(index)):
-            op.pin(term, "counted by beams")
+            op.pin(term, "it numbers beams")
 
 
 def relate_caches(
     op: Op, index: int, batch: Term, heads: Term, new: Term, widths: tuple[Term, Term], shared: bool = False
 ) -> Term:
-    """Key and value caches (batch, heads, length, width) at `index` and after, present ones on outputs 1 and 2.
+    """Relate the caches of keys and values (batch, heads, length, width): inputs from `index` on, outputs 1 and 2.
 
-    Returns the length of all keys, which a shared buffer need not fill.
+    Returns the number of all keys. A shared buffer may be longer.
     """
     past = op.axis_of(index, 2) if op.has(index) else None
     if past is not None:
@@ -59,20 +59,20 @@ def relate_caches(
 
 
 def first_of_three(op: GrownOp, term: Term) -> Term:
-    """The queries of queries, keys and values side by side."""
+    """The queries' part of an axis that holds queries, keys and values side by side."""
     resolved = op.space.resolve(term)
     return resolved.segments[0] if isinstance(resolved, Concat) else resolved
 
 
 def relate_bias_of_three(op: Op, index: int, heads: Term, depth: Term, value_depth: Term) -> None:
-    """A bias of queries, keys and values side by side."""
+    """Relate a bias that holds queries, keys and values side by side."""
     if op.has(index):
         parts = (Product((heads, depth)), Product((heads, depth)), Product((heads, value_depth)))
         op.unify(op.axis_of(index, 0), Concat(parts))
 
 
 def _keys_and_values(op: Op, batch: Term, heads: Term, depth: Term) -> tuple[Term, Term]:
-    """(key length, value head_dim) of inputs 1 and 2: packed, one after the other, or both in one."""
+    """(number of keys, value head_dim) of inputs 1 and 2, or of input 1 that holds both."""
     key, count = op.axes(1, least=3), op.integer("num_heads")
     op.unify(key[0], batch)
     if len(key) == 5:  # (batch, length, heads, 2, head_dim)
@@ -107,7 +107,7 @@ def multi_head_attention(op: Op) -> None:
         heads, depth = split_heads(op, query[2], op.integer("num_heads"))
         new, value_depth = _keys_and_values(op, batch, heads, depth)
     if op.integer("unidirectional", 0):
-        op.pin(length, "a causal mask counts along it")
+        op.pin(length, "a causal mask compares positions along it")
     op.fact(Fact.BATCHED, heads)
     relate_bias_of_three(op, 3, heads, depth, value_depth)
     relate_mask(op, 4, batch, length)
@@ -121,7 +121,7 @@ def multi_head_attention(op: Op) -> None:
 
 @edits("MultiHeadAttention", "PackedMultiHeadAttention", domain=MICROSOFT)
 def edit_multi_head_attention(op: GrownOp) -> None:
-    """The count of heads and the scale of the scores."""
+    """Sets the number of heads and the scale of the scores."""
     query = op.axes(0, least=2)
     if len(query) > 3:  # (.., heads, 3, head_dim)
         heads, depth = query[-3], query[-1]
@@ -133,7 +133,7 @@ def edit_multi_head_attention(op: GrownOp) -> None:
 
 @relates("PackedMultiHeadAttention", domain=MICROSOFT)
 def packed_multi_head_attention(op: Op) -> None:
-    """MultiHeadAttention of tokens without padding: Y[n, (h e)] attends within its sequence"""
+    """MultiHeadAttention of tokens without padding: Y[n, (h e)] attends to the tokens of its own sequence"""
     query, count = op.axes(0, least=2), op.integer("num_heads")
     if len(query) == 4:  # (tokens, heads, 3, head_dim)
         heads, depth, value_depth = query[1], query[3], query[3]
@@ -151,7 +151,7 @@ def packed_multi_head_attention(op: Op) -> None:
 
 
 def attend_tokens(op: Op, offsets: int, tokens: Term, heads: Term, depth: Term, value_depth: Term) -> None:
-    """Attention over tokens that inputs `offsets` (batch, length) and the next (batch + 1) divide into sequences."""
+    """Relate attention over tokens of several sequences. Inputs `offsets` and the next say where these begin."""
     op.pin(tokens, "tokens of several sequences")
     for index in (offsets, offsets + 1):
         op.parameter(index)
@@ -164,7 +164,7 @@ def attend_tokens(op: Op, offsets: int, tokens: Term, heads: Term, depth: Term, 
 
 @relates("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
 def decoder_masked_multi_head_attention(op: Op) -> None:
-    """MultiHeadAttention of one new query, with its caches"""
+    """MultiHeadAttention of one new query, with caches"""
     query, count = op.axes(0, rank=3), op.positive("num_heads")
     batch, length = query[:2]
     shared = bool(op.integer("past_present_share_buffer", 0))
@@ -181,7 +181,7 @@ def decoder_masked_multi_head_attention(op: Op) -> None:
         parts = (Product((heads, depth)), Product((heads, depth)), Product((heads, value_depth)))
         op.unify(query[2], Concat(parts))
     if shared:
-        op.pin(depth, "a shared buffer orders its keys by pieces of it")
+        op.pin(depth, "a shared buffer stores its keys in pieces of this axis")
     op.fact(Fact.BATCHED, heads)
     relate_mask(op, 3, batch, length)
     relate_beams(op, 9, batch)
@@ -195,7 +195,7 @@ def decoder_masked_multi_head_attention(op: Op) -> None:
 
 @edits("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
 def edit_decoder_masked_multi_head_attention(op: GrownOp) -> None:
-    """The count of heads and the scale of the scores."""
+    """Sets the number of heads and the scale of the scores."""
     query, count = op.axis_of(0, 2), op.integer("num_heads")
     heads, depth = head_terms(op, query if op.has(1) else first_of_three(op, query), count)
     edit_heads(op, "num_heads", heads)

@@ -20,14 +20,14 @@ def _branches(op: Op) -> tuple[Axes, Term, Term]:
         return axes[:-2], branches, features
     size = op.static(axes[-1])
     if size is None or size % count:
-        raise CannotTell("features that the branches do not divide")
+        raise CannotTell("a number of features that is not a multiple of the number of branches")
     branches, features = op.pinned_dim(count, MIXED), op.dim(size // count)
     op.space.match([axes[-1]], [branches, features])
     return axes[:-1], branches, features
 
 
 def _relate_gates(op: Op, index: int, leading: Axes, branches: Term, features: Term) -> None:
-    """Gates (.., C), (.., C, 1), (.., C, H) or (.., C * H)."""
+    """Relate gates of shape (.., C), (.., C, 1), (.., C, H) or (.., C * H)."""
     gates = op.axes(index)
     for one, other in zip(gates, leading, strict=False):
         op.unify(one, other)
@@ -88,7 +88,7 @@ def engram_gate(op: Op) -> None:
         if op.has(index):
             op.unify_axes(op.axes(index), key[2:])
     op.uniform(key[3])
-    # n repeats make the sum n times and the root of the size sqrt(n) times as large.
+    # n repeats make the sum n times as large, and the root of the size sqrt(n) times.
     op.sum_over((3, 1), power=0.5)
     op.out(key)
     op.out(key, index=1)
@@ -106,7 +106,7 @@ def gated_norm(op: Op) -> None:
     axes, features = op.axes(0, least=1), op.axis_of(1, 0)
     size, inner = op.static(axes[-1]), op.static(features)
     if size is None or not inner or size % inner:
-        raise CannotTell("features that the norm's scale does not divide")
+        raise CannotTell("a number of features that is not a multiple of the length of the norm's scale")
     op.space.match([axes[-1]], [op.dim(size // inner), features])
     op.uniform(features)
     op.unify_axes(op.axes(2), axes)

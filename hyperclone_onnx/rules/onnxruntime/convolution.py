@@ -13,7 +13,7 @@ SPACE = "a spatial axis"
 
 
 def _space(op: Op, axes: Axes) -> tuple[int, list[Term]]:
-    """The axis of the channels, and the output's spatial axes as the file declares them; the input's are pinned."""
+    """The position of the channels, and the output's spatial axes as the file declares them. Pins the input's."""
     last = op.node.op_type.startswith("Nhwc")
     spatial = axes[1:-1] if last else axes[2:]
     for term in spatial:
@@ -42,7 +42,7 @@ def fused_convolution(op: Op) -> None:
         groups = op.dim(group)
         for term, inner in ((x[where], w[1]), (w[0], op.dim((op.static(w[0]) or 0) // group))):
             if op.static(term) != group * (op.static(inner) or 0):
-                raise CannotTell("channels that its groups do not divide")
+                raise CannotTell("a number of channels that is not a multiple of the number of groups")
             op.space.match([term], [groups, inner])
     op.sum_over((1, 1))
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, w[1])
@@ -59,7 +59,7 @@ def fused_convolution(op: Op) -> None:
 
 @edits("FusedConv", "NhwcConv", "NhwcFusedConv", domain=MICROSOFT)
 def edit_fused_convolution(op: GrownOp) -> None:
-    """The group attribute is the channels over the channels of a group."""
+    """Sets the attribute `group`: all channels divided by the channels of one group."""
     if op.integer("group", 1) > 1:
         channels = op.axis_of(0, -1 if op.node.op_type.startswith("Nhwc") else 1)
         op.set_attribute("group", op.grown(channels) // op.grown(op.axis_of(1, 1)))
@@ -67,7 +67,7 @@ def edit_fused_convolution(op: GrownOp) -> None:
 
 @relates("ConvTransposeWithDynamicPads", domain=MICROSOFT)
 def transposed_convolution(op: Op) -> None:
-    """Y[n, m, p] = sum_{c, k} X[n, c, q] W[c, m, k] + B[m], where p is q stride + k less the padding"""
+    """Y[n, m, p] = sum_{c, k} X[n, c, q] W[c, m, k] + B[m], where p = q stride + k - padding"""
     x, w = op.axes(0, least=2), op.axes(1, rank=op.rank(0))
     if op.integer("group", 1) != 1:
         raise CannotTell("a transposed convolution in groups")
@@ -86,7 +86,7 @@ def transposed_convolution(op: Op) -> None:
 
 @relates("NhwcMaxPool", domain=MICROSOFT)
 def max_pool(op: Op) -> None:
-    """Y[n, p, c] = max over the window of p of X[n, .., c]"""
+    """Y[n, p, c] = maximum of X[n, window of p, c]"""
     x = op.axes(0, least=2)
     _, space = _space(op, x)
     op.out(_arranged(op, x[0], x[-1], space))
@@ -107,11 +107,11 @@ def crop_and_resize(op: Op) -> None:
     """Y[r, c, p] = X[images[r], c, p in the box r], interpolated"""
     x, boxes = op.axes(0, least=2), op.axes(1, rank=2)
     for term in (x[0], *x[2:], boxes[1]):
-        op.pin(term, "cropped")
+        op.pin(term, "it is cropped")
     op.unify(op.axis_of(2, 0), boxes[0])
     op.parameter(3)
     sizes = op.ints(3)
     if sizes is not None and len(sizes) != 2:
         raise op.malformed(f"crop_size has {len(sizes)} elements, and must have 2")
-    crop = [op.pinned_dim(None if sizes is None else sizes[i], "cropped") for i in (0, 1)]
+    crop = [op.pinned_dim(None if sizes is None else sizes[i], "it is cropped") for i in (0, 1)]
     op.out((boxes[0], x[1], *crop))

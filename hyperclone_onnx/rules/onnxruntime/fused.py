@@ -36,7 +36,7 @@ def split_activation(op: Op) -> None:
     axes = op.axes(0, least=1)
     size = op.static(axes[-1])
     if size is None or size % 2:
-        raise CannotTell("a width that does not divide into halves")
+        raise CannotTell("an odd width, which has no halves")
     half = op.dim(size // 2)
     op.unify(axes[-1], Concat((half, half)))
     op.unify(op.axis_of(1, 0), axes[-1])
@@ -45,7 +45,7 @@ def split_activation(op: Op) -> None:
 
 @relates("BiasDropout", "BitmaskDropout", "BitmaskBiasDropout", domain=MICROSOFT)
 def biased_dropout(op: Op) -> None:
-    """out[j] = dropout(x[j] + bias[j]) + residual[j]; a mask of bits numbers all elements"""
+    """out[j] = dropout(x[j] + bias[j]) + residual[j]; a mask of bits has one bit for each element"""
     biased = op.node.op_type != "BitmaskDropout"
     axes = op.broadcast([op.axes(index) for index in ((0, 1, 2) if biased else (0,)) if op.has(index)])
     op.out(axes)
@@ -53,7 +53,7 @@ def biased_dropout(op: Op) -> None:
         op.out(axes, index=1)
     elif len(op.node.outputs) > 1:
         for term in axes:
-            op.pin(term, "numbered by a mask of bits")
+            op.pin(term, "a mask of bits numbers its elements")
         op.out((op.pinned_dim(None, "a mask of bits"),), index=1)
 
 
@@ -75,12 +75,12 @@ def _normalised(op: Op) -> None:
 
 
 def _group_norm(op: Op, axes: Axes) -> None:
-    """Relate the channels as (group, channels of a group), normalised together with the space."""
+    """Relate the channels as (groups, channels of a group). A group is normalised over its channels and the space."""
     last = bool(op.integer("channels_last", 1))
     channels, space = (axes[-1], axes[1:-1]) if last else (axes[1], axes[2:])
     groups, size = op.positive("groups"), op.static(channels)
     if size is None or size % groups:
-        raise CannotTell("channels that its groups do not divide")
+        raise CannotTell("a number of channels that is not a multiple of the number of groups")
     group, inner = op.dim(groups), op.dim(size // groups)
     op.space.match([channels], [group, inner])
     op.fact(Fact.GROUPED, group)
@@ -114,7 +114,7 @@ def skip_group_norm(op: Op) -> None:
 
 @edits("GroupNorm", "SkipGroupNorm", domain=MICROSOFT)
 def edit_group_norm(op: GrownOp) -> None:
-    """The number of groups grows by what the channels grow and a group does not."""
+    """Sets the number of groups: it grows by the part of the channels' growth that is outside a group."""
     groups, last = op.integer("groups"), bool(op.integer("channels_last", 1))
     grown, count = 1, 1
     for factor in op.space.factors(op.axes(0)[-1 if last else 1]):
@@ -163,7 +163,7 @@ def embed_layer_norm(op: Op) -> None:
             for one, other in zip(op.axes(index), ids, strict=True):
                 op.merge([one, other])
     if not op.has(8):
-        op.pin(ids[1], "its positions index a table")
+        op.pin(ids[1], "its positions are indices into a table")
     for index in (5, 6):
         width.append(op.axis_of(index, 0))
     hidden = op.merge(width)
@@ -189,7 +189,7 @@ def gemm_activation(op: Op) -> None:
 
 @relates("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul", domain=MICROSOFT)
 def fused_matmul(op: Op) -> None:
-    """C[.., m, n] = f(alpha sum_k A'[.., m, k] B'[.., k, n]), with A', B' transposed as asked"""
+    """C[.., m, n] = f(alpha sum_k A'[.., m, k] B'[.., k, n]), with A', B' = A, B or their transposes"""
     left, right = _matrix(op, 0, "A"), _matrix(op, 1, "B")
     op.sum_over((0, left[-1]), (1, right[-2] if len(right) > 1 else right[0]))
     m, n = ([op.axes(0)[left[-2]]] if len(left) > 1 else []), ([op.axes(1)[right[-1]]] if len(right) > 1 else [])
@@ -197,12 +197,12 @@ def fused_matmul(op: Op) -> None:
     note_roles(op, batch, tuple(m), tuple(n))
     out = (*batch, *m, *n)
     if op.text("activation", "") in ("Softmax", "LogSoftmax", "Hardmax"):
-        op.pin(out[op.axis(op.integer("activation_axis", -1), len(out))], "a softmax runs over it")
+        op.pin(out[op.axis(op.integer("activation_axis", -1), len(out))], "softmax runs over it")
     op.out(out)
 
 
 def _matrix(op: Op, index: int, letter: str) -> list[int]:
-    """The axes of an operand in the order (.., rows, columns) in which it is multiplied."""
+    """The positions of an operand's axes in the order (.., rows, columns), in which the operator multiplies them."""
     order = list(range(len(op.axes(index, least=1))))
     if len(order) > 1 and op.integer(f"transBatch{letter}", 0):  # (rows, .., columns)
         order = [*order[1:-1], order[0], order[-1]]

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operators that move elements, index them, or run along an axis of them."""
+"""ONNX Runtime's own operators that move elements, index them, or transform an axis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def expand_dims(op: Op) -> None:
     """out[.., 0, ..] = x[.., ..]"""
     axes, where = list(op.axes(0)), op.element(1)
     if where is None or where.static is None:
-        raise CannotTell("an axis known only when running")
+        raise CannotTell("an axis whose number is known only when running")
     op.parameter(1)
     axes.insert(op.axis(where.static, len(axes) + 1), ONE)
     op.out(axes)
@@ -51,7 +51,7 @@ def _padded(op: Op, term: Term, before: int, after: int, constant: bool) -> Term
 
 @relates("Range", domain=MICROSOFT)
 def range_(op: Op) -> None:
-    """out[j] = start + j delta; its values are made in the source's size and repeated when the axis grows"""
+    """out[j] = start + j delta; the grown model makes the source's values and repeats them"""
     for index in range(op.count):
         op.parameter(index)
     bounds = [op.element(0), op.element(1), op.element(2) if op.has(2) else Size.of(1)]
@@ -102,7 +102,7 @@ def unfold(op: Op) -> None:
     """out[.., i, .., w] = x[.., i step + w, ..]"""
     axes = list(op.axes(0))
     axis, size, step = op.axis(op.integer("dim", -1), len(axes)), op.positive("size"), op.positive("step", 1)
-    op.pin(axes[axis], "windows slide along it")
+    op.pin(axes[axis], "windows move along it")
     length = op.static(axes[axis])
     axes[axis] = op.pinned_dim(None if length is None else (length - size) // step + 1, "windows")
     op.out((*axes, op.pinned_dim(size, "a window")))
@@ -118,7 +118,7 @@ def complex_product(op: Op) -> None:
 
 @relates("Rfft", "Irfft", domain=MICROSOFT)
 def fourier(op: Op) -> None:
-    """out[.., k, :] = sum_n x[.., n] exp(-2 pi i k n / N), or back: frequencies are places along the signal"""
+    """out[.., k, :] = sum_n x[.., n] exp(-2 pi i k n / N), or back: repeats would change the frequencies"""
     inverse = op.node.op_type == "Irfft"
     dims = op.positive("signal_ndim", 1)
     axes = op.axes(0, least=dims + inverse)

@@ -11,12 +11,15 @@ from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.recurrent import relate_gate
 from hyperclone_onnx.rules.registry import edits, relates
 
-RECURRENT = "a recurrence runs along it"
-OWN_STATE = "the delta rule reads its own state back through it"
+RECURRENT = "a recurrence steps along it"
+OWN_STATE = "a delta rule sums over it, and keeps the sum in its state"
 
 
 def _relate_state(op: Op, depth: Term, value_depth: Term, many: Term, few: Term) -> None:
-    """S = sum_t k_t v_t, o = scale sum_d q[d] S[d, e]: a delta rule also sums k over d, which no scale undoes."""
+    """Relate the axes of S = sum_t k_t v_t and o = scale sum_d q[d] S[d, e].
+
+    A delta rule also sums over d when it updates S, and no scale undoes that.
+    """
     relate_heads(op, many, few)
     op.fact(Fact.CONTRACTED_WITH_ACTIVATION, depth)
     op.fact(Fact.VALUE_AXIS, value_depth)
@@ -26,7 +29,7 @@ def _relate_state(op: Op, depth: Term, value_depth: Term, many: Term, few: Term)
 
 
 def _windowed(op: Op, name: str, state: Axes) -> Axes:
-    """A state, or one for each of the last positions."""
+    """The axes of the state, or of one state for each position of a window."""
     window = op.integer(name, 0)
     return (op.pinned_dim(window, "positions of a window"), *state) if window else state
 
@@ -38,7 +41,7 @@ def _unify_all(op: Op, index: int, wanted: Axes) -> None:
 
 @relates("LinearAttention", domain=MICROSOFT)
 def linear_attention(op: Op) -> None:
-    """o_t[h, e] = scale sum_d q_t[h, d] S_t[h, d, e], with S_t = decay S_{t-1} + k_t v_t, or a delta rule's"""
+    """o_t[h, e] = scale sum_d q_t[h, d] S_t[h, d, e], with S_t = decay S_{t-1} + k_t v_t, or that of a delta rule"""
     query, key, value = (op.axes(index, rank=3) for index in range(3))
     batch, length = query[:2]
     heads, depth = split_heads(op, query[2], op.integer("q_num_heads"))
@@ -65,7 +68,7 @@ def linear_attention(op: Op) -> None:
 
 @edits("LinearAttention", domain=MICROSOFT)
 def edit_linear_attention(op: GrownOp) -> None:
-    """The counts of heads and the scale of the output."""
+    """Sets the numbers of heads and the scale of the output."""
     heads, depth = head_terms(op, op.axis_of(0, 2), op.integer("q_num_heads"))
     edit_heads(op, "q_num_heads", heads)
     edit_heads(op, "kv_num_heads", head_terms(op, op.axis_of(1, 2), op.integer("kv_num_heads"))[0])
@@ -74,7 +77,7 @@ def edit_linear_attention(op: GrownOp) -> None:
 
 @relates("GatedDeltaNet", domain=MICROSOFT)
 def gated_delta_net(op: Op) -> None:
-    """LinearAttention token by token, heads on an axis of their own: o[n, v, e] = scale sum_d q[n, h, d] S[v, e, d]"""
+    """LinearAttention with separate axes for tokens and heads: o[n, v, e] = scale sum_d q[n, h, d] S[v, e, d]"""
     if op.integer("state_update_capacity", 0):
         raise CannotTell("transitions of several kinds in one row")
     query = op.axes(0, least=2)
@@ -88,7 +91,7 @@ def gated_delta_net(op: Op) -> None:
         heads = _packed_heads(op, many, value_depth, depth)
     _relate_state(op, depth, value_depth, many, heads)
     if op.integer("qk_l2_norm", 0):
-        op.pin(depth, "its keys are normalised inside and kept in a state")
+        op.pin(depth, "the operator normalises its keys over it, and keeps them in a state")
     op.pin(tokens[-1], RECURRENT)
     if len(tokens) == 1 and op.has(3):
         op.parameter(3)
@@ -105,7 +108,7 @@ def gated_delta_net(op: Op) -> None:
 
 
 def _packed_heads(op: Op, many: Term, value_depth: Term, depth: Term) -> Term:
-    """The query heads of queries, keys and values side by side, of which the state tells all other sizes."""
+    """The query heads of an axis that holds queries, keys and values. The other sizes are those of the state."""
     width, values, size = op.static(op.axis_of(0, -1)), op.static(Product((many, value_depth))), op.static(depth)
     if width is None or values is None or not size or width <= values or (width - values) % (2 * size):
         raise CannotTell("packed queries, keys and values of unknown widths")
@@ -116,7 +119,7 @@ def _packed_heads(op: Op, many: Term, value_depth: Term, depth: Term) -> Term:
 
 
 def _batch(op: Op, tokens: Axes) -> Term:
-    """The sequences: an axis of the tokens, or what the state and the offsets tell."""
+    """The axis of sequences: the first axis of the tokens, or the first of the state."""
     if len(tokens) == 2:
         return tokens[0]
     batch = op.axis_of(6, 0) if op.has(6) else op.dim(None)
@@ -126,7 +129,7 @@ def _batch(op: Op, tokens: Axes) -> Term:
 
 @edits("GatedDeltaNet", domain=MICROSOFT)
 def edit_gated_delta_net(op: GrownOp) -> None:
-    """The scale of the output."""
+    """Sets the scale of the output."""
     edit_scale(op, op.axis_of(0, -1) if op.has(1) else op.axis_of(6, 3))
 
 
@@ -170,7 +173,7 @@ def causal_convolution(op: Op) -> None:
 
 @relates("VarlenCausalConvWithState", domain=MICROSOFT)
 def packed_causal_convolution(op: Op) -> None:
-    """CausalConvWithState of tokens of several sequences: Y[n, c] reads its own sequence's tokens"""
+    """CausalConvWithState of tokens of several sequences: Y[n, c] reads the tokens of its own sequence"""
     (tokens, channels), w, state = op.axes(0, rank=2), op.axes(1, least=1), op.axes(4, rank=3)
     for term in (tokens, *w[1:], state[0], state[2]):
         op.pin(term, "positions of a convolution")

@@ -33,7 +33,7 @@ def mixture_of_experts(op: Op) -> None:
 
 
 def relate_experts(op: Op, inter: Term, operands: Iterable[int], experts: Term) -> Term:
-    """Relate the tokens with the router's, and the experts of all operands, whose first axis numbers them."""
+    """Relate the tokens with those of the router, and the experts: the first axis of each of `operands`."""
     x, router = op.axes(0, least=2), op.axes(1, rank=2)
     op.space.match([router[0]], x[:-1])
     op.fact(Fact.WEIGHT_OUTPUT, inter)
@@ -44,7 +44,7 @@ def relate_experts(op: Op, inter: Term, operands: Iterable[int], experts: Term) 
 
 
 def fused_rows(op: Op, rows: Term, inter: Term) -> Term:
-    """The rows of the first projection: what it makes, or that and its gate, interleaved or one after the other."""
+    """The rows of the first projection: its outputs, or outputs and gates, interleaved or one after the other."""
     many, few = op.static(rows), op.static(inter)
     if many == few:
         return inter

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operators that bring positions in: rotary angles, relative biases."""
+"""ONNX Runtime's own operators that encode positions: rotary angles, relative biases."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ edits("RotaryEmbedding", domain=MICROSOFT)(edit_rotary)
 
 @relates("GemmaRotaryEmbedding", domain=MICROSOFT)
 def gemma_rotary_embedding(op: Op) -> None:
-    """Y[b, h, s, d] = x[b, h, s, d] cos(angles[b, s, d]) + turned x[b, h, s, d] sin(angles[b, s, d])"""
+    """Y[b, h, s, d] = x[b, h, s, d] cos(angles[b, s, d]) + rotated x[b, h, s, d] sin(angles[b, s, d])"""
     angles, query = op.axes(0, rank=3), op.axes(1, rank=4)
     for index in range(1, 5):
         op.unify_axes(op.axes(index), (angles[0], query[1], angles[1], angles[2]))
@@ -35,14 +35,14 @@ def gemma_rotary_embedding(op: Op) -> None:
 
 @relates("MRotaryEmbedding", domain=MICROSOFT)
 def sectioned_rotary_embedding(op: Op) -> None:
-    """RotaryEmbedding whose angles lie in sections, each with positions of its own (time, height, width)"""
+    """RotaryEmbedding whose angles lie in sections, each with its own positions (time, height, width)"""
     axes, half = op.axes(0, least=3), op.axis_of(2, 1)
     op.unify(op.axis_of(3, 1), half)
     for index in (2, 3):
-        op.pin(op.axis_of(index, 0), "indexed by positions")
+        op.pin(op.axis_of(index, 0), "its indices are positions")
     sections = [n for n in op.int_list("mrope_section", None) or [] if n]
     if op.integer("mrope_layout", 0):
-        op.pin(half, "sections take turns along it")
+        op.pin(half, "sections alternate along it")
     elif op.space.segments(half, sections) is None:
         raise CannotTell("sections that do not fit the rotary angles")
     depth = axes[3] if len(axes) == 4 else _depth(op, axes[2], half)
@@ -50,7 +50,7 @@ def sectioned_rotary_embedding(op: Op) -> None:
     rotate(op, depth, half, rotary, bool(op.integer("interleaved", 0)))
     places = (axes[0], axes[2 if len(axes) == 4 else 1])
     streams = op.axes(1, least=1)
-    op.pin(streams[0], "one for each stream of positions")
+    op.pin(streams[0], "one index for each stream of positions")
     if op.integer("is_packed_batching", 0):
         for term in (*places, *streams[1:]):
             op.pin(term, "tokens of several sequences")
@@ -60,7 +60,7 @@ def sectioned_rotary_embedding(op: Op) -> None:
 
 
 def _depth(op: Op, packed: Term, half: Term) -> Term:
-    """The head_dim of packed heads."""
+    """The head_dim of an axis that holds all heads."""
     size, angles = op.static(packed) or 0, op.static(half) or 0
     heads = op.integer("num_heads", 0) or (size // (2 * angles) if angles else 0)
     return split_heads(op, packed, heads)[1]
@@ -68,7 +68,7 @@ def _depth(op: Op, packed: Term, half: Term) -> Term:
 
 @edits("MRotaryEmbedding", domain=MICROSOFT)
 def edit_sectioned_rotary_embedding(op: GrownOp) -> None:
-    """The count of heads, the width of the rotated part and its sections."""
+    """Sets the number of heads, the width of the rotated part and its sections."""
     axes, half, count = op.axes(0), op.axis_of(2, 1), op.integer("num_heads", 0)
     if len(axes) == 3 and count:
         edit_heads(op, "num_heads", head_terms(op, axes[2], count)[0])
@@ -83,10 +83,10 @@ def edit_sectioned_rotary_embedding(op: GrownOp) -> None:
 
 @relates("RelativePositionBias", domain=MICROSOFT)
 def relative_position_bias(op: Op) -> None:
-    """Y[0, h, i, j] = table[bucket(i - j), h]; the table lies in memory heads first, whatever its shape says"""
+    """Y[0, h, i, j] = table[bucket(i - j), h]; the memory of the table is in the order (heads, buckets)"""
     buckets, heads = op.axes(0, rank=2)
     for term in (buckets, heads):
-        op.pin(term, "a table that lies transposed")
+        op.pin(term, "a table that is transposed in memory")
     for index in (1, 2):
         op.parameter(index)
     places = [op.pinned_dim(op.element(index), "positions") for index in (1, 2)]
@@ -104,7 +104,7 @@ def gated_relative_position_bias(op: Op) -> None:
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, depth)
     op.fact(Fact.BATCHED, heads)
     for term in (w[1], op.axis_of(4, 0)):
-        op.pin(term, "summed in two halves")
+        op.pin(term, "its two halves are summed")
     op.unify(positions[1], heads)
     op.unify(op.axis_of(5, 1), heads)
     batch, length = query[:2] if len(query) == 3 else op.axes(6, rank=2)
@@ -117,5 +117,5 @@ def gated_relative_position_bias(op: Op) -> None:
 
 @edits("GatedRelativePositionBias", domain=MICROSOFT)
 def edit_gated_relative_position_bias(op: GrownOp) -> None:
-    """The count of heads."""
+    """Sets the number of heads."""
     edit_heads(op, "num_heads", head_terms(op, op.axis_of(0, -1), op.integer("num_heads"))[0])

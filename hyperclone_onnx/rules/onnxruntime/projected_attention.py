@@ -1,4 +1,4 @@
-"""ONNX Runtime's own attention operators that make their queries, keys and values themselves."""
+"""ONNX Runtime's own attention operators that compute their queries, keys and values with weights of their own."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from hyperclone_onnx.rules.onnxruntime.attention import attend_tokens, first_of_
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
-FIXED_SCALE = "scores are divided by the root of its size, which no attribute changes"
-INNER_ANGLES = "rotary angles are made inside from its size"
+FIXED_SCALE = "the operator divides scores by the root of its size, and has no attribute for that"
+INNER_ANGLES = "the operator makes rotary angles from its size"
 
 
 def relate_joint_caches(
     op: Op, index: int, batch: Term, heads: Term, new: Term, widths: tuple[Term, Term], shared: bool
 ) -> Term:
-    """A cache of keys and values in one (2, batch, heads, length, width), the present one on output 1."""
+    """Relate the cache of keys and values (2, batch, heads, length, width): input `index` and output 1."""
     past = op.axis_of(index, 3) if op.has(index) else None
     pair = op.pinned_dim(2, "keys and values")
     if past is not None or len(op.node.outputs) > 1:
@@ -43,7 +43,7 @@ def relate_joint_caches(
 def _project(
     op: Op, weight: int, bias: int, *, integers: bool = False, scales: tuple[int, ...] = ()
 ) -> tuple[Term, Term, Term]:
-    """(heads, head_dim, value head_dim) of X W + B, W's columns queries, keys and values side by side."""
+    """(heads, head_dim, value head_dim) of X W + B. W's columns are queries, keys and values side by side."""
     w, count = op.axes(weight, rank=2), op.positive("num_heads")
     sizes = op.int_list("qkv_hidden_sizes", None, length=3)
     total = op.static(w[1])
@@ -52,11 +52,11 @@ def _project(
             raise CannotTell("packed queries, keys and values of unknown widths")
         sizes = [total // 3] * 3
     if any(size % count for size in sizes):
-        raise CannotTell("a width that its heads do not divide")
+        raise CannotTell("a width that is not a multiple of the number of heads")
     op.sum_over((0, -1), (weight, 0), integers=integers, scales=scales)
     op.fact(Fact.WEIGHT_OUTPUT, w[1])
     heads, depth, value_depth = op.dim(count), op.dim(sizes[0] // count), op.dim(sizes[2] // count)
-    op.unify(w[1], Concat(tuple(Product((heads, each)) for each in (depth, depth, value_depth))))
+    op.unify(w[1], Concat(tuple(Product((heads, width)) for width in (depth, depth, value_depth))))
     if op.has(bias):
         op.unify(op.axis_of(bias, 0), w[1])
     op.fact(Fact.BATCHED, heads)
@@ -70,9 +70,9 @@ def projected_attention(op: Op) -> None:
     heads, depth, value_depth = _project(op, 1, 2)
     if op.integer("do_rotary", 0):
         op.pin(depth, INNER_ANGLES)
-        op.pin(length, "its places are counted")
+        op.pin(length, "its positions are counted")
     if op.integer("unidirectional", 0):
-        op.pin(length, "a causal mask counts along it")
+        op.pin(length, "a causal mask compares positions along it")
     shared = bool(op.integer("past_present_share_buffer", 0))
     relate_mask(op, 3, batch, length)
     total = relate_joint_caches(op, 4, batch, heads, length, (depth, value_depth), shared)
@@ -86,7 +86,7 @@ def quantised_attention(op: Op) -> None:
     """Attention of a_scale w_scale (X - x_zero)(W - w_zero) + B"""
     batch, length, _ = op.axes(0, rank=3)
     heads, depth, value_depth = _project(op, 1, 2, integers=True, scales=(4, 3))
-    op.unify(depth, value_depth)  # it has no attribute for widths that differ
+    op.unify(depth, value_depth)  # the operator has no attribute for values of another width
     for index in (3, 6):
         op.parameter(index)
     for index in (4, 7):
@@ -94,9 +94,9 @@ def quantised_attention(op: Op) -> None:
             op.merge([op.axis_of(index, 0), op.axis_of(1, 1)])
     if op.integer("do_rotary", 0):
         op.pin(depth, INNER_ANGLES)
-        op.pin(length, "its places are counted")
+        op.pin(length, "its positions are counted")
     if op.integer("unidirectional", 0):
-        op.pin(length, "a causal mask counts along it")
+        op.pin(length, "a causal mask compares positions along it")
     relate_mask(op, 5, batch, length)
     shared = bool(op.integer("past_present_share_buffer", 0))
     total = relate_joint_caches(op, 8, batch, heads, length, (depth, value_depth), shared)
@@ -113,7 +113,7 @@ def decoder_masked_self_attention(op: Op) -> None:
     if op.integer("do_rotary", 0):
         op.pin(depth, INNER_ANGLES)
     if shared:
-        op.pin(depth, "a shared buffer orders its keys by pieces of it")
+        op.pin(depth, "a shared buffer stores its keys in pieces of this axis")
     relate_mask(op, 3, batch, length)
     relate_beams(op, 8, batch)
     total = relate_joint_caches(op, 4, batch, heads, length, (depth, value_depth), shared)
@@ -124,14 +124,14 @@ def decoder_masked_self_attention(op: Op) -> None:
 
 @relates("PackedAttention", domain=MICROSOFT)
 def packed_attention(op: Op) -> None:
-    """Attention of X W + B of tokens without padding: Y[n, (h e)] attends within its sequence"""
+    """Attention of X W + B of tokens without padding: Y[n, (h e)] attends to the tokens of its own sequence"""
     heads, depth, value_depth = _project(op, 1, 2)
     attend_tokens(op, 3, op.axis_of(0, 0), heads, depth, value_depth)
 
 
 @edits("Attention", "DecoderMaskedSelfAttention", "PackedAttention", "QAttention", domain=MICROSOFT)
 def edit_projected_attention(op: GrownOp) -> None:
-    """The count of heads, the widths, and the scale of the scores."""
+    """Sets the number of heads, the widths and the scale of the scores."""
     count = op.integer("num_heads")
     heads, _ = head_terms(op, op.out_axes(0)[-1], count)
     whole = op.axis_of(1, 1)
@@ -159,13 +159,13 @@ def longformer_attention(op: Op) -> None:
     op.pin(depth, FIXED_SCALE)
     for index in (3, 6):
         op.unify_axes(op.axes(index), x[:2])
-    op.pin(x[1], "a window runs along it")
+    op.pin(x[1], "a window moves along it")
     op.out(x)
 
 
 @edits("LongformerAttention", "DecoderAttention", domain=MICROSOFT)
 def edit_fixed_attention(op: GrownOp) -> None:
-    """The count of heads."""
+    """Sets the number of heads."""
     edit_heads(op, "num_heads", head_terms(op, op.axis_of(0, 2), op.integer("num_heads"))[0])
 
 

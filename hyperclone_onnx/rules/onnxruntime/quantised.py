@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operators on quantised values; what a sum over repeats grows by goes into the scales."""
+"""ONNX Runtime's own operators on quantised values; where repeats make a sum too large, its scales are divided."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def matmul_integer_to_float(op: Op) -> None:
 
 @relates("DynamicQuantizeMatMul", domain=MICROSOFT)
 def dynamic_quantize_matmul(op: Op) -> None:
-    """Y[.., m, n] = b_scale[n] sum_k A[.., m, k] (B[.., k, n] - b_zero[n]) + bias[n], A being quantised on the way"""
+    """Y[.., m, n] = b_scale[n] sum_k A[.., m, k] (B[.., k, n] - b_zero[n]) + bias[n], where A is quantised first"""
     relate_matmul(op, 0, 1, scales=(2,))
     rows_and_columns(op, (), (2, 3, 4))
 
@@ -65,7 +65,7 @@ def qgemm(op: Op) -> None:
 
 @relates("QLinearConv", domain=MICROSOFT)
 def qlinear_conv_last(op: Op) -> None:
-    """QLinearConv, whose channels may come last"""
+    """QLinearConv; if its channels come last, all axes keep their size"""
     if op.integer("channels_last", 0):
         raise CannotTell("channels that come last")
     qlinear_conv(op)
@@ -124,14 +124,14 @@ def qlinear_unary(op: Op) -> None:
 
 @relates("QLinearWhere", domain=MICROSOFT)
 def qlinear_where(op: Op) -> None:
-    """Z[j] = X[j] where condition[j], else Y[j], each quantised by scales of its own"""
+    """Z[j] = X[j] where condition[j], else Y[j], each with its own scale"""
     parameters(op, 2, 3, 5, 6, 7, 8)
     op.out(op.broadcast([op.axes(0), op.axes(1), op.axes(4)]))
 
 
 @relates("QLinearSoftmax", domain=MICROSOFT)
 def qlinear_softmax(op: Op) -> None:
-    """Y[j] = quantised exp x[j] / sum_k exp x[k]: repeats would take each other's share"""
+    """Y[j] = quantised exp x[j] / sum_k exp x[k]: the axis keeps its size, since repeats would change the sum"""
     axes = op.axes(0)
     axis = op.axis(op.integer("axis", -1), len(axes))
     parameters(op, 1, 2, 3, 4)
@@ -199,7 +199,7 @@ def qembed_layer_norm(op: Op) -> None:
     if op.has(1):
         for one, other in zip(op.axes(1, rank=2), ids, strict=True):
             op.merge([one, other])
-    op.pin(ids[1], "its positions index a table")
+    op.pin(ids[1], "its positions are indices into a table")
     hidden = op.merge([*width, op.axis_of(5, 0), op.axis_of(6, 0)])
     op.uniform(hidden)
     op.out((*ids, hidden))
@@ -213,5 +213,5 @@ def qlinear_concat(op: Op) -> None:
     operands = [op.axes(start, rank=op.rank(2)) for start in range(2, op.count, 3)]
     axis = op.axis(op.integer("axis"), op.rank(2))
     if any(op.static(axes[axis]) is None for axes in operands):
-        raise CannotTell("joined parts whose size is not known before running")
+        raise CannotTell("joined parts whose sizes are not known before running")
     op.out(side_by_side(op, operands, axis))

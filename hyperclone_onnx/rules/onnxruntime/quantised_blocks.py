@@ -1,4 +1,4 @@
-"""Weights of few bits, packed in bytes and quantised in blocks that have a scale each."""
+"""Weights of few bits, packed in bytes and quantised in blocks. Each block has one scale."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hyperclone_onnx.rules.registry import edits, relates
 
 
 def relate_packed_zeros(op: Op, index: int, rows: Axes, blocks: Term, bits: int) -> None:
-    """Zero points of blocks: numbers of `bits` bits packed in bytes, row by row, or numbers as wide as the scales."""
+    """Relate zero points of blocks: `bits` bits each, packed in bytes row by row, or floats like the scales."""
     if not op.has(index):
         return
     packed = op.value(index).dtype is not None and not op.value(index).dtype.is_floating_point()  # type: ignore[union-attr]
@@ -29,7 +29,7 @@ def relate_packed_zeros(op: Op, index: int, rows: Axes, blocks: Term, bits: int)
 
 
 def relate_blocks(op: Op, columns: Term, width: Term, codes: int, scales: int, zeros: int | None) -> None:
-    """Codes B[n, block, byte], scales[n, block] and zero_points[n, block] of a weight W[n, (block, within)]."""
+    """Relate codes B[n, block, byte], scales[n, block] and zero_points[n, block] of a weight W[n, (block, within)]."""
     size, bits = op.positive("block_size"), op.positive("bits", 4)
     b = op.axes(codes)
     if len(b) != 3:
@@ -50,7 +50,7 @@ def matmul_nbits(op: Op) -> None:
     """Y[.., n] = sum_k A[.., k] scales[n, block of k] (B[n, k] - zero_points[n, block of k]) + bias[n]"""
     a = op.axes(0, least=1)
     if op.has(4):
-        raise CannotTell("columns in an order of their own (g_idx)")
+        raise CannotTell("columns in another order (g_idx)")
     if op.integer("weight_prepacked", 0):
         raise CannotTell("codes that are laid out for one device")
     columns = op.dim(op.integer("N"))
@@ -65,7 +65,7 @@ def matmul_nbits(op: Op) -> None:
 
 @edits("MatMulNBits", domain=MICROSOFT)
 def edit_matmul_nbits(op: GrownOp) -> None:
-    """The lengths that the packed codes no longer tell."""
+    """Sets the attributes of lengths, which cannot be read off packed codes."""
     for name, term in (("K", op.axis_of(0, -1)), ("N", op.out_axes(0)[-1])):
         if op.grows(term):
             op.set_attribute(name, op.grown(term))
@@ -95,7 +95,7 @@ def matmul_nbits_qkv(op: Op) -> None:
 
 
 def _normed(op: Op, a: Axes) -> None:
-    """The normalisation before the projections, and the residual stream that is added to A."""
+    """Relate the normalisation before the projections, and the residual stream that is added to A."""
     if op.has(1):
         op.broadcast([a, op.axes(1)])
     if op.has(2):
@@ -103,26 +103,27 @@ def _normed(op: Op, a: Axes) -> None:
         op.uniform(a[-1])
 
 
-def _projections(op: Op, width: Term, each: Sequence[tuple[int, int, int, Term]]) -> None:
+def _projections(op: Op, width: Term, slots: Sequence[tuple[int, int, int, Term]]) -> None:
+    """Relate projections of one input: for each the inputs of codes, scales and bias, and the columns."""
     op.fact(Fact.CONTRACTED_WITH_WEIGHT, width)
-    for codes, scales, bias, columns in each:
+    for codes, scales, bias, columns in slots:
         relate_blocks(op, columns, width, codes, scales, None)
         op.fact(Fact.WEIGHT_OUTPUT, columns)
         if op.has(bias):
             op.unify(op.axis_of(bias, 0), columns)
-    for _, scales, _, _ in each:
+    for _, scales, _, _ in slots:
         op.sum_over((0, -1), scales=(scales,))
 
 
 @edits("MatMulNBitsMlp", domain=MICROSOFT)
 def edit_matmul_nbits_mlp(op: GrownOp) -> None:
-    """The lengths that the packed codes no longer tell."""
+    """Sets the attributes of lengths, which cannot be read off packed codes."""
     edit_matmul_nbits(op)
 
 
 @edits("MatMulNBitsQkv", domain=MICROSOFT)
 def edit_matmul_nbits_qkv(op: GrownOp) -> None:
-    """The lengths that the packed codes no longer tell."""
+    """Sets the attributes of lengths, which cannot be read off packed codes."""
     for name, term in (("K", op.axis_of(0, -1)), ("Nq", op.out_axes(0)[-1]), ("Nkv", op.out_axes(1)[-1])):
         if op.grows(term):
             op.set_attribute(name, op.grown(term))
@@ -147,7 +148,7 @@ def matmul_fp8(op: Op) -> None:
 
 @relates("MatMulBlockQuantizedFp4Weight", domain=MICROSOFT)
 def matmul_fp4(op: Op) -> None:
-    """Y[.., n] = weight_scale_2 sum_k A[.., k] weight_scale[n, block of k] B[n, k] + bias[n], two codes to a byte"""
+    """Y[.., n] = weight_scale_2 sum_k A[.., k] weight_scale[n, block of k] B[n, k] + bias[n], two codes in a byte"""
     a, b, size = op.axes(0, least=1), op.axes(1, rank=2), op.positive("block_size", 16)
     rows, blocks = op.axes(2, rank=2)
     op.unify(rows, b[0])
@@ -164,11 +165,11 @@ def matmul_fp4(op: Op) -> None:
 
 @relates("MatMulBnb4", domain=MICROSOFT)
 def matmul_bnb4(op: Op) -> None:
-    """Y[.., n] = sum_k A[.., k] absmax[block of (n, k)] B[(n, k)], whose blocks run through the flat weight"""
+    """Y[.., n] = sum_k A[.., k] absmax[block of (n, k)] B[(n, k)], where B is flat and a block may cross rows"""
     a, size = op.axes(0, least=1), op.positive("block_size")
     rows, width = op.positive("N"), op.positive("K")
     if width % size:
-        raise CannotTell("blocks that run over the end of a row")
+        raise CannotTell("blocks that cross the end of a row")
     transposed = op.integer("transB", 1)
     n, blocks = op.dim(rows), op.dim(width // size)
     k = Product((blocks, op.pinned_dim(size, BLOCK)))
@@ -184,7 +185,7 @@ def matmul_bnb4(op: Op) -> None:
 
 @edits("MatMulBnb4", domain=MICROSOFT)
 def edit_matmul_bnb4(op: GrownOp) -> None:
-    """The lengths that the flat codes do not tell."""
+    """Sets the attributes of lengths, which cannot be read off flat codes."""
     a, out = op.axis_of(0, -1), op.out_axes(0)[-1]
     for name, term in (("K", a), ("N", out)) if op.integer("transB", 1) else (("N", a), ("K", out)):
         if op.grows(term):
@@ -202,7 +203,7 @@ def gather_block_quantized(op: Op) -> None:
     bits = op.positive("bits", 4) if dtype is not None and dtype.name == "UINT8" else 8
     size = op.integer("block_size", 128)
     if picked == along or not size or (bits < 8 and along != rank - 1):
-        raise CannotTell("blocks along another axis than the last")
+        raise CannotTell("blocks along another axis than the last, or along the gathered axis")
     index_by(op, data[picked], 1)
     for axis in range(rank):
         if axis != along:
@@ -228,9 +229,9 @@ def gather_block_quantized(op: Op) -> None:
 
 @relates("QMoE", domain=MICROSOFT)
 def quantised_experts(op: Op) -> None:
-    """MoE whose experts' weights are codes packed along the axis that is summed, with scales for rows or blocks"""
+    """MoE whose weights are codes, packed along the summed axis, with one scale for each row or block"""
     if op.text("quant_type", "int") != "int" or op.integer("weights_prepacked", -1) > 0:
-        raise CannotTell("experts in floats of 4 or 8 bits, or laid out for one device")
+        raise CannotTell("experts stored as floats of 4 or 8 bits, or laid out for one device")
     inter_size = op.static(op.axes(5, rank=3)[2])
     usual = op.positive("expert_weight_bits", 4)
     bits = [op.positive(f"fc{i}_expert_weight_bits", usual) for i in (1, 2, 3)]
@@ -242,7 +243,8 @@ def quantised_experts(op: Op) -> None:
     if op.has(8):
         projections.append((8, 9, 10, 13, inter, x[-1], bits[2]))
     op.unify(op.axis_of(2, 1), rows)
-    experts = relate_experts(op, inter, [slot for each in projections for slot in each[:4]], op.axis_of(5, 0))
+    slots = [slot for projection in projections for slot in projection[:4]]
+    experts = relate_experts(op, inter, slots, op.axis_of(5, 0))
     for codes, scales, bias, zeros, out, summed, width in projections:
         _relate_experts_codes(op, codes, scales, zeros, (experts, out), summed, width)
         if op.has(bias):
@@ -255,7 +257,7 @@ def quantised_experts(op: Op) -> None:
 def _relate_experts_codes(
     op: Op, codes: int, scales: int, zeros: int, rows: tuple[Term, Term], summed: Term, bits: int
 ) -> None:
-    """Codes[e, row, byte], scales[e, row] or [e, row, block] and zero points of one projection."""
+    """Relate codes[e, row, byte], scales[e, row] or [e, row, block] and zero points of one projection."""
     _, row, packed = op.axes(codes, rank=3)
     op.unify(row, rows[1])
     op.unify(op.axis_of(scales, 1), row)
