@@ -295,8 +295,8 @@ def attribute_without_a_tensor(model: Model) -> None:
 
 
 SPOILT: list[tuple[Spoil, int, str]] = [
-    (negative_size, 4, "shape that cannot be"),
-    (sizes_beyond, 4, "shape that cannot be"),
+    (negative_size, 4, "impossible shape"),
+    (sizes_beyond, 4, "impossible shape"),
     (size_contradicts, 4, "more or fewer bytes"),
     (huge_claim, 4, "more or fewer bytes"),
     (twice_stored, 4, "stored tensors"),
@@ -306,8 +306,8 @@ SPOILT: list[tuple[Spoil, int, str]] = [
     (cycle, 4, "cycle"),
     (own_cycle, 4, "cycle"),
     (dangling, 4, r"nothing\n\x1b]0;owned\x07"),
-    (dangling_output, 4, "made by nothing"),
-    (dangling_in_a_body, 4, "nothing makes"),
+    (dangling_output, 4, "is not defined"),
+    (dangling_in_a_body, 4, "is not defined"),
     (cycle_through_a_body, 4, "cycle"),
     (calls_itself, 4, "calls itself"),
     (unfolds, 4, "unfold into"),

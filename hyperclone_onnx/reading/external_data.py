@@ -1,6 +1,6 @@
-"""Checks where the tensors outside a model file lie: in regular files of the model's own tree, and within them.
+"""Checks the data files of a model: they are regular files in the model's own folder, and hold all of its tensors.
 
-Several tensors may take the same bytes, or parts of them: reading does no harm.
+Several tensors may share the same bytes: they are only read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hyperclone_onnx.errors import BadModel
 
 
 def place(file: Path, tensor: ir.ExternalTensor) -> None:
-    """Tell a tensor in which folder its data file lies, and check that its bytes are in this file.
+    """Set the folder of a tensor's data file, and check that the tensor's bytes are in this file.
 
     Raises:
         BadModel: the data file is missing, is too short, or is not in the model's tree.
@@ -26,7 +26,7 @@ def place(file: Path, tensor: ir.ExternalTensor) -> None:
 
 
 def _folder_of_data(file: Path, tensor: ir.ExternalTensor) -> Path:
-    """The folder that a tensor's location begins at: that of the model, or that of the link to the model."""
+    """The folder that a tensor's location is relative to: that of the model, or that of the link to the model."""
     location = str(tensor.location)
     parts = PurePosixPath(location).parts
     outside = PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or ".." in parts
@@ -52,7 +52,7 @@ def _folder_of_data(file: Path, tensor: ir.ExternalTensor) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is something, a link that leads nowhere included."""
+    """Whether a file, a folder or a link has this path, even a broken link."""
     try:
         path.lstat()
     except (OSError, ValueError):  # ValueError: no file can have this name
@@ -61,9 +61,9 @@ def _exists(path: Path) -> bool:
 
 
 def _check_target(file: Path, location: str, target: Path, allowed: list[Path]) -> None:
-    """Refuse a data file that links lead out of the model's tree.
+    """Refuse a data file if links lead out of the model's folder.
 
-    A hub's cache has the model and its data as links into one folder of blobs.
+    In the cache of a model hub, the model and its data are links into one folder of blobs. This is allowed.
     """
     if not any(target.is_relative_to(folder) for folder in allowed):
         raise BadModel(
@@ -73,7 +73,7 @@ def _check_target(file: Path, location: str, target: Path, allowed: list[Path]) 
 
 
 def _check_no_links(file: Path, location: str, folder: Path) -> None:
-    """Refuse a data file that is reached by way of a link."""
+    """Refuse a data file that is a link, or lies in a folder that is a link."""
     path = folder
     for part in PurePosixPath(location).parts:
         path = path / part

@@ -1,4 +1,4 @@
-"""Bring a model into the form the analysis reads: one flat main graph, constants stored, every node named."""
+"""Brings a model into the form that the analysis reads: one flat main graph, stored constants, and named nodes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hyperclone_onnx.reading.type_inference import infer_types
 
 
 def normalise(model: ir.Model) -> ir.Model:
-    """Inline functions, store constants, name nodes, and give each user of a re-laid weight its own copy.
+    """Inline functions, store constants, name nodes, and give each user of a transposed weight its own copy.
 
     The model is changed in place and returned; what it computes stays the same.
 
     Raises:
-        BadModel: its graphs, or its imports, contradict themselves.
+        BadModel: the graphs or the opset imports contradict themselves.
         Refused: see `settle_opsets`.
     """
     settle_opsets(model)
@@ -34,7 +34,7 @@ def normalise(model: ir.Model) -> ir.Model:
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
     )(model)
-    # No weight is an input any more, which older versions demand.
+    # Older versions demand that each weight is an input too, and now none is.
     model.ir_version = max(model.ir_version, FIRST_WITH_DEFAULTS)
     reblock(model.graph)
     _drop_unused(model.graph)
@@ -46,7 +46,7 @@ def normalise(model: ir.Model) -> ir.Model:
 
 
 def _compute_stored_outputs(graph: ir.Graph, fresh: FreshNames) -> None:
-    """Put an Identity between a stored tensor, or a Constant, and the graph's output that it is."""
+    """Put an Identity before each output of a graph that is itself a stored tensor or the output of a Constant."""
     for position, value in enumerate(graph.outputs):
         producer = value.producer()
         if not is_initializer(value) and (producer is None or producer.op_type != "Constant"):
@@ -55,7 +55,7 @@ def _compute_stored_outputs(graph: ir.Graph, fresh: FreshNames) -> None:
         node = ir.node("Identity", [value])
         result = node.outputs[0]
         tensor = value.const_value if producer is None else _constant_tensor(producer)
-        # What the tensor is counts, not what the file declares.
+        # The type and the shape are those of the tensor, whatever the file declares.
         kind = value.type if tensor is None else ir.TensorType(tensor.dtype)
         shape = value.shape if tensor is None else ir.Shape(tensor.shape.numpy())
         result.name, result.type, result.shape = name, kind, shape
@@ -120,7 +120,8 @@ def _only_from_storage(node: ir.Node) -> bool:
 def _drop_unused(graph: ir.Graph) -> None:
     """Remove the nodes and the stored tensors that nothing reads.
 
-    Outputs of a node stay, read or not: ONNX Runtime's Attention takes a past only where it makes a present.
+    All outputs of a node that is kept stay too: ONNX Runtime's Attention accepts a past only if it has the output
+    for the present.
     """
     kept = {*graph.outputs, *graph.inputs}
     for node in reversed(list(graph)):

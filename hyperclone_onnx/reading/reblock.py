@@ -1,7 +1,7 @@
-"""Smaller blocks for weights that are quantised in blocks whose last one is not full.
+"""Makes quantisation blocks smaller if the last block of a row is not full.
 
-576 columns in blocks of 128 leave half a block at the end of each row, and no repetition of the row keeps the blocks
-together. In blocks of 64, each with the scale of the block it was cut from, the weight is the same and the row is full.
+576 columns in blocks of 128 end with half a block. If such a row is repeated, the repeats do not begin with a block. In
+blocks of 64, all blocks are full. Each new block has the scale of its old block, so the weight is the same.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SMALLEST = 16
 
 
 def reblock(graph: ir.Graph) -> None:
-    """Cut the blocks of every MatMulNBits and GatherBlockQuantized whose rows they do not fill.
+    """Make the blocks of MatMulNBits and GatherBlockQuantized smaller where they do not fill the rows.
 
-    What no power of two from 16 on fills stays as it is.
+    A node stays as it is if no power of two from 16 on divides its rows.
     """
     fresh = FreshNames(graph)
     changed: _Changed = {}
@@ -49,26 +49,26 @@ class _Blocks:
 
     @property
     def smaller(self) -> int:
-        """The largest block that fills a row, from the smallest that there is; the present size if none does."""
+        """The largest power of two that divides a row and is a possible block size, or the present size."""
         largest = self.width & -self.width  # the largest power of two that divides it
         return largest if SMALLEST <= largest < self.size and self.width % self.size else self.size
 
     def fits(self, node: ir.Node) -> bool:
-        """Whether a node's codes, scales and zero points are stored and have as many numbers as they must."""
+        """Whether a node's codes, scales and zero points are stored and have the right number of elements."""
         count = -(-self.width // self.size)
         codes, scales = self.rows * count * packed_width(self.size, self.bits), self.rows * count
         packed = self.rows * packed_width(count, self.bits)
-        wanted = [(2, {scales}), (3, {scales, packed})]
+        possible = [(2, {scales}), (3, {scales, packed})]
         if node.op_type == "MatMulNBits":
-            wanted.append((1, {codes}))
-        for slot, sizes in wanted:
+            possible.append((1, {codes}))
+        for slot, sizes in possible:
             value = node.inputs[slot] if slot < len(node.inputs) else None
             if value is not None and (value.const_value is None or value.const_value.size not in sizes):
                 return False
         return True
 
     def cut(self, graph: ir.Graph, node: ir.Node, fresh: FreshNames, changed: _Changed) -> None:
-        """Give a node's codes, scales and zero points smaller blocks; nodes that share a tensor share the new one."""
+        """Give a node's codes, scales and zero points smaller blocks. Nodes that share a tensor share the new one."""
         changes = [(2, self._scales), (3, self._zeros)]
         if node.op_type == "MatMulNBits":
             changes.append((1, self._codes))
@@ -101,16 +101,18 @@ class _Blocks:
 
 
 _Changed = dict[tuple[ir.Value, int, int], ir.Value]
-"""What a stored value became in blocks of a size, at an input of a node."""
+"""The new value for a stored value, a new block size and the position of the input."""
 
 
 def _is_well_formed(node: ir.Node) -> bool:
-    """Whether the inputs that it must have are given, and its attributes are numbers above 0."""
+    """Whether the required inputs are there, and the attributes are integers above 0."""
     names = ("N", "K", "block_size", "bits", "weight_prepacked", "gather_axis", "quantize_axis")
-    given = [attribute for name in names if (attribute := node.attributes.get(name)) is not None]
-    if len(node.inputs) < 3 or None in node.inputs[:3] or any(each.type != ir.AttributeType.INT for each in given):
+    attributes = [attribute for name in names if (attribute := node.attributes.get(name)) is not None]
+    if len(node.inputs) < 3 or None in node.inputs[:3]:
         return False
-    return all(each.as_int() > 0 for each in given if each.name in names[:4])
+    if any(attribute.type != ir.AttributeType.INT for attribute in attributes):
+        return False
+    return all(attribute.as_int() > 0 for attribute in attributes if attribute.name in names[:4])
 
 
 def _is_stored(value: ir.Value | None) -> bool:
@@ -138,7 +140,7 @@ def _blocks_of_table(node: ir.Node) -> _Blocks | None:
     if _integer(node, "gather_axis", 0) != 0 or _integer(node, "quantize_axis", 1) not in (1, -1):
         return None
     rows, count = tensor.shape.numpy()
-    bits = _integer(node, "bits", 4) if tensor.dtype == ir.DataType.UINT8 else 8  # others are one to an element
+    bits = _integer(node, "bits", 4) if tensor.dtype == ir.DataType.UINT8 else 8  # others: one code an element
     return _Blocks(rows, count * 8 // bits, _integer(node, "block_size", 128), bits)
 
 

@@ -62,7 +62,7 @@ def _dense(file: str, sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
     """
     name, shape = sparse.values.name, tuple(sparse.dims)
     if any(size < 0 for size in shape):
-        raise BadModel(f"{file}: sparse tensor {name!r} has a shape that cannot be: {shape}")
+        raise BadModel(f"{file}: sparse tensor {name!r} has an impossible shape: {shape}")
     try:
         values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
     except (TypeError, ValueError) as problem:

@@ -1,7 +1,7 @@
-"""What a model's protobuf must be like before anything is made of it: names that mean one thing, sizes that can be.
+"""Checks the protobuf of a model before anything else reads it: its names are unique, and its sizes are possible.
 
-ONNX's specification asks for all of this; files that come from elsewhere may have been made to break whoever reads
-them. Each check is one walk over the graphs, without recursion deeper than their nesting.
+ONNX's specification demands all of this, but a file may have been made to break the programs that read it. Each check
+walks over the graphs once, and its recursion is no deeper than the nesting of the graphs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.graphs import canonical_domain
 
 MOST_NODES = 500_000
-"""More nodes than any model has; a chain of functions that call each other twice asks for more than memory holds."""
+"""More nodes than any model has. Functions that call each other twice can unfold into more than memory holds."""
 
 MOST_MESSAGES = 5_000_000
 """More parts than the graphs of any model have."""
@@ -26,14 +26,15 @@ LARGEST = 2**63 - 1
 
 
 def check_structure(file: str, model: onnx.ModelProto) -> None:
-    """Refuse a model whose graphs mean nothing, or more than can be held.
+    """Refuse a model whose graphs contradict themselves or are too large.
 
     Raises:
-        BadModel: names defined twice or not at all, cycles, sizes that cannot be, functions that call themselves.
+        BadModel: a name is defined twice or not at all, nodes form a cycle, a size is impossible, a function calls
+            itself.
     """
     _check_amount(file, model)
     _check_functions(file, model)
-    _Scope(file, model.graph, "graph").check()
+    _Scope(file, model.graph, "the graph").check()
     for function in model.functions:
         _Scope(file, function, f"function {function.name!r}").check()
 
@@ -54,7 +55,7 @@ def _check_amount(file: str, model: onnx.ModelProto) -> None:
 
 
 def _graphs(model: onnx.ModelProto) -> Iterator[Any]:
-    """Every graph and function body, those of nodes included."""
+    """Every graph and function body, and the bodies of their nodes."""
     waiting: list[Any] = [model.graph, *model.functions]
     while waiting:
         graph = waiting.pop()
@@ -73,7 +74,7 @@ Key = tuple[str, str, str]
 
 
 def _check_functions(file: str, model: onnx.ModelProto) -> None:
-    """Refuse functions that call themselves, or that unfold into more nodes than there can be."""
+    """Refuse functions that call themselves, or that unfold into too many nodes."""
     functions: dict[Key, onnx.FunctionProto] = {}
     for function in model.functions:
         key = (canonical_domain(function.domain), function.name, function.overload)
@@ -88,22 +89,22 @@ def _check_functions(file: str, model: onnx.ModelProto) -> None:
         calls = _calls(functions[key], functions)
         if done:
             state[key] = True
-            sizes[key] = sum(sizes.get(each, 1) * count for each, count in calls.items())
+            sizes[key] = sum(sizes.get(called, 1) * count for called, count in calls.items())
         elif key not in state:
             state[key] = False
             waiting.append((key, True))
-            for each in calls:
-                if state.get(each) is False:
-                    raise BadModel(f"{file}: function {each[1]!r} calls itself")
-                if each in functions and each not in state:
-                    waiting.append((each, False))
-    total = sum(sizes.get(each, 1) * count for each, count in _calls(model.graph, functions).items())
+            for called in calls:
+                if state.get(called) is False:
+                    raise BadModel(f"{file}: function {called[1]!r} calls itself")
+                if called in functions and called not in state:
+                    waiting.append((called, False))
+    total = sum(sizes.get(called, 1) * count for called, count in _calls(model.graph, functions).items())
     if total > MOST_NODES:
         raise BadModel(f"{file}: its functions unfold into {total:.3g} nodes: this is no model")
 
 
 def _calls(body: Any, functions: Iterable[Key]) -> Counter[Key]:
-    """How often a body holds each operator, bodies within it included."""
+    """How often each operator occurs in a body and in the bodies of its nodes."""
     counts: Counter[Key] = Counter()
     waiting = [body]
     while waiting:
@@ -117,18 +118,18 @@ def _calls(body: Any, functions: Iterable[Key]) -> Counter[Key]:
 
 
 _FIELDS = {onnx.AttributeProto.TENSOR: "t", onnx.AttributeProto.GRAPH: "g", onnx.AttributeProto.TYPE_PROTO: "tp"}
-"""Where attributes that are messages have their value; numbers and texts have one in any case."""
+"""The field that holds the value of an attribute that is a message. Numbers and texts always have a value."""
 
 
 class _Scope:
-    """One graph, or the body of a function, within the names that it can see."""
+    """One graph, or the body of a function, with the names that it can see."""
 
     def __init__(self, file: str, body: Any, where: str) -> None:
         self.file, self.body, self.where = file, body, where
         self.is_graph = isinstance(body, onnx.GraphProto)
 
     def check(self, outer: Sequence[set[str]] = ()) -> None:
-        """Refuse names that are defined twice in one graph, or are not defined, here and in the bodies of nodes.
+        """Refuse names that are defined twice or not at all, in this graph and in the bodies of its nodes.
 
         Args:
             outer: the names of the graphs around this one. A body may define one of them anew (see `shadowing`).
@@ -139,7 +140,7 @@ class _Scope:
             self._check_text(node, node.op_type, node.domain, node.name, *node.input, *node.output)
             for name in node.input:
                 if name and not any(name in names for names in visible):
-                    raise BadModel(f"{self.file}: {_named(node)} reads {name!r}, which nothing makes")
+                    raise BadModel(f"{self.file}: {_named(node)} reads {name!r}, which is not defined")
             for attribute in node.attribute:
                 self._check_attribute(node, attribute)
             for body in _bodies(node):
@@ -147,13 +148,13 @@ class _Scope:
         for output in self.body.output:
             name = output.name if self.is_graph else output
             if not any(name in names for names in visible):
-                raise BadModel(f"{self.file}: output {name!r} of {self.where} is made by nothing")
+                raise BadModel(f"{self.file}: output {name!r} of {self.where} is not defined")
         self._check_order()
 
     def _definitions(self) -> set[str]:
-        inputs = [each.name if self.is_graph else each for each in self.body.input]
+        inputs = [value.name if self.is_graph else value for value in self.body.input]
         outputs = [name for node in self.body.node for name in node.output if name]
-        stored = [each.name for each in self.body.initializer] if self.is_graph else []
+        stored = [tensor.name for tensor in self.body.initializer] if self.is_graph else []
         for name in (*inputs, *stored):
             if not isinstance(name, str):
                 raise BadModel(f"{self.file}: {self.where} has a name that is no UTF-8 text: {name!r}")
@@ -162,18 +163,18 @@ class _Scope:
                 raise BadModel(f"{self.file}: a stored tensor of {self.where} has no name")
         for tensor in self.body.initializer if self.is_graph else ():
             self._check_tensor(tensor, tensor.name)
-        # An input may have a stored tensor of its name: its default.
+        # A stored tensor may have the name of an input: it is the default of that input.
         for kind, names in (("inputs", inputs), ("stored tensors", stored)):
             for name, count in Counter(names).items():
                 if count > 1:
                     raise BadModel(f"{self.file}: two {kind} of {self.where} are named {name!r}")
         for name, count in Counter([*{*inputs, *stored}, *outputs]).items():
             if count > 1:
-                raise BadModel(f"{self.file}: {name!r} is made more than once in {self.where}")
+                raise BadModel(f"{self.file}: {name!r} is defined more than once in {self.where}")
         return {*inputs, *stored, *outputs}
 
     def _check_text(self, node: onnx.NodeProto, *names: Any) -> None:
-        """Protobuf gives a text that is no UTF-8 as bytes."""
+        """Refuse a text that is not UTF-8. Protobuf gives it as bytes."""
         for name in names:
             if not isinstance(name, str):
                 raise BadModel(f"{self.file}: {_named(node)} has a name that is no UTF-8 text: {name!r}")
@@ -192,18 +193,18 @@ class _Scope:
             raise BadModel(f"{self.file}: tensor {name!r} has no type")
         if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > LARGEST:
             shape = " x ".join(map(str, tensor.dims[:8]))
-            raise BadModel(f"{self.file}: tensor {name!r} has a shape that cannot be: {shape}")
+            raise BadModel(f"{self.file}: tensor {name!r} has an impossible shape: {shape}")
 
     def _check_order(self) -> None:
-        """Refuse cycles; nodes in another order than they run are sorted later."""
+        """Refuse cycles. The order of nodes may be wrong: they are sorted later."""
         producer = {name: number for number, node in enumerate(self.body.node) for name in node.output if name}
         needs = [{producer[name] for name in _reads(node) if name in producer} for node in self.body.node]
         readers: dict[int, list[int]] = {}
-        for number, each in enumerate(needs):
-            for before in each:
+        for number, producers in enumerate(needs):
+            for before in producers:
                 readers.setdefault(before, []).append(number)
-        ready = [number for number, each in enumerate(needs) if not each]
-        left = [len(each) for each in needs]
+        ready = [number for number, producers in enumerate(needs) if not producers]
+        left = [len(producers) for producers in needs]
         done = 0
         while ready:
             done += 1
@@ -213,24 +214,24 @@ class _Scope:
                     ready.append(number)
         if done < len(needs):
             stuck = next(node for node, count in zip(self.body.node, left, strict=True) if count)
-            raise BadModel(f"{self.file}: a cycle: {_named(stuck)} needs what is made from its own output")
+            raise BadModel(f"{self.file}: a cycle of nodes: an input of {_named(stuck)} depends on its own output")
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node needs, those that its bodies capture included."""
+    """The names that a node reads, also those that its bodies read from outside."""
     yield from node.input
-    found: set[str] = set()
-    own: set[str] = set()
+    read: set[str] = set()
+    defined: set[str] = set()
     waiting = list(_bodies(node))
     while waiting:
         body = waiting.pop()
-        own.update(each.name for each in (*body.input, *body.initializer))
-        found.update(output.name for output in body.output)
-        for each in body.node:
-            own.update(each.output)
-            found.update(each.input)
-            waiting.extend(_bodies(each))
-    yield from found - own
+        defined.update(value.name for value in (*body.input, *body.initializer))
+        read.update(output.name for output in body.output)
+        for inner in body.node:
+            defined.update(inner.output)
+            read.update(inner.input)
+            waiting.extend(_bodies(inner))
+    yield from read - defined
 
 
 def _named(node: onnx.NodeProto) -> str:

@@ -1,4 +1,4 @@
-"""ONNX's own type and shape inference, in a process of its own: a malformed graph can end the one that it runs in."""
+"""Runs ONNX's own type and shape inference in a separate process, because a malformed graph can crash it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.system.isolation import POSSIBLE, BrokenDown, Isolated
 
 BULK = 1024
-"""Tensors of more bytes are left out: no shape is computed from them."""
+"""Larger tensors (in bytes) are left out: no shape is computed from them."""
 
 PATIENCE = 120.0
-"""Seconds; graphs of 20,000 nodes take a few."""
+"""Seconds. Graphs of 20,000 nodes take a few."""
 
 
 def infer_types(model: ir.Model) -> None:
-    """Fill in the element types and shapes of values that the file does not declare, as far as they can be told.
+    """Fill in element types and shapes that the file does not declare, where ONNX can infer them.
 
     Raises:
-        BadModel: the inference does not come to an end, or ends its process.
+        BadModel: the inference crashes, or takes too long.
     """
     try:
         graph = _without_bulk(model)
         text = graph.SerializeToString()
-    except Exception:  # nothing can be told of what cannot be written down
+    except Exception:  # a graph that cannot be serialised: nothing is inferred
         return
     made = _isolated(text) if POSSIBLE else _infer(text)
     if made:
@@ -34,7 +34,7 @@ def infer_types(model: ir.Model) -> None:
 
 
 def _without_bulk(model: ir.Model) -> onnx.ModelProto:
-    """The model, its large tensors being inputs: their types and shapes are known."""
+    """The model with its large tensors as inputs. Inference needs only their types and shapes."""
     stored = dict(model.graph.initializers)
     large = [value for value in stored.values() if value.const_value is not None and value.const_value.nbytes > BULK]
     own = list(model.graph.inputs)
@@ -55,21 +55,22 @@ def _infer(text: bytes) -> bytes:
         model = onnx.ModelProto.FromString(text)
         made = onnx.shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=False)
         return bytes(made.SerializeToString())
-    except Exception:  # it says so of graphs that it cannot tell: nothing is learnt
+    except Exception:  # raised for graphs that it does not understand: nothing is inferred
         return b""
 
 
 def _merge(model: ir.Model, inferred: onnx.ModelProto) -> None:
-    """Take over what was learnt; only that is made of the message, not a second model."""
-    for own, learnt in zip(model.graphs(), _graphs(inferred.graph), strict=False):
-        infos = {info.name: info for info in (*learnt.value_info, *learnt.output)}
+    """Copy inferred types and shapes into the model. We read only these from the message, to save memory."""
+    for own, graph in zip(model.graphs(), _graphs(inferred.graph), strict=False):
+        infos = {info.name: info for info in (*graph.value_info, *graph.output)}
         for value in (value for node in own for value in node.outputs):
             info = infos.get(value.name or "")
             if info is not None:
-                found = ir.serde.deserialize_value_info_proto(info, None)
-                value.shape = value.shape if found.shape is None else found.shape
-                if found.type is not None and value.type != found.type:  # of a sequence it is not the elements'
-                    value.type = found.type
+                inferred_value = ir.serde.deserialize_value_info_proto(info, None)
+                value.shape = value.shape if inferred_value.shape is None else inferred_value.shape
+                # Compare types, not element types: a sequence has a type of its own.
+                if inferred_value.type is not None and value.type != inferred_value.type:
+                    value.type = inferred_value.type
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

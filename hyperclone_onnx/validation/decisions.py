@@ -1,8 +1,8 @@
-"""Values inside a graph that say more than an output that is made of them.
+"""Finds values inside a graph that show more than the output that is computed from them.
 
-A Sigmoid, a Tanh or a Softmax at the end squeezes large differences into small ones: what it is taken of is compared as
-well. An index that ArgMax or TopK chose, a number that was rounded, may differ where the values behind it are as near
-as rounding: then those are what is to be compared.
+A Sigmoid, a Tanh or a Softmax before an output makes large differences small. So we also compare its input. An index
+that ArgMax or TopK chose, or a rounded number, may differ if the values before it are almost equal. Then we compare the
+values before it.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ COMPARES = frozenset(["Greater", "GreaterOrEqual", "Less", "LessOrEqual"])
 
 @dataclass(frozen=True)
 class Decision:
-    """A node by which an output is decided, and what it reads and gives."""
+    """A node that decides an output, with its inputs and its output that matter."""
 
     output: str
-    """The graph's output that is made of it."""
+    """The output of the graph that depends on the node."""
     node: str
     op_type: str
     kind: Kind
     operands: int
-    """How many of its inputs are read."""
+    """How many inputs of the node are compared, from the first on."""
     result: int
-    """Which of its outputs the graph's output is made of."""
+    """The position of the node's output from which the graph's output comes."""
     axis: int
 
     @property
     def label(self) -> str:
-        """What is compared."""
+        """The name of the compared values, for reports."""
         return f"{self.output} before {self.op_type}"
 
 
 def decisions_of(dimensions: Dimensions) -> tuple[Decision, ...]:
-    """The nodes that decide the outputs of a graph, with nothing but moves and conversions between."""
+    """The nodes that decide the outputs of a graph. Between them and the outputs are only moves and conversions."""
     return tuple(decision for output in dimensions.model.graph.outputs for decision in _behind(output, output))
 
 
@@ -97,19 +97,19 @@ def _is_floating(value: ir.Value) -> bool:
     return value.dtype is None or value.dtype.is_floating_point()
 
 
-# -- looking at them --------------------------------------------------------------------------------------
+# -- outputs to compare -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A copy of a model with more outputs, and their names for each decision: what is read, then what is given."""
+    """A copy of a model with more outputs. `names` are those of each decision: its inputs, then its output."""
 
     model: ir.Model
     names: tuple[tuple[str, ...], ...]
 
 
 def watch(model: ir.Model, decisions: Sequence[Decision]) -> Watched | None:
-    """A copy of a model that gives what its decisions read and give; None where it lacks one of the nodes."""
+    """A copy of a model whose outputs include the inputs and outputs of its decisions. None if a node is missing."""
     copy = model.clone()
     by_name = {node.name: node for node in copy.graph}
     names: list[tuple[str, ...]] = []
@@ -129,21 +129,21 @@ def watch(model: ir.Model, decisions: Sequence[Decision]) -> Watched | None:
 
 
 def axes_in_grown(dimensions: Dimensions, plan: Plan | None) -> dict[str, Any]:
-    """For each value of the source that grows inside, its axes in the plan's terms."""
+    """The axes, in the plan's terms, of each value of the source that grows."""
     return {} if plan is None else activations(dimensions, plan)
 
 
-# -- are they as near? ------------------------------------------------------------------------------------
+# -- differences that rounding explains -------------------------------------------------------------------
 
 
 def explains(decision: Decision, want: Sequence[Array], got: Sequence[Array], allowed: Array) -> bool:
-    """Whether a decision may go either way wherever it went another way.
+    """Whether small differences of the inputs explain each difference of a decision's output.
 
     Args:
-        decision: which one.
-        want: what it reads in the source, and what it gives there.
+        decision: the decision.
+        want: its inputs and its output in the source.
         got: the same in the grown model.
-        allowed: how far each element that it reads may be apart.
+        allowed: the tolerance for each element of its first input.
     """
     if any(one.shape != other.shape for one, other in zip(want, got, strict=True)):
         return False
@@ -165,13 +165,13 @@ def explains(decision: Decision, want: Sequence[Array], got: Sequence[Array], al
 
 
 def _chosen_alike(decision: Decision, read: Array, chosen: Array, other: Array, allowed: Array) -> bool:
-    """Whether the elements that two choices picked are as near as is allowed."""
+    """Whether two choices differ only between elements that are equal within the tolerance."""
     axis = decision.axis % read.ndim
     if chosen.ndim == read.ndim - 1:
         chosen, other = np.expand_dims(chosen, axis), np.expand_dims(other, axis)
     if chosen.ndim != read.ndim or chosen.size == 0:
         return chosen.size == 0
-    indices = (np.asarray(each, dtype=np.int64) % read.shape[axis] for each in (chosen, other))
+    indices = (np.asarray(picked, dtype=np.int64) % read.shape[axis] for picked in (chosen, other))
     one, two = (np.take_along_axis(read, index, axis) for index in indices)
     most = float(np.broadcast_to(allowed, read.shape).max())
     return bool((np.abs(one - two)[chosen != other] <= 2.0 * most).all())

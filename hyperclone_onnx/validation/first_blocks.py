@@ -1,4 +1,4 @@
-"""The first layers of a model that is too large to be run whole: both graphs, cut behind one value."""
+"""Cuts source and grown graph behind the same value, to compare the first layers of a model too large to run."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Cut:
     name: str
     axes: ValueAxes
     nodes: int
-    """How many nodes of the source make it."""
+    """How many nodes of the source come before the cut."""
     bytes: int
-    """The weights that those read, of both models."""
+    """The bytes of the weights before the cut, in both models together."""
 
 
 def find_cut(dimensions: Dimensions, grown: ir.Model, plan: Plan, budget: int) -> Cut | None:
-    """The last value, in graph order, that can be made with no more than `budget` bytes of weights; None if none can.
+    """The last value, in graph order, that needs at most `budget` bytes of weights. None if there is none.
 
-    It is one that at least two nodes read, as a residual stream is: what one node alone reads may have been scaled on
-    the way, on behalf of the sum behind it.
+    At least two nodes must read the value, as in a residual stream. Growth may have scaled a value that only one node
+    reads, to divide a sum in that node.
     """
     graph = dimensions.model.graph
     axes_of = activations(dimensions, plan)
@@ -45,7 +45,7 @@ def find_cut(dimensions: Dimensions, grown: ir.Model, plan: Plan, budget: int) -
     reached: set[ir.Value] = set()
     total = 0
     for number, node in enumerate(graph, 1):
-        for value in (each for each in node.inputs if each is not None and is_initializer(each)):
+        for value in (read for read in node.inputs if read is not None and is_initializer(read)):
             if value not in reached:
                 reached.add(value)
                 total += _bytes(value, grown)
@@ -68,9 +68,9 @@ def _bytes(value: ir.Value, grown: ir.Model) -> int:
 
 
 def cut_off(model: ir.Model, name: str) -> ir.Model:
-    """A copy of a model that ends with one value."""
+    """A copy of a model whose only output is the named value."""
     short = model.clone()
-    value = next(each for node in short.graph for each in node.outputs if each.name == name)
+    value = next(output for node in short.graph for output in node.outputs if output.name == name)
     short.graph.outputs[:] = [value]
     passes.RemoveUnusedNodesPass()(short)
     short.metadata_props.clear()
@@ -78,7 +78,7 @@ def cut_off(model: ir.Model, name: str) -> ir.Model:
 
 
 def repeated(array: Array, axes: ValueAxes, maps: Maps) -> Array:
-    """A value as the grown graph has it inside."""
+    """A value of the source, repeated as inside the grown graph."""
     for axis, factors in enumerate(axes):
         if factors is not None:
             array = np.take(array, index_axis([(factor, False) for factor in factors], maps).source, axis=axis)

@@ -1,4 +1,7 @@
-"""Is the grown graph what the plan makes of the source's, node by node? Tensors are compared elsewhere."""
+"""Compares the grown graph, node by node, with the graph that the plan makes from the source.
+
+`tensor_check` compares the weights.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,33 @@ from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.rewriting.rewriting import rewrite
 
 MOST = 10
-"""Differences beyond these are only counted."""
+"""The number of differences that we list. The others are only counted."""
 
 
 def check_graph(source: ir.Model, grown: ir.Model, plan: Plan) -> list[str]:
-    """What differs between a grown model and `rewrite(source, plan)`, a line each; the weights are left out.
+    """The differences between a grown model and `rewrite(source, plan)`, one line for each.
 
-    Compared are the opsets, the interface with its types and shapes, every node with its inputs, outputs and
-    attributes in order, and the type, the shape and, where the plan made it, the value of every stored tensor.
+    We compare the opsets, the inputs and outputs with their types and shapes, and all nodes in order with their inputs,
+    outputs and attributes. Of stored tensors we compare types and shapes, and the values of those that the plan adds.
     """
-    found = list(_differences(rewrite(source, plan), grown, source, plan))
-    return found if len(found) <= MOST else [*found[:MOST], f"and {len(found) - MOST} more"]
+    lines = list(_differences(rewrite(source, plan), grown, source, plan))
+    return lines if len(lines) <= MOST else [*lines[:MOST], f"and {len(lines) - MOST} more"]
 
 
-def _differences(wanted: ir.Model, got: ir.Model, source: ir.Model, plan: Plan) -> Iterator[str]:
-    if wanted.graph.opset_imports != got.graph.opset_imports:
-        yield f"opsets {dict(got.graph.opset_imports)}, expected {dict(wanted.graph.opset_imports)}"
+def _differences(expected: ir.Model, got: ir.Model, source: ir.Model, plan: Plan) -> Iterator[str]:
+    if expected.graph.opset_imports != got.graph.opset_imports:
+        yield f"opsets {dict(got.graph.opset_imports)}, expected {dict(expected.graph.opset_imports)}"
     for side in ("inputs", "outputs"):
-        ours, theirs = ([_declared(value) for value in getattr(each.graph, side)] for each in (wanted, got))
+        ours, theirs = ([_declared(value) for value in getattr(model.graph, side)] for model in (expected, got))
         if ours != theirs:
             yield f"{side} {', '.join(theirs)}; expected {', '.join(ours)}"
-    nodes, others = list(wanted.graph), list(got.graph)
+    nodes, others = list(expected.graph), list(got.graph)
     if len(nodes) != len(others):
         yield f"{len(others)} nodes, expected {len(nodes)}"
     for one, other in zip(nodes, others, strict=False):
         if _text(one) != _text(other):
-            yield f"{describe(other)} is not what the plan makes of {describe(one)}"
-    for name, value in wanted.graph.initializers.items():
+            yield f"{describe(other)} differs from the node that the plan makes of {describe(one)}"
+    for name, value in expected.graph.initializers.items():
         own = value.const_value
         tensor = got.graph.initializers[name].const_value if name in got.graph.initializers else None
         if own is None:
@@ -52,8 +55,8 @@ def _differences(wanted: ir.Model, got: ir.Model, source: ir.Model, plan: Plan) 
         elif not np.array_equal(tensor.numpy(), own.numpy()):
             yield f"tensor {name!r}, which holds sizes or scales, has other values"
     for name in got.graph.initializers:
-        if name not in wanted.graph.initializers:
-            yield f"tensor {name!r} is not one of the plan's"
+        if name not in expected.graph.initializers:
+            yield f"tensor {name!r} is not in the plan"
 
 
 def _declared(value: ir.Value) -> str:

@@ -1,8 +1,8 @@
-"""Quantised graphs without their rounding: the same sums and products, in real numbers.
+"""Takes the rounding out of quantised graphs: the same sums and products, in real numbers.
 
-Where activations are rounded to 8 bits while a model runs, an error in the last bit of a float can move a code by a
-whole step, in the grown model as in the source run on another machine. Without that rounding an equal graph is equal to
-float precision again, and a wrong one is still wrong. Only the rounding of what is computed goes; stored codes stay.
+Some models round activations to 8 bits while they run. Then an error in the last bit of a float can change a code by a
+whole step. This happens in the grown model, and also in the source on another machine. Without that rounding, equal
+graphs are equal to float precision again, and wrong graphs are still wrong. Stored codes stay as they are.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ MICROSOFT = "com.microsoft"
 
 
 class Unsupported(Exception):
-    """A quantised operator that has no unrounded form here."""
+    """Raised for a quantised operator that we cannot write without rounding."""
 
 
 def rounds(model: ir.Model) -> bool:
-    """Whether a model rounds what it computes to few bits."""
+    """Whether a model rounds computed values to few bits."""
     return any(_rounds(node) for node in model.graph.all_nodes())
 
 
@@ -37,10 +37,10 @@ def _rounds(node: ir.Node) -> bool:
 
 
 def unrounded(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
-    """A copy of the model that computes in `dtype` what the model computes in codes.
+    """A copy of the model that computes with numbers of `dtype` instead of codes.
 
     Raises:
-        Unsupported: it has a quantised operator without such a form.
+        Unsupported: the model has a quantised operator without such a form.
     """
     copy = model.clone()
     fresh = FreshNames(copy.graph)
@@ -80,7 +80,7 @@ def _replace(model: ir.Model, graph: ir.Graph, node: ir.Node, dtype: ir.DataType
 
 
 def _go_on(model: ir.Model, value: ir.Value, dtype: ir.DataType, fresh: FreshNames) -> None:
-    """Arithmetic on sums of integers is done in real numbers too: what is stored for it is cast."""
+    """Do the arithmetic on sums of integers in real numbers too: convert its stored operands."""
     for user in dict.fromkeys(use.node for use in value.uses()):
         if user.op_type not in ("Add", "Sub", "Mul", "Div") or user.domain:
             continue
@@ -94,13 +94,13 @@ def _go_on(model: ir.Model, value: ir.Value, dtype: ir.DataType, fresh: FreshNam
 
 
 def _stored(name: str, array: Any, dtype: ir.DataType) -> ir.Value:
-    """Numbers as an initializer, not yet in a graph."""
+    """An initializer that holds these numbers, not yet in a graph."""
     tensor = ir.tensor(np.asarray(array, dtype=dtype.numpy()), name=name)
     return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)  # type: ignore[arg-type]
 
 
 class _Form:
-    """A quantised node on its way to real numbers."""
+    """Builds the nodes that replace one quantised node and compute in real numbers."""
 
     def __init__(self, node: ir.Node, dtype: ir.DataType, fresh: FreshNames) -> None:
         self.node = node
@@ -118,7 +118,7 @@ class _Form:
         return value
 
     def array(self, index: int) -> Array | None:
-        """A stored input in real numbers."""
+        """A stored input in real numbers, None if it is not stored."""
         value = self.node.inputs[index] if self.has(index) else None
         tensor = None if value is None or not is_initializer(value) else value.const_value
         return None if tensor is None else np.asarray(tensor.numpy()).astype(self.dtype.numpy())
@@ -137,7 +137,7 @@ class _Form:
         return result
 
     def real(self, index: int) -> ir.Value:
-        """An input in real numbers, as it is."""
+        """An input converted to real numbers, without scale or zero point."""
         value = self.value(index)
         tensor = value.const_value if is_initializer(value) else None
         if tensor is None:
@@ -158,21 +158,21 @@ class _Form:
         return self.constant(array.reshape(()) if array.size == 1 else array.reshape(-1, *[1] * trailing))
 
     def centred(self, index: int, zero: int, trailing: int = 0) -> ir.Value:
-        """Codes less their zero point."""
+        """Codes minus their zero point."""
         codes = self.real(index)
         return self.op("Sub", codes, self.parameter(zero, trailing)) if self.has(zero) else codes
 
     def dequantised(self, index: int, trailing: int = 0) -> ir.Value:
-        """(codes - zero point) * scale, of three inputs in a row: codes, scale, zero point."""
+        """(codes - zero point) * scale. The three inputs follow each other: codes, scale, zero point."""
         return self.op("Mul", self.centred(index, index + 2, trailing), self.parameter(index + 1, trailing))
 
     def quantised(self, value: ir.Value, scale: int, zero: int) -> ir.Value:
-        """What would be rounded: value / scale + zero point."""
+        """Returns value / scale + zero point, without the rounding that follows in the source."""
         codes = self.op("Div", value, self.parameter(scale, 0))
         return self.op("Add", codes, self.parameter(zero, 0)) if self.has(zero) else codes
 
     def attributes(self, *names: str) -> dict[str, Any]:
-        """Some attributes, those that are given."""
+        """Those of the named attributes that the node has."""
         return {name: self.node.attributes[name].value for name in names if name in self.node.attributes}
 
 
@@ -184,7 +184,7 @@ def _dynamic_linear(form: _Form) -> Results:
 
 
 def _trailing(form: _Form) -> int:
-    """How many axes come after the one that a vector of scales runs along.
+    """The number of axes behind the axis of a vector of scales.
 
     Raises:
         Unsupported: the rank of the values is not known.
@@ -209,16 +209,16 @@ def _dequantize_linear(form: _Form) -> Results:
     codes, scale = form.array(0), form.array(1)
     if codes is None or scale is None or scale.ndim < 2:
         return (form.dequantised(0, _trailing(form)),)
-    # In blocks: every scale holds for `block_size` codes along an axis.
+    # In blocks: each scale belongs to `block_size` codes along an axis.
     axis, size = form.node.attributes["axis"].as_int(), form.node.attributes["block_size"].as_int()
     window = [slice(0, n) for n in codes.shape]
     zero = form.array(2)
-    spread = [np.repeat(each, size, axis)[tuple(window)] for each in (scale, zero) if each is not None]
+    spread = [np.repeat(array, size, axis)[tuple(window)] for array in (scale, zero) if array is not None]
     return (form.constant((codes - (spread[1] if zero is not None else 0)) * spread[0]),)
 
 
 _SUMS = ("MatMulInteger", "ConvInteger")
-"""Operators whose results are integers that are no codes: they are added to, and divided, before they are scaled."""
+"""Operators whose results are integers but no codes: other nodes add to them or divide them before the scale."""
 
 
 def _matmul_integer(form: _Form) -> Results:

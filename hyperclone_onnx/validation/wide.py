@@ -1,4 +1,4 @@
-"""Models in wider types than their own, so that rounding cannot hide a wrong graph."""
+"""Converts models to wider types, so that rounding cannot hide a mistake in the graph."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hyperclone_onnx.writing import onnx_files as writer
 Array = npt.NDArray[Any]
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 _REFUSED_WHEN_RUN = ("GRU", "LSTM")
-"""ONNX Runtime loads them in double, then says when they run that it has no such kernel."""
+"""ONNX Runtime loads these operators in double, but has no kernel for them and fails when it runs them."""
 _NARROW = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def to_double(model: ir.Model) -> ir.Model:
-    """The model with every floating-point value and tensor in float64, changed in place and returned."""
+    """Change every floating-point value and tensor of the model to float64, in place, and return the model."""
     _widen(model, ir.DataType.DOUBLE)
     fresh = FreshNames(model.graph)
     for node in list(model.graph.all_nodes()):
@@ -34,14 +34,14 @@ def to_double(model: ir.Model) -> ir.Model:
 
 
 def save_wide(model: ir.Model, path: Path, dtype: ir.DataType) -> None:
-    """Write the model, changed in place, with every narrower floating-point value and tensor in `dtype`."""
+    """Write the model with every narrower floating-point value and tensor in `dtype`. This changes the model."""
     _widen(model, dtype)
-    # Tensors that stay as they are may lie in the data file of another folder.
+    # Tensors that are not converted may be in a data file of another folder.
     writer.save(model, path, external=True)
 
 
 def _widen(model: ir.Model, dtype: ir.DataType) -> None:
-    narrow = [each for each in _NARROW if each != dtype]
+    narrow = [kind for kind in _NARROW if kind != dtype]
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             if value.const_value is not None and value.const_value.dtype in narrow:
@@ -53,7 +53,7 @@ def _widen(model: ir.Model, dtype: ir.DataType) -> None:
     for node in model.graph.all_nodes():
         for name in ("to", "dtype", "output_dtype", "softmax_precision"):
             attribute = node.attributes.get(name)
-            if attribute is not None and attribute.as_int() in [int(each) for each in narrow]:
+            if attribute is not None and attribute.as_int() in [int(kind) for kind in narrow]:
                 node.attributes[name] = ir.AttrInt64(name, int(dtype))
         tensor = node.attributes.get("value")
         if (
@@ -65,7 +65,7 @@ def _widen(model: ir.Model, dtype: ir.DataType) -> None:
 
 
 def _write_out_norm(model: ir.Model, node: ir.Node, fresh: FreshNames) -> None:
-    """Replace a normalisation by primitives: the fused kernels average in float32 whatever they are fed."""
+    """Replace a normalisation by simple operators, because the fused kernels average in float32 even for float64."""
     graph = node.graph
     x, scale = node.inputs[0], node.inputs[1]
     if not isinstance(graph, ir.Graph) or x is None or scale is None:
@@ -77,9 +77,9 @@ def _write_out_norm(model: ir.Model, node: ir.Node, fresh: FreshNames) -> None:
     epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
     made: list[ir.Node] = []
 
-    def step(op_type: str, *inputs: ir.Value | None, **given: int | Sequence[int]) -> ir.Value:
+    def step(op_type: str, *inputs: ir.Value | None, **attributes: int | Sequence[int]) -> ir.Value:
         hint = f"{stem(node)}.{len(made) + 1}"
-        made.append(ir.node(op_type, list(inputs), given, name=fresh.node(hint)))
+        made.append(ir.node(op_type, list(inputs), attributes, name=fresh.node(hint)))
         result = made[-1].outputs[0]
         result.name, result.type = fresh.value(hint), ir.TensorType(ir.DataType.DOUBLE)
         return result
@@ -125,14 +125,14 @@ def _widened(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol
 
 
 def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, Array]], dict[str, Array]], str]:
-    """Something that runs a float64 model, and its name.
+    """A function that runs a float64 model, and the name of the runtime.
 
-    ONNX Runtime, where it has a kernel for every node; otherwise ONNX's reference evaluator.
+    The runtime is ONNX Runtime if it has a kernel for every node, and otherwise ONNX's reference evaluator.
 
     Raises:
-        Refused: neither can run it.
+        Refused: neither can run the model.
     """
-    # Tensors that stay as they are may lie in the data file of another folder.
+    # Tensors that are not converted may be in a data file of another folder.
     writer.save(model, path, external=True)
     if not any(not node.domain and node.op_type in _REFUSED_WHEN_RUN for node in model.graph.all_nodes()):
         try:
@@ -158,7 +158,7 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
 
 
 def _exact_operators() -> list[Any]:
-    """Operators that the reference evaluator rounds to float32, or has only for short axes, in full."""
+    """Full versions of operators that the reference evaluator rounds to float32, or has only for short axes."""
     from onnx.reference.op_run import OpRun
 
     erf = np.vectorize(math.erf, otypes=[np.float64])
