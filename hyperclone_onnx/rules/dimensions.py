@@ -1,4 +1,4 @@
-"""What the walk over a graph learns: the axes of every value, what happens to them, and which sums run over them."""
+"""The results of the walk over a graph: the axes of every value, facts about axes, and sums over them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Use = tuple[ir.Node, int]
 
 
 class Fact(enum.Enum):
-    """What was seen to happen to an axis; roles are read off these."""
+    """Something that a rule saw happen to an axis. Roles follow from these facts."""
 
     CONTRACTED_WITH_WEIGHT = "contracted with a weight"
     CONTRACTED_WITH_ACTIVATION = "contracted between two activations"
@@ -31,8 +31,8 @@ class Fact(enum.Enum):
     EMBEDDING = "width of an embedding table"
     EXPANDED = "made by repetition"
     SOFTMAX = "axis of a softmax"
-    SPATIAL = "numbers places, which a window moves along"
-    CHOSEN = "numbers what is chosen from"
+    SPATIAL = "numbers places, and a window moves along it"
+    CHOSEN = "numbers the choices of a node"
     GROUPED = "numbers groups of channels that are convolved or normalised apart"
     STATE = "carried from step to step by a recurrence"
 
@@ -41,9 +41,9 @@ class Fact(enum.Enum):
 class Sum:
     """Operand axes that one operator multiplies and sums over, all of them the same `term`.
 
-    `power` is 1 where the sum enters linearly, 0.5 where it enters squared (ReduceL2). Quantised operators sum
-    `integers`; any one of the inputs `scales` multiplies what comes out, the inputs `biases` (in units of that
-    scale) included.
+    To undo n repeats, an operand is divided by n ** `power`: 1 for a plain sum, 0.5 for a sum of squares (ReduceL2).
+    Quantised operators sum `integers`. Each of the inputs `scales` multiplies the result, including the inputs
+    `biases`, which are in units of that scale.
     """
 
     node: ir.Node
@@ -54,12 +54,12 @@ class Sum:
     scales: tuple[int, ...] = ()
     biases: tuple[int, ...] = ()
     behind: bool = False
-    """Whether only the output can be scaled: LpNormalization divides its input by the sum, so a scale there cancels."""
+    """Whether only the output can be scaled. LpNormalization divides its input by the sum, so a scale of it cancels."""
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """An axis over which `node` averages: it must repeat every index equally often."""
+    """An axis over which `node` averages. Growth must repeat each of its indices equally often."""
 
     node: ir.Node
     term: Term
@@ -67,7 +67,7 @@ class Uniform:
 
 @dataclass
 class Dimensions:
-    """What the walk found: the axes of every value, and all that later stages need to know of them."""
+    """The results of the walk: the axes of every value, and all that later stages need to know about them."""
 
     model: ir.Model
     space: Space
@@ -76,13 +76,13 @@ class Dimensions:
     known: dict[ir.Value, Known] = field(default_factory=dict)
     constants: set[ir.Value] = field(default_factory=set)
     picked: set[ir.Value] = field(default_factory=set)
-    """Values that hold weights picked from stored tensors, such as the experts that a token is sent to."""
+    """Values that hold weights picked from stored tensors, such as those of the experts of a token."""
     sums: list[Sum] = field(default_factory=list)
     uniform: list[Uniform] = field(default_factory=list)
     facts: dict[Fact, list[tuple[Term, ir.Node]]] = field(default_factory=lambda: defaultdict(list))
     index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
     scanned: dict[ir.Value, tuple[ir.Node, int, int]] = field(default_factory=dict)
-    """For each input of a Scan's body that reads slices of a weight: the Scan, its input, the axis of the slices."""
+    """For each input of a Scan's body that gets slices of a weight: the Scan, its input, and the axis of the slices."""
     repeated: dict[ir.Value, frozenset[int]] = field(default_factory=dict)
     """The axes of a value along which it was expanded: all its elements are the same there."""
     listed: dict[ir.Value, Axes] = field(default_factory=dict)
@@ -90,16 +90,16 @@ class Dimensions:
     sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)
     """The axes of each element of a sequence of tensors, where their number is known."""
     lost: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)
-    """Why the rank of a value is not known, and the node to blame."""
+    """The reason why the rank of a value is not known, and the node that causes it."""
     packed: dict[Use, int] = field(default_factory=dict)
     """The uses that hold several numbers in a byte, with the bits of each number."""
     unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     idle: set[ir.Node] = field(default_factory=set)
-    """The nodes of branches that never run, which the grown graph has no more."""
+    """The nodes of branches that never run. The grown graph does not have them."""
     untold: set[ir.Node] = field(default_factory=set)
-    """The nodes whose rules could not relate their axes: all that these touch is pinned, and nothing is edited."""
+    """The nodes whose rules could not relate their axes. All their axes are pinned, and the nodes are not edited."""
     walked: list[ir.Node] = field(default_factory=list)
-    """Every node that was related, those of subgraphs that a rule walks into included, in order."""
+    """Every node that the walk visited, in order, including nodes in bodies."""
 
     def axes_of(self, node: ir.Node, index: int) -> Axes | None:
         """The axes of a node's input, None where its rank is unknown."""
@@ -111,7 +111,7 @@ class Dimensions:
         return self.axes.get(value)
 
     def is_weight(self, value: ir.Value | None) -> bool:
-        """Whether a value is stored, or picked from what is stored by indices."""
+        """Whether a value is computed from stored tensors alone, or picked from them by indices."""
         return value in self.constants or value in self.picked
 
     def initializer_uses(self) -> Iterator[tuple[ir.Value, Use, Axes]]:

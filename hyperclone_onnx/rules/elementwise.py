@@ -1,6 +1,6 @@
 """Operators that act on each element by itself: ``out[j] = f(a[m(j)], b[m(j)], ...)``.
 
-They keep the invariant by themselves, so a table of names is all they need.
+Repeated inputs give repeated outputs, so the rules need only the names of the operators.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BROADCASTING = (
 ).split()
 
 FIRST_OPERAND_SHAPES = "CastLike Clip Dropout".split()
-"""Their further operands are scalars or only lend a type."""
+"""The output has the shape of their first operand. The others are scalars, or only give a type."""
 
 
 @relates(*UNARY)
@@ -45,7 +45,7 @@ def _unary_known(op: Op) -> Known | None:
 
 
 def _cast_known(elements: Known, to: int) -> Known | None:
-    """What a conversion leaves known: truth for booleans, nothing for types too narrow for a size."""
+    """The known elements after a conversion: 0 or 1 for booleans, None for types too narrow for a size."""
     if to == ir.DataType.BOOL:
         return known.known(
             [None if e is None or e.static is None else int(e.static != 0) for e in elements.ravel()]

@@ -1,4 +1,4 @@
-"""One node in the grown model, as the rule that edits it sees it."""
+"""The view of one node of the grown model that its edit rule gets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hyperclone_onnx.rules.op import Op
 
 
 def _walks_nothing(_dimensions: Dimensions, _graph: ir.Graph) -> None:
-    """Bodies are related before anything grows."""
+    """Do nothing: bodies are related before anything grows."""
 
 
 class GrownOp(Op):
-    """One node under a growth: everything `Op` tells, grown sizes, and the edits that a rule asks for."""
+    """One node under a growth: all that `Op` has, the grown sizes, and the edits that the rule makes."""
 
     def __init__(self, dimensions: Dimensions, terms: GrownTerms, node: ir.Node, opset: int) -> None:
         super().__init__(dimensions, node, opset, _walks_nothing)
@@ -55,10 +55,12 @@ class GrownOp(Op):
         return self.terms.position(term, at)
 
     def factored(self, term: Term, inner: int) -> tuple[Term, Term]:
-        """An axis as (outer, inner of source size `inner`); of segments, their outer parts side by side.
+        """Split an axis into (outer, inner) where inner has the source size `inner`.
+
+        If the axis consists of segments, each is split, and the outer part joins their outer parts.
 
         Raises:
-            Refused: its parts do not end in one inner part of that size.
+            Refused: the axis does not end in a part of that size.
         """
         resolved = self.space.resolve(term)
         if isinstance(resolved, Concat) and self.static(resolved) != inner:
@@ -101,7 +103,7 @@ class GrownOp(Op):
         self.edits.append(SetInput(self.name, index, tuple(values), dimensions))
 
     def replace_elements(self, index: int, elements: Sequence[int | None]) -> None:
-        """Replace some elements of an integer vector input; None leaves one as it is."""
+        """Replace elements of an integer vector input. None keeps an element as it is."""
         self._resize(index, elements, [Fraction(1)] * len(elements))
 
     def scale_input(self, index: int, factors: Sequence[Fraction]) -> None:
@@ -109,11 +111,11 @@ class GrownOp(Op):
         self._resize(index, [None] * len(factors), factors)
 
     def resize_input(self, index: int, axes: Axes, keep: tuple[int, ...]) -> None:
-        """Make a shape-like input ask for grown axes; elements in `keep` mean themselves and stay.
+        """Set the elements of a shape-like input to the sizes of grown axes.
 
-        `axes` are aligned with the vector at the right. A static axis becomes a literal; a symbolic composite
-        one (batch * heads) is multiplied, and where its element is known only when running, it may be one of `keep`
-        then.
+        `axes` are aligned with the vector at the right. The size of a static axis is written as a literal. An element
+        for a symbolic product (batch * heads) is multiplied when the model runs. An element whose value is in `keep`,
+        such as -1, has a special meaning and stays, also if it is known only when running.
         """
         elements = self.known(index)
         length = self.static(self.axes(index)[0]) if elements is None else elements.size
@@ -131,7 +133,7 @@ class GrownOp(Op):
                 else:
                     factor = self.growth(term)
                     if element is None:
-                        spared = next((each for each in keep if each != 0), None)
+                        spared = next((number for number in keep if number != 0), None)
             literals.append(literal)
             factors.append(factor)
         self._resize(index, literals, factors, spared)
@@ -157,17 +159,17 @@ class GrownOp(Op):
         self.set_input(index, new)
 
     def gather_output(self, index: int, axis: int) -> None:
-        """Repeat an output along an axis, which the node makes in the source's size.
+        """Repeat an output along an axis. The node itself makes the axis in the source's size.
 
         Raises:
-            Refused: the length of the axis is known only when running, in part.
+            Refused: a part of the length of the axis is known only when running.
         """
         term = self.out_axes(index)[axis]
         factors = self.terms.factors(term)
         if factors is None:
             raise self.refuse(
-                f"what it makes would have to be repeated along an axis of {self.size(term)}, of which a part is known "
-                f"only when running ({self.terms.written(term)}); keep that dimension with --set"
+                f"its output would be repeated along an axis of size {self.size(term)}, and a part of that size is "
+                f"known only when running ({self.terms.written(term)}); keep that dimension with --set"
             )
         self.edits.append(GatherOutput(self.name, index, axis, factors))
 

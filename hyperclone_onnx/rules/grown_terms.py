@@ -1,4 +1,4 @@
-"""Axes of the source graph, read with the source maps of a growth."""
+"""Sizes and plan expressions of axes under a growth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hyperclone_onnx.rules.dimensions import Axes
 
 
 class GrownTerms:
-    """Terms read with a growth: sizes in the grown model, and axes as plan expressions.
+    """Gives the sizes of terms in the grown model, and terms as plan expressions.
 
     Args:
         space: the dimensions of the source graph.
@@ -41,7 +41,7 @@ class GrownTerms:
         return any(atom in self.named for atom in self.space.atoms(term))
 
     def expression(self, term: Term) -> Axis | None:
-        """The axis as plan data; parts that keep their size are one number. None for a symbolic part."""
+        """The axis as plan data. A part that keeps its size is one number. None if a part is symbolic."""
         resolved = self.space.resolve(term)
         if not self.grows(resolved):
             size = self.space.static(resolved)
@@ -50,31 +50,31 @@ class GrownTerms:
             return Named(self.named[resolved][0])
         parts = resolved.factors if isinstance(resolved, Product) else resolved.segments
         expressions = tuple(self.expression(part) for part in parts)
-        if any(each is None for each in expressions):
+        if any(expression is None for expression in expressions):
             return None
         kind = ProductOf if isinstance(resolved, Product) else ConcatOf
         return kind(expressions)  # type: ignore[arg-type]
 
     def factors(self, term: Term) -> tuple[Axis, ...] | None:
-        """The axis as a sequence of factors, outermost first; None when a factor is symbolic."""
+        """The factors of the axis, outermost first. None if a factor is symbolic."""
         expressions = tuple(self.expression(factor) for factor in self.space.factors(term))
         return None if None in expressions else expressions  # type: ignore[return-value]
 
     def recipe_axes(self, axes: Axes) -> tuple[tuple[Axis, ...], ...]:
-        """The axes of a stored tensor as a recipe has them: factors, or one number for an axis that is kept."""
-        made: list[tuple[Axis, ...]] = []
+        """The axes of a stored tensor as in a recipe: the factors, or one number for an axis that keeps its size."""
+        recipe: list[tuple[Axis, ...]] = []
         for term in axes:
             factors = self.factors(term)
             assert factors is not None, "an initializer's axis is static"
-            made.append(factors if self.grows(term) else (Kept(self.space.static(term) or 0),))
-        return tuple(made)
+            recipe.append(factors if self.grows(term) else (Kept(self.space.static(term) or 0),))
+        return tuple(recipe)
 
     def canonical(self, axes: tuple[tuple[Axis, ...], ...]) -> tuple[object, ...]:
-        """Recipe axes with each dimension's name replaced by its map: equal where the tensors come out equal."""
+        """Recipe axes with maps instead of the names of dimensions. Equal results mean equal grown tensors."""
         return tuple(canonical_axis(factor, self.maps) for axis in axes for factor in (*axis, Kept(0)))
 
     def written(self, term: Term) -> str:
-        """The parts of an axis and what each grows by, for messages."""
+        """The parts of an axis and their factors, for messages."""
         resolved = self.space.resolve(term)
         if isinstance(resolved, Dim):
             return f"{self.named[resolved][0]} x{self.growth(resolved)}" if resolved in self.named else str(resolved)
@@ -85,11 +85,11 @@ class GrownTerms:
         """The length of a static axis in the grown model."""
         expression = self.expression(term)
         if expression is None:
-            raise Refused(f"an axis of size {self.space.size(term)} must be known before running to grow")
+            raise Refused(f"an axis of size {self.space.size(term)} cannot grow: its size must be known before running")
         return grown_size(expression, self.maps)
 
     def growth(self, term: Term) -> Fraction:
-        """Grown length over source length; for a symbolic axis, that of its static factors."""
+        """Grown length over source length. Symbolic factors of an axis do not count."""
         ratio = Fraction(1)
         for factor in self.space.factors(term):
             size = self.space.static(factor)
@@ -104,10 +104,10 @@ class GrownTerms:
         return int(np.argmax(index_axis([(factor, False) for factor in factors], self.maps).source == at))
 
     def offset(self, term: Term, at: int) -> int:
-        """Where source boundary `at` of an axis lies in the grown axis.
+        """The place in the grown axis of the boundary before source index `at`.
 
         Raises:
-            Refused: no segment begins there.
+            Refused: no part of the axis begins there.
         """
         resolved = self.space.resolve(term)
         if at == 0:
@@ -131,4 +131,4 @@ class GrownTerms:
                 moved += self.grown(segment)
                 if at == 0:
                     return moved
-        raise Refused(f"index {at} of an axis of size {self.space.size(resolved)} is no boundary of its parts")
+        raise Refused(f"index {at} of an axis of size {self.space.size(resolved)} is not a boundary of its parts")

@@ -1,4 +1,4 @@
-"""Operators that pick, place, sort or number elements. What is indexed by values keeps its size."""
+"""Operators that pick, place, sort or number elements. An axis that is indexed by values keeps its size."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def index_by(op: Op, term: Term, indices: int) -> None:
 
 @relates("Gather")
 def gather(op: Op) -> None:
-    """out[a, i, b] = x[a, indices[i], b]; known neighbouring indices are a cut"""
+    """out[a, i, b] = x[a, indices[i], b]; known indices in a row cut x into parts"""
     axes, where = op.axes(0), op.axes(1)
     axis = op.axis(op.integer("axis", 0), len(axes))
     if _is_measured(op) and not where and not op.is_constant(0):
-        # Any index will do where nobody reads the elements.
+        # No node reads the elements, so the index does not matter.
         op.parameter(1)
         op.out((*axes[:axis], *axes[axis + 1 :]))
         return
@@ -52,16 +52,16 @@ def _is_measured(op: Op) -> bool:
     """Whether only the size of the output is read."""
     output = op.node.outputs[0]
     readers = output.uses()
-    return bool(readers) and not output.is_graph_output() and all(each.node.op_type == "Shape" for each in readers)
+    return bool(readers) and not output.is_graph_output() and all(reader.node.op_type == "Shape" for reader in readers)
 
 
 def _spread(op: Op, picked: Term, where: Axes) -> Axes:
-    """The axes of a run of indices: the picked segment in the place of the one axis that is not 1."""
+    """The axes of the indices, with the picked segment instead of the one axis whose size is not 1."""
     return tuple(term if op.is_one(term) else picked for term in where)
 
 
 def _run(op: Op, size: int | None) -> tuple[int, int] | None:
-    """(first, length) when the indices are known and neighbours, in order, along at most one axis."""
+    """(first, length) if the indices are known, follow each other, and have at most one axis. Otherwise None."""
     values = op.ints(1)
     if not values or size is None or sum(not op.is_one(term) for term in op.axes(1)) > 1:
         return None
@@ -73,7 +73,7 @@ def _run(op: Op, size: int | None) -> tuple[int, int] | None:
 
 
 def _cut_run(op: Op, term: Term) -> Term | None:
-    """The segment of an axis that neighbouring constant indices pick, None when they are not that."""
+    """The segment of an axis that constant indices in a row pick. None for other indices."""
     run = _run(op, op.static(term))
     if run is None:
         return None
@@ -98,7 +98,7 @@ def _gathered(op: Op, axis: int) -> Known | None:
 
 @edits("Gather")
 def edit_gather(op: GrownOp) -> None:
-    """Constant indices into a cut axis move with its boundaries."""
+    """Moves constant indices into a cut axis with the boundaries of its parts."""
     axes = op.axes(0)
     term = axes[op.integer("axis", 0) % len(axes)]
     run = _run(op, op.static(term))
@@ -129,15 +129,15 @@ def gather_elements(op: Op) -> None:
 def _same_or_pinned(op: Op, whole: Axes, part: Axes, skip: int) -> None:
     """Relate the axes of a tensor and of an index tensor, which may be shorter."""
     if len(whole) != len(part):
-        raise CannotTell("indices of another rank than their data")
+        raise CannotTell("indices whose rank differs from that of the data")
     for position, (long, short) in enumerate(zip(whole, part, strict=True)):
         if position == skip:
             continue
         if op.size(long) == op.size(short):
             op.unify(long, short)
         else:
-            op.pin(long, "only partly covered by indices")
-            op.pin(short, "covers only a part of the data")
+            op.pin(long, "its indices do not cover all of it")
+            op.pin(short, "it is shorter than the axis of the data")
 
 
 @relates("ScatterElements", "Scatter")
@@ -153,10 +153,10 @@ def scatter_elements(op: Op) -> None:
 
 
 def _once_each(op: Op, numbering: Axes) -> None:
-    """Updates that accumulate must come as often as in the source."""
+    """Pin the axes of updates that are added or multiplied: repeats would apply each update more than once."""
     if op.text("reduction", "none") in ("add", "mul"):
         for term in numbering:
-            op.pin(term, "numbers updates that accumulate")
+            op.pin(term, "it numbers updates that are added up or multiplied")
 
 
 def _depth(op: Op) -> int:
@@ -192,7 +192,7 @@ def gather_nd(op: Op) -> None:
 
 @edits("GatherND")
 def edit_gather_nd(op: GrownOp) -> None:
-    """Constant indices into a cut axis move with its boundaries."""
+    """Moves constant indices into a cut axis with the boundaries of its parts."""
     term = op.axis_of(0, 0)
     run = _run(op, op.static(term))
     one = op.integer("batch_dims", 0) == 0 and op.static(op.axis_of(1, -1)) == 1
@@ -222,7 +222,7 @@ def one_hot(op: Op) -> None:
     op.parameter(1)
     op.parameter(2)
     axis = op.axis(op.integer("axis", -1), len(axes) + 1)
-    axes.insert(axis, op.pinned_dim(op.element(1), "numbered by OneHot"))
+    axes.insert(axis, op.pinned_dim(op.element(1), "OneHot numbers it"))
     op.fact(Fact.CHOSEN, axes[axis])
     op.out(axes, _one_hot_known(op, axis))
 
@@ -235,7 +235,7 @@ def _one_hot_known(op: Op, axis: int) -> Known | None:
     if elements.size * depth > LIMIT or depth < 0 or any(not -depth <= index < depth for index in indices):
         return None
     if values.shape != (2,):
-        raise op.malformed("its values are not two")
+        raise op.malformed("its values are not two numbers")
     where = np.asarray([i + depth if i < 0 else i for i in indices], dtype=np.int64).reshape(elements.shape)
     hot = np.expand_dims(where, axis) == np.arange(depth).reshape([-1] + [1] * (elements.ndim - axis))
     return np.asarray(values[hot.astype(np.int64)], dtype=object)
@@ -246,7 +246,7 @@ def top_k(op: Op) -> None:
     """values, indices of the k largest along `axis`"""
     axes = list(op.axes(0))
     axis = op.axis(op.integer("axis", -1), len(axes))
-    op.pin(axes[axis], "searched by TopK")
+    op.pin(axes[axis], "it is searched by TopK")
     op.parameter(1)
     op.fact(Fact.CHOSEN, axes[axis])
     axes[axis] = op.pinned_dim(op.element(1), "the k of TopK")
@@ -258,11 +258,11 @@ def top_k(op: Op) -> None:
 @relates("CumSum", "CumProd")
 def cumulative(op: Op) -> None:
     """out[.., j, ..] = sum_{k <= j} x[.., k, ..], or their product"""
-    axes, given = op.axes(0), op.element(1)
-    along = None if given is None or given.static is None else op.axis(given.static, len(axes))
-    done = "summed" if op.node.op_type == "CumSum" else "multiplied"
+    axes, number = op.axes(0), op.element(1)
+    along = None if number is None or number.static is None else op.axis(number.static, len(axes))
+    verb = "summed" if op.node.op_type == "CumSum" else "multiplied"
     for term in axes if along is None else [axes[along]]:
-        op.pin(term, f"{done} step by step by {op.node.op_type}")
+        op.pin(term, f"it is {verb} step by step by {op.node.op_type}")
     elements = op.known(0)
     if elements is None or along is None or op.node.op_type != "CumSum":
         op.out(axes)
@@ -272,17 +272,17 @@ def cumulative(op: Op) -> None:
 
 @relates("Compress")
 def compress(op: Op) -> None:
-    """out = those x[.., k, ..] for which condition[k] holds"""
+    """out = all x[.., k, ..] for which condition[k] is true"""
     axes = list(op.axes(0))
-    op.pin(op.axes(1, rank=1)[0], "chosen by Compress")
+    op.pin(op.axes(1, rank=1)[0], "Compress chooses from it")
     if not op.has_attribute("axis"):
         for term in axes:
-            op.pin(term, "chosen by Compress")
-        op.out([op.pinned_dim(None, "chosen by Compress")])
+            op.pin(term, "Compress chooses from it")
+        op.out([op.pinned_dim(None, "Compress chooses from it")])
         return
     axis = op.axis(op.integer("axis"), len(axes))
-    op.pin(axes[axis], "chosen by Compress")
-    axes[axis] = op.pinned_dim(None, "chosen by Compress")
+    op.pin(axes[axis], "Compress chooses from it")
+    axes[axis] = op.pinned_dim(None, "Compress chooses from it")
     op.out(axes)
 
 
@@ -291,7 +291,7 @@ def reverse_sequence(op: Op) -> None:
     """out[t, b] = x[lengths[b] - 1 - t, b] for t < lengths[b], else x[t, b]"""
     axes = op.axes(0, least=2)
     time, batch = (op.axis(op.integer(name, usual), 2) for name, usual in (("time_axis", 0), ("batch_axis", 1)))
-    op.pin(axes[time], "reversed by ReverseSequence")
+    op.pin(axes[time], "ReverseSequence reverses it")
     op.unify(op.axis_of(1, 0), axes[batch])
     op.out(axes)
 
@@ -302,7 +302,7 @@ def tensor_scatter(op: Op) -> None:
     cache, update = op.axes(0), op.axes(1)
     axis = op.axis(op.integer("axis", -2), len(cache))
     if len(update) != len(cache) or axis == 0:
-        raise CannotTell("an update that does not fit its cache")
+        raise CannotTell("an update that does not fit the cache")
     for position, (one, other) in enumerate(zip(cache, update, strict=True)):
         if position == axis:
             for term in (one, other):
@@ -319,7 +319,7 @@ def trilu(op: Op) -> None:
     """out[.., i, j] = x[.., i, j] on one side of a diagonal, 0 on the other"""
     axes = op.axes(0, least=2)
     for term in axes[-2:]:
-        op.pin(term, "cut along a diagonal by Trilu")
+        op.pin(term, "Trilu cuts it along a diagonal")
     op.out(axes)
 
 
@@ -328,7 +328,7 @@ def eye_like(op: Op) -> None:
     """out[i, j] = 1 on a diagonal"""
     axes = op.axes(0)
     for term in axes:
-        op.pin(term, "made along a diagonal by EyeLike")
+        op.pin(term, "EyeLike makes a diagonal along it")
     op.out(axes)
 
 
@@ -365,6 +365,6 @@ def non_zero(op: Op) -> None:
     while start - 1 in repeated and op.static(axes[start - 1]) is not None:
         start -= 1
     for term in axes[:start]:
-        op.pin(term, "numbered by NonZero")
+        op.pin(term, "NonZero numbers its elements")
     op.out((op.pinned_dim(len(axes), "a tuple of indices"), Product((op.space.unknown(), *axes[start:]))))
     op.dimensions.listed[op.node.outputs[0]] = axes[start:]

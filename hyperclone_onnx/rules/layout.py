@@ -1,4 +1,4 @@
-"""Operators that move elements without touching them: they re-associate, cut, join and repeat axes."""
+"""Operators that move elements without changing them: they reshape, cut, join and repeat axes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
 
 END = 2**31 - 1
-"""The bound that we write for "to the end" of an axis."""
+"""The bound that we write for "to the end of the axis"."""
 
 FAR = 10**9
-"""Bounds from here on mean "to the end". Exporters write 10^9, 2^31 - 1 or 2^63 - 1; no axis is as long."""
+"""Bounds from here on mean "to the end". Exporters write 10^9, 2^31 - 1 or 2^63 - 1; no axis is that long."""
 
 
 @relates("Transpose")
@@ -28,7 +28,7 @@ def transpose(op: Op) -> None:
     axes, elements = op.axes(0), op.known(0)
     perm = op.int_list("perm", None) or list(reversed(range(len(axes))))
     if sorted(perm) != list(range(len(axes))):
-        raise op.malformed(f"perm is no order of {len(axes)} axes")
+        raise op.malformed(f"perm is not an order of {len(axes)} axes")
     op.out([axes[p] for p in perm], None if elements is None else elements.transpose(perm))
     listed = op.dimensions.listed.get(op.value(0))
     if listed is not None and perm == [1, 0]:
@@ -45,7 +45,7 @@ def _reshaped(op: Op, axes: Sequence[Term]) -> None:
 
 @relates("Reshape")
 def reshape(op: Op) -> None:
-    """out[flat index] = x[flat index]: the two factorisations of the index space are matched"""
+    """out[flat index] = x[flat index]: the axes of out are matched with those of x"""
     axes, target = op.axes(0), _shape_elements(op, 1)
     declared = op.declared(op.node.outputs[0])
     if declared is None or len(declared) != len(target):
@@ -76,7 +76,7 @@ def reshape(op: Op) -> None:
 def _with_declared(
     op: Op, axes: Axes, sizes: Sequence[Size | None], declared: Sequence[Size | None]
 ) -> list[Size | None]:
-    """Sizes that are not known, as the file declares them, unless there would be so many times as many elements."""
+    """Fill in unknown sizes from the file, unless the number of elements then is a multiple or a fraction of x's."""
     filled = [guess if size is None else size for size, guess in zip(sizes, declared, strict=True)]
     total, made = op.size(Product(tuple(axes))), Size.of(1)
     for size in filled:
@@ -84,11 +84,11 @@ def _with_declared(
             return filled
         made = made * size
     times = (made.divided_by(total), total.divided_by(made))
-    return list(sizes) if made != total and any(each is not None for each in times) else filled
+    return list(sizes) if made != total and any(ratio is not None for ratio in times) else filled
 
 
 def _shape_elements(op: Op, index: int) -> list[Size | None]:
-    """The elements of a shape-like input; unknown ones where only its length is known."""
+    """The elements of a shape-like input. If only its length is known, all elements are unknown."""
     op.parameter(index)
     elements = op.known(index)
     if elements is not None:
@@ -103,7 +103,7 @@ def _shape_elements(op: Op, index: int) -> list[Size | None]:
 
 @edits("Reshape")
 def edit_reshape(op: GrownOp) -> None:
-    """Every static entry of the shape becomes the grown axis's size."""
+    """Sets each static element of the shape to the size of the grown axis."""
     op.resize_input(1, op.out_axes(0), keep=(0, -1))
 
 
@@ -155,8 +155,8 @@ def expand(op: Op) -> None:
             if size is not None:
                 op.space.relate(op.size(term), size, stretch=True)
             if op.static(term) is None and size is not None and size.static not in (None, 1):
-                op.pin(term, "meets an axis whose size is not known before running")
-                term = op.pinned_dim(size, "stretches an axis whose size is not known before running")
+                op.pin(term, "it is broadcast with an axis whose size is not known before running")
+                term = op.pinned_dim(size, "it stretches an axis whose size is not known before running")
             out.append(term)
         else:
             made = op.dim(size)
@@ -177,7 +177,7 @@ def _expanded(elements: Known | None, sizes: list[int | None]) -> Known | None:
 
 @edits("Expand")
 def edit_expand(op: GrownOp) -> None:
-    """Every static entry of the shape becomes the grown axis's size; a 1 still means "as it is"."""
+    """Sets each static element of the shape to the size of the grown axis. A 1 still means "keep the size"."""
     op.resize_input(1, op.out_axes(0), keep=(1,))
 
 
@@ -195,8 +195,8 @@ def tile(op: Op) -> None:
 
 @edits("Tile")
 def edit_tile(op: GrownOp) -> None:
-    """The repeats grow by what the output grows more than the input."""
-    factors = [op.growth(out) / op.growth(own) for out, own in zip(op.out_axes(0), op.axes(0), strict=True)]
+    """Multiplies the repeats by the growth of the output divided by the growth of the input."""
+    factors = [op.growth(out) / op.growth(axis) for out, axis in zip(op.out_axes(0), op.axes(0), strict=True)]
     op.scale_input(1, factors)
 
 
@@ -209,7 +209,7 @@ def concat(op: Op) -> None:
 
 
 def side_by_side(op: Op, operands: Sequence[Axes], axis: int) -> list[Term]:
-    """The axes of operands joined along one of them; the others are the same in all."""
+    """The axes of operands that are joined along `axis`. The other axes are the same in all operands."""
     out: list[Term] = []
     for position in range(len(operands[0])):
         column = [axes[position] for axes in operands]
@@ -228,12 +228,12 @@ def _joined(op: Op, terms: list[Term]) -> Term:
     total = Size.of(0)
     for term in terms:
         total = total + op.size(term)
-        op.pin(term, "joined to a part whose size is not known before running")
+        op.pin(term, "it is joined to a part whose size is not known before running")
     return op.dim(total)
 
 
 def _concatenated(op: Op, axis: int) -> Known | None:
-    """Known elements of a join of vectors; a part that is unknown but short leaves its elements unknown."""
+    """The known elements of joined vectors. Those of a short unknown vector are None; a long one makes all unknown."""
     parts: list[Known] = []
     for index in range(op.count):
         elements = op.known(index)
@@ -254,7 +254,7 @@ def split(op: Op) -> None:
     total = op.static(axes[axis])
     count = len(op.node.outputs)
     if op.integer("num_outputs", count) != count:
-        raise op.malformed(f"num_outputs is {op.integer('num_outputs')}, and it has {count}")
+        raise op.malformed(f"num_outputs is {op.integer('num_outputs')}, and the node has {count} outputs")
     computed = op.opset >= 13 and op.has(1) and op.ints(1) is None
     op.parameter(1)
     sizes = None if computed else op.int_list("split", 1)
@@ -262,10 +262,10 @@ def split(op: Op) -> None:
         chunk = -(-total // count)
         sizes = [min(chunk, total - chunk * i) for i in range(count)]
     if sizes is not None and (len(sizes) != count or min(sizes) < 0 or total not in (None, sum(sizes))):
-        raise CannotTell("pieces that do not make up the axis")
+        raise CannotTell("pieces whose sizes do not add up to the size of the axis")
     parts = op.space.segments(axes[axis], sizes) if sizes is not None and total is not None else None
     if parts is None:
-        op.pin(axes[axis], "split where it cannot be cut")
+        op.pin(axes[axis], "it is split at an index that is not between two of its parts")
         pieces: Sequence[int | None] = sizes if sizes is not None else [None] * count
         parts = [op.pinned_dim(size, "a piece of an axis that keeps its size") for size in pieces]
     elements = op.known(0)
@@ -278,7 +278,7 @@ def split(op: Op) -> None:
 
 @edits("Split")
 def edit_split(op: GrownOp) -> None:
-    """The pieces' sizes are written out, since equal pieces may grow unequally."""
+    """Writes the size of each piece, since equal pieces may grow unequally."""
     axis = op.integer("axis", 0) % len(op.axes(0))
     pieces = [op.out_axes(i)[axis] for i in range(len(op.node.outputs))]
     if not any(op.grows(piece) for piece in pieces):
@@ -302,7 +302,7 @@ def slice_(op: Op) -> None:
     if elements is not None:
         window = [slice(None)] * elements.ndim
         for axis, start, end, step in bounds:
-            low, high = (None if each is None else each.static for each in (start, end))
+            low, high = (None if bound is None else bound.static for bound in (start, end))
             if low is None or high is None or step is None:
                 elements = None
                 break
@@ -315,10 +315,10 @@ Bound = tuple[int, Size | None, Size | None, int | None]
 
 
 def _slice_bounds(op: Op, rank: int) -> list[Bound]:
-    """(axis, start, end, step) of each sliced axis, None where unknown.
+    """(axis, start, end, step) of each sliced axis. A bound or step that is not known is None.
 
     Raises:
-        CannotTell: which axes are sliced is not known.
+        CannotTell: the numbers of the sliced axes are not known.
     """
     if op.opset < 10:
         starts: list[Size | None] = [Size.of(i) for i in op.int_list("starts", None) or []]
@@ -354,13 +354,13 @@ def _sliced(op: Op, term: Term, start: Size | None, end: Size | None, step: int 
     rows = _leading_rows(op, term, low, high, step)
     if rows is not None:
         return Product((op.dim(rows), *op.space.factors(term)[1:]))
-    op.pin(term, "sliced at bounds that are not known before running")
+    op.pin(term, "it is sliced at bounds that are not known before running")
     length = None if low is None or high is None or step != 1 else high - low
     return op.pinned_dim(length, "a slice of an axis that keeps its size")
 
 
 def _no_further(end: Size | None, size: Size) -> Size | None:
-    """The end of a slice, which is the end of the axis where the axis is shorter."""
+    """The end of a slice: the given end, or that of the axis if the axis is shorter."""
     if end is None or end.static is None or end.static <= 1 or size.static is not None:
         return end
     return BINARY["Min"](end, size)
@@ -378,13 +378,13 @@ def _leading_rows(op: Op, term: Term, low: Size | None, high: Size | None, step:
 
 
 def _from_front(bound: Size | None, size: Size) -> Size | None:
-    """A slice bound counted from the front; the whole axis for a bound far beyond it."""
+    """A slice bound, counted from the front. A bound far beyond the axis is the end of the axis."""
     if bound is None:
         return None
     value = bound.static
     if value is None:
-        # Symbols stand for lengths: what subtracts nothing but lengths counts from the back. What subtracts them from
-        # a number mostly counts from the front: `buffer[length - keys :]`.
+        # Symbols stand for lengths. A bound that only subtracts lengths counts from the back. A bound that subtracts
+        # lengths from a number mostly counts from the front: `buffer[length - keys :]`.
         counts_back = (-bound).is_length and dict(bound.terms).get((), 0) <= 0
         return size + bound if counts_back else bound
     if value >= FAR or (size.static is not None and value > size.static):
@@ -411,16 +411,16 @@ def _statically_sliced(op: Op, term: Term, total: int, first: int, last: int, st
     elif step > 1 and total % step == 0 and first < step and length == total // step:
         inner = op.dim(step)
         outer = op.dim(length)
-        op.pin(inner, "one index of it is taken at a time")
+        op.pin(inner, "a slice takes one of its indices")
         op.space.match([term], [outer, inner])
         return outer
-    op.pin(term, "sliced where it cannot be cut")
+    op.pin(term, "it is sliced at an index that is not between two of its parts, or backwards")
     return op.pinned_dim(length if step > 0 else None, "a slice of an axis that keeps its size")
 
 
 @edits("Slice")
 def edit_slice(op: GrownOp) -> None:
-    """Bounds on a grown axis move with the boundaries of its segments."""
+    """Moves bounds on a grown axis with the boundaries of its parts."""
     axes, out = op.axes(0), op.out_axes(0)
     starts: list[int | None] = []
     ends: list[int | None] = []
@@ -442,7 +442,7 @@ def edit_slice(op: GrownOp) -> None:
                 starts.append(0)
                 ends.append(0)
                 continue
-            if op.static(term) is None:  # the whole of it
+            if op.static(term) is None:  # the slice is the whole axis
                 starts.append(0)
                 ends.append(END)
                 continue
@@ -476,7 +476,7 @@ def pad(op: Op) -> None:
     which = op.int_list("axes", 3) if op.opset >= 18 else None
     where = [op.axis(a, len(axes)) for a in which] if which is not None else list(range(len(axes)))
     if len(pads) != 2 * len(where):
-        raise CannotTell("paddings that do not fit")
+        raise CannotTell("a number of paddings that does not fit the number of axes")
     for position, axis in enumerate(where):
         axes[axis] = _padded(op, axes[axis], pads[position], pads[position + len(where)])
     op.out(axes)
@@ -485,14 +485,14 @@ def pad(op: Op) -> None:
 def _padded(op: Op, term: Term, before: Size | None, after: Size | None) -> Term:
     size = op.size(term)
     if before is None or after is None:
-        op.pin(term, "padded by what is not known before running")
+        op.pin(term, "it is padded by an amount that is not known before running")
         return op.pinned_dim(None, "a padded axis")
     low, high = before.static, after.static
     if low == 0 and high == 0:
         return term
     constant = op.text("mode", "constant") == "constant" and low is not None and high is not None
     if not constant or low is None or high is None or min(low, high) < 0 or size.static is None:
-        op.pin(term, "padded")
+        op.pin(term, "it is padded")
         return op.pinned_dim(size + before + after, "a padded axis")
     ends = [op.pinned_dim(n, "padding") if n else None for n in (low, high)]
     return Concat(tuple(part for part in (ends[0], term, ends[1]) if part is not None))

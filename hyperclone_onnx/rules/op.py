@@ -1,4 +1,4 @@
-"""One node as the rule of its operator sees it."""
+"""The view of one node that the rule of its operator gets."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hyperclone_onnx.graphs import describe, is_initializer
 from hyperclone_onnx.rules.dimensions import Axes, Dimensions, Fact, Sum, Uniform
 
 Walker = Callable[[Dimensions, ir.Graph], None]
-"""Relates the nodes of a graph whose outer values are related already."""
+"""Relates the nodes of a body, after the values that it reads from outside."""
 
 
 class CannotTell(Exception):
     """Raised inside a rule when it cannot relate this node's axes; the walk then pins them.
 
-    `place` is the node to blame, where it is not this one.
+    `place` is the node that causes this, if it is another one.
     """
 
     def __init__(self, reason: str, place: str = "") -> None:
@@ -31,14 +31,14 @@ class CannotTell(Exception):
 
 
 class Malformed(Refused):
-    """Raised inside a rule for a node that its operator's specification does not allow: no model can hold it.
+    """Raised inside a rule for a node that the specification of its operator does not allow.
 
     The methods of `Op` raise it. Any other exception in a rule is a defect of the rule, and is reported as one.
     """
 
 
 class Op:
-    """One node as its rule sees it: operands' axes and known elements in, output axes out."""
+    """One node as its rule sees it. The rule reads axes and known elements of inputs, and sets axes of outputs."""
 
     def __init__(self, dimensions: Dimensions, node: ir.Node, opset: int, walker: Walker) -> None:
         self.dimensions = dimensions
@@ -55,7 +55,7 @@ class Op:
 
     @property
     def count(self) -> int:
-        """The number of input slots, absent optional ones included."""
+        """The number of inputs, including optional ones that are absent."""
         return len(self.node.inputs)
 
     def has(self, index: int) -> bool:
@@ -66,7 +66,7 @@ class Op:
         """The input value itself.
 
         Raises:
-            CannotTell: it is not given.
+            CannotTell: the input is absent.
         """
         value = self.node.inputs[index] if index < self.count else None
         if value is None:
@@ -78,20 +78,20 @@ class Op:
 
         Args:
             index: the position of the input.
-            rank: how many axes the operator's specification asks for, where it fixes their number.
-            least: how many it asks for at least.
+            rank: the number of axes that the specification demands, if it demands one.
+            least: the smallest number of axes that it allows.
 
         Raises:
-            CannotTell: its rank is unknown.
-            Malformed: it has another rank.
+            CannotTell: the rank of the input is unknown.
+            Malformed: the input has another number of axes.
         """
         value = self.value(index)
         axes = self.dimensions.axes_of(self.node, index)
         if axes is None:
             raise CannotTell(*self.dimensions.lost.get(value, ("an operand of unknown rank", "")))
         if len(axes) < least or (rank is not None and len(axes) != rank):
-            wanted = f"{rank}" if rank is not None else f"at least {least}"
-            raise self.malformed(f"input {index} has {len(axes)} axes, and must have {wanted}")
+            allowed = f"{rank}" if rank is not None else f"at least {least}"
+            raise self.malformed(f"input {index} has {len(axes)} axes, and must have {allowed}")
         return axes
 
     def axis_of(self, index: int, axis: int) -> Term:
@@ -112,14 +112,14 @@ class Op:
         return self.dimensions.known.get(self.value(index)) if self.has(index) else None
 
     def ints(self, index: int) -> list[int] | None:
-        """The elements of an input as integers, None unless all are known."""
+        """The elements of an input as integers. None if one of them is not known."""
         return shape_values.static_values(self.known(index))
 
     def element(self, index: int) -> Size | None:
-        """The element of an integer input that has only one, None where it is not known.
+        """The element of an integer input that must have exactly one. None if it is not known.
 
         Raises:
-            Malformed: it has none, or several.
+            Malformed: the input has no element, or several.
         """
         elements = self.known(index)
         if elements is None:
@@ -134,11 +134,11 @@ class Op:
         return self.value(index) in self.dimensions.constants
 
     def is_weight(self, index: int) -> bool:
-        """Whether an input is stored, or picked from what is stored by indices (the experts of a token)."""
+        """Whether an input is computed from stored tensors only, or picked from them by indices (a token's experts)."""
         return self.dimensions.is_weight(self.value(index))
 
     def picked(self) -> None:
-        """State that the first output holds whole weights, picked from a stored tensor."""
+        """State that the first output holds whole weights that are picked from a stored tensor."""
         self.dimensions.picked.add(self.node.outputs[0])
 
     # -- attributes ---------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Op:
         """An attribute, None where it is absent.
 
         Raises:
-            Malformed: it holds something of another kind.
+            Malformed: it has a value of another kind.
         """
         attribute = self.node.attributes.get(name)
         if attribute is not None and attribute.type != kind:
@@ -163,7 +163,7 @@ class Op:
 
         Raises:
             CannotTell: it is absent and has no default.
-            Malformed: it is no integer.
+            Malformed: it is not an integer.
         """
         attribute = self._attribute(name, ir.AttributeType.INT)
         if attribute is None:
@@ -177,7 +177,7 @@ class Op:
 
         Raises:
             CannotTell: it is absent and has no default.
-            Malformed: it is no such integer.
+            Malformed: it is not an integer, or is below 1.
         """
         number = self.integer(name, default)
         if number < 1:
@@ -208,7 +208,7 @@ class Op:
         """A graph attribute.
 
         Raises:
-            Malformed: it is absent, or is no graph.
+            Malformed: it is absent, or is not a graph.
         """
         attribute = self._attribute(name, ir.AttributeType.GRAPH)
         if attribute is None:
@@ -216,11 +216,11 @@ class Op:
         return attribute.as_graph()
 
     def int_list(self, name: str, index: int | None, length: int | None = None) -> list[int] | None:
-        """A list that is an attribute in old opsets and input `index` in new ones; None when absent.
+        """A list that is an attribute in old opsets and input `index` in new ones. None if it is absent.
 
         Raises:
             CannotTell: it is an input whose elements are not known.
-            Malformed: it is no list of integers, or has not the `length` that it must have.
+            Malformed: it is not a list of integers, or its length is not `length`.
         """
         attribute = self._attribute(name, ir.AttributeType.INTS)
         values: list[int] | None
@@ -232,13 +232,13 @@ class Op:
             self.parameter(index)
             values = self.ints(index)
         if values is None:
-            raise CannotTell(f"{name} computed at run time")
+            raise CannotTell(f"{name} is computed at run time")
         if length is not None and len(values) != length:
             raise self.malformed(f"{name} has {len(values)} elements, and must have {length}")
         return values
 
     def parameter(self, index: int) -> None:
-        """State that an input's elements are parameters of the operator: its own axes keep their size."""
+        """State that the elements of an input are parameters of the operator. The axes of the input keep their size."""
         if self.has(index):
             for term in self.dimensions.axes_of(self.node, index) or ():
                 self.pin(term, "its elements are parameters of an operator")
@@ -250,14 +250,14 @@ class Op:
         return self.space.size(term)
 
     def static(self, term: Term) -> int | None:
-        """The length of an axis as an integer, None when symbolic."""
+        """The length of an axis as an integer. None if it is symbolic."""
         return self.space.static(term)
 
     def dim(self, size: int | Size | None) -> Term:
-        """A new dimension; of unknown size for None.
+        """A new dimension. None means an unknown size.
 
         Raises:
-            CannotTell: there is no such size.
+            CannotTell: the size is negative.
         """
         if size is not None and Size.of(size).static_or(0) < 0:
             raise CannotTell(f"an axis of size {size}")
@@ -295,8 +295,8 @@ class Op:
     def merge(self, terms: Iterable[Term]) -> Term:
         """The axis that aligned axes broadcast to.
 
-        Size-1 axes stretch. A symbolic axis that meets a static one may be 1 at run time, so the two are not
-        unified: the static one is pinned.
+        Axes of size 1 stretch. If a symbolic axis is broadcast with a static one, it may be 1 at run time. So we do
+        not unify the two, and pin them.
         """
         wide = [term for term in terms if not self.is_one(term)]
         if not wide:
@@ -304,7 +304,7 @@ class Op:
         static = [term for term in wide if self.static(term) is not None]
         if static and len(static) < len(wide):
             for term in wide:
-                self.pin(term, "meets an axis whose size is not known before running")
+                self.pin(term, "it is broadcast with an axis whose size is not known before running")
                 self.space.relate(self.size(static[0]), self.size(term), stretch=True)
         same = static or wide
         for term in same[1:]:
@@ -318,7 +318,7 @@ class Op:
         return tuple(self.merge(column) for column in zip(*aligned, strict=True))
 
     def axis(self, axis: int, rank: int) -> int:
-        """A possibly negative axis as an index from the front.
+        """The number of an axis, counted from the front. A negative number counts from the back.
 
         Raises:
             Malformed: there is no such axis.
@@ -343,7 +343,7 @@ class Op:
         value = self.node.outputs[index]
         if elements is not None and elements.size <= shape_values.LIMIT and elements.ndim == len(axes):
             self.dimensions.known[value] = elements
-            # The elements tell a length that the axes may not.
+            # The number of elements may give a length that the axes do not.
             axes = [self.dim(n) if self.static(t) is None else t for t, n in zip(axes, elements.shape, strict=True)]
         self.dimensions.axes[value] = tuple(axes)
 
@@ -375,9 +375,9 @@ class Op:
         biases: tuple[int, ...] = (),
         behind: bool = False,
     ) -> None:
-        """State that this node multiplies and sums over these (input, axis) sites, which are one axis.
+        """State that this node multiplies and sums over the axes at these (input, axis) sites, which are one axis.
 
-        It also records who takes part: a weight, or activations only. See `Sum` for the rest.
+        Also record whether a weight takes part, or activations only. `Sum` explains the other arguments.
         """
         terms = [self.axis_of(index, axis) for index, axis in sites]
         sites = tuple((index, self.axis(axis, self.rank(index))) for index, axis in sites)
@@ -386,7 +386,7 @@ class Op:
         for index, _ in sites if not integers else ():
             dtype = self.value(index).dtype
             if dtype is not None and not dtype.is_floating_point() and not scales:
-                self.pin(terms[0], "summed in integers, which no share divides")
+                self.pin(terms[0], "it is summed in integers, which cannot be divided into shares")
         given = (tuple(index for index in slots if self.has(index)) for slots in (scales, biases))
         own_scales, own_biases = given
         self.dimensions.sums.append(Sum(self.node, terms[0], sites, power, integers, own_scales, own_biases, behind))
@@ -396,20 +396,20 @@ class Op:
             self.fact(kind, terms[0])
 
     def packed(self, index: int, axes: Axes, bits: int) -> None:
-        """State that an input holds numbers of `bits` bits in bytes, its last axis padded row by row to whole bytes.
+        """State that the bytes of an input hold numbers of `bits` bits. Each row is padded to whole bytes.
 
-        `axes` are those of the numbers. Only a stored input can be packed again.
+        `axes` are those of the numbers. The input must be stored, because growth packs the numbers again.
 
         Raises:
-            CannotTell: it is computed.
+            CannotTell: the input is computed.
         """
         if not is_initializer(self.value(index)):
-            raise CannotTell("packed numbers that are computed")
+            raise CannotTell("packed numbers that are computed, not stored")
         self.dimensions.use_axes[self.node, index] = tuple(axes)
         self.dimensions.packed[self.node, index] = bits
 
     def declared(self, output: ir.Value) -> list[Size | None] | None:
-        """The shape that the file declares for an output, None when it declares none."""
+        """The shape that the file declares for an output. None if it declares none."""
         return declared_shape(output)
 
 
@@ -420,7 +420,7 @@ def declared_shape(value: ir.Value) -> list[Size | None] | None:
     sizes: list[Size | None] = []
     for dim in value.shape.dims:
         if isinstance(dim, int):
-            sizes.append(Size.of(dim) if dim >= 0 else None)  # -1 is how some files say that they do not know
+            sizes.append(Size.of(dim) if dim >= 0 else None)  # some files write -1 for an unknown size
         else:
             sizes.append(parse_size(dim.value) if dim.value else None)
     return sizes
@@ -430,7 +430,7 @@ _SIMPLE = re.compile(r"[A-Za-z_][\w.]*|\d+|[+*]")
 
 
 def parse_size(text: str) -> Size:
-    """A symbolic dimension as a polynomial, where it is a sum of products; otherwise a symbol of that name.
+    """A symbolic dimension as a polynomial if it is a sum of products. Otherwise a symbol with this name.
 
     >>> str(parse_size("past + sequence"))
     'past + sequence'

@@ -43,7 +43,7 @@ def _padded(op: Op, term: Term, before: int, after: int, constant: bool) -> Term
     if before == after == 0:
         return term
     if not constant or min(before, after) < 0 or op.static(term) is None:
-        op.pin(term, "padded")
+        op.pin(term, "it is padded")
         return op.pinned_dim(op.size(term) + before + after, "a padded axis")
     ends = [op.pinned_dim(n, "padding") if n else None for n in (before, after)]
     return Concat(tuple(part for part in (ends[0], term, ends[1]) if part is not None))

@@ -73,9 +73,9 @@ def qlinear_conv_last(op: Op) -> None:
 
 @relates("DynamicQuantizeLSTM", domain=MICROSOFT)
 def dynamic_quantize_lstm(op: Op) -> None:
-    """LSTM with W[d, i, (gate h)] and R[d, k, (gate h)] as codes with scales; X and H are quantised on the way
+    """LSTM with W[d, i, (gate h)] and R[d, k, (gate h)] as codes with scales; X and H are quantised first
 
-    Repeats of X and H do not move their range, so the codes of the activations stay. The scales of W and R divide.
+    Repeats of X and H do not change their range, so their codes stay the same. The scales of W and R are divided.
     """
     directions, hidden, _ = op.axes(2, rank=3)
     if op.static(hidden) is None:
@@ -94,7 +94,7 @@ def dynamic_quantize_lstm(op: Op) -> None:
 
 @edits("DynamicQuantizeLSTM", domain=MICROSOFT)
 def edit_dynamic_quantize_lstm(op: GrownOp) -> None:
-    """The width of the state."""
+    """Sets the width of the state."""
     edit_state(op, op.axis_of(2, 1))
 
 
