@@ -60,35 +60,35 @@ def main() -> int:
         which.add_argument(f"--{name}", dest="size", action="store_const", const=name)
     parser.set_defaults(size="quick")
     parser.add_argument("--output", type=Path, help="default: out/growth-SIZE")
-    parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one thread")
+    parser.add_argument("--workers", type=int, default=2, help="number of runs at the same time; a run uses one thread")
     parser.add_argument("--write", action="store_true", help="put tables and pictures into docs/growth.md")
-    parser.add_argument("--steps", type=int, help="of the model from random weights; all else follows")
-    given = parser.parse_args()
-    size = SIZES[given.size]
-    if given.steps is not None:
-        if given.steps < size.evaluations:
+    parser.add_argument("--steps", type=int, help="steps of the model from random weights; others scale with it")
+    arguments = parser.parse_args()
+    size = SIZES[arguments.size]
+    if arguments.steps is not None:
+        if arguments.steps < size.evaluations:
             parser.error(f"--steps: at least {size.evaluations}")
-        size = replace(size, steps=given.steps)
+        size = replace(size, steps=arguments.steps)
     if size.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--{size.name} needs an NVIDIA GPU, and PyTorch sees none: see --full")
-    folder: Path = given.output or Path("out") / f"growth-{size.name}"
+    folder: Path = arguments.output or Path("out") / f"growth-{size.name}"
     folder.mkdir(parents=True, exist_ok=True)
-    workers = 1 if size.device == "cuda" else given.workers
+    workers = 1 if size.device == "cuda" else arguments.workers
     try:
-        with _progress() as tell:
-            lab = Lab(folder, Settings(size.batch, size.evaluations, size.examined, size.device), workers, tell)
-            for findings in Study(lab, size).found():
+        with _progress() as show:
+            lab = Lab(folder, Settings(size.batch, size.evaluations, size.examined, size.device), workers, show)
+            for findings in Study(lab, size).answers():
                 write(findings, lab, folder)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one was", file=sys.stderr)
+        print("interrupted: run the same command to continue", file=sys.stderr)
         return 130
     text = report(findings, lab)
     print(text)
-    if given.write:
+    if arguments.write:
         put("growth.md", f"growth {size.name}", _with_pictures(text, folder, size.name))
     all_checks = list(checks(findings, lab))
     for check in all_checks:
-        print(f"{'ok' if check.holds else 'FAILED'}: {check.what} ({check.found})")
+        print(f"{'ok' if check.holds else 'FAILED'}: {check.statement} ({check.measured})")
     print(f"tables, curves and pictures are in {folder}")
     return 0 if all(check.holds for check in all_checks) else 1
 
@@ -102,14 +102,14 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
-        def tell(done: int, total: int, what: str) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
+        def show(done: int, total: int, stage: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
                 if not console.is_terminal:
-                    console.print(f"{what}: {total - done} of {total} steps to do")
-            progress.update(tasks[what], completed=done, total=total)
+                    console.print(f"{stage}: {total - done} of {total} steps to do")
+            progress.update(tasks[stage], completed=done, total=total)
 
-        yield tell
+        yield show
 
 
 def _with_pictures(text: str, folder: Path, size: str) -> str:

@@ -31,14 +31,14 @@ SHAPE = shape(32, layers=2, length=16)
     [((3.0, 2.0, 1.0), 2.0, 10), ((3.0, 2.0, 1.0), 1.5, 15), ((3.0, 2.0), 1.0, None), ((1.0, 2.0, 1.5), 1.2, 0)],
 )
 def test_when_a_curve_comes_to_a_loss(losses: tuple[float, ...], loss: float, step: float | None) -> None:
-    curve = tuple(Point(10 * number, each) for number, each in enumerate(losses))
+    curve = tuple(Point(10 * number, value) for number, value in enumerate(losses))
     run = Run(Random(SHAPE, 0), Recipe(1e-3), 20)
     assert reached(Outcome(run, curve, Path(), 0.0), loss) == step
 
 
 def test_flops_count_the_weights_that_are_multiplied_with() -> None:
     network = Network(SHAPE, 0)
-    matrices = sum(each.numel() for each in network.parameters() if each.ndim == 2)
+    matrices = sum(matrix.numel() for matrix in network.parameters() if matrix.ndim == 2)
     assert SHAPE.multiplied() == matrices - network.embedding.weight.numel()
     assert SHAPE.flops() == 6 * SHAPE.multiplied() + 12 * 2 * 32 * 16
 
@@ -52,7 +52,7 @@ def test_a_grown_shape_is_that_of_the_grown_file(only: Any, tmp_path: Path) -> N
     start = Grown(Run(Random(SHAPE, 0), Recipe(1e-3), 2), only=only)
     growth: dict[str, Any] = {"requests": {only: 2}} if only else {"factor": 2}
     expand(tmp_path / "small.onnx", tmp_path / "big.onnx", **growth, check=False)
-    matrices = sum(each.numel() for each in load(tmp_path / "big.onnx").parameters() if each.ndim == 2)
+    matrices = sum(matrix.numel() for matrix in load(tmp_path / "big.onnx").parameters() if matrix.ndim == 2)
     assert start.shape.multiplied() == matrices - 256 * start.shape.width
 
 
@@ -69,31 +69,31 @@ def test_rates(recipe: Recipe, shares: tuple[float, ...]) -> None:
     assert [recipe.share(done) for done in (0.25, 0.5, 0.75, 1.0)] == pytest.approx(shares)
 
 
-class Struck(Exception):
+class Interrupted(Exception):
     pass
 
 
-def test_what_was_interrupted_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_gives_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(SHAPE, 0, tmp_path / "start.onnx")
     recipe = Recipe(1e-2, dropout=0.1)
     task = Task(tmp_path / "start.onnx", recipe, 12, 0, batch=2, length=16, evaluations=3, examined=16)
     train(task, tmp_path / "whole", lambda steps: None)
     monkeypatch.setattr(training_torch, "SAVE_EVERY", 0.0)
-    told: list[int] = []
+    done: list[int] = []
 
-    def strike(steps: int) -> None:
-        told.append(steps)
-        if len(told) == 8:
-            raise Struck
+    def interrupt(steps: int) -> None:
+        done.append(steps)
+        if len(done) == 8:
+            raise Interrupted
 
-    with pytest.raises(Struck):
-        train(task, tmp_path / "struck", strike)
-    assert not (tmp_path / "struck" / "result.json").exists()
-    told.clear()
-    train(task, tmp_path / "struck", told.append)
-    assert told[0] > 0
-    assert sum(told) == 12
-    assert read_curve(tmp_path / "struck") == read_curve(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(task, tmp_path / "interrupted", interrupt)
+    assert not (tmp_path / "interrupted" / "result.json").exists()
+    done.clear()
+    train(task, tmp_path / "interrupted", done.append)
+    assert done[0] > 0
+    assert sum(done) == 12
+    assert read_curve(tmp_path / "interrupted") == read_curve(tmp_path / "whole")
 
 
 def test_jax_learns_what_torch_learns(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_jax_learns_what_torch_learns(tmp_path: Path) -> None:
     curves = {}
     for framework in ("torch", "jax"):
         train(replace(task, framework=framework), tmp_path / framework, lambda steps: None)
-        curves[framework] = [each.loss for each in read_curve(tmp_path / framework)]
+        curves[framework] = [point.loss for point in read_curve(tmp_path / framework)]
     assert curves["jax"] == pytest.approx(curves["torch"], abs=1e-4)
     assert curves["jax"][-1] < curves["jax"][0] - 0.01
 
@@ -115,8 +115,8 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Findings
         rates=(1e-2,), source_rates=(1e-2,), grown_rates=(1e-2,), seeds=1, questions=("strategy", "state", "sharing"),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("lab")
-    lab = Lab(folder, Settings(size.batch, size.evaluations, size.examined), 1, lambda *told: None)
-    *_, findings = Study(lab, size).found()
+    lab = Lab(folder, Settings(size.batch, size.evaluations, size.examined), 1, lambda *progress: None)
+    *_, findings = Study(lab, size).answers()
     yield findings, lab
 
 
@@ -125,9 +125,9 @@ def test_a_study_in_miniature(studied: tuple[Findings, Lab]) -> None:
     assert list(findings.tables) == ["baseline", "sources", "rates", "strategy", "state", "sharing"]
     text = report(findings, lab)
     assert "noisy-diagonal" in text
-    found = {check.what: check for check in checks.checks(findings, lab)}
-    assert all(check.holds for what, check in found.items() if "logits equal" in what)
-    assert found["symmetric: stuck"].holds
+    by_statement = {check.statement: check for check in checks.checks(findings, lab)}
+    assert all(check.holds for statement, check in by_statement.items() if "logits equal" in statement)
+    assert by_statement["symmetric: stuck"].holds
     kept = {row.variant: row.runs[0] for row in findings.tables["sharing"]}
     assert checks.start_error(kept["uneven"], lab) < checks.LARGEST_ERROR
 

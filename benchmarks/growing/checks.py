@@ -1,4 +1,4 @@
-"""What must hold of a study, with a margin for noise; each check states the value it saw."""
+"""Checks the results of a study, with a margin for noise. A check states the value that it measured."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ LEAST_GAIN = 1.5
 
 @dataclass(frozen=True)
 class Check:
-    """One of them."""
+    """A statement about a study, whether it is true, and the measured value."""
 
-    what: str
+    statement: str
     holds: bool
-    found: str
+    measured: str
 
 
 def checks(findings: Findings, lab: Lab) -> Iterator[Check]:
-    """Equal at the start; sooner than random weights; stuck without noise."""
+    """Grown models are equal to their source at the start, learn sooner than random weights, and need noise."""
     grown = {row.variant: row.runs[0] for row in findings.tables["strategy"]}
     for name, outcome in grown.items():
         error = start_error(outcome, lab)
@@ -51,7 +51,10 @@ def checks(findings: Findings, lab: Lab) -> Iterator[Check]:
 
 
 def start_error(outcome: Outcome, lab: Lab) -> float:
-    """The largest difference of a grown model's logits from its source's, before training, to the largest logit."""
+    """The largest difference between the logits of a grown model and its source, divided by the largest logit.
+
+    Both are taken before training.
+    """
     start = outcome.run.start
     assert isinstance(start, Grown)
     windows = torch.from_numpy(corpus().examination(16, outcome.run.shape.length)[:, :-1])

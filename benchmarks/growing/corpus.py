@@ -1,4 +1,4 @@
-"""What the models read, and when."""
+"""The text that the models read, and the windows of each step."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Corpus:
-    """The bytes to learn from, and those of files that no model sees."""
+    """The bytes for training, and the bytes of other files for evaluation."""
 
     training: Array
     held_out: Array
 
     def batch(self, seed: int, step: int, windows: int, length: int) -> Array:
-        """The windows of one step, shape (windows, length + 1): a function of the seed and the step alone."""
+        """The windows of one step, shape (windows, length + 1): they depend on the seed and the step only."""
         rng = np.random.default_rng([seed, step])
         starts = rng.integers(0, len(self.training) - length - 1, (windows, 1))
         return self.training[starts + np.arange(length + 1)].astype(np.int64)
 
     def examination(self, windows: int, length: int) -> Array:
-        """Windows spread evenly over what is held out, shape (windows, length + 1): always the same."""
+        """The windows for evaluation, shape (windows, length + 1): always the same, evenly spread."""
         starts = np.linspace(0, len(self.held_out) - length - 1, windows).astype(np.int64)[:, None]
         return self.held_out[starts + np.arange(length + 1)].astype(np.int64)
 
 
 @lru_cache(maxsize=1)
 def corpus() -> Corpus:
-    """That of the Python which runs this."""
+    """The corpus: the source files of the running Python."""
     text = read_corpus()
     return Corpus(*(np.frombuffer(part, dtype=np.uint8) for part in (text.train, text.validation)))

@@ -1,4 +1,4 @@
-"""What a study found, as text: a table for each question, and a CSV of every curve."""
+"""Writes the results of a study: a table for each question, and a CSV of all curves."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from growing.runs import Lab, Outcome
 from growing.study import Findings, Row
 
 TITLES = {
-    "baseline": "Random weights: what all is compared with",
+    "baseline": "Random weights: the baseline",
     "sources": "The sources",
     "rates": "The rates of grown models",
     "strategy": "Strategies, each at its best rate, for half of the baseline's bytes",
     "strategy_whole": "Strategies, for as many bytes as the baseline",
     "small": "The source trained on instead of grown",
-    "unannealed": "A source whose rate was never let down",
+    "unannealed": "A source whose rate was never decayed",
     "source": "How well the source is trained",
     "state": "The optimizer's state",
     "recipe": "The best recipe found",
     "snr": "How much noise",
-    "schedule": "How the rate goes",
-    "factor": "2, 4, and 2 twice",
+    "schedule": "Schedules of the rate",
+    "factor": "Factor 2, factor 4, and factor 2 twice",
     "sharing": "Unequal shares",
     "what": "What grows",
     "dropout": "Dropout",
@@ -68,18 +68,19 @@ def _finite(value: float | None) -> float | None:
 
 
 def report(findings: Findings, lab: Lab) -> str:
-    """All tables, under a line that says what they are about."""
+    """All tables, below a paragraph that describes the study."""
     size = findings.size
     small, big = size.shape(size.width), size.shape(2 * size.width)
     first = findings.baseline[0]
     losses = [outcome.loss for outcome in findings.baseline]
     text = (
-        f"A Llama over bytes, {size.layers} layers, width {size.width} ({small.multiplied():,} weights that are "
-        f"multiplied with) grown to {2 * size.width} ({big.multiplied():,}); {size.length} bytes of context, "
+        f"A Llama over bytes, {size.layers} layers, width {size.width} ({small.multiplied():,} weights in "
+        f"matrix products) grown to {2 * size.width} ({big.multiplied():,}); {size.length} bytes of context, "
         f"{size.batch} windows a step. Random weights are trained for {size.steps} steps = "
-        f"{lab.tokens(first.run, size.steps):,.0f} bytes and come to {findings.target:.4f} nats per byte (seeds: "
+        f"{lab.tokens(first.run, size.steps):,.0f} bytes and reach {findings.target:.4f} nats per byte (seeds: "
         f"{', '.join(f'{loss:.4f}' for loss in losses)}), measured on {size.examined} windows of files that no model "
-        f"saw. A gain is what they took over what the variant took to come to that loss. {_machine()}\n"
+        f"saw. A gain is the cost of random weights, divided by the cost of the variant, to reach that loss. "
+        f"{_machine()}\n"
     )
     for name, rows in findings.tables.items():
         text += f"\n### {TITLES[name]}\n\n{table(rows)}"
@@ -91,7 +92,7 @@ def _machine() -> str:
 
 
 def write_curves(outcomes: Iterable[Outcome], lab: Lab, path: Path) -> None:
-    """Every run's curve: by steps, bytes, FLOPs, and FLOPs with those of what it started from."""
+    """Write the curves of all runs over steps, bytes, FLOPs, and FLOPs including those of earlier runs."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("run", "step", "bytes", "flops", "flops_with_source", "loss"))

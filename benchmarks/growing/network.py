@@ -1,4 +1,4 @@
-"""The model of the trials: a Llama over bytes, small enough for a CPU."""
+"""The trained model: a Llama over bytes, small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPSET = 20
 
 @dataclass(frozen=True)
 class Shape:
-    """Its sizes; a head is 16 wide."""
+    """The sizes of a model. A head has 16 channels."""
 
     width: int
     attention: int
@@ -32,17 +32,19 @@ class Shape:
     """Bytes of context."""
 
     def multiplied(self) -> int:
-        """The weights that a byte is multiplied with: all matrices but the embedding."""
+        """The number of weights in matrix products: all matrices except the embedding."""
         return VOCABULARY * self.width + self.layers * self.width * (4 * self.attention + 3 * self.ffn)
 
     def flops(self) -> int:
-        """Of training on one byte: 6 for each of those weights, and 12 for each unit of each attention and byte of the
-        context (Kaplan et al., arXiv 2001.08361, table 1, forwards and twice that backwards)."""
+        """The FLOPs of training on one byte: 6 for each weight, and 12 for each attention channel and byte of context.
+
+        The backward pass costs twice the forward pass (Kaplan et al., arXiv 2001.08361, table 1).
+        """
         return 6 * self.multiplied() + 12 * self.layers * self.attention * self.length
 
 
 def shape(width: int, **other: int) -> Shape:
-    """The usual proportions: heads as wide as the residual stream, a feed-forward four times as wide."""
+    """The usual shape: all heads together are as wide as the residual stream, the feed-forward four times."""
     return Shape(width, width, 4 * width, **other)
 
 
@@ -84,7 +86,7 @@ def _rotated(x: Any, cos: Any, sin: Any) -> Any:
 
 
 class Network(nn.Module):
-    """Logits of the following byte: (batch, length) -> (batch, length, 256)."""
+    """Predicts the logits of the next byte: (batch, length) -> (batch, length, 256)."""
 
     def __init__(self, shape: Shape, seed: int) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class Network(nn.Module):
                     spread *= (2 * shape.layers) ** -0.5
                 nn.init.normal_(parameter, std=spread, generator=generator)
             else:
-                # Not all ones: the exporter takes equal tensors for one, and drops what multiplies by one.
+                # Gains of exactly 1 would be lost: the exporter merges equal tensors and drops products with 1.
                 nn.init.normal_(parameter, mean=1.0, std=0.01, generator=generator)
 
     def forward(self, input_ids: Any) -> Any:
@@ -114,7 +116,7 @@ class Network(nn.Module):
 
 
 def export(shape: Shape, seed: int, path: Path) -> None:
-    """A model with random weights (normal, with a variance of 1 over the fan-in, less into the residual stream)."""
+    """Export a model with random weights: normal, variance 1 / fan-in, and less for outputs to the residual stream."""
     network = Network(shape, seed).eval()
     dynamic = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=shape.length)}}
     ids = torch.zeros((2, shape.length // 2), dtype=torch.int64)

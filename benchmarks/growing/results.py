@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder, whichever framework ran it."""
+"""Writes and reads the results of a training run, the same for both frameworks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hyperclone_onnx.frameworks.absorb import absorb
 
 
 def finish(task: Task, folder: Path, curve: list[Point], weights: Mapping[str, Any], seconds: float) -> None:
-    """Write what a run leaves; the last file says that all are there."""
+    """Write the results of a run. result.json comes last: if it exists, all files are complete."""
     absorb(task.model, weights, folder / "model.onnx", check=False)
     with (folder / "curve.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("step", "loss"), *((point.step, f"{point.loss:.6f}") for point in curve)])
@@ -27,6 +27,6 @@ def finish(task: Task, folder: Path, curve: list[Point], weights: Mapping[str, A
 
 
 def read_curve(folder: Path) -> list[Point]:
-    """What a finished run left."""
+    """The curve of a finished run."""
     with (folder / "curve.csv").open(newline="", encoding="utf-8") as file:
         return [Point(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]

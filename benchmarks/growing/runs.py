@@ -1,4 +1,4 @@
-"""Runs and what they start from; a lab does them, each once, in several processes."""
+"""Training runs and their initial models. A lab does each run once, several at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hyperclone_onnx.plan.strategies import StrategyName
 
 @dataclass(frozen=True)
 class Random:
-    """Random weights."""
+    """Starts from random weights."""
 
     shape: Shape
     seed: int
@@ -35,7 +35,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Continued:
-    """Where another run ended."""
+    """Starts from the trained model of another run."""
 
     run: Run
 
@@ -46,16 +46,16 @@ class Continued:
 
 @dataclass(frozen=True)
 class Grown:
-    """Where another run ended, grown."""
+    """Starts from the trained model of another run, grown."""
 
     run: Run
     strategy: StrategyName | Literal["uneven"] = "noisy-symmetric"
-    """Uneven is symmetric with shares between a quarter and three quarters of each weight, at random."""
+    """`uneven` is symmetric, but with a random share between a quarter and three quarters of each weight."""
     snr_db: float = 10.0
     factor: int = 2
     only: Literal["", "heads", "ffn"] = ""
     state: Literal["reset", "carried", "half"] = "reset"
-    """The optimizer's: nothing of it, all, or none of it for the clones beyond the first."""
+    """What the run keeps of the optimizer's state: nothing, all, or all except that of later clones."""
     seed: int = 0
 
     @property
@@ -67,13 +67,13 @@ class Grown:
 
 @dataclass(frozen=True)
 class Run:
-    """A start, a recipe, and how far."""
+    """A training run: its initial model, its recipe and its number of steps."""
 
     start: Random | Continued | Grown
     recipe: Recipe
     steps: int
     seed: int = 0
-    """Of the order of the data."""
+    """The seed for the order of the data."""
     framework: str = "torch"
 
     @property
@@ -82,23 +82,23 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A name for its folder."""
+        """The name of its folder."""
         return f"{type(self.start).__name__.lower()}-{self.shape.width}-{self.steps}-{_digest(self)}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
+    """The result of a run."""
 
     run: Run
     curve: tuple[Point, ...]
     folder: Path
     flops_before: float
-    """Of the runs that it started from."""
+    """The FLOPs of the runs that this one builds on."""
 
     @property
     def loss(self) -> float:
-        """At the end."""
+        """The loss at the end."""
         return self.curve[-1].loss
 
     @property
@@ -109,7 +109,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a lab have in common."""
+    """The settings that all runs of a lab share."""
 
     batch: int
     evaluations: int
@@ -119,13 +119,13 @@ class Settings:
 
 
 class Lab:
-    """Does runs in a folder; what is there already is not done again.
+    """Does runs in a folder. A run whose results are there is not repeated.
 
     Args:
-        folder: for all runs.
-        settings: of all runs.
-        workers: how many at once, each on one thread.
-        progress: told of the steps done, those to do, and what is done.
+        folder: the folder of all runs.
+        settings: the settings of all runs.
+        workers: the number of runs at the same time; a run uses one thread.
+        progress: called with the finished steps, the total number of steps, and the name of the stage.
     """
 
     def __init__(
@@ -134,35 +134,35 @@ class Lab:
         self.folder, self.settings, self.workers, self.progress = folder, settings, workers, progress
         self.outcomes: dict[Run, Outcome] = {}
 
-    def do(self, runs: Iterable[Run], what: str) -> list[Outcome]:
-        """Do some runs, and before them those that they start from."""
-        wanted = list(runs)
-        missing = [run for run in dict.fromkeys(wanted) if run not in self.outcomes]
+    def do(self, runs: Iterable[Run], stage: str) -> list[Outcome]:
+        """Do runs, and before them the runs that they build on."""
+        runs = list(runs)
+        missing = [run for run in dict.fromkeys(runs) if run not in self.outcomes]
         before = [run.start.run for run in missing if not isinstance(run.start, Random)]
         if before:
-            self.do(before, f"{what}: sources")
+            self.do(before, f"{stage}: sources")
         if missing:
-            self._do_all(missing, what)
-        return [self.outcomes[run] for run in wanted]
+            self._do_all(missing, stage)
+        return [self.outcomes[run] for run in runs]
 
     def tokens(self, run: Run, steps: float) -> float:
-        """The bytes read in so many steps."""
+        """The number of bytes that a run reads in `steps` steps."""
         return steps * self.settings.batch * run.shape.length
 
     def flops(self, run: Run, steps: float) -> float:
-        """The floating-point operations of so many steps."""
+        """The number of floating-point operations of `steps` steps."""
         return self.tokens(run, steps) * run.shape.flops()
 
     def model(self, run: Run) -> Path:
         """The model that a run starts from."""
         return self._start(run)[0]
 
-    def _do_all(self, runs: Sequence[Run], what: str) -> None:
+    def _do_all(self, runs: Sequence[Run], stage: str) -> None:
         context = multiprocessing.get_context("spawn")
         unfinished = [run for run in runs if not (self._folder(run) / "result.json").exists()]
         total = sum(run.steps for run in runs)
         done = total - sum(run.steps for run in unfinished)
-        self.progress(done, total, what)
+        self.progress(done, total, stage)
         if unfinished:
             with context.Manager() as manager, ProcessPoolExecutor(self.workers, context, _begin) as pool:
                 queue = manager.Queue()
@@ -173,7 +173,7 @@ class Lab:
                     ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                     while not queue.empty():
                         done += queue.get()
-                    self.progress(done, total, what)
+                    self.progress(done, total, stage)
                     for future in ended:
                         future.result()
         for run in runs:
@@ -190,20 +190,20 @@ class Lab:
         return Outcome(run, tuple(read_curve(folder)), folder, before)
 
     def _task(self, run: Run) -> Task:
-        given = self.settings
+        settings = self.settings
         model, optimizer = self._start(run)
         return Task(
             model,
             run.recipe,
             run.steps,
             run.seed,
-            batch=given.batch,
+            batch=settings.batch,
             length=run.shape.length,
-            evaluations=given.evaluations,
-            examined=given.examined,
+            evaluations=settings.evaluations,
+            examined=settings.examined,
             optimizer=optimizer,
             framework=run.framework,
-            device=given.device,
+            device=settings.device,
         )
 
     def _start(self, run: Run) -> tuple[Path, Path | None]:
@@ -238,12 +238,12 @@ class Lab:
         return model, _grown_state(model, parent / "optimizer.pt", start.state)
 
 
-def _digest(what: Run | Random | Grown) -> str:
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:10]
+def _digest(described: Run | Random | Grown) -> str:
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:10]
 
 
 def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> Path:
-    """The source's optimizer state grown; "half" forgets it in all elements of which the first clone is another."""
+    """The grown optimizer state of the source. With "half", only the first clone of each unit keeps its state."""
     folder = model.with_suffix(f".{kind}")
     if folder.exists():
         return folder / "optimizer.pt"
@@ -254,7 +254,7 @@ def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> 
     if kind == "half":
         plan = compiled.plan
         assert plan is not None
-        of_path = {weight.path: weight.initializer for weight in compiled.program.weights}
+        initializers = {weight.path: weight.initializer for weight in compiled.program.weights}
         saved = torch.load(partial / "optimizer.pt", weights_only=True)
         names = {
             number: name
@@ -262,7 +262,7 @@ def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> 
             for number, name in zip(group["params"], group["param_names"], strict=True)
         }
         for number, moments in saved["state"].items():
-            recipe = plan.tensors.get(of_path[names[number]])
+            recipe = plan.tensors.get(initializers[names[number]])
             if recipe is not None:
                 for axis, index in enumerate(recipe.index(plan.maps)):
                     later = torch.from_numpy((index.number > 0) | (index.other_number > 0))
@@ -274,7 +274,7 @@ def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> 
 
 
 def _share_unevenly(model: Path, seed: int) -> None:
-    """Move a random part of each share of two from one to the other, by each weight alone: the sum stays."""
+    """Move a random part of each weight from one of its two clones to the other. Their sum stays the same."""
     stored = onnx.load(model)
     plan = Plan.carried_by({entry.key: entry.value for entry in stored.metadata_props})
     assert plan is not None
@@ -293,7 +293,7 @@ def _share_unevenly(model: Path, seed: int) -> None:
 
 
 def _begin() -> None:
-    """An interrupt ends a worker without a word: its checkpoint stays."""
+    """Let an interrupt end a worker without a message. Its checkpoint stays."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""The questions, the runs that answer them, and the rows that they come to."""
+"""The questions of a study, the runs that answer them, and the rows of the tables."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from hyperclone_onnx.plan.strategies import STRATEGIES, StrategyName
 
 @dataclass(frozen=True)
 class Size:
-    """How large a study is."""
+    """The sizes and numbers of a study."""
 
     name: str
     width: int
-    """Of the source; the grown model is twice as wide."""
+    """The width of the source. The grown model is twice as wide."""
     steps: int
-    """Of the model from random weights."""
+    """The training steps of the model from random weights."""
     layers: int = 3
     length: int = 128
     batch: int = 8
     evaluations: int = 20
     examined: int = 96
     rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
-    """To choose from, for random weights."""
+    """The learning rates that are tried for random weights."""
     source_rates: tuple[float, ...] = (8e-3, 1.6e-2)
     grown_rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
     source_part: float = 2.0
-    """For how many times the baseline's bytes the source is trained."""
+    """The bytes that the source is trained on, divided by those of the baseline."""
     seeds: int = 2
     questions: tuple[str, ...] = ("strategy",)
     device: str = "cpu"
 
     def shape(self, width: int) -> Shape:
-        """A model of some width."""
+        """The shape of a model of this width."""
         return shape(width, layers=self.layers, length=self.length)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a variant came to.
+    """The results of a variant.
 
-    Gains are ratios of what the model from random weights took, to what this one took to come to the same loss:
-    infinite where it began there, None where it did not come to it.
+    A gain is the cost of the model from random weights divided by the cost of this one to reach the same loss. It is
+    infinite if this one begins below that loss, and None if it does not reach it.
     """
 
     variant: str
@@ -57,7 +57,7 @@ class Row:
     gain_tokens: float | None
     gain_flops: float | None
     gain_total: float | None
-    """In FLOPs, those of the source included."""
+    """The gain in FLOPs, including those of the source."""
     runs: tuple[Outcome, ...] = field(repr=False, compare=False)
 
 
@@ -70,15 +70,15 @@ class Findings:
     """The loss of the model from random weights at the end of its training: the mean over the seeds."""
     baseline: list[Outcome]
     tables: dict[str, list[Row]]
-    """By question."""
+    """The rows of each question."""
 
 
 class Study:
-    """Runs what a size asks for.
+    """Answers the questions of a size.
 
     Args:
         lab: does the runs.
-        size: which and how large.
+        size: the questions, and the sizes of the models.
     """
 
     def __init__(self, lab: Lab, size: Size) -> None:
@@ -86,18 +86,18 @@ class Study:
         self.steps = size.steps
         self.tables: dict[str, list[Row]] = {}
 
-    def found(self) -> Iterator[Findings]:
-        """Answer the questions one by one; what is known is told after each."""
+    def answers(self) -> Iterator[Findings]:
+        """Answer the questions one by one. Yields all findings so far after each question."""
         self.measure_baseline()
         self.choose_source()
         for name in ("strategy", *(name for name in self.size.questions if name != "strategy")):
             self.tables[name] = list(getattr(self, f"ask_{name}")())
             yield Findings(self.size, self.target, self.baseline, dict(self.tables))
 
-    # -- what is compared with -----------------------------------------------------------------------------------
+    # -- the baseline and the source -----------------------------------------------------------------------------------
 
     def measure_baseline(self) -> None:
-        """Random weights, at the best of the rates; that one with other seeds, too."""
+        """Train from random weights with each rate, and with the best rate also with other seeds."""
         size, big = self.size, self.size.shape(2 * self.size.width)
         swept = self.lab.do([Run(Random(big, 0), Recipe(rate), self.steps) for rate in size.rates], "random weights")
         best = min(swept, key=lambda outcome: outcome.loss).run
@@ -112,7 +112,7 @@ class Study:
         ]
 
     def choose_source(self) -> None:
-        """The source's own rate is the best of some."""
+        """Train the source with each rate, and choose the best."""
         small, steps = self.size.shape(self.size.width), round(self.size.source_part * self.steps)
         swept = [Run(Random(small, 100), Recipe(rate), steps, 100) for rate in self.size.source_rates]
         outcomes = self.lab.do(swept, "the source")
@@ -122,7 +122,7 @@ class Study:
         ]
 
     def source(self, part: float = 0.0, seed: int = 0, width: int = 0, annealed: bool = True) -> Run:
-        """A source trained for `part` of the baseline's bytes; annealed to a rate of 0, or always at half its peak."""
+        """The run of a source for `part` of the baseline's bytes. Its rate decays to 0, or stays at half its peak."""
         small = self.size.shape(width or self.size.width)
         recipe = self.source_run.recipe
         if not annealed:
@@ -130,14 +130,14 @@ class Study:
         steps = round((part or self.size.source_part) * self.steps)
         return Run(Random(small, 100 + seed), recipe, steps, 100 + seed)
 
-    # -- how results are counted ---------------------------------------------------------------------------------
+    # -- runs and rows ---------------------------------------------------------------------------------
 
     def grown(self, start: Grown, recipe: Recipe, budget: float = 0.5, seed: int = 0) -> Run:
-        """Training of a grown model, for a part of the baseline's bytes."""
+        """The run of a grown model, for a part of the baseline's bytes."""
         return Run(start, recipe, round(budget * self.steps), 7 + seed)
 
     def row(self, variant: str, outcomes: Sequence[Outcome]) -> Row:
-        """A variant's row, by its run that came to the target soonest (the first, if none did)."""
+        """The row of a variant, from its run that reached the target first, or that has the lowest loss."""
         steps = {outcome: reached(outcome, self.target) for outcome in outcomes}
         best = min(outcomes, key=lambda outcome: (steps[outcome] or float("inf"), outcome.loss))
         run, took = best.run, steps[best]
@@ -150,16 +150,16 @@ class Study:
             gains.append(flops / (own + best.flops_before) if own + best.flops_before else math.inf)
         return Row(variant, run.recipe, run.steps, best.curve[0].loss, best.loss, *gains, tuple(outcomes))
 
-    def compare(self, what: str, variants: Mapping[str, Run | Sequence[Run]]) -> Iterator[Row]:
-        """One row for each variant; of several runs of one, by that which came to the target soonest."""
-        for name, outcomes in self.do(what, variants).items():
+    def compare(self, stage: str, variants: Mapping[str, Run | Sequence[Run]]) -> Iterator[Row]:
+        """One row for each variant. Of several runs, it shows the one that reached the target first."""
+        for name, outcomes in self.do(stage, variants).items():
             yield self.row(name, outcomes)
 
-    def do(self, what: str, variants: Mapping[str, Run | Sequence[Run]]) -> dict[str, list[Outcome]]:
-        """All runs at once, as many at a time as there are workers."""
+    def do(self, stage: str, variants: Mapping[str, Run | Sequence[Run]]) -> dict[str, list[Outcome]]:
+        """Do all runs of all variants, as many at a time as there are workers."""
         every = {name: [runs] if isinstance(runs, Run) else runs for name, runs in variants.items()}
-        self.lab.do([run for runs in every.values() for run in runs], what)
-        return {name: self.lab.do(runs, what) for name, runs in every.items()}
+        self.lab.do([run for runs in every.values() for run in runs], stage)
+        return {name: self.lab.do(runs, stage) for name, runs in every.items()}
 
     # -- the questions -------------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class Study:
         self.winner, self.recipe = winner.start, winner.recipe
 
     def ask_recipe(self) -> Iterator[Row]:
-        """The winner with smaller and smaller budgets, and other seeds of source, noise and data."""
+        """The best strategy with smaller budgets, and with other seeds for source, noise and data."""
         budgets = {"half": 1 / 2, "a third": 1 / 3, "a quarter": 1 / 4, "a fifth": 1 / 5}
         yield from self.compare(
             "the best recipe",
@@ -205,9 +205,9 @@ class Study:
         )
 
     def ask_unannealed(self) -> Iterator[Row]:
-        """A source whose rate was never let down is grown, and let down once."""
+        """Grow a source whose rate was never decayed, and let the rate decay once, after growth."""
         last = self.source_run.recipe.rate / 2
-        asked: list[tuple[StrategyName, float, int, float, tuple[float, ...]]] = [
+        settings: list[tuple[StrategyName, float, int, float, tuple[float, ...]]] = [
             ("noisy-diagonal", 1.0, 0, last / 2, (1 / 2, 1 / 1.6)),
             ("noisy-diagonal", 1.0, 1, last / 2, (1 / 2, 1 / 1.6)),
             ("noisy-diagonal", 1.0, 0, last, (1 / 2,)),
@@ -224,24 +224,24 @@ class Study:
                 )
                 for budget in budgets
             ]
-            for strategy, part, seed, rate, budgets in asked
+            for strategy, part, seed, rate, budgets in settings
         }
         yield from self.compare("unannealed", variants)
 
     def ask_small(self) -> Iterator[Row]:
-        """The source trained on instead of grown: for the same bytes, and for the same FLOPs."""
+        """Train the source further instead of growing it, for the same bytes and for the same FLOPs."""
         own = self.size.source_part
         ratio = self.size.shape(2 * self.size.width).flops() / self.size.shape(self.size.width).flops()
-        asked = [(own, "bytes", 1.0), (own, "FLOPs", ratio)]
+        settings = [(own, "bytes", 1.0), (own, "FLOPs", ratio)]
         if "source" in self.size.questions:
-            asked.append((2 * own, "FLOPs", ratio))
+            settings.append((2 * own, "FLOPs", ratio))
         yield from self.compare(
             "the source trained on",
             {
                 f"trained for {part:g}, then for the same {text}, rate {rate:g}": Run(
                     Continued(self.source(part)), Recipe(rate, 0.0), round(0.5 * self.steps * times), 7
                 )
-                for part, text, times in asked
+                for part, text, times in settings
                 for rate in self.size.grown_rates
             },
         )
@@ -259,7 +259,7 @@ class Study:
             yield self.row(name, [min(outcomes, key=lambda outcome: outcome.loss)])
 
     def ask_state(self) -> Iterator[Row]:
-        """What becomes of the optimizer's state."""
+        """Whether the optimizer's state is reset or carried over."""
         kinds = {"reset": "reset", "carried": "carried over", "half": "carried over, reset for the clones"}
         variants: dict[str, Run] = {}
         for name in ("noisy-diagonal", "noisy-symmetric"):
@@ -271,12 +271,12 @@ class Study:
         yield from self.compare("optimizer's state", variants)
 
     def ask_snr(self) -> Iterator[Row]:
-        """How much noise."""
+        """The amount of noise."""
         starts = {f"{snr:g} dB": replace(self.winner, snr_db=snr) for snr in (0.0, 5.0, 10.0, 20.0, 40.0)}
         yield from self.compare("SNR", {name: self.grown(start, self.recipe) for name, start in starts.items()})
 
     def ask_schedule(self) -> Iterator[Row]:
-        """How the rate goes."""
+        """Schedules of the rate."""
         plain, peak = self.recipe, self.recipe.rate
         variants: dict[str, Recipe] = {
             "no warm-up, linear to 0": plain,
@@ -301,7 +301,7 @@ class Study:
         )
 
     def ask_factor(self) -> Iterator[Row]:
-        """2, 4, and 2 twice."""
+        """Growth by 2, by 4, and by 2 twice."""
         width, recipe = self.size.width, self.recipe
         quarter = self.source(width=width // 2)
         once = self.grown(replace(self.winner, run=quarter), recipe)
@@ -315,19 +315,19 @@ class Study:
         )
 
     def ask_sharing(self) -> Iterator[Row]:
-        """Unequal shares without noise, beside equal ones."""
+        """Unequal shares without noise, compared with equal ones."""
         names = ("symmetric", "uneven", "noisy-symmetric")
         starts: dict[str, Grown] = {name: replace(self.winner, strategy=name) for name in names}
         yield from self.compare("sharing", {name: self.grown(start, self.recipe) for name, start in starts.items()})
 
     def ask_what(self) -> Iterator[Row]:
-        """Growing a part only."""
+        """Growth of a part of the model only."""
         names = {"all": "", "ffn only": "ffn", "heads only": "heads"}
         starts = {name: replace(self.winner, only=only) for name, only in names.items()}
         yield from self.compare("what grows", {name: self.grown(start, self.recipe) for name, start in starts.items()})
 
     def ask_dropout(self) -> Iterator[Row]:
-        """Dropout parts clones."""
+        """Whether dropout makes clones different."""
         yield from self.compare(
             "dropout",
             {
@@ -346,7 +346,7 @@ class Study:
 
 
 def reached(outcome: Outcome, loss: float) -> float | None:
-    """The step at which a curve first comes to a loss, between two points of it on a straight line."""
+    """The first step at which a curve reaches a loss, interpolated between two points. None if it never does."""
     before = None
     for point in outcome.curve:
         if point.loss <= loss:

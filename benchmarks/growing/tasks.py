@@ -1,4 +1,4 @@
-"""One training run, in all that decides its result, and the points of its curve."""
+"""The description of one training run, and the points of its curve."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Tell = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, gradients clipped at a norm of 1, a linear warm-up and then a decay to nothing."""
+    """How to train: AdamW, gradients clipped at a norm of 1, a linear warm-up, and then a decay to 0."""
 
     rate: float
-    """At its peak."""
+    """The learning rate at its peak."""
     warm_up: float = 0.05
-    """The share of all steps in which the rate rises; 0 begins at the peak."""
+    """The share of the steps in which the rate rises. 0 means that it begins at the peak."""
     decay: str = "linear"
     """linear, cosine, late (constant until the last quarter), or none."""
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     dropout: float = 0.0
-    """Behind each layer."""
+    """The share of elements that are dropped behind each layer."""
     by_fan_in: bool = False
-    """Whether a grown matrix gets the rate divided by the growth of its fan-in (muP, arXiv 2203.03466)."""
+    """Whether the rate of a grown matrix is divided by the growth of its fan-in (muP, arXiv 2203.03466)."""
 
     def share(self, done: float) -> float:
-        """The rate after a share of all steps, in parts of its peak."""
+        """The rate after a share `done` of the steps, divided by its peak."""
         if done < self.warm_up:
             return done / self.warm_up
         left = (1.0 - done) / (1.0 - self.warm_up)
@@ -39,33 +39,33 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """A run, in all that decides its result."""
+    """All that decides the result of a run."""
 
     model: Path
-    """What it starts from."""
+    """The initial model."""
     recipe: Recipe
     steps: int
     seed: int
-    """Of the order of the data."""
+    """The seed for the order of the data."""
     batch: int
     length: int
     evaluations: int
     examined: int
-    """How many windows of what is held out."""
+    """The number of windows for evaluation."""
     optimizer: Path | None = None
-    """The state to start from."""
+    """The initial state of the optimizer."""
     framework: str = "torch"
     device: str = "cpu"
 
     def times(self) -> set[int]:
-        """The steps before which the model is examined; the last is the end."""
+        """The steps before which the model is evaluated, and the end."""
         return {round(self.steps * number / self.evaluations) for number in range(self.evaluations + 1)}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place on a curve."""
+    """A point of a curve."""
 
     step: int
     loss: float
-    """On what is held out, in nats per byte."""
+    """The loss on the evaluation windows, in nats per byte."""

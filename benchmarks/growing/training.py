@@ -1,4 +1,4 @@
-"""One training run: a model file in, a curve and the trained model file out."""
+"""Does one training run: reads a model file, and writes a curve and the trained model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from growing.training_torch import train_torch
 
 
 def train(task: Task, folder: Path, tell: Tell) -> None:
-    """Do what is left of a run. Leaves curve.csv, model.onnx, optimizer.pt and result.json in its folder.
+    """Do a run, or the rest of it. Writes curve.csv, model.onnx, optimizer.pt and result.json into its folder.
 
     Args:
-        task: what to do.
-        folder: its own.
-        tell: called with the number of steps just done.
+        task: the run.
+        folder: the folder of the run.
+        tell: called with the number of steps that were done since the last call.
     """
     if (folder / "result.json").exists():
         tell(task.steps)

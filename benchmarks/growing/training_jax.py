@@ -1,4 +1,4 @@
-"""The same run in JAX and Optax. Such runs are short: one that was interrupted begins anew."""
+"""Does a run in JAX and Optax. These runs are short, so an interrupted run starts again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ jax.config.update("jax_platforms", "cpu")
 
 
 def train_jax(task: Task, folder: Path, tell: Tell) -> None:
-    """See `training.train`; neither dropout nor rates by fan-in."""
+    """See `training.train`. There are no dropout and no rates by fan-in here."""
     recipe, data = task.recipe, corpus()
     apply, params = load(task.model)
     decayed = jax.tree.map(lambda parameter: parameter.ndim > 1, params)

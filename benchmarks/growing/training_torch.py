@@ -1,4 +1,4 @@
-"""A run in PyTorch. A run that was interrupted goes on from its last checkpoint."""
+"""Does a run in PyTorch. An interrupted run continues from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def train_torch(task: Task, folder: Path, tell: Tell) -> None:
 
 
 def _groups(module: OnnxModule, task: Task) -> list[dict[str, Any]]:
-    """Matrices decay, vectors do not; by fan-in, each kind of growth is a group."""
+    """The parameter groups: only matrices decay. With rates by fan-in, each growth of the fan-in is a group."""
     plan = compile_model(task.model).plan if task.recipe.by_fan_in else None
     groups: dict[tuple[float, float], list[Any]] = {}
     for name, parameter in module.named_parameters():
@@ -98,7 +98,7 @@ def _dropped(training: bool, outputs: Any, share: float) -> Any:
 
 
 def examine(module: Any, task: Task) -> float:
-    """The mean loss over the windows of the examination."""
+    """The mean loss over the evaluation windows."""
     module.eval()
     windows = torch.from_numpy(corpus().examination(task.examined, task.length)).to(task.device)
     total = 0.0
