@@ -282,25 +282,25 @@ def main() -> None:
     parser.add_argument("--larger", type=float, help="also measure the memory of models that are this times as large")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--write", action="store_true", help="put the result into docs/")
-    given = parser.parse_args()
+    options = parser.parse_args()
     where = machine()
-    with tempfile.TemporaryDirectory(prefix="expand-benchmark.", dir=given.folder) as name:
+    with tempfile.TemporaryDirectory(prefix="expand-benchmark.", dir=options.folder) as name:
         folder = Path(name)
-        model = prepare(folder, given.size)
+        model = prepare(folder, options.size)
         say(f"{model.parameters:,} parameters")
-        first = against_cat(model, given.pairs)
+        first = against_cat(model, options.pairs)
         modes = by_mode(model)
         remove(model)
-        sizes, points = by_size(folder, given.sizes, max(1, given.pairs // 2 + 1)) if given.sizes else ("", [])
+        sizes, points = by_size(folder, options.sizes, max(1, options.pairs // 2 + 1)) if options.sizes else ("", [])
         title = f"{model.parameters / 1e6:.0f} M parameters, doubled"
         parts = [f"Measured on {where}.", f"### {title}", first, modes]
         if sizes:
             parts += ["### By size", sizes, "![Seconds by size](benchmarks.png)"]
-        if given.larger:
-            parts += ["### Memory", when_larger(folder, given.larger)]
+        if options.larger:
+            parts += ["### Memory", when_larger(folder, options.larger)]
         text = "\n\n".join(parts)
         print(text)
-        if given.write:
+        if options.write:
             put("benchmarks.md", "expand", text)
             if points:
                 plot(points, PLOT)

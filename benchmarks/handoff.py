@@ -51,37 +51,42 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def llama(given: argparse.Namespace) -> Any:
+def llama(arguments: argparse.Namespace) -> Any:
     """A Llama: rotary positions, grouped queries, RMS norms, a gated feed-forward."""
     config = transformers.LlamaConfig(
-        vocab_size=given.vocab,
-        hidden_size=given.hidden,
-        intermediate_size=8 * given.hidden // 3 // 8 * 8,
-        num_hidden_layers=given.layers,
-        num_attention_heads=given.hidden // 32,
-        num_key_value_heads=given.hidden // 64,
+        vocab_size=arguments.vocab,
+        hidden_size=arguments.hidden,
+        intermediate_size=8 * arguments.hidden // 3 // 8 * 8,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 32,
+        num_key_value_heads=arguments.hidden // 64,
         use_cache=False,
     )
     return transformers.LlamaForCausalLM(config)
 
 
-def gpt2(given: argparse.Namespace) -> Any:
+def gpt2(arguments: argparse.Namespace) -> Any:
     """A GPT-2: learned positions, layer norms, one fused projection, a tied head."""
-    sizes = {"vocab_size": given.vocab, "n_embd": given.hidden, "n_layer": given.layers, "n_positions": given.length}
+    sizes = {
+        "vocab_size": arguments.vocab,
+        "n_embd": arguments.hidden,
+        "n_layer": arguments.layers,
+        "n_positions": arguments.length,
+    }
     dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    config = transformers.GPT2Config(**sizes, **dropout, n_head=given.hidden // 32, use_cache=False)
+    config = transformers.GPT2Config(**sizes, **dropout, n_head=arguments.hidden // 32, use_cache=False)
     return transformers.GPT2LMHeadModel(config)
 
 
-def bert(given: argparse.Namespace) -> Any:
+def bert(arguments: argparse.Namespace) -> Any:
     """A BERT: attention in both directions, layer norms behind the sums."""
     config = transformers.BertConfig(
-        vocab_size=given.vocab,
-        hidden_size=given.hidden,
-        intermediate_size=4 * given.hidden,
-        num_hidden_layers=given.layers,
-        num_attention_heads=given.hidden // 32,
-        max_position_embeddings=given.length,
+        vocab_size=arguments.vocab,
+        hidden_size=arguments.hidden,
+        intermediate_size=4 * arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 32,
+        max_position_embeddings=arguments.length,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -91,10 +96,10 @@ def bert(given: argparse.Namespace) -> Any:
 MODELS: dict[str, Callable[[argparse.Namespace], Any]] = {"llama": llama, "gpt2": gpt2, "bert": bert}
 
 
-def source_model(given: argparse.Namespace) -> Any:
+def source_model(arguments: argparse.Namespace) -> Any:
     """The model with random weights. Gains and biases are random too, because an export stores equal ones only once."""
     torch.manual_seed(0)
-    model = MODELS[given.model](given).eval()
+    model = MODELS[arguments.model](arguments).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -102,10 +107,10 @@ def source_model(given: argparse.Namespace) -> Any:
     return model
 
 
-def torch_step(given: argparse.Namespace, call: Callable[[], Any], model: Any, targets: Any) -> Step:
+def torch_step(arguments: argparse.Namespace, call: Callable[[], Any], model: Any, targets: Any) -> Step:
     """Forward, backward and AdamW in PyTorch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    narrow = given.dtype == "bfloat16"
+    narrow = arguments.dtype == "bfloat16"
 
     def step() -> float:
         optimizer.zero_grad()
@@ -150,48 +155,50 @@ def jax_step(path: Path, ids: Any, mask: Any) -> Step:
 
 def main() -> None:
     """Measure the steps of all variants in turn."""
-    given = options()
+    arguments = options()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = source_model(given)
+    source = source_model(arguments)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         source.set_attn_implementation("eager")
-        build.export_onnx(source, INPUTS, "logits", path, given.length)
+        build.export_onnx(source, INPUTS, "logits", path, arguments.length)
         source.set_attn_implementation("sdpa")
-        ids = torch.randint(0, given.vocab, (given.batch, given.length), device=device)
+        ids = torch.randint(0, arguments.vocab, (arguments.batch, arguments.length), device=device)
         mask, targets = torch.ones_like(ids), ids[:, 1:].contiguous()
         steps: dict[tuple[str, str], Step] = {}
-        for way in (EAGER,) if given.no_compile else (EAGER, COMPILED):
+        for way in (EAGER,) if arguments.no_compile else (EAGER, COMPILED):
             # A step changes the weights, so that every variant needs a copy of them.
-            theirs, ours = source_model(given).to(device), load(path, device=device)
-            theirs.set_attn_implementation("sdpa")
-            call_theirs, call_ours = (theirs, ours) if way == EAGER else (torch.compile(theirs), torch.compile(ours))
-            steps[SOURCE, way] = torch_step(
-                given, lambda call=call_theirs: call(input_ids=ids, attention_mask=mask).logits, theirs, targets
+            original, handed = source_model(arguments).to(device), load(path, device=device)
+            original.set_attn_implementation("sdpa")
+            call_original, call_handed = (
+                (original, handed) if way == EAGER else (torch.compile(original), torch.compile(handed))
             )
-            steps[HANDOFF, way] = torch_step(given, lambda call=call_ours: call(ids, mask), ours, targets)
-        if not given.no_jax and given.dtype == "float32":
+            steps[SOURCE, way] = torch_step(
+                arguments, lambda call=call_original: call(input_ids=ids, attention_mask=mask).logits, original, targets
+            )
+            steps[HANDOFF, way] = torch_step(arguments, lambda call=call_handed: call(ids, mask), handed, targets)
+        if not arguments.no_jax and arguments.dtype == "float32":
             steps[HANDOFF, JITTED] = jax_step(path, ids, mask)
-        lines = list(report(given, device, steps))
+        lines = list(report(arguments, device, steps))
     print("\n".join(lines))
-    if given.write:
-        put("benchmarks.md", f"handoff {given.model} {given.dtype}", "\n".join(lines))
+    if arguments.write:
+        put("benchmarks.md", f"handoff {arguments.model} {arguments.dtype}", "\n".join(lines))
 
 
-def report(given: argparse.Namespace, device: str, steps: dict[tuple[str, str], Step]) -> Iterator[str]:
+def report(arguments: argparse.Namespace, device: str, steps: dict[tuple[str, str], Step]) -> Iterator[str]:
     """Run all steps in turn, and report the median time of each and its ratio to Hugging Face's in the same turn."""
     losses = {key: step() for key, step in steps.items()}
     for step in list(steps.values()) * 2:  # compilers may compile again in the second and third step
         step()
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    for _ in range(given.steps):
+    for _ in range(arguments.steps):
         for key, step in steps.items():
             begin = time.perf_counter()
             step()
             times[key].append(time.perf_counter() - begin)
-    size = f"hidden {given.hidden}, {given.layers} layers, batch {given.batch} x {given.length}"
+    size = f"hidden {arguments.hidden}, {arguments.layers} layers, batch {arguments.batch} x {arguments.length}"
     where = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
-    yield f"{given.model}, {size}, {given.dtype}, {where}; {given.steps} steps of each in turn."
+    yield f"{arguments.model}, {size}, {arguments.dtype}, {where}; {arguments.steps} steps of each in turn."
     yield ""
     yield "| | ms per step (median) | fastest | of Hugging Face's: median | fastest by fastest | first loss |"
     yield "|---|---|---|---|---|---|"
@@ -199,7 +206,7 @@ def report(given: argparse.Namespace, device: str, steps: dict[tuple[str, str], 
         reference = times.get((SOURCE, way if way != JITTED else COMPILED)) if who == HANDOFF else None
         ratios = ["", ""]
         if reference is not None:
-            turns = [ours / theirs for ours, theirs in zip(seconds, reference, strict=True)]
+            turns = [own / first for own, first in zip(seconds, reference, strict=True)]
             ratios = [f"{statistics.median(turns):.2f}", f"{min(seconds) / min(reference):.2f}"]
         median, fastest = 1000 * statistics.median(seconds), 1000 * min(seconds)
         yield f"| {who}, {way} | {median:.1f} | {fastest:.1f} | {ratios[0]} | {ratios[1]} | {losses[who, way]:.5f} |"

@@ -60,10 +60,10 @@ def with_torch(model: str, plan: str, processes: int) -> None:
     begin = time.perf_counter()
     module = load(model, **options)
     seconds, loaded = time.perf_counter() - begin, peak()
-    given = {name: torch.from_numpy(array) for name, array in feeds(module.program).items()}
-    ids = given["input_ids"]
+    inputs = {name: torch.from_numpy(array) for name, array in feeds(module.program).items()}
+    ids = inputs["input_ids"]
     with torch.no_grad():
-        logits = module(**given)
+        logits = module(**inputs)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     report(loaded, loss.item(), seconds)
     if processes > 1:
@@ -87,12 +87,12 @@ def with_jax(model: str, plan: str, processes: int) -> None:
     apply, params = load(model, **options)
     jax.block_until_ready(params)
     seconds, loaded = time.perf_counter() - begin, peak()
-    given = feeds(apply.program)
-    ids = given["input_ids"]
+    inputs = feeds(apply.program)
+    ids = inputs["input_ids"]
 
     @jax.jit
     def loss_of(params: Any) -> Any:
-        chances = jax.nn.log_softmax(apply(params, **given)[:, :-1])
+        chances = jax.nn.log_softmax(apply(params, **inputs)[:, :-1])
         return -jax.numpy.take_along_axis(chances, ids[:, 1:, None], axis=-1).mean()
 
     report(loaded, float(loss_of(params)), seconds)
@@ -125,18 +125,18 @@ def main() -> None:
     parser.add_argument("small", nargs="?", type=Path)
     parser.add_argument("--factor", type=int, default=2)
     parser.add_argument("--framework", choices=("torch", "jax"), action="append")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     from hyperclone_onnx import expand
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        small = given.small or build(Path(folder) / "small.onnx")
+        small = arguments.small or build(Path(folder) / "small.onnx")
         big, plan = Path(folder) / "big.onnx", Path(folder) / "plan.json"
-        grown = expand(small, big, given.factor, check=False, plan_out=plan)
+        grown = expand(small, big, arguments.factor, check=False, plan_out=plan)
         size = sum(file.stat().st_size for file in Path(folder).glob("big.onnx*"))
         print(f"{grown.parameters_before:,} -> {grown.parameters_after:,} parameters, {size / MiB:,.0f} MiB\n")
         print("| | seconds | peak after loading, MiB | of the whole's | peak after a loss, MiB | loss |")
         print("|---|---|---|---|---|---|")
-        for framework in given.framework or ("torch", "jax"):
+        for framework in arguments.framework or ("torch", "jax"):
             whole = run(framework, big, None, 1)
             rows = {
                 f"{framework}, one process": whole,

@@ -33,13 +33,13 @@ def zoo_page() -> str:
     """A row for each graph but the second sizings, then the axes of the families' tensors."""
     rows, others, details = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for name in (each for each in zoo_store.names() if not each.endswith(".collide")):
+        for name in (graph_name for graph_name in zoo_store.names() if not graph_name.endswith(".collide")):
             path = Path(folder) / f"{name}.onnx"
             onnx.save(zoo_store.load(name), path)
             analysis = analyse(path)
             sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-            for each in analysis.named:
-                sizes[each.role][f"{each.size}{'' if each.dim.growable else ' kept'}"] += 1
+            for dimension in analysis.named:
+                sizes[dimension.role][f"{dimension.size}{'' if dimension.dim.growable else ' kept'}"] += 1
             cells = " | ".join(
                 ", ".join(f"{size} x{count}" if count > 1 else size for size, count in sizes[role].items())
                 for role in COLUMNS
@@ -116,12 +116,12 @@ def operators_page() -> str:
     header = "| operator | status | since | how its axes relate, or why it is pinned | edited |\n" + "|---" * 5
     tables = []
     versions = operator_versions()
-    for domain in sorted(versions, key=lambda each: list(DOMAINS).index(each) if each in DOMAINS else len(DOMAINS)):
+    for domain in sorted(versions, key=lambda name: list(DOMAINS).index(name) if name in DOMAINS else len(DOMAINS)):
         rows = [operator_row(domain, op_type, since) for op_type, since in sorted(versions[domain].items())]
         counts = Counter(status for status, _ in rows)
-        told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+        counted = ", ".join(f"{count} {status}" for status, count in counts.most_common())
         title = f"## {DOMAINS.get(domain, domain)} (`{domain or 'ai.onnx'}`)"
-        tables.append(f"{title}\n\n{told}.\n\n{header}|\n" + "\n".join(row for _, row in rows) + "\n")
+        tables.append(f"{title}\n\n{counted}.\n\n{header}|\n" + "\n".join(row for _, row in rows) + "\n")
     return (
         "# The operators\n\n"
         f"Written by `make docs` from the registry, for every operator of onnx {onnx.__version__} and of\n"

@@ -141,7 +141,7 @@ def scenes(folder: Path) -> list[Scene]:
 def digest_of(path: Path) -> str:
     """The content of a model as text, whatever the name of its data file; or of a folder. Empty if nothing is there."""
     if path.is_dir():
-        parts = [(str(each.relative_to(path)), digest_of(each)) for each in sorted(path.rglob("*")) if each.is_file()]
+        parts = [(str(file.relative_to(path)), digest_of(file)) for file in sorted(path.rglob("*")) if file.is_file()]
         parts = [(name, digest) for name, digest in parts if not name.endswith(".data")]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if not path.exists():
@@ -157,7 +157,7 @@ def digest_of(path: Path) -> str:
 
 def listing(root: Path) -> set[str]:
     """Every file and folder, by its path."""
-    return {str(each.relative_to(root)) for each in root.rglob("*")}
+    return {str(entry.relative_to(root)) for entry in root.rglob("*")}
 
 
 def raw(root: Path, names: set[str]) -> dict[str, bytes]:
@@ -300,7 +300,7 @@ def disk_error() -> None:
 
 
 STRIKES: dict[str, Strike] = {
-    each.__name__: each for each in (kill, interrupt, terminate, hang_up, disk_full, no_permission, disk_error)
+    fault.__name__: fault for fault in (kill, interrupt, terminate, hang_up, disk_full, no_permission, disk_error)
 }
 
 
@@ -349,13 +349,15 @@ class Judge:
         self.expect(now in (self.old, self.new), ended, "OUT is neither what it was nor what it should be")
         if not killed:
             # The commit is done for the model, but not for the files beside it: it cannot be undone.
-            told = bool(scene.plan) and now == self.new and ended.code == 2 and "is written and complete" in ended.last
+            complete = (
+                bool(scene.plan) and now == self.new and ended.code == 2 and "is written and complete" in ended.last
+            )
             right = (ended.code == 0) == (now == self.new)
-            self.expect(right or told, ended, "the exit code does not say what became of OUT")
+            self.expect(right or complete, ended, "the exit code does not say what became of OUT")
             self.expect(ended.code in (0, 2, 3, 4, 130), ended, "an exit code without a meaning")
             self.expect(ended.code == 0 or ended.last.startswith("error: "), ended, "no last line that says why")
             extra = listing(scene.root) ^ (self.new_names if now == self.new else self.first_names)
-            extra -= {scene.plan} if told else set()
+            extra -= {scene.plan} if complete else set()
             # If the failed call was part of cleaning up after the commit, the next run cleans up.
             left = all(".partial" in name or name.endswith(".data") for name in extra)
             self.expect(not extra or (failing and ended.code == 0 and left), ended, "leftovers")
@@ -417,12 +419,12 @@ def two_at_once(scene: Scene, times: int) -> Iterator[str]:
     for _ in range(times):
         scene.reset()
         runs = [start(scene.arguments) for _ in range(2)]
-        ends = [finish(*each) for each in runs]
-        codes = sorted(each.code for each in ends)
+        ends = [finish(*run) for run in runs]
+        codes = sorted(end.code for end in ends)
         judge.expect(codes in ([0, 0], [0, 2]), ends[0], f"two runs end with {codes}: {ends[1].last}")
-        for each in ends:
-            told = "another run" in each.last or "exists already" in each.last or "another" in each.last
-            judge.expect(each.code == 0 or told, each, "the one that gives way does not say why")
+        for end in ends:
+            says_why = "another run" in end.last or "exists already" in end.last or "another" in end.last
+            judge.expect(end.code == 0 or says_why, end, "the one that gives way does not say why")
         judge.expect(digest_of(scene.root / scene.out) == judge.new, ends[0], "OUT is not the whole grown model")
         judge.expect(not [n for n in listing(scene.root) if ".partial" in n], ends[0], "leftovers")
         yield "both" if codes == [0, 0] else "one"
@@ -532,8 +534,8 @@ def without_permission(folder: Path) -> Iterator[str]:
         return
     make_model(folder / "small.onnx", split=False)
     folder.chmod(0o755)
-    for each in folder.parents:
-        if not each.stat().st_mode & 0o001:
+    for parent in folder.parents:
+        if not parent.stat().st_mode & 0o001:
             yield "skipped"
             return
 
@@ -577,8 +579,8 @@ def main() -> int:
         counts: Counter[Any] = Counter()
         begun = time.monotonic()
         try:
-            for each in outcomes:
-                counts[each] += 1
+            for outcome in outcomes:
+                counts[outcome] += 1
         except Broken as problem:
             failed += 1
             print(f"BROKEN {name}: {problem}")

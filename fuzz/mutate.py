@@ -75,13 +75,13 @@ def run_case(number: int, seeds: Seeds, folder: Path, notify: Notify = lambda _:
     model = onnx.load(seed)
     changes = mutate(model, rng)
     options = options_of(rng)
-    what = f"{seed.stem} {'+'.join(changes)} {options['factor']} {options['requests']}"
+    case = f"{seed.stem} {'+'.join(changes)} {options['factor']} {options['requests']}"
     small, big = folder / "small.onnx", folder / "big.onnx"
     big.unlink(missing_ok=True)
     try:
         small.write_bytes(model.SerializeToString())
     except ValueError as problem:
-        return "unwritten", f"{what}: {problem}"
+        return "unwritten", f"{case}: {problem}"
     try:
         try:
             expand(small, big, **options)
@@ -90,33 +90,33 @@ def run_case(number: int, seeds: Seeds, folder: Path, notify: Notify = lambda _:
             expand(small, big, **options)
     except (BadModel, BadRequest, Refused, CannotWrite) as problem:
         if "\n" in str(problem).strip() or big.exists():
-            return "CRASH", f"{what}: a refusal of several lines, or one that leaves a model: {problem!r}"
-        return f"refused {problem.exit_code}", f"{what}: {problem}"
+            return "CRASH", f"{case}: a refusal of several lines, or one that leaves a model: {problem!r}"
+        return f"refused {problem.exit_code}", f"{case}: {problem}"
     except HypercloneError as problem:
-        return "CRASH", f"{what}: {problem!r}"
+        return "CRASH", f"{case}: {problem!r}"
     except MemoryError:
-        return "CRASH", f"{what}: no memory: {traceback.format_exc(limit=-3)}"
+        return "CRASH", f"{case}: no memory: {traceback.format_exc(limit=-3)}"
     except Exception:
-        return "CRASH", f"{what}: {traceback.format_exc(limit=-6)}"
+        return "CRASH", f"{case}: {traceback.format_exc(limit=-6)}"
     notify(SOURCE)
     try:
         ran = run_source(small, number)
     except Unrun as problem:
-        return "source does not run", f"{what}: {problem}"
+        return "source does not run", f"{case}: {problem}"
     notify(GROWN)
     if options["strategy"].name != "symmetric" and not all(
         np.isfinite(output).all() for _, outputs in ran for output in outputs if output.dtype.kind == "f"
     ):
-        return "infinite", what  # infinity times a share of 0, or the sum of both infinities, is not a number
+        return "infinite", case  # infinity times a share of 0, or the sum of both infinities, is not a number
     difference = compare(big, ran)
     if difference and "does not run" not in difference:
         moves = sensitivity(small, ran)
         if moves > TOLERANCE / CONDITION:
             return (
                 "badly conditioned",
-                f"{what} {options}: {difference}; a rounding of the weights moves it by {moves:.1e}",
+                f"{case} {options}: {difference}; a rounding of the weights moves it by {moves:.1e}",
             )
-    return ("WRONG", f"{what} {options}: {difference}") if difference else ("equal", what)
+    return ("WRONG", f"{case} {options}: {difference}") if difference else ("equal", case)
 
 
 def _serve(pipe: Connection, seeds: Seeds) -> None:
@@ -138,10 +138,10 @@ class Worker:
     def start(self) -> None:
         """Start a new process."""
         context = multiprocessing.get_context("fork")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.seeds), daemon=True)
+        self.pipe, child_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child_end, self.seeds), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
         self.number: int | None = None
 
     def give(self, number: int) -> None:

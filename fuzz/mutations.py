@@ -44,10 +44,10 @@ def pick(items: Sequence[Any], rng: Rng) -> Any:
 
 def graphs(model: onnx.ModelProto) -> list[onnx.GraphProto]:
     """The main graph, and the bodies of its nodes."""
-    found = [model.graph]
-    for graph in found:
-        found += [a.g for node in graph.node for a in node.attribute if a.type == AttributeProto.GRAPH]
-    return found
+    graphs = [model.graph]
+    for graph in graphs:
+        graphs += [a.g for node in graph.node for a in node.attribute if a.type == AttributeProto.GRAPH]
+    return graphs
 
 
 def pick_graph(model: onnx.ModelProto, rng: Rng) -> onnx.GraphProto:
@@ -116,12 +116,12 @@ def rewire(model: onnx.ModelProto, rng: Rng) -> bool:
 def change_operator(model: onnx.ModelProto, rng: Rng) -> bool:
     """Replace the operator of a node by a similar one."""
     graph = pick_graph(model, rng)
-    found = [(node, line) for node in graph.node for line in ALIKE if node.op_type in line]
-    chosen = pick(found, rng)
+    choices = [(node, line) for node in graph.node for line in ALIKE if node.op_type in line]
+    chosen = pick(choices, rng)
     if chosen is None:
         return False
     node, line = chosen
-    node.op_type = pick([each for each in line if each != node.op_type], rng)
+    node.op_type = pick([op_type for op_type in line if op_type != node.op_type], rng)
     return True
 
 
@@ -129,8 +129,8 @@ def change_operator(model: onnx.ModelProto, rng: Rng) -> bool:
 def change_attribute(model: onnx.ModelProto, rng: Rng) -> bool:
     """Change or remove an attribute."""
     graph = pick_graph(model, rng)
-    found = [(node, a) for node in graph.node for a in node.attribute if a.type != AttributeProto.GRAPH]
-    chosen = pick(found, rng)
+    choices = [(node, a) for node in graph.node for a in node.attribute if a.type != AttributeProto.GRAPH]
+    chosen = pick(choices, rng)
     if chosen is None:
         return False
     node, a = chosen
@@ -299,8 +299,8 @@ def drop_output(model: onnx.ModelProto, rng: Rng) -> bool:
 @mutation
 def change_opset(model: onnx.ModelProto, rng: Rng) -> bool:
     """Change the version of the operators."""
-    each = pick(model.opset_import, rng)
-    each.version = int(pick([each.version - 1, each.version + 1, 11, 13, 17, 18, 21, 23], rng))
+    entry = pick(model.opset_import, rng)
+    entry.version = int(pick([entry.version - 1, entry.version + 1, 11, 13, 17, 18, 21, 23], rng))
     return True
 
 
@@ -345,7 +345,7 @@ def store_in_a_node(model: onnx.ModelProto, rng: Rng) -> bool:
 def offer_as_input(model: onnx.ModelProto, rng: Rng) -> bool:
     """Turn a stored tensor into the default value of an input."""
     tensor = pick(model.graph.initializer, rng)
-    if tensor is None or any(each.name == tensor.name for each in model.graph.input):
+    if tensor is None or any(value.name == tensor.name for value in model.graph.input):
         return False
     model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     return True
@@ -401,11 +401,11 @@ def insert(model: onnx.ModelProto, rng: Rng) -> bool:
     def float_of(shape: Sequence[int], scale: float = 1.0) -> str:
         return stored(graph, rng, rng.standard_normal(shape) * scale, np.float32)
 
-    made: list[NodeProto] = []
+    new_nodes: list[NodeProto] = []
 
     def make(op: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
-        output = output or f"{new}.{len(made)}"
-        made.append(helper.make_node(op, inputs, [output], **attributes))
+        output = output or f"{new}.{len(new_nodes)}"
+        new_nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
     way = int(rng.integers(18))
@@ -462,17 +462,17 @@ def insert(model: onnx.ModelProto, rng: Rng) -> bool:
         make("Where", [stored(graph, rng, rng.random(width) < 0.5, np.bool_), value, float_of([])], new)
     elif way == 16 and width and width % 2 == 0:
         parts = [f"{new}.a", f"{new}.b"]
-        made.append(helper.make_node("Split", [value, stored(graph, rng, [width // 2] * 2)], parts, axis=-1))
+        new_nodes.append(helper.make_node("Split", [value, stored(graph, rng, [width // 2] * 2)], parts, axis=-1))
         make("Concat", [parts[1], make("Neg", [parts[0]])], new, axis=-1)
     elif way == 17 and width:
         normal = make("LpNormalization", [value], axis=-1, p=int(pick([1, 2], rng)))
         make("Mul", [normal, float_of([width])], new)
-    if not made:
+    if not new_nodes:
         return False
     place = list(graph.node).index(node) + 1
     replace_reads(graph, value, new)
-    for each in reversed(made):
-        graph.node.insert(place, each)
+    for new_node in reversed(new_nodes):
+        graph.node.insert(place, new_node)
     return True
 
 

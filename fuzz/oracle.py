@@ -95,9 +95,9 @@ def run_source(path: Path, seed: int) -> list[tuple[dict[str, Array], list[Array
     ran: list[tuple[dict[str, Array], list[Array]]] = []
     reason = ""
     for vocabulary in (31, 2):
-        given = feeds(source, np.random.default_rng([seed, vocabulary]), vocabulary)
+        inputs = feeds(source, np.random.default_rng([seed, vocabulary]), vocabulary)
         try:
-            ran.append((given, [np.asarray(output) for output in source.run(None, given)]))
+            ran.append((inputs, [np.asarray(output) for output in source.run(None, inputs)]))
         except Exception as problem:
             reason = str(problem)[:200]
     if not ran:
@@ -130,8 +130,8 @@ def compare(big: Path, ran: list[tuple[dict[str, Array], list[Array]]]) -> str:
         grown = session(big)
         shapes: Mapping[str, Any] = {value.name: value.shape for value in grown.get_inputs()}
         names = [value.name for value in grown.get_outputs()]
-        for given, expected_outputs in ran:
-            fed = {name: tiled(array, shapes[name]) for name, array in given.items() if name in shapes}
+        for inputs, expected_outputs in ran:
+            fed = {name: tiled(array, shapes[name]) for name, array in inputs.items() if name in shapes}
             for name, expected, actual in zip(names, expected_outputs, grown.run(None, fed), strict=True):
                 problem = _differs(expected, np.asarray(actual))
                 if problem:
@@ -154,8 +154,8 @@ def sensitivity(path: Path, ran: list[tuple[dict[str, Array], list[Array]]], by:
     moved_path.write_bytes(model.SerializeToString())
     most = 0.0
     other = session(moved_path)
-    for given, expected_outputs in ran:
-        for expected, actual in zip(expected_outputs, other.run(None, given), strict=True):
+    for inputs, expected_outputs in ran:
+        for expected, actual in zip(expected_outputs, other.run(None, inputs), strict=True):
             if expected.dtype.kind == "f" and expected.size:
                 a, b = expected.astype(np.float64), np.asarray(actual, np.float64)
                 with np.errstate(invalid="ignore"):

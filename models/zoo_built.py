@@ -160,8 +160,8 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
 
 def main() -> None:
     """Build the requested graphs, all by default."""
-    wanted = sys.argv[1].split(",") if len(sys.argv) > 1 else GRAPHS
-    for name in wanted:
+    chosen = sys.argv[1].split(",") if len(sys.argv) > 1 else GRAPHS
+    for name in chosen:
         model = GRAPHS[name]()
         # ONNX Runtime writes its own operator SimplifiedLayerNormalization with the standard's domain.
         if not name.endswith("_runtime"):

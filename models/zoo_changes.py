@@ -14,7 +14,9 @@ def changes(old: onnx.ModelProto, new: onnx.ModelProto) -> list[str]:
     """The differences between two stripped graphs, one line for each."""
     before, after = features(old), features(new)
     lines = [
-        f"{what}: {before[what]} -> {after[what]}" for what in sorted(before | after) if before[what] != after[what]
+        f"{entry}: {before[entry]} -> {after[entry]}"
+        for entry in sorted(before | after)
+        if before[entry] != after[entry]
     ]
     if not lines and old != new:
         lines.append("the same nodes, initializers and interface by count; order, names, attributes or values differ")
@@ -27,18 +29,18 @@ def features(model: onnx.ModelProto) -> Counter[str]:
     Initializers the exporter only numbered are counted by their shapes: those numbers shift at every change.
     """
     random = zoo_store.distributions(model)
-    found = Counter(f"node {node.op_type}" for node in model.graph.node)
-    found.update(f"opset {opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import)
+    entries = Counter(f"node {node.op_type}" for node in model.graph.node)
+    entries.update(f"opset {opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import)
     for tensor in model.graph.initializer:
         name = tensor.name if "." in tensor.name else "(unnamed)"
         kind = "random" if tensor.name in random else "constant"
-        found[f"initializer {name} {_shaped(tensor.data_type, tensor.dims)} {kind}"] += 1
+        entries[f"initializer {name} {_shaped(tensor.data_type, tensor.dims)} {kind}"] += 1
     for role, values in (("input", model.graph.input), ("output", model.graph.output)):
         for value in values:
             of = value.type.tensor_type
             shape = [dim.dim_param or dim.dim_value for dim in of.shape.dim]
-            found[f"{role} {value.name} {_shaped(of.elem_type, shape)}"] += 1
-    return found
+            entries[f"{role} {value.name} {_shaped(of.elem_type, shape)}"] += 1
+    return entries
 
 
 def _shaped(dtype: int, shape: Iterable[int | str]) -> str:

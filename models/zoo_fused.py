@@ -88,8 +88,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     jobs = {f"{name.split('.')[0]}.fused": (name, fuse) for name in FUSED}
     jobs |= {f"{name.split('.')[0]}.extended": (name, extend) for name in EXTENDED}
-    wanted = sys.argv[1].split(",") if len(sys.argv) > 1 else list(jobs)
-    for name in wanted:
+    chosen = sys.argv[1].split(",") if len(sys.argv) > 1 else list(jobs)
+    for name in chosen:
         source, how = jobs[name]
         with tempfile.TemporaryDirectory() as folder:
             first, second = (how(zoo_store.write(Path(folder) / str(seed), [source], seed)[0]) for seed in (0, 1))

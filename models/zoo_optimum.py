@@ -70,8 +70,8 @@ def export(family: str) -> Iterator[tuple[str, onnx.ModelProto]]:
 def main() -> None:
     """Export the requested families, all by default."""
     zoo.quiet()
-    wanted = sys.argv[1].split(",") if len(sys.argv) > 1 else [each for each in FAMILIES if each not in UNKNOWN]
-    for family in wanted:
+    chosen = sys.argv[1].split(",") if len(sys.argv) > 1 else [name for name in FAMILIES if name not in UNKNOWN]
+    for family in chosen:
         for name, model in export(family):
             refresh(name, model)
 

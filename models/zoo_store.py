@@ -44,23 +44,23 @@ def path_of(name: str) -> Path:
     return FOLDER / f"{name}.onnx"
 
 
-def select(wanted: Sequence[str]) -> list[str]:
+def select(words: Sequence[str]) -> list[str]:
     """Names and families as names: a family stands for all its variants, and no name at all stands for all.
 
     Raises:
         ValueError: there is no such name or family.
     """
     known = names()
-    if not wanted:
+    if not words:
         return known
     chosen: list[str] = []
-    for word in wanted:
-        found = [name for name in known if word in (name, name.split(".")[0])]
-        if not found:
+    for word in words:
+        matching = [name for name in known if word in (name, name.split(".")[0])]
+        if not matching:
             near = difflib.get_close_matches(word, [*known, *families()], n=3, cutoff=0.4)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ValueError(f"the zoo has no {word!r}{hint}")
-        chosen += [name for name in found if name not in chosen]
+        chosen += [name for name in matching if name not in chosen]
     return chosen
 
 
@@ -132,12 +132,12 @@ def strip_alike(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelPr
     Raises:
         ValueError: the graphs differ in more than values.
     """
-    firsts, seconds = ({tensor.name: tensor for tensor in each.graph.initializer} for each in (first, second))
+    firsts, seconds = ({tensor.name: tensor for tensor in model.graph.initializer} for model in (first, second))
     if firsts.keys() != seconds.keys():
         raise ValueError(f"initializers of one alone: {', '.join(sorted(firsts.keys() ^ seconds.keys()))}")
     random = {}
     for name in firsts:
-        one, other = (onnx.numpy_helper.to_array(each[name]) for each in (firsts, seconds))
+        one, other = (onnx.numpy_helper.to_array(tensors[name]) for tensors in (firsts, seconds))
         if one.dtype.kind == "f" and not np.array_equal(one, other):
             random[name] = (float(one.mean().round()) + 0.0, float(f"{one.std():.2g}"))
     return strip(shorten(first), random)
@@ -152,14 +152,14 @@ def shorten(model: onnx.ModelProto) -> onnx.ModelProto:
     numbers = itertools.count()
 
     def rename(graph: onnx.GraphProto, outer: Mapping[str, str]) -> None:
-        keep = {each.name for each in (*graph.input, *graph.output, *graph.initializer)}
+        keep = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
         new = {old: name for old, name in outer.items() if old not in keep}
         for node in graph.node:
             node.ClearField("name")
             node.input[:] = [new.get(name, name) for name in node.input]
             for index, name in enumerate(node.output):
                 if name and name not in keep:
-                    new[name] = next(each for each in (f"{node.op_type}_{n}" for n in numbers) if each not in used)
+                    new[name] = next(name for name in (f"{node.op_type}_{n}" for n in numbers) if name not in used)
                     node.output[index] = new[name]
             for attribute in node.attribute:
                 if attribute.type == onnx.AttributeProto.GRAPH:
@@ -178,11 +178,11 @@ def _names(message: Any) -> Sequence[str]:
     return [message.name] if isinstance(message, onnx.ValueInfoProto | onnx.TensorProto) else []
 
 
-def write(folder: Path, wanted: Sequence[str] = (), seed: int = 0) -> list[Path]:
+def write(folder: Path, words: Sequence[str] = (), seed: int = 0) -> list[Path]:
     """Write the filled graphs of the wanted names or families (all when empty) into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name in select(wanted):
+    for name in select(words):
         written.append(folder / f"{name}.onnx")
         onnx.save(load(name, seed), written[-1])
     return written

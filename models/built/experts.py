@@ -37,8 +37,8 @@ def experts_dense(g: Graph, x: str, gates: str, name: str, experts: int = EXPERT
     gate, up, down = stacked(g, name, experts)
     tokens = g.Unsqueeze(x, [0])
     inner = g.Mul(silu(g, g.MatMul(tokens, gate)), g.MatMul(tokens, up))
-    each = g.Mul(g.MatMul(inner, down), g.Unsqueeze(g.Transpose(gates, perm=[1, 0]), [2]))
-    return g.ReduceSum(each, [0], keepdims=0)
+    weighted = g.Mul(g.MatMul(inner, down), g.Unsqueeze(g.Transpose(gates, perm=[1, 0]), [2]))
+    return g.ReduceSum(weighted, [0], keepdims=0)
 
 
 def experts_scattered(g: Graph, x: str, weights: str, chosen: str, name: str) -> str:
@@ -61,7 +61,7 @@ def experts_looped(g: Graph, x: str, gates: str, name: str) -> str:
     number = inner.input("expert", "int64", ())
     go_on = inner.input("go_in", "bool", ())
     total = inner.input("total_in", "float")
-    gate, up, down = (inner.Gather(each, number, axis=0) for each in stacks)
+    gate, up, down = (inner.Gather(stack, number, axis=0) for stack in stacks)
     y = inner.MatMul(inner.Mul(silu(inner, inner.MatMul(x, gate)), inner.MatMul(x, up)), down)
     weight = inner.Unsqueeze(inner.Gather(gates, number, axis=1), [1])
     inner.output(go_on, "go_out", "bool", ())

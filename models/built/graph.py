@@ -42,23 +42,23 @@ class Graph:
 
     def add(self, op_type: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Append a node and return its output, or its outputs."""
-        names = [self.value(each) for each in inputs]
-        made = [self.fresh(op_type) for _ in range(outputs)]
-        self.nodes.append(helper.make_node(op_type, names, made, domain=domain, **attributes))
-        return made[0] if outputs == 1 else tuple(made)
+        names = [self.value(value) for value in inputs]
+        results = [self.fresh(op_type) for _ in range(outputs)]
+        self.nodes.append(helper.make_node(op_type, names, results, domain=domain, **attributes))
+        return results[0] if outputs == 1 else tuple(results)
 
     def fresh(self, stem: str) -> str:
         """A name that is not used yet."""
         self.root.count += 1
         return f"{stem}_{self.root.count}"
 
-    def value(self, given: Any) -> str:
+    def value(self, value: Any) -> str:
         """The name of a value: names stand for themselves, numbers become constants."""
-        if given is None:
+        if value is None:
             return ""
-        if isinstance(given, str):
-            return given
-        array = np.asarray(given)
+        if isinstance(value, str):
+            return value
+        array = np.asarray(value)
         array = array.astype(np.float32 if array.dtype.kind == "f" else array.dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.root.constants:
@@ -89,8 +89,8 @@ class Graph:
         body = helper.make_graph(self.nodes, name, self.inputs, self.outputs)
         names = {value.name for value in (*body.input, *body.output)}
         for node in body.node:
-            node.input[:] = [f"{name}.{each}" if each in names else each for each in node.input]
-            node.output[:] = [f"{name}.{each}" if each in names else each for each in node.output]
+            node.input[:] = [f"{name}.{value}" if value in names else value for value in node.input]
+            node.output[:] = [f"{name}.{value}" if value in names else value for value in node.output]
         for value in (*body.input, *body.output):
             value.name = f"{name}.{value.name}"
         return body

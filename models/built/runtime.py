@@ -138,7 +138,7 @@ def linear_attention() -> onnx.ModelProto:
         )
         g.output(after, f"present_conv.{layer}", "float", ("batch", 3 * wide, KERNEL - 1))
         q, k, v = g.Split(g.Transpose(packed, perm=[0, 2, 1]), [wide] * 3, outputs=3, axis=-1)
-        q, k = (g.Reshape(unit(g, g.Reshape(each, [0, 0, HEADS, HEAD_DIM])), [0, 0, wide]) for each in (q, k))
+        q, k = (g.Reshape(unit(g, g.Reshape(packed, [0, 0, HEADS, HEAD_DIM])), [0, 0, wide]) for packed in (q, k))
         decay = g.Neg(g.Softplus(linear(g, normed, f"{name}.a_proj", HIDDEN, HEADS)))
         beta = g.Sigmoid(linear(g, normed, f"{name}.b_proj", HIDDEN, HEADS))
         state = g.input(f"past_state.{layer}", "float", ("batch", HEADS, HEAD_DIM, HEAD_DIM))

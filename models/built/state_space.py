@@ -53,7 +53,7 @@ def looped(g: Graph, past: str, over: tuple[str, ...], decay: str, name: str) ->
     time = inner.input("time", "int64", ())
     go_on = inner.input("go_in", "bool", ())
     state = inner.input("state_in", "float")
-    new, y = advance(inner, state, *(inner.Gather(each, time, axis=1) for each in over), decay)
+    new, y = advance(inner, state, *(inner.Gather(sequence, time, axis=1) for sequence in over), decay)
     inner.output(go_on, "go_out", "bool", ())
     inner.output(new, "state_out", "float")
     inner.output(y, "y_now", "float")
