@@ -50,7 +50,7 @@ def cli() -> Iterator[Command]:
     from hyperclone_onnx.commands.main import main
 
     def run(*arguments: str | os.PathLike[str]) -> Outcome:
-        result = CliRunner().invoke(main, [os.fspath(each) for each in arguments])
+        result = CliRunner().invoke(main, [os.fspath(argument) for argument in arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return Outcome(result.exit_code, result.stdout, result.stderr)
@@ -63,7 +63,7 @@ def cli() -> Iterator[Command]:
 
 def command_line(*arguments: str | os.PathLike[str]) -> list[str]:
     """The command, to be run in a new process."""
-    return [sys.executable, "-m", "hyperclone_onnx", *(os.fspath(each) for each in arguments)]
+    return [sys.executable, "-m", "hyperclone_onnx", *(os.fspath(argument) for argument in arguments)]
 
 
 LAUNCHER = """
@@ -81,8 +81,8 @@ def with_signals(command: Sequence[str | os.PathLike[str]], **actions: str) -> l
     the command would inherit this from the tests.
     """
     known = {number.name: "SIG_DFL" for number in STOPPING} | actions
-    given = ",".join(f"{name}={action}" for name, action in known.items())
-    return [sys.executable, "-I", "-S", "-c", LAUNCHER, given, *map(os.fspath, command)]
+    encoded = ",".join(f"{name}={action}" for name, action in known.items())
+    return [sys.executable, "-I", "-S", "-c", LAUNCHER, encoded, *map(os.fspath, command)]
 
 
 @pytest.fixture
@@ -201,4 +201,4 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def names_in(folder: Path) -> set[str]:
     """The names of all files and folders in a folder, also of hidden ones."""
-    return {each.name for each in folder.iterdir()}
+    return {path.name for path in folder.iterdir()}

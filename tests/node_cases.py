@@ -81,13 +81,13 @@ def cases_by_operator() -> dict[str, list[Any]]:
     from hyperclone_onnx.frameworks.compiling import registry
     from hyperclone_onnx.frameworks.compiling.preparation import CONTROL, TYPES
 
-    found: dict[str, list[Any]] = defaultdict(list)
+    by_operator: dict[str, list[Any]] = defaultdict(list)
     covered = set(registry.covered())
     for case in cases():
         operators = {("" if n.domain == "ai.onnx" else n.domain, n.op_type) for n in case.model.graph.node}
         if operators <= covered | {("", name) for name in (*CONTROL, "Constant")} and _types(case.model) <= set(TYPES):
-            found[case.model.graph.node[0].op_type if len(case.model.graph.node) == 1 else SEVERAL].append(case)
-    return dict(found)
+            by_operator[case.model.graph.node[0].op_type if len(case.model.graph.node) == 1 else SEVERAL].append(case)
+    return dict(by_operator)
 
 
 def _types(model: onnx.ModelProto) -> set[ir.DataType]:
@@ -100,9 +100,9 @@ def _types(model: onnx.ModelProto) -> set[ir.DataType]:
 
 def check(case: Any, framework: str) -> None:
     """Run one case and compare. Raises AssertionError if the results differ, and Refused if it has no handoff."""
-    for inputs, wanted in case.data_sets:
-        found = run(ir.from_proto(case.model), framework, [_array(each) for each in inputs])
-        for got, want in zip(found, map(_array, wanted), strict=True):
+    for inputs, expected in case.data_sets:
+        actual = run(ir.from_proto(case.model), framework, [_array(value) for value in inputs])
+        for got, want in zip(actual, map(_array, expected), strict=True):
             _compare(got, want, case.rtol, case.atol)
 
 
@@ -116,8 +116,8 @@ def run(model: ir.Model, framework: str, inputs: list[Array]) -> list[Array]:
         compiled = compile_model(model)
         tensors = {w.path: _put(framework, compiled.tensors[w.initializer].numpy()) for w in compiled.program.weights}
         apply = Application(compiled.program, nested(tensors), framework)
-        made = apply({}, *(_put(framework, array) for array in inputs))
-        return [_get(framework, array) for array in (made.values() if isinstance(made, dict) else [made])]
+        outputs = apply({}, *(_put(framework, array) for array in inputs))
+        return [_get(framework, array) for array in (outputs.values() if isinstance(outputs, dict) else [outputs])]
 
 
 def _compare(got: Array, want: Array, rtol: float, atol: float) -> None:
@@ -163,14 +163,14 @@ def _get(framework: str, array: Any) -> Array:
 
 def outcomes(framework: str) -> Counter[str]:
     """The number of cases of covered operators that pass, and of those that are left out, by reason."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     named = {case.name: case for group in cases_by_operator().values() for case in group}
     for name, case in named.items():
         why = reason(framework, name)
         if why is None:
             check(case, framework)
-        found[why or "pass"] += 1
-    return found
+        counts[why or "pass"] += 1
+    return counts
 
 
 BEGIN, END = "<!-- node tests -->", "<!-- /node tests -->"
@@ -180,9 +180,9 @@ def table() -> Iterator[str]:
     """The numbers as Markdown."""
     counts = {framework: outcomes(framework) for framework in FRAMEWORKS}
     yield f"| | {' | '.join(FRAMEWORKS)} |\n|---|{'---|' * len(FRAMEWORKS)}"
-    reasons = sorted({why for each in counts.values() for why in each} - {"pass"})
+    reasons = sorted({why for counter in counts.values() for why in counter} - {"pass"})
     for label, key in (("**pass**", "pass"), *((f"left out: {why}", why) for why in reasons)):
-        yield f"| {label} | {' | '.join(str(each[key] or '') for each in counts.values())} |"
+        yield f"| {label} | {' | '.join(str(counter[key] or '') for counter in counts.values())} |"
 
 
 def main() -> None:

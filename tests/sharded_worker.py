@@ -30,7 +30,7 @@ def whole_of(parameter: Any) -> Any:
 
 def by_columns(model: OnnxModule) -> None:
     """FSDP2 as a user might apply it: along the last axis of each parameter, and only to the layers."""
-    for layer in (each for each in model.modules() if isinstance(each, Block)):
+    for layer in (module for module in model.modules() if isinstance(module, Block)):
         fully_shard(layer, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
 
 
@@ -38,7 +38,7 @@ def main(small: Path, plan: Path, big: Path, folder: Path) -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     whole = load(big)
-    stored = {name: each.detach().clone() for name, each in whole.named_parameters()}
+    stored = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
     for source, options in ((small, {"plan": plan}), (big, {})):
         for shard in (mesh, by_columns):
             model = load(source, shard=shard, **options)
@@ -49,11 +49,11 @@ def main(small: Path, plan: Path, big: Path, folder: Path) -> None:
                 assert torch.equal(whole_of(parameter), stored[name]), name
     model = load(small, plan=plan, shard=mesh)
     ids = torch.arange(28).reshape(2, 14) % 90 + 3
-    wanted, got = loss_of(whole, ids), loss_of(model, ids)
-    assert abs(wanted - got) < 1e-6 * wanted, (wanted, got)
-    wanted.backward()
+    expected, got = loss_of(whole, ids), loss_of(model, ids)
+    assert abs(expected - got) < 1e-6 * expected, (expected, got)
+    expected.backward()
     got.backward()
-    largest = max(each.grad.abs().max() for each in whole.parameters())
+    largest = max(parameter.grad.abs().max() for parameter in whole.parameters())
     for (name, parameter), other in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert (whole_of(parameter.grad) - other.grad).abs().max() < 1e-5 * largest, name
     torch.optim.AdamW(model.parameters(), lr=1e-3).step()
@@ -64,7 +64,7 @@ def main(small: Path, plan: Path, big: Path, folder: Path) -> None:
         assert torch.equal(whole_of(parameter), whole_of(other)), name
         assert not torch.equal(whole_of(parameter), stored[name]), name
     if dist.get_rank() == 0:
-        (folder / "losses").write_text(f"{wanted.item()} {got.item()}")
+        (folder / "losses").write_text(f"{expected.item()} {got.item()}")
     dist.destroy_process_group()
 
 

@@ -45,7 +45,7 @@ def growable(space: Space, term: Term) -> list[bool]:
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "wanted"),
+    ("left", "right", "expected"),
     [
         ([768], [12, 64], "(12 64)"),
         ([2, 3, 4], [6, 4], "(2 3 4)"),
@@ -54,11 +54,11 @@ def growable(space: Space, term: Term) -> list[bool]:
         ([B, S, 768], [Size.symbol("?"), 768], "(batch sequence 768)"),
     ],
 )
-def test_factors_are_matched_and_split(left: list[int | Size], right: list[int | Size], wanted: str) -> None:
+def test_factors_are_matched_and_split(left: list[int | Size], right: list[int | Size], expected: str) -> None:
     space = Space()
     one, other = split(space, *left), split(space, *right)
     space.unify(one, other)
-    assert shape(space, one) == shape(space, other) == wanted
+    assert shape(space, one) == shape(space, other) == expected
     assert all(atom.growable for atom in space.atoms(one) if space.static(atom) is not None)
 
 
@@ -73,18 +73,18 @@ def test_factors_that_fit_nowhere_are_pinned_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "wanted"),
+    ("left", "right", "expected"),
     [
         ([4, 8], [8, 4], "(4 + 4 + 4)"),
         ([12], [4, 8], "(4 + 8)"),
         ([2, 10], [6, 6], "(2 + 4 + 6)"),
     ],
 )
-def test_segments_are_cut_at_the_union_of_their_boundaries(left: list[int], right: list[int], wanted: str) -> None:
+def test_segments_are_cut_at_the_union_of_their_boundaries(left: list[int], right: list[int], expected: str) -> None:
     space = Space()
     one, other = joined(space, *left), joined(space, *right)
     space.unify(one, other)
-    assert shape(space, one) == shape(space, other) == wanted
+    assert shape(space, one) == shape(space, other) == expected
     assert all(growable(space, one))
 
 
@@ -194,7 +194,7 @@ def test_sizes_compute_as_their_values_do(terms: list[tuple[int, str]], data: st
     values = {"batch": Size.of(3), "sequence": Size.of(5)}
     left = sum((Size.symbol(name) * c if name else Size.of(c) for c, name in terms), start=Size.of(0))
     right = data.draw(st.sampled_from([Size.of(2), B, B * S + 1, S * 3]))
-    a, b = (each.substituted(values).static_or(-99) for each in (left, right))
+    a, b = (size.substituted(values).static_or(-99) for size in (left, right))
     assert (left + right).substituted(values).static == a + b
     assert (left - right).substituted(values).static == a - b
     assert (left * right).substituted(values).static == a * b
@@ -221,7 +221,7 @@ S2, ODD = S + 1, Size.symbol("sequence") * 3 + 1
 
 
 @pytest.mark.parametrize(
-    ("op_type", "left", "right", "wanted"),
+    ("op_type", "left", "right", "expected"),
     [
         ("Div", ODD, 2, "floor(3*sequence + 1, 2)"),
         ("Div", 7, 2, "3"),
@@ -233,17 +233,19 @@ S2, ODD = S + 1, Size.symbol("sequence") * 3 + 1
         ("Div", -S, 2, "None"),
     ],
 )
-def test_what_no_polynomial_is_becomes_a_symbol(op_type: str, left: int | Size, right: int | Size, wanted: str) -> None:
+def test_what_no_polynomial_is_becomes_a_symbol(
+    op_type: str, left: int | Size, right: int | Size, expected: str
+) -> None:
     again = [binary(op_type, known(left), known(right)).item() for _ in range(2)]
-    assert str(again[0]) == wanted
+    assert str(again[0]) == expected
     assert again[0] == again[1]
 
 
-@pytest.mark.parametrize(("op_type", "wanted"), [("Floor", "floor(batch, 2)"), ("Ceil", "ceil(batch, 2)")])
-def test_a_quotient_in_floating_point_is_rounded_later(op_type: str, wanted: str) -> None:
+@pytest.mark.parametrize(("op_type", "expected"), [("Floor", "floor(batch, 2)"), ("Ceil", "ceil(batch, 2)")])
+def test_a_quotient_in_floating_point_is_rounded_later(op_type: str, expected: str) -> None:
     quotient = binary("Div", known(B), known(2), integer=False)
     assert not quotient.item().is_whole
-    assert str(unary(op_type, quotient).item()) == wanted
+    assert str(unary(op_type, quotient).item()) == expected
     assert truncated(quotient).item() == unary("Floor", quotient).item() == binary("Div", known(B), known(2)).item()
     five = binary("Div", known(5), known(2), integer=False)
     assert unary("Ceil", five).item() == Size.of(3)

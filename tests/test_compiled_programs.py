@@ -46,8 +46,8 @@ def in_numpy(model: CompiledModel) -> Callable[..., dict[str, Array]]:
     apply = Application(model.program, nested(tensors), "numpy")
 
     def run(**feeds: Array) -> dict[str, Array]:
-        made = apply({}, **feeds)
-        return made if isinstance(made, dict) else {model.program.outputs[0]: made}
+        outputs = apply({}, **feeds)
+        return outputs if isinstance(outputs, dict) else {model.program.outputs[0]: outputs}
 
     return run
 
@@ -56,9 +56,9 @@ def difference(path: Path, run: Callable[..., dict[str, Array]]) -> float:
     """The largest relative difference of all outputs, over all inputs of the graph."""
     runner, worst = session(path), 0.0
     for feeds in make_feeds(path):
-        made = run(**feeds)
+        outputs = run(**feeds)
         for output, want in zip(runner.get_outputs(), runner.run(None, feeds), strict=True):
-            got = made[output.name]
+            got = outputs[output.name]
             assert (got.shape, got.dtype) == (want.shape, want.dtype), output.name
             scale = float(np.abs(want).max(initial=0.0)) or 1.0
             worst = max(worst, float(np.abs(got.astype(np.float64) - want).max(initial=0.0)) / scale)
@@ -92,13 +92,13 @@ def test_one_wrong_weight_is_seen(name: str, zoo: Zoo) -> None:
 def test_the_domain_of_onnx_spelled_out(tmp_path: Path) -> None:
     model = perceptron()
     ids = np.arange(6).reshape(2, 3)
-    wanted = in_numpy(compile_model(ir.from_proto(model)))(ids=ids)["logits"]
+    expected = in_numpy(compile_model(ir.from_proto(model)))(ids=ids)["logits"]
     model.opset_import[0].domain = "ai.onnx"
     for node in model.graph.node:
         node.domain = "ai.onnx"
     onnx.save(model, tmp_path / "spelled.onnx")
     for spelled in (ir.from_proto(model), tmp_path / "spelled.onnx"):
-        np.testing.assert_array_equal(in_numpy(compile_model(spelled))(ids=ids)["logits"], wanted)
+        np.testing.assert_array_equal(in_numpy(compile_model(spelled))(ids=ids)["logits"], expected)
 
 
 def kinds(body: Body) -> Iterator[Kind]:

@@ -41,22 +41,22 @@ def grown(
 
 def plan_of(path: Path) -> Plan:
     model = onnx.load(path, load_external_data=False)
-    return Plan.loads(next(each.value for each in model.metadata_props if each.key == METADATA_KEY))
+    return Plan.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
 
 
 def change(path: Path, edit: Callable[[dict[str, Array]], None]) -> Path:
     """Edit the weights in a model's file: `edit` changes the arrays, or replaces them."""
     model = onnx.load(path)
-    arrays = {each.name: onnx.numpy_helper.to_array(each).copy() for each in model.graph.initializer}
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
     edit(arrays)
-    for each in model.graph.initializer:
-        each.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(arrays[each.name]), each.name))
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(arrays[tensor.name]), tensor.name))
     onnx.save(model, path)
     return path
 
 
-def by_name(found: Diagnosis) -> dict[str, TensorDiagnosis]:
-    return {each.name: each for each in found.tensors}
+def by_name(diagnosis: Diagnosis) -> dict[str, TensorDiagnosis]:
+    return {tensor.name: tensor for tensor in diagnosis.tensors}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_the_distance_of_clones(clones: list[list[float]], distance: float | None) -> None:
-    found = spread(np.array(clones).T).distance
-    assert found is None if distance is None else found == pytest.approx(distance, abs=0.0)
+    measured = spread(np.array(clones).T).distance
+    assert measured is None if distance is None else measured == pytest.approx(distance, abs=0.0)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(0, 99))
@@ -94,9 +94,9 @@ def test_the_distance_along_an_axis_is_its_definition(numbers: list[int], seed: 
     values = np.random.default_rng(seed).standard_normal((3, len(source)))
     means = np.stack([values[:, source == unit].mean(axis=1) for unit in source], axis=1)
     repeated = np.bincount(source)[source] > 1
-    within, power = (float(np.square(each[:, repeated]).sum()) for each in (values - means, values))
-    found = spread_along(values, source)
-    assert (found.within, found.power) == pytest.approx((within, power))
+    within, power = (float(np.square(array[:, repeated]).sum()) for array in (values - means, values))
+    result = spread_along(values, source)
+    assert (result.within, result.power) == pytest.approx((within, power))
 
 
 def test_axes_taken_as_one() -> None:
@@ -117,8 +117,8 @@ def spread_of_columns(table: Array, source: Array) -> tuple[float, float]:
 def by_definition(table: Array, inputs: Array, others: Array) -> dict[str, float | None]:
     """The distances of a table (inputs by others), computed one block at a time."""
 
-    def distance(*found: tuple[float, float]) -> float | None:
-        within, power = (sum(each) for each in zip(*found, strict=True))
+    def distance(*sums: tuple[float, float]) -> float | None:
+        within, power = (sum(numbers) for numbers in zip(*sums, strict=True))
         return math.sqrt(max(0.0, within) / power) if power else None
 
     def added(array: Array, rows: Array) -> Array:
@@ -167,14 +167,16 @@ def test_a_tensor_s_distances_are_their_definitions(factors: list[tuple[Axis, bo
     array.reshape(-1)[seed % array.size] = np.inf
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "BLOCK", block)
-        found = weights.compare(array, table)
+        comparison = weights.compare(array, table)
     sources = [index_axis([(factor, False)], MAPS).source for factor, _ in factors]
     sides = [[i for i, (_, shared) in enumerate(factors) if shared == side] for side in (True, False)]
     inputs, others = (joint([sources[i] for i in side]) for side in sides)
     array.reshape(-1)[seed % array.size] = 0.0
     flat = array.transpose(*sides[0], *sides[1]).reshape(len(inputs), len(others)).astype(np.float64)
     for name, distance in by_definition(flat, inputs, others).items():
-        assert getattr(found, name).distance == (None if distance is None else pytest.approx(distance, abs=1e-7)), name
+        assert getattr(comparison, name).distance == (
+            None if distance is None else pytest.approx(distance, abs=1e-7)
+        ), name
 
 
 # -- clones right after growth ----------------------------------------------------------------------------
@@ -184,12 +186,12 @@ GRAPHS = ["llama.distinct", "gpt2.collide", "bart.distinct", "falcon_mq.distinct
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_symmetric_clones_are_exactly_the_same_and_stuck(zoo: Zoo, tmp_path: Path, name: str) -> None:
-    found = diagnose(grown(zoo(name), tmp_path / "big.onnx"), ranks=False)
-    assert (found.weights, found.forward, found.backward, found.activations) == (0.0, 0.0, 0.0, 0.0)
-    assert found.stuck and found.conclusion.startswith("stuck")
-    assert {each.verdict for each in (*found.layers, *found.roles)} == {"tied"}
-    assert all(role.values for role in found.roles), "a role of which no activation was compared"
-    assert set(found.tied) == set(plan_of(tmp_path / "big.onnx").dims)
+    diagnosis = diagnose(grown(zoo(name), tmp_path / "big.onnx"), ranks=False)
+    assert (diagnosis.weights, diagnosis.forward, diagnosis.backward, diagnosis.activations) == (0.0, 0.0, 0.0, 0.0)
+    assert diagnosis.stuck and diagnosis.conclusion.startswith("stuck")
+    assert {part.verdict for part in (*diagnosis.layers, *diagnosis.roles)} == {"tied"}
+    assert all(role.values for role in diagnosis.roles), "a role of which no activation was compared"
+    assert set(diagnosis.tied) == set(plan_of(tmp_path / "big.onnx").dims)
 
 
 FRESH = [
@@ -202,21 +204,21 @@ FRESH = [
 
 @pytest.mark.parametrize(("name", "strategy"), FRESH)
 def test_fresh_clones_compute_the_same_up_to_rounding(zoo: Zoo, tmp_path: Path, name: str, strategy: str) -> None:
-    found = diagnose(grown(zoo(name), tmp_path / "big.onnx", strategy), ranks=False)
-    assert len(found.values) > 10
-    assert found.activations < 1e-6
-    assert {each.verdict for each in found.layers} <= {"ready", "tied"}
+    diagnosis = diagnose(grown(zoo(name), tmp_path / "big.onnx", strategy), ranks=False)
+    assert len(diagnosis.values) > 10
+    assert diagnosis.activations < 1e-6
+    assert {layer.verdict for layer in diagnosis.layers} <= {"ready", "tied"}
     if strategy in NOISY:
-        assert not found.stuck and not found.tied and found.conclusion.startswith("ready")
+        assert not diagnosis.stuck and not diagnosis.tied and diagnosis.conclusion.startswith("ready")
 
 
 @pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("snr_db", [0.0, 10.0, 20.0])
 def test_noise_is_as_far_apart_as_asked(wide: Path, tmp_path: Path, snr_db: float, factor: int) -> None:
-    found = diagnose(grown(wide, tmp_path / "big.onnx", "noisy-symmetric", factor, snr_db), activations=False)
+    diagnosis = diagnose(grown(wide, tmp_path / "big.onnx", "noisy-symmetric", factor, snr_db), activations=False)
     ratio = 10.0 ** (-snr_db / 20.0)
     for name in ("up.0", "down.1"):
-        tensor = by_name(found)[name]
+        tensor = by_name(diagnosis)[name]
         assert tensor.plain_backward == pytest.approx(ratio / math.hypot(1.0, ratio), rel=0.05)
         shown = ratio / math.sqrt(factor)  # the sum over the readers' clones
         assert tensor.backward == pytest.approx(shown / math.hypot(1.0, shown), rel=0.1)
@@ -224,17 +226,17 @@ def test_noise_is_as_far_apart_as_asked(wide: Path, tmp_path: Path, snr_db: floa
 
 
 def test_weights_of_diagonal_clones_mislead(wide: Path, tmp_path: Path) -> None:
-    found = diagnose(grown(wide, tmp_path / "big.onnx", "diagonal"))
-    tensor = by_name(found)["up.0"]
+    diagnosis = diagnose(grown(wide, tmp_path / "big.onnx", "diagonal"))
+    tensor = by_name(diagnosis)["up.0"]
     assert tensor.plain_backward == pytest.approx(math.sqrt(0.5)), "by themselves they have nothing in common"
-    assert (tensor.matched, tensor.forward, tensor.backward, found.activations) == (0.0, 0.0, 0.0, 0.0)
-    assert found.stuck and "rounding" in found.conclusion
+    assert (tensor.matched, tensor.forward, tensor.backward, diagnosis.activations) == (0.0, 0.0, 0.0, 0.0)
+    assert diagnosis.stuck and "rounding" in diagnosis.conclusion
 
 
 def test_diagonal_clones_that_end_in_one_are_not_tied(small: Path, tmp_path: Path) -> None:
     """A separate head reads only one clone of each unit: the other clones get no gradient from it."""
-    found = diagnose(grown(small, tmp_path / "big.onnx", "diagonal"))
-    assert not found.stuck and by_name(found)["head"].backward == pytest.approx(math.sqrt(0.5))
+    diagnosis = diagnose(grown(small, tmp_path / "big.onnx", "diagonal"))
+    assert not diagnosis.stuck and by_name(diagnosis)["head"].backward == pytest.approx(math.sqrt(0.5))
 
 
 @pytest.mark.parametrize(
@@ -248,25 +250,25 @@ def test_diagonal_clones_that_end_in_one_are_not_tied(small: Path, tmp_path: Pat
     ids=str,
 )
 def test_any_growth(zoo: Zoo, tmp_path: Path, options: dict[str, Any]) -> None:
-    found = diagnose(grown(zoo("gpt_neox.distinct"), tmp_path / "big.onnx", **options), ranks=False)
-    assert found.stuck and found.weights == 0.0 and found.activations < 1e-6 and found.values
+    diagnosis = diagnose(grown(zoo("gpt_neox.distinct"), tmp_path / "big.onnx", **options), ranks=False)
+    assert diagnosis.stuck and diagnosis.weights == 0.0 and diagnosis.activations < 1e-6 and diagnosis.values
 
 
 @pytest.mark.parametrize("strategy", ["symmetric", "noisy-symmetric"])
 def test_unequal_repeats(small: Path, tmp_path: Path, strategy: str) -> None:
     maps = {"ffn.0": SourceMap(20, index=(*range(20), *range(10), 0, 0, 1))}
-    found = diagnose(grown(small, tmp_path / "big.onnx", strategy, maps=maps))
-    assert found.activations < 1e-6 and found.stuck == (strategy == "symmetric")
-    assert found.forward < 1e-7 and (found.backward > 0.1) == (strategy != "symmetric")
+    diagnosis = diagnose(grown(small, tmp_path / "big.onnx", strategy, maps=maps))
+    assert diagnosis.activations < 1e-6 and diagnosis.stuck == (strategy == "symmetric")
+    assert diagnosis.forward < 1e-7 and (diagnosis.backward > 0.1) == (strategy != "symmetric")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "double"])
 @pytest.mark.parametrize("factor", [2, 5])
 def test_other_types(tmp_path: Path, dtype: str, factor: int) -> None:
     onnx.save(perceptron(dtype=dtype), tmp_path / "small.onnx")
-    found = diagnose(grown(tmp_path / "small.onnx", tmp_path / "big.onnx", factor=factor))
-    assert found.stuck and found.forward == 0.0 and found.activations == 0.0
-    assert ("in float32" in found.ran_on) == (dtype == "float16")
+    diagnosis = diagnose(grown(tmp_path / "small.onnx", tmp_path / "big.onnx", factor=factor))
+    assert diagnosis.stuck and diagnosis.forward == 0.0 and diagnosis.activations == 0.0
+    assert ("in float32" in diagnosis.ran_on) == (dtype == "float16")
     noisy = diagnose(grown(tmp_path / "small.onnx", tmp_path / "big.onnx", "noisy-symmetric", factor, snr_db=20.0))
     assert noisy.conclusion.startswith("ready") and noisy.tied == ()
 
@@ -276,9 +278,9 @@ def test_codes_are_compared_as_numbers_and_have_no_rank(tmp_path: Path, small: P
 
     quantize_dynamic(small, tmp_path / "int8.onnx", weight_type=QuantType.QInt8)
     big = grown(tmp_path / "int8.onnx", tmp_path / "big.onnx", "noisy-symmetric")
-    found = diagnose(big)
-    codes = [each for each in found.tensors if each.name.endswith("_quantized")]
-    assert len(codes) > 3 and found.stuck and not any(each.rank for each in codes)
+    diagnosis = diagnose(big)
+    codes = [tensor for tensor in diagnosis.tensors if tensor.name.endswith("_quantized")]
+    assert len(codes) > 3 and diagnosis.stuck and not any(tensor.rank for tensor in codes)
 
     def shift(arrays: dict[str, Array]) -> None:
         arrays["up.0_quantized"][0, 0] += 1
@@ -291,8 +293,8 @@ def test_grown_twice_the_last_growth_is_compared(zoo: Zoo, tmp_path: Path) -> No
     source = zoo("gpt2.distinct")
     for first, last in (("symmetric", "noisy-symmetric"), ("noisy-symmetric", "symmetric")):
         middle = grown(source, tmp_path / "middle.onnx", first)
-        found = diagnose(grown(middle, tmp_path / "big.onnx", last))
-        assert found.strategy["name"] == last and found.stuck == (last == "symmetric")
+        diagnosis = diagnose(grown(middle, tmp_path / "big.onnx", last))
+        assert diagnosis.strategy["name"] == last and diagnosis.stuck == (last == "symmetric")
 
 
 # -- the order of clones ----------------------------------------------------------------------------------
@@ -307,13 +309,13 @@ def permuted(axis: Axis, orders: Mapping[str, Array]) -> Array:
             return orders[name]
         case ProductOf(parts):
             total = np.zeros(1, np.int64)
-            for each in (permuted(part, orders) for part in parts):
-                total = (total[:, None] * len(each) + each[None, :]).reshape(-1)
+            for order in (permuted(part, orders) for part in parts):
+                total = (total[:, None] * len(order) + order[None, :]).reshape(-1)
             return total
         case ConcatOf(parts):
-            made = [permuted(part, orders) for part in parts]
-            starts = np.cumsum([0, *(len(each) for each in made)])
-            return np.concatenate([each + start for each, start in zip(made, starts, strict=False)])
+            orders_of_parts = [permuted(part, orders) for part in parts]
+            starts = np.cumsum([0, *(len(part) for part in orders_of_parts)])
+            return np.concatenate([order + start for order, start in zip(orders_of_parts, starts, strict=False)])
 
 
 def permute(path: Path) -> Path:
@@ -336,7 +338,7 @@ def permute(path: Path) -> Path:
 
 def run(path: Path) -> Array:
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feeds = {each.name: np.ones((2, 5), np.int64) for each in session.get_inputs()}
+    feeds = {value.name: np.ones((2, 5), np.int64) for value in session.get_inputs()}
     feeds[session.get_inputs()[0].name] = np.arange(10).reshape(2, 5) % 7
     return np.asarray(session.run(None, feeds)[0])
 
@@ -384,14 +386,17 @@ def test_one_clone_that_parts_is_found(
 ) -> None:
     big = grown(wide, tmp_path / "big.onnx", strategy)
     assert diagnose(big, ranks=False).stuck
-    found = diagnose(change(big, shifted(name, at, 0.01)), ranks=False)
-    tensor = by_name(found)[name]
-    assert not found.stuck and not set(tensor.others if side == "forward" else tensor.inputs) & set(found.tied)
+    diagnosis = diagnose(change(big, shifted(name, at, 0.01)), ranks=False)
+    tensor = by_name(diagnosis)[name]
+    assert not diagnosis.stuck and not set(tensor.others if side == "forward" else tensor.inputs) & set(diagnosis.tied)
     assert getattr(tensor, side) > 100 * tensor.tolerance
-    others = [each for each in found.tensors if each.name != name]
-    assert all((each.forward or 0.0) <= each.tolerance and (each.backward or 0.0) <= each.tolerance for each in others)
-    assert (found.activations > found.tolerance) == (side == "forward")
-    assert any(each.verdict != "tied" for each in found.layers)
+    others = [tensor for tensor in diagnosis.tensors if tensor.name != name]
+    assert all(
+        (tensor.forward or 0.0) <= tensor.tolerance and (tensor.backward or 0.0) <= tensor.tolerance
+        for tensor in others
+    )
+    assert (diagnosis.activations > diagnosis.tolerance) == (side == "forward")
+    assert any(layer.verdict != "tied" for layer in diagnosis.layers)
 
 
 @pytest.mark.parametrize(("size", "verdict"), [(0.03, "parting"), (3.0, "parted")])
@@ -404,32 +409,36 @@ def test_how_far_decides_the_verdict(wide: Path, tmp_path: Path, size: float, ve
             scale = size * arrays[name].std()
             arrays[name] += (rng.standard_normal(arrays[name].shape) * scale).astype(np.float32)
 
-    found = diagnose(change(big, edit), ranks=False)
-    layers = {each.name: each.verdict for each in found.layers}
+    diagnosis = diagnose(change(big, edit), ranks=False)
+    layers = {layer.name: layer.verdict for layer in diagnosis.layers}
     assert layers["layer 0"] == layers["layer 1"] == verdict
-    assert f"2 {verdict}" in found.conclusion
+    assert f"2 {verdict}" in diagnosis.conclusion
 
 
 def test_what_only_rounding_parted_is_nearly_stuck(wide: Path, tmp_path: Path) -> None:
     big = grown(wide, tmp_path / "big.onnx", "diagonal")
-    found = diagnose(change(big, shifted("up.0", (slice(None), 3), 1e-3)), ranks=False)
-    assert not found.stuck and found.conclusion.startswith("nearly stuck: the clones in 2 of 2 layers differ by")
+    diagnosis = diagnose(change(big, shifted("up.0", (slice(None), 3), 1e-3)), ranks=False)
+    assert not diagnosis.stuck and diagnosis.conclusion.startswith(
+        "nearly stuck: the clones in 2 of 2 layers differ by"
+    )
 
 
 def test_a_dimension_that_stays_tied_beside_one_that_parts(wide: Path, tmp_path: Path) -> None:
     """A changed clone parts the residual stream, whereas symmetric clones of the ffn all read the same sum."""
     big = grown(wide, tmp_path / "big.onnx")
-    found = diagnose(change(big, shifted("embedding", (slice(None), 0), 0.5)), ranks=False)
-    assert found.tied == ("ffn.0", "ffn.1") and "ffn stay tied" in found.conclusion
+    diagnosis = diagnose(change(big, shifted("embedding", (slice(None), 0), 0.5)), ranks=False)
+    assert diagnosis.tied == ("ffn.0", "ffn.1") and "ffn stay tied" in diagnosis.conclusion
     diagonal = grown(wide, tmp_path / "diagonal.onnx", "diagonal")
-    found = diagnose(change(diagonal, shifted("embedding", (slice(None), 0), 0.5)), ranks=False)
-    assert found.tied == (), "each clone of the ffn reads clones of its own"
+    diagnosis = diagnose(change(diagonal, shifted("embedding", (slice(None), 0), 0.5)), ranks=False)
+    assert diagnosis.tied == (), "each clone of the ffn reads clones of its own"
 
 
 def test_the_stable_colouring_is_a_fixed_point() -> None:
     def tensor(inputs: str, others: str, **distances: float) -> TensorDiagnosis:
-        found = dict.fromkeys(("matched", "forward", "backward", "plain_forward", "plain_backward"), 0.0) | distances
-        return TensorDiagnosis("w", "", (2, 2), (inputs,), (others,), tolerance=1e-6, **found)
+        all_distances = (
+            dict.fromkeys(("matched", "forward", "backward", "plain_forward", "plain_backward"), 0.0) | distances
+        )
+        return TensorDiagnosis("w", "", (2, 2), (inputs,), (others,), tolerance=1e-6, **all_distances)
 
     chain = [tensor(a, b, plain_forward=1.0) for a, b in ("ab", "bc", "cd")]
     assert lasting(chain) == set("abcd")
@@ -493,7 +502,7 @@ def test_what_was_not_measured_is_none(cli: Command, small: Path, tmp_path: Path
     big = grown(small, tmp_path / "big.onnx")
     data = json.loads(cli("diagnose", big, "--no-activations", "--no-ranks", "--json").stdout)
     assert data["activations"] is None and data["values"] == [] and data["stuck"] is True
-    assert not any(each["rank"] for each in data["tensors"])
+    assert not any(tensor["rank"] for tensor in data["tensors"])
 
 
 def test_given_inputs_and_lengths(cli: Command, small: Path, tmp_path: Path) -> None:
@@ -522,8 +531,8 @@ def test_inputs_whose_clones_differ_are_told(tmp_path: Path) -> None:
     for alike in (True, False):
         half = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
         np.savez(tmp_path / "inputs.npz", x=np.concatenate([half, half if alike else -half], axis=1))
-        found = diagnose(big, inputs=tmp_path / "inputs.npz")
-        assert found.stuck == alike and bool(found.notes) != alike
+        diagnosis = diagnose(big, inputs=tmp_path / "inputs.npz")
+        assert diagnosis.stuck == alike and bool(diagnosis.notes) != alike
 
 
 def test_a_model_that_does_not_run_is_judged_by_its_weights(cli: Command, small: Path, tmp_path: Path) -> None:
@@ -600,7 +609,7 @@ def test_what_cannot_be_is_one_line(
     np.savez("wrong.npz", ids=np.full((1, 2), 10**6))
     for name in ("torn.onnx", "lacking.onnx"):
         model = onnx.load("big.onnx")
-        stored = next(each for each in model.metadata_props if each.key == METADATA_KEY)
+        stored = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
         plan = json.loads(stored.value)
         if name == "torn.onnx":
             del plan["tensors"]
@@ -608,11 +617,11 @@ def test_what_cannot_be_is_one_line(
             plan["tensors"]["gain.grown"] = plan["tensors"]["gain"]
         stored.value = json.dumps(plan)
         onnx.save(model, name)
-    before = {each: each.read_bytes() for each in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     outcome = cli("diagnose", *arguments)
     assert outcome.code == code and text in outcome.error, outcome.stderr
     assert outcome.error.startswith("error: ") and outcome.stdout == ""
-    assert {each: each.read_bytes() for each in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_without_matplotlib(cli: Command, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

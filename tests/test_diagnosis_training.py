@@ -44,12 +44,12 @@ def steps(path: Path, optimizer: str, count: int, out: Path) -> Path:
     return out
 
 
-def distances(found: Diagnosis) -> dict[str, float]:
+def distances(diagnosis: Diagnosis) -> dict[str, float]:
     """The largest distance of the activations that have clones of a dimension, for each dimension."""
     largest: dict[str, float] = {}
-    for each in found.values:
-        for dim in each.dims:
-            largest[dim] = max(largest.get(dim, 0.0), each.distance or 0.0)
+    for value in diagnosis.values:
+        for dim in value.dims:
+            largest[dim] = max(largest.get(dim, 0.0), value.distance or 0.0)
     return largest
 
 
@@ -77,14 +77,14 @@ def test_what_is_tied_stays_so_and_all_else_parts(
     expand(tmp_path / "small.onnx", big, strategy=Strategy(strategy), check=False, **growth)
     before = diagnose(big, ranks=False)
     after = diagnose(steps(big, optimizer, 5, tmp_path / "trained.onnx"), ranks=False)
-    found = distances(after)
-    assert set(found) == set(distances(before)) and found
-    for dim, distance in found.items():
+    by_dim = distances(after)
+    assert set(by_dim) == set(distances(before)) and by_dim
+    for dim, distance in by_dim.items():
         assert distance < 1e-11 if dim in before.tied else distance > 1e-7, dim
     if before.stuck:
-        assert all(each.forward is None or each.forward < 1e-11 for each in after.tensors)
+        assert all(tensor.forward is None or tensor.forward < 1e-11 for tensor in after.tensors)
     else:
-        assert not after.stuck and {each.verdict for each in after.layers} & {"parting", "parted"}
+        assert not after.stuck and {layer.verdict for layer in after.layers} & {"parting", "parted"}
 
 
 @pytest.fixture(params=[1, 7])
@@ -104,15 +104,17 @@ def test_a_trained_model_in_single_precision(tmp_path: Path, strategy: Any) -> N
     expand(tmp_path / "small.onnx", big, 2, strategy=Strategy(strategy), check=False)
     trained = steps(big, "AdamW", 20, tmp_path / "trained.onnx")
     stored = (
-        [onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer] for path in (big, trained)
+        [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer] for path in (big, trained)
     )
     changed = [not np.array_equal(one, other) for one, other in zip(*stored, strict=True)]
     assert sum(changed) > 5, "nothing was trained"
-    found = diagnose(trained, tmp_path / "small.onnx")
+    diagnosis = diagnose(trained, tmp_path / "small.onnx")
     if strategy == "symmetric":
         # The threads of a matrix product share its columns. At the end of a share, another kernel may sum the terms in
         # another order. So clones in different columns are equal up to rounding, but not bit by bit.
         rounding = weight_tolerance(ir.DataType.FLOAT, 2)
-        assert found.stuck and max(found.activations, found.weights) < rounding
+        assert diagnosis.stuck and max(diagnosis.activations, diagnosis.weights) < rounding
     else:
-        assert not found.stuck and found.activations > 0.01 and found.conclusion.startswith("the clones part")
+        assert (
+            not diagnosis.stuck and diagnosis.activations > 0.01 and diagnosis.conclusion.startswith("the clones part")
+        )

@@ -24,12 +24,12 @@ def grow(model: onnx.ModelProto, folder: Path, plain: onnx.ModelProto | None = N
     """Grow a model by 2, compare it in ONNX Runtime with its source or with `plain`, and return the roles that grew."""
     small, big = folder / "small.onnx", folder / "big.onnx"
     onnx.save(model, small)
-    made = expand(small, big, 2, strategy=Strategy("symmetric"), check=False)
+    report = expand(small, big, 2, strategy=Strategy("symmetric"), check=False)
     if plain is not None:  # the same model in a form that ONNX Runtime can read
         small = folder / "plain.onnx"
         onnx.save(plain, small)
     assert compare(big, run_source(small, 0)) == ""
-    return {dim.role for dim in made.plan.dims.values()}
+    return {dim.role for dim in report.plan.dims.values()}
 
 
 # -- imports ----------------------------------------------------------------------------------------------
@@ -81,15 +81,15 @@ def test_spellings_of_the_default_domain(tmp_path: Path, spell: Spoil) -> None:
     model = perceptron()
     spell(model)
     assert grow(model, tmp_path, perceptron()) == {"hidden", "ffn"}
-    assert [each.domain for each in onnx.load(tmp_path / "big.onnx").opset_import] in ([""], ["", "own"])
+    assert [entry.domain for entry in onnx.load(tmp_path / "big.onnx").opset_import] in ([""], ["", "own"])
 
 
 def test_a_model_in_memory_is_spelled_alike() -> None:
     model = perceptron()
     spelled_out(model)
-    made = normalise(ir.from_proto(model))
-    assert dict(made.graph.opset_imports) == {"": 20}
-    assert not infer(made).unruled
+    normalised = normalise(ir.from_proto(model))
+    assert dict(normalised.graph.opset_imports) == {"": 20}
+    assert not infer(normalised).unruled
 
 
 def test_a_model_without_a_node_of_onnx_needs_no_import(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_weights_that_are_listed_as_inputs(tmp_path: Path, version: int) -> None
     model.ir_version = version
     assert grow(model, tmp_path) == {"hidden", "ffn"}
     big = onnx.load(tmp_path / "big.onnx")
-    assert big.ir_version >= 4 and [each.name for each in big.graph.input] == ["ids"]
+    assert big.ir_version >= 4 and [value.name for value in big.graph.input] == ["ids"]
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_inputs_with_defaults_stay_inputs(tmp_path: Path, adapted: onnx.ModelPro
     onnx.save(adapted, small)
     expand(small, big, 2, strategy=Strategy("symmetric"), check=False, keep_interface=keep)
     source, grown = session(small), session(big)
-    shapes = {each.name: each.shape for each in grown.get_overridable_initializers()}
+    shapes = {value.name: value.shape for value in grown.get_overridable_initializers()}
     assert shapes == {"a": [12 if keep else 24, "r"], "b": ["r", 12 if keep else 24]}
     rng = np.random.default_rng(0)
     ids = {"ids": rng.integers(0, 31, (2, 5))}
@@ -211,7 +211,7 @@ def test_the_default_of_an_input_grows(tmp_path: Path, adapted: onnx.ModelProto)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values[tensor.name], tensor.name))
     assert grow(adapted, tmp_path) == {"hidden", "ffn"}
     stored = {
-        each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(tmp_path / "big.onnx").graph.initializer
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer
     }
     np.testing.assert_array_equal(stored["a"], np.tile(values["a"], (2, 1)))
 
@@ -228,10 +228,10 @@ def flat(places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("as_constant", [False, True])
 def test_sparse_tensors(tmp_path: Path, form: Callable[..., np.ndarray], as_constant: bool) -> None:
     model, plain = perceptron(), perceptron()
-    tensor = next(each for each in model.graph.initializer if each.name == "up.0")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "up.0")
     array = onnx.numpy_helper.to_array(tensor).copy()
     array[np.abs(array) < 0.2] = 0
-    next(each for each in plain.graph.initializer if each.name == "up.0").CopyFrom(
+    next(tensor for tensor in plain.graph.initializer if tensor.name == "up.0").CopyFrom(
         onnx.numpy_helper.from_array(array, "up.0")
     )
     places = np.flatnonzero(array)
@@ -294,7 +294,7 @@ def test_a_hub_cache_whose_data_leaves_it(tmp_path: Path, cache: Path) -> None:
 def test_names_in_bodies_that_are_those_of_outer_values(tmp_path: Path) -> None:
     """A carried value of a Loop is called as what it begins with, and a weight in an If as one outside of it."""
     model = perceptron(layers=1)
-    weights = {each.name: each for each in model.graph.initializer}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
     state = helper.make_tensor_value_info("h1", onnx.TensorProto.FLOAT, ["batch", "sequence", 12])
     turn = helper.make_tensor_value_info("turn", onnx.TensorProto.INT64, [])
     go, goes = (helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []) for name in ("go", "goes"))

@@ -48,10 +48,10 @@ def test_a_norm_at_the_end(tmp_path: Path, p: int) -> None:
     weights = normal(2, {name: SHAPES[name] for name in ("e", "up", "down")}) | {"one": np.array([1])}
     model = build_model(graph, weights)
     onnx.save(model, tmp_path / "small.onnx")
-    made = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, strategy=Strategy("symmetric"), check=False)
+    report = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, strategy=Strategy("symmetric"), check=False)
     assert compare(tmp_path / "big.onnx", run_source(tmp_path / "small.onnx", 0)) == ""
-    assert {dim.role for dim in made.plan.dims.values()} == {"hidden", "ffn"}
-    assert sum(isinstance(edit, ScaleOutput) for edit in made.plan.edits) == 1
+    assert {dim.role for dim in report.plan.dims.values()} == {"hidden", "ffn"}
+    assert sum(isinstance(edit, ScaleOutput) for edit in report.plan.edits) == 1
 
 
 # -- stacked layers ---------------------------------------------------------------------------------------
@@ -79,9 +79,9 @@ def test_weights_stacked_along_a_scan(tmp_path: Path) -> None:
     )
     model.graph.node[1].CopyFrom(scan)
     onnx.save(model, tmp_path / "small.onnx")
-    made = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=False)
-    assert {dim.role for dim in made.plan.dims.values()} == {"hidden", "ffn"}
-    assert made.plan.tensors["ups"].shared and made.plan.tensors["downs"].shared
+    report = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+    assert {dim.role for dim in report.plan.dims.values()} == {"hidden", "ffn"}
+    assert report.plan.tensors["ups"].shared and report.plan.tensors["downs"].shared
     assert compare(tmp_path / "big.onnx", run_source(tmp_path / "small.onnx", 0)) == ""
 
 
@@ -199,8 +199,8 @@ def test_image_features_replace_rows_of_the_stream(tmp_path: Path) -> None:
     model = build_model(graph, normal(2, SHAPES | {"project": (7, 12)}) | stored)
     small, big = tmp_path / "small.onnx", tmp_path / "big.onnx"
     onnx.save(model, small)
-    made = expand(small, big, 2, strategy=Strategy("symmetric"), check=False)
-    assert {"hidden", "ffn"} <= {dim.role for dim in made.plan.dims.values()}
+    report = expand(small, big, 2, strategy=Strategy("symmetric"), check=False)
+    assert {"hidden", "ffn"} <= {dim.role for dim in report.plan.dims.values()}
     image = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
     for ids in ([[1, 3, 3, 4], [3, 2, 3, 5]], [[1, 2, 4, 5]]):
         fed = {"ids": np.array(ids), "image": image}

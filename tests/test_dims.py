@@ -41,7 +41,7 @@ def grown_terms(space: Space, terms: Sequence[Term], seed: int) -> GrownTerms:
     """A random map for every atom that may grow."""
     rng = np.random.default_rng(seed)
     maps: dict[Dim, tuple[str, SourceMap]] = {}
-    for atom in dict.fromkeys(atom for each in terms for atom in space.atoms(each)):
+    for atom in dict.fromkeys(atom for term in terms for atom in space.atoms(term)):
         size = space.static(atom)
         if atom.growable and size:
             index = rng.permutation([*range(size), *rng.integers(0, size, rng.integers(0, 4))])
@@ -90,8 +90,8 @@ def test_two_descriptions(left: Tree, right: Tree, grows: bool | None) -> None:
     space = Space()
     one, other = term(space, left), term(space, right)
     space.unify(one, other)
-    found = growable(space, one) + growable(space, other)
-    assert grows is None or (all(found) if grows else not any(found))
+    grow = growable(space, one) + growable(space, other)
+    assert grows is None or (all(grow) if grows else not any(grow))
     check_alike(space, one, other)
 
 

@@ -40,14 +40,14 @@ def run_both(folder: Path) -> np.ndarray:
     encoder, decoder = (session(folder / "onnx" / f"{part}_model.onnx") for part in ("encoder", "decoder"))
     ids = rng.integers(3, 95, (2, 7))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    made = dict(zip([o.name for o in encoder.get_outputs()], encoder.run(None, feeds), strict=True))
+    outputs = dict(zip([o.name for o in encoder.get_outputs()], encoder.run(None, feeds), strict=True))
     feeds = {
         "input_ids": rng.integers(3, 95, (2, 4)),
         "encoder_attention_mask": np.ones_like(ids),
-        "encoder_hidden_states": made["last_hidden_state"],
+        "encoder_hidden_states": outputs["last_hidden_state"],
     }
-    wanted = {value.name for value in decoder.get_inputs()}
-    return np.asarray(decoder.run(["logits"], {k: v for k, v in feeds.items() if k in wanted})[0])
+    names = {value.name for value in decoder.get_inputs()}
+    return np.asarray(decoder.run(["logits"], {k: v for k, v in feeds.items() if k in names})[0])
 
 
 def test_an_encoder_and_its_decoder(cli: Command, parts: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def write_safetensors(path: Path, tensors: dict[str, Any]) -> Path:
 
 
 def stored(path: Path) -> dict[str, Any]:
-    return {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
 
 
 def trained(path: Path) -> Any:
@@ -60,9 +60,9 @@ def test_what_was_trained_is_what_onnx_runtime_runs(family: str, zoo: Zoo, tmp_p
     assert done.code == 0 and done.stdout.rstrip().endswith("0 kept, as PyTorch computes it")
     ids = torch.randint(0, 95, (2, 7))
     with torch.no_grad():
-        wanted = model(ids, torch.ones_like(ids)).numpy()
-    assert np.abs(logits(tmp_path / "trained.onnx", ids) - wanted).max() < 2e-6 * np.abs(wanted).max()
-    assert np.abs(logits(source, ids) - wanted).max() > 1e-3 * np.abs(wanted).max()
+        expected = model(ids, torch.ones_like(ids)).numpy()
+    assert np.abs(logits(tmp_path / "trained.onnx", ids) - expected).max() < 2e-6 * np.abs(expected).max()
+    assert np.abs(logits(source, ids) - expected).max() > 1e-3 * np.abs(expected).max()
     graphs = [onnx.load(path).graph for path in (source, tmp_path / "trained.onnx")]
     assert [node.op_type for node in graphs[0].node] == [node.op_type for node in graphs[1].node]
 
@@ -94,7 +94,7 @@ def as_shards(model: Any, folder: Path) -> Path:
 
 
 def as_npz(model: Any, folder: Path) -> Path:
-    np.savez(folder / "weights.npz", **{name: each.numpy() for name, each in model.state_dict().items()})
+    np.savez(folder / "weights.npz", **{name: parameter.numpy() for name, parameter in model.state_dict().items()})
     return folder / "weights.npz"
 
 
@@ -123,12 +123,12 @@ def nested(model: Any) -> dict[str, Any]:
     """The nested dict of parameters that JAX users have."""
     jax = pytest.importorskip("jax")
     tree: dict[str, Any] = {}
-    for name, each in model.state_dict().items():
+    for name, parameter in model.state_dict().items():
         *folders, leaf = name.split(".")
         level = tree
         for part in folders:
             level = level.setdefault(part, {})
-        level[leaf] = jax.numpy.asarray(each.numpy())
+        level[leaf] = jax.numpy.asarray(parameter.numpy())
     return tree
 
 
@@ -162,26 +162,26 @@ def test_every_kind_of_checkpoint(save: Callable[[Any, Path], Path], zoo: Zoo, t
     report = json.loads(done.stdout)
     assert set(report["replaced"]) == set(model.initializers.values()) and not report["kept"] and not report["casts"]
     written = stored(tmp_path / "trained.onnx")
-    for name, each in model.named_parameters():
-        assert np.array_equal(written[model.initializers[name]], each.detach().numpy()), name
+    for name, parameter in model.named_parameters():
+        assert np.array_equal(written[model.initializers[name]], parameter.detach().numpy()), name
 
 
 def test_bfloat16_weights_are_cast_and_it_is_said(zoo: Zoo, tmp_path: Path, cli: Command) -> None:
     model = trained(zoo("llama.distinct"))
-    narrow = {name: each.bfloat16() for name, each in model.state_dict().items()}
+    narrow = {name: parameter.bfloat16() for name, parameter in model.state_dict().items()}
     file = write_safetensors(tmp_path / "w.safetensors", narrow)
     done = cli("absorb", zoo("llama.distinct"), file, "-o", tmp_path / "trained.onnx")
     assert done.code == 0 and f"{len(narrow)} cast bfloat16 -> float32" in done.stdout
     ids = torch.randint(0, 95, (2, 7))
     model.load_state_dict(narrow)
     with torch.no_grad():
-        wanted = model(ids, torch.ones_like(ids)).numpy()
-    assert np.abs(logits(tmp_path / "trained.onnx", ids) - wanted).max() < 2e-6 * np.abs(wanted).max()
+        expected = model(ids, torch.ones_like(ids)).numpy()
+    assert np.abs(logits(tmp_path / "trained.onnx", ids) - expected).max() < 2e-6 * np.abs(expected).max()
 
 
 def test_weights_trained_in_float32_go_into_a_half_precision_file(tmp_path: Path, cli: Command) -> None:
     onnx.save(perceptron(dtype="float16"), tmp_path / "half.onnx")
-    state = {name: each.float() for name, each in trained(tmp_path / "half.onnx").state_dict().items()}
+    state = {name: parameter.float() for name, parameter in trained(tmp_path / "half.onnx").state_dict().items()}
     file = write_safetensors(tmp_path / "w.safetensors", state)
     done = cli("absorb", tmp_path / "half.onnx", file, "-o", tmp_path / "trained.onnx")
     assert done.code == 0 and f"{len(state)} cast float32 -> float16, as PyTorch computes it" in done.stdout
@@ -210,7 +210,7 @@ def test_names_that_wrappers_change(zoo: Zoo, tmp_path: Path) -> None:
     state = trained(zoo("llama.distinct")).state_dict()
     for prefix in ("module.", "_orig_mod.", "model.", "module._orig_mod."):
         infix = "layers.0._checkpoint_wrapped_module."
-        wrapped = {prefix + name.replace("layers.0.", infix): each for name, each in state.items()}
+        wrapped = {prefix + name.replace("layers.0.", infix): parameter for name, parameter in state.items()}
         assert not absorb(zoo("llama.distinct"), wrapped, tmp_path / "trained.onnx", check=False).kept
 
 
@@ -322,9 +322,9 @@ WRONG: dict[str, tuple[Callable[[Path], Path], int, str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_weights_that_do_not_fit_write_nothing(case: str, zoo: Zoo, tmp_path: Path, cli: Command) -> None:
     make, code, message = WRONG[case]
-    given = make(tmp_path)
+    weights = make(tmp_path)
     before = names_in(tmp_path)
-    done = cli("absorb", zoo("llama.distinct"), given, "-o", tmp_path / "trained.onnx", "--no-validate")
+    done = cli("absorb", zoo("llama.distinct"), weights, "-o", tmp_path / "trained.onnx", "--no-validate")
     assert message in done.error and done.code == code
     assert names_in(tmp_path) == before and len(done.stderr.strip().splitlines()) == 1
 

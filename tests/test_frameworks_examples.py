@@ -62,8 +62,10 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(example: str, whole: P
     for steps in (5, 8):
         resume = ["--resume"] if steps == 8 else []
         run(example, "--output", tmp_path, "--steps", steps, "--batch", 2, "--length", 24, *resume)
-    found, wanted = (losses(folder / f"{name}_losses.csv") for folder, name in ((tmp_path, example), (whole, "torch")))
-    assert len(found) == 8 and np.abs(found - wanted).max() < 1e-4
+    actual, expected = (
+        losses(folder / f"{name}_losses.csv") for folder, name in ((tmp_path, example), (whole, "torch"))
+    )
+    assert len(actual) == 8 and np.abs(actual - expected).max() < 1e-4
     assert apart(logits(whole / "torch_trained.onnx"), logits(tmp_path / f"{example}_trained.onnx")) < 1e-3
     assert apart(logits(whole / "torch_trained.onnx"), logits(whole / "tiny_gpt_big.onnx")) > 1e-2
     if find_spec("matplotlib") is not None:
@@ -104,7 +106,7 @@ def test_fifty_steps_of_a_llama_agree_with_hugging_face(tmp_path: Path) -> None:
         run(framework, tmp_path / "hf_big.onnx", "--output", tmp_path / framework, *FIFTY)
     curves = [losses(tmp_path / "hf_losses.csv")]
     curves += [losses(tmp_path / name / f"{name}_losses.csv") for name in ("torch", "jax")]
-    assert [len(each) for each in curves] == [50, 50, 50]
+    assert [len(curve) for curve in curves] == [50, 50, 50]
     for other in curves[1:]:
         assert np.abs(curves[0] - other).max() < 1e-3
     ids = torch.arange(32)[None] + 64

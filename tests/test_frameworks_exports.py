@@ -39,10 +39,10 @@ def read_pytorch(folder: Path, big: Path) -> dict[str, Array]:
 
     model = load(big)
     with torch.no_grad():
-        for each in model.parameters():
-            each.zero_()
+        for parameter in model.parameters():
+            parameter.zero_()
     dcp.load({"model": model.state_dict()}, checkpoint_id=folder / "checkpoint")
-    return {name: each.detach().numpy() for name, each in model.named_parameters()}
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
 
 def read_jax(folder: Path, big: Path) -> dict[str, Array]:
@@ -55,8 +55,8 @@ def read_jax(folder: Path, big: Path) -> dict[str, Array]:
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore((folder / "checkpoint").resolve(), params)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(each)
-        for path, each in jax.tree.leaves_with_path(params)
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
     }
 
 
@@ -66,13 +66,13 @@ def read_safetensors(folder: Path, big: Path) -> dict[str, Array]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return load_file(folder / "model.safetensors")
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     placed = json.loads(index.read_text())["weight_map"]
     for file in sorted(set(placed.values())):
         part = load_file(folder / file)
         assert {name for name, where in placed.items() if where == file} == set(part)
-        found |= part
-    return found
+        arrays |= part
+    return arrays
 
 
 READERS = {"pytorch": read_pytorch, "jax": read_jax, "safetensors": read_safetensors}
@@ -84,15 +84,15 @@ def test_the_trainers_own_loader_reads_it(target: str, big: Path, tmp_path: Path
     assert done.code == 0, done.stderr
     assert "validated: PyTorch computes from it what ONNX Runtime computes" in done.stdout
     manifest = Manifest.read(tmp_path / "out")
-    stored = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(big).graph.initializer}
-    found = READERS[target](tmp_path / "out", big)
-    assert set(found) == {each.path for each in manifest.tensors}
-    for each in manifest.tensors:
-        assert np.array_equal(found[each.path], stored[each.initializer]), each.path
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(big).graph.initializer}
+    arrays = READERS[target](tmp_path / "out", big)
+    assert set(arrays) == {entry.path for entry in manifest.tensors}
+    for entry in manifest.tensors:
+        assert np.array_equal(arrays[entry.path], stored[entry.initializer]), entry.path
     assert manifest.growth is not None and manifest.growth["dims"]["hidden"]["to"] == 96
     assert manifest.training == RECIPE.to_json()
     assert all(line in done.stdout for line in RECIPE.lines())
-    growths = {each.fan_in_growth for each in manifest.tensors if len(each.shape) == 2}
+    growths = {entry.fan_in_growth for entry in manifest.tensors if len(entry.shape) == 2}
     assert growths == {1.0, 2.0}
     assert names_in(tmp_path) == {"big.onnx", "out"}
 
@@ -190,8 +190,8 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_commands_write_nothing(case: str, zoo: Zoo, tmp_path: Path, cli: Command) -> None:
     options, code, message = WRONG[case]
-    given = [str(tmp_path / "out") if each == "OUT" else each for each in options]
-    done = cli("handoff", zoo("llama.distinct"), *given)
+    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in options]
+    done = cli("handoff", zoo("llama.distinct"), *arguments)
     assert (done.code, names_in(tmp_path)) == (code, set()) and message in done.stderr
 
 

@@ -404,5 +404,5 @@ def test_a_half_precision_checkpoint_is_written_as_its_file_is(exported: Exporte
     (tmp_path / "out").mkdir()
     report = grow_checkpoint(tmp_path / "big.onnx", tmp_path / "hf", tmp_path / "out")
     assert report.config["dtype"] == ("bfloat16", "float32")
-    want, got = (logits(loaded(each), FAMILIES["llama"].inputs) for each in (tmp_path / "hf", tmp_path / "out"))
+    want, got = (logits(loaded(folder), FAMILIES["llama"].inputs) for folder in (tmp_path / "hf", tmp_path / "out"))
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())

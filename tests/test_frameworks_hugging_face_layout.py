@@ -50,12 +50,12 @@ def test_what_was_laid_out_can_be_put_back(name: str) -> None:
     layout = LAYOUTS[name]
     assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
     rng = np.random.default_rng(0)
-    stored = {each: rng.standard_normal([len(axis) for axis in axes]) for each, axes in AXES.items()}
-    made = laid_out(layout, stored.__getitem__, sources)
-    assert made.shape == grown_shape(layout, sources)
+    stored = {initializer: rng.standard_normal([len(axis) for axis in axes]) for initializer, axes in AXES.items()}
+    parameter = laid_out(layout, stored.__getitem__, sources)
+    assert parameter.shape == grown_shape(layout, sources)
     for piece in layout.pieces:
         back = np.full_like(stored[piece.initializer], np.nan)
-        written = put_back(layout, made, piece.initializer, back, sources)
+        written = put_back(layout, parameter, piece.initializer, back, sources)
         there = ~np.isnan(back)
         assert written == there.sum() > 0
         np.testing.assert_allclose(back[there], stored[piece.initializer][there], atol=1e-14)
@@ -105,26 +105,32 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_tensors_are_matched_by_content(name: str) -> None:
-    make, wanted = CHECKPOINTS[name]
-    stored = {each: Source(array, 1e-7) for each, array in {**tensors(), "zeros": np.zeros(9, np.float32)}.items()}
+    make, expected = CHECKPOINTS[name]
+    stored = {
+        initializer: Source(array, 1e-7)
+        for initializer, array in {**tensors(), "zeros": np.zeros(9, np.float32)}.items()
+    }
     checkpoint = make(tensors())
-    found = match(stored, checkpoint, list(stored))
-    assert {each: layouts[0].described() for each, layouts in found.layouts.items()} == wanted
-    for each, layouts in found.layouts.items():
-        made = laid_out(
+    matching = match(stored, checkpoint, list(stored))
+    assert {parameter: layouts[0].described() for parameter, layouts in matching.layouts.items()} == expected
+    for parameter, layouts in matching.layouts.items():
+        result = laid_out(
             layouts[0], lambda one: stored[one].array, lambda one, axis: np.arange(stored[one].array.shape[axis])
         )
-        np.testing.assert_allclose(made, checkpoint[each], atol=1e-5)
+        np.testing.assert_allclose(result, checkpoint[parameter], atol=1e-5)
 
 
 def test_equal_tensors_go_by_name_and_then_by_order() -> None:
     ones = np.ones(4, np.float32)
     by_name = {f"x.{name}": Source(ones, 0.0) for name in ("b.gain", "a.gain")}
-    found = match(by_name, {"a.gain": ones, "b.gain": ones}, list(by_name))
-    assert [found.layouts[name][0].pieces[0].initializer for name in ("a.gain", "b.gain")] == ["x.a.gain", "x.b.gain"]
+    matching = match(by_name, {"a.gain": ones, "b.gain": ones}, list(by_name))
+    assert [matching.layouts[name][0].pieces[0].initializer for name in ("a.gain", "b.gain")] == [
+        "x.a.gain",
+        "x.b.gain",
+    ]
     nameless = {name: Source(ones, 0.0) for name in ("val_9", "val_3")}
-    found = match(nameless, {"a.gain": ones, "b.gain": ones}, ["val_9", "val_3"])
-    assert [found.layouts[name][0].pieces[0].initializer for name in ("a.gain", "b.gain")] == ["val_9", "val_3"]
+    matching = match(nameless, {"a.gain": ones, "b.gain": ones}, ["val_9", "val_3"])
+    assert [matching.layouts[name][0].pieces[0].initializer for name in ("a.gain", "b.gain")] == ["val_9", "val_3"]
 
 
 def test_equations_are_solved_with_few_changes() -> None:
@@ -136,8 +142,8 @@ def test_equations_are_solved_with_few_changes() -> None:
         Equation({"value": 1.0, "out": 1.0}, 0.0, "the residual stream"),
     ]
     sizes = {"query": 100, "key": 50, "value": 50, "out": 100, "query bias": 10, "key bias": 5}
-    found = solve(equations, sizes)
-    assert {name: x for name, x in found.items() if x} == {"key": half, "key bias": half}
+    solution = solve(equations, sizes)
+    assert {name: x for name, x in solution.items() if x} == {"key": half, "key bias": half}
 
 
 def test_equations_without_a_solution_name_where() -> None:
@@ -156,8 +162,8 @@ FOLDERS = {
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_that_was_not_handed_over_is_said(name: str, tmp_path: Path) -> None:
-    text, wanted = FOLDERS[name]
+    text, message = FOLDERS[name]
     if text is not None:
         (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(BadModel, match=wanted):
+    with pytest.raises(BadModel, match=message):
         read_trained(tmp_path)

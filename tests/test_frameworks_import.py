@@ -66,10 +66,10 @@ def test_trained_weights_of_a_hugging_face_folder_are_read_without_a_framework()
     ],
 )
 def test_each_command_names_the_extra_that_it_misses(command: str, extra: str, small: Path, tmp_path: Path) -> None:
-    given = [{"MODEL": str(small), "OUT": str(tmp_path / "out")}.get(word, word) for word in command.split()]
+    arguments = [{"MODEL": str(small), "OUT": str(tmp_path / "out")}.get(word, word) for word in command.split()]
     missing = ("torch", "jax", "array_api_compat", "transformers")
     code = (
-        f"import sys; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['hyperclone-onnx', *{given!r}]\n"
+        f"import sys; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['hyperclone-onnx', *{arguments!r}]\n"
         "from hyperclone_onnx.commands.main import main; main()"
     )
     done = python(code)

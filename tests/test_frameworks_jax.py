@@ -112,8 +112,8 @@ def test_sizes_of_data_are_computed_without_jit_and_refused_with_it(tmp_path: Pa
     onnx.save(build_model(EXPERTS, normal(0, {"router": (4, 1), "weight": (4, 4)})), tmp_path / "model.onnx")
     apply, params = load(tmp_path / "model.onnx")
     x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
-    wanted = (x @ params["weight"]) * (x @ params["router"] > 0)
-    assert np.allclose(apply(params, x), wanted, atol=1e-6)
+    expected = (x @ params["weight"]) * (x @ params["router"] > 0)
+    assert np.allclose(apply(params, x), expected, atol=1e-6)
     gradient = jax.grad(lambda params: (apply(params, x) ** 2).sum())(params)
     assert float(np.abs(gradient["weight"]).max()) > 0
     with pytest.raises(Refused, match="NonZero makes a size of data, which"):

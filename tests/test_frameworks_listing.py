@@ -74,8 +74,10 @@ def test_little_that_is_trained(
     onnx.save(model, tmp_path / "model.onnx")
     done = cli("handoff", tmp_path / "model.onnx", "--list", "--json", *arguments)
     assert done.code == 0
-    told = json.loads(done.stdout)["warning"]
-    assert (told is None) == (warning is None) and done.stderr == ("" if told is None else f"warning: {told}\n")
+    printed = json.loads(done.stdout)["warning"]
+    assert (printed is None) == (warning is None) and done.stderr == (
+        "" if printed is None else f"warning: {printed}\n"
+    )
     assert warning is None or done.stderr.startswith(warning)
 
 
@@ -209,9 +211,9 @@ STRUCTURES = {
 
 @pytest.mark.parametrize("case", STRUCTURES)
 def test_structure_decides(case: str) -> None:
-    text, shapes, wanted = STRUCTURES[case]
+    text, shapes, expected = STRUCTURES[case]
     model = prepare_model(ir.from_proto(build_model(text, normal(0, shapes))))
-    assert set(trainable(model)) == wanted
+    assert set(trainable(model)) == expected
 
 
 @pytest.mark.parametrize("kept", [0.5, 1.0])
@@ -239,12 +241,12 @@ def test_a_divisor_that_growth_put_in_is_no_weight(zoo: Zoo, tmp_path: Path) -> 
     from hyperclone_onnx.frameworks.compiled_model import compile_model
 
     source, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
-    heads = next(each for each in analyse(source).named if each.role == "head_dim")
+    heads = next(dimension for dimension in analyse(source).named if dimension.role == "head_dim")
     index = (*range(heads.size), 0)
     plan = expand(source, big, maps={heads.name: SourceMap(heads.size, index=index)}, check=False).plan
-    added = [each for each in compile_model(big).program.weights if plan.brings_in(each.initializer)]
-    assert added and all(each.role == "constant" for each in added)
-    assert {each.reason for each in added if each.shape} == {"a divisor that growth put in"}
+    added = [weight for weight in compile_model(big).program.weights if plan.brings_in(weight.initializer)]
+    assert added and all(weight.role == "constant" for weight in added)
+    assert {weight.reason for weight in added if weight.shape} == {"a divisor that growth put in"}
 
 
 @pytest.mark.parametrize("name", ["bert.fused", "bart.fused", "deberta_v2.extended", "llama.fused"])

@@ -88,10 +88,10 @@ ROWS = [
         Row(
             "FusedConv",
             (floats(2, 4, 7, 6), floats(6, 2, 3, 3), floats(6)),
-            {"group": 2, "pads": [1, 0, 1, 2], "strides": [2, 1], "activation": name, **given},
+            {"group": 2, "pads": [1, 0, 1, 2], "strides": [2, 1], "activation": name, **attributes},
             label=name,
         )
-        for name, given in (
+        for name, attributes in (
             ("Relu", {}),
             ("LeakyRelu", {"activation_params": [0.2]}),
             ("Clip", {"activation_params": [-0.5, 0.5]}),
@@ -116,11 +116,11 @@ ROWS = [
     *(
         Row(
             "MoE",
-            (floats(3, 5, 8), floats(15, 4), *each),
-            {"k": 2, "normalize_routing_weights": 1, **given},
+            (floats(3, 5, 8), floats(15, 4), *zeros),
+            {"k": 2, "normalize_routing_weights": 1, **attributes},
             label=label,
         )
-        for label, each, given in (
+        for label, zeros, attributes in (
             ("relu", (floats(4, 6, 8), floats(4, 6), floats(4, 8, 6), floats(4, 8)), {}),
             ("gelu", (floats(4, 6, 8), None, floats(4, 8, 6)), {"activation_type": "gelu"}),
             (
@@ -242,16 +242,16 @@ ROWS = [
 def model_of(row: Row) -> onnx.ModelProto:
     """The graph of this one call."""
     kinds = {np.dtype(np.float32): 1, np.dtype(np.int64): 7, np.dtype(np.int32): 6}
-    names = [f"x{i}" if each is not None else "" for i, each in enumerate(row.operands)]
-    outputs = [f"y{i}" if wanted else "" for i, wanted in enumerate(row.outputs)]
+    names = [f"x{i}" if operand is not None else "" for i, operand in enumerate(row.operands)]
+    outputs = [f"y{i}" if compared else "" for i, compared in enumerate(row.outputs)]
     node = onnx.helper.make_node(row.op_type, names, outputs, name="node", domain=MICROSOFT, **row.attributes)
     graph = onnx.helper.make_graph(
         [node],
         "g",
         [
-            onnx.helper.make_tensor_value_info(name, kinds[each.dtype], each.shape)
-            for name, each in zip(names, row.operands, strict=True)
-            if each is not None
+            onnx.helper.make_tensor_value_info(name, kinds[operand.dtype], operand.shape)
+            for name, operand in zip(names, row.operands, strict=True)
+            if operand is not None
         ],
         [
             onnx.helper.make_tensor_value_info(name, 6 if i in row.whole else 1, None)
@@ -269,11 +269,11 @@ def test_same_as_onnx_runtime(row: Row, framework: str) -> None:
     if framework != "numpy":
         pytest.importorskip(framework)
     model = model_of(row)
-    feeds = {f"x{i}": each for i, each in enumerate(row.operands) if each is not None}
+    feeds = {f"x{i}": operand for i, operand in enumerate(row.operands) if operand is not None}
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    wanted = session.run(None, feeds)
-    found = node_cases.run(ir.from_proto(model), framework, list(feeds.values()))
-    for got, want in list(zip(found, wanted, strict=True))[: row.compared]:
+    expected = session.run(None, feeds)
+    actual = node_cases.run(ir.from_proto(model), framework, list(feeds.values()))
+    for got, want in list(zip(actual, expected, strict=True))[: row.compared]:
         assert got.shape == want.shape
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * max(float(np.abs(want).max()), 1.0))
 

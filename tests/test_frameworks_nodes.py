@@ -26,15 +26,15 @@ def test_node_cases(op_type: str, framework: str) -> None:
     if framework != "numpy":
         pytest.importorskip(framework)
     group = node_cases.cases_by_operator().get(op_type, [])
-    wanted = [case for case in group if node_cases.reason(framework, case.name) is None]
+    supported = [case for case in group if node_cases.reason(framework, case.name) is None]
     problems = []
-    for case in wanted:
+    for case in supported:
         try:
             node_cases.check(case, framework)
         except Exception as problem:  # whatever the exception is, it belongs to this case
             problems.append(f"{case.name}: {type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
     assert problems == []
-    assert wanted or op_type in WITHOUT_CASES, "no case asks this operator"
+    assert supported or op_type in WITHOUT_CASES, "no case asks this operator"
 
 
 def test_what_is_left_out_everywhere_is_refused_or_cannot_run() -> None:

@@ -52,8 +52,8 @@ def stored(array: Array) -> StoredArray:
 
 
 def outputs_of(model: Any, feeds: Mapping[str, Array]) -> dict[str, Any]:
-    found = model(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()})
-    return found if isinstance(found, dict) else {model.program.outputs[0]: found}
+    outputs = model(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()})
+    return outputs if isinstance(outputs, dict) else {model.program.outputs[0]: outputs}
 
 
 def gradients(path: Path, feeds: Mapping[str, Array], weights: Mapping[str, Array]) -> Arrays:
@@ -62,7 +62,9 @@ def gradients(path: Path, feeds: Mapping[str, Array], weights: Mapping[str, Arra
     outputs = outputs_of(model, feeds)
     sum((value.double() * torch.from_numpy(weights[name])).sum() for name, value in outputs.items()).backward()
     return {
-        model.initializers[name]: each.grad.numpy() for name, each in model.named_parameters() if each.grad is not None
+        model.initializers[name]: parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
     }
 
 
@@ -71,28 +73,28 @@ def weights_for(path: Path, feeds: Mapping[str, Array]) -> Arrays:
     rng = np.random.default_rng(0)
     with torch.no_grad():
         shapes = {name: tuple(value.shape) for name, value in outputs_of(load(path), feeds).items()}
-    found = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     mask = feeds.get("attention_mask")
-    for name, each in found.items():
-        if mask is not None and each.shape[: mask.ndim] == mask.shape:
-            found[name] = each * mask.reshape(*mask.shape, *[1] * (each.ndim - mask.ndim))
-    return found
+    for name, array in arrays.items():
+        if mask is not None and array.shape[: mask.ndim] == mask.shape:
+            arrays[name] = array * mask.reshape(*mask.shape, *[1] * (array.ndim - mask.ndim))
+    return arrays
 
 
 def on_interface(plan: Plan, arrays: Mapping[str, Array], divide: bool) -> Arrays:
     """Arrays of the small model's interface in the form of the grown one: repeated, or shared among the repeats."""
-    found = dict(arrays)
-    for each in (*plan.inputs, *plan.outputs):
-        for axis, factors in enumerate(each.axes):
-            if factors is None or each.name not in found:
+    tiled = dict(arrays)
+    for value in (*plan.inputs, *plan.outputs):
+        for axis, factors in enumerate(value.axes):
+            if factors is None or value.name not in tiled:
                 continue
             source = presented(factors, plan.maps)
-            array = np.take(found[each.name], source, axis=axis)
+            array = np.take(tiled[value.name], source, axis=axis)
             if divide:
                 counts = np.bincount(source)[source].astype(np.float64)
                 array = array / counts.reshape([-1 if axis == other else 1 for other in range(array.ndim)])
-            found[each.name] = array
-    return found
+            tiled[value.name] = array
+    return tiled
 
 
 def both_gradients(path: Path, big: Path, plan: Plan) -> tuple[Arrays, Arrays]:
@@ -103,14 +105,14 @@ def both_gradients(path: Path, big: Path, plan: Plan) -> tuple[Arrays, Arrays]:
 
 
 def assert_grows_to(small: Arrays, grown: Arrays, plan: Plan, several: frozenset[str] = frozenset()) -> None:
-    largest = max(float(np.abs(each).max()) for each in small.values())
+    largest = max(float(np.abs(array).max()) for array in small.values())
     moments = grow_moments(plan, {name: Moments(stored(g), stored(g**2), 1) for name, g in small.items()})
     assert moments.keys() == grown.keys()
     for name in grown.keys() - several:
-        found, want = moments[name].first.numpy(), grown[name]
-        assert found.shape == want.shape
+        got, want = moments[name].first.numpy(), grown[name]
+        assert got.shape == want.shape
         scale = max(float(np.abs(want).max()), VANISHING * largest)
-        assert np.abs(found - want).max() < TOLERANCE * scale, name
+        assert np.abs(got - want).max() < TOLERANCE * scale, name
         assert np.abs(moments[name].second.numpy() - want**2).max() < 2 * TOLERANCE * scale**2, name
 
 
@@ -147,9 +149,9 @@ def test_the_parts_of_a_tensor_that_became_several_add_up(zoo: Zoo, tmp_path: Pa
         shares = [0.5 if plan.tensors[name].shared else 1.0 for name in parts]
         return sum(share * half.sum(1) for share, half in zip(shares, halves, strict=True))  # type: ignore[return-value]
 
-    given = {name: moments[name].first.numpy() for name in parts}
+    first = {name: moments[name].first.numpy() for name in parts}
     want = small["lm_head.weight"]
-    for arrays in (given, grown):
+    for arrays in (first, grown):
         assert np.abs(sources(arrays) - want).max() < TOLERANCE * np.abs(want).max()
 
 
@@ -157,12 +159,12 @@ def test_the_parts_of_a_tensor_that_became_several_add_up(zoo: Zoo, tmp_path: Pa
 def test_unequal_repeats(family: str, zoo: Zoo, tmp_path: Path) -> None:
     path, big = zoo(f"{family}.distinct"), tmp_path / "big.onnx"
     maps = {
-        each.name: SourceMap(each.size, index=(*range(each.size), *range(1 + each.size // 3)))
-        for each in analyse(path).named
-        if each.role in ("ffn", "heads") and each.dim.growable
+        dimension.name: SourceMap(dimension.size, index=(*range(dimension.size), *range(1 + dimension.size // 3)))
+        for dimension in analyse(path).named
+        if dimension.role in ("ffn", "heads") and dimension.dim.growable
     }
     plan = expand(path, big, 2, maps=maps, strategy=Strategy("symmetric"), check=False).plan
-    assert len(maps) == 4 and all(plan.maps[name] == each for name, each in maps.items())
+    assert len(maps) == 4 and all(plan.maps[name] == source_map for name, source_map in maps.items())
     small, grown = both_gradients(path, big, plan)
     assert_grows_to(small, grown, plan)
 
@@ -173,7 +175,7 @@ def test_with_other_strategies_it_is_the_mean_over_the_repeats(strategy: Any, zo
     plan = expand(path, big, 2, strategy=Strategy(strategy), check=False).plan
     small, grown = both_gradients(path, big, plan)
     moments = grow_moments(plan, {name: Moments(stored(g), stored(g**2), 1) for name, g in small.items()})
-    largest, apart = max(float(np.abs(each).max()) for each in small.values()), 0.0
+    largest, apart = max(float(np.abs(array).max()) for array in small.values()), 0.0
     for name, want in grown.items():
         first, second = moments[name].first.numpy(), moments[name].second.numpy()
         scale = max(float(np.abs(want).max()), VANISHING * largest)
@@ -192,7 +194,7 @@ def repeats_of(plan: Plan, name: str, shape: tuple[int, ...]) -> Array:
     """The number of the source element that each element of a grown tensor repeats."""
     numbers = stored(np.arange(np.prod(shape, dtype=np.int64)).reshape(shape).astype(np.float64))
     moment = GrownMoment(numbers, plan.tensors.get(name), plan.maps, 1)
-    moment.scale, moment.counts = 1.0, [np.ones_like(each) for each in moment.counts]
+    moment.scale, moment.counts = 1.0, [np.ones_like(count) for count in moment.counts]
     return moment.numpy().astype(np.int64)
 
 
@@ -201,7 +203,7 @@ def test_any_slice_is_that_of_the_whole(zoo: Zoo, tmp_path: Path) -> None:
     plan = expand(path, tmp_path / "big.onnx", 2, check=False).plan
     rng = np.random.default_rng(0)
     name = "model.layers.0.self_attn.q_proj.weight"
-    name = next(each for each in plan.tensors if len(plan.tensors[each].axes) == 2)
+    name = next(tensor for tensor in plan.tensors if len(plan.tensors[tensor].axes) == 2)
     shape = GrownMoment(stored(np.zeros(())), None, {}, 1).shape
     assert shape == ()
 
@@ -262,6 +264,6 @@ def test_a_grown_model_goes_on_as_the_small_one_would(case: str, zoo: Zoo, tmp_p
         if kind == "with its moments":
             resume_torch(following, out / "optimizer.pt")
         losses[kind] = [train(big, following, ids) for ids in data[6:]]
-    wanted = np.array([train(small, optimizer, ids) for ids in data[6:]])
-    assert np.abs(np.array(losses["with its moments"]) - wanted).max() < 1e-4
-    assert np.abs(np.array(losses["without"]) - wanted).max() > 1e-2
+    expected = np.array([train(small, optimizer, ids) for ids in data[6:]])
+    assert np.abs(np.array(losses["with its moments"]) - expected).max() < 1e-4
+    assert np.abs(np.array(losses["without"]) - expected).max() > 1e-2

@@ -54,20 +54,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         train(model, optimizer, ids)
     plan = expand(folder / "small.onnx", folder / "big.onnx", 2, strategy=Strategy("symmetric"), check=False).plan
     moments = {
-        model.initializers[name]: Moments(*(from_torch(optimizer.state[each][kind]) for kind in KINDS), 5)
-        for name, each in model.named_parameters()
+        model.initializers[name]: Moments(*(from_torch(optimizer.state[parameter][kind]) for kind in KINDS), 5)
+        for name, parameter in model.named_parameters()
     }
     return Trained(folder / "small.onnx", folder / "big.onnx", model, optimizer, grow_moments(plan, moments))
 
 
 def flat(trained: Trained, key: str, initializers: bool = False) -> dict[str, Any]:
     """The state as a flat dict; `key` makes a key from kind and name."""
-    found = {}
-    for name, each in trained.model.named_parameters():
+    state = {}
+    for name, parameter in trained.model.named_parameters():
         name = trained.model.initializers[name] if initializers else name
         for kind in KINDS:
-            found[key.format(kind=kind, name=name)] = trained.optimizer.state[each][kind]
-    return found
+            state[key.format(kind=kind, name=name)] = trained.optimizer.state[parameter][kind]
+    return state
 
 
 def as_torch_file(trained: Trained, folder: Path) -> Path:
@@ -126,8 +126,10 @@ def as_optax(trained: Trained, folder: Path) -> Path:
     def tree(kind: str) -> Any:
         return nested(
             {
-                name: jax.numpy.asarray((each.detach() if kind == "" else trained.optimizer.state[each][kind]).numpy())
-                for name, each in trained.model.named_parameters()
+                name: jax.numpy.asarray(
+                    (parameter.detach() if kind == "" else trained.optimizer.state[parameter][kind]).numpy()
+                )
+                for name, parameter in trained.model.named_parameters()
             }
         )
 
@@ -170,8 +172,8 @@ def test_torch_loads_it_as_its_own(trained: Trained, tmp_path: Path, cli: Comman
     model = load(trained.big)
     optimizer = torch.optim.AdamW(model.named_parameters())
     optimizer.load_state_dict(torch.load(tmp_path / "o" / "optimizer.pt", weights_only=True))
-    for path, each in model.named_parameters():
-        moments, state = trained.grown[model.initializers[path]], optimizer.state[each]
+    for path, parameter in model.named_parameters():
+        moments, state = trained.grown[model.initializers[path]], optimizer.state[parameter]
         assert np.array_equal(state["exp_avg"].numpy(), moments.first.numpy()) and float(state["step"]) == 5
         assert np.array_equal(state["exp_avg_sq"].numpy(), moments.second.numpy())
     assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"]  # the settings of the source are kept
@@ -189,9 +191,9 @@ def test_sharded_parameters_take_their_parts(trained: Trained, tmp_path: Path) -
         model = load(trained.big, shard=init_device_mesh("cpu", (1,)))
         optimizer = torch.optim.AdamW(model.named_parameters())
         resume_torch(optimizer, tmp_path / "optimizer.pt")
-        for path, each in model.named_parameters():
-            first = optimizer.state[each]["exp_avg"]
-            assert isinstance(first, DTensor) and first.placements == each.placements
+        for path, parameter in model.named_parameters():
+            first = optimizer.state[parameter]["exp_avg"]
+            assert isinstance(first, DTensor) and first.placements == parameter.placements
             assert np.array_equal(first.full_tensor().numpy(), trained.grown[model.initializers[path]].first.numpy())
         train(model, optimizer, next(batches(31, 1)))
     finally:
@@ -200,9 +202,9 @@ def test_sharded_parameters_take_their_parts(trained: Trained, tmp_path: Path) -
 
 def test_groups_stay_apart(trained: Trained, tmp_path: Path) -> None:
     named = dict(trained.model.named_parameters())
-    plain = [name for name, each in named.items() if each.ndim == 1]
+    plain = [name for name, parameter in named.items() if parameter.ndim == 1]
     groups = [
-        {"params": [(name, each) for name, each in named.items() if name not in plain], "weight_decay": 0.1},
+        {"params": [(name, parameter) for name, parameter in named.items() if name not in plain], "weight_decay": 0.1},
         {"params": [(name, named[name]) for name in plain], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups)
@@ -269,8 +271,8 @@ def of_sgd(trained: Trained, folder: Path) -> Path:
 
 
 def halved(state: dict[str, Any]) -> None:
-    for each in state["state"].values():
-        each["exp_avg"] = each["exp_avg"][:1]
+    for moments in state["state"].values():
+        moments["exp_avg"] = moments["exp_avg"][:1]
 
 
 def renamed(state: dict[str, Any]) -> None:
@@ -333,9 +335,9 @@ def test_what_growth_inserted_begins_without_moments(zoo: Zoo, tmp_path: Path) -
     """Heads with unequally repeated widths need a vector of divisors, which is no tensor of the source."""
     path, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
     maps = {
-        each.name: SourceMap(each.size, index=(*range(each.size), 0, 0, 1))
-        for each in analyse(path).named
-        if each.role == "head_dim" and each.dim.growable
+        dimension.name: SourceMap(dimension.size, index=(*range(dimension.size), 0, 0, 1))
+        for dimension in analyse(path).named
+        if dimension.role == "head_dim" and dimension.dim.growable
     }
     expand(path, big, 1, maps=maps, strategy=Strategy("symmetric"), check=False)
     small = load(path)

@@ -32,7 +32,7 @@ def grown(zoo: Zoo, family: str, folder: Path) -> tuple[Path, Path, Path]:
 
 def run(*command: Any, **environment: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[:4000]
 
 
@@ -96,7 +96,7 @@ def test_a_meta_module_is_materialized_once(zoo: Zoo, tmp_path: Path) -> None:
 
     small, plan, big = grown(zoo, "llama", tmp_path)
     model = load(small, plan=plan, device="meta")
-    assert all(each.is_meta for each in (*model.parameters(), *model.buffers()))
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert model.materialize() is model
     for one, other in zip(model.parameters(), load(big).parameters(), strict=True):
         assert torch.equal(one, other)

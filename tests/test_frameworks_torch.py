@@ -81,41 +81,43 @@ def test_blocks_are_one_class_and_equal_but_for_their_tensors(llama: OnnxModule)
     first, second = llama.model.layers
     assert isinstance(first, Block) and isinstance(second, Block)
     assert first.code == second.code and first._function is second._function
-    shapes = [{name: tuple(each.shape) for name, each in layer.named_parameters()} for layer in (first, second)]
+    shapes = [
+        {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} for layer in (first, second)
+    ]
     assert shapes[0] == shapes[1] and len(shapes[0]) == 9
 
 
 def test_copies_and_pickles_are_their_own(llama: OnnxModule) -> None:
-    given = tokens()
-    wanted = llama(*given)
+    inputs = tokens()
+    expected = llama(*inputs)
     for other in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
-        assert torch.equal(other(*given), wanted)
+        assert torch.equal(other(*inputs), expected)
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.zero_()
-        assert not torch.equal(other(*given), wanted)
-    assert torch.equal(llama(*given), wanted)
+        assert not torch.equal(other(*inputs), expected)
+    assert torch.equal(llama(*inputs), expected)
 
 
 def test_a_state_dict_comes_back(llama: OnnxModule, tmp_path: Path) -> None:
-    given = tokens()
-    wanted = llama(*given)
+    inputs = tokens()
+    expected = llama(*inputs)
     torch.save(llama.state_dict(), tmp_path / "weights.pt")
     with torch.no_grad():
         for parameter in llama.parameters():
             parameter.zero_()
     llama.load_state_dict(torch.load(tmp_path / "weights.pt"))
-    assert torch.equal(llama(*given), wanted)
+    assert torch.equal(llama(*inputs), expected)
 
 
 def test_autocast(llama: OnnxModule) -> None:
-    given = tokens()
-    wanted = llama(*given)
+    inputs = tokens()
+    expected = llama(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        got = llama(*given)
+        got = llama(*inputs)
     got.float().sum().backward()
     assert got.dtype == torch.bfloat16
-    assert ((got - wanted).abs().max() / wanted.abs().max()) < 0.05
+    assert ((got - expected).abs().max() / expected.abs().max()) < 0.05
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gptj", "bloom", "vit"])
@@ -127,16 +129,16 @@ def test_compile_sees_one_graph(family: str, zoo: Zoo) -> None:
     counter = testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=family != "vit")
     for batch, length in ((2, 7), (3, 9), (4, 12)):
-        given = tokens(batch, length) if family != "vit" else (torch.randn(batch, 3, 16, 16),)
+        inputs = tokens(batch, length) if family != "vit" else (torch.randn(batch, 3, 16, 16),)
         if family == "vit":
             sizes = [dim.dim_value for dim in onnx.load(zoo("vit.distinct")).graph.input[0].type.tensor_type.shape.dim]
-            given = (torch.randn(2, *sizes[1:]),)
-        named = {each.name: value for each, value in zip(model.program.inputs, given, strict=False)}
+            inputs = (torch.randn(2, *sizes[1:]),)
+        named = {declared.name: value for declared, value in zip(model.program.inputs, inputs, strict=False)}
         if family == "bert":
-            named["token_type_ids"] = torch.zeros_like(given[0])
+            named["token_type_ids"] = torch.zeros_like(inputs[0])
         got = compiled(**named)
-        wanted = model(**named)
-        assert (got - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+        expected = model(**named)
+        assert (got - expected).abs().max() <= 2e-6 * expected.abs().max()
         got.sum().backward()
         assert counter.frame_count == 1  # nor does it start a new trace
 
@@ -151,14 +153,14 @@ def test_export_with_symbolic_sizes(llama: OnnxModule) -> None:
 def test_checkpointing_of_blocks(llama: OnnxModule) -> None:
     from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
 
-    given = tokens()
-    llama(*given).logsumexp(-1).sum().backward()
-    wanted = {name: each.grad.clone() for name, each in llama.named_parameters()}
+    inputs = tokens()
+    llama(*inputs).logsumexp(-1).sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in llama.named_parameters()}
     llama.zero_grad()
     wrapping.apply_activation_checkpointing(llama, check_fn=lambda module: isinstance(module, Block))
-    llama(*given).logsumexp(-1).sum().backward()
-    for name, each in llama.named_parameters():
-        assert torch.allclose(each.grad, wanted[name.replace("_checkpoint_wrapped_module.", "")], atol=1e-6)
+    llama(*inputs).logsumexp(-1).sum().backward()
+    for name, parameter in llama.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name.replace("_checkpoint_wrapped_module.", "")], atol=1e-6)
 
 
 def test_fully_sharded_blocks(llama: OnnxModule, tmp_path: Path) -> None:
@@ -166,17 +168,17 @@ def test_fully_sharded_blocks(llama: OnnxModule, tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    given = tokens()
-    wanted = llama(*given).detach()
+    inputs = tokens()
+    expected = llama(*inputs).detach()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         for block in llama.model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(llama, mesh=mesh)
-        got = llama(*given)
+        got = llama(*inputs)
         got.sum().backward()
-        assert torch.allclose(got, wanted, atol=1e-6)
+        assert torch.allclose(got, expected, atol=1e-6)
         assert all(parameter.grad is not None for parameter in llama.parameters())
     finally:
         dist.destroy_process_group()
@@ -184,7 +186,7 @@ def test_fully_sharded_blocks(llama: OnnxModule, tmp_path: Path) -> None:
 
 def test_freeze_and_train(zoo: Zoo) -> None:
     model = load(zoo("llama.distinct"), freeze=["model.*"], train=["model.norm.*"])
-    learning = {name for name, each in model.named_parameters() if each.requires_grad}
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "model.norm.weight" in learning and "model.embed_tokens.weight" not in learning and "val_451" in learning
     with pytest.raises(BadRequest, match="'decoder\\.\\*' matches no floating tensor"):
         load(zoo("llama.distinct"), freeze=["decoder.*"])
@@ -335,12 +337,12 @@ def test_loops_are_differentiated(case: str, tmp_path: Path) -> None:
     assert list(model.initializers.values()) == ["weight"]
     x, s = torch.randn(shape), torch.randn(shape[0])
     sums = s[:, None] + (x * model.weight[:, None]).cumsum(1)
-    wanted = torch.autograd.grad(sums[:, -1].sum() + (sums**2).sum(), model.weight)[0]
-    made = model(x, s)
-    assert torch.allclose(made["last"], sums[:, -1], atol=1e-5)
-    assert torch.allclose(made["made"], (sums**2).T, atol=1e-5)
-    (made["last"].sum() + made["made"].sum()).backward()
-    assert torch.allclose(model.weight.grad, wanted, atol=1e-4)
+    expected = torch.autograd.grad(sums[:, -1].sum() + (sums**2).sum(), model.weight)[0]
+    outputs = model(x, s)
+    assert torch.allclose(outputs["last"], sums[:, -1], atol=1e-5)
+    assert torch.allclose(outputs["made"], (sums**2).T, atol=1e-5)
+    (outputs["last"].sum() + outputs["made"].sum()).backward()
+    assert torch.allclose(model.weight.grad, expected, atol=1e-4)
 
     jax = pytest.importorskip("jax")
     from hyperclone_onnx.frameworks.jax import load as load_function
@@ -348,11 +350,11 @@ def test_loops_are_differentiated(case: str, tmp_path: Path) -> None:
     apply, params = load_function(path)
 
     def loss_of(params: Any) -> Any:
-        found = apply(params, x.numpy(), s.numpy())
-        return found["last"].sum() + found["made"].sum()
+        outputs = apply(params, x.numpy(), s.numpy())
+        return outputs["last"].sum() + outputs["made"].sum()
 
     for gradient in (jax.grad(loss_of), jax.jit(jax.grad(loss_of))):
-        assert np.allclose(gradient(params)["weight"], wanted, atol=1e-4)
+        assert np.allclose(gradient(params)["weight"], expected, atol=1e-4)
 
 
 def test_a_loop_until_a_condition_fails(tmp_path: Path) -> None:
@@ -368,8 +370,8 @@ def test_a_loop_until_a_condition_fails(tmp_path: Path) -> None:
     proto = build_model(text.replace('Loop ("", start', "Loop (, start"), {})
     path = saved(proto, tmp_path)
     model = load(path)
-    for given, wanted in ((3.0, 192.0), (200.0, 200.0)):
-        assert model(torch.tensor(given)).item() == wanted
+    for number, expected in ((3.0, 192.0), (200.0, 200.0)):
+        assert model(torch.tensor(number)).item() == expected
     jax = pytest.importorskip("jax")
     from hyperclone_onnx.frameworks.jax import load as load_function
 
@@ -392,16 +394,16 @@ def test_no_gradient_goes_through_scores_that_a_mask_leaves_nothing_of(lowest: f
     assert torch.allclose(out[0, :, 1], mean, atol=1e-6)
     out.square().sum().backward()
     assert not operands[0].grad[0, :, 1].any()
-    wanted = [each.grad.clone() for each in operands]
+    expected = [operand.grad.clone() for operand in operands]
 
     jax = pytest.importorskip("jax")
     from hyperclone_onnx.frameworks.compiling.namespaces import jax as other
 
-    def loss_of(*given: Any) -> Any:
-        return (other.attend(*given, bias.numpy(), scale=0.3) ** 2).sum()
+    def loss_of(*arrays: Any) -> Any:
+        return (other.attend(*arrays, bias.numpy(), scale=0.3) ** 2).sum()
 
-    found = jax.grad(loss_of, (0, 1, 2))(*(jax.numpy.asarray(each.detach().numpy()) for each in operands))
-    for got, want in zip(found, wanted, strict=True):
+    actual = jax.grad(loss_of, (0, 1, 2))(*(jax.numpy.asarray(operand.detach().numpy()) for operand in operands))
+    for got, want in zip(actual, expected, strict=True):
         assert np.allclose(got, want, atol=1e-5)
 
 
@@ -421,7 +423,7 @@ def test_a_linear_layer_has_a_bias_of_its_own_width(length: int, fused: list[str
     proto = build_model(text, normal(0, {"weight": (4, 6), "bias": (length,)}))
     assert products(proto, tmp_path) == fused
     x = torch.randn(3, 4)
-    weight, bias = (torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in proto.graph.initializer)
+    weight, bias = (torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in proto.graph.initializer)
     assert torch.allclose(load(tmp_path / "model.onnx")(x), x @ weight + bias, atol=1e-6)
 
 
@@ -458,6 +460,6 @@ def test_groups_of_queries_share_what_is_repeated(
     q = torch.randn(2, 4 if same else 2, 5, 8)
     k, v = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     shape = (2, 4, 5, 8) if same else (2, 2, 10, 8)
-    keys, values = (each.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(shape) for each in (k, v))
-    wanted = torch.softmax(q @ keys.mT, -1) @ values
-    assert torch.allclose(load(tmp_path / "model.onnx")(q, k, v), wanted, atol=1e-5)
+    keys, values = (operand.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(shape) for operand in (k, v))
+    expected = torch.softmax(q @ keys.mT, -1) @ values
+    assert torch.allclose(load(tmp_path / "model.onnx")(q, k, v), expected, atol=1e-5)

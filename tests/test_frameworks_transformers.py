@@ -46,19 +46,21 @@ def test_gradients_are_the_models_own(family: str, tmp_path: Path) -> None:
     source, _ = zoo.build(family, "distinct")
     graph = zoo.optimised(zoo.traced(family, source))
     ir.save(graph, tmp_path / "small.onnx")
-    given = {name: zoo.example(name, source.config) for name in FAMILIES[family].inputs}
-    made = source(**given)[FAMILIES[family].output]
-    weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
-    (made * weights).sum().backward()
-    wanted = {name: each.grad.numpy() for name, each in source.named_parameters() if each.grad is not None}
-    scale = VANISHING * max(float(np.abs(each).max()) for each in wanted.values())
+    inputs = {name: zoo.example(name, source.config) for name in FAMILIES[family].inputs}
+    output = source(**inputs)[FAMILIES[family].output]
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    (output * weights).sum().backward()
+    expected = {
+        name: parameter.grad.numpy() for name, parameter in source.named_parameters() if parameter.grad is not None
+    }
+    scale = VANISHING * max(float(np.abs(gradient).max()) for gradient in expected.values())
 
     model = load(tmp_path / "small.onnx")
-    small = gradients(model, given, weights, made)
+    small = gradients(model, inputs, weights, output)
     matches = matched(source, model)
-    assert set(wanted) <= set(matches), "parameters of the model that the handoff lacks"
+    assert set(expected) <= set(matches), "parameters of the model that the handoff lacks"
     assert set(small) <= {initializer for initializer, _ in matches.values()}, "parameters that the model lacks"
-    for name, want in wanted.items():
+    for name, want in expected.items():
         initializer, back = matches[name]
         assert_close(name, back(small[initializer]), want, scale)
 
@@ -67,20 +69,20 @@ def test_gradients_are_the_models_own(family: str, tmp_path: Path) -> None:
         tmp_path / "small.onnx", big, 2, strategy=Strategy("symmetric"), keep_interface=True, check=False
     ).plan
     tensors = {name: value.const_value for name, value in graph.graph.initializers.items()}
-    grown = pulled_back(gradients(load(big), given, weights, made), plan, tensors)
+    grown = pulled_back(gradients(load(big), inputs, weights, output), plan, tensors)
     assert set(grown) == set(small)
     for name, got in grown.items():
         assert_close(name, got, small[name], scale)
 
 
-def gradients(model: Any, given: dict[str, Any], weights: Any, wanted: Any) -> Gradients:
+def gradients(model: Any, inputs: dict[str, Any], weights: Any, expected: Any) -> Gradients:
     """Gradients of the weighted sum of the first output, by initializer. The output is compared too."""
-    made = model(**given)
-    made = next(iter(made.values())) if isinstance(made, dict) else made
-    assert float((made - wanted).detach().abs().max() / wanted.abs().max()) < ROUNDING
-    (made * weights).sum().backward()
-    learning = {name: each for name, each in model.named_parameters() if each.grad is not None}
-    return {model.initializers[name]: each.grad.numpy() for name, each in learning.items()}
+    output = model(**inputs)
+    output = next(iter(output.values())) if isinstance(output, dict) else output
+    assert float((output - expected).detach().abs().max() / expected.abs().max()) < ROUNDING
+    (output * weights).sum().backward()
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {model.initializers[name]: parameter.grad.numpy() for name, parameter in learning.items()}
 
 
 def assert_close(name: str, got: Array, want: Array, scale: float) -> None:
@@ -93,18 +95,18 @@ def matched(source: Any, model: Any) -> dict[str, tuple[str, Callable[[Array], A
     The function gives the gradient the layout of the source. The exporter may have transposed the parameter, given it
     axes of size 1, or added a number to it.
     """
-    stored = {model.initializers[name]: each.detach().numpy() for name, each in model.named_parameters()}
+    stored = {model.initializers[name]: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     by_size: dict[int, list[tuple[str, Array]]] = defaultdict(list)
     for name, array in stored.items():
         by_size[array.size].append((name, array))
-    found = {}
+    matches = {}
     for name, parameter in source.named_parameters():
         own = parameter.detach().numpy()
         for initializer, array in by_size[own.size]:
             for layout, back in layouts(own):
                 if is_moved(array.ravel(), layout.ravel()):
-                    found[name] = (initializer, back)
-    return found
+                    matches[name] = (initializer, back)
+    return matches
 
 
 def layouts(array: Array) -> Iterator[tuple[Array, Callable[[Array], Array]]]:
@@ -122,21 +124,21 @@ def is_moved(array: Array, by: Array) -> bool:
 
 def pulled_back(grown: Gradients, plan: Plan, tensors: dict[str, Any]) -> Gradients:
     """The source's gradients from the grown model's. Growth is linear, W' = G W, so that dL/dW = G^T dL/dW'."""
-    found: Gradients = {}
+    gradients_of_source: Gradients = {}
     for name, gradient in grown.items():
         recipe = plan.tensors.get(name)
         if recipe is None:
-            found[name] = found.get(name, 0) + gradient
+            gradients_of_source[name] = gradients_of_source.get(name, 0) + gradient
             continue
         shape = tuple(tensors[recipe.source].shape)
         ones, places = (
-            GrownTensor(ir.tensor(each), recipe, plan.maps, plan.strategy).numpy()
-            for each in (np.ones(shape), 1.0 + np.arange(np.prod(shape)).reshape(shape))
+            GrownTensor(ir.tensor(array), recipe, plan.maps, plan.strategy).numpy()
+            for array in (np.ones(shape), 1.0 + np.arange(np.prod(shape)).reshape(shape))
         )
         index = np.rint(places / ones).astype(np.int64) - 1
         summed = np.bincount(index.ravel(), (ones * gradient).ravel(), int(np.prod(shape)))
-        found[recipe.source] = found.get(recipe.source, 0) + summed.reshape(shape)
-    return found
+        gradients_of_source[recipe.source] = gradients_of_source.get(recipe.source, 0) + summed.reshape(shape)
+    return gradients_of_source
 
 
 def test_a_wrong_gradient_is_seen() -> None:

@@ -78,10 +78,10 @@ def relative(got: Array, want: Array, scale: float | None = None) -> float:
 
 
 def nested(tree: dict[str, Any], prefix: str = "") -> dict[str, Array]:
-    found: dict[str, Array] = {}
+    flat: dict[str, Array] = {}
     for name, value in tree.items():
-        found |= nested(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: np.asarray(value)}
-    return found
+        flat |= nested(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: np.asarray(value)}
+    return flat
 
 
 def cases() -> Iterator[Any]:
@@ -104,12 +104,12 @@ def test_both_frameworks_compute_and_learn_alike(family: str, grown: bool, zoo: 
     model, (apply, params) = in_torch.load(path), in_jax.load(path)
     runner = session(path)
     for feeds in make_feeds(path):
-        wanted = runner.run(None, feeds)
+        expected = runner.run(None, feeds)
         with torch.no_grad():
-            found = (outputs(model(**as_torch(feeds))), outputs(apply(params, **feeds)))
-        for name, *each in zip(runner.get_outputs(), wanted, *found, strict=True):
-            assert_same_outputs(path, feeds, name.name, *each)
-    weights = [np.random.default_rng(0).standard_normal(want.shape).astype(np.float32) for want in wanted]
+            actual = (outputs(model(**as_torch(feeds))), outputs(apply(params, **feeds)))
+        for name, *arrays in zip(runner.get_outputs(), expected, *actual, strict=True):
+            assert_same_outputs(path, feeds, name.name, *arrays)
+    weights = [np.random.default_rng(0).standard_normal(want.shape).astype(np.float32) for want in expected]
     one, other = gradients(model, apply, params, feeds, weights)
     assert set(one) == set(other)
     apart = [name for name in one if difference(one, other, name) >= GRADIENTS]
@@ -119,27 +119,27 @@ def test_both_frameworks_compute_and_learn_alike(family: str, grown: bool, zoo: 
         for name in exact:
             assert difference(exact, exact_too, name) < GRADIENTS / 1e4, name
         for name in apart:
-            assert max(difference(each, exact, name) for each in (one, other)) < 100 * GRADIENTS, name
+            assert max(difference(gradient, exact, name) for gradient in (one, other)) < 100 * GRADIENTS, name
     assert set(apart) <= ILL_CONDITIONED.get(family, set()), apart
     assert set(model.initializers.values()) == learned(family, path, grown)
-    blocks = [each for each in model.modules() if isinstance(each, in_torch.Block)]
+    blocks = [module for module in model.modules() if isinstance(module, in_torch.Block)]
     assert len(blocks) == (0 if family in NO_BLOCKS else 4 if family in TOWERS else 2)
 
 
-def outputs(made: Any) -> list[Array]:
+def outputs(result: Any) -> list[Array]:
     """A model's outputs, in the order of the graph."""
-    return [np.asarray(each) for each in (made.values() if isinstance(made, dict) else [made])]
+    return [np.asarray(array) for array in (result.values() if isinstance(result, dict) else [result])]
 
 
-def assert_same_outputs(path: Path, feeds: dict[str, Array], name: str, want: Array, *found: Array) -> None:
+def assert_same_outputs(path: Path, feeds: dict[str, Array], name: str, want: Array, *actual: Array) -> None:
     """Outputs equal ONNX Runtime's up to float32 rounding, or differ from float64 at most twice as much as those."""
-    if all(relative(got, want) < OUTPUTS for got in found):
+    if all(relative(got, want) < OUTPUTS for got in actual):
         return
     with tempfile.TemporaryDirectory() as folder:
         run, _ = double_runner(wide(path), Path(folder) / "wide.onnx")
-        exact = run({key: widened(each) for key, each in feeds.items()})[name]
+        exact = run({key: widened(array) for key, array in feeds.items()})[name]
     assert relative(want, exact) > OUTPUTS, "ONNX Runtime is right"
-    for got in found:
+    for got in actual:
         assert relative(got, exact) < max(OUTPUTS, 2 * relative(want, exact))
 
 
@@ -151,16 +151,16 @@ def gradients(
     model: Any, apply: Any, params: Any, feeds: dict[str, Array], weights: list[Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Gradients of the weighted sum of all outputs, for every parameter, in both frameworks."""
-    made = model(**as_torch(feeds))
-    made = list(made.values()) if isinstance(made, dict) else [made]
-    sum((each * torch.from_numpy(w)).sum() for each, w in zip(made, weights, strict=True)).backward()
+    results = model(**as_torch(feeds))
+    results = list(results.values()) if isinstance(results, dict) else [results]
+    sum((output * torch.from_numpy(w)).sum() for output, w in zip(results, weights, strict=True)).backward()
 
     def loss_of(params: Any) -> Any:
-        made = apply(params, **feeds)
-        made = list(made.values()) if isinstance(made, dict) else [made]
-        return sum((each * w).sum() for each, w in zip(made, weights, strict=True))
+        results = apply(params, **feeds)
+        results = list(results.values()) if isinstance(results, dict) else [results]
+        return sum((output * w).sum() for output, w in zip(results, weights, strict=True))
 
-    one = {name: each.grad.numpy() for name, each in model.named_parameters()}
+    one = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     return one, nested(jax.jit(jax.grad(loss_of))(params))
 
 
@@ -170,8 +170,8 @@ def double_gradients(
     """The same gradients, of the same graph in float64."""
     with jax.enable_x64(True):
         model, (apply, params) = in_torch.load(wide(path)), in_jax.load(wide(path))
-        feeds = {name: widened(each) for name, each in feeds.items()}
-        return gradients(model, apply, params, feeds, [widened(each) for each in weights])
+        feeds = {name: widened(array) for name, array in feeds.items()}
+        return gradients(model, apply, params, feeds, [widened(weight) for weight in weights])
 
 
 def wide(path: Path) -> ir.Model:
@@ -180,7 +180,7 @@ def wide(path: Path) -> ir.Model:
 
 def difference(got: dict[str, Array], want: dict[str, Array], name: str) -> float:
     """The error of a gradient, divided by its largest element, or by the scale of the terms of a cancelling sum."""
-    largest = max(float(np.abs(each).max()) for each in want.values())
+    largest = max(float(np.abs(array).max()) for array in want.values())
     return relative(got[name], want[name], max(float(np.abs(want[name]).max()), VANISHING * largest))
 
 
@@ -190,8 +190,8 @@ def test_every_dialect_computes_what_onnx_runtime_does(name: str, zoo: Zoo) -> N
     model, runner = in_torch.load(path), session(path)
     for feeds in make_feeds(path):
         with torch.no_grad():
-            found = outputs(model(**as_torch(feeds)))
-        for output, want, got in zip(runner.get_outputs(), runner.run(None, feeds), found, strict=True):
+            actual = outputs(model(**as_torch(feeds)))
+        for output, want, got in zip(runner.get_outputs(), runner.run(None, feeds), actual, strict=True):
             assert got.shape == want.shape
             if want.size:
                 assert_same_outputs(path, feeds, output.name, want, got)

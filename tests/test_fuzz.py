@@ -52,7 +52,7 @@ def test_the_oracle_finds_a_wrong_model(cli: Command, tmp_path: Path) -> None:
     ran = run_source(tmp_path / "small.onnx", 0)
     assert compare(tmp_path / "big.onnx", ran) == ""
     big = onnx.load(tmp_path / "big.onnx")
-    tensor = next(each for each in big.graph.initializer if each.name == "down.1")
+    tensor = next(tensor for tensor in big.graph.initializer if tensor.name == "down.1")
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1.02), tensor.name))
     onnx.save(big, tmp_path / "big.onnx")
     assert "relative error" in compare(tmp_path / "big.onnx", ran)

@@ -390,9 +390,9 @@ class Rooms:
     """Working arrays for the pieces of a tensor. They are filled with junk, so that reading one too early shows."""
 
     def array(self, _: str, shape: Iterable[int], dtype: Any) -> Array:
-        made = np.empty(tuple(shape), dtype)
-        made.reshape(-1).view(np.uint8)[...] = 0xA5
-        return made
+        room = np.empty(tuple(shape), dtype)
+        room.reshape(-1).view(np.uint8)[...] = 0xA5
+        return room
 
 
 def bytes_of_pieces(tensor: GrownTensor) -> bytes:
@@ -400,8 +400,8 @@ def bytes_of_pieces(tensor: GrownTensor) -> bytes:
     data = np.full(tensor.nbytes, 0x5A, np.uint8)
     rooms: Any = Rooms()
     for piece in tensor.pieces():
-        for made, offsets in piece(rooms):
-            raw = made.reshape(-1).view(np.uint8)
+        for block, offsets in piece(rooms):
+            raw = block.reshape(-1).view(np.uint8)
             for offset in offsets:
                 data[offset : offset + raw.size] = raw
     return data.tobytes()
@@ -453,8 +453,8 @@ def code_entry(dtype: str, size: str, layout: str, kind: str, scale: float = 1.0
     recipe = Recipe.from_json({"source": "layer.w", "axes": LAYOUTS[layout], "scale": scale})
     values = codes(f"{layout} {size}", recipe.source_shape(maps), bits, signed)
     source = ir.Tensor(values.astype(own.numpy()), dtype=own, name="layer.w")
-    made = tensor_digest(GrownTensor(source, recipe, maps, Strategy()))
-    return f"{dtype} {size} {layout} {kind} scale={scale}", made
+    digest = tensor_digest(GrownTensor(source, recipe, maps, Strategy()))
+    return f"{dtype} {size} {layout} {kind} scale={scale}", digest
 
 
 def packed_entry(bits: int, size: str, layout: str, kind: str) -> tuple[str, str]:
@@ -464,8 +464,8 @@ def packed_entry(bits: int, size: str, layout: str, kind: str) -> tuple[str, str
     *rows, width = recipe.source_shape(maps)
     stored = (*rows, -(-width * bits // 8))
     source = ir.Tensor(codes(f"{layout} {size}", stored, 8).astype(np.uint8), name="layer.w")
-    made = tensor_digest(GrownTensor(source, recipe, maps, Strategy()))
-    return f"packed{bits} {size} {layout} {kind}", made
+    digest = tensor_digest(GrownTensor(source, recipe, maps, Strategy()))
+    return f"packed{bits} {size} {layout} {kind}", digest
 
 
 def shares_of(layout: str) -> list[str]:
@@ -573,8 +573,8 @@ def file_entry(name: str, folder: Path) -> Entries:
     source, out = folder / "small.onnx", folder / "out" / "big.onnx"
     out.parent.mkdir()
     onnx.save(make(), source, save_as_external_data="external" in name, location="small.data", size_threshold=0)
-    made = expand(source, out, **{"factor": 2, "check": False, "workers": 1, **options})
-    report = {part: value for part, value in made.to_json().items() if part not in ("source", "output", "seconds")}
+    result = expand(source, out, **{"factor": 2, "check": False, "workers": 1, **options})
+    report = {part: value for part, value in result.to_json().items() if part not in ("source", "output", "seconds")}
     files = {path.name: digest(path.read_bytes()) for path in sorted(out.parent.iterdir())}
     return {"report": json_digest(report), **files}
 
@@ -630,22 +630,22 @@ KINDS = ("plans", "graphs", "tensors", "files")
 
 def all_goldens(kinds: Iterable[str], folder: Path) -> dict[str, Entries]:
     """Every entry of these files, made now."""
-    made: dict[str, Entries] = {kind: {} for kind in kinds}
-    for name in zoo_store.names() if made.keys() & {"plans", "graphs"} else ():
+    goldens: dict[str, Entries] = {kind: {} for kind in kinds}
+    for name in zoo_store.names() if goldens.keys() & {"plans", "graphs"} else ():
         analysis = analysis_of(name, folder)
-        if "plans" in made:
-            made["plans"] |= plan_entries(name, analysis, every_way())
-        if "graphs" in made:
-            made["graphs"] |= graph_entries(name, analysis)
-    if "tensors" in made:
+        if "plans" in goldens:
+            goldens["plans"] |= plan_entries(name, analysis, every_way())
+        if "graphs" in goldens:
+            goldens["graphs"] |= graph_entries(name, analysis)
+    if "tensors" in goldens:
         for entries in TENSORS.values():
-            made["tensors"] |= dict(entries())
-    if "files" in made:
+            goldens["tensors"] |= dict(entries())
+    if "files" in goldens:
         for number, name in enumerate(FILES):
             own = folder / str(number)
             own.mkdir()
-            made["files"][name] = file_entry(name, own)
-    return made
+            goldens["files"][name] = file_entry(name, own)
+    return goldens
 
 
 def main() -> None:
@@ -654,8 +654,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the files too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        made = all_goldens(options.kinds, Path(folder))
-    for kind, entries in made.items():
+        goldens = all_goldens(options.kinds, Path(folder))
+    for kind, entries in goldens.items():
         changed = differences(read_goldens(kind), entries)
         print(f"{kind}.json: {len(entries)} entries, {len(changed)} changed")
         for line in changed:

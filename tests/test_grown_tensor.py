@@ -52,9 +52,9 @@ def test_in_double_precision_noise_sums_to_zero(name: Any, repeats: int) -> None
 @pytest.mark.parametrize("value", [0.0, 2.0**-140, 1e30])
 def test_extreme_magnitudes_stay_finite(name: Any, value: float) -> None:
     maps = {"a": SourceMap(4, tile=2), "b": SourceMap(3, tile=2), "c": SourceMap(1, tile=1)}
-    found = grown(np.full((4, 3), value, np.float32), Strategy(name), maps).numpy()
-    assert np.isfinite(found).all()
-    np.testing.assert_allclose(found.reshape(2, 4, 6).sum(axis=0), np.full((4, 6), np.float32(value)), rtol=1e-5)
+    array = grown(np.full((4, 3), value, np.float32), Strategy(name), maps).numpy()
+    assert np.isfinite(array).all()
+    np.testing.assert_allclose(array.reshape(2, 4, 6).sum(axis=0), np.full((4, 6), np.float32(value)), rtol=1e-5)
 
 
 def test_a_shared_tensor_of_no_elements() -> None:
@@ -70,10 +70,10 @@ def test_shares_of_few_bits_add_up(name: Any, repeats: int, dtype: ir.DataType) 
     source = np.random.default_rng(1).standard_normal((12, 40)).astype(dtype.numpy())
     source[0, :3] = [0.0, -0.0, 1e-7]
     maps = {"a": SourceMap(6, tile=repeats), "b": SourceMap(40, tile=1), "c": SourceMap(2, tile=1)}
-    found = grown(source, Strategy(name, snr_db=0.0), maps, dtype).numpy().astype(np.float64).reshape(repeats, 12, 40)
-    np.testing.assert_array_equal(found.sum(axis=0), source.astype(np.float64))
+    array = grown(source, Strategy(name, snr_db=0.0), maps, dtype).numpy().astype(np.float64).reshape(repeats, 12, 40)
+    np.testing.assert_array_equal(array.sum(axis=0), source.astype(np.float64))
     if "noisy" in name:
-        assert float(np.mean(found[0] == found[1])) < 0.05
+        assert float(np.mean(array[0] == array[1])) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
@@ -83,8 +83,8 @@ def test_a_weight_of_zero_gets_its_noise_too(level: float, dtype: ir.DataType) -
     source = (np.random.default_rng(1).standard_normal((64, 256)) * level).astype(dtype.numpy())
     source[:, ::2] = 0.0
     maps = {"a": SourceMap(64, tile=2), "b": SourceMap(256, tile=1), "c": SourceMap(1, tile=1)}
-    found = grown(source, Strategy("noisy-symmetric", snr_db=10.0), maps, dtype).numpy().astype(np.float64)
-    first, second = found[:64, ::2], found[64:, ::2]
+    array = grown(source, Strategy("noisy-symmetric", snr_db=10.0), maps, dtype).numpy().astype(np.float64)
+    first, second = array[:64, ::2], array[64:, ::2]
     np.testing.assert_array_equal(first, -second)
     rms = float(np.sqrt(np.mean(source.astype(np.float64) ** 2)))
     assert float(np.sqrt(np.mean(first**2))) == pytest.approx(rms / 2 * 10**-0.5, rel=0.05)

@@ -59,7 +59,7 @@ def split(tmp_path: Path) -> Path:
 def set_entry(folder: Path, tensor: str, **entries: object) -> None:
     """Change the location that a tensor of `model.onnx` gives for its data."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    stored = next(each for each in model.graph.initializer if each.name == tensor)
+    stored = next(initializer for initializer in model.graph.initializer if initializer.name == tensor)
     kept = {entry.key: entry.value for entry in stored.external_data} | {k: str(v) for k, v in entries.items()}
     del stored.external_data[:]
     for key, value in kept.items():
@@ -230,8 +230,8 @@ def deep(model: Model) -> None:
 def function(name: str, calls: list[str]) -> onnx.FunctionProto:
     """x -> the calls, one after the other."""
     nodes = [
-        helper.make_node(each, [f"v{i}"], [f"v{i + 1}"], domain="" if each == "Relu" else "own")
-        for i, each in enumerate(calls)
+        helper.make_node(op_type, [f"v{i}"], [f"v{i + 1}"], domain="" if op_type == "Relu" else "own")
+        for i, op_type in enumerate(calls)
     ]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
     return helper.make_function("own", name, ["v0"], [f"v{len(calls)}"], nodes, opsets)
@@ -264,8 +264,8 @@ def sparse(model: Model) -> None:
 def sparse_constant(model: Model) -> None:
     values = numpy_helper.from_array(np.ones(1, np.float32), "sparse")
     indices = numpy_helper.from_array(np.zeros(1, np.int64), "indices")
-    made = helper.make_sparse_tensor(values, indices, [1 << 40])
-    model.graph.node.append(helper.make_node("Constant", [], ["c"], sparse_value=made))
+    sparse = helper.make_sparse_tensor(values, indices, [1 << 40])
+    model.graph.node.append(helper.make_node("Constant", [], ["c"], sparse_value=sparse))
 
 
 def without_a_name(model: Model) -> None:
@@ -511,7 +511,7 @@ def test_names_cannot_steer_a_terminal(cli: Command, tmp_path: Path) -> None:
 def test_weights_that_are_no_numbers(cli: Command, tmp_path: Path, value: float, strategy: str) -> None:
     """They grow as they are, and the report says so."""
     model = perceptron()
-    tensor = next(each for each in model.graph.initializer if each.name == "up.0")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "up.0")
     array = numpy_helper.to_array(tensor).copy()
     array[3, 4] = value
     tensor.CopyFrom(numpy_helper.from_array(array, "up.0"))
@@ -519,7 +519,7 @@ def test_weights_that_are_no_numbers(cli: Command, tmp_path: Path, value: float,
     arguments = ("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx")
     outcome = cli(*arguments, "--strategy", strategy, "--no-validate")
     assert outcome.code == 0, outcome.error
-    grown = next(each for each in onnx.load(tmp_path / "big.onnx").graph.initializer if each.name == "up.0")
+    grown = next(tensor for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer if tensor.name == "up.0")
     spoilt = ~np.isfinite(numpy_helper.to_array(grown))
     where = np.tile(~np.isfinite(array), (2, 2))
     assert spoilt.any() and not (spoilt & ~where).any(), "what was a number is one still"
@@ -531,7 +531,7 @@ def test_weights_that_are_no_numbers(cli: Command, tmp_path: Path, value: float,
 
 def test_the_report_names_weights_that_are_no_numbers(cli: Command, tmp_path: Path) -> None:
     model = perceptron()
-    tensor = next(each for each in model.graph.initializer if each.name == "bias.0")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "bias.0")
     array = numpy_helper.to_array(tensor).copy()
     array[4] = -np.inf  # a unit whose output is always 0, because a Relu follows
     tensor.CopyFrom(numpy_helper.from_array(array, "bias.0"))

@@ -64,7 +64,7 @@ class Grown:
     def error(self) -> float:
         """The largest relative error in the validation."""
         validation = self.result["validation"]
-        return 0.0 if validation is None else max(each["max_relative"] for each in validation["outputs"])
+        return 0.0 if validation is None else max(output["max_relative"] for output in validation["outputs"])
 
 
 def grow(model: Path, output: Path, factor: int, *options: str) -> Grown:
@@ -114,16 +114,19 @@ def run(model: ort.InferenceSession, ids: list[int]) -> np.ndarray:
         "token_type_ids": np.zeros_like(tokens),
         "position_ids": np.arange(len(ids))[None],
     }
-    given = {each.name: feeds[each.name] if each.name in feeds else empty_cache(each) for each in model.get_inputs()}
-    return np.asarray(model.run([model.get_outputs()[0].name], given)[0])
+    inputs = {
+        declared.name: feeds[declared.name] if declared.name in feeds else empty_cache(declared)
+        for declared in model.get_inputs()
+    }
+    return np.asarray(model.run([model.get_outputs()[0].name], inputs)[0])
 
 
-def empty_cache(each: ort.NodeArg) -> np.ndarray:
+def empty_cache(cache: ort.NodeArg) -> np.ndarray:
     """Keys or values of no tokens: (batch, heads, tokens, head_dim), where unknown sizes are 1 and 0."""
-    _, heads, _, head_dim = each.shape
-    assert isinstance(heads, int), each.name
+    _, heads, _, head_dim = cache.shape
+    assert isinstance(heads, int), cache.name
     head_dim = head_dim if isinstance(head_dim, int) else 64  # SmolLM2's value; onnxruntime-genai does not give it
-    return np.zeros((1, heads, 0, head_dim), np.float16 if each.type == "tensor(float16)" else np.float32)
+    return np.zeros((1, heads, 0, head_dim), np.float16 if cache.type == "tensor(float16)" else np.float32)
 
 
 def continuation(model: ort.InferenceSession, ids: list[int], steps: int) -> list[int]:
@@ -209,15 +212,15 @@ def measure(name: str, path: Path) -> Measured:
     model = session(path)
     ids = prompts(name)
     if SOURCES[name].output == "logits":
-        ids = [continuation(model, each, STEPS) for each in ids]
-    return Measured(ids, [run(model, each) for each in ids])
+        ids = [continuation(model, prompt, STEPS) for prompt in ids]
+    return Measured(ids, [run(model, prompt) for prompt in ids])
 
 
 def without_rounding(path: Path, ids: list[list[int]], folder: Path) -> list[np.ndarray]:
     """Outputs of the same graph in float32, with activations that are not rounded to 8 bits."""
     save_wide(unrounded(ir.load(path)), folder / "wide.onnx", ir.DataType.FLOAT)
     model = session(folder / "wide.onnx")
-    return [run(model, each) for each in ids]
+    return [run(model, prompt) for prompt in ids]
 
 
 @cache
@@ -261,7 +264,7 @@ def test_dialects_grow(name: str, dialect: str, factor: int, tmp_path: Path, tab
     error = largest_error(own.outputs, got, tiles)
     wide = None
     if dialect in ROUNDS | HALVES:
-        wide = largest_error(*(without_rounding(each, own.ids, tmp_path) for each in (path, big)), tiles)
+        wide = largest_error(*(without_rounding(file, own.ids, tmp_path) for file in (path, big)), tiles)
     cells = [
         f"{name} {dialect} x{factor}",
         f"{size(path) * 1e3:.0f} -> {size(big) * 1e3:.0f} MB",
@@ -284,8 +287,8 @@ def test_dialects_grow(name: str, dialect: str, factor: int, tmp_path: Path, tab
     shutil.rmtree(tmp_path)  # gigabytes
 
 
-def largest_error(wanted: list[np.ndarray], got: list[np.ndarray], tiles: int) -> float:
-    return max(relative_error(np.tile(a, tiles), b) for a, b in zip(wanted, got, strict=True))
+def largest_error(expected: list[np.ndarray], got: list[np.ndarray], tiles: int) -> float:
+    return max(relative_error(np.tile(a, tiles), b) for a, b in zip(expected, got, strict=True))
 
 
 def compare_continuations(name: str, plain: Measured, own: Measured, got: list[np.ndarray]) -> str:

@@ -45,8 +45,8 @@ def test_a_changed_tensor_is_found_in_each_mode(case: str, mode: Any, pair: tupl
     assert validate_files(*pair, "cpu", mode=mode).equal
     name, change = CHANGES[case]
     edit(pair[1], name, change)
-    asked = () if mode == "auto" else ("--validate", mode)
-    done = cli("validate", *pair, "--device", "cpu", *asked)
+    options = () if mode == "auto" else ("--validate", mode)
+    done = cli("validate", *pair, "--device", "cpu", *options)
     assert done.code == 1 or (case.startswith("another ") and mode == "full" and done.code == 3)
     assert done.code == 3 or f"DIFFERS: tensor {name}: " in done.stdout
 
@@ -69,13 +69,13 @@ def skipped_layers(model: onnx.ModelProto) -> None:
 def lost_node(model: onnx.ModelProto) -> None:
     node = next(node for node in model.graph.node if node.op_type == "Relu")
     for reader in model.graph.node:
-        reader.input[:] = [node.input[0] if each == node.output[0] else each for each in reader.input]
+        reader.input[:] = [node.input[0] if name == node.output[0] else name for name in reader.input]
     model.graph.node.remove(node)
 
 
 def changed_scale(model: onnx.ModelProto) -> None:
     """The scalar divisor that the plan inserted."""
-    (scale,) = [each for each in model.graph.initializer if each.name.endswith(".scale")]
+    (scale,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith(".scale")]
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.01), scale.name))
 
 
@@ -113,7 +113,7 @@ def test_what_a_plan_forgets_only_a_run_tells(
 
     def forgetful(*arguments: Any, **options: Any) -> Plan:
         plan = make_plan(*arguments, **options)
-        left = [each for i, each in enumerate(plan.edits) if i != dropped % len(plan.edits)]
+        left = [edit for i, edit in enumerate(plan.edits) if i != dropped % len(plan.edits)]
         return Plan(**{**vars(plan), "edits": tuple(left)})
 
     monkeypatch.setattr(expansion, "make_plan", forgetful)
@@ -149,7 +149,7 @@ def test_the_first_layers_of_right_models_are_equal(
         assert report.cases or "no layer was run" in report.notes[0]
         seen.append(bool(report.cases))
     assert not any(seen) if budget == 0 else all(seen) or budget < 1 << 30
-    assert not [each for each in names_in(tmp_path) if each.startswith(".")]
+    assert not [name for name in names_in(tmp_path) if name.startswith(".")]
 
 
 def test_what_was_done_is_reported(small: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +224,6 @@ def test_free_memory_is_what_the_tightest_group_leaves(tmp_path: Path, monkeypat
     monkeypatch.setattr(memory, "_GROUPS", tmp_path)
     assert memory._parents(tmp_path, "/a/b") == [inner, tmp_path / "a", tmp_path]
     names = ("memory.max", "memory.current", "inactive_file")
-    assert [memory._room(each, *names) for each in memory._parents(tmp_path, "/a/b")] == [None, 400, None]
+    assert [memory._room(folder, *names) for folder in memory._parents(tmp_path, "/a/b")] == [None, 400, None]
     free = memory.free_memory()
     assert free is None or free > 0

@@ -69,13 +69,13 @@ def model() -> ir.Model:
         "blocks": rng.integers(0, 255, (48, 2, 16)).astype(np.uint8),
         "scales": np.ones((48 * 2,), np.float32),
     }
-    made = build_model(GRAPH, weights, opset=21)
-    made.opset_import.add(domain="com.microsoft", version=1)
-    return ir.from_proto(made)
+    proto = build_model(GRAPH, weights, opset=21)
+    proto.opset_import.add(domain="com.microsoft", version=1)
+    return ir.from_proto(proto)
 
 
-def without_rounding_in_double(given: ir.Model) -> ir.Model:
-    return to_double(unrounded(given))
+def without_rounding_in_double(source: ir.Model) -> ir.Model:
+    return to_double(unrounded(source))
 
 
 CHANGES: dict[str, Callable[[ir.Model], ir.Model]] = {
@@ -86,57 +86,57 @@ CHANGES: dict[str, Callable[[ir.Model], ir.Model]] = {
 }
 
 
-def parts(given: ir.Model) -> Iterator[ir.Graph]:
-    yield given.graph
-    yield from given.graph.subgraphs()
+def parts(source: ir.Model) -> Iterator[ir.Graph]:
+    yield source.graph
+    yield from source.graph.subgraphs()
 
 
-def value_names(given: ir.Model) -> list[str | None]:
+def value_names(source: ir.Model) -> list[str | None]:
     return [
         value.name
-        for graph in parts(given)
+        for graph in parts(source)
         for value in (*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs))
     ]
 
 
-def node_names(given: ir.Model) -> list[str | None]:
-    return [node.name for graph in parts(given) for node in graph]
+def node_names(source: ir.Model) -> list[str | None]:
+    return [node.name for graph in parts(source) for node in graph]
 
 
 def assert_unique(names: list[str | None]) -> None:
     assert [name for name, count in Counter(names).items() if count > 1 or not name] == []
 
 
-def nameless(given: ir.Model) -> ir.Model:
-    for node in given.graph:
+def nameless(source: ir.Model) -> ir.Model:
+    for node in source.graph:
         node.name = ""
-    return given
+    return source
 
 
-def all_alike(given: ir.Model) -> ir.Model:
-    for node in given.graph:
+def all_alike(source: ir.Model) -> ir.Model:
+    for node in source.graph:
         node.name = "node"
-    return given
+    return source
 
 
 @pytest.mark.parametrize("names", [nameless, all_alike])
 @pytest.mark.parametrize("change", sorted(CHANGES))
 def test_nodes_without_names_of_their_own(names: Callable[[ir.Model], ir.Model], change: str) -> None:
-    given = names(model())
-    before = Counter(node_names(given))
-    made = CHANGES[change](given.clone())
-    assert_unique(value_names(made))
-    assert_unique(list((Counter(node_names(made)) - before).elements()))
-    onnx.checker.check_model(ir.to_proto(made))
+    source = names(model())
+    before = Counter(node_names(source))
+    changed = CHANGES[change](source.clone())
+    assert_unique(value_names(changed))
+    assert_unique(list((Counter(node_names(changed)) - before).elements()))
+    onnx.checker.check_model(ir.to_proto(changed))
 
 
 @pytest.mark.parametrize("change", sorted(CHANGES))
 def test_names_that_are_taken(change: str) -> None:
     """The graph gets the very names that the change would make, on other values and nodes."""
-    given = model()
-    first = CHANGES[change](given.clone())
-    fresh_values = sorted(set(map(str, value_names(first))) - set(map(str, value_names(given))))
-    fresh_nodes = sorted(set(map(str, node_names(first))) - set(map(str, node_names(given))))
+    source = model()
+    first = CHANGES[change](source.clone())
+    fresh_values = sorted(set(map(str, value_names(first))) - set(map(str, value_names(source))))
+    fresh_nodes = sorted(set(map(str, node_names(first))) - set(map(str, node_names(source))))
     assert fresh_values and fresh_nodes
     for start in range(0, len(fresh_values), 8):
         taken = model()
@@ -145,10 +145,10 @@ def test_names_that_are_taken(change: str) -> None:
             value.name = name
         for node, name in zip(taken.graph, fresh_nodes[start:], strict=False):
             node.name = name
-        made = CHANGES[change](taken)
-        assert_unique(value_names(made))
-        assert_unique([name for name in node_names(made) if name])
-        onnx.checker.check_model(ir.to_proto(made))
+        changed = CHANGES[change](taken)
+        assert_unique(value_names(changed))
+        assert_unique([name for name in node_names(changed) if name])
+        onnx.checker.check_model(ir.to_proto(changed))
 
 
 def plain() -> onnx.ModelProto:

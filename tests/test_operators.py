@@ -49,5 +49,5 @@ def test_pinned_operator_keeps_every_axis(domain: str, op_type: str) -> None:
 def test_contrib_operators_are_ruled_or_pinned() -> None:
     domain = "com.microsoft"
     every = {schema.name for schema in runtime.get_all_operator_schema() if schema.domain == domain}
-    told = {name for name in every if registry.relation(domain, name) or registry.pin_reason(domain, name)}
-    assert not every - told, "a new operator needs a rule, or a reason to pin it"
+    covered = {name for name in every if registry.relation(domain, name) or registry.pin_reason(domain, name)}
+    assert not every - covered, "a new operator needs a rule, or a reason to pin it"

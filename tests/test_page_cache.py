@@ -25,12 +25,12 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the sy
 @pytest.fixture
 def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """The stretches that the system is asked to forget, with batches of 1,000 bytes and a window of 4,000."""
-    told: list[tuple[int, int, int]] = []
+    calls: list[tuple[int, int, int]] = []
     for module in (page_cache, stored_rows, write_behind):
         monkeypatch.setattr(module, "BATCH", 1000)
     monkeypatch.setattr(write_behind, "WINDOW", 4000)
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: told.append(arguments[:3]))
-    return told
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: calls.append(arguments[:3]))
+    return calls
 
 
 def test_neighbours_are_joined_and_files_kept_apart() -> None:

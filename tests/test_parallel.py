@@ -89,7 +89,7 @@ def test_an_interrupt_leaves_no_copy() -> None:
 def test_how_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_cores", lambda: 64)
     assert [workers_for(size) for size in (0, SMALL - 1, SMALL, 1 << 40)] == [1, 1, 4, 4]
-    assert [workers_for(0, wanted) for wanted in (1, 3, 64)] == [1, 3, 64]
+    assert [workers_for(0, count) for count in (1, 3, 64)] == [1, 3, 64]
     monkeypatch.setattr(isolation, "POSSIBLE", False)
     assert [workers_for(1 << 40), workers_for(0, 3)] == [1, 1]
 

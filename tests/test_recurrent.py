@@ -52,8 +52,12 @@ def recurrent_model(op: str, directions: int, path: Path) -> Path:
 @pytest.mark.parametrize("op", GATES)
 def test_a_recurrent_model_grows(op: str, directions: int, tmp_path: Path) -> None:
     source = recurrent_model(op, directions, tmp_path / "model.onnx")
-    named = [each for each in analyse(source).named if each.dim.growable]
-    assert [(each.role, each.size) for each in named] == [("hidden", EMBEDDING), ("hidden", HIDDEN), ("hidden", HIDDEN)]
+    named = [dimension for dimension in analyse(source).named if dimension.dim.growable]
+    assert [(dimension.role, dimension.size) for dimension in named] == [
+        ("hidden", EMBEDDING),
+        ("hidden", HIDDEN),
+        ("hidden", HIDDEN),
+    ]
     done = expand(source, tmp_path / "big.onnx", 2, strategy=Strategy("noisy-diagonal"), precision="float64")
     assert done.validation is not None and done.validation.double is not None
     grown = {tensor.name: tuple(tensor.dims) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer}

@@ -82,7 +82,7 @@ OBSTACLES = [
 
 
 def cases(*names: str) -> list[object]:
-    return [pytest.param(each, id=each.label) for each in OBSTACLES if not names or each.label in names]
+    return [pytest.param(obstacle, id=obstacle.label) for obstacle in OBSTACLES if not names or obstacle.label in names]
 
 
 @pytest.fixture
@@ -196,8 +196,8 @@ def test_an_axis_that_the_operand_does_not_have(cli: Command, place: Path, axis:
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 7])],
         [onnx.numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in stored.items()],
     )
-    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(made, place / "bad.onnx")
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, place / "bad.onnx")
     outcome = cli("expand", place / "bad.onnx", "--factor", "2", "--no-validate", "-o", place / "out.onnx")
     assert outcome.code == 3
     assert f"Softmax 'bad' does not fit the specification of its operator (axis {axis}" in outcome.stderr

@@ -25,17 +25,17 @@ def read(path: Path) -> dict[str, Array]:
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
     ends = [0]
-    found = {}
+    arrays = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         assert begin == ends[-1], "the bytes have no gaps"
         ends.append(end)
         dtype = np.dtype(KINDS[entry["dtype"]])
         assert begin % dtype.itemsize == 0
-        found[name] = np.frombuffer(data[8 + length + begin : 8 + length + end], dtype).reshape(entry["shape"])
+        arrays[name] = np.frombuffer(data[8 + length + begin : 8 + length + end], dtype).reshape(entry["shape"])
     assert 8 + length + ends[-1] == len(data)
     assert length % 8 == 0
-    return found
+    return arrays
 
 
 class Lazy:
@@ -56,7 +56,7 @@ def tensors() -> tuple[dict[str, Any], dict[str, Array]]:
     grown = GrownTensor(source, Recipe("w", ((Named("a"),), (Named("b"),)), ((0, 0),)), maps, Strategy())
     lazy = Lazy(rng.standard_normal((3000, 500)).astype(np.float32))
     half = ir.tensor(rng.standard_normal((3, 5)).astype(ir.DataType.BFLOAT16.numpy()))
-    given = {
+    stored = {
         "codes": np.arange(5, dtype=np.uint8),
         "grown": grown,
         "lazy": lazy,
@@ -66,30 +66,30 @@ def tensors() -> tuple[dict[str, Any], dict[str, Array]]:
         "none": np.zeros((0, 4), np.float32),
         "stored": source,
     }
-    wanted = {name: each.numpy() if hasattr(each, "numpy") else each for name, each in given.items()}
-    return given, wanted | {"lazy": lazy.array, "half": half.numpy().view(np.uint16)}
+    expected = {name: tensor.numpy() if hasattr(tensor, "numpy") else tensor for name, tensor in stored.items()}
+    return stored, expected | {"lazy": lazy.array, "half": half.numpy().view(np.uint16)}
 
 
 @pytest.mark.parametrize("limit", [None, 4_000_000, 100])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_another_reader_finds_what_was_given(limit: int | None, workers: int, tmp_path: Path) -> None:
-    given, wanted = tensors()
-    files = write_safetensors(given, tmp_path, limit, metadata={"format": "pt"}, workers=workers)
+    stored, expected = tensors()
+    files = write_safetensors(stored, tmp_path, limit, metadata={"format": "pt"}, workers=workers)
     assert sorted(files) == sorted(tmp_path.iterdir())
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     where = {}
     for path in files:
         if path.suffix == ".safetensors":
             for name, array in read(path).items():
-                found[name], where[name] = array, path.name
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, strict=True)
-    assert given["lazy"].most < 3000
+                arrays[name], where[name] = array, path.name
+    assert arrays.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(arrays[name], array, strict=True)
+    assert stored["lazy"].most < 3000
     if len(files) > 1:
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert index["weight_map"] == where
-        assert index["metadata"]["total_size"] == sum(each.nbytes for each in wanted.values())
+        assert index["metadata"]["total_size"] == sum(array.nbytes for array in expected.values())
     else:
         assert files == [tmp_path / "model.safetensors"] and limit is None
 

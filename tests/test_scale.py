@@ -69,7 +69,7 @@ def excess(folder: Path, *stages: str) -> dict[str, float]:
 
 
 def test_every_stage_is_linear_in_the_layers(tmp_path: Path) -> None:
-    assert {stage: round(each, 2) for stage, each in excess(tmp_path).items() if each > 0.03} == {}
+    assert {stage: round(ratio, 2) for stage, ratio in excess(tmp_path).items() if ratio > 0.03} == {}
 
 
 def test_a_search_through_every_layer_in_every_layer_would_show(
@@ -78,9 +78,9 @@ def test_a_search_through_every_layer_in_every_layer_would_show(
     """An implementation with quadratic work, as `marks_of` once had."""
 
     def marks_of(self: sharing._Divider, use: Use) -> Any:
-        for found in self.carried.values():
-            if use in found.marks:
-                return frozenset(a for a in found.marks[use] if self.terms.grows(self.dimensions.use_axes[use][a]))
+        for mark in self.carried.values():
+            if use in mark.marks:
+                return frozenset(a for a in mark.marks[use] if self.terms.grows(self.dimensions.use_axes[use][a]))
         return frozenset()
 
     monkeypatch.setattr(sharing._Divider, "marks_of", marks_of)

@@ -151,12 +151,12 @@ def numbers(shape: tuple[int, ...], seed: int = 1) -> Array:
 def test_joined_tensors_read_any_of_their_bytes(axis: int, stacked: bool) -> None:
     one, other = numbers((4, 3)), numbers((4, 3) if stacked or axis > 1 else (4, 5) if axis else (2, 3), 2)
     joined = JoinedTensor(Joined(("a", "b"), axis, stacked), [ir.tensor(one), ir.tensor(other)])
-    wanted = np.stack([one, other], axis) if stacked else np.concatenate([one, other], axis)
-    np.testing.assert_array_equal(joined.numpy(), wanted)
-    rows = StoredRows(joined, wanted.shape[0], wanted.nbytes // wanted.shape[0])
-    for start, count in [(0, wanted.nbytes), (3, 9), (wanted.nbytes - 5, 5)]:
+    expected = np.stack([one, other], axis) if stacked else np.concatenate([one, other], axis)
+    np.testing.assert_array_equal(joined.numpy(), expected)
+    rows = StoredRows(joined, expected.shape[0], expected.nbytes // expected.shape[0])
+    for start, count in [(0, expected.nbytes), (3, 9), (expected.nbytes - 5, 5)]:
         read = rows.read_bytes(start, count, Scratch())
-        assert read.tobytes() == wanted.tobytes()[start : start + count]
+        assert read.tobytes() == expected.tobytes()[start : start + count]
 
 
 @pytest.mark.parametrize(("other", "why"), [((4, 3), "joined along axis 0"), ((5, 4), "joined along axis 0")])
@@ -253,9 +253,9 @@ def test_an_edit_of_a_new_kind_needs_its_class_alone() -> None:
         def apply(self, editor: Any) -> None:
             editor.set_attribute(self.node, "name", self.text)
 
-    made = Rename("a", "b")
-    assert made.to_json() == {"edit": "Rename", "node": "a", "text": "b"}
-    assert edit_from_json(made.to_json()) == made
+    rename = Rename("a", "b")
+    assert rename.to_json() == {"edit": "Rename", "node": "a", "text": "b"}
+    assert edit_from_json(rename.to_json()) == rename
     with pytest.raises(ValueError, match="there is an edit SetAttribute already"):
         edit(SetAttribute)
 

@@ -114,7 +114,7 @@ def model_of(reader: str, says: str, operator: str, whole: bool) -> onnx.ModelPr
     weights = normal(3, shapes | {"bias": (1, 1, 4)}) | {n: np.array(v, np.int64) for n, v in STORED.items()}
     model = build_model(graph, weights)
     read = {name for node in model.graph.node for name in node.input}
-    for tensor in [each for each in model.graph.initializer if each.name not in read]:
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
         model.graph.initializer.remove(tensor)
     return model
 
@@ -190,17 +190,17 @@ def test_sums_of_known_elements_are_numpys(array: np.ndarray) -> None:
     functions = {"ReduceSum": np.sum, "ReduceProd": np.prod, "ReduceMax": np.max, "ReduceMin": np.min}
     for axes in [[], *([axis] for axis in range(array.ndim)), list(range(array.ndim))]:
         for name, function in functions.items():
-            made = known.folded(name, known.known(array), axes)
-            assert made is not None and np.array_equal(made, known.known(function(array, axis=tuple(axes)))), (
+            result = known.folded(name, known.known(array), axes)
+            assert result is not None and np.array_equal(result, known.known(function(array, axis=tuple(axes)))), (
                 name,
                 axes,
             )
     for axis in range(array.ndim):
         forth, back = np.cumsum(array, axis), np.flip(np.cumsum(np.flip(array, axis), axis), axis)
-        for wanted, reverse in ((forth, False), (back, True)):
+        for expected, reverse in ((forth, False), (back, True)):
             for exclusive in (False, True):
-                made = known.accumulated(known.known(array), axis, exclusive, reverse)
-                assert np.array_equal(made, known.known(wanted - exclusive * array))
+                result = known.accumulated(known.known(array), axis, exclusive, reverse)
+                assert np.array_equal(result, known.known(expected - exclusive * array))
 
 
 def test_sums_of_what_is_not_known_are_not_known() -> None:

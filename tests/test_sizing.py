@@ -52,7 +52,7 @@ def test_an_axis_of_several_factors_grows_once(tmp_path: Path, middle: str) -> N
     model = tmp_path / "model.onnx"
     onnx.save(regrouped(middle), model)
     expand(model, tmp_path / "big.onnx", 2, device="cpu", precision="float64")
-    grown = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    grown = {tensor.name: tuple(tensor.dims) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer}
     assert grown["table"] == (31, 72)
     assert grown["up"] == (72, 40)
     if "kernel" in grown:
@@ -65,7 +65,7 @@ def test_a_factor_asked_for_by_name_grows_beside_another(tmp_path: Path) -> None
     model = tmp_path / "model.onnx"
     onnx.save(regrouped("s = Reshape (n, six)  a = Relu (s)  x = Reshape (a, flat)"), model)
     analysis = analyse(model)
-    both = [each.name for each in analysis.named if each.size == 6]
+    both = [dimension.name for dimension in analysis.named if dimension.size == 6]
     plan = plan_expansion(analysis, requests=dict.fromkeys(both, 2))
     assert sorted(plan.dims) == sorted(both)
 
@@ -92,7 +92,7 @@ def test_two_decided_branches_that_use_the_same_names(tmp_path: Path) -> None:
     expand(tmp_path / "model.onnx", tmp_path / "big.onnx", 2, device="cpu", precision="float64")
     grown = onnx.load(tmp_path / "big.onnx").graph
     assert "If" not in {node.op_type for node in grown.node}
-    assert {each.name: list(each.dims) for each in grown.initializer}["up"] == [24, 40]
+    assert {tensor.name: list(tensor.dims) for tensor in grown.initializer}["up"] == [24, 40]
 
 
 def test_groups_in_segments_side_by_side_grow_once(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_groups_in_segments_side_by_side_grow_once(tmp_path: Path) -> None:
     }"""
     onnx.save(build_model(graph, weights), model)
     expand(model, tmp_path / "big.onnx", 2, device="cpu", precision="float64")
-    grown = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    grown = {tensor.name: tuple(tensor.dims) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer}
     assert grown["both"][1] == 96
 
 
@@ -136,7 +136,7 @@ def test_an_average_over_a_width_and_a_length(tmp_path: Path) -> None:
     }"""
     onnx.save(build_model(graph, weights), model)
     expand(model, tmp_path / "big.onnx", 2, device="cpu", precision="float64")
-    grown = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    grown = {tensor.name: tuple(tensor.dims) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer}
     assert grown["table"] == (31, 48)
 
 
@@ -158,7 +158,7 @@ def test_the_experts_of_a_router_keep_their_number(tmp_path: Path) -> None:
     }"""
     onnx.save(build_model(graph, weights), model)
     expand(model, tmp_path / "big.onnx", 2, device="cpu", precision="float64")
-    grown = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    grown = {tensor.name: tuple(tensor.dims) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer}
     assert (grown["gate"], grown["mix"], grown["up"]) == ((24, 3), (3, 24), (24, 40))
 
 
@@ -175,4 +175,6 @@ def test_a_width_beside_a_batch_of_fixed_size_is_no_head(tmp_path: Path) -> None
     }"""
     onnx.save(build_model(graph, weights), tmp_path / "model.onnx")
     expand(tmp_path / "model.onnx", tmp_path / "big.onnx", 2, device="cpu", precision="float64")
-    assert {each.name: list(each.dims) for each in onnx.load(tmp_path / "big.onnx").graph.initializer}["up"][1] == 80
+    assert {tensor.name: list(tensor.dims) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer}["up"][
+        1
+    ] == 80

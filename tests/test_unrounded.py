@@ -37,7 +37,7 @@ def test_arithmetic_on_integer_sums(steps: tuple[str, ...]) -> None:
     assert rounds(model)
     session = ort.InferenceSession(ir.to_proto(unrounded(model)).SerializeToString())
     x = RNG.normal(size=(5, 8)).astype(np.float32)
-    wanted = x.astype(np.float64) @ WEIGHT
+    expected = x.astype(np.float64) @ WEIGHT
     for number, step in enumerate(steps):
-        wanted = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide}[step](wanted, 3 + number)
-    np.testing.assert_allclose(session.run(["y"], {"x": x})[0], wanted, rtol=1e-4, atol=1e-4)
+        expected = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide}[step](expected, 3 + number)
+    np.testing.assert_allclose(session.run(["y"], {"x": x})[0], expected, rtol=1e-4, atol=1e-4)

@@ -42,7 +42,7 @@ def pair(small: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 def edit(path: Path, name: str, change: Callable[[Array], Array]) -> None:
     model = onnx.load(path)
-    (tensor,) = (each for each in model.graph.initializer if each.name == name)
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
     tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), name))
     onnx.save(model, path)
 
@@ -249,7 +249,7 @@ EXACT_CUDA = (CUDA, {"use_tf32": "0"})
 
 
 @pytest.mark.parametrize(
-    ("device", "available", "wanted"),
+    ("device", "available", "expected"),
     [
         ("auto", [CPU], [CPU]),
         ("auto", [CUDA, CPU], [EXACT_CUDA, CPU]),
@@ -258,8 +258,8 @@ EXACT_CUDA = (CUDA, {"use_tf32": "0"})
         ("cuda", [CUDA, CPU], [EXACT_CUDA, CPU]),
     ],
 )
-def test_providers(device: Any, available: list[str], wanted: list[Any]) -> None:
-    assert providers(device, available) == wanted
+def test_providers(device: Any, available: list[str], expected: list[Any]) -> None:
+    assert providers(device, available) == expected
 
 
 def test_cuda_that_this_runtime_has_not() -> None:
@@ -282,7 +282,7 @@ def test_on_cuda(name: str, zoo: Callable[[str], Path], cli: Command, tmp_path: 
     done = cli("expand", zoo(name), "--factor", "2", "-o", big, "--device", "cuda", "--json")
     assert done.code == 0 and json.loads(done.stdout)["validation"]["provider"] == CUDA
     # Products that are rounded to 10 bits would have a thousand times this error.
-    assert max(each["max_relative"] for each in json.loads(done.stdout)["validation"]["outputs"]) < 1e-5
+    assert max(output["max_relative"] for output in json.loads(done.stdout)["validation"]["outputs"]) < 1e-5
     assert cli("validate", zoo(name), big, "--device", "cuda").code == 0
 
 
@@ -299,7 +299,7 @@ def tied(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def the_scale(model: onnx.ModelProto) -> onnx.TensorProto:
-    (scale,) = (each for each in model.graph.initializer if each.name.endswith(".scale"))
+    (scale,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith(".scale"))
     return scale
 
 
@@ -342,7 +342,7 @@ def test_a_changed_graph_is_noticed(
     done = cli("validate", *tied, "--device", "cpu", "--json")
     data = json.loads(done.stdout)
     assert (done.code, data["equal"]) == (1, False)
-    assert all(each.startswith("output logits") for each in data["problems"]), data["problems"]
+    assert all(problem.startswith("output logits") for problem in data["problems"]), data["problems"]
     assert bool(data["notes"]) != with_plan
 
 
@@ -363,11 +363,11 @@ def test_a_tensor_in_no_recipe_must_be_the_source_s_own(
 ) -> None:
     source, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
     plan = expand(source, big, 2, check=False).plan
-    stored = {each.name for each in onnx.load(source).graph.initializer}
+    stored = {tensor.name for tensor in onnx.load(source).graph.initializer}
     name = next(
-        each.name
-        for each in onnx.load(big).graph.initializer
-        if each.name in stored and each.name not in plan.tensors and each.data_type == onnx.TensorProto.FLOAT
+        tensor.name
+        for tensor in onnx.load(big).graph.initializer
+        if tensor.name in stored and tensor.name not in plan.tensors and tensor.data_type == onnx.TensorProto.FLOAT
     )
     edit(big, name, lambda array: np.asarray(array + np.float32(0.5)))
     done = cli("validate", source, big, "--device", "cpu")
@@ -377,7 +377,7 @@ def test_a_tensor_in_no_recipe_must_be_the_source_s_own(
 
 def test_a_tensor_that_the_plan_names_and_the_model_has_not(cli: Command, pair: tuple[Path, Path]) -> None:
     model = onnx.load(pair[1])
-    next(each for each in model.graph.initializer if each.name == "up.0").name = "up.renamed"
+    next(tensor for tensor in model.graph.initializer if tensor.name == "up.0").name = "up.renamed"
     node = next(node for node in model.graph.node if "up.0" in node.input)
     node.input[list(node.input).index("up.0")] = "up.renamed"
     onnx.save(model, pair[1])
@@ -424,8 +424,8 @@ def test_the_tolerance_is_the_type_s_and_is_printed(
     reason = data["tolerance_reason"]
     assert re.search(rf"{dtype} eps {eps} x sqrt\(\d+ summands\) \+ \d+ x residue \d\.\de[-+]\d+", reason)
     assert 8 < data["tolerance"] / np.finfo(kind).eps < 1000
-    assert all(each["max_relative"] <= data["tolerance"] for each in data["outputs"])
-    assert all(0 < each["max_relative"] <= DOUBLE_TOLERANCE for each in data["double"])
+    assert all(output["max_relative"] <= data["tolerance"] for output in data["outputs"])
+    assert all(0 < output["max_relative"] <= DOUBLE_TOLERANCE for output in data["double"])
     assert names_in(tmp_path) == {"model.onnx", "big.onnx"}
     assert f"tolerance {data['tolerance']:.1e} = {reason}" in cli("validate", source, big, "--device", "cpu").stdout
 
@@ -449,7 +449,7 @@ def blur_the_scales(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
     def make_plan(*arguments: Any, **options: Any) -> Plan:
         plan = planning.make_plan(*arguments, **options)
         edits = tuple(
-            replace(each, power=each.power * times) if isinstance(each, ScaleInput) else each for each in plan.edits
+            replace(edit, power=edit.power * times) if isinstance(edit, ScaleInput) else edit for edit in plan.edits
         )
         assert edits != plan.edits
         return replace(plan, edits=edits)
@@ -458,14 +458,14 @@ def blur_the_scales(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "precision", "found"),
+    ("times", "precision", "message"),
     [
         (1.001, "stored", r"output logits in float32: relative error \d\.\de-04 > \d\.\de-06"),
         (1.0001, "float64", r"output logits in float64: relative error \d\.\de-05 > 1.0e-12"),
     ],
 )
 def test_wider_types_show_what_half_precision_hides(
-    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, precision: str, found: str
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, precision: str, message: str
 ) -> None:
     """A division with an error of 1 / 1,000 is within rounding in float16, but not in float32."""
     blur_the_scales(monkeypatch, times)
@@ -473,7 +473,7 @@ def test_wider_types_show_what_half_precision_hides(
     arguments = ("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
     done = cli(*arguments, "--precision", precision, "--strategy", "symmetric")
     assert (done.code, done.stdout) == (1, "")
-    assert re.search(found, done.error)
+    assert re.search(message, done.error)
     assert "output logits:" not in done.error, "float16 itself shows nothing"
     assert names_in(tmp_path) == {"model.onnx"}
 
@@ -537,7 +537,7 @@ class Session:
 
     def __init__(self, path: str, options: Any, providers: list[Any], **_: Any) -> None:
         Session.asked = tuple(providers)
-        names = [each if isinstance(each, str) else each[0] for each in providers]
+        names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
         self.started = [name for name in names if name in self.working]
 
     def get_providers(self) -> list[str]:

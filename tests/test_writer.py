@@ -61,7 +61,7 @@ def test_plans_and_tensors_are_what_they_were(strategy: StrategyName, fixed: Pat
     """If these digests change, the result of a command changes: the change log must say so."""
     result = expand(fixed, tmp_path / "big.onnx", 3, strategy=Strategy(strategy, seed=5), check=False)
     digest = hashlib.sha256()
-    for tensor in sorted(onnx.load(tmp_path / "big.onnx").graph.initializer, key=lambda each: each.name):
+    for tensor in sorted(onnx.load(tmp_path / "big.onnx").graph.initializer, key=lambda tensor: tensor.name):
         digest.update(tensor.name.encode() + numpy_helper.to_array(tensor).tobytes())
     plan = hashlib.sha256(result.plan.dumps().encode()).hexdigest()
     assert (plan[:16], digest.hexdigest()[:16]) == GOLDEN[strategy]
@@ -104,15 +104,15 @@ def random_case(rng: random.Random) -> tuple[list[int], Recipe, dict[str, Source
     def named(size: int) -> Named:
         kind = rng.random()
         if kind < 0.5:
-            made = SourceMap(size, tile=rng.choice([1, 2, 3]))
+            source_map = SourceMap(size, tile=rng.choice([1, 2, 3]))
         elif kind < 0.7:
-            made = SourceMap(size, repeat=2)
+            source_map = SourceMap(size, repeat=2)
         else:
             index = [*range(size), *(rng.randrange(size) for _ in range(rng.randrange(4)))]
             rng.shuffle(index)
-            made = SourceMap(size, index=tuple(index))
+            source_map = SourceMap(size, index=tuple(index))
         name = f"d{len(maps)}"
-        maps[name] = made
+        maps[name] = source_map
         return Named(name)
 
     for a in range(rng.choice([1, 2, 2, 3])):
@@ -158,15 +158,15 @@ def test_pieces_make_every_byte_once_and_slices_agree(
         )
         grown = GrownTensor(source, recipe, maps, Strategy(strategy, seed=seed))
         whole = grown.numpy()
-        made, times = np.zeros(grown.nbytes, np.uint8), np.zeros(grown.nbytes, np.int64)
+        written, times = np.zeros(grown.nbytes, np.uint8), np.zeros(grown.nbytes, np.int64)
         for piece in grown.fresh().pieces():
-            for each, offsets in piece(Scratch()):
-                data = each.reshape(-1).view(np.uint8)
+            for block, offsets in piece(Scratch()):
+                data = block.reshape(-1).view(np.uint8)
                 for offset in offsets:
-                    made[offset : offset + data.size] = data
+                    written[offset : offset + data.size] = data
                     times[offset : offset + data.size] += 1
         assert (times == 1).all()
-        np.testing.assert_array_equal(made, whole.reshape(-1).view(np.uint8))
+        np.testing.assert_array_equal(written, whole.reshape(-1).view(np.uint8))
         window = tuple(slice(low := rng.randrange(n + 1), rng.randrange(low, n + 1)) for n in whole.shape)
         np.testing.assert_array_equal(grown[window], whole[window])
         assert_repeats_add_up(grown, whole, array, recipe.scale)
@@ -237,7 +237,7 @@ def test_a_shard_reads_its_own_part(
         return count
 
     monkeypatch.setattr(os, "preadv", counting)
-    shape = [len(range(*each.indices(2048))) for each in (*window, slice(None))[:2]]
+    shape = [len(range(*bounds.indices(2048))) for bounds in (*window, slice(None))[:2]]
     assert list(grown[window].shape) == shape
     assert 0 < read <= most * source.nbytes / 8
 
@@ -259,7 +259,7 @@ def test_other_readers_find_what_the_model_holds(external: bool, tmp_path: Path)
     tensors.append(ir.StringTensor([b"a", b"b"], shape=ir.Shape([2]), name="text"))
     codes = rng.integers(-8, 8, (33, 31)).astype(ir.DataType.INT4.numpy())
     tensors.append(ir.tensor(codes, name="codes"))
-    values = [ir.Value(name=each.name, const_value=each) for each in tensors]
+    values = [ir.Value(name=tensor.name, const_value=tensor) for tensor in tensors]
     node = ir.node("Identity", [values[0]])
     node.outputs[0].name = "y"
     node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([700, 500])
@@ -269,12 +269,12 @@ def test_other_readers_find_what_the_model_holds(external: bool, tmp_path: Path)
     assert {value: value.const_value for value in values} == before
     assert names_in(tmp_path) == ({"m.onnx", "m.onnx.data"} if external else {"m.onnx"})
     onnx.checker.check_model(tmp_path / "m.onnx")
-    found = {each.name: each for each in onnx.load(tmp_path / "m.onnx").graph.initializer}
-    assert list(found) == [each.name for each in tensors]
+    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert list(stored) == [tensor.name for tensor in tensors]
     for name, array in arrays.items():
-        np.testing.assert_array_equal(numpy_helper.to_array(found[name]), array, strict=True)
-    assert list(found["text"].string_data) == [b"a", b"b"]
-    np.testing.assert_array_equal(numpy_helper.to_array(found["codes"]).astype(np.int8), codes.astype(np.int8))
+        np.testing.assert_array_equal(numpy_helper.to_array(stored[name]), array, strict=True)
+    assert list(stored["text"].string_data) == [b"a", b"b"]
+    np.testing.assert_array_equal(numpy_helper.to_array(stored["codes"]).astype(np.int8), codes.astype(np.int8))
 
 
 def test_large_tensors_begin_at_a_page_and_shards_are_full() -> None:

@@ -105,7 +105,7 @@ def test_grown_models_compute_the_same(name: str, growth: Growth, zoo: Zoo, expe
     assert_computes_the_same(out, expected(name))
     assert_validation_says_so(result)
     assert {dim.role for dim in result.plan.dims.values()} == growth.roles
-    behind = {each.reason for each in result.kept if each.role in growth.roles}
+    behind = {dim.reason for dim in result.kept if dim.role in growth.roles}
     assert behind <= {"another factor of the same width grows"}
     before, after = parameters(source), parameters(out)
     if not growth.requests:
@@ -143,7 +143,7 @@ class Roles:
 
 
 def roles(**sizes: int | tuple[int, ...]) -> Roles:
-    return Roles(**{role: frozenset([given] if isinstance(given, int) else given) for role, given in sizes.items()})
+    return Roles(**{role: frozenset([size] if isinstance(size, int) else size) for role, size in sizes.items()})
 
 
 # A rotated head is cut in halves (4 of 8), or its rotated part is, and the rest is whole (2 + 2 + 12 of 16).
@@ -196,11 +196,11 @@ def test_every_family_has_its_roles_written_down() -> None:
 
 
 def sizes_by_role(data: Mapping[str, Any], growable: bool | None = None) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = defaultdict(set)
-    for each in data["dimensions"]:
-        if growable is None or each["growable"] == growable:
-            found[each["role"]].add(each["size"])
-    return found
+    sizes: dict[str, set[int]] = defaultdict(set)
+    for dimension in data["dimensions"]:
+        if growable is None or dimension["growable"] == growable:
+            sizes[dimension["role"]].add(dimension["size"])
+    return sizes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -218,10 +218,10 @@ def test_sizes_that_collide_have_the_roles_of_sizes_that_do_not(family: str, zoo
     """With other sizes, the same graph has the same dimensions, and as many of them in each role."""
 
     def counts(sizing: str) -> dict[tuple[str, bool], int]:
-        found: dict[tuple[str, bool], int] = defaultdict(int)
-        for each in inspection(analyse(zoo(f"{family}.{sizing}")))["dimensions"]:
-            found[each["role"], each["growable"]] += 1
-        return found
+        counts: dict[tuple[str, bool], int] = defaultdict(int)
+        for dimension in inspection(analyse(zoo(f"{family}.{sizing}")))["dimensions"]:
+            counts[dimension["role"], dimension["growable"]] += 1
+        return counts
 
     assert counts("collide") == counts("distinct")
 
@@ -276,8 +276,8 @@ def test_a_kept_interface_is_the_source_s(family: str, zoo: Zoo, expected: Expec
     assert declared(zoo(name)) == declared(out)
     assert_computes_the_same(out, expected(name))
     grown = session(out)
-    for feeds, wanted in expected(name):
-        assert [each.shape for each in grown.run(None, feeds)] == [each.shape for each in wanted]
+    for feeds, expected_outputs in expected(name):
+        assert [output.shape for output in grown.run(None, feeds)] == [output.shape for output in expected_outputs]
 
 
 # -- shared storage ---------------------------------------------------------------------------------------

@@ -27,6 +27,6 @@ def test_grown_variants_compute_the_same(index: int, name: str, zoo: Zoo, expect
     assert_computes_the_same(out, expected(name))
     assert result.validation is not None and result.validation.equal and result.validation.problems == []
     assert {dim.role for dim in result.plan.dims.values()} <= {"hidden", "ffn", "heads", "width"}
-    behind = [each for each in result.kept if each.role in ("hidden", "ffn", "heads")]
-    assert {each.reason for each in behind} <= {"another factor of the same width grows"}
+    behind = [dim for dim in result.kept if dim.role in ("hidden", "ffn", "heads")]
+    assert {dim.reason for dim in behind} <= {"another factor of the same width grows"}
     assert parameters(out) > 0.72 * factor**2 * parameters(source)

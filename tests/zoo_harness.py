@@ -33,21 +33,23 @@ def make_feeds(path: Path) -> Iterator[Feeds]:
     """Feeds for a zoo graph: two lengths; in the second some tokens of a row are padding, and caches hold something."""
     rng = np.random.default_rng(5)
     inputs = onnx.load(path, load_external_data=False).graph.input
-    shapes = {each.name: [dim.dim_param or dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in inputs}
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in inputs
+    }
     for batch, length, past, padding in ((2, 6, 0, 0), (3, 9, 5, 4)):
         # On the CPU, GroupQueryAttention continues one sequence at a time, and without padding.
         grouped = "total_sequence" in shapes.get("attention_mask", ())
         sizes = {"batch": 1 if grouped and past else batch, "length": length, "past": past}
         yield {
-            each.name: values(
-                each.name,
-                tuple(size_of(dim, each.name, sizes) for dim in shapes[each.name]),
-                onnx.helper.tensor_dtype_to_np_dtype(each.type.tensor_type.elem_type),
+            value.name: values(
+                value.name,
+                tuple(size_of(dim, value.name, sizes) for dim in shapes[value.name]),
+                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type),
                 past,
                 0 if grouped else padding,
                 rng,
             )
-            for each in inputs
+            for value in inputs
         }
 
 
@@ -89,7 +91,7 @@ def tiled(array: Array, shape: tuple[int, ...]) -> Array:
 
 def grown_feeds(grown: ort.InferenceSession, feeds: Feeds) -> Feeds:
     """The inputs, tiled to the shapes of the grown graph's inputs."""
-    shapes = {each.name: each.shape for each in grown.get_inputs()}
+    shapes = {value.name: value.shape for value in grown.get_inputs()}
     return {
         name: tiled(
             array,
@@ -103,8 +105,8 @@ def grown_feeds(grown: ort.InferenceSession, feeds: Feeds) -> Feeds:
 
 def assert_computes_the_same(path: Path, cases: list[tuple[Feeds, list[Array]]]) -> None:
     grown = session(path)
-    for feeds, wanted in cases:
-        for want, got in zip(wanted, grown.run(None, grown_feeds(grown, feeds)), strict=True):
+    for feeds, expected in cases:
+        for want, got in zip(expected, grown.run(None, grown_feeds(grown, feeds)), strict=True):
             if want.size == 0:
                 # In its later steps, a merged decoder returns empty caches for the encoder.
                 assert got.size == 0
@@ -119,8 +121,8 @@ def assert_validation_says_so(result: Expansion) -> None:
     assert validation is not None and validation.equal and validation.problems == []
     assert validation.tensors is not None and validation.tensors.checked > 0 and not validation.tensors.wrong
     assert validation.double, "the models were not run in float64"
-    assert all(each.max_relative <= 1e-12 for each in validation.double)
-    assert any(each.max_relative > 0 for each in validation.outputs), "two runs without any rounding are one run"
+    assert all(output.max_relative <= 1e-12 for output in validation.double)
+    assert any(output.max_relative > 0 for output in validation.outputs), "two runs without any rounding are one run"
 
 
 def weights(path: Path) -> dict[str, tuple[int, ...]]:

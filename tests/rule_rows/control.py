@@ -72,10 +72,10 @@ def constant_of_a_branch(m: Model) -> None:
     x = m.operand((n, k), "gg", stored=False)
     condition = m.operand(np.asarray(m.coin()), stored=False)
     value = numpy_helper.from_array(m.values((n, k)))
-    made = [helper.make_node("Constant", [], ["c"], value=value), helper.make_node("Tanh", [x], ["t"], name="t")]
+    nodes = [helper.make_node("Constant", [], ["c"], value=value), helper.make_node("Tanh", [x], ["t"], name="t")]
     branches = [
         helper.make_graph([node], "b", [], [helper.make_tensor_value_info(node.output[0], TensorProto.DOUBLE, (n, k))])
-        for node in made
+        for node in nodes
     ]
     m.node("If", condition, then_branch=branches[0], else_branch=branches[1], want="gg")
 
@@ -152,8 +152,8 @@ def scan(m: Model) -> None:
     ]
     inputs, results = ["h", "decay", "now"], ["h_out", "y"]
     body = helper.make_graph(nodes, "body", [carried(i) for i in inputs], [carried(o) for o in results])
-    given = {"num_scan_inputs": 2, "scan_input_axes": [0, axis], "scan_output_axes": [out]}
-    _, y = m.node("Scan", start, decay, b, outputs=2, want="gg", body=body, **given)
+    attributes = {"num_scan_inputs": 2, "scan_input_axes": [0, axis], "scan_output_axes": [out]}
+    _, y = m.node("Scan", start, decay, b, outputs=2, want="gg", body=body, **attributes)
     m.kinds |= dict.fromkeys(m.outputs, TensorProto.DOUBLE)
     letters = ["g", "g"]
     letters.insert(out, "p")

@@ -142,7 +142,7 @@ class Model:
         graph = helper.make_graph(
             self.nodes, "g", infos, results, [numpy_helper.from_array(a, n) for n, a in self.stored.items()]
         )
-        imports = [helper.make_opsetid(*each) for each in (("", self.opset), (MICROSOFT, 1), (PREVIEW, 1))]
+        imports = [helper.make_opsetid(*version) for version in (("", self.opset), (MICROSOFT, 1), (PREVIEW, 1))]
         model = helper.make_model(graph, opset_imports=imports, ir_version=10)
         typed = onnx.shape_inference.infer_shapes(model)
         for info in typed.graph.output:
@@ -224,9 +224,9 @@ def grow(m: Model, dimensions: Dimensions, strategy: Strategy, everything: bool)
     """The plan and the grown model; None when nothing can grow."""
     named = name_dimensions(dimensions)
     maps: dict[Dim, tuple[str, SourceMap]] = {}
-    for each in named:
-        if each.dim.growable and each.size > 0 and (everything or m.coin(0.6)):
-            maps[each.dim] = (each.name, random_map(m, each.size))
+    for dimension in named:
+        if dimension.dim.growable and dimension.size > 0 and (everything or m.coin(0.6)):
+            maps[dimension.dim] = (dimension.name, random_map(m, dimension.size))
     if not maps:
         return None
     try:
@@ -251,25 +251,25 @@ def check(key: tuple[str, str], build: Build, seed: int) -> bool:
     m = random_model(key, build, seed)
     source = m.proto()
     assert f'"{key[1]}"' in str(source.graph)
-    wanted = m.run(source, m.inputs)
+    expected = m.run(source, m.inputs)
     dimensions = infer(normalise(ir.from_proto(source)))
     assert not dimensions.unruled
     check_expected(m, dimensions)
     strategy = Strategy(STRATEGIES[seed % len(STRATEGIES)], seed=seed)
-    made = grow(m, dimensions, strategy, everything=seed % 2 == 0)
-    if made is None:
+    plan_and_model = grow(m, dimensions, strategy, everything=seed % 2 == 0)
+    if plan_and_model is None:
         return False
-    plan, model = made
+    plan, model = plan_and_model
     grown = ir.to_proto(model)
-    found = m.run(grown, feeds.grown(m.inputs, plan.inputs, plan.maps))
-    wanted = feeds.grown(wanted, plan.outputs, plan.maps)
-    for name, value in wanted.items():
-        shape = np.shape(found[name])
+    actual = m.run(grown, feeds.grown(m.inputs, plan.inputs, plan.maps))
+    expected = feeds.grown(expected, plan.outputs, plan.maps)
+    for name, value in expected.items():
+        shape = np.shape(actual[name])
         assert shape == np.shape(value), f"{name}: {shape}, not {np.shape(value)}"
         if np.asarray(value).dtype.kind == "f":
-            np.testing.assert_allclose(found[name], value, rtol=m.tolerance, atol=m.tolerance, err_msg=name)
+            np.testing.assert_allclose(actual[name], value, rtol=m.tolerance, atol=m.tolerance, err_msg=name)
         else:
-            np.testing.assert_array_equal(found[name], value, err_msg=name)
+            np.testing.assert_array_equal(actual[name], value, err_msg=name)
     return True
 
 

@@ -27,14 +27,14 @@ def reshape(m: Model) -> None:
         return [int(np.prod(factors[a:b])) for a, b in itertools.pairwise(cuts)]
 
     before, after = grouped(), grouped()
-    asked = list(after)
+    target = list(after)
     if m.coin():
-        asked[m.size(0, len(asked) - 1)] = -1
-    for i, n in enumerate(asked):
+        target[m.size(0, len(target) - 1)] = -1
+    for i, n in enumerate(target):
         if n != -1 and i < len(before) and before[i] == n and m.coin():
-            asked[i] = 0
-    attributes = {"allowzero": m.size(0, 1) if 0 not in asked else 0} if m.opset >= 14 and m.coin() else {}
-    m.node("Reshape", m.operand(tuple(before), stored=False), m.ints(asked, stored=True), **attributes)
+            target[i] = 0
+    attributes = {"allowzero": m.size(0, 1) if 0 not in target else 0} if m.opset >= 14 and m.coin() else {}
+    m.node("Reshape", m.operand(tuple(before), stored=False), m.ints(target, stored=True), **attributes)
 
 
 @row("Reshape", seeds=6)
@@ -103,12 +103,12 @@ def unsqueeze(m: Model) -> None:
 @row("Expand", seeds=16)
 def expand(m: Model) -> None:
     whole = m.shape()
-    asked = m.stretched(whole)
+    target = m.stretched(whole)
     x = m.operand(m.stretched(whole), stored=False)
-    shape = np.broadcast_shapes(asked, m.inputs[x].shape)
-    if not asked:
-        asked = (1,)
-    m.node("Expand", x, m.ints(asked), want=letters(shape) if len(shape) else "p")
+    shape = np.broadcast_shapes(target, m.inputs[x].shape)
+    if not target:
+        target = (1,)
+    m.node("Expand", x, m.ints(target), want=letters(shape) if len(shape) else "p")
 
 
 @row("Tile", seeds=10)

@@ -62,16 +62,16 @@ def softmax(m: Model, op: str) -> None:
     m.opset = m.pick(11, 13, 21)
     shape = m.shape(2, 4)
     axis = m.size(0, len(shape) - 1)
-    given = m.coin(0.7)
+    has_axis = m.coin(0.7)
     if m.opset < 13:
-        first = axis if given else 1
+        first = axis if has_axis else 1
         want = "g" * first + "p" * (len(shape) - first)
         m.runtime, m.tolerance = True, 1e-5
     else:
-        first = axis if given else len(shape) - 1
+        first = axis if has_axis else len(shape) - 1
         want = "".join("p" if i == first else "g" for i in range(len(shape)))
     x = m.operand(shape, want, stored=False, kind=np.float32 if m.runtime else np.float64)
-    m.node(op, x, want=want, **({"axis": axis - m.pick(0, len(shape) if m.opset >= 11 else 0)} if given else {}))
+    m.node(op, x, want=want, **({"axis": axis - m.pick(0, len(shape) if m.opset >= 11 else 0)} if has_axis else {}))
 
 
 @row("LpNormalization", seeds=8)

@@ -74,10 +74,10 @@ def recurrent_layers(m: Model, op: str) -> None:
     for layer, width in enumerate((n, 2 * hidden)):
         shapes = ((2, gates * hidden, width), (2, gates * hidden, hidden), (2, 2 * gates * hidden))
         weights = [m.operand(shape, "p" + "g" * (len(shape) - 1), stored=True) for shape in shapes]
-        made = m.node(
+        outputs = m.node(
             op, x, *weights, outputs=2, inner=True, want="ppgg", hidden_size=hidden, direction="bidirectional"
         )
-        moved = m.node("Transpose", made[0], perm=[0, 2, 1, 3], inner=True)
+        moved = m.node("Transpose", outputs[0], perm=[0, 2, 1, 3], inner=True)
         x = m.node("Reshape", moved, m.ints([0, 0, -1]), inner=layer == 0, want="pgg")
     narrow(m)
 

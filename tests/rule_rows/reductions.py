@@ -14,9 +14,9 @@ SUMS = "ReduceSum ReduceL1 ReduceLogSum ReduceL2 ReduceSumSquare".split()
 def reduction(m: Model, op: str, want: str, kind: Any = np.float64) -> None:
     shape = m.shape(1, 4)
     axes = sorted(m.rng.permutation(len(shape))[: m.size(1, len(shape))].tolist())
-    given = m.coin(0.8)
+    has_axes = m.coin(0.8)
     attributes: dict[str, Any] = {"keepdims": m.size(0, 1)} if m.coin() else {}
-    if not given:
+    if not has_axes:
         axes = list(range(len(shape)))
         if (op == "ReduceSum" or m.opset >= 18) and m.coin(0.3):
             attributes["noop_with_empty_axes"] = 1
@@ -24,9 +24,9 @@ def reduction(m: Model, op: str, want: str, kind: Any = np.float64) -> None:
     signed = [a - m.pick(0, len(shape)) for a in axes]
     letters_ = "".join(want if i in axes else "g" for i in range(len(shape)))
     operands = [m.operand(shape, letters_, stored=False, kind=kind)]
-    if given and (op == "ReduceSum" or m.opset >= 18):
+    if has_axes and (op == "ReduceSum" or m.opset >= 18):
         operands.append(m.ints(signed))
-    elif given:
+    elif has_axes:
         attributes["axes"] = signed
     m.node(op, *operands, **attributes)
 

@@ -26,12 +26,12 @@ def fewer_inputs(model: ModelProto, node: NodeProto, rng: Rng) -> None:
 
 
 def one_more_input(model: ModelProto, node: NodeProto, rng: Rng) -> None:
-    node.input.append(choose(rng, [each.name for each in (*model.graph.input, *model.graph.initializer)]))
+    node.input.append(choose(rng, [value.name for value in (*model.graph.input, *model.graph.initializer)]))
 
 
 def another_rank(model: ModelProto, node: NodeProto, rng: Rng) -> None:
     name = choose(rng, node.input)
-    producer = next((each for each in model.graph.node if name in each.output), None)
+    producer = next((node for node in model.graph.node if name in node.output), None)
     if producer is not None and producer.op_type == "Identity":
         name = producer.input[0]
     change = int(rng.integers(5))
@@ -48,7 +48,7 @@ def another_rank(model: ModelProto, node: NodeProto, rng: Rng) -> None:
             tensor.CopyFrom(numpy_helper.from_array(np.array(array), name))
     for value in model.graph.input:
         if value.name == name:
-            sizes = [each.dim_value for each in value.type.tensor_type.shape.dim]
+            sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
             sizes = [[*sizes, 2], sizes[:-1], [], [0, *sizes[1:]], [3, *sizes]][change]
             value.CopyFrom(helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, sizes))
 
@@ -95,7 +95,7 @@ OF_ATTRIBUTES: list[Change] = [no_attribute, attribute_of_another_kind, another_
 
 def spoil(model: ModelProto, op_type: str, rng: Rng) -> None:
     """Change one node of an operator, once or twice."""
-    node = choose(rng, [each for each in model.graph.node if each.op_type == op_type])
+    node = choose(rng, [node for node in model.graph.node if node.op_type == op_type])
     for _ in range(int(rng.integers(1, 3))):
         changes = [*(OF_INPUTS if node.input else []), *(OF_ATTRIBUTES if node.attribute else [])]
         if changes:

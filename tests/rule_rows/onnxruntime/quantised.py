@@ -170,8 +170,8 @@ def qlinear_global_pool(m: Model) -> None:
 @row("QLinearAveragePool", domain=MICROSOFT, seeds=4)
 def qlinear_average_pool(m: Model) -> None:
     m.runtime = True
-    given = {"kernel_shape": [2, 2], "strides": [m.size(1, 2)] * 2, "kind": np.uint8}
-    m.node("QLinearAveragePool", *tensor(m, (2, 3, 4, 5)), *parameters(m), domain=MICROSOFT, want="ggpp", **given)
+    attributes = {"kernel_shape": [2, 2], "strides": [m.size(1, 2)] * 2, "kind": np.uint8}
+    m.node("QLinearAveragePool", *tensor(m, (2, 3, 4, 5)), *parameters(m), domain=MICROSOFT, want="ggpp", **attributes)
 
 
 @row("QLinearReduceMean", domain=MICROSOFT, seeds=4)
@@ -205,8 +205,8 @@ def qattention(m: Model) -> None:
     w, per = m.operand(weight_codes(m, (k, width), np.int8), stored=True), m.pick((), (width,))
     operands = [x, w, m.operand(scale_for(m, width), stored=True), m.operand(scale_for(m), stored=m.coin())]
     operands += [m.operand(scale_for(m, *per), stored=m.coin(0.7)), "", zero(m, np.uint8), zero(m, np.int8)]
-    given = {"num_heads": heads} | ({"unidirectional": 1} if m.coin() else {})
-    m.node("QAttention", *operands, domain=MICROSOFT, want="..g", **given)
+    attributes = {"num_heads": heads} | ({"unidirectional": 1} if m.coin() else {})
+    m.node("QAttention", *operands, domain=MICROSOFT, want="..g", **attributes)
 
 
 @row("QEmbedLayerNormalization", domain=MICROSOFT, seeds=6)

@@ -21,7 +21,7 @@ def blocked(m: Model, n: int, count: int, bits: int) -> tuple[str, str, str]:
     scales = scale_for(m, n, count)
     zeros = codes(m, (n, count), np.uint8, bits)
     stored = pack(zeros, bits) if m.coin(0.8) else zeros.astype(np.float32)
-    names = [m.operand(each.reshape(-1) if flat else each, stored=True) for each in (scales, stored)]
+    names = [m.operand(array.reshape(-1) if flat else array, stored=True) for array in (scales, stored)]
     return words, names[0], names[1] if m.coin(0.8) else ""
 
 
@@ -65,12 +65,12 @@ def matmul_bnb4(m: Model) -> None:
 
 def projections(m: Model, count: int, bits: int, *columns: int) -> list[str]:
     """Codes, scales and biases of several weights of one input."""
-    found: list[str] = []
+    names: list[str] = []
     for n in columns:
-        found.append(m.operand(codes(m, (n, count, BLOCK * bits // 8), np.uint8), stored=True))
-        found.append(m.operand(scale_for(m, n, count).astype(np.float64), stored=True))
-        found.append(m.operand((n,), "g", stored=True) if m.coin() else "")
-    return found
+        names.append(m.operand(codes(m, (n, count, BLOCK * bits // 8), np.uint8), stored=True))
+        names.append(m.operand(scale_for(m, n, count).astype(np.float64), stored=True))
+        names.append(m.operand((n,), "g", stored=True) if m.coin() else "")
+    return names
 
 
 @row("MatMulNBitsMlp", "MatMulNBitsQkv", domain=MICROSOFT, seeds=10)
@@ -82,9 +82,9 @@ def several_projections(m: Model, op: str) -> None:
     norm = m.operand((k,), "g", stored=True) if skip or m.coin() or op == "MatMulNBitsQkv" else ""
     columns = (n, n) if op == "MatMulNBitsMlp" else (n, other, other)
     sizes: dict[str, Any] = {"K": k} | ({"N": n} if op == "MatMulNBitsMlp" else {"Nq": n, "Nkv": other})
-    given = sizes | {"bits": bits, "block_size": BLOCK} | ({"activation": "silu"} if len(columns) == 2 else {})
+    attributes = sizes | {"bits": bits, "block_size": BLOCK} | ({"activation": "silu"} if len(columns) == 2 else {})
     operands = [activation(m, (2, k)), skip, norm, *projections(m, count, bits, *columns)]
-    m.node(op, *operands, outputs=1 if len(columns) == 2 else 3, domain=MICROSOFT, want="gg", **given)
+    m.node(op, *operands, outputs=1 if len(columns) == 2 else 3, domain=MICROSOFT, want="gg", **attributes)
 
 
 @row("MatMulBlockQuantizedFp8Weight", domain=MICROSOFT, seeds=4)
@@ -142,6 +142,6 @@ def quantised_experts(m: Model) -> None:
         inputs.append(m.operand(scale_for(m, *shape).astype(np.float64), stored=True))
         inputs.append(m.operand((experts, out), "pg", stored=True) if m.coin() else "")
         zeros.append(m.operand(pack(codes(m, shape, np.uint8, bits), bits), stored=True) if m.coin() else "")
-    given: dict[str, Any] = {"k": m.size(1, 2), "activation_type": kind, "expert_weight_bits": bits}
-    given |= ({"block_size": BLOCK} if blocks else {}) | {"swiglu_fusion": fusion, "normalize_routing_weights": 1}
-    m.node("QMoE", *inputs, *zeros, domain=MICROSOFT, want="gg", **given)
+    attributes: dict[str, Any] = {"k": m.size(1, 2), "activation_type": kind, "expert_weight_bits": bits}
+    attributes |= ({"block_size": BLOCK} if blocks else {}) | {"swiglu_fusion": fusion, "normalize_routing_weights": 1}
+    m.node("QMoE", *inputs, *zeros, domain=MICROSOFT, want="gg", **attributes)

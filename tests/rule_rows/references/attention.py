@@ -102,9 +102,9 @@ def packed_attention(
     scale: float = 0.0,
     qkv_hidden_sizes: Any = None,
 ) -> Array:
-    made = x @ w + b
-    sizes = qkv_hidden_sizes or [made.shape[1] // 3] * 3
-    q, k, v = np.split(made, [sizes[0], sizes[0] + sizes[1]], axis=1)
+    projected = x @ w + b
+    sizes = qkv_hidden_sizes or [projected.shape[1] // 3] * 3
+    q, k, v = np.split(projected, [sizes[0], sizes[0] + sizes[1]], axis=1)
     return _within(cumulative, q, k, v, num_heads, scale, scores)
 
 

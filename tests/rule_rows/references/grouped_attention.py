@@ -197,12 +197,12 @@ def paged_attention(
 
 @reference("SparsePagedAttention")
 def sparse_paged_attention(*inputs: Any, selected_kv_source: str, **attributes: Any) -> Any:
-    given = [*inputs, *[None] * (19 - len(inputs))]
-    auxiliary = (given[11], given[12]) if selected_kv_source == "auxiliary" else None
+    padded = [*inputs, *[None] * (19 - len(inputs))]
+    auxiliary = (padded[11], padded[12]) if selected_kv_source == "auxiliary" else None
     return paged_attention(
-        *given[:8],
-        *(given[14], given[15], given[8], *given[16:19]),
-        selected=(given[9], given[10]),
+        *padded[:8],
+        *(padded[14], padded[15], padded[8], *padded[16:19]),
+        selected=(padded[9], padded[10]),
         auxiliary=auxiliary,
         **attributes,
     )

@@ -72,8 +72,8 @@ def group_norm(
 def skip_group_norm(
     x: Array, gamma: Array, beta: Array, skip: Array, bias: Any = None, *, channels_last: int = 1, **attributes: Any
 ) -> Any:
-    def spread(each: Array) -> Array:
-        return each[:, None, None] if channels_last else each[:, :, None, None]
+    def spread(array: Array) -> Array:
+        return array[:, None, None] if channels_last else array[:, :, None, None]
 
     s = x + (spread(skip) if skip.ndim == 2 else skip)
     if bias is not None:
@@ -157,8 +157,8 @@ def channels_last_convolution(x: Array, w: Array, bias: Any = None, *, group: in
 def channels_last_fused_convolution(
     x: Array, w: Array, bias: Any = None, z: Any = None, *, activation: str = "", **attributes: Any
 ) -> Array:
-    made = channels_last_convolution(x, w, bias, **attributes)
-    return ACTIVATIONS[activation.lower()](made + (0 if z is None else z))
+    output = channels_last_convolution(x, w, bias, **attributes)
+    return ACTIVATIONS[activation.lower()](output + (0 if z is None else z))
 
 
 @reference("TorchEmbedding")

@@ -122,17 +122,17 @@ def qmoe(
     swiglu_fusion: int = 0,
     normalize_routing_weights: int = 0,
 ) -> Array:
-    given = (*operands, *[None] * (12 - len(operands)))
-    zeros = given[9:12]
-    made: list[Any] = []
+    padded = (*operands, *[None] * (12 - len(operands)))
+    zeros = padded[9:12]
+    weights: list[Any] = []
     for i, width in ((0, x.shape[-1]), (3, None), (6, x.shape[-1])):
-        words, scales = given[i : i + 2]
+        words, scales = padded[i : i + 2]
         if words is None:
-            made.append(None)
+            weights.append(None)
             continue
         width = width or words.shape[-1] * 8 // expert_weight_bits
-        made.append(weight(words, scales, zeros[i // 3], width, block_size, expert_weight_bits))
-    first, second, third = made
+        weights.append(weight(words, scales, zeros[i // 3], width, block_size, expert_weight_bits))
+    first, second, third = weights
     chosen = np.argsort(-router, axis=1, kind="stable")[:, :k]
     shares = softmax(np.take_along_axis(router, chosen, 1), 1) if normalize_routing_weights else None
     if shares is None:
@@ -140,7 +140,7 @@ def qmoe(
     out = np.zeros_like(x)
     for n, token in enumerate(x):
         for share, e in zip(shares[n], chosen[n], strict=True):
-            hidden = first[e] @ token + (0 if given[2] is None else given[2][e])
+            hidden = first[e] @ token + (0 if padded[2] is None else padded[2][e])
             if activation_type == "swiglu":
                 half = len(hidden) // 2
                 gate, value = (hidden[::2], hidden[1::2]) if swiglu_fusion == 1 else (hidden[:half], hidden[half:])
@@ -148,6 +148,6 @@ def qmoe(
             else:
                 hidden = ACTIVATIONS[activation_type](hidden)
             if third is not None:
-                hidden = hidden * (third[e] @ token + (0 if given[8] is None else given[8][e]))
-            out[n] += share * (second[e] @ hidden + (0 if given[5] is None else given[5][e]))
+                hidden = hidden * (third[e] @ token + (0 if padded[8] is None else padded[8][e]))
+            out[n] += share * (second[e] @ hidden + (0 if padded[5] is None else padded[5][e]))
     return out

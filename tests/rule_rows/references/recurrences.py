@@ -96,13 +96,13 @@ def causal_convolution(
         last = past[-1] if state_window else past
         before = last.reshape(rows, count, -1) if channels_last else np.swapaxes(last, 1, 2)
     whole = np.concatenate([before, flat], 1)
-    made = sum(w[:, 0, j] * whole[:, j * dilation : j * dilation + length] for j in range(w.shape[2]))
-    made = ACTIVATIONS[activation](made + (0 if bias is None else bias))
+    summed = sum(w[:, 0, j] * whole[:, j * dilation : j * dilation + length] for j in range(w.shape[2]))
+    summed = ACTIVATIONS[activation](summed + (0 if bias is None else bias))
     states = [whole[:, t + 1 : t + 1 + count] for t in range(length)]
     if channels_last:
         states = [s.reshape(rows, count, *shape[2:]) for s in states]
-        return made.reshape(shape), windowed(states, state_window)
-    return np.swapaxes(made, 1, 2), windowed([np.swapaxes(s, 1, 2) for s in states], state_window)
+        return summed.reshape(shape), windowed(states, state_window)
+    return np.swapaxes(summed, 1, 2), windowed([np.swapaxes(s, 1, 2) for s in states], state_window)
 
 
 @reference("GatedDeltaNet")
@@ -132,7 +132,7 @@ def gated_delta_net(
         )
     if q.ndim == 3:
         ends = cumulative if cumulative is not None else np.linspace(0, len(q), len(state) + 1).astype(int)
-        made = [
+        results = [
             gated_delta_net(
                 *(x[None, start:end] for x in (q, k, v)),
                 None,
@@ -148,7 +148,7 @@ def gated_delta_net(
             )
             for i, (start, end) in enumerate(itertools.pairwise(ends))
         ]
-        return np.concatenate([out[0] for out, _ in made]), np.concatenate([last for _, last in made])
+        return np.concatenate([out[0] for out, _ in results]), np.concatenate([last for _, last in results])
     many, width = v.shape[2], q.shape[3]
     if qk_l2_norm:
         q, k = (x / np.sqrt((x**2).sum(-1, keepdims=True)) for x in (q, k))
@@ -180,8 +180,8 @@ def packed_causal_convolution(
     for b, (start, end) in enumerate(itertools.pairwise(cumulative)):
         whole = np.concatenate([state[b].T, x[start:end]])
         rows = end - start
-        made = sum(w[:, 0, j] * whole[j * dilation : j * dilation + rows] for j in range(kernel))
-        outs.append(ACTIVATIONS[activation](made + (0 if bias is None else bias)))
+        summed = sum(w[:, 0, j] * whole[j * dilation : j * dilation + rows] for j in range(kernel))
+        outs.append(ACTIVATIONS[activation](summed + (0 if bias is None else bias)))
         lasts.append(whole[len(whole) - state.shape[2] :].T)
         update = np.zeros((state_update_capacity, x.shape[1]))
         if state_update_capacity:

@@ -18,8 +18,8 @@ def reference(name: str, domain: str = "com.microsoft") -> Callable[[Callable[..
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def _run(self: OpRun, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
-            made = function(*inputs, **attributes)
-            return made[: len(self.onnx_node.output)] if isinstance(made, tuple) else (made,)
+            result = function(*inputs, **attributes)
+            return result[: len(self.onnx_node.output)] if isinstance(result, tuple) else (result,)
 
         members = {"op_domain": domain, "op_schema": None, "_run": _run}
         REFERENCES.append(type(name, (OpRun,), members))
