@@ -233,7 +233,7 @@ S2, ODD = S + 1, Size.symbol("sequence") * 3 + 1
         ("Div", -S, 2, "None"),
     ],
 )
-def test_what_no_polynomial_is_becomes_a_symbol(
+def test_a_size_that_is_no_polynomial_becomes_a_symbol(
     op_type: str, left: int | Size, right: int | Size, expected: str
 ) -> None:
     again = [binary(op_type, known(left), known(right)).item() for _ in range(2)]

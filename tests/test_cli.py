@@ -229,7 +229,7 @@ def test_a_defect_after_the_model_is_written_says_that_it_is_there(
     assert cli("inspect", "big.onnx").code == 0
 
 
-def test_what_the_system_refuses_is_no_defect(cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_system_is_no_defect(cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "some/file")
 

@@ -66,7 +66,7 @@ def difference(path: Path, run: Callable[..., dict[str, Array]]) -> float:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_what_onnx_runtime_computes(name: str, zoo: Zoo) -> None:
+def test_programs_compute_the_same_as_onnx_runtime(name: str, zoo: Zoo) -> None:
     assert difference(zoo(name), in_numpy(compile_model(zoo(name)))) < TOLERANCE
 
 

@@ -33,7 +33,7 @@ finally:
     assert python(code)[-1] == "False"
 
 
-def test_it_is_there_when_it_is_asked_for() -> None:
+def test_a_deferred_module_is_there_when_it_is_used() -> None:
     code = f"""
 from hyperclone_onnx.system.lazy_modules import defer
 defer()

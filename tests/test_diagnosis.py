@@ -400,7 +400,7 @@ def test_one_clone_that_parts_is_found(
 
 
 @pytest.mark.parametrize(("size", "verdict"), [(0.03, "parting"), (3.0, "parted")])
-def test_how_far_decides_the_verdict(wide: Path, tmp_path: Path, size: float, verdict: str) -> None:
+def test_the_distance_decides_the_verdict(wide: Path, tmp_path: Path, size: float, verdict: str) -> None:
     big = grown(wide, tmp_path / "big.onnx")
 
     def edit(arrays: dict[str, Array]) -> None:
@@ -415,7 +415,7 @@ def test_how_far_decides_the_verdict(wide: Path, tmp_path: Path, size: float, ve
     assert f"2 {verdict}" in diagnosis.conclusion
 
 
-def test_what_only_rounding_parted_is_nearly_stuck(wide: Path, tmp_path: Path) -> None:
+def test_clones_that_only_rounding_parted_are_nearly_stuck(wide: Path, tmp_path: Path) -> None:
     big = grown(wide, tmp_path / "big.onnx", "diagonal")
     diagnosis = diagnose(change(big, shifted("up.0", (slice(None), 3), 1e-3)), ranks=False)
     assert not diagnosis.stuck and diagnosis.conclusion.startswith(
@@ -498,7 +498,7 @@ def test_the_command(cli: Command, small: Path, tmp_path: Path) -> None:
     assert data["schema"] == 1 and data["stuck"] is True and len(data["tensors"]) == len(plan_of(big).tensors)
 
 
-def test_what_was_not_measured_is_none(cli: Command, small: Path, tmp_path: Path) -> None:
+def test_distances_that_were_not_measured_are_none(cli: Command, small: Path, tmp_path: Path) -> None:
     big = grown(small, tmp_path / "big.onnx")
     data = json.loads(cli("diagnose", big, "--no-activations", "--no-ranks", "--json").stdout)
     assert data["activations"] is None and data["values"] == [] and data["stuck"] is True
@@ -591,7 +591,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), ERRORS, ids=str)
-def test_what_cannot_be_is_one_line(
+def test_bad_requests_are_refused_in_one_line(
     cli: Command,
     small: Path,
     tmp_path: Path,

@@ -68,7 +68,7 @@ CASES: list[tuple[str, bool, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 @pytest.mark.parametrize(("strategy", "tied", "growth"), CASES, ids=str)
-def test_what_is_tied_stays_so_and_all_else_parts(
+def test_tied_clones_stay_tied_and_all_others_part(
     tmp_path: Path, strategy: Any, tied: bool, growth: dict[str, Any], optimizer: str
 ) -> None:
     """In float64, where rounding cannot part clones within a few steps."""

@@ -93,7 +93,7 @@ def test_a_model_in_memory_is_spelled_alike() -> None:
 
 
 def test_a_model_without_a_node_of_onnx_needs_no_import(tmp_path: Path) -> None:
-    """Growth may insert nodes of ONNX's own domain, which must then be imported."""
+    """Growth may insert nodes of ONNX's own domain. Then the model must import this domain."""
     nodes = [
         helper.make_node("FusedMatMul", ["x", "up"], ["u"], domain="com.microsoft"),
         helper.make_node("QuickGelu", ["u"], ["r"], domain="com.microsoft"),
@@ -157,7 +157,7 @@ def list_weights_as_inputs(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("version", [3, 8])
 def test_weights_that_are_listed_as_inputs(tmp_path: Path, version: int) -> None:
-    """IR version 3 demands it, and exporters kept the habit: what is written loads, and needs no weight as an input."""
+    """IR version 3 demands this, and many exporters still do it. The grown file loads, and no weight is an input."""
     model = perceptron()
     list_weights_as_inputs(model)
     model.ir_version = version
@@ -292,7 +292,7 @@ def test_a_hub_cache_whose_data_leaves_it(tmp_path: Path, cache: Path) -> None:
 
 
 def test_names_in_bodies_that_are_those_of_outer_values(tmp_path: Path) -> None:
-    """A carried value of a Loop is called as what it begins with, and a weight in an If as one outside of it."""
+    """A carried value of a Loop has the name of its first value, and a weight in an If has the name of one outside."""
     model = perceptron(layers=1)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     state = helper.make_tensor_value_info("h1", onnx.TensorProto.FLOAT, ["batch", "sequence", 12])
@@ -349,7 +349,7 @@ def test_an_onnx_model_with_the_suffix_of_another_format(tmp_path: Path) -> None
 # -- functions --------------------------------------------------------------------------------------------
 
 
-def test_overloads_of_a_function_are_told_apart(tmp_path: Path) -> None:
+def test_overloads_of_a_function_are_different_functions(tmp_path: Path) -> None:
     model, plain = perceptron(), perceptron()
     opsets = [helper.make_opsetid("", 20)]
     for overload, op_type in (("rectified", "Relu"), ("smooth", "Sigmoid")):

@@ -1,4 +1,4 @@
-"""Graphs that follow public reports: what could grow there, grows wholly."""
+"""Graphs from public reports of users: every dimension that can grow does grow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPES = {"e": (31, 12), "gain": (12,), "up": (12, 20), "down": (20, 12), "head"
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_norm_whose_gain_takes_the_scale(tmp_path: Path, p: int) -> None:
-    """An RMS norm written as an L2 norm: the gain behind it has one reader, so no node is added."""
+    """An RMS norm written as an L2 norm. The gain behind it takes the scale, so growth adds no node."""
     body = (
         f"l = LpNormalization <axis = -1, p = {p}> (h) n = Mul (l, gain) u = MatMul (n, up) r = Relu (u) "
         "d = MatMul (r, down) y = Add (h, d) logits = MatMul (y, head)"
@@ -39,7 +39,7 @@ def test_a_norm_whose_gain_takes_the_scale(tmp_path: Path, p: int) -> None:
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_norm_at_the_end(tmp_path: Path, p: int) -> None:
-    """A sentence embedding: nothing behind the norm takes the scale, so a node does."""
+    """A sentence embedding. No weight follows the norm, so growth adds a node for the scale."""
     graph = (
         "g (int64[batch, sequence] ids) => (float[batch, 12] y) { h = Gather (e, ids) u = MatMul (h, up) r = Relu (u) "
         f"d = MatMul (r, down) s = Add (h, d) m = ReduceMean <keepdims = 0> (s, one) "
@@ -58,7 +58,7 @@ def test_a_norm_at_the_end(tmp_path: Path, p: int) -> None:
 
 
 def test_weights_stacked_along_a_scan(tmp_path: Path) -> None:
-    """Each step reads the weights of one layer, which are weights as they are along a Loop: they share their sums."""
+    """Each step of a Scan reads the weights of one layer. Their repeats share the sums, as those of any weight."""
 
     def value(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
@@ -90,7 +90,7 @@ def test_weights_stacked_along_a_scan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [10**9, 2**31 - 1, 2**62])
 def test_a_slice_to_the_end_is_the_whole_axis(tmp_path: Path, end: int) -> None:
-    """No length that is known only when running is taken to be 10^9."""
+    """The length of the slice is that of the axis, not 10^9, also if it is known only when running."""
     body = (
         "k = Slice (h, zero, far, one) u = MatMul (k, up) r = Relu (u) d = MatMul (r, down) logits = MatMul (d, head)"
     )
@@ -113,7 +113,7 @@ def test_an_output_without_a_declared_shape(tmp_path: Path) -> None:
 
 
 def test_an_input_without_a_declared_shape_is_named(tmp_path: Path) -> None:
-    """Nothing can be told of what is made from it, and the refusal says where that begins."""
+    """The axes of all values that depend on it are unknown, and the refusal names the input."""
     model = perceptron()
     model.graph.input[0].type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]
@@ -123,7 +123,7 @@ def test_an_input_without_a_declared_shape_is_named(tmp_path: Path) -> None:
 
 
 def test_wrong_shapes_of_values_are_dropped(tmp_path: Path) -> None:
-    """A tool changed the widths and kept the shapes: what the rules prove is believed."""
+    """If a tool changed the widths but not the declared shapes, we believe the rules."""
     model = perceptron()
     for name, size in (("u0", 21), ("n1", 1)):
         shape = ["batch", "sequence", size]
@@ -135,7 +135,7 @@ def test_wrong_shapes_of_values_are_dropped(tmp_path: Path) -> None:
 
 
 def test_one_wrong_shape_takes_the_others_with_it() -> None:
-    """Only the file tells the sizes of a Resize. Beside a shape that is proven wrong, they are not believed."""
+    """Only the file has the sizes of a Resize. If another shape in the file is wrong, we do not believe these."""
     graph = (
         "g (float[1, 3, 4, 4] x) => (float[1, 3, q, p] y) { s = Resize (x, , scales) t = Relu (x) u = MatMul (t, w) "
         "v = ReduceMean <keepdims = 1> (u) y = Add (s, v) }"
@@ -161,7 +161,7 @@ PICKS = {
 
 @pytest.mark.parametrize("pick", PICKS)
 def test_one_feature_of_a_normalised_stream(tmp_path: Path, pick: str) -> None:
-    """A norm averages over all features, so they grow by one factor; the picked one is that of any clone."""
+    """A norm averages over all features, so they grow by one factor. The picked feature may be any of its clones."""
     body = (
         f"n = LayerNormalization (h, gain) {PICKS[pick]} s = Sigmoid (one) g = Mul (n, s) u = MatMul (g, up) "
         "r = Relu (u) d = MatMul (r, down) y = Add (h, d) logits = MatMul (y, head)"
@@ -172,7 +172,7 @@ def test_one_feature_of_a_normalised_stream(tmp_path: Path, pick: str) -> None:
 
 
 def test_a_part_of_size_1_is_named(tmp_path: Path) -> None:
-    """A norm over parts that were cut before it: the message names the part that cannot grow."""
+    """A norm over parts of an axis: the message names the part of size 1, which cannot grow."""
     body = (
         "a = Slice (h, zero, five, last) b = Slice (h, five, six, last) c = Slice (h, six, end, last) "
         "j = Concat <axis = -1> (a, b, c) n = LayerNormalization (j, gain) logits = MatMul (n, head)"
@@ -188,7 +188,7 @@ def test_a_part_of_size_1_is_named(tmp_path: Path) -> None:
 
 
 def test_image_features_replace_rows_of_the_stream(tmp_path: Path) -> None:
-    """How image tokens enter a language model: the mask is expanded over hidden, and flat features fill its places."""
+    """Image tokens enter a language model like this: a mask is expanded over hidden, and flat features replace rows."""
     graph = """g (int64[batch, sequence] ids, float[tokens, 7] image) => (float[batch, sequence, 31] logits) {
         h = Gather (e, ids) m = Equal (ids, token) m3 = Unsqueeze (m, last) shape = Shape (h) whole = Expand (m3, shape)
         hits = NonZero (whole) tuples = Transpose <perm = [1, 0]> (hits) f = MatMul (image, project)

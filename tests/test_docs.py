@@ -152,7 +152,7 @@ def mistakes(page: Path, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_exists(page: Path) -> None:
+def test_files_names_and_commands_on_a_page_exist(page: Path) -> None:
     assert mistakes(page, page.read_text(encoding="utf-8")) == []
 
 
@@ -178,7 +178,7 @@ def test_a_name_that_does_not_exist_shows(text: str, mistake: str) -> None:
 # -- what the first screen shows --------------------------------------------------------------------------
 
 
-def test_the_result_in_the_readme_is_what_the_command_prints(cli: Command) -> None:
+def test_the_command_prints_the_result_in_the_readme(cli: Command) -> None:
     """The tables of grown and kept dimensions agree. Figures that depend on the machine are not compared."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"^grew .*?^parameters: .*?$", text, flags=re.M | re.S)

@@ -29,7 +29,9 @@ def test_a_wrong_plan_is_not_published(zoo: Zoo, tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_double_precision_finds_what_single_hides(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_double_precision_shows_errors_that_single_hides(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A factor that is wrong by 1e-9 is within rounding in float32, and an error in float64."""
     make_plan = expansion.make_plan
 

@@ -85,7 +85,7 @@ def test_a_source_that_changes(tmp_path: Path) -> None:
     assert "refused" in set(faults.source_changes(scene(tmp_path, "a pair"), every=9))
 
 
-def test_what_the_judge_finds(tmp_path: Path) -> None:
+def test_the_judge_notices_wrong_states(tmp_path: Path) -> None:
     """These checks can fail: they notice half a model, leftover files, and a wrong message."""
     published = scene(tmp_path, "a file")
     judge = faults.Judge(published)
@@ -273,7 +273,7 @@ def test_locks_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names_in(tmp_path) == set()
 
 
-def test_what_a_killed_run_left_is_reclaimed(tmp_path: Path) -> None:
+def test_the_next_run_removes_the_files_of_a_killed_run(tmp_path: Path) -> None:
     out = tmp_path / "big.onnx"
     place = take_folder(out)
     (place.folder / "half").write_text("of a model")

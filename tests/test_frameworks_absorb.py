@@ -52,7 +52,7 @@ def logits(path: Path, ids: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_what_was_trained_is_what_onnx_runtime_runs(family: str, zoo: Zoo, tmp_path: Path, cli: Command) -> None:
+def test_onnx_runtime_runs_the_trained_weights(family: str, zoo: Zoo, tmp_path: Path, cli: Command) -> None:
     source = zoo(f"{family}.distinct")
     model = trained(source)
     file = write_safetensors(tmp_path / "w.safetensors", {n: p.detach() for n, p in model.named_parameters()})

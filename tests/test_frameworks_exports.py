@@ -203,7 +203,7 @@ def test_a_folder_that_has_something_is_left_alone(zoo: Zoo, tmp_path: Path, cli
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"version": 1}', '{"version": 1, "tensors": [{}]}'])
-def test_what_is_no_manifest_is_told(text: str, tmp_path: Path) -> None:
+def test_a_bad_manifest_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(BadModel, match=r"manifest.json: "):
         Manifest.read(tmp_path)

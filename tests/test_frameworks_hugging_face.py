@@ -159,7 +159,7 @@ GROWN: dict[str, tuple[str, dict[str, int], dict[str, tuple[int, int]], dict[str
 
 
 @pytest.mark.parametrize("name", GROWN)
-def test_a_grown_checkpoint_computes_what_its_source_does(
+def test_a_grown_checkpoint_computes_the_same_as_its_source(
     name: str, exported: Exported, tmp_path: Path, cli: Command
 ) -> None:
     zoo_name, requests, config, compensations = GROWN[name]
@@ -202,7 +202,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_configuration_cannot_say_is_refused(
+def test_growth_that_no_configuration_can_describe_is_refused(
     name: str, exported: Exported, tmp_path: Path, cli: Command
 ) -> None:
     zoo_name, requests, text = REFUSED[name]
@@ -346,7 +346,7 @@ def test_trained_weights_go_both_ways(family: str, exported: Exported, tmp_path:
     np.testing.assert_allclose(logits(loaded(tmp_path / "again"), inputs), want, atol=2e-5 * np.abs(want).max())
 
 
-def test_what_the_file_has_no_place_for_is_not_lost_in_silence(exported: Exported, tmp_path: Path) -> None:
+def test_tensors_that_the_file_cannot_hold_are_reported(exported: Exported, tmp_path: Path) -> None:
     folder = exported("bert.distinct")
     with_pooler = transformers.BertModel.from_pretrained(folder / "hf", add_pooling_layer=True)
     with_pooler.save_pretrained(tmp_path / "hf")

@@ -46,7 +46,7 @@ def sources(name: str, axis: int) -> Array:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_was_laid_out_can_be_put_back(name: str) -> None:
+def test_a_layout_can_be_reversed(name: str) -> None:
     layout = LAYOUTS[name]
     assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
     rng = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def test_what_was_laid_out_can_be_put_back(name: str) -> None:
         assert there.all() or piece.window is not None
 
 
-def test_a_layout_scales_what_it_says() -> None:
+def test_a_layout_scales_the_named_part() -> None:
     layout = Layout((Piece("w", (0, 1), None, 1.0, -1.0),), (4, 6))
     stored = {"w": np.arange(96.0).reshape(8, 12)}
     plain = laid_out(layout, stored.__getitem__, sources)

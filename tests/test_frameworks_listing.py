@@ -250,7 +250,7 @@ def test_a_divisor_that_growth_put_in_is_no_weight(zoo: Zoo, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["bert.fused", "bart.fused", "deberta_v2.extended", "llama.fused"])
-def test_fused_graphs_train_what_plain_ones_do(name: str, zoo: Zoo) -> None:
+def test_fused_graphs_train_the_same_tensors_as_plain_ones(name: str, zoo: Zoo) -> None:
     """ONNX Runtime's operators look up and multiply too; what is left out is less than a tenth of the floats."""
     assert list_weights(zoo(name)).warning is None
 

@@ -37,7 +37,7 @@ def test_node_cases(op_type: str, framework: str) -> None:
     assert supported or op_type in WITHOUT_CASES, "no case asks this operator"
 
 
-def test_what_is_left_out_everywhere_is_refused_or_cannot_run() -> None:
+def test_cases_that_are_left_out_everywhere_are_refused_or_cannot_run() -> None:
     named = {case.name: case for case in node_cases.cases()}
     for name, case in named.items():
         if any(node_cases.fnmatchcase(name, glob) for glob in node_cases.EXCLUDED):

@@ -331,7 +331,7 @@ def test_a_file_that_was_not_grown_has_no_plan(trained: Trained, tmp_path: Path)
         write_optimizer(trained.small, as_torch_file(trained, tmp_path), tmp_path, "pytorch")
 
 
-def test_what_growth_inserted_begins_without_moments(zoo: Zoo, tmp_path: Path) -> None:
+def test_constants_that_growth_added_have_no_moments(zoo: Zoo, tmp_path: Path) -> None:
     """Heads with unequally repeated widths need a vector of divisors, which is no tensor of the source."""
     path, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
     maps = {

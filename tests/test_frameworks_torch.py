@@ -192,7 +192,7 @@ def test_freeze_and_train(zoo: Zoo) -> None:
         load(zoo("llama.distinct"), freeze=["decoder.*"])
 
 
-def test_names_do_not_depend_on_what_is_trained(zoo: Zoo) -> None:
+def test_names_do_not_depend_on_the_choice_of_trained_tensors(zoo: Zoo) -> None:
     path = zoo("llama.distinct")
     names = set(load(path).initializers)
     assert set(load(path, freeze=["*"]).initializers) == names
@@ -450,7 +450,7 @@ GROUPED = """g (float[2, 4, s, 8] q, float[2, 2, t, 8] k, float[2, 2, t, 8] v) =
         ((1, 1, 2, 1, 1), (2, 2, 10, 8), False),
     ],
 )
-def test_groups_of_queries_share_what_is_repeated(
+def test_groups_of_queries_share_repeated_keys_and_values(
     spread: tuple[int, ...], joined: tuple[int, ...], same: bool, tmp_path: Path
 ) -> None:
     """In the last case the joined axes are not heads: all keys occur twice, for as many query heads as keys."""

@@ -185,7 +185,7 @@ def difference(got: dict[str, Array], want: dict[str, Array], name: str) -> floa
 
 
 @pytest.mark.parametrize("name", [name for name in zoo_store.names() if not name.endswith((".distinct", ".collide"))])
-def test_every_dialect_computes_what_onnx_runtime_does(name: str, zoo: Zoo) -> None:
+def test_every_dialect_computes_the_same_as_onnx_runtime(name: str, zoo: Zoo) -> None:
     path = zoo(name)
     model, runner = in_torch.load(path), session(path)
     for feeds in make_feeds(path):

@@ -1,8 +1,8 @@
-"""What growth makes today, as digests in `tests/goldens/`. A change of the code must not move them by accident.
+"""Compares plans, grown graphs, tensors and files with digests in `tests/goldens/`, so that none changes by accident.
 
     python tests/test_goldens.py --write
 
-makes all of them again and prints what changed. It takes about two minutes. Name some of the files, as in
+makes all digests again and prints what changed. It takes about two minutes. Name some of the files, as in
 `--write tensors files`, to make these alone. Without `--write` nothing is written. Look at every change before you
 commit it: people keep plans and grown files, and a changed digest means that theirs would come out differently.
 
@@ -84,7 +84,7 @@ def write_goldens(kind: str, entries: Entries) -> None:
 
 
 def differences(old: Entries, new: Entries) -> list[str]:
-    """A line for each entry that came, went or changed; of those with parts, only the changed parts are named."""
+    """A line for each entry that is new, missing or changed. Of an entry with parts, it shows the changed parts."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -98,7 +98,7 @@ def differences(old: Entries, new: Entries) -> list[str]:
 
 
 def assert_golden(kind: str, entries: Entries) -> None:
-    """Whether the entries are those of the file; entries that were not made now are not looked at."""
+    """Compare entries with those of the file. Other entries of the file are not compared."""
     goldens = read_goldens(kind)
     changed = differences({key: goldens[key] for key in entries if key in goldens}, entries)
     text = "\n  ".join(changed)
@@ -109,7 +109,7 @@ def assert_golden(kind: str, entries: Entries) -> None:
 
 
 def words(key: str, count: int) -> Array:
-    """Random 64-bit words: SplitMix64 over a counter that starts where the key says."""
+    """Random 64-bit words: SplitMix64 over a counter. The key decides where the counter starts."""
     start = np.uint64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
     state = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -118,21 +118,21 @@ def words(key: str, count: int) -> Array:
 
 
 def numbers(key: str, shape: Iterable[int]) -> Array:
-    """Numbers in [-1, 1), each a whole multiple of 2 ** -23: exact in float32."""
+    """Numbers in [-1, 1). They are multiples of 2 ** -23, and so exact in float32."""
     shape = tuple(shape)
     drawn = words(key, int(np.prod(shape, dtype=np.int64))) >> np.uint64(40)
     return (drawn.astype(np.float64) * 2.0**-23 - 1.0).reshape(shape)
 
 
 def codes(key: str, shape: Iterable[int], bits: int, signed: bool = False) -> Array:
-    """Whole numbers of so many bits."""
+    """Whole numbers of `bits` bits."""
     shape = tuple(shape)
     drawn = words(key, int(np.prod(shape, dtype=np.int64))) >> np.uint64(64 - bits)
     return (drawn.astype(np.int64) - (2 ** (bits - 1) if signed else 0)).reshape(shape)
 
 
 def fill(model: onnx.ModelProto, random: Mapping[str, tuple[float, float]]) -> onnx.ModelProto:
-    """Give these stored tensors weights of our own, each by its mean and its standard deviation, in place."""
+    """Set the weights of stored tensors, in place, from a mean and a standard deviation for each."""
     for tensor in model.graph.initializer:
         if tensor.name in random:
             mean, deviation = random[tensor.name]
@@ -184,7 +184,7 @@ def quantised_graph() -> onnx.ModelProto:
 
 
 def dynamic_graph() -> onnx.ModelProto:
-    """Sums of whole numbers, which are divided where no scale is stored, and a range as long as a width."""
+    """Sums of whole numbers without a stored scale, so that growth divides the sums, and a Range as long as a width."""
     return build_model(
         """g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) {
             zero = Constant <value_int = 0> ()
@@ -222,7 +222,7 @@ def made_plan(analysis: Analysis, factor: int, strategy: str, **options: Any) ->
 
 
 def plan_entry(plan: Plan | str) -> Entries:
-    """A digest for each part of a plan; parts that are one number stand as they are.
+    """A digest for each part of a plan. A part that is one number stays a number.
 
     Nothing in a plan depends on the place or the time. The strategy and the digest of the options are left out here:
     they are the same for every graph, and `request_entry` has them.
@@ -236,7 +236,7 @@ def plan_entry(plan: Plan | str) -> Entries:
 
 
 def request_entry(plan: Plan) -> Entries:
-    """What `plan_entry` leaves out, and the order of a plan's parts."""
+    """The parts of a plan that `plan_entry` leaves out, and the order of all parts."""
     data = plan.to_json()
     return {"strategy": data["strategy"], "options": data["source"]["options"], "order": " ".join(data)}
 
@@ -251,7 +251,7 @@ GROWN_IN_OTHER_WAYS = ("albert.distinct", "gpt2.cached", "llama.fused", "t5_merg
 
 
 def plan_entries(name: str, analysis: Analysis, ways: Iterable[tuple[int, str]]) -> Entries:
-    """The entries of some plans of one graph. No strategy changes more than what it is itself."""
+    """The entries of some plans of one graph. A strategy must change only the part of the plan that names it."""
     entries: Entries = {}
     for factor, strategy in ways:
         plan = made_plan(analysis, factor, strategy)
@@ -273,7 +273,7 @@ def every_way() -> list[tuple[int, str]]:
 
 
 def one_way(index: int) -> tuple[int, str]:
-    """The factor and the strategy that the quick run takes for the graph of that number: neighbours differ."""
+    """The factor and the strategy of the quick run for the graph with this number. Neighbours differ."""
     return FACTORS[index % 2], STRATEGIES[index // 2 % 4]
 
 
@@ -295,9 +295,9 @@ QUICK_GRAPHS = frozenset(
 
 
 def graph_entry(source: ir.Model, plan: Plan) -> Entries:
-    """The grown graph without its weights: a digest for each kind of thing in it.
+    """The grown graph without its weights: one digest for the nodes, one for the stored tensors, and so on.
 
-    Stored tensors that growth put in (sizes, maps, divisors) are in it with their bytes.
+    For tensors that growth adds (sizes, maps, divisors), the bytes count too.
     """
     model = rewrite(source, plan)
     kept = set(source.graph.initializers) | set(plan.tensors)
@@ -387,7 +387,7 @@ MAPS: dict[str, Callable[[str, int], SourceMap]] = {
 
 
 class Rooms:
-    """Working arrays for the pieces of a tensor. They are filled with junk, so that reading one too early shows."""
+    """Working arrays for the pieces of a tensor. They begin with junk, so reading one too early changes the result."""
 
     def array(self, _: str, shape: Iterable[int], dtype: Any) -> Array:
         room = np.empty(tuple(shape), dtype)
@@ -396,7 +396,7 @@ class Rooms:
 
 
 def bytes_of_pieces(tensor: GrownTensor) -> bytes:
-    """What the pieces of a tensor write into a file."""
+    """The bytes that the pieces of a tensor write into a file."""
     data = np.full(tensor.nbytes, 0x5A, np.uint8)
     rooms: Any = Rooms()
     for piece in tensor.pieces():
@@ -408,25 +408,25 @@ def bytes_of_pieces(tensor: GrownTensor) -> bytes:
 
 
 def tensor_digest(tensor: GrownTensor) -> str:
-    """The digest of the bytes as they are stored, however they are made: at once, in pieces, or as a slice.
+    """The digest of the stored bytes. They must be the same if made at once, in pieces, or as a slice.
 
     Slices are made under one strategy only, to save time.
     """
     data = tensor.as_lazy("w").tobytes()
     assert len(data) == tensor.nbytes
-    assert bytes_of_pieces(tensor.fresh()) == data, "the pieces write other bytes than the whole has"
+    assert bytes_of_pieces(tensor.fresh()) == data, "the pieces write other bytes than the whole tensor has"
     if tensor.strategy.name != STRATEGIES[-1]:
         return digest(data)
     whole = tensor.numpy()
     part = tuple(slice(size // 3, size - size // 4) for size in tensor.shape)
-    assert tensor.fresh()[part].tobytes() == whole[part].tobytes(), "a slice is not that of the whole"
+    assert tensor.fresh()[part].tobytes() == whole[part].tobytes(), "a slice differs from that part of the whole tensor"
     return digest(data)
 
 
 def float_entry(
     dtype: str, size: str, layout: str, kind: str, shared: str, scale: float = 1.0, **options: Any
 ) -> tuple[str, Entries]:
-    """A tensor of floating-point numbers under every strategy, or once where the strategies do the same."""
+    """A tensor of floating-point numbers under every strategy, or under one if all do the same."""
     axes = LAYOUTS[layout]
     maps = {name: MAPS[kind](name, length) for name, length in SIZES[size].items()}
     recipe = Recipe.from_json({"source": "layer.w", "axes": axes, "shared": SHARED[shared], "scale": scale})
@@ -453,19 +453,19 @@ def code_entry(dtype: str, size: str, layout: str, kind: str, scale: float = 1.0
     recipe = Recipe.from_json({"source": "layer.w", "axes": LAYOUTS[layout], "scale": scale})
     values = codes(f"{layout} {size}", recipe.source_shape(maps), bits, signed)
     source = ir.Tensor(values.astype(own.numpy()), dtype=own, name="layer.w")
-    digest = tensor_digest(GrownTensor(source, recipe, maps, Strategy()))
-    return f"{dtype} {size} {layout} {kind} scale={scale}", digest
+    entry = tensor_digest(GrownTensor(source, recipe, maps, Strategy()))
+    return f"{dtype} {size} {layout} {kind} scale={scale}", entry
 
 
 def packed_entry(bits: int, size: str, layout: str, kind: str) -> tuple[str, str]:
-    """Numbers of a few bits that are packed in bytes, each row in bytes of its own."""
+    """Numbers of a few bits, packed in bytes. Each row begins with a new byte."""
     maps = {name: MAPS[kind](name, length) for name, length in SIZES[size].items()}
     recipe = Recipe.from_json({"source": "layer.w", "axes": LAYOUTS[layout], "bits": bits})
     *rows, width = recipe.source_shape(maps)
     stored = (*rows, -(-width * bits // 8))
     source = ir.Tensor(codes(f"{layout} {size}", stored, 8).astype(np.uint8), name="layer.w")
-    digest = tensor_digest(GrownTensor(source, recipe, maps, Strategy()))
-    return f"packed{bits} {size} {layout} {kind}", digest
+    entry = tensor_digest(GrownTensor(source, recipe, maps, Strategy()))
+    return f"packed{bits} {size} {layout} {kind}", entry
 
 
 def shares_of(layout: str) -> list[str]:
@@ -568,7 +568,7 @@ FILES: dict[str, tuple[Callable[[], onnx.ModelProto], Entries]] = {
 
 
 def file_entry(name: str, folder: Path) -> Entries:
-    """The digests of what `expand` writes, by the names of the files, and of what it reports."""
+    """The digests of the files that `expand` writes, by name, and of its report."""
     make, options = FILES[name]
     source, out = folder / "small.onnx", folder / "out" / "big.onnx"
     out.parent.mkdir()
@@ -614,8 +614,8 @@ def test_files(name: str, tmp_path: Path) -> None:
     assert_golden("files", {name: file_entry(name, tmp_path)})
 
 
-def test_goldens_are_of_what_is_there() -> None:
-    """No file has entries that nothing makes any more, and each has its lines in order."""
+def test_goldens_have_no_entries_of_things_that_are_gone() -> None:
+    """Each entry belongs to a graph or file of these tests, and the lines are in order."""
     graphs = {key.split(" ")[0] for kind in ("plans", "graphs") for key in read_goldens(kind)}
     assert graphs == {*zoo_store.names(), "request"}
     assert read_goldens("files").keys() == FILES.keys()
@@ -629,7 +629,7 @@ KINDS = ("plans", "graphs", "tensors", "files")
 
 
 def all_goldens(kinds: Iterable[str], folder: Path) -> dict[str, Entries]:
-    """Every entry of these files, made now."""
+    """Make all entries of these files."""
     goldens: dict[str, Entries] = {kind: {} for kind in kinds}
     for name in zoo_store.names() if goldens.keys() & {"plans", "graphs"} else ():
         analysis = analysis_of(name, folder)

@@ -96,7 +96,7 @@ def test_an_interrupted_run_gives_the_same_result(tmp_path: Path, monkeypatch: p
     assert read_curve(tmp_path / "interrupted") == read_curve(tmp_path / "whole")
 
 
-def test_jax_learns_what_torch_learns(tmp_path: Path) -> None:
+def test_jax_and_torch_learn_the_same(tmp_path: Path) -> None:
     pytest.importorskip("optax")
     export(SHAPE, 0, tmp_path / "start.onnx")
     task = Task(tmp_path / "start.onnx", Recipe(1e-2), 12, 0, batch=2, length=16, evaluations=3, examined=16)

@@ -1,4 +1,4 @@
-"""Inputs are found for models that take particular sizes and values, and the user's own are read."""
+"""Inputs are generated for models that need particular sizes and values, and the user's own inputs are read."""
 
 from __future__ import annotations
 
@@ -73,16 +73,16 @@ def test_sizes_are_computed_as_integers_are(x: int, by: int, times: int, more: i
 
 @dataclass(frozen=True)
 class Model:
-    """A graph, its stored tensors, and what its inputs must be like."""
+    """A graph, its stored tensors, and conditions on its inputs."""
 
     graph: str
     right: Callable[[Mapping[str, Array]], bool] = lambda feeds: True
-    """Whether every accepted input set is as it should be."""
+    """A condition that every accepted input set must fulfil."""
     some: Callable[[Mapping[str, Array]], bool] = lambda feeds: True
-    """Whether one of them is as it should be."""
+    """A condition that at least one accepted input set must fulfil."""
     weights: Mapping[str, Array] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
-    """What some sizes are called that this syntax cannot call so."""
+    """Other names for sizes, where the syntax of the graph does not allow them."""
     sets: int = 3
 
 
@@ -271,10 +271,10 @@ def test_inputs_are_found(case: str, tmp_path: Path) -> None:
     assert len({one.case.label for one in accepted}) == len(accepted) or "fixed" in case
 
 
-def test_what_cannot_be_fed_is_refused_before_anything_is_written(
+def test_a_model_without_working_inputs_is_refused_before_anything_is_written(
     small: Path, cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The line says what was tried, whose fault it is, and the ways out."""
+    """The line says what was tried, why it failed, and what the user can do."""
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("something was written")
@@ -291,8 +291,8 @@ def test_what_cannot_be_fed_is_refused_before_anything_is_written(
     assert "batch, sequence" in done.error
 
 
-def test_what_has_failed_is_not_tried_again(small: Path) -> None:
-    """A model that takes one length only, which its graph does not tell: the failures say which two numbers clash."""
+def test_inputs_that_failed_are_not_tried_again(small: Path) -> None:
+    """A model accepts one length only, but its graph does not show that. The errors name the two numbers that clash."""
     tried: list[tuple[int, ...]] = []
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -332,7 +332,7 @@ def test_equations_are_solved_and_contradicted(tmp_path: Path) -> None:
         equations.solved({"all": 3, "past": 4})
 
 
-def test_what_is_done_with_inputs(tmp_path: Path) -> None:
+def test_the_uses_of_inputs(tmp_path: Path) -> None:
     uses = uses_of(analyse(saved(MODELS["a logarithm"], tmp_path / "a.onnx")).dimensions)
     assert uses["x"].positive and not uses["x"].masks
     uses = uses_of(analyse(saved(MODELS["a mask that hides where it is true"], tmp_path / "b.onnx")).dimensions)
@@ -401,7 +401,7 @@ def test_inputs_and_sizes_in_python(small: Path, tmp_path: Path) -> None:
 
 
 def test_inputs_that_grow(tmp_path: Path) -> None:
-    """The grown model gets them grown, and diagnosis takes the source's as well as its own."""
+    """The grown model gets grown inputs. A diagnosis accepts inputs of the source or of the grown model."""
     graph = "g (float[b, 8] x) => (float[b, 8] y) { u = MatMul (x, w) r = Relu (u) d = MatMul (r, v) y = Add (x, d) }"
     onnx.save(build_model(graph, normal(0, {"w": (8, 12), "v": (12, 8)})), tmp_path / "small.onnx")
     x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
@@ -453,7 +453,7 @@ def torn(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_one_line(case: str, small: Path, cli: Command, tmp_path: Path) -> None:
+def test_inputs_that_do_not_fit_are_refused_in_one_line(case: str, small: Path, cli: Command, tmp_path: Path) -> None:
     options, text = WRONG[case]
     place = tmp_path / "inputs"
     place.mkdir()
@@ -464,7 +464,7 @@ def test_what_does_not_fit_is_one_line(case: str, small: Path, cli: Command, tmp
     assert names_in(tmp_path) == {"inputs"}
 
 
-def test_swapped_arguments_are_told(small: Path, tmp_path: Path, cli: Command) -> None:
+def test_swapped_arguments_are_reported(small: Path, tmp_path: Path, cli: Command) -> None:
     big = tmp_path / "big.onnx"
     expand(small, big, 2, check=False)
     done = cli("validate", big, small, "--device", "cpu")

@@ -48,7 +48,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_what_a_copy_makes_of_arguments() -> None:
+def test_a_copy_returns_a_result_for_its_arguments() -> None:
     state: list[int] = []
 
     def collect(number: int) -> list[int]:
@@ -73,7 +73,7 @@ def test_errors_come_through() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
-def test_what_ends_a_copy_is_told(number: int) -> None:
+def test_the_error_says_how_a_copy_ended(number: int) -> None:
     isolated = Isolated(lambda: ends(number))
     for _ in range(2):
         with pytest.raises(BrokenDown, match=f"it ended by {signal.Signals(number).name}"):

@@ -105,7 +105,7 @@ def test_a_changed_graph_is_found_in_each_mode(case: str, mode: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("dropped", [0, -1])
-def test_what_a_plan_forgets_only_a_run_tells(
+def test_only_a_run_notices_a_missing_edit(
     dropped: int, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The algebraic mode says that nothing was run. The mode of first layers shows a missing edit in those layers."""
@@ -152,7 +152,9 @@ def test_the_first_layers_of_right_models_are_equal(
     assert not [name for name in names_in(tmp_path) if name.startswith(".")]
 
 
-def test_what_was_done_is_reported(small: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_what_was_checked(
+    small: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ("expand", small, "--factor", "2", "--device", "cpu", "-o")
     assert "validation: full (both models fit in free memory: " in cli(*arguments, tmp_path / "a.onnx").stdout
     done = cli(*arguments, tmp_path / "b.onnx", "--validate", "algebraic")
@@ -174,7 +176,7 @@ def test_what_was_done_is_reported(small: Path, tmp_path: Path, cli: Command, mo
         ("--plan-only",),
     ],
 )
-def test_what_contradicts_itself_is_refused(
+def test_contradictory_options_are_refused(
     arguments: tuple[str, ...], small: Path, tmp_path: Path, cli: Command
 ) -> None:
     done = cli("expand", small, "--factor", "2", "-o", tmp_path / "big.onnx", *arguments)
@@ -213,7 +215,7 @@ def test_a_plan_tells_sources_and_options_apart(small: Path, tmp_path: Path) -> 
     assert any("made from another source: its weights" in note for note in notes)
 
 
-def test_free_memory_is_what_the_tightest_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_that_of_the_tightest_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In version 2 of control groups, the limit of a parent counts, and memory that is only cache is free."""
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)

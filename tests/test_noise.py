@@ -24,7 +24,7 @@ def test_any_window_is_that_part_of_the_whole(columns: int) -> None:
                 np.testing.assert_array_equal(window, whole[top : top + height, left : left + breadth])
 
 
-def test_it_is_normal() -> None:
+def test_noise_is_normal() -> None:
     """The moments and the shares of the tails of four million draws are right, within five standard errors."""
     drawn = table(2048, 2048).astype(np.float64).reshape(-1)
     error = 1 / np.sqrt(drawn.size)

@@ -97,7 +97,7 @@ def test_an_import_in_a_function_that_leads_upward_would_show(tmp_path: Path, mo
     assert upward(path, "algebra") == ["algebra/dims.py:2 imports hyperclone_onnx.planning.making"]
 
 
-def test_every_package_says_what_comes_in_and_what_goes_out() -> None:
+def test_every_package_describes_its_input_and_output() -> None:
     for path in ROOT.glob("*/__init__.py"):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         assert "In: " in text and "Out: " in text, path

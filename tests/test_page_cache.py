@@ -51,7 +51,7 @@ def until(condition: object, seconds: float = 10.0) -> None:
         time.sleep(0.001)
 
 
-def test_what_was_written_is_sent_and_later_forgotten_in_order(advised: list[tuple[int, int, int]]) -> None:
+def test_written_pages_are_sent_and_later_forgotten_in_order(advised: list[tuple[int, int, int]]) -> None:
     with WriteBehind(20_000) as behind:
         for start in range(0, 8000, 500):
             behind.wrote(7, start, 500)
@@ -109,7 +109,7 @@ def test_an_interrupt_while_the_thread_ends_leaves_none(
         signal.signal(signal.SIGALRM, old)
 
 
-def test_what_was_read_once_is_forgotten(advised: list[tuple[int, int, int]], tmp_path: Path) -> None:
+def test_pages_that_were_read_once_are_forgotten(advised: list[tuple[int, int, int]], tmp_path: Path) -> None:
     data = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8)
     (tmp_path / "data").write_bytes(data.tobytes())
     tensor = ir.ExternalTensor(
@@ -122,7 +122,7 @@ def test_what_was_read_once_is_forgotten(advised: list[tuple[int, int, int]], tm
         assert sum(size for _, _, size in advised) == (10_000 if forget else 0)
 
 
-def test_a_large_file_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_has_the_written_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With real calls to the system: pages are written and dropped while other pages are written."""
     monkeypatch.setattr(write_behind, "WINDOW", 16 << 20)
     data = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()

@@ -86,7 +86,7 @@ def test_an_interrupt_leaves_no_copy() -> None:
         assert children() == before
 
 
-def test_how_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_cores", lambda: 64)
     assert [workers_for(size) for size in (0, SMALL - 1, SMALL, 1 << 40)] == [1, 1, 4, 4]
     assert [workers_for(0, count) for count in (1, 3, 64)] == [1, 3, 64]
@@ -107,7 +107,7 @@ def test_files_and_reports_are_the_same_for_any_number_of_workers(tmp_path: Path
     assert len(reports) == 3 and reports[0] == reports[1] == reports[2]
 
 
-def test_what_is_wrong_with_a_tensor_comes_back_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_about_a_tensor_comes_back_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grown weights are changed on their way to the file."""
     source = tmp_path / "small.onnx"
     onnx.save(perceptron(64, 128), source)

@@ -72,7 +72,7 @@ def tensors() -> tuple[dict[str, Any], dict[str, Array]]:
 
 @pytest.mark.parametrize("limit", [None, 4_000_000, 100])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_another_reader_finds_what_was_given(limit: int | None, workers: int, tmp_path: Path) -> None:
+def test_another_reader_reads_the_same_tensors(limit: int | None, workers: int, tmp_path: Path) -> None:
     stored, expected = tensors()
     files = write_safetensors(stored, tmp_path, limit, metadata={"format": "pt"}, workers=workers)
     assert sorted(files) == sorted(tmp_path.iterdir())

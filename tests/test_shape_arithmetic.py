@@ -203,7 +203,7 @@ def test_sums_of_known_elements_are_numpys(array: np.ndarray) -> None:
                 assert np.array_equal(result, known.known(expected - exclusive * array))
 
 
-def test_sums_of_what_is_not_known_are_not_known() -> None:
+def test_sums_with_an_unknown_element_are_unknown() -> None:
     batch = Size.symbol("batch")
     assert known.folded("ReduceProd", known.known([batch, 3]), [0]) == known.known(batch * 3)
     assert known.folded("ReduceProd", known.known([batch, None]), [0]) == known.known(None)

@@ -70,7 +70,7 @@ def assert_refused(cli: Command, folder: Path, code: int, *texts: str, model: st
     ],
     ids=["empty", "text", "random", "zeros", "zip", "another message"],
 )
-def test_what_is_not_onnx(cli: Command, tmp_path: Path, content: bytes, text: str) -> None:
+def test_files_that_are_not_onnx(cli: Command, tmp_path: Path, content: bytes, text: str) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
     assert_refused(cli, tmp_path, 4, text)
 
@@ -396,7 +396,7 @@ def test_a_data_file_of_another_model_stays(cli: Command, split: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["folder", "split"])
-def test_a_good_run_replaces_what_was_there(cli: Command, request: pytest.FixtureRequest, source: str) -> None:
+def test_a_good_run_replaces_old_files(cli: Command, request: pytest.FixtureRequest, source: str) -> None:
     folder: Path = request.getfixturevalue(source)
     out = folder / "big.onnx"
     out.write_text("what was there before")

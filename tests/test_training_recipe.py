@@ -53,7 +53,7 @@ def test_fan_in_growth(feed_forward: Path, factor: int, requests: dict[str, int]
     assert {name: fan_in_growth(plan, name) for name in growth} == growth
 
 
-def test_what_does_not_grow_has_the_fan_in_that_it_had(feed_forward: Path) -> None:
+def test_a_tensor_that_does_not_grow_keeps_its_fan_in(feed_forward: Path) -> None:
     assert fan_in_growth(planned(feed_forward, 2), "no such tensor") == 1.0
 
 

@@ -464,7 +464,7 @@ def blur_the_scales(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
         (1.0001, "float64", r"output logits in float64: relative error \d\.\de-05 > 1.0e-12"),
     ],
 )
-def test_wider_types_show_what_half_precision_hides(
+def test_wider_types_show_errors_that_half_precision_hides(
     cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, precision: str, message: str
 ) -> None:
     """A division with an error of 1 / 1,000 is within rounding in float16, but not in float32."""
@@ -561,7 +561,7 @@ class Session:
         ("cuda", [CPU], (CPU,), None),
     ],
 )
-def test_what_runs_is_what_started(
+def test_the_provider_that_started_is_reported(
     device: Any,
     available: list[str],
     working: tuple[str, ...],

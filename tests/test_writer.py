@@ -57,7 +57,7 @@ GOLDEN: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_plans_and_tensors_are_what_they_were(strategy: StrategyName, fixed: Path, tmp_path: Path) -> None:
+def test_plans_and_tensors_have_not_changed(strategy: StrategyName, fixed: Path, tmp_path: Path) -> None:
     """If these digests change, the result of a command changes: the change log must say so."""
     result = expand(fixed, tmp_path / "big.onnx", 3, strategy=Strategy(strategy, seed=5), check=False)
     digest = hashlib.sha256()
@@ -246,7 +246,7 @@ def test_a_shard_reads_its_own_part(
 
 
 @pytest.mark.parametrize("external", [False, True])
-def test_other_readers_find_what_the_model_holds(external: bool, tmp_path: Path) -> None:
+def test_other_readers_read_the_same_tensors(external: bool, tmp_path: Path) -> None:
     """The onnx package loads the file, also with strings, numbers of 4 bits, empty tensors, and tensors of bodies."""
     rng = np.random.default_rng(0)
     arrays = {
@@ -288,7 +288,7 @@ def test_large_tensors_begin_at_a_page_and_shards_are_full() -> None:
     assert [offset for _, offset in sharded] == [0, 4096, 4096 + (3 << 20), 0, 0]
 
 
-def test_a_full_disk_is_told_before_anything_is_computed(
+def test_a_full_disk_is_reported_before_anything_is_computed(
     fixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
