@@ -25,11 +25,11 @@ SEVERAL = "several"
 FRAMEWORKS = ("numpy", "torch", "jax")
 
 EXCLUDED: dict[str, str] = {
-    "test_affine_grid_*_expanded": "its sizes come out of an If",
+    "test_affine_grid_*_expanded": "its sizes depend on an If",
     "test_batchnorm_*_training_mode": "batch statistics: the handoff is of an inference graph",
     "test_training_dropout*": "dropout in training mode: the handoff is of an inference graph",
     "test_bernoulli*": "random",
-    "test_reduce_m??_empty_set*": "the largest of nothing: no framework has it",
+    "test_reduce_m??_empty_set*": "the maximum of an empty tensor: no framework has it",
     "test_scan_sum": "Scan of opset 8, which has a batch of its own",
     "test_not_?d": "opset 1: elementwise operators broadcast by attributes before opset 7",
     "test_dynamicquantizelinear*": "quantised",
@@ -44,10 +44,9 @@ EXCLUDED_IN: dict[str, dict[str, str]] = {
         "test_celu_bfloat16*": "NumPy widens bfloat16 beside a Python number",
     },
     "torch": {
-        f"test_*_uint{bits}*": "PyTorch has hardly an operator for unsigned types wider than a byte"
-        for bits in (16, 32, 64)
+        f"test_*_uint{bits}*": "PyTorch has few operators for unsigned types wider than a byte" for bits in (16, 32, 64)
     }
-    | {"test_bitwise_not_3d": "PyTorch has hardly an operator for unsigned types wider than a byte"},
+    | {"test_bitwise_not_3d": "PyTorch has few operators for unsigned types wider than a byte"},
     "jax": {},
 }
 """Cases that are not applicable to one framework."""
