@@ -18,22 +18,24 @@ Array = np.ndarray[Any, Any]
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every example has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--steps", type=int, default=50, help="the number of all steps, also before an interruption")
-    made.add_argument("--batch", type=int, default=8)
-    made.add_argument("--length", type=int, default=128)
-    made.add_argument("--rate", type=float, default=3e-4)
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--output", type=Path, default=Path("out"), help="the folder to write into")
-    made.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
-    return made
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--steps", type=int, default=50, help="the number of all steps, also before an interruption")
+    result.add_argument("--batch", type=int, default=8)
+    result.add_argument("--length", type=int, default=128)
+    result.add_argument("--rate", type=float, default=3e-4)
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--output", type=Path, default=Path("out"), help="the folder to write into")
+    result.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
+    return result
 
 
 def arguments(description: str | None) -> argparse.Namespace:
     """A parser for an example that takes a model."""
-    made = parser(description)
-    made.add_argument("model", nargs="?", type=Path, help="an ONNX model over bytes (default: tiny_gpt grown by 2)")
-    options = made.parse_args()
+    with_model = parser(description)
+    with_model.add_argument(
+        "model", nargs="?", type=Path, help="an ONNX model over bytes (default: tiny_gpt grown by 2)"
+    )
+    options = with_model.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.model is None:
         options.model = grown(options.output)

@@ -26,9 +26,9 @@ from hyperclone_onnx.frameworks.torch import load
 
 
 def main() -> None:
-    made = common.parser(__doc__)
-    made.add_argument("model", nargs="?", type=Path, help="a grown ONNX file (default: tiny_gpt grown while loading)")
-    options = made.parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument("model", nargs="?", type=Path, help="a grown ONNX file (default: tiny_gpt grown while loading)")
+    options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -42,7 +42,7 @@ def main() -> None:
 
 def latest(folder: Path) -> Path:
     """The newest complete checkpoint."""
-    return max((each.parent for each in folder.glob("*/.metadata")), key=lambda each: int(each.name))
+    return max((file.parent for file in folder.glob("*/.metadata")), key=lambda checkpoint: int(checkpoint.name))
 
 
 def train(options: Any, device: str) -> None:
@@ -64,9 +64,9 @@ def train(options: Any, device: str) -> None:
     steps = options.steps - len(losses)
     for inputs, targets in common.progress(common.batches(options, len(losses)), steps, show=rank == 0):
         # Each rank takes its part of the batch; FSDP averages the gradients.
-        ids, wanted = (torch.from_numpy(each[rank::ranks].copy()).to(device) for each in (inputs, targets))
+        ids, labels = (torch.from_numpy(rows[rank::ranks].copy()).to(device) for rows in (inputs, targets))
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -48,7 +48,7 @@ class Windows(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        inputs, targets = (torch.from_numpy(each) for each in self.rows[index])
+        inputs, targets = (torch.from_numpy(array) for array in self.rows[index])
         # The library shifts the labels by one itself.
         return {
             "input_ids": torch.cat([inputs, targets[-1:]]),

@@ -34,9 +34,9 @@ def main() -> None:
 
     steps = options.steps - len(losses)
     for inputs, targets in common.progress(common.batches(options, len(losses)), steps):
-        ids, wanted = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+        ids, labels = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -130,10 +130,10 @@ def _matched(given: Given, floating: list[Weight], what: str) -> Given:
     return {initializer: given[name] for name, initializer in match(given, known, what).items()}
 
 
-def _replace(target: ir.Model, found: Given, casts: Counter[str]) -> None:
+def _replace(target: ir.Model, weights: Given, casts: Counter[str]) -> None:
     """Replace initializers by lazy tensors, which read and check the trained arrays while the file is written."""
     stored = target.graph.initializers
-    for name, array in found.items():
+    for name, array in weights.items():
         old = stored[name].const_value if name in stored else None
         if old is None:
             raise Refused(f"{name!r} is not stored as an initializer of the file: it cannot be replaced")
@@ -158,10 +158,10 @@ def _checked(name: str, old: ir.TensorProtocol, read_array: Callable[[], Array],
     return ir.Tensor(new.reshape(array.shape), name=name, dtype=old.dtype)
 
 
-def _check_shape(name: str, old: ir.TensorProtocol, found: tuple[int, ...]) -> None:
+def _check_shape(name: str, old: ir.TensorProtocol, new: tuple[int, ...]) -> None:
     shape = tuple(int(size) for size in old.shape.numpy())
-    if tuple(found) != shape:
-        raise BadRequest(f"{name!r} has the shape {tuple(found)} in the weights, {shape} in the model")
+    if tuple(new) != shape:
+        raise BadRequest(f"{name!r} has the shape {tuple(new)} in the weights, {shape} in the model")
 
 
 def _cause(problem: BaseException) -> BaseException:

@@ -34,7 +34,7 @@ def settle_opsets(model: ir.Model) -> None:
     if DEFAULT_DOMAIN not in imports and DEFAULT_DOMAIN in domains:
         raise Refused("it has operators of ONNX itself but does not say of which opset: add it to opset_import")
     functions = [function.opset_imports for function in model.functions.values()]
-    versions = [each[DEFAULT_DOMAIN] for each in functions if DEFAULT_DOMAIN in each]
+    versions = [imports[DEFAULT_DOMAIN] for imports in functions if DEFAULT_DOMAIN in imports]
     imports.setdefault(DEFAULT_DOMAIN, versions[0] if versions else OPSET_FOR_GROWTH)
     opset = imports[DEFAULT_DOMAIN]
     if opset < OLDEST_OPSET:

@@ -34,7 +34,7 @@ def not_finite(model: ir.Model, workers: int | None = None) -> dict[str, int]:
         scratch = Scratch()
         return lambda name: (name, _count(tensors[name], scratch))
 
-    size = sum(each.nbytes for each in tensors.values())
+    size = sum(array.nbytes for array in tensors.values())
     share_out(counter, list(tensors), workers_for(size, workers), lambda counted: counts.update([counted]))
     return {name: counts[name] for name in tensors if counts[name] and not _is_mask(tensors[name])}
 

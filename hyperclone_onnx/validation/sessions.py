@@ -150,7 +150,7 @@ def _started(
         if feeds is not None:
             outputs: Sequence[Any] = session.run(None, feeds)
             return outputs
-        names = ([each.name for each in side] for side in (session.get_inputs(), session.get_outputs()))
+        names = ([value.name for value in side] for side in (session.get_inputs(), session.get_outputs()))
         return session.get_providers()[0], *names
 
     return ask

@@ -74,16 +74,16 @@ def structural_roles(model: ir.Model, numbers: Sequence[str] = ()) -> Reasons:
     return reasons
 
 
-def overridden(found: Reasons, freeze: Sequence[str], train: Sequence[str]) -> Reasons:
+def overridden(reasons: Reasons, freeze: Sequence[str], train: Sequence[str]) -> Reasons:
     """Roles with the globs `freeze` and `train` applied, as `roles` describes them."""
-    found = dict(found)
-    _must_match([*freeze, *train], found)
-    for name in found:
+    reasons = dict(reasons)
+    _must_match([*freeze, *train], reasons)
+    for name in reasons:
         if _matches(name, train):
-            found[name] = ("trainable", "matches a glob of `train`")
-        elif found[name][0] == "trainable" and _matches(name, freeze):
-            found[name] = ("frozen", "matches a glob of `freeze`")
-    return found
+            reasons[name] = ("trainable", "matches a glob of `train`")
+        elif reasons[name][0] == "trainable" and _matches(name, freeze):
+            reasons[name] = ("frozen", "matches a glob of `freeze`")
+    return reasons
 
 
 def trainable(model: ir.Model, *, freeze: Sequence[str] = (), train: Sequence[str] = ()) -> list[str]:

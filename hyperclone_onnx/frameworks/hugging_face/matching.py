@@ -91,7 +91,7 @@ def match(
 def _match_whole(
     sources: Mapping[str, Source],
     tensors: Mapping[str, Array],
-    found: dict[str, list[Layout]],
+    layouts: dict[str, list[Layout]],
     affine: Sequence[tuple[float, float]],
 ) -> None:
     """Tensors that are a whole initializer, times a scale, plus an offset; `affine` lists the pairs to try."""
@@ -109,14 +109,16 @@ def _match_whole(
                 source = sources[initializer]
                 layout = _whole(source, initializer, array, scale, offset)
                 if layout is not None:
-                    found[name].append(layout)
+                    layouts[name].append(layout)
                     break
 
 
-def _match_scaled(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
+def _match_scaled(
+    sources: Mapping[str, Source], tensors: Mapping[str, Array], layouts: dict[str, list[Layout]]
+) -> None:
     """Tensors that are a whole initializer times some scale, which the exporter folded into the weight."""
     for name, array in tensors.items():
-        if name in found or array.size < 2:
+        if name in layouts or array.size < 2:
             continue
         moments = _moments(array)
         for initializer, source in sources.items():
@@ -128,7 +130,7 @@ def _match_scaled(sources: Mapping[str, Source], tensors: Mapping[str, Array], f
                 continue
             layout = _whole(source, initializer, array, scale, 0.0)
             if layout is not None:
-                found[name].append(layout)
+                layouts[name].append(layout)
 
 
 def _moments(array: Array) -> _Moments:
@@ -214,7 +216,7 @@ class _Part:
     """The order of the small tensor's axes in the big one."""
 
 
-def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
+def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], layouts: dict[str, list[Layout]]) -> None:
     """Checkpoint tensors that are a part of one initializer, such as queries, keys and values that were joined."""
     bigger = _Lines({name: squeezed(source.array) for name, source in sources.items() if not constant(source.array)})
     for name, array in tensors.items():
@@ -224,10 +226,12 @@ def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], fo
         for initializer, part in bigger.holding(part_array, lambda big_name: sources[big_name].tolerance):
             inverse = tuple(int(axis) for axis in np.argsort(part.permutation))
             window = (part.axis, part.start, part.start + part_array.shape[part.permutation[part.axis]])
-            found[name].append(Layout((Piece(initializer, inverse, window),), array.shape))
+            layouts[name].append(Layout((Piece(initializer, inverse, window),), array.shape))
 
 
-def _match_joined(sources: Mapping[str, Source], tensors: Mapping[str, Array], found: dict[str, list[Layout]]) -> None:
+def _match_joined(
+    sources: Mapping[str, Source], tensors: Mapping[str, Array], layouts: dict[str, list[Layout]]
+) -> None:
     """Checkpoint tensors that an exporter cut into several initializers."""
     bigger = _Lines({name: squeezed(array) for name, array in tensors.items() if not constant(array)})
     parts: dict[tuple[str, int], list[tuple[int, int, Piece]]] = defaultdict(list)
@@ -245,7 +249,7 @@ def _match_joined(sources: Mapping[str, Source], tensors: Mapping[str, Array], f
                 chosen.append(piece)
                 reached = stop
         if reached == squeezed(tensors[name]).shape[axis]:
-            found[name].append(Layout(tuple(chosen), tensors[name].shape, axis))
+            layouts[name].append(Layout(tuple(chosen), tensors[name].shape, axis))
 
 
 class _Lines:

@@ -144,9 +144,9 @@ def separated(plan: Plan) -> dict[str, int]:
     return {source: count for source, count in totals.items() if count > 1}
 
 
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if found != wanted:
-        raise BadRequest(f"the moments of {name!r} have the shape {found}, the source's tensor has {wanted}")
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise BadRequest(f"the moments of {name!r} have the shape {shape}, the source's tensor has {expected}")
 
 
 # -- the steps that follow --------------------------------------------------------------------------------------

@@ -129,11 +129,11 @@ class Solved:
             still: list[Equation] = []
             before = len(known)
             for equation in left:
-                told = _follow(equation, known, self.of.whole)
-                if told is None:
+                values = _follow(equation, known, self.of.whole)
+                if values is None:
                     still.append(equation)
                 else:
-                    known.update(told)
+                    known.update(values)
             left = tuple(still)
             if len(known) == before:
                 break

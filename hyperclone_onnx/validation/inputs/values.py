@@ -193,13 +193,13 @@ class Values:
 
     def _length(self, uses: Uses, sizes: Sizes) -> int | None:
         """The axis that elements are lengths of."""
-        found: list[int] = []
+        limits: list[int] = []
         for value, axis, less in uses.lengths:
             axes = self.dimensions.axes.get(value) or ()
             size = evaluate(self.dimensions.space.size(axes[axis]), sizes) if -len(axes) <= axis < len(axes) else None
             if size is not None:
-                found.append(int(size) - less)
-        return min(found, default=None)
+                limits.append(int(size) - less)
+        return min(limits, default=None)
 
     def _past(self, sizes: Sizes) -> int | None:
         """How many positions the caches hold; None where there is no cache."""
@@ -244,15 +244,15 @@ class Values:
                 drawn[..., -1 - place] = number
         return drawn
 
-    def _count(self, size: int, source: ir.Value, found: Any, sizes: Sizes) -> int:
+    def _count(self, size: int, source: ir.Value, width: Any, sizes: Sizes) -> int:
         """In how many places a constant is looked for: as an equation says, else as many as another input has rows."""
         space = self.dimensions.space
         solved = self.equations.solved(sizes).numbers
-        wanted = evaluate(space.size(found), solved)
+        number = evaluate(space.size(width), solved)
         axes = self.dimensions.axes.get(source)
         whole = None if axes is None else evaluate(space.size(Product(axes)), solved)
-        if wanted is not None and whole:
-            return max(0, min(size, round(int(wanted) * size / int(whole))))
+        if number is not None and whole:
+            return max(0, min(size, round(int(number) * size / int(whole))))
         return max(1, min([size, *self._rows_of_others(sizes)]))
 
     def _rows_of_others(self, sizes: Sizes) -> Iterator[int]:
