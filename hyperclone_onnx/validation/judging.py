@@ -1,4 +1,4 @@
-"""Judging what a grown model gives: as it is first, and where it seems to differ by the source's own noise."""
+"""Judges the outputs of a grown model: first as they are, then, if they differ, by the noise of the source."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from hyperclone_onnx.validation.unrounded import unrounded
 Array = npt.NDArray[Any]
 
 WIDEST = 4 << 30
-"""Models with more bytes of weights than this are not copied to be compared otherwise as well."""
+"""The most bytes of weights of a model that is copied for a second comparison."""
 
 RANDOM = frozenset(
     ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"]
@@ -59,15 +59,15 @@ class Precision:
     wide: bool
 
     def copy(self, model: ir.Model) -> ir.Model:
-        """A copy of a model that runs in them.
+        """A copy of a model that runs in these types.
 
         Raises:
-            Unsupported: it has a quantised operator that has no form in float32 here.
+            Unsupported: the model has a quantised operator that we cannot write in float32.
         """
         return unrounded(model) if self.wide else model.clone()
 
     def start(self, copy: ir.Model, path: Path, device: Device) -> Start:
-        """Starts such a copy."""
+        """Start such a copy."""
         in_memory = None if self.wide else start_in_memory(copy, device)
         return in_memory or start_copy(copy, path, device, self.wide)
 
@@ -77,7 +77,7 @@ AS_STORED, FLOAT32 = Precision(wide=False), Precision(wide=True)
 
 @dataclass(frozen=True)
 class Judged:
-    """How outputs compare, and what squeezed ones are made of; and what ran the grown model."""
+    """Reports of the outputs and of the values before squeezed outputs, and the provider that ran the grown model."""
 
     outputs: tuple[OutputReport, ...]
     before: tuple[OutputReport, ...]
@@ -96,7 +96,7 @@ class Judge:
     """The rounding residue of the shared weights."""
 
     def compare(self, expected: Expected, start: Start) -> Judged:
-        """Run the grown model on the inputs on which the source ran, and compare."""
+        """Run the grown model on the inputs of the source, and compare."""
         ran = run_grown(self.pair, expected, start)
         if weight_bytes(self.pair.grown) > WIDEST or len(ran.answers) < len(expected.sets):
             return Judged(ran.outputs, (), ran.by)
@@ -120,10 +120,10 @@ class Judge:
     def _doubtful(self, reports: Sequence[OutputReport]) -> set[str]:
         return {report.name for report in reports if report.problem_beyond(self.tolerance)}
 
-    # -- what outputs are made of -------------------------------------------------------------------------
+    # -- values before the outputs ------------------------------------------------------------------------
 
     def _decisions(self, *kinds: str, of: Container[str] | None = None) -> tuple[Decision, ...]:
-        """The decisions of some kinds. Without a plan nobody knows how values inside the grown model compare."""
+        """The decisions of some kinds. None without a plan, which says how values inside the grown model compare."""
         if self.pair.plan is None:
             return ()
         return tuple(
@@ -133,7 +133,7 @@ class Judge:
         )
 
     def _watched(self, decisions: Sequence[Decision], expected: Expected) -> list[Answer] | None:
-        """What decisions read and give in both models, for each input set; None where that cannot be had."""
+        """The inputs and outputs of decisions in both models, for each input set. None if a model does not run so."""
         source = watch(self.precision.copy(self.pair.source), decisions) if decisions else None
         grown = watch(self.precision.copy(self.pair.grown), decisions) if decisions else None
         if source is None or grown is None:
@@ -143,7 +143,7 @@ class Judge:
                 begun = self.precision.start(source.model, Path(folder) / "source.onnx", self.pair.device)
                 wanted = run_again(expected, begun)
                 model = self.precision.start(grown.model, Path(folder) / "grown.onnx", self.pair.device)()
-                got = [model.run(self.pair.feeds_of_grown(one.case.feeds)) for one in expected.sets]
+                got = [model.run(self.pair.feeds_of_grown(accepted.case.feeds)) for accepted in expected.sets]
             except (Refused, RuntimeError):
                 return None
         return [
@@ -152,7 +152,7 @@ class Judge:
         ]
 
     def _inside(self, decisions: Sequence[Decision], watched: Watched, outputs: Outputs) -> Outputs:
-        """What the source's decisions read and give, as the grown model has it inside."""
+        """The inputs and outputs of the source's decisions, repeated as inside the grown model."""
         axes = axes_in_grown(self.pair.dimensions, self.pair.plan)
         grown = {
             name: repeated(array, axes[name], self.pair.maps) if name in axes else array
@@ -165,7 +165,7 @@ class Judge:
     def _look_again(
         self, judged: Judged, expected: Expected, answers: Sequence[Answer], squeezed: Sequence[Decision]
     ) -> Judged:
-        """Judge what seems to differ by the noise of the source, and integers by what they were decided by."""
+        """Judge differences again: by the noise of the source, and integers by the values that decided them."""
         chance = sorted({node.op_type for node in self.pair.source.graph.all_nodes() if node.op_type in RANDOM})
         if chance:
             note = f"{', '.join(chance)} draw at random: the source itself may give other values in another run"
@@ -181,8 +181,8 @@ class Judge:
             if name not in doubtful or any(name not in answer.got for answer in answers):
                 return report
             want, *trials = (
-                [self._as_wide_as(answer.got[name], one[name]) for one, answer in zip(some, answers, strict=True)]
-                for some in ([answer.wanted for answer in answers], *moved)
+                [self._as_wide_as(answer.got[name], one[name]) for one, answer in zip(outputs, answers, strict=True)]
+                for outputs in ([answer.wanted for answer in answers], *moved)
             )
             return with_noise(report, want, [answer.got[name] for answer in answers], trials, self.tolerance)
 
@@ -192,7 +192,7 @@ class Judge:
         return tile_to(want, got.shape) if self.pair.plan is None else want
 
     def _moved(self, expected: Expected, squeezed: Sequence[Decision]) -> list[list[Outputs]] | None:
-        """What the grown model should give had the source been rounded otherwise, for each trial and input set."""
+        """The expected outputs if the source is rounded differently, for each trial and set. None if it cannot run."""
         computed = ir.DataType.FLOAT if self.precision.wide else computed_type(self.pair.dimensions)
         relative = max(self.residue, eps_of(computed))
         trials: list[list[Outputs]] = []
@@ -220,7 +220,7 @@ class Judge:
         return trials
 
     def _decided(self, reports: Sequence[OutputReport], expected: Expected) -> tuple[OutputReport, ...]:
-        """Integers that differ only where the values that decided them are as near as rounding are no difference."""
+        """Excuse integers that differ only where the values that decided them are equal up to rounding."""
         doubtful = {report.name for report in reports if report.problem == NOT_IDENTICAL}
         decisions = self._decisions("chooses", "rounds", "compares", of=doubtful)
         seen = self._watched(decisions, expected)
@@ -246,12 +246,12 @@ class Judge:
 
 
 def _key(decision: Decision, place: int = 0) -> str:
-    """The name of something that a decision reads or gives; the label is that of the first."""
+    """The name of an input or output of a decision. The first input has the label of the decision."""
     return f"{decision.label} ({place})" if place else decision.label
 
 
 def _keyed(decisions: Sequence[Decision], watched: Watched, outputs: Mapping[str, Array]) -> Outputs:
-    """What decisions read and give; constants are left out."""
+    """The inputs and outputs of decisions by key, without constants."""
     return {
         _key(decision, place): outputs[name]
         for decision, names in zip(decisions, watched.names, strict=True)

@@ -1,9 +1,9 @@
-"""How far a model moves by itself when its rounding changes: what differs by no more than that is no difference.
+"""Measures how much the outputs of a model change with its rounding, and allows the grown model such differences.
 
-The source is run once more with every weight and every floating-point input off by its last place. In a recurrent net,
-or a model that ends in very small probabilities, that moves outputs by far more than the rounding of the sums alone,
-which the plain tolerance knows; so the grown model may be off by a small multiple of what was measured, output by
-output and element by element.
+We run the source again with every weight and every floating-point input changed in its last place. In a recurrent
+network, or in a model with very small probabilities, this changes outputs by much more than the rounding of the sums,
+for which the plain tolerance is made. So the grown model may differ by a small multiple of the measured change, output
+by output and element by element.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from hyperclone_onnx.validation.outputs import NOT_IDENTICAL, OutputReport
 Array = npt.NDArray[Any]
 
 TRIALS = 3
-"""How often the source is run with other rounding."""
+"""The number of runs of the source with other rounding."""
 
 MULTIPLE = 4.0
-"""How many times its own noise a model may be off."""
+"""The allowed difference, divided by the measured change of the source."""
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
 def perturbed(model: ir.Model, relative: float, trial: int, wide: bool = False) -> ir.Model:
-    """A copy of a model whose weights are off by a part of themselves, up or down; `wide` with them in float32."""
+    """A copy of a model whose weights are changed by this part, up or down; in float32 if `wide`."""
     copy = model.clone()
     for value in copy.graph.initializers.values():
         tensor = value.const_value
@@ -55,7 +55,7 @@ def _off(tensor: ir.TensorProtocol, relative: float, trial: int, dtype: ir.DataT
 
 
 def perturbed_feeds(feeds: Feeds, trial: int) -> Feeds:
-    """The same inputs, the floating-point ones off by their last place."""
+    """The same inputs. Floating-point inputs are changed in their last place."""
     rng = np.random.default_rng([trial])
     return {
         name: _shifted(array, float(np.finfo(array.dtype).eps), rng).astype(array.dtype)
@@ -78,14 +78,14 @@ def with_noise(
     moved: Sequence[Sequence[Array]],
     tolerance: float,
 ) -> OutputReport:
-    """The report of one output, judged by the noise of the source as well.
+    """The report of one output, which also allows for the noise of the source.
 
     Args:
-        report: of the output.
-        want: what the grown model should give, for each input set.
-        got: what it gave.
-        moved: what it should give had the source been rounded otherwise, for each trial and input set.
-        tolerance: what is allowed besides.
+        report: the report of the output.
+        want: the expected output, for each input set.
+        got: the output of the grown model.
+        moved: the expected output if the source is rounded differently, for each trial and input set.
+        tolerance: the plain tolerance, which is added.
     """
     if report.problem.startswith("shape ") and any(
         one.shape != trial[number].shape for number, one in enumerate(want) for trial in moved
@@ -114,14 +114,14 @@ def _note(noise: float) -> str:
 
 @dataclass(frozen=True)
 class Room:
-    """How far each element may be off, and how far the source moves, as a part of its largest element."""
+    """The allowed difference of each element, and the change of the source, divided by its largest element."""
 
     allowed: Array
     noise: float
 
 
 def allowance(want: Array, moved: Sequence[Array], tolerance: float) -> Room:
-    """What the plain tolerance and some trials of the source's noise allow."""
+    """The differences that the plain tolerance and the measured noise of the source allow."""
     a = np.asarray(want, dtype=np.float64)
     finite = np.isfinite(a)
     largest = float(np.abs(a[finite]).max(initial=0.0))
@@ -133,7 +133,7 @@ def allowance(want: Array, moved: Sequence[Array], tolerance: float) -> Room:
                 noise = np.maximum(noise, np.where(finite & np.isfinite(other), np.abs(other - a), 0.0))
     spread = noise
     if a.ndim and a.shape[-1] > 1:
-        # One element may have moved by little only by chance.
+        # A single element may have changed little by chance.
         spread = noise + np.sqrt(np.mean(np.square(noise), axis=-1, keepdims=True))
     return Room(tolerance * largest + MULTIPLE * spread, float(noise.max(initial=0.0)) / (largest or 1.0))
 
@@ -141,7 +141,7 @@ def allowance(want: Array, moved: Sequence[Array], tolerance: float) -> Room:
 def _integers_with_noise(
     report: OutputReport, want: Sequence[Array], got: Sequence[Array], moved: Sequence[Sequence[Array]]
 ) -> OutputReport:
-    """Integers may differ where the source's own differ under other rounding."""
+    """Allow integers to differ where those of the source differ under other rounding."""
     if report.problem and report.problem != NOT_IDENTICAL:
         return report
     count = total = 0
@@ -160,5 +160,5 @@ def _integers_with_noise(
 
 
 def measurable(residue: float) -> bool:
-    """Whether the residue of the shared weights is such that noise can be measured against it."""
+    """Whether the residue of the shared weights is small enough to measure noise."""
     return math.isfinite(residue) and residue < 0.01

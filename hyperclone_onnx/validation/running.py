@@ -1,4 +1,4 @@
-"""Running the source and then the grown model on the same inputs, and comparing what comes out."""
+"""Runs the source and then the grown model on the same inputs, and compares their outputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Run = Callable[[Mapping[str, Array]], Outputs]
 
 @dataclass(frozen=True)
 class Started:
-    """A model that is ready to run, and what runs it."""
+    """A model that is ready to run, and the provider that runs it."""
 
     run: Run
     by: str
@@ -40,11 +40,11 @@ class Started:
 Start = Callable[[], Started]
 
 MOST_INSIDE = 1 << 30
-"""Bytes of weights that a model which is started in memory may hold itself."""
+"""The most bytes of weights inside a model that is started from memory."""
 
 
 def start_file(path: str | os.PathLike[str], device: Device, weights: int) -> Start:
-    """Starts a model file as it is."""
+    """Start a model file as it is."""
 
     def start() -> Started:
         runner = Runner(path, device, isolated=True, weights=weights)
@@ -54,7 +54,7 @@ def start_file(path: str | os.PathLike[str], device: Device, weights: int) -> St
 
 
 def start_in_memory(model: ir.Model, device: Device) -> Start | None:
-    """Starts a model without writing it, its data where it lies; None where that is not one folder, or too large."""
+    """Start a model from memory, with its data in its own folder. None if that is several folders, or too large."""
     stored = [value.const_value for value in model.graph.initializers.values()]
     folders = {Path(tensor.base_dir).resolve() for tensor in stored if isinstance(tensor, ir.ExternalTensor)}
     inside = sum(t.nbytes for t in stored if t is not None and not isinstance(t, ir.ExternalTensor))
@@ -71,7 +71,7 @@ def start_in_memory(model: ir.Model, device: Device) -> Start | None:
 
 
 def start_copy(model: ir.Model, path: Path, device: Device, wide: bool = False) -> Start:
-    """Starts a model that is written to a temporary file first; `wide` with all its narrower floats in float32."""
+    """Start a model that is first written to a temporary file; with narrower floats in float32 if `wide`."""
 
     def start() -> Started:
         if wide:
@@ -86,10 +86,10 @@ def start_copy(model: ir.Model, path: Path, device: Device, wide: bool = False) 
 
 @dataclass(frozen=True)
 class Pair:
-    """A source and what grew from it, and how the two are to be run."""
+    """A source and its grown model, and how to run the two."""
 
     dimensions: Dimensions
-    """What inference knows of the source."""
+    """The dimensions of the source."""
     grown: ir.Model
     plan: Plan | None
     device: Device = "auto"
@@ -107,7 +107,7 @@ class Pair:
 
     @property
     def maps(self) -> Maps:
-        """How each dimension grew; empty without a plan."""
+        """The source maps of the dimensions. Empty without a plan."""
         return self.plan.maps if self.plan is not None else {}
 
     def interfaces(self) -> tuple[tuple[Interface, ...], tuple[Interface, ...]]:
@@ -117,7 +117,7 @@ class Pair:
         return self.plan.inputs, self.plan.outputs
 
     def feeds_of_grown(self, feeds: Feeds) -> Feeds:
-        """The source's inputs as the grown model takes them; without a plan its declared shapes tell how."""
+        """The source's inputs, grown for the grown model. Without a plan, its declared shapes decide."""
         fed = grown(feeds, self.interfaces()[0], self.maps)
         if self.plan is not None:
             return fed
@@ -125,7 +125,7 @@ class Pair:
         return {name: tile_to(array, shapes.get(name)) for name, array in fed.items()}
 
     def outputs_of_grown(self, outputs: Mapping[str, Array], cut: Cut | None = None) -> Outputs:
-        """The source's outputs as the grown model should give them."""
+        """The expected outputs of the grown model, from those of the source."""
         if cut is not None:
             return {name: repeated(array, cut.axes, self.maps) for name, array in outputs.items()}
         return grown(outputs, self.interfaces()[1], self.maps)
@@ -133,22 +133,22 @@ class Pair:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the source gives on some input sets, and what ran it."""
+    """The outputs of the source on some input sets, and the provider that ran it."""
 
     sets: tuple[Accepted, ...]
     by: str
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What tells the input sets apart."""
+        """The labels of the input sets."""
         return tuple(accepted.case.label for accepted in self.sets)
 
 
 def run_source(pair: Pair, start: Start) -> Expected:
-    """Look for inputs on which the source runs.
+    """Find inputs on which the source runs.
 
     Raises:
-        Refused: it cannot be loaded, or runs on none.
+        Refused: the source cannot be loaded, or runs on no inputs.
     """
     source = start()
     return Expected(find_inputs(pair.dimensions, source.run, pair.wishes), source.by)
@@ -158,8 +158,8 @@ def run_again(expected: Expected, start: Start) -> Expected:
     """Run the source, or a copy of it, on the same inputs.
 
     Raises:
-        Refused: it cannot be loaded.
-        RuntimeError: it does not run on them.
+        Refused: the model cannot be loaded.
+        RuntimeError: the model does not run on these inputs.
     """
     source = start()
     sets = tuple(Accepted(accepted.case, source.run(accepted.case.feeds)) for accepted in expected.sets)
@@ -168,7 +168,7 @@ def run_again(expected: Expected, start: Start) -> Expected:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the grown model should give on one input set, and what it gave."""
+    """The expected outputs of the grown model on one input set, and its own."""
 
     wanted: Outputs
     got: Outputs
@@ -176,7 +176,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ran:
-    """How the outputs of a grown model compare, and what ran it."""
+    """The reports of the outputs of a grown model, and the provider that ran it."""
 
     outputs: tuple[OutputReport, ...]
     answers: tuple[Answer, ...]
@@ -184,7 +184,7 @@ class Ran:
 
 
 def run_grown(pair: Pair, expected: Expected, start: Start, cut: Cut | None = None) -> Ran:
-    """Run the grown model on the inputs on which the source ran; both are never in memory at once."""
+    """Run the grown model on the inputs of the source. The two models are never in memory together."""
     model = start()
     logits = logits_outputs(pair.dimensions)
     reports: list[OutputReport] = []
@@ -202,7 +202,7 @@ def run_grown(pair: Pair, expected: Expected, start: Start, cut: Cut | None = No
 
 
 def compare_answer(pair: Pair, answer: Answer, logits: Sequence[str] | set[str] = ()) -> list[OutputReport]:
-    """Compare what the grown model gave on one input set with what it should give."""
+    """Compare the outputs of the grown model on one input set with the expected ones."""
     return [
         compare(name, want, answer.got.get(name), logits=name in logits, tile=pair.plan is None)
         for name, want in answer.wanted.items()
@@ -210,5 +210,5 @@ def compare_answer(pair: Pair, answer: Answer, logits: Sequence[str] | set[str] 
 
 
 def in_float64(run: Run) -> Run:
-    """A run that takes its floating-point inputs in float64."""
+    """The same run, with its floating-point inputs in float64."""
     return lambda fed: run({name: a.astype(np.float64) if a.dtype.kind == "f" else a for name, a in fed.items()})

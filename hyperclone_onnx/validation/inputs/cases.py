@@ -1,4 +1,4 @@
-"""One set of inputs, and the same set as a grown model takes it."""
+"""Defines a set of inputs, and converts it for a grown model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Feeds = dict[str, Array]
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs, and what tells it from others."""
+    """One set of inputs, with a label that describes it."""
 
     label: str
     feeds: Feeds
 
 
 def grown(values: Mapping[str, Array], interfaces: Iterable[Interface], maps: Maps) -> Feeds:
-    """Inputs (or outputs) of the source as the grown model has them: repeated by the interface's maps."""
+    """Inputs or outputs of the source, repeated as the grown model has them."""
     result = dict(values)
     for interface in interfaces:
         array = result.get(interface.name)
@@ -39,10 +39,10 @@ def grown(values: Mapping[str, Array], interfaces: Iterable[Interface], maps: Ma
 
 
 def is_half(array: Array) -> bool:
-    """Whether an array holds floats of 16 bits; numpy knows bfloat16 only as bytes of some other kind."""
+    """Whether an array holds floats of 16 bits; for numpy, bfloat16 is a type of another kind."""
     return array.dtype.itemsize == 2 and array.dtype.kind not in "iub"
 
 
 def in_float32(feeds: Mapping[str, Array]) -> Feeds:
-    """The same inputs, those in half precision widened."""
+    """The same inputs, with half precision converted to float32."""
     return {name: array.astype(np.float32) if is_half(array) else array for name, array in feeds.items()}

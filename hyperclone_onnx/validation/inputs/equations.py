@@ -1,8 +1,8 @@
-"""Which sizes of a model's inputs must agree, and numbers that do.
+"""Collects equations between the sizes of a model's inputs, and solves them.
 
-The walk over the graph met every relation between sizes: two axes that are added, a mask as wide as all keys, a Reshape
-to sizes that were read elsewhere. Each is an equation over the symbols of the inputs. The names of the symbols are a
-hint only: equal names are taken for equal sizes as long as the model runs so.
+The walk over the graph has seen every relation between sizes: two axes that are added, a mask as wide as all keys, a
+Reshape to sizes from elsewhere. Each relation is an equation over the symbols of the inputs. The names of the symbols
+are only a hint: we assume that equal names are equal sizes, unless the model then does not run.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from hyperclone_onnx.rules.dimensions import Dimensions, Fact
 from hyperclone_onnx.rules.op import declared_shape
 
 Sizes = Mapping[str, int]
-"""A number for each of some symbols."""
+"""Numbers for symbols."""
 
 SENTINEL = 1 << 24
-"""No axis is as long as this: a size from here on means "to the end", and binds no symbol."""
+"""Longer than any axis. A size from here on means "to the end", and gives no symbol a number."""
 
 
 class Contradiction(Exception):
-    """No numbers fit; the text says which equation fails."""
+    """Raised if no numbers fit. The text says which equation fails."""
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A length that some node needs."""
+    """The smallest length that a node accepts."""
 
     size: Size
     least: int
@@ -44,7 +44,7 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class Equations:
-    """The sizes of a model's inputs, and what relates them."""
+    """The sizes of a model's inputs, and the equations between them."""
 
     shapes: Mapping[str, tuple[Size, ...]]
     """The axes of every input whose rank is known."""
@@ -53,24 +53,24 @@ class Equations:
     equations: tuple[Equation, ...]
     least: tuple[AtLeast, ...]
     whole: frozenset[str] = frozenset()
-    """Names that look like expressions, of things that no input has: each is a symbol of its own."""
+    """Names that look like expressions of unknown symbols. Each of them is one symbol."""
 
     def having(self, *more: Equation) -> Equations:
-        """The same with more equations."""
+        """These equations and more."""
         return replace(self, equations=(*self.equations, *more))
 
     def variables(self, size: Size) -> frozenset[str]:
-        """The symbols that a size is made of, those inside functions included."""
+        """The symbols in a size, also those inside functions."""
         names = (frozenset([s]) if s in self.whole else variables_of(s) for s in size.symbols)
-        return frozenset(name for some in names for name in some)
+        return frozenset(name for part in names for name in part)
 
     def shape(self, name: str, sizes: Sizes) -> tuple[int, ...] | None:
-        """The shape of an input; None where a symbol has no number."""
+        """The shape of an input. None if a symbol has no number."""
         numbers = [_integer(evaluate(size, sizes)) for size in self.shapes[name]]
         return None if any(number is None for number in numbers) else tuple(number or 0 for number in numbers)
 
     def numbers(self, symbol: str) -> frozenset[int]:
-        """The numbers that something made of a symbol is divided by."""
+        """The numbers by which the equations divide sizes with this symbol."""
         return self._numbers.get(symbol, frozenset())
 
     @functools.cached_property
@@ -85,10 +85,10 @@ class Equations:
         return numbers
 
     def check(self, known: Sizes) -> None:
-        """Check the least lengths, and that every axis has a length.
+        """Check that every axis has a possible length, and is long enough.
 
         Raises:
-            Contradiction: one has none, or is too short.
+            Contradiction: an axis has an impossible length, or is too short.
         """
         for bound in self.least:
             value = evaluate(bound.size, known)
@@ -101,10 +101,10 @@ class Equations:
                     raise Contradiction(f"no axis has the length {value}")
 
     def solved(self, sizes: Sizes) -> Solved:
-        """The numbers given, and those that follow from them.
+        """The given numbers, and those that follow from them.
 
         Raises:
-            Contradiction: two of them do not go together.
+            Contradiction: two numbers contradict each other.
         """
         return Solved(self, {}, self.equations).having(sizes)
 
@@ -118,10 +118,10 @@ class Solved:
     left: tuple[Equation, ...]
 
     def having(self, sizes: Sizes) -> Solved:
-        """The same with more numbers, and those that follow from them.
+        """These numbers and more, and those that follow from them.
 
         Raises:
-            Contradiction: two of them do not go together.
+            Contradiction: two numbers contradict each other.
         """
         known = {**self.numbers, **sizes}
         left = self.left
@@ -146,16 +146,16 @@ def _integer(value: Fraction | int | None) -> int | None:
 
 
 def _follow(equation: Equation, known: Mapping[str, int], whole: frozenset[str]) -> dict[str, int] | None:
-    """What an equation tells: nothing new where it holds, one more number, or None as long as too much is open.
+    """The numbers that follow from an equation: none if it holds, or one. None if several symbols have no number.
 
     Raises:
-        Contradiction: it does not hold, or no length makes it hold.
+        Contradiction: the equation does not hold, or no length can fulfil it.
     """
     if equation.stretch:
         left, right = evaluate(equation.left, known), evaluate(equation.right, known)
         if left is not None and right is not None:
             if left != right and left != 1 and right != 1:
-                raise Contradiction(f"{left} meets {right} (at {equation.place})")
+                raise Contradiction(f"{left} is broadcast with {right} (at {equation.place})")
             return {}
         return None
     linear = _linear(equation.left - equation.right, known, whole)
@@ -178,7 +178,7 @@ def _follow(equation: Equation, known: Mapping[str, int], whole: frozenset[str])
 def _linear(
     size: Size, known: Mapping[str, int], whole: frozenset[str]
 ) -> tuple[Fraction | int, dict[str, Fraction | int]] | None:
-    """A size as a constant and a multiple of one symbol that has no number; None where it is not so simple."""
+    """A size as a constant plus a multiple of one symbol without a number. None if it is not of this form."""
     constant: Fraction | int = 0
     unknown: dict[str, Fraction | int] = {}
     for monomial, coefficient in size.terms:
@@ -201,40 +201,41 @@ def _linear(
     return (constant, unknown) if len(unknown) < 2 else None
 
 
-# -- what a graph tells -----------------------------------------------------------------------------------
+# -- the equations of a graph -----------------------------------------------------------------------------
 
 
 def equations_of(dimensions: Dimensions, hints: bool = True, rank: int = 2) -> Equations:
-    """The equations of a graph, from what the walk over it met.
+    """The equations of a graph, from the relations that the walk over it has seen.
 
     Args:
-        dimensions: of the model.
-        hints: whether to believe what holds mostly, and what the file declares of its outputs.
-        rank: of inputs that are declared without one.
+        dimensions: the dimensions of the model.
+        hints: whether to include equations that mostly hold, and the declared sizes of outputs.
+        rank: the number of axes of inputs without a declared rank.
     """
     shapes = _input_shapes(dimensions, rank)
     whole = _whole_names(shapes)
-    met = [one for one in (*dimensions.space.equations, *_declared_outputs(dimensions)) if _may_hold(one)]
-    met = [one for one in met if hints or not one.hint]
-    unique = dict.fromkeys(replace(equation, place="") for equation in met)
+    seen = [one for one in (*dimensions.space.equations, *_declared_outputs(dimensions)) if _may_hold(one)]
+    seen = [equation for equation in seen if hints or not equation.hint]
+    unique = dict.fromkeys(replace(equation, place="") for equation in seen)
     places: dict[Equation, str] = {}
-    for equation in met:
+    for equation in seen:
         places.setdefault(replace(equation, place=""), equation.place)
     equations = tuple(replace(equation, place=places[equation]) for equation in unique)
     least = dict.fromkeys(_least_lengths(dimensions))
-    made = Equations(shapes, (), equations, tuple(least), whole)
-    order = dict.fromkeys(name for shape in shapes.values() for size in shape for name in sorted(made.variables(size)))
-    return replace(made, free=tuple(order))
+    result = Equations(shapes, (), equations, tuple(least), whole)
+    sizes = (size for shape in shapes.values() for size in shape)
+    order = dict.fromkeys(name for size in sizes for name in sorted(result.variables(size)))
+    return replace(result, free=tuple(order))
 
 
 def _may_hold(equation: Equation) -> bool:
-    """Whether numbers can make an equation hold; inference may have misread a size."""
+    """Whether any numbers can fulfil an equation. Inference may have misread a size."""
     lengths = all(side.static is None or 0 <= side.static < SENTINEL for side in (equation.left, equation.right))
     return lengths and (equation.left - equation.right).static in (None, 0)
 
 
 def _input_shapes(dimensions: Dimensions, rank: int) -> dict[str, tuple[Size, ...]]:
-    """The shapes of the inputs as they are declared; an axis without a name has a symbol of its own."""
+    """The declared shapes of the inputs. An axis without a name gets a new symbol."""
     shapes: dict[str, tuple[Size, ...]] = {}
     for value in dimensions.model.graph.inputs:
         axes, declared = dimensions.axes.get(value), declared_shape(value)
@@ -251,14 +252,14 @@ def _input_shapes(dimensions: Dimensions, rank: int) -> dict[str, tuple[Size, ..
 
 
 def _whole_names(shapes: Mapping[str, Iterable[Size]]) -> frozenset[str]:
-    """Names like ``batch-size``: expressions to look at, but of things that are no axis of any input."""
+    """Names like ``batch-size``, which look like expressions but contain symbols that no axis has."""
     names = {name for shape in shapes.values() for size in shape for name in size.symbols}
     plain = {name for name in names if parse(name) is None}
     return frozenset(name for name in names - plain if not variables_of(name) <= plain)
 
 
 def _declared_outputs(dimensions: Dimensions) -> Iterator[Equation]:
-    """What the file declares of its outputs, where inference has found their sizes as well."""
+    """Equations between declared sizes of outputs and those from inference."""
     for value in dimensions.model.graph.outputs:
         axes, declared = dimensions.axes.get(value), declared_shape(value)
         for term, size in zip(axes or (), declared or (), strict=False):
@@ -268,7 +269,7 @@ def _declared_outputs(dimensions: Dimensions) -> Iterator[Equation]:
 
 
 def _least_lengths(dimensions: Dimensions) -> Iterator[AtLeast]:
-    """Every window needs one place at least, and a reflecting Pad more than it pads."""
+    """The smallest lengths: a window needs one place, and a reflecting Pad more places than it pads."""
     space = dimensions.space
     for term, node in dimensions.facts[Fact.SPATIAL]:
         size = space.size(term)
@@ -308,7 +309,7 @@ _LEAST = {"Pad": _reflecting_pad, "STFT": _short_time_fourier_transform}
 
 
 def _integers(dimensions: Dimensions, node: ir.Node, attribute: str, index: int) -> list[int] | None:
-    """Integers that are an attribute or an input."""
+    """Integers from an attribute, or from an input. None if they are not known."""
     if attribute in node.attributes:
         return list(node.attributes[attribute].as_ints())
     value = node.inputs[index] if index < len(node.inputs) else None

@@ -1,4 +1,4 @@
-"""The user's own inputs: an .npz file, a folder of .npy files, or the test data that ONNX models come with."""
+"""Reads the user's own inputs: an .npz file, a folder of .npy files, or the test data of an ONNX model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = "an .npz file, a folder of .npy files, or a folder of ONNX's test_data_s
 
 
 Inputs = str | os.PathLike[str] | Mapping[str, Array] | Sequence[Mapping[str, Array]]
-"""What the user may give: a path, or arrays by input, once or several times."""
+"""The accepted forms: a path, or one or several mappings from input names to arrays."""
 
 
 def wishes_of(
@@ -34,17 +34,17 @@ def wishes_of(
     seed: int = 0,
     plan: Plan | None = None,
 ) -> Wishes:
-    """What the user says of the inputs of a model.
+    """Read and check the user's wishes for the inputs of a model.
 
     Args:
-        model: whose inputs they are.
-        inputs: a path (see `read_inputs`), or arrays by input.
-        dims: numbers for the names of sizes.
-        seed: draws what is not given.
-        plan: how the model was grown, where the inputs may be its source's: they are then grown.
+        model: the model that gets the inputs.
+        inputs: a path (see `read_inputs`), or arrays by input name.
+        dims: numbers for named sizes.
+        seed: the seed for all other numbers.
+        plan: the plan by which the model was grown. With it, inputs of the source are accepted too, and grown.
 
     Raises:
-        BadRequest: inputs do not fit, or no input has a size of that name.
+        BadRequest: the inputs do not fit, or no input has a size of that name.
     """
     names = sorted({name for value in model.graph.inputs for name in _names_of_sizes(value)})
     for name, number in (dims or {}).items():
@@ -64,16 +64,16 @@ def _names_of_sizes(value: ir.Value) -> Iterator[str]:
 
 
 def read_inputs(inputs: Inputs, model: ir.Model, plan: Plan | None = None) -> tuple[Case, ...]:
-    """The user's input sets, as a model takes them.
+    """The user's input sets, in the types of the model.
 
     Args:
-        inputs: arrays by input; or an .npz file of them, a folder of .npy files called like the inputs, or a folder
-            with ONNX's test data: `input_0.pb` and so on, or several folders `test_data_set_*` of them.
-        model: whose inputs they are.
-        plan: how the model was grown, where the inputs may be its source's: they are then grown.
+        inputs: arrays by input name; an .npz file with such arrays; a folder of .npy files named like the inputs; or a
+            folder with ONNX's test data: `input_0.pb` and so on, or several folders `test_data_set_*` with these.
+        model: the model that gets the inputs.
+        plan: the plan by which the model was grown. With it, inputs of the source are accepted too, and grown.
 
     Raises:
-        BadRequest: they cannot be read, an input is missing, or one does not fit.
+        BadRequest: the inputs cannot be read, one is missing, or one does not fit.
     """
     if isinstance(inputs, Mapping):
         sets = [("the inputs given", dict(inputs))]
@@ -108,7 +108,7 @@ def _read(place: Path, model: ir.Model) -> list[tuple[Path, Feeds]]:
 
 
 def _read_protobufs(folder: Path, model: ir.Model) -> Feeds:
-    """The tensors in `input_0.pb` and so on: by their names, or by their numbers where they have none."""
+    """The tensors in `input_0.pb` and so on, by their names, or by their numbers if they have no name of an input."""
     names = [value.name or "" for value in _inputs(model)]
     arrays: Feeds = {}
     for file in sorted(folder.glob("input_*.pb"), key=_number):
@@ -136,19 +136,19 @@ def _inputs(model: ir.Model) -> list[ir.Value]:
 
 
 def _fitted(place: str, arrays: Mapping[str, Array], model: ir.Model) -> Feeds:
-    """The arrays in the types that the model takes.
+    """The arrays in the types of the model.
 
     Raises:
-        BadRequest: one is missing, or has another kind of elements or another shape.
+        BadRequest: an array is missing, or has another shape or other elements than the model accepts.
     """
-    wanted = {value.name or "": value for value in model.graph.inputs}
+    values = {value.name or "": value for value in model.graph.inputs}
     missing = [value.name or "" for value in _inputs(model) if value.name not in arrays]
     if missing:
         raise BadRequest(
             f"--inputs {place}: it lacks {', '.join(map(repr, missing))}; the model's inputs are "
-            f"{', '.join(map(repr, wanted))}"
+            f"{', '.join(map(repr, values))}"
         )
-    return {name: _as_input(place, arrays[name], value) for name, value in wanted.items() if name in arrays}
+    return {name: _as_input(place, arrays[name], value) for name, value in values.items() if name in arrays}
 
 
 def _as_input(place: str, array: Array, value: ir.Value) -> Array:
@@ -171,7 +171,7 @@ def _as_input(place: str, array: Array, value: ir.Value) -> Array:
 
 
 def _grown(arrays: Feeds, plan: Plan | None, model: ir.Model) -> Feeds:
-    """Inputs of the source as the grown model takes them; those that have its sizes already stay."""
+    """Grow inputs that have the sizes of the source. Inputs that have the grown sizes stay as they are."""
     result = dict(arrays)
     for interface in () if plan is None or plan.keep_interface else plan.inputs:
         array = result.get(interface.name)

@@ -1,4 +1,4 @@
-"""Looking for inputs on which a model runs: cheap ones first, and nothing again that cannot work."""
+"""Searches for inputs on which a model runs: cheap ones first, and none that an earlier failure rules out."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ Outputs = dict[str, Array]
 Run = Callable[[Mapping[str, Array]], Outputs]
 
 WANTED = 3
-"""How many input sets are looked for."""
+"""The number of input sets that we want."""
 
 PATIENCE = 8.0
-"""Seconds of failures after which no more is tried."""
+"""After this many seconds of failures, we try no more."""
 
 WAYS_OUT = "give inputs with --inputs FILE.npz, or leave out running with --no-validate"
 
 GUESSES = 4
-"""How many equations are guessed from one failure."""
+"""The number of equations that we guess from one failure."""
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user says of the inputs."""
+    """The user's wishes for the inputs."""
 
     given: tuple[Case, ...] = ()
-    """Input sets of the user's own; nothing else is tried then."""
+    """The user's own input sets. If there are any, no others are tried."""
     dims: Mapping[str, int] = field(default_factory=dict)
     """Numbers for symbols."""
     seed: int = 0
@@ -50,19 +50,19 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Accepted:
-    """Inputs on which the model ran, and what it gave."""
+    """Inputs on which the model ran, and its outputs."""
 
     case: Case
     outputs: Outputs
 
     @property
     def silent(self) -> frozenset[str]:
-        """The outputs that hold no number at all."""
+        """The outputs without a single finite number."""
         return frozenset(name for name, array in self.outputs.items() if _is_silent(array))
 
     @property
     def speaks(self) -> bool:
-        """Whether some output holds a number, or there is nothing to hold one."""
+        """Whether some output contains a finite number, or there are no outputs."""
         return not self.outputs or len(self.silent) < len(self.outputs)
 
 
@@ -74,7 +74,7 @@ def _is_silent(array: Array) -> bool:
 
 
 class NoInputs(Refused):
-    """The model runs on none of the inputs that were made for it; the text says what was tried."""
+    """Raised if the model runs on none of the inputs that were made for it. The text says what was tried."""
 
 
 def find_inputs(
@@ -85,18 +85,18 @@ def find_inputs(
     first: Sequence[Row] = (),
     others: bool = True,
 ) -> tuple[Accepted, ...]:
-    """Input sets on which a model runs, of unlike sizes where it takes such.
+    """Input sets on which a model runs, of different sizes if the model accepts them.
 
     Args:
-        dimensions: of the model.
+        dimensions: the dimensions of the model.
         run: runs the model.
-        wishes: what the user says of the inputs.
-        wanted: how many sets are looked for; there may be fewer.
-        first: sizes that are tried before any other.
-        others: whether any other are tried.
+        wishes: the user's wishes for the inputs.
+        wanted: the number of sets to find. There may be fewer.
+        first: rows that are tried before all others.
+        others: whether other rows are tried.
 
     Raises:
-        NoInputs: it runs on none.
+        NoInputs: the model runs on none of them.
     """
     wishes = wishes or Wishes()
     if wishes.given:
@@ -112,7 +112,7 @@ def find_inputs(
 
 
 def cases(dimensions: Dimensions, seed: int = 0, dims: Mapping[str, int] | None = None) -> Iterator[Case]:
-    """Input sets in the order in which they are tried, for those who run several models on them."""
+    """Input sets in the order in which they are tried, for callers that run several models on them."""
     stage = next(_stages(dimensions, Wishes(dims=dims or {}, seed=seed)))
     for number, row in enumerate(rows(bool(stage.values.caches))):
         sizes = fitting(stage.equations, row, stage.values.caches, Known(), stage.dims)
@@ -129,19 +129,19 @@ def _run_given(case: Case, run: Run) -> Accepted:
         raise NoInputs(f"it does not run on the inputs of {case.label}: {problem}") from problem
 
 
-# -- what is believed -------------------------------------------------------------------------------------
+# -- assumptions ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """The equations that are believed while some rows are tried."""
+    """The equations that we assume while we try rows."""
 
     equations: Equations
     values: Values
     dims: Sizes
 
     def style(self, number: int) -> Style:
-        """The values for a row."""
+        """The style for the row with this number."""
         styles = CACHED_USUAL if self.values.caches else USUAL
         return styles[number % len(styles)]
 
@@ -160,7 +160,7 @@ class _Stage:
 
 
 def _stages(dimensions: Dimensions, wishes: Wishes) -> Iterator[_Stage]:
-    """What is believed: all that the file says; what the graph says; not that equal names are equal sizes; nothing."""
+    """Weaker and weaker assumptions: all of the file; only the graph; no names of sizes; no equations at all."""
     unranked = any(value.shape is None for value in dimensions.model.graph.inputs)
     for rank in (2, 1, 0, 3, 4) if unranked else (2,):
         equations = _without_stretching(equations_of(dimensions, hints=True, rank=rank))
@@ -175,7 +175,7 @@ def _stages(dimensions: Dimensions, wishes: Wishes) -> Iterator[_Stage]:
 
 
 def _without_stretching(equations: Equations) -> Equations:
-    """Axes that are broadcast are mostly equal, unless one of them is 1 for certain."""
+    """Assume that axes which are broadcast are equal, unless one of them is known to be 1."""
     sides = [(one, (one.left.static, one.right.static)) for one in equations.equations]
     return replace(
         equations,
@@ -184,7 +184,7 @@ def _without_stretching(equations: Equations) -> Equations:
 
 
 def _without_names(dimensions: Dimensions, dims: Sizes) -> tuple[Dimensions, dict[str, int]]:
-    """The dimensions of the model with a symbol of its own for every axis of its inputs, and the user's numbers so."""
+    """The dimensions of the model with a new symbol for every axis of its inputs, and the user's numbers for these."""
     model = dimensions.model.clone()
     numbers: dict[str, int] = {}
     count = itertools.count()
@@ -211,16 +211,16 @@ class _Search:
         self.run, self.wishes, self.wanted = run, wishes, wanted
         self.accepted: list[Accepted] = []
         self.unheard: list[Accepted] = []
-        """Sets on which no output was a number."""
+        """Sets on which the model ran, but without a finite number in its outputs."""
         self.tried: list[tuple[str, str]] = []
-        """Labels and what was said of them."""
+        """The labels of sets that failed, and the errors."""
         self.wasted = 0.0
         self._seen: set[tuple[object, ...]] = set()
         self._guessed: set[Equation] = set()
 
     @property
     def impatient(self) -> bool:
-        """Whether failures have taken long enough."""
+        """Whether failures have taken too long."""
         return self.wasted > PATIENCE
 
     def go_through(self, stage: _Stage, wishes: Sequence[Row]) -> None:
@@ -238,24 +238,24 @@ class _Search:
         self._hear_all(stage)
 
     def _try_row(self, stage: _Stage, row: Row, style: Style, known: Known, number: int) -> None:
-        """Try one row; where it fails, what the failure seems to say is believed and it is tried again."""
+        """Try one row. If it fails, guess equations from the error, assume them, and try again."""
         open_stages = [stage]
         for _ in range(1 + GUESSES):
             if not open_stages:
                 return
-            believed = open_stages.pop(0)
-            sizes = fitting(believed.equations, row, believed.values.caches, known, believed.dims)
+            assumed = open_stages.pop(0)
+            sizes = fitting(assumed.equations, row, assumed.values.caches, known, assumed.dims)
             if sizes is None:
                 continue
-            problem = self._try(believed, sizes, style, number)
+            problem = self._try(assumed, sizes, style, number)
             if problem is None:
                 known.works(sizes)
                 return
-            lesson = _learn(problem, believed, sizes)
+            lesson = _learn(problem, assumed, sizes)
             known.ruled_out.append(lesson.ruled_out)
             if lesson.most is not None:
                 style = replace(style, most=lesson.most)
-                problem = self._try(believed, sizes, style, number)
+                problem = self._try(assumed, sizes, style, number)
                 if problem is None:
                     return
             if self.impatient:
@@ -263,10 +263,10 @@ class _Search:
             for guess in lesson.guesses:
                 if guess not in self._guessed:
                     self._guessed.add(guess)
-                    open_stages.append(replace(believed, equations=believed.equations.having(guess)))
+                    open_stages.append(replace(assumed, equations=assumed.equations.having(guess)))
 
     def _try(self, stage: _Stage, sizes: Sizes, style: Style, number: int) -> str | None:
-        """Run one set; what the model says where it does not run."""
+        """Run one set. Returns the error if the model does not run."""
         case = stage.case(sizes, style, [self.wishes.seed, number])
         key = (*((name, array.shape) for name, array in case.feeds.items()), style)
         if key in self._seen:
@@ -287,7 +287,7 @@ class _Search:
         return None
 
     def _louder(self, stage: _Stage, sizes: Sizes, number: int, wanted: frozenset[str]) -> None:
-        """Try other values in the same sizes until an output of `wanted` holds a number (any one if none is named)."""
+        """Try other values of these sizes until one of the `wanted` outputs (or any) has a finite number."""
         for style in LOUDER:
             if self.impatient:
                 return
@@ -304,7 +304,7 @@ class _Search:
             self.wasted += time.monotonic() - began
 
     def _hear_all(self, stage: _Stage) -> None:
-        """Where an output is silent on every accepted set, look for values on which it speaks."""
+        """If an output has no finite number in all accepted sets, search for values that give one."""
         if not self.accepted:
             return
         silent = frozenset.intersection(*(one.silent for one in self.accepted))
@@ -318,12 +318,12 @@ class _Search:
         """What was tried, in one line."""
         names = [name for name in equations_of(dimensions).free if not name.startswith("?")]
         sizes = f", or sizes with --dim NAME=N ({', '.join(names)})" if names else ""
-        what = (
+        tried = (
             f"{len(self.tried)} sets were tried" if self.tried else "no sizes were found that its own equations allow"
         )
         last = f"; on {self.tried[0][0]}: {self.tried[0][1]}" if self.tried else ""
         return (
-            f"it runs on none of the inputs made for it: {what}{last}. Give inputs with --inputs FILE.npz{sizes}, or "
+            f"it runs on none of the inputs made for it: {tried}{last}. Give inputs with --inputs FILE.npz{sizes}, or "
             "leave out running with --no-validate"
         )
 
@@ -333,12 +333,12 @@ def rows_first(stage: _Stage) -> Row:
     return next(rows(bool(stage.values.caches)))
 
 
-# -- what a failure says ----------------------------------------------------------------------------------
+# -- what follows from a failure --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Lesson:
-    """What a failed run teaches: numbers that do not go together, equations that may hold, a bound of integers."""
+    """What follows from a failed run: numbers that fail together, equations that may hold, a bound for integers."""
 
     ruled_out: Mapping[str, int]
     guesses: tuple[Equation, ...] = ()
@@ -350,7 +350,7 @@ _RANGE = re.compile(r"(?:range|bounds) ?\[(-?\d+), ?(\d+)\]")
 
 
 def _learn(problem: str, stage: _Stage, sizes: Sizes) -> _Lesson:
-    """Read a failure: the node that it names, and the numbers in it."""
+    """Read an error: the node that it names, and the numbers in it."""
     match = _NODE.search(problem)
     node = _named(stage.values.dimensions.model, match[1]) if match else None
     involved = _symbols_at(node, stage) if node is not None else frozenset()
@@ -359,7 +359,7 @@ def _learn(problem: str, stage: _Stage, sizes: Sizes) -> _Lesson:
         ruled_out = {name: number for name, number in ruled_out.items() if name in involved}
     bounds = _RANGE.search(problem)
     if bounds is not None:
-        # The values may be at fault: the sizes stay possible.
+        # The values may be wrong, and the sizes right. So rule out these sizes only.
         full = {name: sizes[name] for name in stage.equations.free if name in sizes}
         return _Lesson(full, most=int(bounds[2]) + 1)
     said = _NODE.sub("", problem)
@@ -372,7 +372,7 @@ def _named(model: ir.Model, name: str) -> ir.Node | None:
 
 
 def _axes_at(node: ir.Node, stage: _Stage) -> list[tuple[Size, ...]]:
-    """The sizes of a node's operands."""
+    """The sizes of a node's inputs."""
     dimensions = stage.values.dimensions
     operands = (dimensions.axes_of(node, index) for index, value in enumerate(node.inputs) if value is not None)
     return [tuple(dimensions.space.size(term) for term in axes) for axes in operands if axes is not None]
@@ -380,11 +380,11 @@ def _axes_at(node: ir.Node, stage: _Stage) -> list[tuple[Size, ...]]:
 
 def _symbols_at(node: ir.Node, stage: _Stage) -> frozenset[str]:
     symbols = (stage.equations.variables(size) for axes in _axes_at(node, stage) for size in axes)
-    return frozenset(name for some in symbols for name in some) & frozenset(stage.equations.free)
+    return frozenset(name for part in symbols for name in part) & frozenset(stage.equations.free)
 
 
 def _guesses_at(node: ir.Node, stage: _Stage, sizes: Sizes) -> Iterator[Equation]:
-    """Axes of a node's operands, aligned at the right, that should have been equal."""
+    """Equations between axes of a node's inputs, aligned at the right, whose sizes differed in the failed run."""
     for one, other in itertools.combinations(_axes_at(node, stage), 2):
         pairs = list(zip(reversed(one), reversed(other), strict=False))
         if node.op_type in ("MatMul", "Gemm") and len(one) > 1 and len(other) > 1:
@@ -396,7 +396,7 @@ def _guesses_at(node: ir.Node, stage: _Stage, sizes: Sizes) -> Iterator[Equation
 
 
 def _guesses_of_numbers(problem: str, stage: _Stage, sizes: Sizes) -> Iterator[Equation]:
-    """Two numbers in a message that should have been one: they are sizes, or sums of two."""
+    """Equations between two numbers in an error. The numbers are read as sizes or as sums of two sizes."""
     numbers = list(dict.fromkeys(int(text) for text in re.findall(r"(?<![\w.])\d{1,7}(?![\w.])", problem)))
     symbols = [Size.symbol(name) for name in stage.equations.free if name in sizes]
     sums = [one + other for one, other in itertools.combinations(symbols, 2)]

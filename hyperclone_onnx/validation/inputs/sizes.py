@@ -1,7 +1,7 @@
-"""Numbers for the symbols of a model's inputs: which are tried, in which order, and what a failed run rules out.
+"""Chooses numbers for the symbols of a model's inputs: which are tried, in which order, and what a failure rules out.
 
-A `Row` says what is wanted: odd lengths that all differ, an empty cache, multiples of 32. The equations say what must
-be. `fitting` gives the numbers nearest to the row for which all equations hold.
+A `Row` is a wish: odd lengths that all differ, an empty cache, multiples of 32. The equations say what must hold.
+`fitting` gives the numbers nearest to the row that fulfil all equations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LARGEST = 1 << 24
 """The most elements that all inputs of a set may have together."""
 
 STEPS = 4000
-"""How many partial assignments are looked at for one row."""
+"""The number of partial assignments that are tried for one row."""
 
 LENGTHS: tuple[int, ...] = (
     *range(1, 17),
@@ -27,24 +27,24 @@ LENGTHS: tuple[int, ...] = (
     *(1000, 1024, 1200, 1280, 1500, 1600, 2000, 2048, 2400, 3000, 3200, 4000, 4096, 4800, 5000, 6000, 8000, 8192),
     *(10000, 12000, 16000, 16384, 24000, 32000, 48000),
 )
-"""The lengths that are tried, those nearest to a row's wish first."""
+"""The lengths that are tried. Those nearest to the wish of a row come first."""
 
 ROOMY = 3
-"""Where lengths have to be looked for, a window has so many places to stand in, if that can be."""
+"""If the lengths of a row do not fit, we prefer lengths in which a window has this many places."""
 
 MULTIPLES = 16
-"""How many multiples of a divisor are tried as well."""
+"""The number of multiples of a divisor that are tried too."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A wish for the numbers of the free symbols, in order of appearance (the first is mostly the batch)."""
+    """A wish for the numbers of the free symbols in order of appearance. The first is mostly the batch size."""
 
     numbers: tuple[int, ...]
     empty_cache: bool = False
 
     def wish(self, index: int) -> int:
-        """The number for the symbol at some place; symbols beyond the row get odd ones."""
+        """The number for the symbol at this place. Symbols beyond the row get odd numbers."""
         last = len(self.numbers) - 1
         return self.numbers[min(index, last)] + 2 * max(0, index - last)
 
@@ -53,8 +53,8 @@ PLAIN = (Row((2, 7, 3, 5)), Row((1, 5, 2, 9)), Row((3, 11, 1, 13)))
 """Odd lengths that all differ."""
 
 CACHED = (Row((2, 7, 3, 5)), Row((3, 11, 4, 13), empty_cache=True), Row((2, 1, 6, 7)), Row((1, 5, 2, 9)))
-"""Where there is a cache: a prompt behind a filled one, a prompt and an empty one, one new token for each of several
-sequences, and several for one (some kernels take no more on the CPU)."""
+"""The rows for models with a cache: a prompt after a filled cache, a prompt with an empty cache, one new token for each
+of several sequences, and several new tokens for one sequence (on the CPU, some kernels accept only these)."""
 
 FURTHER = (
     Row((2, 8, 8, 8)),
@@ -70,23 +70,23 @@ FURTHER = (
     Row((1, 4000, 100, 100)),
     Row((1, 16000, 100, 100)),
 )
-"""What is tried where no row before suits: equal lengths, round ones, images, sound."""
+"""The rows that are tried if none before works: equal lengths, round lengths, images, sound."""
 
 
 def rows(cached: bool) -> Iterator[Row]:
-    """What is tried, in order."""
+    """The rows that are tried, in order."""
     yield from CACHED if cached else PLAIN
     yield from FURTHER
 
 
 @dataclass
 class Known:
-    """What failed runs have taught."""
+    """What earlier runs have shown."""
 
     ruled_out: list[Mapping[str, int]] = field(default_factory=list)
-    """Numbers that do not go together, whatever the other symbols are."""
+    """Numbers that fail together, for any numbers of the other symbols."""
     used: dict[str, set[int]] = field(default_factory=dict)
-    """Numbers with which the model ran: others come first, so that sets differ."""
+    """Numbers with which the model ran. Other numbers come first, so that the sets differ."""
 
     def works(self, sizes: Sizes) -> None:
         """Note numbers with which the model ran."""
@@ -95,23 +95,23 @@ class Known:
 
     def rules_out(self, sizes: Sizes) -> bool:
         """Whether numbers are known to fail."""
-        return any(all(sizes.get(name) == number for name, number in some.items()) for some in self.ruled_out)
+        return any(all(sizes.get(name) == number for name, number in ruled_out.items()) for ruled_out in self.ruled_out)
 
 
 def fitting(equations: Equations, row: Row, caches: Sequence[str], known: Known, given: Sizes) -> dict[str, int] | None:
-    """Numbers for all symbols, near a row's wishes, for which all equations hold; None where none were found.
+    """Numbers for all symbols, near the wishes of a row, that fulfil all equations. None if there are none.
 
     Args:
-        equations: what must hold.
-        row: what is wanted.
+        equations: the equations and the smallest lengths.
+        row: the wishes.
         caches: the symbols that are lengths of caches.
-        known: what has failed before.
+        known: what earlier runs have shown.
         given: numbers that the user has chosen.
     """
     sizes = _fitting(equations, row, caches, known, given)
     if sizes is None or all(sizes[name] in (*row.numbers, 0) for name in equations.free):
         return sizes
-    # Where the row's own numbers are too small for a window, there may as well be several windows.
+    # The row's own numbers are too small for a window. Prefer numbers that give several windows.
     roomy = tuple(replace(bound, least=max(bound.least, ROOMY)) for bound in equations.least)
     more = _fitting(replace(equations, least=roomy), row, caches, known, given) if roomy else None
     return more or sizes
@@ -126,7 +126,7 @@ def _fitting(
     def wish(name: str, numbers: Sizes) -> int:
         if row.empty_cache and name in caches:
             return 0
-        # Symbols that follow from others take no place in the row.
+        # A symbol that follows from others uses no number of the row.
         before = equations.free[: equations.free.index(name)]
         place = sum(other in wished or other not in numbers for other in before)
         wished.add(name)
@@ -158,9 +158,10 @@ def _fitting(
 
 
 def _in_order(equations: Equations, caches: Sequence[str]) -> list[str]:
-    """The free symbols in the order in which they are chosen.
+    """The free symbols in the order in which they get numbers.
 
-    First come those of which others are functions: these cannot be undone. Caches come next: totals follow from them.
+    First come symbols inside functions, since a function cannot be solved for its symbol. Then come the caches, since
+    totals follow from them.
     """
     inside = {name for name in equations.free if equations.numbers(name)}
     several = len(inside) > 1
@@ -170,7 +171,7 @@ def _in_order(equations: Equations, caches: Sequence[str]) -> list[str]:
 def candidates(
     equations: Equations, name: str, wanted: int, used: Collection[int] = (), may_be_empty: bool = False
 ) -> Iterator[int]:
-    """Numbers for one symbol: the wish, multiples of all that it is divided by, then what is near the wish."""
+    """Numbers for one symbol: the wish, multiples of its divisors, then numbers near the wish."""
     divisors = equations.numbers(name)
     near = {divisor * times for divisor in divisors for times in range(1, MULTIPLES + 1)}
     whole = max(divisors, default=0)
@@ -189,7 +190,7 @@ def candidates(
 
 
 def _acceptable(equations: Equations, sizes: Sizes, caches: Sequence[str]) -> bool:
-    """Whether inputs of these sizes are small enough, and none is empty but a cache."""
+    """Whether inputs of these sizes are small enough, and only caches are empty."""
     total = 0
     for name, axes in equations.shapes.items():
         shape = equations.shape(name, sizes) or ()
@@ -201,7 +202,7 @@ def _acceptable(equations: Equations, sizes: Sizes, caches: Sequence[str]) -> bo
 
 
 def caches_of(dimensions: Dimensions, equations: Equations) -> tuple[str, ...]:
-    """The lengths of caches: on several floating-point inputs of three axes or more, and on no other input alone."""
+    """The symbols of caches: they are on several inputs, all of them floating-point with three axes or more."""
     floating = {
         value.name or "": value.dtype is not None and value.dtype.is_floating_point()
         for value in dimensions.model.graph.inputs

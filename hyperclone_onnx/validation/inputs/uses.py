@@ -1,8 +1,8 @@
-"""What a graph does with the elements of each of its inputs: that tells which values make sense.
+"""Finds out how a graph uses the elements of each input, to choose values that make sense.
 
-The elements are followed through operators that move them, convert them, or add and multiply constants, until something
-is decided by them: a table is indexed, a mask is applied, a number is compared, multiplied with weights, or used as a
-size.
+We follow the elements through operators that move or convert them, or that add or multiply constants. This ends where
+an operator uses them: it indexes a table, applies a mask, compares a number, multiplies it with weights, or takes it as
+a size.
 """
 
 from __future__ import annotations
@@ -22,77 +22,77 @@ from hyperclone_onnx.graphs import MICROSOFT, MOVES_OR_CASTS
 from hyperclone_onnx.rules.dimensions import Dimensions
 
 _PASSES_ON = MOVES_OR_CASTS | {"Expand", "Gather", "GatherElements", "Pad", "Slice", "Split", "Tile"}
-"""Operators whose outputs hold elements of their first input."""
+"""Operators whose outputs contain elements of their first input."""
 
 _JOINS = frozenset(["Concat", "Max", "Min", "Clip", "Mod"])
-"""Operators whose output holds elements of any of their inputs, or what is no larger."""
+"""Operators whose output contains elements of any input, or smaller numbers."""
 
 _DECIDES = frozenset(["And", "If", "Not", "Or", "Xor", "NonZero", "Compress"])
-"""Operators for which an element is true or false."""
+"""Operators that take an element as true or false."""
 
 _COMPARES = frozenset(["Greater", "GreaterOrEqual", "Less", "LessOrEqual"])
 
 _COUNTS = frozenset(["CumSum", "ReduceSum", "ReduceMax", "ReduceMin", "ArgMax", "ArgMin"])
-"""Operators that take elements together: a mask is counted so."""
+"""Operators that combine elements, for example to count the ones of a mask."""
 
 _MEASURES = frozenset(["Conv", "Cos", "Einsum", "Gemm", "LayerNormalization", "MatMul", "Sin", "RMSNormalization"])
-"""Operators to which an integer is a quantity: a count, a time."""
+"""Operators that take an integer as a quantity: a count, a time."""
 
 _SHAPES = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": -1, "Slice": -1, "Pad": 1, "TopK": 1}
-"""Operators to which an element says a size, and by which input; -1 for any but the first."""
+"""Operators that take elements as sizes, and the number of this input. -1 means any input except the first."""
 
 _NEEDS_POSITIVE = frozenset(["Log", "Pow", "Reciprocal", "Sqrt", "Acosh"])
 
 _UNITARY = frozenset(["Acos", "Asin", "Atanh"])
 
 HIDING = 1e3
-"""A mask that is added to scores is multiplied by at least this."""
+"""The smallest factor of a mask that is added to scores."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Elements times `scale` plus `offset` index an axis of this size."""
+    """An axis of this size is indexed by the elements times `scale` plus `offset`."""
 
     size: Size
     scale: float
     offset: float
     exact: bool = True
-    """Whether that is all; otherwise something else is done to them on the way."""
+    """Whether nothing else changes the elements on the way."""
 
 
 @dataclass
 class Uses:
-    """What a graph does with the elements of one input."""
+    """How a graph uses the elements of one input."""
 
     tables: list[Table] = field(default_factory=list)
     equals: list[float] = field(default_factory=list)
-    """Constants that elements are compared with for equality."""
+    """Constants in comparisons for equality."""
     limits: list[float] = field(default_factory=list)
-    """Constants that elements are compared with otherwise."""
+    """Constants in other comparisons."""
     decides: bool = False
-    """Whether an element is taken for true or false."""
+    """Whether an element is taken as true or false."""
     counted: bool = False
-    """Whether elements are added up, or the largest of them is searched."""
+    """Whether elements are added up, or their largest or smallest is taken."""
     measured: bool = False
     """Whether an element is a quantity: multiplied with weights, or an angle."""
     sizes: bool = False
-    """Whether an element says a size."""
+    """Whether an element is taken as a size."""
     positive: bool = False
-    """Whether an element must be positive: a logarithm or a root is taken of it, or something is divided by it."""
+    """Whether an element must be positive: it is in a logarithm, a root or a divisor."""
     unitary: bool = False
     """Whether an element must lie between -1 and 1."""
     hides: bool = False
     """Whether an element, multiplied by a large number, is added to scores."""
     scored: bool = False
-    """Whether an element is added to what a Softmax is taken of."""
+    """Whether an element is added to the input of a Softmax."""
     convolved: bool = False
     """Whether a convolution reads the input: an image, or sound."""
     ranges: list[Term] = field(default_factory=list)
-    """Axes along which positions are compared with elements: these are lengths, or positions themselves."""
+    """Axes whose positions are compared with elements. So the elements are lengths or positions."""
     lengths: list[tuple[ir.Value, int, int]] = field(default_factory=list)
-    """Operators to which elements are lengths: a value, an axis of it, and how much less than that axis they are."""
+    """The axes that elements are lengths of: a value, its axis, and by how much the lengths are smaller."""
     searched: list[tuple[float, ir.Value, Term]] = field(default_factory=list)
-    """Constants whose places are counted by NonZero: the constant, what NonZero reads, and the axis of its results."""
+    """Constants that NonZero searches for: the constant, the input of NonZero, and the axis of its results."""
 
     @property
     def indexes(self) -> bool:
@@ -101,7 +101,7 @@ class Uses:
 
     @property
     def masks(self) -> bool:
-        """Whether the elements look like a mask or a flag. Positions may be counted from a mask, and then indexed."""
+        """Whether the elements look like a mask or a flag. Positions computed from a mask may also be indices."""
         return self._masks and not self.indexes
 
     @property
@@ -111,27 +111,27 @@ class Uses:
 
 @dataclass(frozen=True)
 class _Step:
-    """A value that holds elements of an input, times `scale` plus `offset`."""
+    """A value that contains elements of an input, times `scale` plus `offset`."""
 
     value: ir.Value
     scale: float = 1.0
     offset: float = 0.0
     exact: bool = True
-    """Whether `scale` and `offset` say how the elements were changed."""
+    """Whether `scale` and `offset` describe all changes of the elements."""
     tested: float | None = None
-    """After a comparison for equality, the constant."""
+    """The constant, if the value is the result of a comparison for equality."""
     depth: int = 0
 
 
 FURTHEST = 40
-"""No element is followed through more operators than these."""
+"""The largest number of operators through which we follow an element."""
 
 MOST = 4000
-"""For no input are more values looked at than these."""
+"""The largest number of values that we look at for one input."""
 
 
 def uses_of(dimensions: Dimensions) -> dict[str, Uses]:
-    """For each input of a graph, what is done with its elements."""
+    """How a graph uses the elements of each input, by name."""
     tables: dict[ir.Value, list[Term]] = defaultdict(list)
     for indices, term in dimensions.index_tables:
         tables[indices].append(term)
@@ -161,7 +161,7 @@ class _Tracer:
         return uses
 
     def _through(self, step: _Step, node: ir.Node, index: int, uses: Uses) -> Iterator[_Step]:
-        """The values behind a node that still hold the elements; notes in `uses` what the node does with them."""
+        """The outputs of a node that still contain the elements. Notes in `uses` how the node uses them."""
         following = replace(step, depth=step.depth + 1)
         kind = node.op_type
         self._note_lengths(node, index, uses)
@@ -248,7 +248,7 @@ class _Tracer:
         yield replace(step, value=output, scale=scale, offset=offset)
 
     def _compared(self, step: _Step, node: ir.Node, index: int, uses: Uses) -> None:
-        """A comparison with a constant, or with positions."""
+        """Note a comparison with a constant or with positions."""
         other = node.inputs[1 - index]
         constant = self._constant(other)
         if constant is not None:
@@ -261,7 +261,7 @@ class _Tracer:
             uses.ranges.append(wide[-1])
 
     def _scores(self, value: ir.Value) -> bool:
-        """Whether a Softmax is taken of a value."""
+        """Whether a value goes into a Softmax."""
         for _ in range(3):
             users = [use.node for use in value.uses()]
             if any(node.op_type in ("Softmax", "LogSoftmax") for node in users):
@@ -282,7 +282,7 @@ class _Tracer:
             uses.lengths.append((value, axis, less))
 
     def _constant(self, value: ir.Value | None) -> float | None:
-        """The number that a value is, None where it is not known, or not one number."""
+        """The number that all elements of a value are. None if it is not known."""
         if value is None:
             return None
         tensor = value.const_value
@@ -308,5 +308,5 @@ _LENGTHS: dict[tuple[str, str], dict[int, tuple[str, int, int, int]]] = {
     ("", "LSTM"): _OF_STEPS,
     ("", "Attention"): {6: ("input", 1, -2, 0)},
 }
-"""Operators with inputs that are lengths: by input, of which input or output they are the lengths, along which axis,
-and how much less than its size they are (ONNX Runtime counts the last place in one of them)."""
+"""Operators with inputs that are lengths. For each such input: the input or output, its number and its axis of which
+they are the lengths, and by how much they are smaller (one operator of ONNX Runtime takes the last index)."""

@@ -1,17 +1,17 @@
-"""Values that make sense for the inputs of a model, in sizes that are chosen already.
+"""Makes inputs whose values make sense for a model. Their sizes are already chosen.
 
 | the graph does this with an input | its values |
 |---|---|
-| indexes a table | integers within it; positions go on after a cache |
-| takes its elements for true or false, adds them up, or hides scores by them | a mask; see `Style` |
-| compares them with constants | those constants in turn, and numbers between |
-| looks for a constant in them | the constant stands in as many places as there are rows for it |
-| takes them for lengths | lengths up to the axis they belong to |
-| takes them for sizes | small ones |
+| indexes a table | integers within the table; positions continue after a cache |
+| takes its elements as true or false, adds them up, or hides scores with them | a mask; see `Style` |
+| compares them with constants | these constants in turn, and numbers between them |
+| searches for a constant in them | the constant, as often as another input has rows for it |
+| takes them as lengths | lengths up to the size of the axis |
+| takes them as sizes | small sizes |
 | multiplies integers with weights | small counts |
-| takes a logarithm or a root of floats, or divides by them | positive ones |
+| takes a logarithm or a root of floats, or divides by them | positive floats |
 | convolves floats of four axes | numbers between 0 and 1 |
-| anything else with floats | normal ones |
+| anything else with floats | normally distributed floats |
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ Masks = Literal["ones", "padded", "half", "zeros", "zeros padded", "lower", "upp
 Floats = Literal["usual", "positive", "unit", "large"]
 
 SMALL = 10
-"""Integers that nothing limits are less than this."""
+"""Integers without another limit are less than this."""
 
 LOWEST = -1e4
-"""What a mask adds to scores that it hides."""
+"""The number that a mask adds to scores that it hides."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """How to choose among values that all make sense."""
+    """A choice among values that all make sense."""
 
     masks: Masks = "ones"
-    """Ones; ones but for padding at the end of the last row; the first half ones; zeros; zeros but for ones at the
-    end; ones up to the diagonal, or beyond it, of a square mask."""
+    """ones; ones with padding at the end of the last row; ones in the first half; zeros; zeros with ones at the end of
+    the last row; for a square mask ones up to the diagonal, or beyond it."""
     floats: Floats = "usual"
     turn: int = 0
-    """Which of the constants that the graph compares an input with."""
+    """The number of the constant to use, if the graph compares an input with several."""
     most: int | None = None
-    """Integers are less than this, for a run said so."""
+    """Integers are less than this, because an error of a run said so."""
 
     def text(self, masked: bool) -> str:
-        """What is unusual in words; `masked` says whether there is a mask."""
+        """The unusual choices in words. `masked` says whether the model has a mask."""
         words = [] if self.masks in ("ones", "padded") or not masked else [f"masks of {self.masks}"]
         words += [] if self.floats == "usual" else [f"{self.floats} floats"]
         words += [] if self.most is None else [f"integers below {self.most}"]
@@ -64,10 +64,10 @@ class Style:
 
 
 USUAL = (Style(), Style("padded", turn=1), Style("half", turn=2))
-"""The styles of rows in turn."""
+"""The styles that rows use in turn."""
 
 CACHED_USUAL = (Style(), Style("padded", turn=1), Style("ones", turn=2))
-"""The same where there is a cache, which kernels take as filled to its end."""
+"""The same for models with a cache. Kernels expect that a cache is full."""
 
 LOUDER = (
     Style("zeros"),
@@ -81,7 +81,7 @@ LOUDER = (
     Style("ones", "unit"),
     Style("ones", "large"),
 )
-"""What is tried where no output is a number."""
+"""The styles that are tried if an output contains no finite number."""
 
 
 class Values:
@@ -102,7 +102,7 @@ class Values:
 
     @property
     def varied(self) -> bool:
-        """Whether there is more than one way to choose values where sizes are fixed: masks, flags, constants."""
+        """Whether values can differ although the sizes are fixed: masks, flags, constants."""
         return any(uses.masks or uses.equals for uses in self.uses.values())
 
     def make(self, sizes: Sizes, style: Style, rng: np.random.Generator) -> Feeds:
@@ -180,7 +180,7 @@ class Values:
         return np.minimum(mask, style.most - 1) if style.most is not None else mask
 
     def _range(self, uses: Uses, sizes: Sizes, style: Style) -> tuple[int, int | None]:
-        """The integers that all tables allow: from the first, to the second exclusively."""
+        """The integers that all tables allow: from the first number to below the second."""
         low, high = 0, style.most
         for table in uses.tables if uses.indexes else ():
             size = evaluate(table.size, sizes)
@@ -192,7 +192,7 @@ class Values:
         return low, None if high is None else max(high, low + 1)
 
     def _length(self, uses: Uses, sizes: Sizes) -> int | None:
-        """The axis that elements are lengths of."""
+        """The largest length that the elements may be. None if they are no lengths."""
         limits: list[int] = []
         for value, axis, less in uses.lengths:
             axes = self.dimensions.axes.get(value) or ()
@@ -202,7 +202,7 @@ class Values:
         return min(limits, default=None)
 
     def _past(self, sizes: Sizes) -> int | None:
-        """How many positions the caches hold; None where there is no cache."""
+        """The number of positions in the caches. None if there is no cache."""
         return max((sizes[name] for name in self.caches if name in sizes), default=None)
 
     def _positions(
@@ -215,19 +215,19 @@ class Values:
         past: int | None,
         rng: np.random.Generator,
     ) -> Array:
-        """Positions, one after the other, for an input that is compared with positions or called so; else any."""
-        called_so = "pos" in (value.name or "").lower() and not uses.equals
+        """Positions in order, if the input is compared with positions or has such a name. Otherwise random ones."""
+        named_so = "pos" in (value.name or "").lower() and not uses.equals
         count = shape[-1] if shape else 1
         start = (past or 0) + low
         fits = high is None or start + count <= high
-        if (uses.ranges or called_so) and fits and count:
+        if (uses.ranges or named_so) and fits and count:
             return np.broadcast_to(np.arange(start, start + count).reshape(shape[-1:] or ()), shape)
         return rng.integers(low, SMALL + low if high is None else high, shape)
 
     def _with_searched(
         self, drawn: Array, uses: Uses, constants: list[int], sizes: Sizes, style: Style, rng: np.random.Generator
     ) -> Array:
-        """The integers with every constant that the graph looks for in as many places as it should stand in."""
+        """Put each constant that the graph searches for into as many places as the graph expects."""
         drawn = np.array(drawn)
         if not constants or not drawn.size or not drawn.ndim:
             return drawn
@@ -245,7 +245,7 @@ class Values:
         return drawn
 
     def _count(self, size: int, source: ir.Value, width: Any, sizes: Sizes) -> int:
-        """In how many places a constant is looked for: as an equation says, else as many as another input has rows."""
+        """The number of places for a constant: from an equation, or else the number of rows of another input."""
         space = self.dimensions.space
         solved = self.equations.solved(sizes).numbers
         number = evaluate(space.size(width), solved)
@@ -272,7 +272,7 @@ _INTEGERS = frozenset(
 
 
 def _mask(shape: tuple[int, ...], style: Style) -> Array:
-    """A mask, or a flag, in a style."""
+    """A mask or a flag in this style."""
     flag = math.prod(shape) == 1
     ones = not style.masks.startswith("zeros")
     mask = np.full(shape, ones)
@@ -294,5 +294,5 @@ def _mask(shape: tuple[int, ...], style: Style) -> Array:
 
 
 def _lengths(longest: int, shape: tuple[int, ...], rng: np.random.Generator, exact: bool) -> Array:
-    """Lengths along an axis; all of it first."""
+    """Lengths along an axis: all the largest if `exact`, otherwise random."""
     return np.full(shape, longest) if exact else rng.integers(min(1, longest), longest + 1, shape)
