@@ -151,6 +151,46 @@ def test_one_wrong_shape_takes_the_others_with_it() -> None:
         assert sizes == [1, 3, *([8, 8] if believed else [None, None])]
 
 
+# -- lengths that a file names and a node proves -----------------------------------------------------------
+
+
+def named_width(second: str) -> onnx.ModelProto:
+    """A width declared by a name, which meets a gain of 12 before a cache of 12 is joined to it."""
+    graph = (
+        f"g (float[batch, sequence, width] x, float[batch, past, {second}] c) => (float[batch, sequence, 12] y, "
+        "float[batch, total, w] present) { n = RMSNormalization <axis = -1> (x, gain) u = MatMul (n, up) "
+        "r = Relu (u) d = MatMul (r, down) y = Add (x, d) present = Concat <axis = 1> (c, d) }"
+    )
+    return build_model(graph, normal(2, {name: SHAPES[name] for name in ("gain", "up", "down")}), opset=23)
+
+
+@pytest.mark.parametrize("second", ["width", "other", "12"])
+def test_a_named_width_that_nodes_prove(tmp_path: Path, second: str) -> None:
+    onnx.save(named_width(second), tmp_path / "small.onnx")
+    made = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, strategy=Strategy("symmetric"), check=False)
+    assert {dim.role for dim in made.plan.dims.values()} == {"hidden", "ffn"}
+    small, big = session(tmp_path / "small.onnx"), session(tmp_path / "big.onnx")
+    assert {each.name: each.shape[2] for each in big.get_inputs()} == {"x": 24, "c": 24}
+    rng = np.random.default_rng(0)
+    fed = {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in (("x", (2, 3, 12)), ("c", (2, 4, 12)))
+    }
+    wide = {name: np.tile(array, (1, 1, 2)) for name, array in fed.items()}
+    for want, got in zip(small.run(None, fed), big.run(None, wide), strict=True):
+        np.testing.assert_allclose(got, np.tile(want, (1, 1, 2)), atol=1e-5)
+
+
+def test_a_name_that_meets_two_lengths_is_bound_to_none(tmp_path: Path) -> None:
+    """By broadcasting it could be 1, and nothing else."""
+    graph = (
+        "g (float[batch, width] x) => (float[batch, 12] y, float[batch, 20] z) { y = Mul (x, gain) z = Mul (x, other) }"
+    )
+    model = build_model(graph, normal(2, {"gain": (12,), "other": (20,)}))
+    dimensions = infer(normalise(ir.from_proto(model)))
+    x = dimensions.axes[dimensions.model.graph.inputs[0]] or ()
+    assert dimensions.space.static(x[1]) is None
+
+
 # -- one feature of many ----------------------------------------------------------------------------------
 
 PICKS = {

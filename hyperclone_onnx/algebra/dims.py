@@ -204,6 +204,11 @@ class Space:
         """The size of an axis as an integer, None when it is symbolic."""
         return self.size(term).static
 
+    def proven(self, symbol: str) -> Size | None:
+        """The size that a symbol is known to be, where that is an integer."""
+        size = Size.symbol(symbol).substituted(self.symbols)
+        return None if size.static is None else size
+
     # -- pinning and explaining ---------------------------------------------------------------------------
 
     def pin(self, term: Term, reason: str, gap: bool = False) -> None:

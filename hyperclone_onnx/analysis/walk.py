@@ -7,6 +7,8 @@ axes of a node, we pin all axes of the node.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from hyperclone_onnx.algebra import shape_values
@@ -24,19 +26,46 @@ def infer(model: ir.Model) -> Dimensions:
     Raises:
         Refused: a node does not fit the specification of its operator.
     """
-    dimensions = _related(model)
+    dimensions = _with_proven_lengths(model)
     if any(_contradicts_file(dimensions, value) for value in dimensions.axes if value.producer() is not None):
         # One wrong shape, and none is believed: a tool changed the graph and kept the shapes.
         for value in (value for node in model.graph.all_nodes() for value in node.outputs):
             value.shape = None
-        dimensions = _related(model)
+        dimensions = _with_proven_lengths(model)
     return dimensions
 
 
-def _related(model: ir.Model) -> Dimensions:
-    """The dimensions of a model, with the shapes that it declares."""
+def _with_proven_lengths(model: ir.Model) -> Dimensions:
+    """The dimensions of a model whose inputs have the lengths that nodes prove for the symbols in their shapes.
+
+    An input may declare its width by a name, and only a node further on shows that it is 24. The nodes before that
+    node read an axis of unknown length. So we relate the model again, with the lengths that we learnt.
+    """
+    proven: dict[str, Size] = {}
+    sizes = [size for value in model.graph.inputs for size in declared_shape(value) or () if size is not None]
+    symbols = sorted({name for size in sizes for name in size.symbols})
+    while True:
+        dimensions = _related(model, proven)
+        lengths = {name: _proven(dimensions, name) for name in symbols if name not in proven}
+        learnt = {name: size for name, size in lengths.items() if size is not None}
+        if not learnt:
+            return dimensions
+        proven |= learnt
+
+
+def _proven(dimensions: Dimensions, symbol: str) -> Size | None:
+    """The length of a symbol: an equation gives it, or it meets axes of one length only.
+
+    By broadcasting, a symbol that meets an axis of 24 is 24 or 1. An axis that is always 1 has no name.
+    """
+    lengths = dimensions.stretched.get(symbol, set())
+    return dimensions.space.proven(symbol) or (Size.of(*lengths) if len(lengths) == 1 else None)
+
+
+def _related(model: ir.Model, proven: Mapping[str, Size]) -> Dimensions:
+    """The dimensions of a model, with the shapes that it declares, and with lengths that are proven for symbols."""
     dimensions = Dimensions(model, Space())
-    _read_inputs(dimensions)
+    _read_inputs(dimensions, proven)
     for value in model.graph.initializers.values():
         dimensions.constants.add(value)
         _read_known(dimensions, value)
@@ -126,9 +155,14 @@ def _is_constant(dimensions: Dimensions, node: ir.Node) -> bool:
     )
 
 
-def _read_inputs(dimensions: Dimensions) -> None:
+def _read_inputs(dimensions: Dimensions, proven: Mapping[str, Size]) -> None:
     """Give the graph's inputs the axes that the file declares. Axes with one symbol are one axis."""
     space = dimensions.space
+    for name, length in proven.items():
+        # The walk meets the number from now on. Whoever chooses inputs must still learn that the symbol is this number.
+        space.place = f"the input axes named {name!r}"
+        space.symbols[name] = length
+        space.relate(Size.symbol(name), length)
     named: dict[Size, Term] = {}
     for value in dimensions.model.graph.inputs:
         space.place = f"input {value.name!r}"
@@ -139,7 +173,8 @@ def _read_inputs(dimensions: Dimensions) -> None:
                 dimensions.lost[value] = ("no shape is declared for it", space.place)
             continue
         axes: list[Term] = []
-        for size in shape:
+        for declared in shape:
+            size = None if declared is None else declared.substituted(dict(proven))
             if size is None:
                 axes.append(space.unknown())
             elif size.static is not None:

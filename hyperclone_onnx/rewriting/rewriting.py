@@ -119,6 +119,7 @@ def _set_interface(editor: GraphEditor, plan: Plan, interface: Interface, value:
     entering = value.is_graph_input()
     outer: list[int | None] = []
     steps: list[Step] = []
+    numbered: set[int] = set()  # a caller must know the length of an input that grew, though the source only named it
     for axis, factors in enumerate(interface.axes):
         if factors is None:
             outer.append(None)
@@ -126,6 +127,8 @@ def _set_interface(editor: GraphEditor, plan: Plan, interface: Interface, value:
         inside = index_axis([(factor, False) for factor in factors], plan.maps).source
         outside = np.unique(inside) if plan.keep_interface else presented(factors, plan.maps)
         outer.append(len(outside))
+        if entering and len(outside) > len(np.unique(inside)):
+            numbered.add(axis)
         if not np.array_equal(inside, outside):
             before, after = (outside, inside) if entering else (inside, outside)
             steps.append(editor.gather(f"{interface.name}.map", _first_index(before)[after], axis))
@@ -133,7 +136,8 @@ def _set_interface(editor: GraphEditor, plan: Plan, interface: Interface, value:
     if len(declared) != len(outer):  # the source declares no shape, or one of a wrong rank
         declared = [ir.SymbolicDim(None)] * len(outer)
     shape = [
-        dim if size is None or not isinstance(dim, int) else size for dim, size in zip(declared, outer, strict=True)
+        dim if size is None or not (isinstance(dim, int) or axis in numbered) else size
+        for axis, (dim, size) in enumerate(zip(declared, outer, strict=True))
     ]
     if steps:
         result = editor.insert_behind(value, steps, leaving=not entering)

@@ -304,6 +304,9 @@ class Op:
         static = [term for term in wide if self.static(term) is not None]
         if static and len(static) < len(wide):
             for term in wide:
+                name = self.size(term).lone_symbol
+                if name is not None:
+                    self.dimensions.stretched[name].update(size for t in static if (size := self.static(t)) is not None)
                 self.pin(term, "it is broadcast with an axis whose size is not known before running")
                 self.space.relate(self.size(static[0]), self.size(term), stretch=True)
         same = static or wide
