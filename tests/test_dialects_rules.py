@@ -248,3 +248,65 @@ def test_image_features_replace_rows_of_the_stream(tmp_path: Path) -> None:
         want = session(small).run(None, fed)[0]
         got = session(big).run(None, fed | {"image": np.tile(image, (1, wide // 7))})[0]
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+# -- a softmax over features ------------------------------------------------------------------------------
+
+GATE = (
+    "n = LayerNormalization (h, gain) a = MatMul (n, square) p = {} <axis = -1> (a) g = Mul (n, p) u = MatMul (g, up) "
+    "r = Relu (u) d = MatMul (r, down) y = Add (h, d) logits = MatMul (y, head)"
+)
+GATE_SHAPES = SHAPES | {"square": (12, 12)}
+
+
+@pytest.mark.parametrize("opset", [11, 20])
+def test_a_softmax_that_gates_features(tmp_path: Path, opset: int) -> None:
+    """Two repeats take half of the share each, so that the softmax is multiplied by two."""
+    body = GATE.format("Softmax").replace("LayerNormalization (h, gain)", "Mul (c, gain)")
+    norm = (
+        "m = ReduceMean <axes = [-1]> (h) c = Sub (h, m) " if opset < 18 else "m = ReduceMean (h, last) c = Sub (h, m) "
+    )
+    body = body if opset > 12 else body.replace("axis = -1", "axis = 2")
+    stored = {} if opset < 18 else {"last": np.array([-1])}
+    model = build_model(HEAD.format(norm + body), normal(2, GATE_SHAPES) | stored, opset=opset)
+    assert grow(model, tmp_path) == {"hidden", "ffn"}
+    assert any(
+        node.op_type == "Mul" and "scale" in "".join(node.input) for node in onnx.load(tmp_path / "big.onnx").graph.node
+    )
+
+
+@pytest.mark.parametrize("other", ["LogSoftmax", "Hardmax"])
+def test_what_no_factor_makes_up_for_keeps_the_features(tmp_path: Path, other: str) -> None:
+    onnx.save(build_model(HEAD.format(GATE.format(other)), normal(2, GATE_SHAPES)), tmp_path / "small.onnx")
+    with pytest.raises(Refused, match=f"{other} runs over it"):
+        expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+
+
+def test_a_softmax_over_choices_stays(tmp_path: Path) -> None:
+    """A router's choices are contracted with a weight too, but no norm averages over them."""
+    body = (
+        "n = LayerNormalization (h, gain) a = MatMul (n, router) p = Softmax <axis = -1> (a) w = MatMul (p, values) "
+        "y = Add (h, w) logits = MatMul (y, head)"
+    )
+    model = build_model(HEAD.format(body), normal(2, SHAPES | {"router": (12, 5), "values": (5, 12)}))
+    assert grow(model, tmp_path) == {"hidden"}
+
+
+# -- one row of a computed table ---------------------------------------------------------------------------
+
+
+def test_a_computed_row_is_replaced(tmp_path: Path) -> None:
+    """Sinusoidal positions, of which that of padding is set to zero: its indices count through the row."""
+    body = (
+        "r = Range (zero, seven, one) f = Cast <to = 1> (r) t = Unsqueeze (f, last) table = MatMul (t, wave) "
+        "set = ScatterND (table, tuples, zeros) shape = Shape (ids) count = Gather (shape, one) "
+        "places = Range (zero, count, one) at = Gather (set, places) s = Add (h, at) n = LayerNormalization (s, gain) "
+        "u = MatMul (n, up) k = Relu (u) d = MatMul (k, down) y = Add (s, d) logits = MatMul (y, head)"
+    )
+    stored = {
+        **{name: np.array(number) for name, number in (("zero", 0), ("one", 1), ("seven", 70))},
+        **{"last": np.array([-1]), "zeros": np.zeros(12, np.float32)},
+        "tuples": np.stack([np.ones(12, np.int64), np.arange(12)], axis=1),
+    }
+    model = build_model(HEAD.format(body), normal(2, SHAPES | {"wave": (1, 12)}) | stored)
+    assert grow(model, tmp_path) == {"hidden", "ffn"}

@@ -7,7 +7,9 @@ axes of a node, we pin all axes of the node.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -26,31 +28,43 @@ def infer(model: ir.Model) -> Dimensions:
     Raises:
         Refused: a node does not fit the specification of its operator.
     """
-    dimensions = _with_proven_lengths(model)
+    dimensions = _with_all_learnt(model)
     if any(_contradicts_file(dimensions, value) for value in dimensions.axes if value.producer() is not None):
         # One wrong shape, and none is believed: a tool changed the graph and kept the shapes.
         for value in (value for node in model.graph.all_nodes() for value in node.outputs):
             value.shape = None
-        dimensions = _with_proven_lengths(model)
+        dimensions = _with_all_learnt(model)
     return dimensions
 
 
-def _with_proven_lengths(model: ir.Model) -> Dimensions:
-    """The dimensions of a model whose inputs have the lengths that nodes prove for the symbols in their shapes.
+@dataclass(frozen=True)
+class _Learnt:
+    """What a walk shows, and what a node before it should have known. The model is then related once more.
+
+    `lengths` are those that nodes prove for the symbols in the shapes of inputs; `gates` is as in `Dimensions`.
+    """
+
+    lengths: Mapping[str, Size]
+    gates: frozenset[ir.Node]
+
+
+def _with_all_learnt(model: ir.Model) -> Dimensions:
+    """The dimensions of a model, related again until a walk shows nothing new.
 
     An input may declare its width by a name, and only a node further on shows that it is 24. The nodes before that
-    node read an axis of unknown length. So we relate the model again, with the lengths that we learnt.
+    node read an axis of unknown length. And a norm behind a softmax shows that the softmax runs over features.
     """
-    proven: dict[str, Size] = {}
+    learnt = _Learnt({}, frozenset())
     sizes = [size for value in model.graph.inputs for size in declared_shape(value) or () if size is not None]
     symbols = sorted({name for size in sizes for name in size.symbols})
     while True:
-        dimensions = _related(model, proven)
-        lengths = {name: _proven(dimensions, name) for name in symbols if name not in proven}
-        learnt = {name: size for name, size in lengths.items() if size is not None}
-        if not learnt:
+        dimensions = _related(model, learnt)
+        lengths = {name: _proven(dimensions, name) for name in symbols if name not in learnt.lengths}
+        new = {name: size for name, size in lengths.items() if size is not None}
+        gates = _gates(dimensions)
+        if not new and gates <= learnt.gates:
             return dimensions
-        proven |= learnt
+        learnt = _Learnt({**learnt.lengths, **new}, learnt.gates | gates)
 
 
 def _proven(dimensions: Dimensions, symbol: str) -> Size | None:
@@ -62,10 +76,29 @@ def _proven(dimensions: Dimensions, symbol: str) -> Size | None:
     return dimensions.space.proven(symbol) or (Size.of(*lengths) if len(lengths) == 1 else None)
 
 
-def _related(model: ir.Model, proven: Mapping[str, Size]) -> Dimensions:
-    """The dimensions of a model, with the shapes that it declares, and with lengths that are proven for symbols."""
-    dimensions = Dimensions(model, Space())
-    _read_inputs(dimensions, proven)
+def _gates(dimensions: Dimensions) -> frozenset[ir.Node]:
+    """Softmax nodes over features: weights are contracted with all of the axis, and a norm averages over it.
+
+    Keys and choices are none: keys are contracted with values, and no norm averages over choices.
+    """
+    if not any(node.op_type == "Softmax" and not node.domain for _, node in dimensions.facts[Fact.SOFTMAX]):
+        return frozenset()
+    features = _atoms_with(dimensions, Fact.CONTRACTED_WITH_WEIGHT) & _atoms_with(dimensions, Fact.NORMALISED)
+    features -= _atoms_with(dimensions, Fact.CONTRACTED_WITH_ACTIVATION)
+    features -= _atoms_with(dimensions, Fact.SPATIAL) | _atoms_with(dimensions, Fact.INDEXED)
+    runs: dict[ir.Node, list[Term]] = defaultdict(list)
+    for term, node in dimensions.facts[Fact.SOFTMAX]:
+        if node.op_type == "Softmax" and not node.domain:
+            runs[node].append(term)
+    space = dimensions.space
+    atoms = {node: {atom for term in terms for atom in space.atoms(term)} for node, terms in runs.items()}
+    return frozenset(node for node, axes in atoms.items() if axes and axes <= features)
+
+
+def _related(model: ir.Model, learnt: _Learnt) -> Dimensions:
+    """The dimensions of a model, with the shapes that it declares, and with what walks before this one showed."""
+    dimensions = Dimensions(model, Space(), gates=learnt.gates)
+    _read_inputs(dimensions, learnt.lengths)
     for value in model.graph.initializers.values():
         dimensions.constants.add(value)
         _read_known(dimensions, value)

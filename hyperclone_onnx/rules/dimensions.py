@@ -87,6 +87,8 @@ class Dimensions:
     """The axes of a value along which it was expanded: all its elements are the same there."""
     listed: dict[ir.Value, Axes] = field(default_factory=dict)
     """For index tuples that NonZero made of such a value: its last axes, which the tuples run through for each hit."""
+    gates: frozenset[ir.Node] = frozenset()
+    """Softmax nodes over features of the stream: a walk before this one showed that a norm averages over them."""
     stretched: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     """For each symbol the lengths of the axes that it meets by broadcasting: it is one of these, or 1."""
     sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)

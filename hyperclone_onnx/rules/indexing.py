@@ -205,6 +205,15 @@ def scatter_nd(op: Op) -> None:
     """out = x with out[indices[i, :], rest] = updates[i, rest]"""
     where, depth = op.axes(1), _depth(op)
     axes = op.axes(0, least=depth)
+    row = _known_row(op, axes[:depth])
+    if row is not None:
+        op.parameter(1)
+        for term in axes[: depth - 1]:
+            index_by(op, term, 1)
+        op.unify_axes(op.axes(2), (*where[:-2], *axes[depth - 1 :]))
+        _once_each(op, axes[depth - 1 : depth])
+        op.out(axes)
+        return
     # Tuples that run through whole rows set all of a row, in its order: the row may be of any length.
     rows = op.dimensions.listed.get(op.value(1), ())
     op.unify_axes(axes[depth - len(rows) : depth], rows)
@@ -213,6 +222,31 @@ def scatter_nd(op: Op) -> None:
     op.unify_axes(op.axes(2), (*where[:-1], *axes[depth:]))
     _once_each(op, where[:-1])
     op.out(axes)
+
+
+def _known_row(op: Op, axes: Axes) -> list[int] | None:
+    """The place of the row, where known indices are those of one whole row, in its order; else None."""
+    indices, elements = op.ints(1), op.known(1)
+    length = op.static(axes[-1]) if axes else None
+    if indices is None or elements is None or length is None or elements.size != length * len(axes) or length < 2:
+        return None
+    if elements.shape[-2:] != (length, len(axes)):
+        return None
+    tuples = np.asarray(indices, dtype=np.int64).reshape(length, len(axes))
+    whole = np.array_equal(tuples[:, -1], np.arange(length)) and bool((tuples[:, :-1] == tuples[0, :-1]).all())
+    return [int(index) for index in tuples[0, :-1]] if whole else None
+
+
+@edits("ScatterND")
+def edit_scatter_nd(op: GrownOp) -> None:
+    """Known indices of a whole row are written out for the grown row."""
+    depth = op.static(op.axis_of(1, -1)) or 0
+    axes = op.axes(0)[:depth]
+    row = _known_row(op, axes)
+    if row is not None and op.grows(axes[-1]):
+        tuples = [[*row, index] for index in range(op.grown(axes[-1]))]
+        outer = [1] * (op.rank(1) - 2)
+        op.set_input(1, [index for indices in tuples for index in indices], (*outer, len(tuples), depth))
 
 
 @relates("OneHot")

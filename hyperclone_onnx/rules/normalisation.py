@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hyperclone_onnx.algebra.dims import ONE
-from hyperclone_onnx.rules.dimensions import Fact
+from hyperclone_onnx.rules.dimensions import Fact, Uniform
 from hyperclone_onnx.rules.grown_op import GrownOp
 from hyperclone_onnx.rules.op import CannotTell, Op
 from hyperclone_onnx.rules.registry import edits, relates
@@ -58,12 +58,16 @@ def mean_variance_norm(op: Op) -> None:
 
 @relates("Softmax", "LogSoftmax", "Hardmax")
 def softmax(op: Op) -> None:
-    """out[j] = exp x[j] / sum_k exp x[k]: the axis keeps its size, since repeats would change the sum"""
+    """out[j] = exp x[j] / sum_k exp x[k]: repeats change the sum, so the axis keeps its size, or n multiplies out"""
     axes = op.axes(0)
     axis = op.axis(op.integer("axis", -1 if op.opset >= 13 else 1), len(axes))
-    for term in axes[axis:] if op.opset < 13 else axes[axis : axis + 1]:
-        op.fact(Fact.SOFTMAX, term)
-        op.pin(term, f"{op.node.op_type} runs over it")
+    for position in range(axis, len(axes) if op.opset < 13 else axis + 1):
+        op.fact(Fact.SOFTMAX, axes[position])
+        if op.node in op.dimensions.gates:
+            op.dimensions.uniform.append(Uniform(op.node, axes[position]))
+            op.sum_over((0, position), power=-1.0, behind=True)
+        else:
+            op.pin(axes[position], f"{op.node.op_type} runs over it")
     op.out(axes)
 
 

@@ -267,3 +267,21 @@ def indices_of_a_mask_that_leave(m: Model) -> None:
     m.expected[x] = "ppp"
     m.node("GatherND", x, tuples)
     m.node("Identity", tuples)
+
+
+@row("ScatterND", seeds=8)
+def scatter_of_a_whole_row(m: Model) -> None:
+    """One row of a computed table is replaced, as for the position of padding."""
+    rows, n = m.size(), m.size()
+    at = m.size(0, rows - 1)
+    x = activation(m, (rows, n), "pg")
+    outer = m.pick((), (1,), (1, 1))
+    tuples = m.ints(np.stack([np.full(n, at), np.arange(n)], axis=1).reshape(*outer, n, 2))
+    m.node("ScatterND", x, tuples, m.operand((*outer, n), "p" * len(outer) + "g"), want="pg")
+
+
+@row("ScatterND", seeds=4)
+def scatter_of_a_row_in_another_order(m: Model) -> None:
+    rows, n = m.size(), m.size()
+    tuples = m.ints(np.stack([np.full(n, 0), np.arange(n)[::-1]], axis=1), stored=True)
+    m.node("ScatterND", activation(m, (rows, n), "pp"), tuples, m.operand((n,)), want="pp")
