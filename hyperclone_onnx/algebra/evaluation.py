@@ -1,7 +1,7 @@
-"""The value of a size when its symbols are numbers, functions in their names included.
+"""Computes the value of a size from numbers for its symbols, including functions in the names of symbols.
 
-A symbol may be named by an expression: `shape_values` makes ``floor(width, 2)``, exporters write
-``floor(s43*s53, s72)`` or ``past_sequence_length + 1``. Such a name is read here as what it says.
+The name of a symbol may be an expression: `shape_values` makes ``floor(width, 2)``, exporters write
+``floor(s43*s53, s72)`` or ``past_sequence_length + 1``. We read such a name as this expression.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Expression = Call | int
 
 
 class _Undefined(Exception):
-    """A quotient by zero."""
+    """Raised for a division by zero."""
 
 
 def _quotient(a: Number, b: Number) -> Fraction:
@@ -74,13 +74,13 @@ _FUNCTIONS: Mapping[str, tuple[int, int, Callable[..., Number]]] = {
     "min": (1, 9, min),
     "abs": (1, 1, abs),
 }
-"""How many operands each function takes, at least and at most, and what it gives."""
+"""For each function: its least and largest number of operands, and its computation."""
 
 _ROUNDING = frozenset(["/", "//", "%", "floor", "ceil", "ceiling", "round", "mod"])
 
 
 def evaluate(size: Size, values: Mapping[str, int]) -> Number | None:
-    """The value of a size; None where a variable in it has no value.
+    """The value of a size. None if one of its variables has no value.
 
     >>> evaluate(Size.symbol("floor(width, 2)") * 3 + 1, {"width": 7})
     10
@@ -98,7 +98,7 @@ def evaluate(size: Size, values: Mapping[str, int]) -> Number | None:
 
 
 def value_of(name: str, values: Mapping[str, int]) -> Number | None:
-    """The value of one symbol; None where a variable in it has no value."""
+    """The value of one symbol. None if one of its variables has no value."""
     if name in values:
         return values[name]
     expression = parse(name)
@@ -120,13 +120,13 @@ def _value(expression: Expression, values: Mapping[str, int]) -> Number | None:
 
 
 def variables(size: Size) -> frozenset[str]:
-    """The variables in a size, those inside functions included."""
+    """The variables in a size, also those inside functions."""
     return frozenset(name for symbol in size.symbols for name in variables_of(symbol))
 
 
 @functools.lru_cache(maxsize=4096)
 def variables_of(name: str) -> frozenset[str]:
-    """The variables in one symbol: itself, unless it is an expression.
+    """The variables in one symbol: the symbol itself, unless it is an expression.
 
     >>> sorted(variables_of("floor(height, 2)")), sorted(variables_of("batch"))
     (['height'], ['batch'])
@@ -144,7 +144,7 @@ def _names(expression: Expression) -> Iterator[str]:
 
 
 def divisors(size: Size) -> frozenset[int]:
-    """The numbers that something in a size is divided by, and the products of nested ones.
+    """The numbers by which a part of a size is divided, and the products of nested divisors.
 
     >>> sorted(divisors(Size.symbol("floor(floor(width, 4), 7)")))
     [4, 7, 28]
@@ -177,7 +177,7 @@ _TOKEN = re.compile(r"\s*(?:(?P<number>\d+)|(?P<name>[A-Za-z_?][\w.?:]*)|(?P<sig
 
 @functools.lru_cache(maxsize=4096)
 def parse(name: str) -> Expression | None:
-    """A symbol's name as an expression; None where it is a plain name, or nothing that is understood."""
+    """A symbol's name as an expression. None if it is a plain name, or cannot be read as an expression."""
     if name.startswith(FRACTION):
         above, _, below = name[len(FRACTION) :].partition(FRACTION)
         operands = [_parse(above), _parse(below)]
@@ -199,7 +199,7 @@ def _parse(text: str) -> Expression | None:
 
 
 def _tokens(text: str) -> Sequence[tuple[str, str]]:
-    """Pairs of a kind and a text; none where a character fits nowhere."""
+    """Pairs of a kind and a text. None if a character is unknown."""
     tokens: list[tuple[str, str]] = []
     position = 0
     text = text.rstrip()
@@ -213,7 +213,7 @@ def _tokens(text: str) -> Sequence[tuple[str, str]]:
 
 
 class _Unreadable(Exception):
-    """It is no expression."""
+    """Raised if a text is no expression."""
 
 
 class _Reader:

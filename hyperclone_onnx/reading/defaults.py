@@ -17,14 +17,14 @@ _DEFAULT = "hyperclone_onnx.default"
 """The key of an input's default in its `meta`."""
 
 FIRST_WITH_DEFAULTS = 4
-"""The IR version from which a stored tensor that is an input is a default, and others need not be inputs."""
+"""From this IR version on, a stored tensor that is also an input is a default. Others need not be inputs."""
 
 
 def set_defaults_aside(model: ir.Model) -> None:
-    """Make inputs with defaults inputs like others.
+    """Turn inputs with defaults into ordinary inputs.
 
-    Where most of the stored floating-point numbers are in listed tensors, an exporter listed its weights. Only tensors
-    whose declared shape has symbols are defaults then: a weight has one shape.
+    If most of the stored floating-point numbers are in listed tensors, an exporter has listed its weights. Then only
+    tensors whose declared shape has symbols are defaults, because a weight has a fixed shape.
     """
     if model.ir_version < FIRST_WITH_DEFAULTS:
         return
@@ -73,7 +73,7 @@ def put_defaults_back(
 
 
 def store_defaults(model: ir.Model) -> None:
-    """Make weights of all defaults: their inputs are inputs no more."""
+    """Turn all defaults into weights, and remove their inputs."""
     with_default = [value for value, _ in defaults_of(model)]
     put_defaults_back(model)
     for value in with_default:

@@ -1,8 +1,8 @@
-"""How many parts a protobuf file holds, counted before it is parsed.
+"""Counts the parts of a protobuf file before it is parsed.
 
-A message of two bytes takes a hundred when parsed, and a node a thousand more: a file of some megabytes can ask for
-more memory than there is. The walk reads lengths alone, passes over texts and bulk data, and ends as soon as there are
-too many parts.
+A message of two bytes takes a hundred bytes when parsed, and a node a thousand more. So a file of some megabytes can
+need more memory than there is. The walk reads only lengths, skips texts and bulk data, and ends when there are too many
+parts.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ SCHEMAS: dict[str, Schema] = {
     "shape": {1: "leaf"},
     "leaf": {},
 }
-"""The fields of onnx.proto that are messages, by number; of a leaf only its own fields count."""
+"""The fields of onnx.proto that are messages, by number. In a leaf, only its own fields are counted."""
 
 DEEPEST = 100
-"""Messages within messages, as protobuf reads them."""
+"""The deepest nesting of messages that protobuf reads."""
 
 
 class Malformed(Exception):
-    """The bytes are no protobuf message, or nest too deeply to be read."""
+    """Raised if the bytes are no protobuf message, or nest too deeply."""
 
 
 def count_parts(path: Path, most: int) -> int:
-    """The number of fields of all messages in a model file; counting ends a little beyond `most`.
+    """The number of fields of all messages in a model file. Counting ends soon after `most`.
 
     Raises:
         Malformed: the file is no protobuf, is cut short, or nests too deeply.
@@ -92,7 +92,7 @@ def _count(view: mmap.mmap, most: int) -> int:
 
 
 def _number(view: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    """The number that begins at a place, and the place behind it."""
+    """The number that begins at a position, and the position behind it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

@@ -46,7 +46,7 @@ _BY_CONTENT: list[tuple[Callable[[bytes], bool], str]] = [
 
 
 def foreign_format(file: Path) -> str | None:
-    """What a file that is no ONNX model is, and the way from there to ONNX. None where we do not know it.
+    """The format of a file that is no ONNX model, and the way from it to ONNX. None if we do not know the format.
 
     >>> foreign_format(Path("model.gguf")).split(",")[0]  # its suffix tells, whether it exists or not
     'a GGUF file of llama.cpp'

@@ -81,7 +81,7 @@ def _parsed(file: Path) -> onnx.ModelProto:
 
 
 def _check_file(file: Path) -> None:
-    """Refuse what is no regular file before we open it: reading from a pipe may never end."""
+    """Refuse a path that is no regular file before we open it: reading from a pipe may never end."""
     try:
         status = file.stat()
     except OSError as problem:

@@ -1,4 +1,4 @@
-"""The operator sets that a model imports: each under one name, in one version."""
+"""Makes the imports of a model consistent: each domain has one name and one version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OLDEST_OPSET = 7
 """Before this, elementwise operators broadcast along an axis given as an attribute."""
 
 OPSET_FOR_GROWTH = 17
-"""For a model without one node of ONNX's own: growth may put in such nodes (Mul, Gather, ...)."""
+"""The opset for models without a node of ONNX's own domain, since growth may insert such nodes (Mul, Gather, ...)."""
 
 
 def settle_opsets(model: ir.Model) -> None:
@@ -23,7 +23,7 @@ def settle_opsets(model: ir.Model) -> None:
 
     Raises:
         BadModel: one domain is imported in two versions.
-        Refused: the version of ONNX's own operators is too old, is missing, or is another in a function.
+        Refused: the version of ONNX's own operators is too old or missing, or a function has another version.
     """
     imports = model.graph.opset_imports
     for one in (imports, *(function.opset_imports for function in model.functions.values())):
@@ -56,10 +56,10 @@ def _spell(imports: dict[str, int]) -> None:
 
 
 def take_over_versions(function: ir.Function, imports: dict[str, int]) -> None:
-    """Let a function import the versions of its model, where its operators are the same in both.
+    """Let a function import the versions of its model, if its operators are the same in both versions.
 
     Raises:
-        Refused: one of them is not.
+        Refused: an operator of the function is not the same.
     """
     for domain, version in function.opset_imports.items():
         wanted = imports.get(domain, version)
@@ -75,7 +75,7 @@ def take_over_versions(function: ir.Function, imports: dict[str, int]) -> None:
 
 
 def _form(node: ir.Node, version: int) -> int | None:
-    """The opset in which an operator got the form that it has at a version; None for an operator without a schema."""
+    """The opset in which an operator got its form of this version. None for an operator without a schema."""
     try:
         return int(onnx.defs.get_schema(node.op_type, version, node.domain).since_version)
     except onnx.defs.SchemaError:

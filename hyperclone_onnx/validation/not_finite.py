@@ -1,4 +1,4 @@
-"""Stored weights that are infinite, or not a number: they grow as they are, and the report says so."""
+"""Finds stored weights that are infinite or not a number. They grow as they are, and the report names them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hyperclone_onnx.tensors.stored_rows import StoredRows
 from hyperclone_onnx.writing.streaming import CHUNK
 
 MASK = 1 << 26
-"""No mask has more elements than this."""
+"""The most elements of the constant of a mask."""
 
 
 def not_finite(model: ir.Model, workers: int | None = None) -> dict[str, int]:
-    """How many elements of each stored tensor are infinite or not a number; tensors without any are left out.
+    """The number of infinite elements and elements that are not a number, for each stored tensor that has some.
 
-    Read block by block, with a fixed amount of memory.
+    The tensors are read block by block, with a fixed amount of memory.
     """
     tensors = {
         name: value.const_value
@@ -48,7 +48,7 @@ def _is_mask(tensor: ir.TensorProtocol) -> bool:
 
 
 def named_not_finite(model: ir.Model, workers: int | None = None) -> str:
-    """The weights that are infinite or not a number, in words; empty where there are none."""
+    """A text that names the weights that are infinite or not a number. Empty if there are none."""
     counts = not_finite(model, workers)
     if not counts:
         return ""

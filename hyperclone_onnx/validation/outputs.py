@@ -1,4 +1,4 @@
-"""Comparing what two models compute: one output after the other, over all input sets."""
+"""Compares the outputs of two models, one output after the other, over all input sets."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ NOT_IDENTICAL = "values that must be identical differ"
 
 @dataclass(frozen=True)
 class OutputReport:
-    """How one output compares, over one input set or several."""
+    """The differences of one output, over one input set or several."""
 
     name: str
     max_absolute: float = 0.0
     max_relative: float = 0.0
-    """The largest difference, as a part of the output's largest element."""
+    """The largest difference, divided by the output's largest element."""
     top1_agreement: float | None = None
     kl_divergence: float | None = None
     problem: str = ""
     silent: bool = False
-    """Whether the source gives no number here, so that nothing was compared."""
+    """Whether the source has no finite number here, so that nothing was compared."""
     noise: float | None = None
-    """How far the source itself moves when its rounding changes, as a part of the output's largest element; None where
-    that was not measured."""
+    """The change of the source when its rounding changes, divided by the output's largest element. None if it was not
+    measured."""
     excess: float | None = None
-    """The largest difference in units of what that noise allows at its place; None where it was not measured."""
+    """The largest quotient of a difference and the difference that this noise allows. None if it was not measured."""
     note: str = ""
-    """Why a difference is none."""
+    """The reason why a difference does not count."""
 
     def joined(self, other: OutputReport) -> OutputReport:
-        """Both reports of one output as one: the larger errors, the lower agreement, the later problem."""
+        """Merge two reports of one output: the larger errors, the lower agreement, the later problem."""
         agreements = [one for one in (self.top1_agreement, other.top1_agreement) if one is not None]
         divergences = [one for one in (self.kl_divergence, other.kl_divergence) if one is not None]
         return OutputReport(
@@ -54,13 +54,13 @@ class OutputReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data; what was not looked at is left out."""
+        """The report as plain data, without the values that were not measured."""
         data = asdict(self)
         unseen = {"silent": False, "noise": None, "excess": None, "note": ""}
         return {name: value for name, value in data.items() if name not in unseen or value != unseen[name]}
 
     def problem_beyond(self, tolerance: float) -> str:
-        """Why this output differs, empty where it is equal within the tolerance or within the source's own noise."""
+        """The reason why this output differs. Empty if it is equal within the tolerance or the source's own noise."""
         if self.problem or self.max_relative <= tolerance or (self.excess is not None and self.excess <= 1.0):
             return self.problem
         noise = "" if self.noise is None else f"; the source itself moves by {self.noise:.1e}"
@@ -77,14 +77,14 @@ def joined_by_name(reports: Iterable[OutputReport]) -> tuple[OutputReport, ...]:
 
 
 def compare(name: str, want: Array, got: Array | None, *, logits: bool = False, tile: bool = False) -> OutputReport:
-    """Compare one output of the grown model with the source's, repeated where it grew.
+    """Compare one output of the grown model with the expected output.
 
     Args:
-        name: of the output.
-        want: what the grown model should give.
-        got: what it gave, None where it has no such output.
-        logits: whether the last axis numbers classes; then the most likely class and the divergence are compared too.
-        tile: whether axes that changed size are taken for tiled.
+        name: the name of the output.
+        want: the expected output: that of the source, repeated where it grew.
+        got: the output of the grown model. None if it has no such output.
+        logits: whether the last axis numbers classes. Then the most likely class and the divergence are compared too.
+        tile: whether to tile axes whose size has changed.
     """
     if got is None:
         return OutputReport(name, problem="the grown model has no such output")
@@ -112,7 +112,7 @@ def compare(name: str, want: Array, got: Array | None, *, logits: bool = False, 
 
 
 def tile_to(array: Array, shape: Any) -> Array:
-    """Tile an array to a shape; axes that are not a multiple stay.
+    """Tile an array to a shape. An axis stays if the new size is not a multiple of its size.
 
     >>> tile_to(np.zeros((2, 3)), (4, 3)).shape
     (4, 3)
@@ -133,13 +133,13 @@ def _kl_divergence(a: Array, b: Array) -> float:
         shifted = x - x.max(-1, keepdims=True)
         return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
-    with np.errstate(invalid="ignore"):  # a word that cannot come adds nothing: 0 log 0
+    with np.errstate(invalid="ignore"):  # a class of probability 0 adds nothing: 0 log 0
         p, q = log_softmax(a), log_softmax(b)
         return float(np.maximum(np.where(np.exp(p) > 0.0, np.exp(p) * (p - q), 0.0).sum(-1), 0.0).max())
 
 
 def logits_outputs(dimensions: Dimensions) -> set[str]:
-    """The outputs whose last axis numbers classes or a vocabulary: nothing in the graph contracts it."""
+    """The outputs whose last axis numbers classes or a vocabulary: no node sums over it."""
     names: set[str] = set()
     space = dimensions.space
     for value in dimensions.model.graph.outputs:

@@ -1,4 +1,4 @@
-"""Running models with ONNX Runtime: which provider, with which options, and what to say of it."""
+"""Runs models with ONNX Runtime: chooses the provider and its options, and shortens its messages."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Array = npt.NDArray[Any]
 _Feeds = dict[str, Array]
 
 CUDA_OPTIONS: Mapping[str, str] = {"use_tf32": "0"}
-"""TF32 rounds float32 products to 10 bits: equal models would look unequal."""
+"""TF32 rounds float32 products to 10 bits, so equal models would look different."""
 
 
 def providers(device: Device, available: Sequence[str]) -> list[str | tuple[str, dict[str, str]]]:
-    """The execution providers to ask for, most wanted first.
+    """The execution providers to request, the preferred one first.
 
     Raises:
-        BadRequest: CUDA is asked for and this ONNX Runtime was not built with it.
+        BadRequest: CUDA is requested, but this ONNX Runtime was not built with it.
     """
     cuda: tuple[str, dict[str, str]] = ("CUDAExecutionProvider", dict(CUDA_OPTIONS))
     has_cuda = "CUDAExecutionProvider" in available
@@ -44,10 +44,10 @@ def providers(device: Device, available: Sequence[str]) -> list[str | tuple[str,
 
 
 PATIENCE = 300.0
-"""Seconds that loading a model, or running it on a few short inputs, may take besides reading its weights."""
+"""The seconds that loading a model or running it on a few short inputs may take, without reading its weights."""
 
 SLOW = 1e7
-"""Bytes a second, of weights that are read and used on a busy machine with a slow disk."""
+"""Bytes of weights per second that a busy machine with a slow disk reads and uses."""
 
 
 class Runner:
@@ -55,15 +55,15 @@ class Runner:
 
     Args:
         path: the model file.
-        device: where to run; "auto" falls back to the CPU when CUDA cannot start.
-        graph: the serialised model to run in the place of what stands in the file; its data files are the file's.
-        isolated: run in a copy of this process, where one can be had: ONNX Runtime aborts on some graphs. Not on CUDA
-            where this process has it in use: it does not survive that a process is copied.
-        weights: the bytes of the model's weights. An isolated run has `PATIENCE` seconds, and as many more as it takes
-            to read these slowly: a Loop may never end.
+        device: where to run. "auto" uses the CPU if CUDA cannot start.
+        graph: a serialised model to run instead of the one in the file, with the data files of the file.
+        isolated: whether to run in a copy of this process, if possible: ONNX Runtime aborts on some graphs. We make no
+            copy if this process already uses CUDA, because CUDA does not work in a copy.
+        weights: the bytes of the model's weights. An isolated run has `PATIENCE` seconds, and as many more as a slow
+            disk needs to read these, since a Loop may never end.
 
     Raises:
-        BadRequest: CUDA was asked for and could not start.
+        BadRequest: CUDA was requested and cannot start.
         Refused: ONNX Runtime cannot load the model, or breaks down on it.
     """
 
@@ -103,7 +103,7 @@ class Runner:
         """Run the model.
 
         Raises:
-            RuntimeError: it does not run on these inputs.
+            RuntimeError: the model does not run on these inputs.
         """
         try:
             values = self._ask({name: a for name, a in feeds.items() if name in self.inputs})
@@ -121,7 +121,7 @@ LONGEST_MESSAGE = 300
 
 
 def runtime_message(problem: object) -> str:
-    r"""What ONNX Runtime says, in one line: the node and the reason, without codes and places in its own source.
+    r"""A message of ONNX Runtime in one line: the node and the reason, without codes and paths of its source.
 
     >>> runtime_message("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Add "
     ...     "node. Name:'/add' Status Message: /src/onnxruntime/core/x.h:5 void Init() largest was false. 7 by 9\n")
@@ -133,7 +133,7 @@ def runtime_message(problem: object) -> str:
 
 
 def _has_cuda() -> bool:
-    """Whether CUDA's driver is loaded, or cannot be seen not to be."""
+    """Whether CUDA's driver is loaded in this process, or may be."""
     try:
         return "/libcuda.so" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -143,7 +143,7 @@ def _has_cuda() -> bool:
 def _started(
     ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None
 ) -> Callable[[_Feeds | None], Sequence[Any]]:
-    """A session as a function: of feeds the outputs, of None its provider and the names of its inputs and outputs."""
+    """A session as a function: of feeds it returns outputs, of None its provider and the names of both sides."""
     session = _session(ort, path, wanted, graph)
 
     def ask(feeds: _Feeds | None) -> Sequence[Any]:
@@ -163,7 +163,7 @@ def _session(
     # The runtime's own fusions have changed results before: compare the graphs as they are.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4
-    # Weights are laid out anew otherwise, in memory; so they stay in the file's pages, and a session starts at once.
+    # Otherwise ONNX Runtime copies the weights into another layout. Without copies, a session starts at once.
     options.add_session_config_entry("session.disable_prepacking", "1")
     ort.set_default_logger_severity(4)
     if graph is not None:

@@ -1,4 +1,4 @@
-"""How far two equal models may be apart: what rounding explains, and how that figure is made up."""
+"""Computes how much two equal models may differ by rounding, and explains the figure."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.validation.tensor_check import TensorReport
 
 SAFETY = 8.0
-"""How many times the residue of the shared weights may show in an output."""
+"""The allowed difference of an output, divided by the residue of the shared weights."""
 
 WALKS = 4.0
-"""How many standard deviations of a random walk of rounding errors are still taken for rounding."""
+"""The number of standard deviations of a random walk of rounding errors that count as rounding."""
 
 DOUBLE_TOLERANCE = 1e-12
-"""A right graph agrees to this in float64, in every strategy and factor."""
+"""A right graph agrees to this in float64, with every strategy and factor."""
 
 HALVES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
@@ -26,7 +26,7 @@ HALVES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 def tolerance_of(
     dimensions: Dimensions, plan: Plan | None, tensors: TensorReport | None, dtype: ir.DataType | None = None
 ) -> tuple[float, str]:
-    """The relative error that rounding explains when running in `dtype` (the model's own), and how it is made up.
+    """The relative error that rounding explains if the model runs in `dtype`, and a text that explains it.
 
     Each contraction of length K rounds like a random walk of K steps. All contractions of a model together leave about
     eps * sqrt(sum of K), of which `WALKS` are allowed. The grown weights differ from exact shares by their residue.
@@ -46,7 +46,7 @@ def tolerance_of(
 def computed_type(dimensions: Dimensions) -> ir.DataType:
     """The coarsest floating-point type that a contraction of the model computes in.
 
-    A type that weights are merely stored in shows in the residue of their shares instead.
+    Types in which weights are only stored do not count: the residue of their shares covers these.
     """
     types = {total.node.outputs[0].dtype for total in dimensions.sums}
     for dtype in (*HALVES, ir.DataType.FLOAT):
