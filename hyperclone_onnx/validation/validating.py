@@ -42,7 +42,6 @@ from hyperclone_onnx.validation.running import (
     run_again,
     run_grown,
     run_source,
-    start_copy,
     start_file,
 )
 from hyperclone_onnx.validation.sessions import Runner
@@ -149,6 +148,8 @@ def _problems(outputs: Sequence[OutputReport], tolerance: float, where: str) -> 
 class Prepared:
     """How two models will be compared, and what the source gives: what is known before the larger one is written."""
 
+    source: str | os.PathLike[str]
+    """The source's file."""
     mode: Literal["full", "algebraic", "first layers"]
     scope: str
     """Why that mode, and what it covers."""
@@ -180,8 +181,8 @@ def prepare(source: str | os.PathLike[str], pair: Pair, mode: Mode = "auto") -> 
         if pair.plan is None or mode == "full" or (mode == "auto" and fits):
             return _prepare_full(source, pair, "as asked" if mode == "full" else figures)
         if mode == "algebraic":
-            return Prepared("algebraic", ALGEBRAIC)
-        return _prepare_first_layers(pair, pair.plan, figures)
+            return Prepared(source, "algebraic", ALGEBRAIC)
+        return _prepare_first_layers(source, pair, pair.plan, figures)
     except Silent as problem:
         unreal = named_not_finite(pair.source)
         why = f": the weights of {unreal} are infinite or not a number" if unreal else ""
@@ -203,14 +204,14 @@ def _fits(pair: Pair) -> tuple[bool, str]:
 def _prepare_full(source: str | os.PathLike[str], pair: Pair, scope: str) -> Prepared:
     try:
         start = start_file(source, pair.device, weight_bytes(pair.source))
-        return Prepared("full", scope, _heard(run_source(pair, start)))
+        return Prepared(source, "full", scope, _heard(run_source(pair, start)))
     except Refused as problem:
         if computed_type(pair.dimensions) not in HALVES or weight_bytes(pair.grown) > WIDEST:
             raise
         note = f"compared in float32 only: {problem}"
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
         start = FLOAT32.start(FLOAT32.copy(pair.source), Path(folder) / "source.onnx", pair.device)
-        return Prepared("full", scope, wide=_heard(run_source(pair, start)), notes=(note,))
+        return Prepared(source, "full", scope, wide=_heard(run_source(pair, start)), notes=(note,))
 
 
 def _heard(expected: Expected) -> Expected:
@@ -224,21 +225,30 @@ def _heard(expected: Expected) -> Expected:
     return expected
 
 
-def _prepare_first_layers(pair: Pair, plan: Plan, figures: str) -> Prepared:
+def _prepare_first_layers(source: str | os.PathLike[str], pair: Pair, plan: Plan, figures: str) -> Prepared:
     budget = max(FEWEST, (free_memory() or 0) // 2)
     cut = find_cut(pair.dimensions, pair.grown, plan, budget)
     if cut is None:
         note = f"no layer was run: its weights would take more than {budget / 1e9:.1f} GB"
-        return Prepared("algebraic", figures, notes=(note,))
-    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
-        start = start_copy(cut_off(pair.source, cut.name), Path(folder) / "source.onnx", pair.device)
-        expected = _heard(run_source(pair, start))
+        return Prepared(source, "algebraic", figures, notes=(note,))
     scope = (
         f"{figures}. Compared: every tensor; that the graph is what the plan makes of the source's; and "
         f"{cut.name!r}, which the first {cut.nodes} of {len(pair.source.graph)} nodes make. The nodes behind it were "
         "not run"
     )
-    return Prepared("first layers", scope, expected, cut=cut)
+    prepared = Prepared(source, "first layers", scope, cut=cut)
+    layers = cut_off(pair.source, cut.name)
+    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+        path = Path(folder) / "source.onnx"
+        try:
+            expected = run_source(pair, AS_STORED.start(AS_STORED.copy(layers), path, pair.device))
+            return replace(prepared, expected=_heard(expected))
+        except Refused as problem:
+            if computed_type(pair.dimensions) not in HALVES:
+                raise
+            note = f"compared in float32 only: {problem}"
+        expected = run_source(pair, FLOAT32.start(FLOAT32.copy(layers), path, pair.device))
+    return replace(prepared, wide=_heard(expected), notes=(note,))
 
 
 def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], workers: int | None = None) -> Validation:
@@ -272,8 +282,9 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
     if prepared.mode == "full" or plan is None:
         return _with_whole_models(result, prepared, pair, big)
     result = replace(result, graph=tuple(check_graph(source, pair.grown, plan)))
+    result = _with_loading(result, prepared, pair, big)
     if prepared.mode == "algebraic":
-        return _with_loading(result, pair, big)
+        return result
     if result.problems:
         return replace(result, mode="algebraic")
     return _with_first_layers(result, prepared, pair, Path(big).parent)
@@ -367,18 +378,25 @@ def _excused(result: Validation) -> Validation:
 # -- nothing run ------------------------------------------------------------------------------------------
 
 
-def _with_loading(result: Validation, pair: Pair, big: str | os.PathLike[str]) -> Validation:
-    """The same; a grown model that ONNX Runtime does not load is not as it should be, if it loads the source."""
+def _with_loading(result: Validation, prepared: Prepared, pair: Pair, big: str | os.PathLike[str]) -> Validation:
+    """The same; a grown model that ONNX Runtime does not load is not as it should be, if it loads the source.
+
+    Data files are mapped into memory and hardly read, so that this takes no memory to speak of.
+    """
     try:
         Runner(big, "cpu", isolated=True, weights=weight_bytes(pair.grown))
     except Refused as problem:
         try:
-            with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
-                start_copy(pair.source.clone(), Path(folder) / "source.onnx", "cpu")()
+            Runner(prepared.source, "cpu", isolated=True, weights=weight_bytes(pair.source))
         except Refused as own:
             return result.with_notes(f"ONNX Runtime loads neither model, so that loading is not checked: {own}")
+        if any(word in str(problem) for word in _SHORT_OF_MEMORY):
+            return result.with_notes(f"loading is not checked, for want of memory: {problem}")
         return replace(result, graph=(*result.graph, str(problem)))
     return result
+
+
+_SHORT_OF_MEMORY = ("SIGKILL", "bad_alloc", "Failed to allocate memory")
 
 
 # -- first layers -----------------------------------------------------------------------------------------
@@ -386,11 +404,18 @@ def _with_loading(result: Validation, pair: Pair, big: str | os.PathLike[str]) -
 
 def _with_first_layers(result: Validation, prepared: Prepared, pair: Pair, folder: Path) -> Validation:
     """The same, with a value in the first layers of both models compared, as the outputs of whole models are."""
-    assert prepared.cut is not None and prepared.expected is not None
+    expected = prepared.expected or prepared.wide
+    assert prepared.cut is not None and expected is not None
+    precision = AS_STORED if prepared.expected is not None else FLOAT32
     with tempfile.TemporaryDirectory(prefix=".first-layers.", dir=folder) as scratch:
-        start = start_copy(cut_off(pair.grown, prepared.cut.name), Path(scratch) / "grown.onnx", pair.device)
-        ran = run_grown(pair, prepared.expected, start, prepared.cut)
-    return replace(result, outputs=ran.outputs, cases=prepared.expected.labels, provider=ran.by)
+        copy = precision.copy(cut_off(pair.grown, prepared.cut.name))
+        start = precision.start(copy, Path(scratch) / "grown.onnx", pair.device)
+        ran = run_grown(pair, expected, start, prepared.cut)
+    result = replace(result, cases=expected.labels, provider=ran.by)
+    if prepared.expected is not None:
+        return replace(result, outputs=ran.outputs)
+    tolerance, _ = tolerance_of(pair.dimensions, pair.plan, result.tensors, ir.DataType.FLOAT)
+    return replace(result, wide=ran.outputs, wide_tolerance=tolerance)
 
 
 # -- float64 ----------------------------------------------------------------------------------------------
