@@ -149,16 +149,16 @@ FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFL
 
 def stored(model: onnx.ModelProto, name: str, rank: int = 0, floating: bool = False) -> onnx.TensorProto:
     """The largest of the stored tensors whose names begin so."""
-    found = [
+    tensors = [
         tensor
         for tensor in model.graph.initializer
         if tensor.name.split(".")[0].split("_")[0] == name
         and len(tensor.dims) >= rank
         and (not floating or tensor.data_type in FLOATS)
     ]
-    if not found:
+    if not tensors:
         raise Impossible
-    return max(found, key=lambda tensor: int(np.prod(tensor.dims, dtype=np.int64)))
+    return max(tensors, key=lambda tensor: int(np.prod(tensor.dims, dtype=np.int64)))
 
 
 def edit(model: onnx.ModelProto, tensor: onnx.TensorProto, change: Callable[[Array], Array]) -> None:
@@ -221,7 +221,10 @@ class Mutation:
     """Changes the grown file; None for a plan that lacks one of its edits."""
 
 
+NOTHING = Mutation("nothing", lambda model: None)
+
 MUTATIONS = (
+    NOTHING,
     Mutation("a weight off by 1 %", a_percent),
     Mutation("two rows swapped", swapped_rows),
     Mutation("a missing division", missing_division),
@@ -298,7 +301,7 @@ def mutated(kind: str, mutation: Mutation, folder: Path, strategy: str = "noisy-
 def table() -> dict[tuple[str, str], dict[str, str]]:
     """For each mutation and type what each mode says; empty where there is nothing to make wrong."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for mutation in (Mutation("nothing", lambda model: None), *MUTATIONS):
+    for mutation in MUTATIONS:
         for kind in TYPES:
             with tempfile.TemporaryDirectory() as folder:
                 try:
@@ -311,20 +314,33 @@ def table() -> dict[tuple[str, str], dict[str, str]]:
 
 
 def page(rows: dict[tuple[str, str], dict[str, str]]) -> str:
+    """The text of docs/mutations.md."""
     lines = [f"| {label} | {kind} | {' | '.join(row[mode] for mode in MODES)} |" for (label, kind), row in rows.items()]
     return (
-        "# What the gate catches\n\n"
-        "Written by `python tests/mutations.py`. Each row is a small grown model that is wrong in one way.\n"
-        "Each column is a way to validate it: with everything; without the plan, so that only outputs are compared;\n"
-        "without running anything (algebraic); and as it is done where memory is short (algebraic, and the first\n"
-        "layers run). *caught* means that the models are called different. *refused* means that they could not be\n"
-        "compared, so that nothing is published. *passes* means that this way does not see the mistake. The rows with\n"
-        "nothing wrong must pass.\n\n"
-        "An algebraic validation compares the file with what the plan says. It cannot see a mistake in the plan.\n"
-        "The first layers cannot show a mistake behind them. A weight of bfloat16 has 8 bits: a percent is about its\n"
-        "last bit, which the shares of a weight may be off by.\n\n"
+        "# Which mistakes validation notices\n\n"
+        "Written by `python tests/mutations.py`. Each row is a small grown model that is wrong in one way. Each\n"
+        "column is a way to validate it:\n\n"
+        "* *full*: every tensor is checked, and every output is compared;\n"
+        "* *no plan*: the grown file has lost its plan, so that only outputs are compared;\n"
+        "* *algebraic*: every tensor and every node is checked, and nothing is run;\n"
+        "* *first layers*: the same, and the first layers are run, as it is done where memory is short.\n\n"
+        "*caught* means that the models are called different. *refused* means that the grown model does not run. In\n"
+        "both cases nothing is published. *passes* means that this way does not notice the mistake. The rows with\n"
+        "*nothing* wrong must pass.\n\n"
+        "An algebraic validation compares the file with the plan. It cannot notice a mistake in the plan itself.\n"
+        "The first layers show a mistake in the plan only where they come after it.\n\n"
         f"| wrong | type | {' | '.join(MODES)} |\n|---|---|{'---|' * len(MODES)}\n" + "\n".join(lines) + "\n"
     )
+
+
+def cells(text: str) -> dict[tuple[str, str, str], str]:
+    """The verdicts in a page, by mutation, type and mode."""
+    result: dict[tuple[str, str, str], str] = {}
+    for line in text.splitlines():
+        words = [word.strip() for word in line.strip("|").split("|")]
+        if len(words) == 2 + len(MODES) and words[1] in TYPES:
+            result.update({(words[0], words[1], mode): word for mode, word in zip(MODES, words[2:], strict=True)})
+    return result
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def test_a_changed_tensor_is_named(case: str, cli: Command, pair: tuple[Path, Pa
 
 
 @pytest.mark.parametrize("dtype", [np.float16])
-@pytest.mark.parametrize("percent", [1, 5])
-def test_a_changed_weight_of_half_precision(dtype: Any, percent: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("percent", [0.1, 1, 5])
+def test_a_changed_weight_of_half_precision(dtype: Any, percent: float, tmp_path: Path) -> None:
     source, big = tmp_path / "half.onnx", tmp_path / "big.onnx"
     model = perceptron(hidden=32, ffn=48)
     for tensor in model.graph.initializer:

@@ -25,7 +25,7 @@ from hyperclone_onnx.system.parallel import share_out, workers_for
 from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
 from hyperclone_onnx.tensors.scratch import Scratch
-from hyperclone_onnx.tensors.shares import Columns
+from hyperclone_onnx.tensors.shares import PRECISION, Columns
 from hyperclone_onnx.tensors.stored_rows import StoredRows
 from hyperclone_onnx.tensors.stretches import Run, runs_of
 from hyperclone_onnx.tensors.table import BLOCK, Table
@@ -33,6 +33,9 @@ from hyperclone_onnx.writing.streaming import CHUNK
 
 Array = npt.NDArray[Any]
 Compare = Callable[[Scratch], "_Sums"]
+
+ROUNDED_ONCE = 0.51
+"""Units of the last place by which rounding moves a number, and a little more: shares are computed in float32."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class _Sums:
     """The sum of squared errors."""
     power: float = 0.0
     """The sum of squared source weights."""
+    units: float = 0.0
+    """The largest error of a sum of repeats in units of the weight's last place, in types whose shares add up."""
 
     def joined(self, other: _Sums) -> _Sums:
         """Both as one."""
@@ -68,6 +73,7 @@ class _Sums:
             max(self.largest, other.largest),
             self.error + other.error,
             self.power + other.power,
+            max(self.units, other.units),
         )
 
 
@@ -81,6 +87,8 @@ class _Checked:
     shared: bool
     planned: bool
     sums: _Sums
+    adds_up: bool = False
+    """Whether the shares of a weight add up to it in its own type: the sum is the weight, rounded once."""
 
     @property
     def bound(self) -> float:
@@ -90,6 +98,8 @@ class _Checked:
     @property
     def excess(self) -> float:
         """The error in units of its bound; an unplanned tensor must be the source's own."""
+        if self.adds_up and math.isfinite(self.sums.worst):
+            return self.sums.units / ROUNDED_ONCE
         return self.sums.worst / self.bound if self.bound else (math.inf if self.sums.worst else 0.0)
 
     @property
@@ -99,6 +109,8 @@ class _Checked:
             return ""
         if not self.planned:
             return "it should be the source's own and differs"
+        if self.adds_up and math.isfinite(self.sums.worst):
+            return f"the repeats of a weight miss it by {self.sums.units:.1f} units of its last place (rounding: 0.5)"
         return f"the repeats differ from the source by {self.sums.worst:.1e} (rounding: {self.bound:.1e})"
 
     @property
@@ -163,7 +175,8 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
     most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]
     bound = max(math.prod(most), 1) * eps_of(made.dtype)
     compared = _sums_of_repeats(table, stored, made.dtype)
-    return _Checked(name, bound, shared=True, planned=True, sums=_added_up(compared, scratch))
+    sums = _added_up(compared, scratch)
+    return _Checked(name, bound, shared=True, planned=True, sums=sums, adds_up=made.dtype in PRECISION)
 
 
 def _added_up(compared: Iterator[Compare], scratch: Scratch) -> _Sums:
@@ -241,7 +254,7 @@ def _exact_table(made: GrownTensor) -> Table:
 def _sums_of_repeats(table: Table, stored: ir.TensorProtocol, dtype: ir.DataType) -> Iterator[Compare]:
     """One comparison for each block of rows of the collapsed tensor."""
     columns = Columns(table.columns)
-    kind = np.dtype(dtype.numpy())
+    kind, bits = np.dtype(dtype.numpy()), PRECISION.get(dtype)
     file = StoredRows(stored, table.rows.grown, columns.grown * kind.itemsize, forget=True)
     step = max(1, BLOCK // 2 // max(1, columns.size))
     repeats: dict[int, list[Run]] = defaultdict(list)
@@ -249,11 +262,18 @@ def _sums_of_repeats(table: Table, stored: ir.TensorProtocol, dtype: ir.DataType
         for part in each.cut(step, each.collapsed):
             repeats[part.collapsed // step].append(part)
     for block, runs in sorted(repeats.items()):
-        yield partial(_add_up, table, columns, file, kind, block * step, runs)
+        yield partial(_add_up, table, columns, file, kind, bits, block * step, runs)
 
 
 def _add_up(
-    table: Table, columns: Columns, file: StoredRows, kind: Any, low: int, runs: list[Run], scratch: Scratch
+    table: Table,
+    columns: Columns,
+    file: StoredRows,
+    kind: Any,
+    bits: tuple[int, int, float] | None,
+    low: int,
+    runs: list[Run],
+    scratch: Scratch,
 ) -> _Sums:
     high = max(each.collapsed + each.length for each in runs)
     shape = (high - low, columns.size)
@@ -283,7 +303,22 @@ def _add_up(
         same = (total == want) | (np.isnan(total) & np.isnan(want))
         worst = math.inf if not (finite | same).all() else float(np.abs(error[finite]).max(initial=0.0))
         error, want = error[finite], want[finite]
-    return _Sums(worst, largest, float(np.square(error, out=error).sum()), float(np.square(want, out=want).sum()))
+    units = _in_units(error, want, bits) if bits is not None and worst else 0.0
+    error_power, power = (float(np.square(side, out=side).sum()) for side in (error, want))
+    return _Sums(worst, largest, error_power, power, units)
+
+
+def _in_units(error: Array, want: Array, bits: tuple[int, int, float]) -> float:
+    """The largest error in units of the last place that a weight has in a coarse type.
+
+    Args:
+        error: float64.
+        want: the weights, float64, in the shape of `error`.
+        bits: see `PRECISION`.
+    """
+    # Without sign and significand, the bits of a float64 are 2 ** floor(log2 |value|).
+    unit = (want.view(np.uint64) & np.uint64(0x7FF0000000000000)).view(np.float64) * 2.0 ** (1 - bits[0])
+    return float((np.abs(error) / np.maximum(unit, 2.0 ** bits[1])).max(initial=0.0))
 
 
 def _peak(stored: Array) -> float:
