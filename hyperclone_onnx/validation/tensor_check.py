@@ -1,7 +1,7 @@
-"""Is every grown tensor right? Its repeats are added up, from the file, and compared with the source tensor.
+"""Checks every grown tensor: its repeats in the file are added up and compared with the source tensor.
 
-One weight that is off by a part in a thousand stands out here, however little it moves an output. Both files are read
-block by block, by a few processes, and never held whole.
+This notices a single weight that is wrong by a part in a thousand, even if it hardly changes an output. A few processes
+read both files block by block, so no file is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ ROUNDED_ONCE = 0.51
 
 @dataclass(frozen=True)
 class TensorReport:
-    """How the grown tensors compare with their sources."""
+    """The differences between the grown tensors and their sources."""
 
     checked: int = 0
     residue: float = 0.0
-    """Root mean square over tensors of: rms(sum of repeats - source) / rms(source). Rounding leaves it."""
+    """The root mean square over all tensors of rms(sum of repeats - source) / rms(source). It comes from rounding."""
     worst: str = ""
     worst_error: float = 0.0
-    """The largest error in units of its rounding bound; above 1 the tensor is wrong."""
+    """The largest error, divided by its rounding bound. Above 1 the tensor is wrong."""
     wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """How one block compares, or several."""
+    """The differences in one block, or in several."""
 
     worst: float = 0.0
     """The largest error of a sum of repeats."""
@@ -67,7 +67,7 @@ class _Sums:
     """The largest error of a sum of repeats in units of the weight's last place, in types whose shares add up."""
 
     def joined(self, other: _Sums) -> _Sums:
-        """Both as one."""
+        """Merge the differences of both."""
         return _Sums(
             max(self.worst, other.worst),
             max(self.largest, other.largest),
@@ -79,11 +79,11 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A tensor, and how all its blocks compare."""
+    """A tensor, and the differences in all its blocks."""
 
     name: str
     eps: float
-    """How large an error rounding leaves, as a part of the largest stored magnitude."""
+    """The largest error that rounding explains, divided by the largest stored magnitude."""
     shared: bool
     planned: bool
     sums: _Sums
@@ -92,19 +92,19 @@ class _Checked:
 
     @property
     def bound(self) -> float:
-        """How large an error rounding leaves."""
+        """The largest error that rounding explains."""
         return self.eps * self.sums.largest
 
     @property
     def excess(self) -> float:
-        """The error in units of its bound; an unplanned tensor must be the source's own."""
+        """The error divided by its bound. A tensor that no recipe changes must be equal to that of the source."""
         if self.adds_up and math.isfinite(self.sums.worst):
             return self.sums.units / ROUNDED_ONCE
         return self.sums.worst / self.bound if self.bound else (math.inf if self.sums.worst else 0.0)
 
     @property
     def problem(self) -> str:
-        """Why the tensor is wrong, empty where it is right."""
+        """The reason why the tensor is wrong. Empty if it is right."""
         if self.excess <= 1.0:
             return ""
         if not self.planned:
@@ -115,14 +115,14 @@ class _Checked:
 
     @property
     def residue(self) -> float:
-        """The squared error of the sums of repeats, as a part of the squared source weights."""
+        """The squared error of the sums of repeats, divided by the squared source weights."""
         if math.isinf(self.sums.worst):
             return math.inf
         return self.sums.error / self.sums.power if self.sums.power else 0.0
 
 
 def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan, workers: int | None = None) -> TensorReport:
-    """Add up the repeats of every grown tensor and compare with the source; other tensors must be unchanged.
+    """Add up the repeats of every grown tensor and compare with the source. Other tensors must be unchanged.
 
     Raises:
         BadModel: a tensor that the plan names is missing, or a file cannot be read.
@@ -217,7 +217,7 @@ def _same_bytes(sides: list[StoredRows], start: int, count: int, scratch: Scratc
 
 
 def _copies(made: GrownTensor, stored: ir.TensorProtocol) -> Iterator[Compare]:
-    """Every piece is made again and compared with what the file has in each of its places."""
+    """Make every piece again, and compare it with the file in each of its places."""
     file = StoredRows(stored, 1, stored.nbytes, forget=True)
     for piece in made.pieces():
         yield partial(_same_piece, piece, file, made.dtype)
@@ -235,10 +235,10 @@ def _same_piece(piece: Any, file: StoredRows, dtype: ir.DataType, scratch: Scrat
 
 
 def _difference(got: Array, want: Array, dtype: ir.DataType) -> float:
-    """The largest difference of two runs of bytes as numbers; infinite where they are no floats, or not finite."""
+    """The largest difference of two byte strings, read as numbers. Infinite if they are no floats, or not finite."""
     if not dtype.is_floating_point() or dtype.bitwidth < 8:
         return math.inf
-    a, b = (np.frombuffer(each.tobytes(), dtype=dtype.numpy()).astype(np.float64) for each in (got, want))
+    a, b = (np.frombuffer(array.tobytes(), dtype=dtype.numpy()).astype(np.float64) for array in (got, want))
     differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
     return float(np.nan_to_num(np.abs(a - b)[differ], nan=math.inf, posinf=math.inf).max(initial=0.0))
 
@@ -247,19 +247,19 @@ def _difference(got: Array, want: Array, dtype: ir.DataType) -> float:
 
 
 def _exact_table(made: GrownTensor) -> Table:
-    """The same tensor with its source's values in double precision."""
+    """The table of a tensor, with the source values in double precision."""
     return Table(made.source, made.recipe, made.maps, Strategy("symmetric"), ir.DataType.DOUBLE)
 
 
 def _sums_of_repeats(table: Table, stored: ir.TensorProtocol, dtype: ir.DataType) -> Iterator[Compare]:
-    """One comparison for each block of rows of the collapsed tensor."""
+    """Compare block by block the rows of the source with the sums of their repeats."""
     columns = Columns(table.columns)
     kind, bits = np.dtype(dtype.numpy()), PRECISION.get(dtype)
     file = StoredRows(stored, table.rows.grown, columns.grown * kind.itemsize, forget=True)
     step = max(1, BLOCK // 2 // max(1, columns.size))
     repeats: dict[int, list[Run]] = defaultdict(list)
-    for each in runs_of(table.rows):
-        for part in each.cut(step, each.collapsed):
+    for run in runs_of(table.rows):
+        for part in run.cut(step, run.collapsed):
             repeats[part.collapsed // step].append(part)
     for block, runs in sorted(repeats.items()):
         yield partial(_add_up, table, columns, file, kind, bits, block * step, runs)
@@ -275,16 +275,16 @@ def _add_up(
     runs: list[Run],
     scratch: Scratch,
 ) -> _Sums:
-    high = max(each.collapsed + each.length for each in runs)
+    high = max(run.collapsed + run.length for run in runs)
     shape = (high - low, columns.size)
     total, want, error = (scratch.array(name, shape, np.float64) for name in ("total", "want", "error"))
     total[...] = 0.0
     largest = 0.0
     known: set[tuple[int, int]] = set()
-    for each in runs:
-        got = file.read(each.start, each.length, scratch, "got").view(kind)
+    for run in runs:
+        got = file.read(run.start, run.length, scratch, "got").view(kind)
         largest = max(largest, _peak(got))
-        rows = slice(each.collapsed - low, each.collapsed - low + each.length)
+        rows = slice(run.collapsed - low, run.collapsed - low + run.length)
         for part in columns.parts:
             taken = part.taken.index
             if part.taken.whole:
@@ -292,9 +292,9 @@ def _add_up(
                 np.add(where, got[:, part.columns], out=where)
             else:
                 total[rows, taken] += got[:, part.columns]
-        if (each.collapsed, each.length) not in known:
-            known.add((each.collapsed, each.length))
-            want[rows] = table.values(each, columns, scratch)
+        if (run.collapsed, run.length) not in known:
+            known.add((run.collapsed, run.length))
+            want[rows] = table.values(run, columns, scratch)
     with np.errstate(invalid="ignore"):
         np.subtract(total, want, out=error)
     worst = max(float(error.max(initial=0.0)), -float(error.min(initial=0.0)))

@@ -1,14 +1,14 @@
-"""Is the grown model equal? Two independent checks, each with a tolerance that says where it comes from.
+"""Validates a grown model with two independent checks. Each check explains its tolerance.
 
 *Tensors* (`tensor_check.py`): the repeats of each grown tensor are added up and compared with the source tensor.
-*Outputs*: both models run on random inputs in ONNX Runtime and every output is compared with the source's, repeated
-where it grew. Where the model itself computes coarsely (in float16, or on activations rounded to 8 bits), both are
-compared once more in float32 and without that rounding, so that nothing hides in it.
+*Outputs*: both models run on random inputs in ONNX Runtime. Every output is compared with that of the source, repeated
+where it grew. If the model computes in float16, or rounds activations to 8 bits, both models are compared again in
+float32 and without that rounding, because the rounding could hide a mistake.
 
-The mode says how much of it is done. `full` is both. `algebraic` runs nothing: it checks the tensors, and that the
-grown graph is what the plan makes of the source's. That proves the weights and the file, in bounded memory. Only a run
-shows that the plan itself is right (that no edit is missing from it, and that the rules are right). `auto` is full
-where both models fit in free memory; otherwise it is algebraic, and runs the first layers (`first_blocks.py`).
+The mode says how much is done. `full` does both checks. `algebraic` runs nothing: it checks the tensors, and compares
+the grown graph with the one that the plan makes from the source. That proves the weights and the file, in bounded
+memory. Only a run shows that the plan itself is right: that it lacks no edit, and that the rules are right. `auto` is
+`full` if both models fit in free memory. Otherwise it is `algebraic`, and runs the first layers (`first_blocks.py`).
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ from hyperclone_onnx.validation.unrounded import Unsupported, rounds
 Mode = Literal["auto", "full", "algebraic"]
 
 ALGEBRAIC = "the tensors, and that the graph is what the plan makes of the source's; nothing was run"
-"""What an algebraic validation compares."""
+"""A text for the report: what an algebraic validation compares."""
 
 FEWEST = 1 << 30
-"""First layers may always take this many bytes of weights, however little memory is free."""
+"""First layers may have at least this many bytes of weights, even if less memory is free."""
 
 
 class Silent(Refused):
-    """No output of the source is a number."""
+    """Raised if no output of the source contains a finite number."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The outcome of a validation."""
+    """The result of a validation."""
 
     provider: str
     cases: tuple[str, ...]
@@ -73,27 +73,27 @@ class Validation:
     tolerance: float
     tolerance_reason: str
     wide: tuple[OutputReport, ...] | None = None
-    """The outputs in float32, without the rounding of activations, where the model itself is coarser."""
+    """The outputs in float32, without the rounding of activations, if the model itself is less precise."""
     wide_tolerance: float = 0.0
     rounds: bool = False
-    """Whether the model rounds activations to few bits: a last bit may then move an output by whole steps."""
+    """Whether the model rounds activations to few bits. Then a last bit may move an output by whole steps."""
     double: tuple[OutputReport, ...] | None = None
     double_by: str = ""
     notes: tuple[str, ...] = ()
     mode: str = "full"
-    """What was done: "full", "algebraic", or "first layers": algebraic, and the first layers run."""
+    """The mode: "full", "algebraic", or "first layers", which is algebraic and also runs the first layers."""
     scope: str = ""
-    """Why that mode, and what it covers."""
+    """The reason for the mode, and what the mode covers."""
     graph: tuple[str, ...] = ()
-    """Where the grown graph is not what the plan makes of the source's."""
+    """Differences between the grown graph and the one that the plan makes from the source, one line for each."""
     before: tuple[OutputReport, ...] = ()
-    """What outputs are made of that a saturating function squeezes."""
+    """Reports of the values before outputs that a saturating function squeezes."""
     preserves: bool = True
-    """Whether the growth was to preserve the function. Where it was not, differences of numbers are only reported."""
+    """Whether the growth should preserve the function. If not, differences of numbers are only reported."""
 
     @property
     def problems(self) -> list[str]:
-        """What is not as it should be, a line for each; empty where the grown model may be published."""
+        """The problems, one line for each. If there are none, the grown model may be published."""
         if self.preserves:
             return self.differences
         reports = (*self.outputs, *self.before, *(self.wide or ()), *(self.double or ()))
@@ -102,7 +102,7 @@ class Validation:
 
     @property
     def differences(self) -> list[str]:
-        """What differs, a line for each; empty when the models are equal."""
+        """The differences, one line for each. Empty if the models are equal."""
         steps = self.rounds and self.wide is not None
         return [
             *(f"tensor {text}" for text in (self.tensors.wrong if self.tensors else ())),
@@ -123,11 +123,11 @@ class Validation:
         return max((report.max_relative for report in self.outputs), default=0.0)
 
     def with_notes(self, *notes: str) -> Validation:
-        """The same with more notes."""
+        """This result with more notes."""
         return replace(self, notes=(*self.notes, *notes))
 
     def to_json(self) -> dict[str, Any]:
-        """The outcome as plain data."""
+        """The result as plain data."""
         data = asdict(self)
         for side in ("outputs", "before", "wide", "double"):
             if data[side] is not None:
@@ -146,33 +146,33 @@ def _problems(outputs: Sequence[OutputReport], tolerance: float, where: str) -> 
 
 @dataclass(frozen=True)
 class Prepared:
-    """How two models will be compared, and what the source gives: what is known before the larger one is written."""
+    """The mode and the outputs of the source: all that is known before the grown file is written."""
 
     source: str | os.PathLike[str]
     """The source's file."""
     mode: Literal["full", "algebraic", "first layers"]
     scope: str
-    """Why that mode, and what it covers."""
+    """The reason for the mode, and what the mode covers."""
     expected: Expected | None = None
-    """What the source gives; None where it is not run, or only in float32."""
+    """The outputs of the source. None if it is not run, or only in float32."""
     wide: Expected | None = None
-    """What it gives in float32, where it does not run in its own type."""
+    """The outputs of the source in float32, if it does not run in its own type."""
     cut: Cut | None = None
-    """Where the first layers end."""
+    """The value at which the first layers end."""
     notes: tuple[str, ...] = ()
 
 
 def prepare(source: str | os.PathLike[str], pair: Pair, mode: Mode = "auto") -> Prepared:
-    """Choose how much is done, and run the source as far as that needs it.
+    """Choose the mode, and run the source if the mode needs it.
 
     Args:
         source: the source's file.
         pair: both models; the tensors of the grown one are not read.
-        mode: how much is asked for.
+        mode: the requested mode.
 
     Raises:
-        Refused: the source cannot be loaded, runs on no inputs that could be made for it, or gives no number.
-        BadRequest: the device is not to be had, or the mode is algebraic and there is no plan.
+        Refused: the source cannot be loaded, runs on no inputs that we can make, or gives no finite number.
+        BadRequest: the device is not available, or the mode is algebraic and there is no plan.
     """
     if pair.plan is None and mode == "algebraic":
         raise BadRequest("the grown model carries no plan, without which only outputs can be compared: --validate full")
@@ -215,10 +215,10 @@ def _prepare_full(source: str | os.PathLike[str], pair: Pair, scope: str) -> Pre
 
 
 def _heard(expected: Expected) -> Expected:
-    """The same, if any output is a number.
+    """The same outputs, if one of them has a finite number.
 
     Raises:
-        Silent: none is.
+        Silent: none has.
     """
     if not any(accepted.speaks for accepted in expected.sets):
         raise Silent(f"no output is a number, so that nothing can be compared (on {'; '.join(expected.labels)})")
@@ -255,7 +255,7 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
     """Compare a grown model, as it is stored, with its source.
 
     Args:
-        prepared: what `prepare` made of the same pair.
+        prepared: the result of `prepare` for the same pair.
         pair: both models, the grown one as read from `big`.
         big: the grown model's file.
         workers: processes that compare tensors; see `parallel.workers_for`.
@@ -294,7 +294,7 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
 
 
 def _with_whole_models(result: Validation, prepared: Prepared, pair: Pair, big: str | os.PathLike[str]) -> Validation:
-    """The same, with the outputs of both files compared; where they compute coarsely, in float32 as well."""
+    """Compare the outputs of both files. If they compute in a less precise type, compare in float32 too."""
     if prepared.expected is not None:
         judge = Judge(pair, AS_STORED, result.tolerance, _residue(result))
         judged = judge.compare(prepared.expected, start_file(big, pair.device, weight_bytes(pair.grown)))
@@ -325,7 +325,7 @@ def _residue(result: Validation) -> float:
 
 
 def _with_float32(result: Validation, prepared: Prepared, pair: Pair) -> Validation:
-    """The same, with both models compared in float32 and without the rounding of activations."""
+    """Compare both models in float32 and without the rounding of activations."""
     if weight_bytes(pair.grown) > WIDEST:
         return result.with_notes("too large to be compared in float32 besides")
     try:
@@ -351,7 +351,7 @@ def _with_float32(result: Validation, prepared: Prepared, pair: Pair) -> Validat
 
 
 def _again(expected: Expected, pair: Pair, start: Start) -> Expected:
-    """The source on the same inputs, or on others where it does not run on these in another type."""
+    """Run the source in another type on the same inputs, or on others if it does not run on these."""
     try:
         return run_again(expected, start)
     except RuntimeError:
@@ -359,7 +359,7 @@ def _again(expected: Expected, pair: Pair, start: Start) -> Expected:
 
 
 def _excused(result: Validation) -> Validation:
-    """The same; what coarse types or the rounding of activations explain is no difference, if float32 shows none."""
+    """Excuse differences that less precise types or the rounding of activations explain, if float32 shows none."""
     if result.wide is None:
         return result
     right = {report.name for report in result.wide if not report.problem_beyond(result.wide_tolerance)}
@@ -379,9 +379,9 @@ def _excused(result: Validation) -> Validation:
 
 
 def _with_loading(result: Validation, prepared: Prepared, pair: Pair, big: str | os.PathLike[str]) -> Validation:
-    """The same; a grown model that ONNX Runtime does not load is not as it should be, if it loads the source.
+    """Report a problem if ONNX Runtime loads the source, but not the grown model.
 
-    Data files are mapped into memory and hardly read, so that this takes no memory to speak of.
+    Data files are mapped into memory and hardly read, so this needs little memory.
     """
     try:
         Runner(big, "cpu", isolated=True, weights=weight_bytes(pair.grown))
@@ -391,7 +391,7 @@ def _with_loading(result: Validation, prepared: Prepared, pair: Pair, big: str |
         except Refused as own:
             return result.with_notes(f"ONNX Runtime loads neither model, so that loading is not checked: {own}")
         if any(word in str(problem) for word in _SHORT_OF_MEMORY):
-            return result.with_notes(f"loading is not checked, for want of memory: {problem}")
+            return result.with_notes(f"loading is not checked, because memory is short: {problem}")
         return replace(result, graph=(*result.graph, str(problem)))
     return result
 
@@ -403,7 +403,7 @@ _SHORT_OF_MEMORY = ("SIGKILL", "bad_alloc", "Failed to allocate memory")
 
 
 def _with_first_layers(result: Validation, prepared: Prepared, pair: Pair, folder: Path) -> Validation:
-    """The same, with a value in the first layers of both models compared, as the outputs of whole models are."""
+    """Compare a value in the first layers of both models, like the outputs of whole models."""
     expected = prepared.expected or prepared.wide
     assert prepared.cut is not None and expected is not None
     precision = AS_STORED if prepared.expected is not None else FLOAT32
@@ -422,14 +422,14 @@ def _with_first_layers(result: Validation, prepared: Prepared, pair: Pair, folde
 
 
 def validate_double(pair: Pair, folder: Path) -> tuple[tuple[OutputReport, ...], str]:
-    """Run both models in float64 and compare; the grown one's tensors are built in float64.
+    """Run both models in float64 and compare. The tensors of the grown model are built in float64.
 
     Args:
         pair: both models, the grown one with its tensors computed in float64.
-        folder: where the two temporary models may be written.
+        folder: a folder for the two temporary models.
 
     Returns:
-        The outputs' reports, and what ran them.
+        The reports of the outputs, and the runtime that ran the models.
     """
     from hyperclone_onnx.validation.wide import double_runner, to_double
 
