@@ -44,7 +44,7 @@ def causal_attention(m: Model) -> None:
 
 @row("Attention", seeds=12)
 def exactly_scaled_attention(m: Model) -> None:
-    """In double precision: most scales are no float32, so that the queries are divided."""
+    """In double precision. Most scales are not exact in float32, so growth divides the queries."""
     m.opset, m.equal, m.tolerance = 23, True, 1e-12
     b, s, t, h, d = 2, m.size(), m.size(), m.size(1, 3), m.pick(2, 3, 4, 5)
     four = m.coin()
@@ -56,7 +56,7 @@ def exactly_scaled_attention(m: Model) -> None:
 
 @row("Attention", seeds=12)
 def attention_of_a_cache(m: Model) -> None:
-    """The cache is longer than what is valid of it, and its mask may be shorter than the cache."""
+    """Only a part of the cache is valid, and the mask may be shorter than the cache."""
     m.opset, m.equal = m.pick(24, 25), True
     b, s, t, h, d = 2, 2, 5, m.size(1, 3), m.size()
     q, k, v = (activation(m, (b, h, n, d)) for n in (s, t, t))
@@ -68,7 +68,7 @@ def attention_of_a_cache(m: Model) -> None:
 
 @row("Attention", seeds=6)
 def attention_of_joined_heads(m: Model) -> None:
-    """A packed axis that is itself joined: its heads lie in segments."""
+    """The axis of all heads is itself joined from parts, so the heads lie in segments."""
     m.opset, m.equal = 23, True
     s, d, few = m.size(), m.size(), m.size(1, 2)
     heads = [few, m.size(2, 3)]

@@ -34,7 +34,7 @@ def matmul_with_itself(m: Model) -> None:
 
 @row("MatMul", seeds=12)
 def matmul_of_moved_weight(m: Model) -> None:
-    """The weight lies behind operators that are linear in it."""
+    """Operators that are linear in the weight lie between the weight and the product."""
     k, h, d = m.size(3), m.size(), m.size()
     x = m.operand((m.size(), k), "gg", stored=False)
     match m.size(0, 5):
@@ -64,7 +64,7 @@ def matmul_of_a_rounded_weight(m: Model) -> None:
 
 @row("MatMul", seeds=8)
 def matmul_of_shared_weight(m: Model) -> None:
-    """One stored tensor, contracted along either axis, and looked at besides."""
+    """One stored tensor that is contracted along either axis, and also indexed."""
     n, k = m.size(), m.size()
     w = m.operand((n, k), stored=True)
     m.node("MatMul", m.operand((m.size(), n), stored=False), w)
@@ -75,7 +75,7 @@ def matmul_of_shared_weight(m: Model) -> None:
 
 @row("MatMul", seeds=8)
 def matmul_behind_a_scale(m: Model) -> None:
-    """Between activations a stored factor upstream takes the division, if nothing else reads it."""
+    """In a product of activations, an earlier stored factor is divided, if nothing else reads it."""
     n, k, p = m.size(), m.size(), m.size()
     x = m.operand((n, k), stored=False)
     c = m.operand(m.pick((), (k,), (n, 1), (1, 1)), stored=True)

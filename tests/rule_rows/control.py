@@ -11,7 +11,7 @@ from rule_rows.harness import Model, row
 
 @row("If", seeds=10)
 def if_(m: Model) -> None:
-    """The branches read outer values and weights; each has a node that contracts."""
+    """The branches read outer values and weights. Each branch has a contraction."""
     n, k, p = m.size(), m.size(), m.size()
     x = m.operand((n, k), "gg", stored=False)
     condition = m.operand(np.asarray(m.coin()), stored=m.coin(0.3))
@@ -49,7 +49,7 @@ def if_with_weights_of_its_own(m: Model) -> None:
 
 @row("If", seeds=6)
 def if_that_is_decided(m: Model) -> None:
-    """The condition is stored: the branch that never runs reads the same weight, in a way that would not fit."""
+    """The condition is stored. The branch that never runs uses the same weight, but would not fit after growth."""
     n, k = m.size(), m.size()
     x, weight = m.operand((n, k), "gg", stored=False), m.operand((k, k), "gg", stored=True)
     chosen = m.coin()
@@ -67,7 +67,7 @@ def if_that_is_decided(m: Model) -> None:
 
 @row("If", seeds=4)
 def constant_of_a_branch(m: Model) -> None:
-    """All that a branch does is to return a stored tensor."""
+    """A branch only returns a stored tensor."""
     n, k = m.size(), m.size()
     x = m.operand((n, k), "gg", stored=False)
     condition = m.operand(np.asarray(m.coin()), stored=False)
@@ -81,7 +81,7 @@ def constant_of_a_branch(m: Model) -> None:
 
 
 def carried(name: str) -> onnx.ValueInfoProto:
-    """A body's input or output whose shape the file does not tell."""
+    """An input or output of a body without a declared shape."""
     return helper.make_tensor_value_info(name, TensorProto.DOUBLE, None)
 
 
@@ -93,7 +93,7 @@ COUNTER = [
 
 @row("Loop", seeds=10)
 def loop(m: Model) -> None:
-    """h = tanh(h W[turn] + x), with experts picked by the turn's number; each h is stacked."""
+    """h = tanh(h W[turn] + x), with experts picked by the number of the iteration. All h are stacked."""
     m.runtime = True
     n, k, turns = m.size(), m.size(), m.size(2, 3)
     x = m.operand((n, k), "gg", stored=False)
@@ -118,7 +118,7 @@ def loop(m: Model) -> None:
 
 @row("Loop", seeds=3)
 def loop_that_lengthens(m: Model) -> None:
-    """A value that grows at each turn keeps its dimensions' sizes; what it is joined from may not grow there either."""
+    """A carried value gets longer in each iteration. Its axes and those of the joined parts keep their sizes."""
     m.runtime = True
     k = m.size()
     x = m.operand((1, k), stored=False)

@@ -11,7 +11,7 @@ from rule_rows.harness import Model, activation, letters, narrow, row
 
 
 def windows(kernel: Sequence[int], attributes: dict[str, Any]) -> str:
-    """What becomes of spatial axes: a window of one that stays in its place lets them grow."""
+    """The letters of spatial axes. They may grow if the window is one element that stays in its place."""
     moves = attributes.keys() & {"pads", "strides", "output_padding", "output_shape"}
     return "".join("p" if moves or n > 1 else "g" for n in kernel)
 
@@ -45,7 +45,7 @@ def conv_of_an_input(m: Model) -> None:
 
 @row("ConvTranspose", seeds=24)
 def conv_transpose(m: Model) -> None:
-    """Groups grow only where each is one channel; otherwise their channels do."""
+    """Groups grow only if each group has one channel. Otherwise the channels of the groups grow."""
     space = tuple(m.size(3, 5) for _ in range(m.size(1, 2)))
     group, c, o = m.pick(1, 1, 2, 3), m.size(1, 3), m.size(1, 3)
     kernel = tuple(m.size(1, 2) for _ in space)
@@ -140,7 +140,7 @@ def pool(m: Model, op: str) -> None:
 
 @row("MaxPool", seeds=6)
 def max_pool_with_indices(m: Model) -> None:
-    """Its indices are flat over the whole tensor."""
+    """MaxPool's second output has indices into the flat tensor."""
     m.runtime, m.tolerance, m.opset = True, 1e-5, 12
     x = activation(m, (2, m.size(), 4, 4), kind=np.float32)
     m.node("MaxPool", x, outputs=2, kernel_shape=m.pick((2, 2), (2, 1)))

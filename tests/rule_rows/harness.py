@@ -40,7 +40,7 @@ PREVIEW = "ai.onnx.preview"
 
 @dataclass
 class Model:
-    """A random model under construction, and what its rule must find of its axes.
+    """A random model under construction, and expectations about its axes.
 
     An expectation has one letter for each axis of a value: `g` for one that must be able to grow, `p` for one
     that must keep its size, `.` for either.
@@ -59,15 +59,15 @@ class Model:
     expected: dict[str, str] = field(default_factory=dict)
     uses: list[tuple[int, str]] = field(default_factory=list)
     equal: bool = False
-    """Averages: unequal repeats are refused."""
+    """Whether the operator averages, so that unequal repeats are refused."""
     tolerance: float = 2e-7
-    """Noise and attributes are single precision."""
+    """The tolerance: noise and attributes have single precision."""
     runtime: bool = False
-    """Run in ONNX Runtime, for what the reference has not."""
+    """Whether to run in ONNX Runtime, because the reference does not have the operator."""
     domain: str = ""
-    """The operator's own, where one row serves several."""
+    """The domain of the operator, if one row serves several operators."""
     kind: int | None = None
-    """The type of outputs that shape inference does not type, where they are not floating-point."""
+    """The type of outputs for which shape inference gives no type, if they are not floating-point."""
 
     # -- choices ------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ class Model:
     # -- building -----------------------------------------------------------------------------------------
 
     def operand(self, value: Any, want: str = "", stored: bool | None = None, kind: Any = np.float64) -> str:
-        """A graph input or a stored tensor (either, unless told), from a shape or an array."""
+        """A graph input or a stored tensor (random, unless given), from a shape or an array."""
         array = self.values(value, kind) if isinstance(value, tuple) else np.asarray(value)
         name = f"x{len(self.inputs) + len(self.stored)}"
         (self.stored if (self.coin() if stored is None else stored) else self.inputs)[name] = array
@@ -170,7 +170,7 @@ class Model:
 
 
 Build = Callable[..., Any]
-"""It takes the model, and the operator where one row serves several."""
+"""A row takes the model, and the operator if it serves several operators."""
 ROWS: list[Any] = []
 COVERED: set[tuple[str, str]] = set()
 
@@ -221,7 +221,7 @@ def check_expected(m: Model, dimensions: Dimensions) -> None:
 
 
 def grow(m: Model, dimensions: Dimensions, strategy: Strategy, everything: bool) -> tuple[Any, ir.Model] | None:
-    """The plan and the grown model; None when nothing can grow."""
+    """The plan and the grown model. None if nothing can grow."""
     named = name_dimensions(dimensions)
     maps: dict[Dim, tuple[str, SourceMap]] = {}
     for dimension in named:
@@ -247,7 +247,7 @@ def random_model(key: tuple[str, str], build: Build, seed: int) -> Model:
 
 
 def check(key: tuple[str, str], build: Build, seed: int) -> bool:
-    """Build one model and grow it; whether anything could grow."""
+    """Build one model, grow it and compare. Returns whether anything could grow."""
     m = random_model(key, build, seed)
     source = m.proto()
     assert f'"{key[1]}"' in str(source.graph)

@@ -11,7 +11,7 @@ from rule_rows.harness import Model, activation, indices, narrow, row
 
 @row("Gather", seeds=24)
 def gather(m: Model) -> None:
-    """By values, which pins; the axes of the indices may grow, and so may all other axes."""
+    """Indices are values, so the indexed axis keeps its size. The axes of the indices and all other axes may grow."""
     shape = m.shape(1, 3)
     axis = m.size(0, len(shape) - 1)
     attributes: dict[str, Any] = {"axis": axis - m.pick(0, len(shape))} if axis or m.coin() else {}
@@ -32,7 +32,7 @@ def gather(m: Model) -> None:
 
 @row("Gather", seeds=12)
 def gather_a_run(m: Model) -> None:
-    """Known neighbours are a cut."""
+    """Known indices in a row cut the axis."""
     n = m.size(3, 6)
     first = m.size(0, n - 2)
     last = m.size(first + 2, n)
@@ -116,7 +116,7 @@ def one_hot(m: Model) -> None:
 
 @row("OneHot", seeds=4)
 def one_hot_among_sizes(m: Model) -> None:
-    """Repeats that are 1 but along one axis."""
+    """Repeats that are 1, except along one axis."""
     n, d, times = m.size(), m.size(), m.size()
     x = activation(m, (n, 1, d), "g.g")
     pair = m.node("Concat", m.ints([1]), m.ints([times]), axis=0, inner=True)
@@ -127,7 +127,7 @@ def one_hot_among_sizes(m: Model) -> None:
 
 @row("Gather", seeds=4)
 def gather_that_is_measured(m: Model) -> None:
-    """Of one element of a width only the shape is read: the width is not cut."""
+    """Only the shape of one picked element is read, so the width is not cut."""
     m.equal, m.opset = True, m.pick(18, 21)
     length, d = m.size(), m.size(3)
     x = activation(m, (length, d), ".g")
@@ -220,7 +220,7 @@ def non_zero(m: Model) -> None:
 
 @row("Gather", seeds=8)
 def gather_of_one_index_of_an_averaged_axis(m: Model) -> None:
-    """The axis stays whole, and any clone of the index serves."""
+    """The axis stays whole, and any clone of the index will do."""
     m.opset, m.equal = 21, True
     n = m.size()
     x = activation(m, (3, n), "gg")
@@ -262,7 +262,7 @@ def masked_select(m: Model, op: str) -> None:
 
 @row("NonZero", seeds=6)
 def indices_of_a_mask_that_leave(m: Model) -> None:
-    """Whoever else reads the indices sees those of the source."""
+    """Any other node that reads the indices gets those of the source."""
     x, tuples, _ = rows_of_a_mask(m)
     m.expected[x] = "ppp"
     m.node("GatherND", x, tuples)

@@ -19,7 +19,7 @@ def transpose(m: Model) -> None:
 
 @row("Reshape", seeds=60)
 def reshape(m: Model) -> None:
-    """Split, join and re-associate axes, written with 0, -1 or in full."""
+    """A Reshape that splits, joins or regroups axes. Its shape has 0, -1 or all sizes."""
     factors = [m.size(1, 4) for _ in range(m.size(2, 5))]
 
     def grouped() -> list[int]:
@@ -47,7 +47,7 @@ def reshape_to_heads(m: Model) -> None:
 
 @row("Reshape", seeds=6)
 def reshape_to_a_computed_shape(m: Model) -> None:
-    """The shape is put together from the sizes of another value, with a length known only when running."""
+    """The shape is computed from the sizes of another value, with a length known only when running."""
     h, d, length = m.size(), m.size(), m.size()
     x = m.operand((length, h * d), stored=False)
     m.symbols[x] = ("length", h * d)
@@ -136,7 +136,7 @@ def concat_of_one_value_with_itself(m: Model) -> None:
 
 @row("Concat", seeds=6)
 def cut_where_joined(m: Model) -> None:
-    """What was joined at some boundaries is split at others."""
+    """Joined parts are split at other boundaries."""
     a, b, c = m.size(), m.size(), m.size()
     joined = m.node("Concat", m.operand((3, a + b)), m.operand((3, c), stored=False), axis=1)
     m.opset = max(m.opset, 13)
@@ -168,7 +168,7 @@ def split(m: Model) -> None:
 
 @row("Split", seeds=4)
 def split_at_run_time(m: Model) -> None:
-    """How many rows go where is computed: their width grows all the same."""
+    """The number of rows in each piece is computed. Their width grows nevertheless."""
     m.opset = m.pick(13, 18, 21)
     x = m.operand((5, m.size()), "pg", stored=False)
     sizes = m.operand(np.asarray([2, 3], np.int64), stored=False)
@@ -230,7 +230,7 @@ def halves(m: Model) -> None:
 
 @row("Slice", seeds=4)
 def the_last_of_a_length(m: Model) -> None:
-    """A slice that begins a length before the end: all of it, here."""
+    """A slice that begins a length before the end, which here is the whole axis."""
     length, d = m.size(), m.size()
     x = m.operand((length, d), stored=False)
     m.symbols[x] = ("length", d)
@@ -276,7 +276,7 @@ def pad(m: Model) -> None:
 
 @row("Slice", seeds=8)
 def slice_of_one_index_of_an_averaged_axis(m: Model) -> None:
-    """The axis stays whole, and any clone of the index serves."""
+    """The axis stays whole, and any clone of the index will do."""
     m.opset, m.equal = 21, True
     n = m.size()
     x = activation(m, (3, n), "gg")

@@ -33,7 +33,7 @@ def single(m: Model, shape: tuple[int, ...], want: str = "") -> str:
 @row("DequantizeLinear", seeds=24)
 @row("DequantizeLinear", domain=MICROSOFT, seeds=6)
 def dequantised_weight(m: Model, op: str) -> None:
-    """A weight of codes, contracted: its scale takes the division."""
+    """A contracted weight of codes. Growth divides its scale."""
     m.runtime, m.tolerance, m.equal, m.opset = True, 3e-6, True, 21
     contrib = "microsoft" in m.domain
     kind = m.pick(np.int8, np.uint8)
@@ -92,7 +92,7 @@ def matmul_integer(m: Model) -> None:
 
 @row("MatMulInteger", seeds=8)
 def matmul_integer_scaled_behind(m: Model) -> None:
-    """The way of ONNX Runtime's dynamic quantisation: a scale further on takes the division."""
+    """Nodes as in ONNX Runtime's dynamic quantisation. Growth divides a scale that is applied later."""
     m.runtime, m.equal, m.tolerance = True, True, 1e-6
     k, n = m.size(), m.size()
     x, scale, zero_point = m.node("DynamicQuantizeLinear", single(m, (2, k)), inner=True, outputs=3)

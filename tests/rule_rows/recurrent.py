@@ -12,7 +12,7 @@ DIRECTIONS = {"forward": 1, "reverse": 1, "bidirectional": 2}
 
 @row(*GATES, seeds=16)
 def recurrent(m: Model, op: str) -> None:
-    """In double precision, where the reference has it."""
+    """In double precision, in the reference."""
     direction = m.pick(*DIRECTIONS) if op == "LSTM" else "forward"
     recurrent_row(m, op, direction, layout=m.size(0, 1) if op == "LSTM" else 0)
 
@@ -57,7 +57,7 @@ def recurrent_row(m: Model, op: str, direction: str, layout: int, full: bool = F
 
 @row("RNN", seeds=8)
 def recurrent_of_one_tensor(m: Model) -> None:
-    """Inputs and state meet one stored tensor; what reads it besides lets scalars divide."""
+    """Inputs and state are multiplied with one stored tensor. Another node reads it too, so scalars divide the sums."""
     n = m.size()
     w = m.operand((1, n, n), "pgg", stored=True)
     m.node("RNN", activation(m, (m.size(), m.size(), n)), w, w, want="ppgg", hidden_size=n, outputs=2)

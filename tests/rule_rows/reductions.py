@@ -39,7 +39,7 @@ def reduced(m: Model, op: str) -> None:
 
 @row("ReduceSum", "ReduceL1", "ReduceL2", seeds=9)
 def reduced_weight(m: Model, op: str) -> None:
-    """Only a plain sum of a weight may be shared: noise changes signs."""
+    """Of a stored weight, only a plain sum can be shared, because noise changes signs."""
     m.opset = 18
     w = m.operand(m.values((m.size(), m.size())) * 1e-3, "g" + ("p" if op == "ReduceL1" else "g"), stored=True)
     x = m.operand((m.size(), 1), stored=False)
@@ -60,7 +60,7 @@ def pinned_reduction(m: Model, op: str) -> None:
 
 @row("ReduceSum", "ReduceL1", "ReduceSumSquare", seeds=6)
 def reduced_integers(m: Model, op: str) -> None:
-    """A share of an integer is no integer."""
+    """A part of an integer is no integer, so integers are not shared."""
     m.opset = m.pick(13, 18, 21)
     reduction(m, op, ".", np.int64)
 

@@ -1,4 +1,4 @@
-"""Rows for the rules of `hyperclone_onnx.rules.sequences`: each leaves by way of a join, or an element."""
+"""Rows for the rules of `hyperclone_onnx.rules.sequences`: each model ends with a join or an element."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rule_rows.harness import Model, row
 
 
 def finish(m: Model, sequence: str, want: str = "") -> None:
-    """Join what a sequence holds along its last axis."""
+    """Join the elements of a sequence along their last axis."""
     m.runtime = True
     m.node("ConcatFromSequence", sequence, axis=-1, want=want, kind=np.float64)
 

@@ -1,4 +1,4 @@
-"""Changes to a node that the specification of its operator does not allow, or only just."""
+"""Changes a node in ways that the specification of its operator forbids, or hardly allows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def another_rank(model: ModelProto, node: NodeProto, rng: Rng) -> None:
 
 
 def other_elements(model: ModelProto, node: NodeProto, rng: Rng) -> None:
-    """Of an operand of integers: indices, sizes, axes."""
+    """Change an operand of integers: indices, sizes, axes."""
     for tensor in model.graph.initializer:
         if tensor.name in node.input and tensor.data_type in (onnx.TensorProto.INT32, onnx.TensorProto.INT64):
             array = numpy_helper.to_array(tensor).copy()

@@ -20,7 +20,7 @@ def fixed(m: Model, values: Any, kind: Any = np.int32) -> str:
 
 
 def place(inputs: list[str], index: int, name: str) -> None:
-    """Give an optional input, empty names before it."""
+    """Add an optional input, with empty names before it."""
     inputs += [""] * (index - len(inputs))
     inputs.append(name)
 
@@ -104,7 +104,7 @@ def packed_operands(m: Model) -> None:
 
 
 def sequences(m: Model, count: int = 2) -> tuple[list[int], list[int]]:
-    """(lengths, where they begin and the end)."""
+    """The lengths of sequences, and their starts followed by the end of the last."""
     lengths = [m.size(1, 3) for _ in range(count)]
     return lengths, [0, *np.cumsum(lengths).tolist()]
 
@@ -135,7 +135,7 @@ def packed_multi_head_attention(m: Model) -> None:
 
 @row("DecoderMaskedMultiHeadAttention", domain=MICROSOFT, seeds=16)
 def decoder_masked_multi_head_attention(m: Model) -> None:
-    """Its keys in the order of the source; the CPU knows none but the shared buffer."""
+    """Keys in the order of the source. On the CPU there is only the shared buffer."""
     m.equal, m.tolerance = True, 2e-6
     b, h, d, past = 2, m.size(1, 3), m.size(), m.size()
     crossed = m.coin(0.3)

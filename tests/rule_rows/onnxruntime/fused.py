@@ -134,7 +134,7 @@ def gemm_activation(m: Model) -> None:
 
 
 def matrix(m: Model, batch: tuple[int, ...], rows: int, columns: int, transposed: int, batch_last: int) -> str:
-    """An operand whose rows and columns, and whose rows and batch, may have changed places."""
+    """An operand whose rows and columns, and rows and batch, may be exchanged."""
     first, last = (columns, rows) if transposed else (rows, columns)
     return m.operand((first, *batch, last) if batch_last else (*batch, first, last))
 

@@ -19,7 +19,7 @@ def operands(m: Model, leading: tuple[int, ...], heads: int, kv: int, d: int) ->
 
 
 def turned(m: Model, inputs: list[str], index: int, half: int, offset: int = 0) -> dict[str, Any]:
-    """Sometimes rotary angles."""
+    """Add rotary angles in some of the models."""
     if m.coin():
         return {}
     place(inputs, index, m.operand((16, half), "pg"))

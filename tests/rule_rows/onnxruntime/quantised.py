@@ -10,7 +10,7 @@ from rule_rows.quantised import codes, scale_for, single, weight_codes, zero
 
 
 def tensor(m: Model, shape: tuple[int, ...]) -> list[str]:
-    """Codes with a scale and a zero point for all of them."""
+    """Codes with one scale and one zero point."""
     x = m.node("Identity", m.operand(codes(m, shape, np.uint8), stored=False), inner=True)
     return [x, *parameters(m)]
 

@@ -1,4 +1,4 @@
-"""Operators that ONNX Runtime has on other devices only, written out from their specification, in numpy."""
+"""Operators that ONNX Runtime does not have on the CPU, in numpy, from their specifications."""
 
 from rule_rows.references import attention, grouped_attention, operators, positions, quantised, recurrences
 from rule_rows.references.registry import REFERENCES

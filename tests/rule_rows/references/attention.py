@@ -1,4 +1,4 @@
-"""Attention whose queries, keys and values have the same heads."""
+"""Attention with as many query heads as key/value heads."""
 
 from __future__ import annotations
 

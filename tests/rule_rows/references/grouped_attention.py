@@ -37,7 +37,7 @@ def _selected(
 
 
 def _marked(indices: Array, counts: Array, width: int) -> Array:
-    """Which of `width` places each row's first `count` indices name."""
+    """A mask over `width` places: those that the first `count` indices of each row name."""
     seen = np.zeros((len(indices), width), bool)
     for row, count in enumerate(counts):
         seen[row, indices[row, :count]] = True

@@ -1,4 +1,4 @@
-"""Quantised operators that ONNX Runtime has on other devices only."""
+"""Quantised operators that ONNX Runtime does not have on the CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def qlinear_reduce_mean(
 
 
 def weight(words: Array, scales: Array, zeros: Any, width: int, size: int, bits: int) -> Array:
-    """The real weight [.., row, column] of packed codes with scales [.., row, block], or [.., row] where size is 0."""
+    """The real weight [.., row, column] of packed codes with scales [.., row, block], or [.., row] if size is 0."""
     rows = scales.shape if not size else scales.shape[:-1]
     numbers = unpack(words.reshape(*rows, -1), (*rows, width), bits).astype(float)
     spread = np.repeat(scales, size, axis=-1) if size else scales[..., None]
