@@ -22,6 +22,7 @@ tensors
 publishing
 rules
 reading
+layers
 transforms
 analysis
 planning
