@@ -203,7 +203,7 @@ def _read_inputs(dimensions: Dimensions, proven: Mapping[str, Size]) -> None:
         if shape is None or not isinstance(value.type, ir.TensorType):
             dimensions.axes[value] = None
             if isinstance(value.type, ir.TensorType):
-                dimensions.lost[value] = ("no shape is declared for it", space.place)
+                dimensions.unknown_ranks[value] = ("no shape is declared for it", space.place)
             continue
         axes: list[Term] = []
         for declared in shape:
@@ -257,7 +257,7 @@ def _declare_pinned(op: Op, value: ir.Value, reason: str, gap: bool = True) -> N
     shape = declared_shape(value)
     axes = None if shape is None else tuple(op.dim(size) for size in shape)
     if axes is None:
-        op.dimensions.lost[value] = (reason, op.space.place)
+        op.dimensions.unknown_ranks[value] = (reason, op.space.place)
     op.space.pin(Product(axes or ()), reason, gap)
     op.dimensions.axes[value] = axes
 

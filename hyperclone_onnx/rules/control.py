@@ -134,7 +134,9 @@ def _leave(op: Op, made: Sequence[ir.Value], carried: list[Axes], stacked: Seque
     for index, value in enumerate(made):
         axes = op.dimensions.axes.get(value)
         if axes is None:
-            raise CannotTell(*op.dimensions.lost.get(value, ("the body of a loop makes a value of unknown rank", "")))
+            raise CannotTell(
+                *op.dimensions.unknown_ranks.get(value, ("the body of a loop makes a value of unknown rank", ""))
+            )
         if index >= len(carried):
             axis, turns = stacked[index - len(carried)]
             whole = list(axes)

@@ -93,7 +93,7 @@ class Dimensions:
     """For each symbol the lengths of the axes that it meets by broadcasting: it is one of these, or 1."""
     sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)
     """The axes of each element of a sequence of tensors, where their number is known."""
-    lost: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)
+    unknown_ranks: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)
     """The reason why the rank of a value is not known, and the node that causes it."""
     packed: dict[Use, int] = field(default_factory=dict)
     """The uses that hold several numbers in a byte, with the bits of each number."""

@@ -88,7 +88,7 @@ class Op:
         value = self.value(index)
         axes = self.dimensions.axes_of(self.node, index)
         if axes is None:
-            raise CannotTell(*self.dimensions.lost.get(value, ("an operand of unknown rank", "")))
+            raise CannotTell(*self.dimensions.unknown_ranks.get(value, ("an operand of unknown rank", "")))
         if len(axes) < least or (rank is not None and len(axes) != rank):
             allowed = f"{rank}" if rank is not None else f"at least {least}"
             raise self.malformed(f"input {index} has {len(axes)} axes, and must have {allowed}")

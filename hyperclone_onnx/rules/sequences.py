@@ -24,7 +24,9 @@ def _elements(op: Op, index: int) -> Elements:
     value = op.value(index)
     elements = op.dimensions.sequences.get(value)
     if elements is None:
-        raise CannotTell(*op.dimensions.lost.get(value, ("a sequence whose length is known only when running", "")))
+        raise CannotTell(
+            *op.dimensions.unknown_ranks.get(value, ("a sequence whose length is known only when running", ""))
+        )
     return list(elements)
 
 
