@@ -83,14 +83,14 @@ class Dimensions:
     index_tables: list[tuple[ir.Value, Term]] = field(default_factory=list)
     scanned: dict[ir.Value, tuple[ir.Node, int, int]] = field(default_factory=dict)
     """For each input of a Scan's body that gets slices of a weight: the Scan, its input, and the axis of the slices."""
-    repeated: dict[ir.Value, frozenset[int]] = field(default_factory=dict)
-    """The axes of a value along which it was expanded: all its elements are the same there."""
-    listed: dict[ir.Value, Axes] = field(default_factory=dict)
-    """For index tuples that NonZero made of such a value: its last axes, which the tuples run through for each hit."""
+    expanded_axes: dict[ir.Value, frozenset[int]] = field(default_factory=dict)
+    """The axes along which a value was expanded. Along such an axis, all elements are the same."""
+    row_tuples: dict[ir.Value, Axes] = field(default_factory=dict)
+    """For index tuples that NonZero made from such a value: its expanded last axes. The tuples list whole rows."""
     gates: frozenset[ir.Node] = frozenset()
-    """Softmax nodes over features of the stream: a walk before this one showed that a norm averages over them."""
+    """Softmax nodes that run over features. An earlier walk has shown that a norm averages over these features."""
     stretched: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """For each symbol the lengths of the axes that it meets by broadcasting: it is one of these, or 1."""
+    """For each symbol, the lengths of axes with which it is broadcast. Its value is one of these, or 1."""
     sequences: dict[ir.Value, tuple[Axes, ...]] = field(default_factory=dict)
     """The axes of each element of a sequence of tensors, where their number is known."""
     unknown_ranks: dict[ir.Value, tuple[str, str]] = field(default_factory=dict)

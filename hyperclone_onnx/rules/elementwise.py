@@ -31,8 +31,8 @@ FIRST_OPERAND_SHAPES = "CastLike Clip Dropout".split()
 def unary(op: Op) -> None:
     """out[j] = f(x[j])"""
     op.out(op.axes(0), _unary_known(op))
-    if op.value(0) in op.dimensions.repeated:
-        op.dimensions.repeated[op.node.outputs[0]] = op.dimensions.repeated[op.value(0)]
+    if op.value(0) in op.dimensions.expanded_axes:
+        op.dimensions.expanded_axes[op.node.outputs[0]] = op.dimensions.expanded_axes[op.value(0)]
 
 
 def _unary_known(op: Op) -> Known | None:

@@ -27,7 +27,7 @@ def gather(op: Op) -> None:
     """out[a, i, b] = x[a, indices[i], b]; known indices in a row cut x into parts"""
     axes, where = op.axes(0), op.axes(1)
     axis = op.axis(op.integer("axis", 0), len(axes))
-    if _is_measured(op) and not where and not op.is_constant(0):
+    if _only_shape_is_read(op) and not where and not op.is_constant(0):
         # No node reads the elements, so the index does not matter.
         op.parameter(1)
         op.out((*axes[:axis], *axes[axis + 1 :]))
@@ -48,7 +48,7 @@ def gather(op: Op) -> None:
     op.out((*axes[:axis], *middle, *axes[axis + 1 :]), _gathered(op, axis))
 
 
-def _is_measured(op: Op) -> bool:
+def _only_shape_is_read(op: Op) -> bool:
     """Whether only the size of the output is read."""
     output = op.node.outputs[0]
     readers = output.uses()
@@ -79,7 +79,7 @@ def _cut_run(op: Op, term: Term) -> Term | None:
         return None
     first, length = run
     if length == 1 and op.is_averaged(term):
-        return ONE  # one index of an axis that stays whole: any of its clones will do
+        return ONE  # the axis stays whole, and any clone of the index will do
     rest = (op.static(term) or 0) - first - length
     parts = op.space.segments(term, [n for n in (first, length, rest) if n])
     return None if parts is None else parts[1 if first else 0]
@@ -102,7 +102,7 @@ def edit_gather(op: GrownOp) -> None:
     axes = op.axes(0)
     term = axes[op.integer("axis", 0) % len(axes)]
     run = _run(op, op.static(term))
-    if run is None or not op.grows(term) or (_is_measured(op) and not op.axes(1)):
+    if run is None or not op.grows(term) or (_only_shape_is_read(op) and not op.axes(1)):
         return
     _move_run(op, term, run, op.axes(1))
 
@@ -182,8 +182,8 @@ def gather_nd(op: Op) -> None:
         op.parameter(1)
         op.out((*_spread(op, picked, where[:-1]), *axes[1:]))
         return
-    # Tuples that run through whole rows read all of a row, in its order: the row may be of any length.
-    rows = op.dimensions.listed.get(op.value(1), ())
+    # These tuples list whole rows in order. So the rows are read as a whole, and may have any length.
+    rows = op.dimensions.row_tuples.get(op.value(1), ())
     op.unify_axes(axes[batch + depth - len(rows) : batch + depth], rows)
     for term in axes[batch : batch + depth - len(rows)]:
         index_by(op, term, 1)
@@ -214,8 +214,8 @@ def scatter_nd(op: Op) -> None:
         _once_each(op, axes[depth - 1 : depth])
         op.out(axes)
         return
-    # Tuples that run through whole rows set all of a row, in its order: the row may be of any length.
-    rows = op.dimensions.listed.get(op.value(1), ())
+    # These tuples list whole rows in order. So the rows are set as a whole, and may have any length.
+    rows = op.dimensions.row_tuples.get(op.value(1), ())
     op.unify_axes(axes[depth - len(rows) : depth], rows)
     for term in axes[: depth - len(rows)]:
         index_by(op, term, 1)
@@ -225,7 +225,7 @@ def scatter_nd(op: Op) -> None:
 
 
 def _known_row(op: Op, axes: Axes) -> list[int] | None:
-    """The place of the row, where known indices are those of one whole row, in its order; else None."""
+    """The leading indices of a row, if the known index tuples list exactly this whole row in order. Otherwise None."""
     indices, elements = op.ints(1), op.known(1)
     length = op.static(axes[-1]) if axes else None
     if indices is None or elements is None or length is None or elements.size != length * len(axes) or length < 2:
@@ -239,7 +239,7 @@ def _known_row(op: Op, axes: Axes) -> list[int] | None:
 
 @edits("ScatterND")
 def edit_scatter_nd(op: GrownOp) -> None:
-    """Known indices of a whole row are written out for the grown row."""
+    """Writes the index tuples of a whole grown row."""
     depth = op.static(op.axis_of(1, -1)) or 0
     axes = op.axes(0)[:depth]
     row = _known_row(op, axes)
@@ -367,9 +367,9 @@ def eye_like(op: Op) -> None:
 
 
 def _only_indexes(value: ir.Value) -> bool:
-    """Whether indices that NonZero made are used as tuples of indices only, or only their number is read.
+    """Whether indices from NonZero are only used as index tuples, or only their number is read.
 
-    Any other reader would see indices of a grown axis, which mean other elements than in the source.
+    Any other node would read indices of a grown axis, which are those of other elements than in the source.
     """
     if value.is_graph_output():
         return False
@@ -392,7 +392,7 @@ def _indexes(node: ir.Node, slot: int) -> bool:
 def non_zero(op: Op) -> None:
     """out[:, i] = the indices of the i-th element that is not zero; an axis along which x is expanded may grow"""
     axes = op.axes(0)
-    repeated = op.dimensions.repeated.get(op.value(0), frozenset())
+    repeated = op.dimensions.expanded_axes.get(op.value(0), frozenset())
     if not _only_indexes(op.node.outputs[0]):
         repeated = frozenset()
     start = len(axes)
@@ -401,4 +401,4 @@ def non_zero(op: Op) -> None:
     for term in axes[:start]:
         op.pin(term, "NonZero numbers its elements")
     op.out((op.pinned_dim(len(axes), "a tuple of indices"), Product((op.space.unknown(), *axes[start:]))))
-    op.dimensions.listed[op.node.outputs[0]] = axes[start:]
+    op.dimensions.row_tuples[op.node.outputs[0]] = axes[start:]

@@ -30,9 +30,9 @@ def transpose(op: Op) -> None:
     if sorted(perm) != list(range(len(axes))):
         raise op.malformed(f"perm is not an order of {len(axes)} axes")
     op.out([axes[p] for p in perm], None if elements is None else elements.transpose(perm))
-    listed = op.dimensions.listed.get(op.value(0))
-    if listed is not None and perm == [1, 0]:
-        op.dimensions.listed[op.node.outputs[0]] = listed
+    rows = op.dimensions.row_tuples.get(op.value(0))
+    if rows is not None and perm == [1, 0]:
+        op.dimensions.row_tuples[op.node.outputs[0]] = rows
 
 
 def _reshaped(op: Op, axes: Sequence[Term]) -> None:
@@ -164,7 +164,7 @@ def expand(op: Op) -> None:
             out.append(made)
     pairs = enumerate(zip(padded, out, strict=True))
     new = frozenset(axis for axis, (before, after) in pairs if op.is_one(before) and not op.is_one(after))
-    op.dimensions.repeated[op.node.outputs[0]] = new
+    op.dimensions.expanded_axes[op.node.outputs[0]] = new
     op.out(out, _expanded(op.known(0), [op.static(term) for term in out]))
 
 
@@ -367,7 +367,7 @@ def _no_further(end: Size | None, size: Size) -> Size | None:
 
 
 def _leading_rows(op: Op, term: Term, low: Size | None, high: Size | None, step: int | None) -> Size | None:
-    """How many whole rows a slice from the start takes of an axis that is (rows, columns), both rows not known yet."""
+    """The number of whole rows in a slice from the start of an axis (rows, columns). None for any other slice."""
     factors = op.space.factors(term)
     columns = Product(factors[1:])
     if step != 1 or low != Size.of(0) or high is None or high.static is not None:
@@ -402,7 +402,7 @@ def _statically_sliced(op: Op, term: Term, total: int, first: int, last: int, st
     if length == 0:
         return op.dim(0)
     if step == 1 and length == 1 and op.is_averaged(term):
-        return ONE  # one index of an axis that stays whole: any of its clones will do
+        return ONE  # the axis stays whole, and any clone of the index will do
     if step == 1:
         sizes = [n for n in (first, length, total - first - length) if n]
         parts = op.space.segments(term, sizes)

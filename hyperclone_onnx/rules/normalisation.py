@@ -58,7 +58,7 @@ def mean_variance_norm(op: Op) -> None:
 
 @relates("Softmax", "LogSoftmax", "Hardmax")
 def softmax(op: Op) -> None:
-    """out[j] = exp x[j] / sum_k exp x[k]: repeats change the sum, so the axis keeps its size, or n multiplies out"""
+    """out[j] = exp x[j] / sum_k exp x[k]: n repeats change the sum, so the axis stays, or out is multiplied by n"""
     axes = op.axes(0)
     axis = op.axis(op.integer("axis", -1 if op.opset >= 13 else 1), len(axes))
     for position in range(axis, len(axes) if op.opset < 13 else axis + 1):
