@@ -205,7 +205,7 @@ class Space:
         return self.size(term).static
 
     def proven(self, symbol: str) -> Size | None:
-        """The size that a symbol is known to be, where that is an integer."""
+        """The number that a symbol is known to be. None if it is not known, or no number."""
         size = Size.symbol(symbol).substituted(self.symbols)
         return None if size.static is None else size
 

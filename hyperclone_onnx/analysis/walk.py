@@ -30,7 +30,7 @@ def infer(model: ir.Model) -> Dimensions:
     """
     dimensions = _with_all_learnt(model)
     if any(_contradicts_file(dimensions, value) for value in dimensions.axes if value.producer() is not None):
-        # One wrong shape, and none is believed: a tool changed the graph and kept the shapes.
+        # If one shape is wrong, we believe none: a tool has changed the graph, but not the shapes.
         for value in (value for node in model.graph.all_nodes() for value in node.outputs):
             value.shape = None
         dimensions = _with_all_learnt(model)
@@ -39,9 +39,9 @@ def infer(model: ir.Model) -> Dimensions:
 
 @dataclass(frozen=True)
 class _Learnt:
-    """What a walk shows, and what a node before it should have known. The model is then related once more.
+    """Facts that a walk shows too late for earlier nodes. The next walk begins with them.
 
-    `lengths` are those that nodes prove for the symbols in the shapes of inputs; `gates` is as in `Dimensions`.
+    `lengths` are the lengths that nodes prove for symbols in the shapes of inputs. `gates` is as in `Dimensions`.
     """
 
     lengths: Mapping[str, Size]
@@ -49,10 +49,10 @@ class _Learnt:
 
 
 def _with_all_learnt(model: ir.Model) -> Dimensions:
-    """The dimensions of a model, related again until a walk shows nothing new.
+    """Walk over the model until a walk shows nothing new.
 
-    An input may declare its width by a name, and only a node further on shows that it is 24. The nodes before that
-    node read an axis of unknown length. And a norm behind a softmax shows that the softmax runs over features.
+    An input may declare its width by a name, and only a later node shows that it is 24. For the nodes before, the axis
+    has an unknown length. Also, only a norm after a softmax shows that the softmax runs over features.
     """
     learnt = _Learnt({}, frozenset())
     sizes = [size for value in model.graph.inputs for size in declared_shape(value) or () if size is not None]
@@ -68,18 +68,18 @@ def _with_all_learnt(model: ir.Model) -> Dimensions:
 
 
 def _proven(dimensions: Dimensions, symbol: str) -> Size | None:
-    """The length of a symbol: an equation gives it, or it meets axes of one length only.
+    """The length of a symbol, from an equation, or if it is broadcast with axes of one length only.
 
-    By broadcasting, a symbol that meets an axis of 24 is 24 or 1. An axis that is always 1 has no name.
+    A symbol that is broadcast with an axis of 24 is 24 or 1. An axis that is always 1 gets no name.
     """
     lengths = dimensions.stretched.get(symbol, set())
     return dimensions.space.proven(symbol) or (Size.of(*lengths) if len(lengths) == 1 else None)
 
 
 def _gates(dimensions: Dimensions) -> frozenset[ir.Node]:
-    """Softmax nodes over features: weights are contracted with all of the axis, and a norm averages over it.
+    """The softmax nodes over features: weights are contracted with the whole axis, and a norm averages over it.
 
-    Keys and choices are none: keys are contracted with values, and no norm averages over choices.
+    Keys and choices are no features: keys are contracted with values, and no norm averages over choices.
     """
     if not any(node.op_type == "Softmax" and not node.domain for _, node in dimensions.facts[Fact.SOFTMAX]):
         return frozenset()
@@ -96,7 +96,7 @@ def _gates(dimensions: Dimensions) -> frozenset[ir.Node]:
 
 
 def _related(model: ir.Model, learnt: _Learnt) -> Dimensions:
-    """The dimensions of a model, with the shapes that it declares, and with what walks before this one showed."""
+    """Walk over a model once, with the shapes that it declares and the facts of earlier walks."""
     dimensions = Dimensions(model, Space(), gates=learnt.gates)
     _read_inputs(dimensions, learnt.lengths)
     for value in model.graph.initializers.values():
@@ -192,7 +192,7 @@ def _read_inputs(dimensions: Dimensions, proven: Mapping[str, Size]) -> None:
     """Give the graph's inputs the axes that the file declares. Axes with one symbol are one axis."""
     space = dimensions.space
     for name, length in proven.items():
-        # The walk meets the number from now on. Whoever chooses inputs must still learn that the symbol is this number.
+        # From now on, the walk uses the number. The equation tells the search for inputs the value of the symbol.
         space.place = f"the input axes named {name!r}"
         space.symbols[name] = length
         space.relate(Size.symbol(name), length)
