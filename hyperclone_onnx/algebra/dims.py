@@ -114,7 +114,7 @@ class Space:
         self.dims: list[Dim] = []
         self.symbols: dict[str, Size] = {}
         self.equations: list[Equation] = []
-        """What relates symbolic sizes, in the order in which it was met; also what `symbols` cannot express."""
+        """The equations between symbolic sizes, in the order of the walk; also those that `symbols` cannot express."""
         self._edges: dict[int, list[tuple[int, str]]] = {}
         self._links = 0
         self._last: tuple[int, int, dict[int, tuple[int, str]]] = (-1, -1, {})
@@ -249,7 +249,7 @@ class Space:
     def _ways(self, start: int) -> dict[int, tuple[int, str]]:
         """For each dimension that is related to `start`: the dimension before it on a shortest way, and the place.
 
-        We keep the last answer: where one node pinned a thousand dimensions, the start is the same for all of them.
+        We keep the last answer: if one node has pinned a thousand dimensions, `start` is the same for all of them.
         """
         if self._last[:2] != (start, self._links):
             came: dict[int, tuple[int, str]] = {start: (start, "")}
@@ -380,7 +380,7 @@ class Space:
         return False
 
     def _match_rest(self, a: list[Term], b: list[Term]) -> None:
-        """Unify what neither end could match: one dimension with a product, or pin it all."""
+        """Unify the factors that neither end could match: one dimension with a product. Otherwise pin them all."""
         if not a and not b:
             return
         for lone, others in ((a, b), (b, a)):

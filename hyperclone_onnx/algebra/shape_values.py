@@ -2,7 +2,7 @@
 
 Exporters compute shapes at run time from `Shape`, `Gather`, `Concat` and arithmetic. We compute each element of such a
 tensor as an exact `Size`, or None where it is unknown. The elements are sizes of the *source* model, in the grown graph
-too (see `docs/design.md`, "Sizes stay the source's").
+too (see `docs/design.md`, "Integers keep the source's sizes").
 
 A rounded quotient or a maximum is no polynomial. It becomes a symbol that is named by its expression, so that two equal
 computations give one symbol.
@@ -126,7 +126,7 @@ def _quotient(a: Size, b: Size) -> Element:
 
 
 def _rounded(name: str, rounding: Callable[[Fraction], int]) -> Callable[[Size], Element]:
-    """The function that rounds a size; `name` is that of the symbol for what cannot be computed yet."""
+    """The function that rounds a size. `name` is for the symbol of a size that cannot be computed yet."""
 
     def rounded(size: Size) -> Element:
         if size.is_whole:
@@ -294,7 +294,7 @@ No axis has a size beyond these.
 
 
 def _bounded(item: Element) -> Element:
-    """The element, or None where no shape can have it. Otherwise products of products would grow without end."""
+    """The element, or None if no shape can have it. Without this, products of products would grow without end."""
     if not isinstance(item, Size):
         return item
     within = len(item.terms) <= MOST_TERMS and all(
