@@ -47,7 +47,7 @@ def _folder_of_data(file: Path, tensor: ir.ExternalTensor) -> Path:
     except (OSError, ValueError) as problem:
         raise BadModel(f"{file}: its data file {location} is missing (looked in {own})") from problem
     if not stat.S_ISREG(status.st_mode):
-        raise BadModel(f"{file}: its data file {location} is missing: what is there is no regular file")
+        raise BadModel(f"{file}: its data file {location} is no regular file")
     return folder
 
 

@@ -92,7 +92,7 @@ def _check_file(file: Path) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise BadModel(f"{file}: a folder, not a model file")
     if not stat.S_ISREG(status.st_mode):
-        raise BadModel(f"{file}: not a regular file: copy what it gives into one")
+        raise BadModel(f"{file}: not a regular file: copy its content into one")
     if status.st_size > LARGEST_FILE:
         raise BadModel(f"{file}: not an ONNX model: larger than 2 GB (the weights of a large model lie beside it)")
 

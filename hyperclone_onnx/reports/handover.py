@@ -16,7 +16,7 @@ def print_handover(console: Any, model: Path, result: HandedOver) -> None:
     if result.hugging_face:
         _print_hugging_face(console, result.hugging_face)
     elif result.validated_by:
-        console.print(f"validated: {result.validated_by} computes from it what ONNX Runtime computes from {model}")
+        console.print(f"validated: in {result.validated_by} it computes the same as {model} in ONNX Runtime")
     else:
         console.print("not validated")
     if result.optimizer:

@@ -51,7 +51,7 @@ from hyperclone_onnx.validation.unrounded import Unsupported, rounds
 
 Mode = Literal["auto", "full", "algebraic"]
 
-ALGEBRAIC = "the tensors, and that the graph is what the plan makes of the source's; nothing was run"
+ALGEBRAIC = "every tensor, and the graph with the one that the plan makes; nothing was run"
 """A text for the report: what an algebraic validation compares."""
 
 FEWEST = 1 << 30
@@ -232,8 +232,8 @@ def _prepare_first_layers(source: str | os.PathLike[str], pair: Pair, plan: Plan
         note = f"no layer was run: its weights would take more than {budget / 1e9:.1f} GB"
         return Prepared(source, "algebraic", figures, notes=(note,))
     scope = (
-        f"{figures}. Compared: every tensor; that the graph is what the plan makes of the source's; and "
-        f"{cut.name!r}, which the first {cut.nodes} of {len(pair.source.graph)} nodes make. The nodes behind it were "
+        f"{figures}. Compared: every tensor; the graph with the one that the plan makes; and "
+        f"{cut.name!r}, which the first {cut.nodes} of {len(pair.source.graph)} nodes make. The nodes after it were "
         "not run"
     )
     prepared = Prepared(source, "first layers", scope, cut=cut)
