@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Dim
 from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters, is_code
+from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.analysis.roles import explain
 from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
 from hyperclone_onnx.plan.maps import SourceMap
@@ -20,7 +22,7 @@ from hyperclone_onnx.plan.plans import Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.provenance import provenance
-from hyperclone_onnx.planning.request import Growth, size
+from hyperclone_onnx.planning.request import Growth, size, whole_or_fraction
 from hyperclone_onnx.progress import Notify, Progress, tell_nobody
 from hyperclone_onnx.publishing.publication import check_output, data_name, publication, write_text
 from hyperclone_onnx.reading import loading
@@ -49,6 +51,20 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class SizeChange:
+    """A size as people call it, before and after: hidden, ffn, query heads, key/value heads, the size of a head."""
+
+    role: str
+    name: str
+    before: int
+    after: int
+    wanted: float | None = None
+    """The size that a fraction as the factor gives, where that is no size which the graph can have."""
+    dims: tuple[str, ...] = ()
+    """The names of its dimensions."""
+
+
+@dataclass(frozen=True)
 class Expansion:
     """The report of an expansion."""
 
@@ -65,6 +81,10 @@ class Expansion:
     """The number of quantised weights. Their codes are repeated and their scales divided, so that they get no noise."""
     validation: Validation | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    sizes: tuple[SizeChange, ...] = ()
+    """Every size that people have a name for."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """The name for people of each dimension that has another one."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, without the recipes of the tensors."""
@@ -83,16 +103,22 @@ class Expansion:
             "quantised": self.quantised,
             "validation": None if self.validation is None else self.validation.to_json(),
             "seconds": self.seconds,
+            "sizes": [
+                {"role": size.role, "name": size.name, "from": size.before, "to": size.after}
+                | ({} if size.wanted is None else {"wanted": size.wanted})
+                for size in self.sizes
+            ],
         }
 
 
 def plan_expansion(
     analysis: Analysis,
-    factor: int = 1,
+    factor: float = 1,
     requests: Mapping[str, int] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
     strategy: Strategy | None = None,
     *,
+    sizes: Mapping[str, int] | None = None,
     untie: bool = False,
     keep_interface: bool = False,
 ) -> Plan:
@@ -102,14 +128,14 @@ def plan_expansion(
         BadRequest: the request does not fit the model (see `planning.request.size`).
         Refused: the model cannot grow in this way (see `planning.request.size` and `planning.making.make_plan`).
     """
-    return _plan(analysis, _Request(factor, requests, maps, strategy, untie, keep_interface))[1]
+    return _plan(analysis, _Request(factor, requests, maps, strategy, untie, keep_interface, sizes=sizes))[1]
 
 
 @dataclass(frozen=True)
 class _Request:
     """The request of a growth. Its fields are arguments of `expand`."""
 
-    factor: int
+    factor: float
     requests: Mapping[str, int] | None
     maps: Mapping[str, SourceMap] | None
     strategy: Strategy | None
@@ -117,6 +143,7 @@ class _Request:
     keep_interface: bool
     transforms: Sequence[TransformStep] = ()
     allow_change: bool = False
+    sizes: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         law = None if self.strategy is None else self.strategy.law
@@ -127,8 +154,9 @@ class _Request:
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain data, without the strategy, which the plan has."""
-        return {
-            "factor": self.factor,
+        factor = whole_or_fraction(self.factor)
+        data = {
+            "factor": factor if isinstance(factor, int) else float(factor),
             "requests": dict(self.requests or {}),
             "maps": {
                 name: {"size": source_map.size, **source_map.to_json()}
@@ -137,10 +165,13 @@ class _Request:
             "untie": self.untie,
             "keep_interface": self.keep_interface,
         }
+        if self.sizes:  # the digest of a request without sizes is what it was before there were sizes
+            data["sizes"] = {name: int(wanted) for name, wanted in self.sizes.items()}
+        return data
 
 
 def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
-    growth = size(analysis.dimensions, request.factor, request.requests, request.maps)
+    growth = size(analysis.dimensions, request.factor, request.requests, request.maps, request.sizes)
     plan = make_plan(growth, request.strategy, untie=request.untie, keep_interface=request.keep_interface)
     options = {**request.to_json(), "strategy": plan.strategy.to_json()}
     return growth, replace(plan, source=provenance(analysis.model, options), transforms=analysis.transforms)
@@ -185,9 +216,10 @@ def _planned(
 def expand(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    factor: int = 1,
+    factor: float = 1,
     requests: Mapping[str, int] | None = None,
     *,
+    sizes: Mapping[str, int] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
     strategy: Strategy | None = None,
     untie: bool = False,
@@ -210,8 +242,9 @@ def expand(
     Args:
         model: the source file.
         output: the file to write. Weights that are too large for one protobuf are written to `output` + ".data".
-        factor: the factor of hidden, ffn, heads and other widths.
+        factor: the factor of hidden, ffn, heads and other widths. A fraction gives the nearest whole sizes.
         requests: a factor by role or by dimension, e.g. ``{"head_dim": 2, "heads": 1}``.
+        sizes: a size by role or by dimension, e.g. ``{"hidden": 960, "heads": 15}``. It replaces both factors.
         maps: a source map by dimension, for growth by other than whole factors.
         strategy: how repeats share weights, by default noisy-diagonal with 10 dB.
         untie: give each use its own tensor if a tensor is stored once but only one of its uses must be divided.
@@ -242,7 +275,7 @@ def expand(
     """
     say = notify or tell_nobody
     out, mode, clock = Path(output), _mode(check, precision), _Clock()
-    request = _Request(factor, requests, maps, strategy, untie, keep_interface, transforms, allow_change)
+    request = _Request(factor, requests, maps, strategy, untie, keep_interface, transforms, allow_change, sizes)
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big = planned.analysis, planned.plan, planned.big
     validation: Validation | None = None
@@ -279,9 +312,10 @@ def expand(
 
 def plan_file(
     model: str | os.PathLike[str],
-    factor: int = 1,
+    factor: float = 1,
     requests: Mapping[str, int] | None = None,
     *,
+    sizes: Mapping[str, int] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
     strategy: Strategy | None = None,
     untie: bool = False,
@@ -293,7 +327,7 @@ def plan_file(
 
     The arguments and errors are those of `expand`. The plan is written to `plan_out` if that is given.
     """
-    request = _Request(factor, requests, maps, strategy, untie, keep_interface)
+    request = _Request(factor, requests, maps, strategy, untie, keep_interface, sizes=sizes)
     planned = _planned(model, None, request, plan_out, notify or tell_nobody, _Clock())
     if plan_out is not None:
         write_text(Path(plan_out), _text(planned.plan))
@@ -359,7 +393,30 @@ def _report(analysis: Analysis, out: Path | None, growth: Growth, plan: Plan, bi
         count_parameters(big),
         variants,
         quantised,
+        sizes=_size_changes(growth),
+        labels={named.name: named.label for named in growth.named if named.label},
     )
+
+
+def _size_changes(growth: Growth) -> tuple[SizeChange, ...]:
+    """Every size that people have a name for, in the order of the graph's dimensions."""
+    names = {named.dim: named.name for named in growth.named}
+    after = {dim: source_map.grown for dim, (_, source_map) in growth.maps.items()}
+    wanted = {dim: growth.rounded[name] for dim, name in names.items() if name in growth.rounded}
+    exact = {dim: Fraction(grown) for dim, grown in after.items()} | wanted
+    changes = [
+        SizeChange(
+            quantity.role,
+            quantity.name,
+            quantity.size,
+            quantity.size_with(after),
+            float(quantity.exact_size_with(exact)) if not wanted.keys().isdisjoint(quantity.dims) else None,
+            tuple(names[dim] for dim in quantity.dims),
+        )
+        for quantity in quantities(growth.dimensions, growth.named)
+    ]
+    order = {named.name: number for number, named in enumerate(growth.named)}
+    return tuple(sorted(changes, key=lambda change: min(order[name] for name in change.dims)))
 
 
 def _why_kept(growth: Growth, dim: Dim) -> str:

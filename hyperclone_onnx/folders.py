@@ -21,7 +21,7 @@ from typing import Any
 import onnx_ir as ir
 
 from hyperclone_onnx.analysis.analysing import analyse
-from hyperclone_onnx.analysis.roles import name_dimensions
+from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.errors import BadModel, BadRequest, HypercloneError, NothingGrows, Refused
 from hyperclone_onnx.expansion import Expansion, expand, plan_file
 from hyperclone_onnx.progress import Notify, tell_nobody
@@ -56,9 +56,10 @@ class FolderExpansion:
 def expand_folder(
     folder: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    factor: int = 1,
+    factor: float = 1,
     requests: Mapping[str, int] | None = None,
     *,
+    sizes: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
     notify: Notify | None = None,
     **options: Any,
@@ -72,6 +73,7 @@ def expand_folder(
         output: the folder to make; it must not exist, or be empty.
         factor: as for `expansion.expand`.
         requests: a factor by role; a model without the role ignores it.
+        sizes: a size by role; a model without the role ignores it.
         exclude: patterns of files to leave out, as they are called within the folder (``onnx/*_q4.onnx``).
         notify: called with each model and each stage as it begins.
         options: passed on to `expansion.expand`.
@@ -93,7 +95,8 @@ def expand_folder(
         if not models:
             raise BadModel(f"{folder}: no .onnx file in this folder")
         work = _Work(FolderExpansion(str(folder), str(out)), source, partial, factor, notify or tell_nobody, options)
-        work.requests = _requests_by_model(source, models, requests or {})
+        work.requests = _by_model(source, models, requests or {})
+        work.sizes = _by_model(source, models, sizes or {})
         work.data = {model: _data_of(source / model) for model in models}
         no_others = set[Path]().union(*work.data.values(), _data_of_models_left_out(source, left_out))
         work.copy_others(file for file in files if file not in models and (source / file).resolve() not in no_others)
@@ -110,11 +113,13 @@ class _Work:
     source: Path
     partial: Path
     """The folder that becomes the output."""
-    factor: int
+    factor: float
     say: Notify
     options: Mapping[str, Any]
     requests: dict[Path, dict[str, int]] = field(default_factory=dict)
-    """For each model the requests for the roles that it has."""
+    """For each model the requested factors of the roles that it has."""
+    sizes: dict[Path, dict[str, int]] = field(default_factory=dict)
+    """For each model the requested sizes of the roles that it has."""
     data: dict[Path, set[Path]] = field(default_factory=dict)
     """For each model its data files, resolved."""
 
@@ -153,7 +158,7 @@ class _Work:
     def _can_grow(self, model: Path) -> bool:
         options = {name: self.options[name] for name in PLANNING_OPTIONS if name in self.options}
         try:
-            plan_file(self.source / model, self.factor, self.requests[model], **options)
+            plan_file(self.source / model, self.factor, self.requests[model], sizes=self.sizes[model], **options)
         except NothingGrows:
             return False
         except Refused:
@@ -168,7 +173,15 @@ class _Work:
             self.say(f"{name}: {stage}")
 
         try:
-            grown = expand(path, self.partial / model, self.factor, self.requests[model], notify=say, **self.options)
+            grown = expand(
+                path,
+                self.partial / model,
+                self.factor,
+                self.requests[model],
+                sizes=self.sizes[model],
+                notify=say,
+                **self.options,
+            )
         except NothingGrows:
             self._copy_model(model)
             return
@@ -244,21 +257,25 @@ def _check_links(source: Path, files: list[Path]) -> None:
             )
 
 
-def _requests_by_model(source: Path, models: list[Path], asked: Mapping[str, int]) -> dict[Path, dict[str, int]]:
-    """For each model the requests for roles that its dimensions have.
+def _by_model(source: Path, models: list[Path], asked: Mapping[str, int]) -> dict[Path, dict[str, int]]:
+    """For each model the requests for roles that it has.
 
     Raises:
         BadRequest: none of them has a role that is asked for.
     """
     if not asked:
         return {model: {} for model in models}
-    roles = {model: {named.role for named in name_dimensions(analyse(source / model).dimensions)} for model in models}
+    roles: dict[Path, set[str]] = {}
+    for model in models:
+        analysis = analyse(source / model)
+        roles[model] = {named.role for named in analysis.named}
+        roles[model] |= {quantity.role for quantity in quantities(analysis.dimensions, analysis.named)}
     known = set[str]().union(*roles.values()) - {"other"}
     for name in asked:
         if name not in known:
             numbered = " (numbered dimensions are one file's own)" if "." in name else ""
             raise BadRequest(f"no model in {source} has a dimension {name!r}{numbered}; they have {sorted(known)}")
-    return {model: {role: times for role, times in asked.items() if role in roles[model]} for model in models}
+    return {model: {role: number for role, number in asked.items() if role in roles[model]} for model in models}
 
 
 def _data_of(path: Path) -> set[Path]:

@@ -78,8 +78,12 @@ ENDINGS: list[tuple[str, int, str]] = [
     (GROW, 2, "say how much to grow: --factor 2, or --set ffn=2"),
     (f"{GROW} --factor 0", 2, "0 is not in the range x>=1"),
     (f"{GROW} --factor -1", 2, "-1 is not in the range x>=1"),
-    (f"{GROW} --factor 1.5", 2, "'1.5' is not a valid integer"),
-    (f"{GROW} --factor two", 2, "'two' is not a valid integer"),
+    (f"{GROW} --factor 0.5", 2, "0.5 is not in the range x>=1"),
+    (f"{GROW} --factor inf", 2, "inf is not in the range x>=1"),
+    (f"{GROW} --factor two", 2, "'two' is not a valid number"),
+    (f"{GROW} --size ffn", 2, "'ffn': write ROLE=SIZE"),
+    (f"{GROW} --size ffn=2.5", 2, "'ffn=2.5': write ROLE=SIZE"),
+    (f"{GROW} --size ffn=24 --size ffn=30", 2, "ffn has the size 24 already"),
     (f"{GROW} --set ffn", 2, "'ffn': write ROLE=N"),
     (f"{GROW} --set =2", 2, "'=2': write ROLE=N"),
     (f"{GROW} --set ffn=0", 2, "'ffn=0': write ROLE=N"),
@@ -94,6 +98,10 @@ ENDINGS: list[tuple[str, int, str]] = [
     # wrong usage that only the model shows
     (f"{GROW} --set hiden=2", 2, "no dimension 'hiden'; did you mean 'hidden'?"),
     (f"{GROW} --set ff=2", 2, "did you mean 'ffn'?"),
+    (f"{GROW} --size hiden=24", 2, "no dimension 'hiden'; did you mean 'hidden'?"),
+    (f"{GROW} --size hidden=10", 2, "hidden=10 is below the source's 12: sizes only grow"),
+    (f"{GROW} --size ffn=24 --set ffn=2", 2, "ffn has a factor (2) and a size (24)"),
+    (f"{GROW} --size vocab=31 --factor 1.01", 2, "nothing grows: the factor is so small"),
     (f"{GROW} --set ffn.7=2", 2, "no dimension 'ffn.7'; did you mean 'ffn."),
     (f"{GROW} --set xyzzy=2", 2, "no dimension 'xyzzy'; it has ffn, hidden, vocab (`inspect` lists them)"),
     ("expand small.onnx --factor 2 -o small.onnx", 2, "would overwrite the source"),
@@ -104,6 +112,7 @@ ENDINGS: list[tuple[str, int, str]] = [
     (f"{GROW} --factor 2 --plan-out folder", 2, "folder: a folder"),
     # refused
     (f"{GROW} --set vocab=2", 3, "vocab (size 31) cannot grow: indexed by values (at Gather 'Gather_0')"),
+    (f"{GROW} --size vocab=40", 3, "vocab (size 31) cannot grow: indexed by values (at Gather 'Gather_0')"),
     (f"{GROW} --factor 2 --set vocab=3", 3, "To keep its size and grow the rest: --set vocab=1"),
     # bad input
     ("inspect no.onnx", 4, "no.onnx: no such file"),

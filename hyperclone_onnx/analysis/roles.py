@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -21,6 +21,14 @@ class NamedDim:
     dim: Dim
     role: str
     name: str
+    label: str = ""
+    """The name for people, where it differs: in grouped attention, a dimension of the role "heads" numbers the
+    key/value heads, and people mean the query heads by that word. Empty where it is `name`."""
+
+    @property
+    def called(self) -> str:
+        """The name for people."""
+        return self.label or self.name
 
     @property
     def size(self) -> int:
@@ -31,7 +39,8 @@ class NamedDim:
 def name_dimensions(dimensions: Dimensions) -> list[NamedDim]:
     """The role and the name of every atomic dimension, in the order in which the graph shows them."""
     facts = _facts_by_atom(dimensions)
-    groups = _head_groups(dimensions, facts)
+    batches = _head_batches(dimensions, facts)
+    groups = _head_groups(dimensions, batches)
     by_role: dict[str, list[Dim]] = defaultdict(list)
     order: list[tuple[Dim, str]] = []
     vocabulary = _vocabulary(dimensions)
@@ -40,9 +49,25 @@ def name_dimensions(dimensions: Dimensions) -> list[NamedDim]:
         by_role[role].append(atom)
         order.append((atom, role))
     numbers = {atom: number for atoms in by_role.values() for number, atom in enumerate(atoms)}
+    grouped = {atom for batch in batches if not groups.isdisjoint(batch) for atom in batch} - groups
+
+    def name(atom: Dim, role: str, word: str) -> str:
+        return word if len(by_role[role]) == 1 else f"{word}.{numbers[atom]}"
+
     return [
-        NamedDim(atom, role, role if len(by_role[role]) == 1 else f"{role}.{numbers[atom]}") for atom, role in order
+        NamedDim(
+            atom,
+            role,
+            name(atom, role, role),
+            name(atom, role, "kv_heads") if role == "heads" and atom in grouped else "",
+        )
+        for atom, role in order
     ]
+
+
+def head_batches(dimensions: Dimensions) -> list[tuple[Dim, ...]]:
+    """For each attention, the dimensions that number its heads, outermost first. Each combination is there once."""
+    return _head_batches(dimensions, _facts_by_atom(dimensions))
 
 
 def _facts_by_atom(dimensions: Dimensions) -> dict[Dim, frozenset[Fact]]:
@@ -80,7 +105,15 @@ def _facts_by_atom(dimensions: Dimensions) -> dict[Dim, frozenset[Fact]]:
     return {atom: frozenset(kinds) for atom, kinds in by_atom.items()}
 
 
-def _head_groups(dimensions: Dimensions, facts: Mapping[Dim, frozenset[Fact]]) -> set[Dim]:
+def _head_batches(dimensions: Dimensions, facts: Mapping[Dim, frozenset[Fact]]) -> list[tuple[Dim, ...]]:
+    space = dimensions.space
+    per_node: dict[object, list[Dim]] = defaultdict(list)
+    for term, node in dimensions.facts[Fact.BATCHED]:
+        per_node[node].extend(atom for atom in space.atoms(term) if _is_weighted(facts[atom]))
+    return list(dict.fromkeys(tuple(atoms) for atoms in per_node.values()))
+
+
+def _head_groups(dimensions: Dimensions, batches: Iterable[tuple[Dim, ...]]) -> set[Dim]:
     """The axes of heads along which keys and values are only repeated (grouped-query attention).
 
     The batch axis of such an attention is (key/value heads, group). In a multi-query model the whole batch axis is
@@ -91,12 +124,6 @@ def _head_groups(dimensions: Dimensions, facts: Mapping[Dim, frozenset[Fact]]) -
         resolved for term, _ in dimensions.facts[Fact.EXPANDED] if isinstance(resolved := space.resolve(term), Dim)
     }
     groups: set[Dim] = set()
-    batches: dict[tuple[Dim, ...], None] = {}
-    per_node: dict[object, list[Dim]] = defaultdict(list)
-    for term, node in dimensions.facts[Fact.BATCHED]:
-        per_node[node].extend(atom for atom in space.atoms(term) if _is_weighted(facts[atom]))
-    for atoms in per_node.values():
-        batches.setdefault(tuple(atoms))
     for batch in batches:
         inner = [atom for atom in batch if atom in repeated]
         groups.update(inner if len(inner) < len(batch) else inner[1:])

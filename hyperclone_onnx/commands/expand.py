@@ -9,6 +9,7 @@ import click
 
 from hyperclone_onnx.commands.guard import guarded
 from hyperclone_onnx.commands.options import (
+    Factor,
     device_option,
     dim_option,
     finite,
@@ -16,6 +17,7 @@ from hyperclone_onnx.commands.options import (
     json_option,
     model_path,
     parse_requests,
+    parse_sizes,
     seed_option,
     shard_size_option,
     validate_option,
@@ -30,8 +32,9 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRAT
 @click.option("-o", "--output", type=model_path, help="The file to write, e.g. big.onnx.")
 @click.option(
     "--factor",
-    type=click.IntRange(min=1),
-    help="Grow hidden, ffn, heads (query and key/value) and other widths by this; head sizes are kept.",
+    type=Factor(),
+    help="Grow hidden, ffn, heads (query and key/value) and other widths by this; head sizes are kept. A fraction such "
+    "as 1.5 gives the nearest sizes that the graph allows.",
 )
 @click.option(
     "--set",
@@ -40,6 +43,14 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRAT
     metavar="ROLE=N",
     callback=parse_requests,
     help="Grow one role (hidden, ffn, heads, group, head_dim) or one dimension (ffn.3) by N; 1 keeps it.",
+)
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="ROLE=SIZE",
+    callback=parse_sizes,
+    help="Grow one role (hidden, ffn, heads, kv_heads, group, head_dim, width) or one dimension (ffn.3) to SIZE.",
 )
 @click.option(
     "--strategy",
@@ -93,8 +104,9 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRAT
 def expand(
     model: Path,
     output: Path | None,
-    factor: int | None,
+    factor: float | None,
     requests: dict[str, int],
+    sizes: dict[str, int],
     strategy: Any,
     snr_db: float,
     seed: int,
@@ -118,8 +130,8 @@ def expand(
     MODEL may be a folder: every .onnx file in it grows by itself, the other files are copied, and OUTPUT is the new
     folder.
     """
-    if factor is None and not requests:
-        raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2")
+    if factor is None and not requests and not sizes:
+        raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2, or --size hidden=960")
     if output is None and not plan_only:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if no_validate and validation not in (None, "none"):
@@ -136,6 +148,7 @@ def expand(
     growth: dict[str, Any] = {
         "factor": factor or 1,
         "requests": requests,
+        "sizes": sizes,
         "strategy": Strategy(strategy, snr_db, seed),
         "untie": untie,
         "keep_interface": interface == "keep",

@@ -104,6 +104,34 @@ def _bytes(context: click.Context, option: click.Parameter, gigabytes: float | N
     return None if gigabytes is None else max(1, int(finite(context, option, gigabytes) * 1e9))
 
 
+def parse_sizes(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    """A callback that makes a size by role of texts such as ``hidden=960``."""
+    sizes: dict[str, int] = {}
+    for text in values:
+        name, equals, number = text.partition("=")
+        if not equals or not name or not (number.isascii() and number.isdigit()) or int(number) < 1:
+            raise click.BadParameter(f"{text!r}: write ROLE=SIZE, such as hidden=960, with SIZE a whole number")
+        if sizes.setdefault(name, int(number)) != int(number):
+            raise click.BadParameter(f"{text!r}: {name} has the size {sizes[name]} already; leave one of the two out")
+    return sizes
+
+
+class Factor(click.ParamType[float]):
+    """A factor from 1 on: an int where it is whole, else a float."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a factor."""
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a valid number: give one such as 2 or 1.5", param, ctx)
+        if not math.isfinite(number) or number < 1:
+            self.fail(f"{value} is not in the range x>=1.", param, ctx)
+        return int(number) if number.is_integer() else number
+
+
 def parse_requests(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
     """A callback that makes a factor by role of texts such as ``ffn=2``."""
     requests: dict[str, int] = {}

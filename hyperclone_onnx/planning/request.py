@@ -1,16 +1,19 @@
-"""Turns a request (a factor, factors by role or name, maps) into a source map for each dimension."""
+"""Turns a request (a factor, factors or sizes by role or name, maps) into a source map for each dimension."""
 
 from __future__ import annotations
 
 import difflib
-import itertools
+import numbers
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from fractions import Fraction
 
-from hyperclone_onnx.algebra.dims import Concat, Dim, Space, Term
+from hyperclone_onnx.algebra.dims import Dim
+from hyperclone_onnx.analysis.quantities import SIZE_ROLES, WIDTHS, widths_of
 from hyperclone_onnx.analysis.roles import NamedDim, explain, name_dimensions
 from hyperclone_onnx.errors import BadRequest, NothingGrows, Refused
 from hyperclone_onnx.plan.maps import SourceMap
+from hyperclone_onnx.planning.sizes import known_names, solve_sizes
 from hyperclone_onnx.rules.dimensions import Dimensions, Fact
 from hyperclone_onnx.rules.grown_terms import GrownTerms
 
@@ -38,6 +41,8 @@ class Growth:
     """(name, source map) of each dimension that grows."""
     beside: set[Dim] = field(default_factory=set)
     """Dimensions that keep their size because another factor of the same width grows."""
+    rounded: dict[str, Fraction] = field(default_factory=dict)
+    """For dimensions that a fraction does not give a whole size: the size that the fraction would give."""
 
     @property
     def terms(self) -> GrownTerms:
@@ -47,51 +52,117 @@ class Growth:
 
 def size(
     dimensions: Dimensions,
-    factor: int = 1,
+    factor: float = 1,
     requests: Mapping[str, int] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Growth:
     """Turn a request into a source map for each dimension.
 
     Args:
         dimensions: the dimensions that inference gives for the model.
-        factor: the factor of the roles in `GROWN_BY_FACTOR`.
+        factor: the factor of the roles in `GROWN_BY_FACTOR`. A fraction gives each dimension the nearest whole size.
         requests: a factor for a role ("hidden") or for one dimension ("ffn.3"). It replaces `factor`.
-        maps: any source map for one dimension, by its name. It replaces both.
+        maps: any source map for one dimension, by its name. It replaces all the others.
+        sizes: a size for a role or for one dimension (see `planning.sizes`). It replaces both factors.
 
     Raises:
         BadRequest: a factor is below 1 or above `LARGEST_FACTOR`, the model does not have a requested role or
-            dimension, or a map has another size than its dimension.
+            dimension, a map has another size than its dimension, or a requested size does not fit.
         Refused: a requested dimension is pinned. The text gives the chain of nodes that pins it.
         NothingGrows: no weight of the model may grow.
     """
     named = name_dimensions(dimensions)
-    factors = dict(requests or {})
+    times_all = whole_or_fraction(factor)
+    factors = _with_plan_names(named, requests or {})
     explicit_maps = dict(maps or {})
-    _check_request(named, factor, factors, explicit_maps)
+    wanted = dict(sizes or {})
+    _check_request(named, times_all, factors, explicit_maps)
+    _check_sizes(dimensions, named, wanted, factors)
     growth = Growth(dimensions, named)
     kept = _kept_beside_others(dimensions, named, factors.keys() | explicit_maps.keys())
+    targets = solve_sizes(dimensions, named, wanted, factors, kept) if wanted else {}
     for dimension in named:
         requested = factors.get(dimension.name, factors.get(dimension.role))
-        times = requested if requested is not None else factor if dimension.role in GROWN_BY_FACTOR else 1
-        source_map = explicit_maps.get(dimension.name) or SourceMap(dimension.size, tile=times)
+        times = requested if requested is not None else times_all if dimension.role in GROWN_BY_FACTOR else 1
+        target = targets.get(dimension.dim) if dimension.name not in factors else None
+        explicit = explicit_maps.get(dimension.name)
+        if explicit is None and target is not None:
+            explicit = map_to(dimension.size, target.size)
+        source_map = explicit or _map_by(dimension, times, growth)
         if source_map.grown == dimension.size:
             continue
-        if dimension.dim in kept:
+        if dimension.dim in kept and target is None:
             growth.beside.add(dimension.dim)
             continue
         if not dimension.dim.growable:
             gap = dimension.dim.pin is not None and dimension.dim.pin.gap
-            if requested is not None or dimension.name in explicit_maps or dimension.role in REQUIRED or gap:
+            if requested is not None or explicit is not None or dimension.role in REQUIRED or gap:
                 raise Refused(refusal(dimensions, dimension, named))
             continue
         growth.maps[dimension.dim] = (dimension.name, source_map)
-    _check_something_grows(growth, factor, factors)
+    stays = all(target.size == dim.size.static_or(0) for dim, target in targets.items())
+    _check_something_grows(growth, times_all == 1 and stays and all(times == 1 for times in factors.values()))
     return growth
 
 
-WIDTHS = (Fact.CONTRACTED_WITH_WEIGHT, Fact.WEIGHT_OUTPUT, Fact.NORMALISED, Fact.EMBEDDING, Fact.BATCHED)
-"""The facts that hold for an axis as a whole, however many factors it has."""
+def whole_or_fraction(factor: float) -> int | Fraction:
+    """A factor as an exact number: whole where it is whole. A float is read as it is printed, so 1.1 is 11 / 10.
+
+    Raises:
+        BadRequest: it is no number, or not finite.
+    """
+    if isinstance(factor, numbers.Rational):
+        exact = Fraction(int(factor.numerator), int(factor.denominator))
+    elif isinstance(factor, numbers.Real) and float(factor) - float(factor) == 0.0:
+        exact = Fraction(repr(float(factor)))
+    else:
+        raise BadRequest(f"the factor is {factor!r}: give a number such as 2 or 1.5")
+    return int(exact) if exact.denominator == 1 else exact
+
+
+def map_to(size: int, grown: int) -> SourceMap:
+    """The source map that repeats the indices of an axis in turn until it has a length."""
+    if grown % max(size, 1) == 0:
+        return SourceMap(size, tile=grown // max(size, 1))
+    return SourceMap(size, index=tuple(index % size for index in range(grown)))
+
+
+def nearest_size(size: int, factor: Fraction) -> int:
+    """The whole size that is nearest to a size times a factor. Of two that are equally near, it is the larger."""
+    return max(size, int(size * factor + Fraction(1, 2)))
+
+
+def _map_by(dimension: NamedDim, times: int | Fraction, growth: Growth) -> SourceMap:
+    """The source map of a dimension that grows by a factor."""
+    if isinstance(times, int):
+        return SourceMap(dimension.size, tile=times)
+    grown = nearest_size(dimension.size, times)
+    if grown != dimension.size * times and dimension.dim.growable:
+        growth.rounded[dimension.name] = dimension.size * times
+    return map_to(dimension.size, grown)
+
+
+def _with_plan_names(named: list[NamedDim], requests: Mapping[str, int]) -> dict[str, int]:
+    """The requested factors, with the names that plans have.
+
+    A factor of the query heads and one of the key/value heads are the same request: the group keeps its size.
+
+    Raises:
+        BadRequest: the request has both, and they differ.
+    """
+    names = {dimension.label: dimension.name for dimension in named if dimension.label}
+    if any(dimension.label for dimension in named):
+        names["kv_heads"] = "heads"
+    factors: dict[str, int] = {}
+    for called, times in requests.items():
+        name = names.get(called, called)
+        if factors.setdefault(name, times) != times:
+            raise BadRequest(
+                f"{name} and {called} are one factor in grouped attention, and the request has two: to change the "
+                "number of queries for each key/value head, give group, or sizes with --size"
+            )
+    return factors
 
 
 def _kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested: Set[str]) -> set[Dim]:
@@ -113,7 +184,7 @@ def _kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested
     composites: dict[tuple[Dim, ...], None] = {}
     for kind in WIDTHS:
         for term, _ in dimensions.facts[kind]:
-            for width in _widths(space, term):
+            for width in widths_of(space, term):
                 for key in {keys[atom] for atom in width if atom in keys}:
                     composites.setdefault(tuple(atom for atom in width if keys.get(atom) == key))
     grows: set[Dim] = set()
@@ -127,35 +198,19 @@ def _kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested
     return kept - grows
 
 
-def _widths(space: Space, term: Term) -> dict[tuple[Dim, ...], None]:
-    """The widths that lie side by side along an axis, as the keys of a dict. Equal widths are one key.
-
-    A width is given by its atoms, outermost first. The widths of ``((a b) + c) d`` are ``a b d`` and ``c d``.
-    """
-    resolved = space.resolve(term)
-    if isinstance(resolved, Dim):
-        return {(resolved,): None}
-    if isinstance(resolved, Concat):
-        return {width: None for segment in resolved.segments for width in _widths(space, segment)}
-    parts = [_widths(space, factor) for factor in resolved.factors]
-    return {tuple(itertools.chain(*atoms)): None for atoms in itertools.product(*parts)}
-
-
 def _check_request(
-    named: list[NamedDim], factor: int, requests: Mapping[str, int], maps: Mapping[str, SourceMap]
+    named: list[NamedDim], factor: int | Fraction, requests: Mapping[str, int], maps: Mapping[str, SourceMap]
 ) -> None:
     if factor < 1:
-        raise BadRequest(f"the factor is {factor}: give a whole number, 2 or more to grow")
+        raise BadRequest(f"the factor is {_text(factor)}: give a number above 1 to grow, such as 2 or 1.5")
     roles = sorted({dimension.role for dimension in named} - {"other"})
     for name, times in (("--factor", factor), *requests.items()):
         if times > LARGEST_FACTOR:
-            raise BadRequest(f"{name} {times}: no model grows that far; give a factor up to {LARGEST_FACTOR}")
+            raise BadRequest(f"{name} {_text(times)}: no model grows that far; give a factor up to {LARGEST_FACTOR}")
     names = {dimension.name for dimension in named if dimension.role != "other"} | set(roles)
     for name in (*requests, *maps):
         if name not in names:
-            matches = difflib.get_close_matches(name, sorted(names), n=1)
-            hint = f"; did you mean {matches[0]!r}?" if matches else f"; it has {', '.join(roles) or 'none'}"
-            raise BadRequest(f"this model has no dimension {name!r}{hint} (`inspect` lists them)")
+            raise _unknown(name, names, roles)
     for name, times in requests.items():
         if times < 1:
             raise BadRequest(f"the factor of {name} is {times}: give a whole number, 1 to keep its size")
@@ -165,9 +220,47 @@ def _check_request(
             raise BadRequest(f"the map of {name} is for size {source_map.size}, the dimension has size {size}")
 
 
-def _check_something_grows(growth: Growth, factor: int, requests: Mapping[str, int]) -> None:
-    if growth.maps or (factor == 1 and all(times == 1 for times in requests.values())):
+def _unknown(name: str, names: Set[str], roles: list[str]) -> BadRequest:
+    """The error for a name that the model does not have."""
+    matches = difflib.get_close_matches(name, sorted(names), n=1)
+    hint = f"; did you mean {matches[0]!r}?" if matches else f"; it has {', '.join(roles) or 'none'}"
+    return BadRequest(f"this model has no dimension {name!r}{hint} (`inspect` lists them)")
+
+
+def _text(factor: int | Fraction) -> str:
+    return str(factor) if isinstance(factor, int) else f"{float(factor):g}"
+
+
+def _check_sizes(
+    dimensions: Dimensions, named: list[NamedDim], sizes: Mapping[str, int], requests: Mapping[str, int]
+) -> None:
+    """Check the names and the numbers of requested sizes.
+
+    Raises:
+        BadRequest: the model has no such dimension, a number is no size, or a name has a size and a factor.
+    """
+    if not sizes:
         return
+    names = known_names(dimensions, named)
+    roles = [role for role in SIZE_ROLES if role in names]
+    for name, wanted in sizes.items():
+        if name not in names:
+            raise _unknown(name, names, roles)
+        if isinstance(wanted, bool) or not isinstance(wanted, numbers.Integral) or wanted < 1:
+            raise BadRequest(f"the size of {name} is {wanted}: give a whole number above 0")
+        if name in requests:
+            raise BadRequest(f"{name} has a factor ({requests[name]}) and a size ({wanted}): leave one of the two out")
+
+
+def _check_something_grows(growth: Growth, asked_for_nothing: bool) -> None:
+    if growth.maps or asked_for_nothing:
+        return
+    if growth.rounded:
+        name, exact = next(iter(growth.rounded.items()))
+        raise BadRequest(
+            f"nothing grows: the factor is so small that every size stays ({name} would be {float(exact):g}): give a "
+            "larger factor, or a size with --size"
+        )
     unruled = growth.dimensions.unruled
     if unruled:
         listed = ", ".join(f"{name} x{len(nodes)}" for name, nodes in sorted(unruled.items()))

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from rich.console import Console
 
-from hyperclone_onnx.expansion import Expansion
+from hyperclone_onnx.expansion import Expansion, SizeChange
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.reports.tables import counted, plain_table, print_line
 from hyperclone_onnx.reports.validation import print_validation
@@ -40,21 +40,43 @@ def print_expansion(console: Console, result: Expansion) -> None:
 
 
 def _print_grown(console: Console, result: Expansion) -> None:
-    """A row for each role and sizes of the dimensions that grew."""
-    rows: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    """A row for each role and sizes of what grew, as people call it; then what is not the size that was asked for."""
+    rows: dict[tuple[str, int, int, float | None], list[str]] = defaultdict(list)
+    for size in result.sizes:
+        if size.after != size.before:
+            rows[size.role, size.before, size.after, size.wanted].append(size.name)
+    told = {name for size in result.sizes for name in size.dims}
     for name, dim in result.plan.dims.items():
-        rows[dim.role, dim.map.size, dim.map.grown].append(name)
-    table = plain_table("grew", "from", "to")
-    for (role, before, after), names in rows.items():
-        table.add_row(names[0] if len(names) == 1 else counted(role, len(names)), str(before), str(after))
+        if name not in told:
+            rows[dim.role, dim.map.size, dim.map.grown, None].append(name)
+    nearest = any(wanted is not None for _, _, _, wanted in rows)
+    table = plain_table("grew", "from", "to", *(["nearest to"] if nearest else []))
+    for (role, before, after, wanted), names in rows.items():
+        cells = [_label(role, names), str(before), str(after)]
+        table.add_row(*cells, *([f"{wanted:g}" if wanted is not None else ""] if nearest else []))
     console.print(table)
+
+
+def _label(role: str, names: list[str]) -> str:
+    """The name of what is alone in its row; the role of a head's size, whose name lists its parts."""
+    return names[0] if len(names) == 1 and "+" not in names[0] else counted(role, len(names))
 
 
 def _print_kept(console: Console, result: Expansion) -> None:
     """A row for each role, size and reason of the dimensions that kept their size."""
+    sizes_of: dict[str, list[SizeChange]] = defaultdict(list)
+    for change in result.sizes:
+        for name in change.dims:
+            sizes_of[name].append(change)
     rows: dict[tuple[str, int, str], int] = defaultdict(int)
+    told: set[SizeChange] = set()
     for dimension in result.kept:
-        rows[dimension.role, dimension.size, dimension.reason] += 1
+        if not sizes_of[dimension.name]:
+            rows[dimension.role, dimension.size, dimension.reason] += 1
+        for change in sizes_of[dimension.name]:
+            if change.after == change.before and change not in told:
+                rows[change.role, change.before, dimension.reason] += 1
+            told.add(change)
     if not rows:
         return
     table = plain_table("kept", "size", "why")

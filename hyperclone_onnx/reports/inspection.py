@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hyperclone_onnx.algebra.dims import Dim, Product, Space, Term
 from hyperclone_onnx.analysis.analysing import Analysis, count_parameters
+from hyperclone_onnx.analysis.quantities import Quantity, quantities
 from hyperclone_onnx.analysis.roles import NamedDim, explain
 from hyperclone_onnx.reports.tables import Table, counted, plain_table, print_line
 from hyperclone_onnx.rules.dimensions import Dimensions
@@ -21,7 +22,7 @@ class TermWriter:
 
     def __init__(self, space: Space, named: Sequence[NamedDim]) -> None:
         self.space = space
-        self.names = {dimension.dim: dimension.name for dimension in named if dimension.role != "other"}
+        self.names = {dimension.dim: dimension.called for dimension in named if dimension.role != "other"}
 
     def axis(self, term: Term) -> str:
         """One axis: the name of its dimension, or its size where it has no name."""
@@ -77,6 +78,7 @@ def inspection(analysis: Analysis) -> dict[str, Any]:
         "dimensions": [
             {
                 "name": dimension.name,
+                "called": dimension.called,
                 "role": dimension.role,
                 "size": dimension.size,
                 "growable": dimension.dim.growable,
@@ -84,6 +86,10 @@ def inspection(analysis: Analysis) -> dict[str, Any]:
             }
             for dimension in analysis.named
             if dimension.role != "other"
+        ],
+        "sizes": [
+            {"role": quantity.role, "name": quantity.name, "size": quantity.size}
+            for quantity in quantities(dimensions, analysis.named)
         ],
         "inputs": interface(graph.inputs),
         "outputs": interface(graph.outputs),
@@ -118,13 +124,23 @@ def grouped_tensors(tensors: dict[str, list[str]]) -> list[str]:
 
 
 def _dimension_table(dimensions: Dimensions, named: Sequence[NamedDim]) -> Table:
-    """A row for each role, size and reason; dimensions that agree in all three share a row."""
+    """A row for each role, size and reason; dimensions that agree in all three share a row.
+
+    Query heads that are in groups are no dimension of their own. They have a row before those of their factors.
+    """
     table = plain_table("dimension", "size", "grows", "why not")
     rows: dict[tuple[str, int, str], list[str]] = defaultdict(list)
+    grouped: dict[Dim, list[Quantity]] = defaultdict(list)
+    for quantity in quantities(dimensions, named):
+        if quantity.role == "heads" and any(other.label for other in named if other.dim in quantity.dims):
+            grouped[quantity.dims[0]].append(quantity)
     for dimension in named:
         if dimension.role != "other":
             why = "" if dimension.dim.pin is None else explain(dimensions, dimension.dim)
-            rows[dimension.role, dimension.size, why].append(dimension.name)
+            for quantity in grouped[dimension.dim]:
+                rows["heads", quantity.size, why].append(quantity.name)
+            role = "kv_heads" if dimension.label else dimension.role
+            rows[role, dimension.size, why].append(dimension.called)
     for (role, size, why), names in rows.items():
         label = names[0] if len(names) == 1 else f"{role} x{len(names)} ({names[0]} .. {names[-1]})"
         table.add_row(label, str(size), "no" if why else "yes", why)
