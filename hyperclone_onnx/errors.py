@@ -64,3 +64,15 @@ def first_line(problem: object, most: int = 200) -> str:
     """The first line of an exception's text, cut to `most` characters; its class name if the text is empty."""
     lines = str(problem).strip().splitlines()
     return lines[0][:most] if lines else type(problem).__name__
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes for people.
+
+    >>> in_bytes(999), in_bytes(13_250_000), in_bytes(2 * 10**9)
+    ('999 bytes', '13.2 MB', '2.0 GB')
+    """
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"

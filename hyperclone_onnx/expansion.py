@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,10 +14,10 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Dim
-from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters, is_code
+from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters, is_code, stored_bytes
 from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.analysis.roles import explain
-from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
+from hyperclone_onnx.errors import BadRequest, CannotWrite, ModelsDiffer, Refused, in_bytes
 from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.plan.plans import Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy
@@ -24,6 +25,7 @@ from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.planning.request import Growth, size, whole_or_fraction
 from hyperclone_onnx.progress import Notify, Progress, tell_nobody
+from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import check_output, data_name, publication, write_text
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.rewriting.rewriting import rewrite
@@ -85,6 +87,8 @@ class Expansion:
     """Every size that people have a name for."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """The name for people of each dimension that has another one."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """The names of the written files, the model first and then its data files, with their sizes in bytes."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, without the recipes of the tensors."""
@@ -108,6 +112,7 @@ class Expansion:
                 | ({} if size.wanted is None else {"wanted": size.wanted})
                 for size in self.sizes
             ],
+            "files": dict(self.files),
         }
 
 
@@ -278,6 +283,7 @@ def expand(
     request = _Request(factor, requests, maps, strategy, untie, keep_interface, transforms, allow_change, sizes)
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big = planned.analysis, planned.plan, planned.big
+    _check_room(out, analysis.model, big)
     validation: Validation | None = None
     pair = Pair(analysis.dimensions, big, plan, device, wishes_of(analysis.model, inputs, dims))
     prepared = None
@@ -306,8 +312,38 @@ def expand(
             if validation.problems:
                 raise ModelsDiffer(_differs(out, validation))
         loading.check_unchanged(analysis.stamps)
+        files = _sizes_of_files(written)
         say("publishing")
-    return replace(planned.result, validation=validation, seconds=clock.seconds)
+    return replace(planned.result, validation=validation, seconds=clock.seconds, files=files)
+
+
+MOST_TIMES, FREE_OF_LIMIT = 100, 10**9
+"""A result that is larger than its source by more than this is a mistake of the user, unless it is small (bytes)."""
+
+
+def _check_room(out: Path, source: ir.Model, grown: ir.Model) -> None:
+    """Check the size of the result before anything is written.
+
+    Raises:
+        CannotWrite: it is larger than the free space of its disk.
+        BadRequest: it is more than `MOST_TIMES` as large as its source.
+    """
+    before, after = stored_bytes(source), stored_bytes(grown)
+    if after > MOST_TIMES * before and after > FREE_OF_LIMIT:
+        raise BadRequest(
+            f"{out} would have {in_bytes(after)}, {after / max(before, 1):,.0f} times its source "
+            f"({in_bytes(before)}): if you want that, grow in several steps"
+        )
+    free = shutil.disk_usage(out.resolve().parent).free
+    if after > free:
+        raise CannotWrite(f"{out} would have {in_bytes(after)}, and its disk has {in_bytes(free)} free")
+
+
+def _sizes_of_files(written: Path) -> dict[str, int]:
+    """The files of a written model, the model itself first."""
+    names = data_files(written.name)
+    data = sorted(path for path in written.parent.iterdir() if names.fullmatch(path.name))
+    return {path.name: path.stat().st_size for path in (written, *data)}
 
 
 def plan_file(

@@ -98,6 +98,11 @@ ENDINGS: list[tuple[str, int, str]] = [
     # wrong usage that only the model shows
     (f"{GROW} --set hiden=2", 2, "no dimension 'hiden'; did you mean 'hidden'?"),
     (f"{GROW} --set ff=2", 2, "did you mean 'ffn'?"),
+    (
+        f"{GROW} --set hidden=960",
+        2,
+        "hidden=960 asks for 12 times 960, which is 11,520: you may mean --size hidden=960",
+    ),
     (f"{GROW} --size hiden=24", 2, "no dimension 'hiden'; did you mean 'hidden'?"),
     (f"{GROW} --size hidden=10", 2, "hidden=10 is below the source's 12: sizes only grow"),
     (f"{GROW} --size ffn=24 --set ffn=2", 2, "ffn has a factor (2) and a size (24)"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
-from conftest import Command, build_model, normal, perceptron
+from conftest import Command, build_model, names_in, normal, perceptron
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -280,3 +281,44 @@ def test_a_folder_grows_to_sizes(zoo: Zoo, tmp_path: Path) -> None:
 def test_a_pinned_dimension_refuses_a_size(zoo: Zoo) -> None:
     with pytest.raises(Refused, match=r"head_dim\.\d \(size 4\) cannot grow"):
         plan_expansion(analyse(zoo("cohere.cached")), sizes={"head_dim": 12})
+
+
+# -- results that are too large, or no larger ------------------------------------------------------------------
+
+
+def test_a_result_beyond_the_disk_stops_before_writing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5_000))
+    outcome = cli("expand", small, "--factor", "2", "-o", tmp_path / "big.onnx")
+    assert outcome.code == 2
+    assert re.search(r"big\.onnx would have \d+\.\d KB, and its disk has 5\.0 KB free$", outcome.stderr.strip())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_of_a_hundred_times_its_source_stops_before_writing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    monkeypatch.setattr("hyperclone_onnx.expansion.FREE_OF_LIMIT", 0)
+    assert cli("expand", small, "--factor", "8", "-o", tmp_path / "fits.onnx", "--no-validate").code == 0
+    outcome = cli("expand", small, "--size", "ffn=20000", "-o", tmp_path / "big.onnx")
+    assert outcome.code == 2
+    assert "times its source" in outcome.stderr
+    assert "grow in several steps" in outcome.stderr
+    assert names_in(tmp_path) == {"fits.onnx"}
+
+
+def test_factor_one_says_that_nothing_grows(small: Path, tmp_path: Path, cli: Command) -> None:
+    outcome = cli("expand", small, "--factor", "1", "-o", tmp_path / "same.onnx")
+    assert outcome.code == 0
+    assert outcome.stdout.startswith("nothing grows: every size stays")
+    assert not cli("expand", small, "--factor", "2", "--plan-only").stdout.startswith("nothing")
+
+
+def test_the_report_has_the_files(small: Path, tmp_path: Path, cli: Command) -> None:
+    report = expand(small, tmp_path / "big.onnx", 2, check=False, max_shard_size=4_000)
+    assert len(report.files) > 2
+    assert report.files == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert next(iter(report.files)) == "big.onnx"
+    outcome = cli("expand", small, "--factor", "2", "-o", tmp_path / "one.onnx", "--no-validate")
+    assert f"one.onnx: {(tmp_path / 'one.onnx').stat().st_size / 1000:.1f} KB (" in outcome.stdout

@@ -61,6 +61,12 @@ def count_parameters(model: ir.Model) -> int:
     return sum(tensor.size for tensor in tensors if tensor.dtype.is_floating_point() or is_code(tensor.dtype))
 
 
+def stored_bytes(model: ir.Model) -> int:
+    """The bytes of all stored tensors."""
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    return sum(tensor.nbytes for tensor in tensors if tensor.dtype != ir.DataType.STRING)
+
+
 def is_code(dtype: ir.DataType) -> bool:
     """Whether quantised weights are stored in a type: integers of at most 8 bits."""
     return dtype.is_integer() and dtype.bitwidth <= 8

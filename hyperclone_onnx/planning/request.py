@@ -214,10 +214,29 @@ def _check_request(
     for name, times in requests.items():
         if times < 1:
             raise BadRequest(f"the factor of {name} is {times}: give a whole number, 1 to keep its size")
+        _check_is_no_size(named, name, times)
     for name, source_map in maps.items():
         size = next((dimension.size for dimension in named if dimension.name == name), None)
         if size != source_map.size:
             raise BadRequest(f"the map of {name} is for size {source_map.size}, the dimension has size {size}")
+
+
+LARGEST_LIKELY_FACTOR = 16
+"""A larger factor for a role that is also larger than its size may be meant as a size."""
+
+
+def _check_is_no_size(named: list[NamedDim], name: str, times: int) -> None:
+    """Ask where a factor looks like a size: ``hidden=960`` for a width of 576.
+
+    Raises:
+        BadRequest: it does.
+    """
+    old = max((dimension.size for dimension in named if name in (dimension.name, dimension.role)), default=0)
+    if times > LARGEST_LIKELY_FACTOR and times >= old:
+        raise BadRequest(
+            f"{name}={times} asks for {old:,} times {times:,}, which is {old * times:,}: you may mean "
+            f"--size {name}={times}; if not, --size {name}={old * times}"
+        )
 
 
 def _unknown(name: str, names: Set[str], roles: list[str]) -> BadRequest:

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from rich.console import Console
 
+from hyperclone_onnx.errors import in_bytes
 from hyperclone_onnx.expansion import Expansion, SizeChange
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.reports.tables import counted, plain_table, print_line
@@ -34,9 +35,20 @@ def print_expansion(console: Console, result: Expansion) -> None:
         console.print("not validated (--validate none)")
     else:
         print_validation(console, result.validation)
-    print_line(console, f"wrote {result.output} ({took})")
+    print_line(console, f"wrote {_files(result)} ({took})")
     for line in RECIPE.lines():
         print_line(console, line)
+
+
+def _files(result: Expansion) -> str:
+    """The output with its size, and its data files with theirs."""
+    texts = [
+        in_bytes(size) if number == 0 else f"{name} {in_bytes(size)}"
+        for number, (name, size) in enumerate(result.files.items())
+    ]
+    more = f" and {len(texts) - 3} more files" if len(texts) > 4 else ""
+    listed = texts if not more else texts[:3]
+    return f"{result.output}: {', '.join(listed)}{more}" if texts else str(result.output)
 
 
 def _print_grown(console: Console, result: Expansion) -> None:
@@ -50,6 +62,9 @@ def _print_grown(console: Console, result: Expansion) -> None:
         if name not in told:
             rows[dim.role, dim.map.size, dim.map.grown, None].append(name)
     nearest = any(wanted is not None for _, _, _, wanted in rows)
+    if not rows:
+        print_line(console, "nothing grows: every size stays, and the result computes the same with the same weights")
+        return
     table = plain_table("grew", "from", "to", *(["nearest to"] if nearest else []))
     for (role, before, after, wanted), names in rows.items():
         cells = [_label(role, names), str(before), str(after)]
