@@ -24,6 +24,8 @@ from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.planning.request import Growth, size, whole_or_fraction
+from hyperclone_onnx.planning.target import Compared, Likeness, read_target
+from hyperclone_onnx.planning.target import like as like_target
 from hyperclone_onnx.progress import Notify, Progress, tell_nobody
 from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import check_output, data_name, publication, write_text
@@ -89,6 +91,25 @@ class Expansion:
     """The name for people of each dimension that has another one."""
     files: Mapping[str, int] = field(default_factory=dict)
     """The names of the written files, the model first and then its data files, with their sizes in bytes."""
+    likeness: Likeness | None = None
+    """The target whose sizes were requested, if one was."""
+
+    @property
+    def compared(self) -> list[Compared]:
+        """The sizes of source, target and result side by side; empty without a target."""
+        if self.likeness is None:
+            return []
+        before: dict[str, set[int]] = {}
+        after: dict[str, set[int]] = {}
+        for change in self.sizes:
+            before.setdefault(change.role, set()).add(change.before)
+            after.setdefault(change.role, set()).add(change.after)
+        tables = {dimension.size for dimension in self.kept if dimension.role == "vocab"}
+        sides = (
+            {role: next(iter(sizes)) for role, sizes in {**side, "vocab": tables}.items() if len(sizes) == 1}
+            for side in (before, after)
+        )
+        return self.likeness.compared(*sides)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, without the recipes of the tensors."""
@@ -113,6 +134,15 @@ class Expansion:
                 for size in self.sizes
             ],
             "files": dict(self.files),
+            **(
+                {}
+                if self.likeness is None
+                else {
+                    "like": self.likeness.path,
+                    "compared": [asdict(row) for row in self.compared],
+                    "differences": list(self.likeness.differences),
+                }
+            ),
         }
 
 
@@ -124,6 +154,7 @@ def plan_expansion(
     strategy: Strategy | None = None,
     *,
     sizes: Mapping[str, int] | None = None,
+    like: str | os.PathLike[str] | None = None,
     untie: bool = False,
     keep_interface: bool = False,
 ) -> Plan:
@@ -133,7 +164,8 @@ def plan_expansion(
         BadRequest: the request does not fit the model (see `planning.request.size`).
         Refused: the model cannot grow in this way (see `planning.request.size` and `planning.making.make_plan`).
     """
-    return _plan(analysis, _Request(factor, requests, maps, strategy, untie, keep_interface, sizes=sizes))[1]
+    request = _Request(factor, requests, maps, strategy, untie, keep_interface, sizes=sizes, like=like)
+    return _plan(analysis, _with_target(analysis, request)[0])[1]
 
 
 @dataclass(frozen=True)
@@ -149,6 +181,7 @@ class _Request:
     transforms: Sequence[TransformStep] = ()
     allow_change: bool = False
     sizes: Mapping[str, int] | None = None
+    like: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         law = None if self.strategy is None else self.strategy.law
@@ -173,6 +206,17 @@ class _Request:
         if self.sizes:  # the digest of a request without sizes is what it was before there were sizes
             data["sizes"] = {name: int(wanted) for name, wanted in self.sizes.items()}
         return data
+
+
+def _with_target(analysis: Analysis, request: _Request) -> tuple[_Request, Likeness | None]:
+    """The request with the sizes of the model that it names, if it names one. Its own sizes replace these."""
+    if request.like is None:
+        return request, None
+    if whole_or_fraction(request.factor) != 1:
+        raise BadRequest("a factor and a target contradict each other: leave one of the two out")
+    target = read_target(request.like)
+    likeness = like_target(analysis, target)
+    return replace(request, sizes={**likeness.sizes, **(request.sizes or {})}), likeness
 
 
 def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
@@ -211,9 +255,10 @@ def _planned(
     if plan_out is not None:
         check_output(Path(plan_out), used_files)
     say("planning")
+    request, likeness = _with_target(analysis, request)
     growth, plan = _plan(analysis, request)
     big = rewrite(analysis.model, plan)
-    result = _report(analysis, out, growth, plan, big)
+    result = replace(_report(analysis, out, growth, plan, big), likeness=likeness)
     clock.lap("plan")
     return _Planned(analysis, plan, big, replace(result, seconds=clock.seconds))
 
@@ -225,6 +270,7 @@ def expand(
     requests: Mapping[str, int] | None = None,
     *,
     sizes: Mapping[str, int] | None = None,
+    like: str | os.PathLike[str] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
     strategy: Strategy | None = None,
     untie: bool = False,
@@ -250,6 +296,7 @@ def expand(
         factor: the factor of hidden, ffn, heads and other widths. A fraction gives the nearest whole sizes.
         requests: a factor by role or by dimension, e.g. ``{"head_dim": 2, "heads": 1}``.
         sizes: a size by role or by dimension, e.g. ``{"hidden": 960, "heads": 15}``. It replaces both factors.
+        like: a Hugging Face folder, its config.json, or an ONNX file: the sizes are those of that model.
         maps: a source map by dimension, for growth by other than whole factors.
         strategy: how repeats share weights, by default noisy-diagonal with 10 dB.
         untie: give each use its own tensor if a tensor is stored once but only one of its uses must be divided.
@@ -280,7 +327,7 @@ def expand(
     """
     say = notify or tell_nobody
     out, mode, clock = Path(output), _mode(check, precision), _Clock()
-    request = _Request(factor, requests, maps, strategy, untie, keep_interface, transforms, allow_change, sizes)
+    request = _Request(factor, requests, maps, strategy, untie, keep_interface, transforms, allow_change, sizes, like)
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big = planned.analysis, planned.plan, planned.big
     _check_room(out, analysis.model, big)
@@ -352,6 +399,7 @@ def plan_file(
     requests: Mapping[str, int] | None = None,
     *,
     sizes: Mapping[str, int] | None = None,
+    like: str | os.PathLike[str] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
     strategy: Strategy | None = None,
     untie: bool = False,
@@ -363,7 +411,7 @@ def plan_file(
 
     The arguments and errors are those of `expand`. The plan is written to `plan_out` if that is given.
     """
-    request = _Request(factor, requests, maps, strategy, untie, keep_interface, sizes=sizes)
+    request = _Request(factor, requests, maps, strategy, untie, keep_interface, sizes=sizes, like=like)
     planned = _planned(model, None, request, plan_out, notify or tell_nobody, _Clock())
     if plan_out is not None:
         write_text(Path(plan_out), _text(planned.plan))

@@ -258,8 +258,10 @@ def test_an_error_of_the_system_is_no_defect(cli: Command, place: Path, monkeypa
 
 # -- JSON -------------------------------------------------------------------------------------------------
 
-INSPECTION_KEYS = "model parameters nodes opset dimensions inputs outputs tensors operators_without_rule".split()
-EXPANSION_KEYS = "source output strategy interface grown kept parameters separated quantised validation seconds".split()
+INSPECTION_KEYS = "model parameters nodes opset dimensions inputs outputs tensors operators_without_rule sizes".split()
+EXPANSION_KEYS = (
+    "source output strategy interface grown kept parameters separated quantised validation seconds sizes files".split()
+)
 VALIDATION_KEYS = (
     "equal problems provider cases outputs tensors tolerance tolerance_reason wide wide_tolerance rounds double "
     "double_by notes mode scope graph".split()

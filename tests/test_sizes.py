@@ -105,7 +105,7 @@ REFUSED: list[tuple[str, dict[str, int], str]] = [
         "head_dim=9 does not fit head_dim.0 + head_dim.0, which is 8 now: 8 or 10 would",
     ),
     ("llama.distinct", {"head_dim": 7}, "head_dim=7 is below the source's 8"),
-    ("llama.distinct", {"head_dim": 12, "head_dim.0": 5}, "contradict each other"),
+    ("llama.distinct", {"heads": 9, "kv_heads.0": 4}, "heads=9 and kv_heads.0=4 contradict each other"),
     ("llama.distinct", {"kv_heads.0": 1}, "kv_heads.0=1 is below the source's 2"),
     ("llama.distinct", {"kvheads": 4}, "did you mean 'kv_heads'?"),
     ("llama.distinct", {"ffn": 0}, "the size of ffn is 0: give a whole number above 0"),

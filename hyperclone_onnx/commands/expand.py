@@ -53,6 +53,12 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRAT
     help="Grow one role (hidden, ffn, heads, kv_heads, group, head_dim, width) or one dimension (ffn.3) to SIZE.",
 )
 @click.option(
+    "--like",
+    type=model_path,
+    metavar="TARGET",
+    help="Grow to the sizes of another model: a Hugging Face folder, its config.json, or an ONNX file.",
+)
+@click.option(
     "--strategy",
     type=click.Choice(STRATEGIES),
     default="noisy-diagonal",
@@ -107,6 +113,7 @@ def expand(
     factor: float | None,
     requests: dict[str, int],
     sizes: dict[str, int],
+    like: Path | None,
     strategy: Any,
     snr_db: float,
     seed: int,
@@ -130,8 +137,10 @@ def expand(
     MODEL may be a folder: every .onnx file in it grows by itself, the other files are copied, and OUTPUT is the new
     folder.
     """
-    if factor is None and not requests and not sizes:
-        raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2, or --size hidden=960")
+    if factor is None and not requests and not sizes and like is None:
+        raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2, --size hidden=960, --like TARGET")
+    if factor is not None and like is not None:
+        raise click.UsageError("--factor and --like contradict each other: leave one of the two out")
     if output is None and not plan_only:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if no_validate and validation not in (None, "none"):
@@ -149,6 +158,7 @@ def expand(
         "factor": factor or 1,
         "requests": requests,
         "sizes": sizes,
+        "like": like,
         "strategy": Strategy(strategy, snr_db, seed),
         "untie": untie,
         "keep_interface": interface == "keep",

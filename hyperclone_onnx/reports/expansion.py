@@ -15,6 +15,7 @@ from hyperclone_onnx.reports.validation import print_validation
 
 def print_expansion(console: Console, result: Expansion) -> None:
     """Print the whole report."""
+    _print_compared(console, result)
     _print_grown(console, result)
     _print_kept(console, result)
     if result.quantised and not result.plan.strategy.law.is_even:
@@ -49,6 +50,19 @@ def _files(result: Expansion) -> str:
     more = f" and {len(texts) - 3} more files" if len(texts) > 4 else ""
     listed = texts if not more else texts[:3]
     return f"{result.output}: {', '.join(listed)}{more}" if texts else str(result.output)
+
+
+def _print_compared(console: Console, result: Expansion) -> None:
+    """The sizes of source, target and result side by side, and what the target has that the result has not."""
+    if result.likeness is None:
+        return
+    table = plain_table("size", "source", "target", "result")
+    for row in result.compared:
+        cells = ("" if number is None else str(number) for number in (row.source, row.target, row.result))
+        table.add_row(row.role, *cells)
+    console.print(table)
+    for difference in result.likeness.differences:
+        print_line(console, f"not like {result.likeness.path}: {difference}")
 
 
 def _print_grown(console: Console, result: Expansion) -> None:

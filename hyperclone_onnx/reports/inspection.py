@@ -78,23 +78,23 @@ def inspection(analysis: Analysis) -> dict[str, Any]:
         "dimensions": [
             {
                 "name": dimension.name,
-                "called": dimension.called,
                 "role": dimension.role,
                 "size": dimension.size,
                 "growable": dimension.dim.growable,
                 "reason": None if dimension.dim.pin is None else explain(dimensions, dimension.dim),
+                **({"called": dimension.label} if dimension.label else {}),
             }
             for dimension in analysis.named
             if dimension.role != "other"
-        ],
-        "sizes": [
-            {"role": quantity.role, "name": quantity.name, "size": quantity.size}
-            for quantity in quantities(dimensions, analysis.named)
         ],
         "inputs": interface(graph.inputs),
         "outputs": interface(graph.outputs),
         "tensors": tensor_axes(analysis),
         "operators_without_rule": {name: len(nodes) for name, nodes in sorted(dimensions.unruled.items())},
+        "sizes": [
+            {"role": quantity.role, "name": quantity.name, "size": quantity.size}
+            for quantity in quantities(dimensions, analysis.named)
+        ],
     }
 
 
