@@ -231,11 +231,13 @@ GROWN: list[tuple[str, dict[str, int]]] = [
 @pytest.mark.parametrize(("family", "sizes"), GROWN, ids=[family for family, _ in GROWN])
 @pytest.mark.parametrize("strategy", ["noisy-diagonal", "noisy-symmetric"])
 def test_models_grow_to_sizes(zoo: Zoo, tmp_path: Path, family: str, sizes: dict[str, int], strategy: str) -> None:
-    out = tmp_path / "big.onnx"
-    report = expand(zoo(family), out, sizes=sizes, strategy=Strategy(strategy), device="cpu", precision="float64")
+    wide = "stored" if family.endswith(".fused") else "float64"  # nothing runs fused operators in float64
+    law, out = Strategy(strategy), tmp_path / "big.onnx"
+    report = expand(zoo(family), out, sizes=sizes, strategy=law, device="cpu", precision=wide)  # type: ignore[arg-type]
     assert report.validation is not None
     assert report.validation.equal
-    assert max(output.max_relative for output in report.validation.double or []) < 1e-12
+    assert max((output.max_relative for output in report.validation.double or []), default=0.0) < 1e-12
+    assert (report.validation.double is None) == family.endswith(".fused")
     after = {size.role: size.after for size in report.sizes}
     assert {role: after[role] for role in sizes} == sizes
     assert any(size.after % size.before for size in report.sizes)
@@ -245,9 +247,9 @@ def test_a_wrong_map_is_noticed(tmp_path: Path) -> None:
     """The comparison of these tests fails where a map repeats indices in an order that a tensor does not have."""
     onnx.save(perceptron(), tmp_path / "small.onnx")
     report = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", sizes={"ffn": 30}, device="cpu")
-    assert report.plan.dims["ffn"].map == SourceMap(20, index=tuple(index % 20 for index in range(30)))
+    assert report.plan.dims["ffn.0"].map == SourceMap(20, index=tuple(index % 20 for index in range(30)))
     model = onnx.load(tmp_path / "big.onnx")
-    (down,) = [tensor for tensor in model.graph.initializer if tuple(tensor.dims) == (30, 12)]
+    down = next(tensor for tensor in model.graph.initializer if tuple(tensor.dims) == (30, 12))
     rolled = np.roll(onnx.numpy_helper.to_array(down), 1, axis=0)
     down.CopyFrom(onnx.numpy_helper.from_array(rolled, down.name))
     onnx.save(model, tmp_path / "wrong.onnx")
