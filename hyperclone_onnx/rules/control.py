@@ -38,7 +38,7 @@ def if_(op: Op) -> None:
                 op.pin(term, "the other branch makes this value with another rank")
             op.out_unknown(index)
             continue
-        op.out([_either(op, a, b) for a, b in zip(one, other, strict=True)], index=index)
+        op.out([_axis_of_both(op, a, b) for a, b in zip(one, other, strict=True)], index=index)
 
 
 @edits("If")
@@ -55,7 +55,7 @@ def edit_if(op: GrownOp) -> None:
 pinned("it is sparse or holds no numbers; any other becomes an initializer before the analysis", "Constant")
 
 
-def _either(op: Op, one: Term, other: Term) -> Term:
+def _axis_of_both(op: Op, one: Term, other: Term) -> Term:
     if op.size(one) == op.size(other):
         op.unify(one, other)
         return one
@@ -144,17 +144,17 @@ def _leave(op: Op, made: Sequence[ir.Value], carried: list[Axes], stacked: Seque
             op.out(whole, index=index)
             continue
         before = carried[index]
-        if _comes_back(op, before, axes):
+        if _keeps_shape(op, before, axes):
             op.out(before, index=index)
         else:
-            _distrust(op)
+            _pin_body(op)
             op.out([op.pinned_dim(None, CHANGED) for _ in axes], index=index)
 
 
 CHANGED = "a loop changes the shape of a value that it carries"
 
 
-def _comes_back(op: Op, before: Axes, after: Axes) -> bool:
+def _keeps_shape(op: Op, before: Axes, after: Axes) -> bool:
     """Relate a carried value after an iteration with the same value before it. False if its shape has changed."""
     if len(before) != len(after):
         return False
@@ -168,7 +168,7 @@ def _comes_back(op: Op, before: Axes, after: Axes) -> bool:
     return True
 
 
-def _distrust(op: Op) -> None:
+def _pin_body(op: Op) -> None:
     """Pin all axes in a body. Its rules have seen shapes that change in the next iteration."""
     for node in op.body("body").all_nodes():
         given = (op.dimensions.axes_of(node, i) for i, value in enumerate(node.inputs) if value is not None)

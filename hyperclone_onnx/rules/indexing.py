@@ -148,11 +148,11 @@ def scatter_elements(op: Op) -> None:
     index_by(op, axes[axis], 1)
     _same_or_pinned(op, axes, where, skip=axis)
     op.unify_axes(where, op.axes(2))
-    _once_each(op, where[axis : axis + 1])
+    _pin_accumulated(op, where[axis : axis + 1])
     op.out(axes)
 
 
-def _once_each(op: Op, numbering: Axes) -> None:
+def _pin_accumulated(op: Op, numbering: Axes) -> None:
     """Pin the axes of updates that are added or multiplied: repeats would apply each update more than once."""
     if op.text("reduction", "none") in ("add", "mul"):
         for term in numbering:
@@ -211,7 +211,7 @@ def scatter_nd(op: Op) -> None:
         for term in axes[: depth - 1]:
             index_by(op, term, 1)
         op.unify_axes(op.axes(2), (*where[:-2], *axes[depth - 1 :]))
-        _once_each(op, axes[depth - 1 : depth])
+        _pin_accumulated(op, axes[depth - 1 : depth])
         op.out(axes)
         return
     # These tuples list whole rows in order. So the rows are set as a whole, and may have any length.
@@ -220,7 +220,7 @@ def scatter_nd(op: Op) -> None:
     for term in axes[: depth - len(rows)]:
         index_by(op, term, 1)
     op.unify_axes(op.axes(2), (*where[:-1], *axes[depth:]))
-    _once_each(op, where[:-1])
+    _pin_accumulated(op, where[:-1])
     op.out(axes)
 
 
