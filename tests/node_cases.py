@@ -32,7 +32,6 @@ EXCLUDED: dict[str, str] = {
     "test_reduce_m??_empty_set*": "the maximum of an empty tensor: no framework has it",
     "test_scan_sum": "Scan of opset 8, which has a batch of its own",
     "test_not_?d": "opset 1: elementwise operators broadcast by attributes before opset 7",
-    "test_dynamicquantizelinear*": "quantised",
     "test_*_string*": "strings",
 }
 """Cases of covered operators that are refused, or not applicable, in every framework; with the reason."""

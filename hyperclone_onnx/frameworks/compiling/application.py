@@ -44,7 +44,7 @@ class Application:
 
 
 def bind(program: Program, positional: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
-    """Bind arguments to the inputs of a program: the values in the order of the inputs.
+    """Bind arguments to the inputs of a program: values in the order of the inputs, None for an absent one.
 
     Raises:
         BadRequest: an input is missing, unknown, or given twice.
@@ -59,10 +59,10 @@ def bind(program: Program, positional: Sequence[Any], named: Mapping[str, Any]) 
         if name in values:
             raise BadRequest(f"the input {name!r} is given twice")
         values[name] = value
-    missing = [name for name in names if name not in values]
+    missing = [entry.name for entry in program.inputs if entry.name not in values and not entry.optional]
     if missing:
         raise BadRequest(f"the model's inputs {', '.join(missing)} are missing")
-    return [values[name] for name in names]
+    return [values.get(name) for name in names]
 
 
 def _item(path: str) -> str:

@@ -78,7 +78,13 @@ class _Compiler:
     def run(self) -> Program:
         graph = self.model.graph
         inputs = tuple(
-            Input(value.name or "", self.variable(value), int(value.dtype or 1), value in self.hosts.host)
+            Input(
+                value.name or "",
+                self.variable(value),
+                int(value.dtype or 1),
+                value in self.hosts.host,
+                isinstance(value.type, ir.OptionalType),
+            )
             for value in graph.inputs
         )
         steps = self.steps(graph)
@@ -268,6 +274,8 @@ def attribute_value(attribute: ir.Attr) -> Any:
         return int(tensor.dtype), nested(tensor.numpy().ravel())
     if attribute.type == ir.AttributeType.STRING:
         return attribute.as_string()
+    if attribute.type == ir.AttributeType.TYPE_PROTO:  # the type of an optional value that is absent
+        return None
     value = attribute.value
     return tuple(value) if isinstance(value, list | tuple) else value
 

@@ -18,6 +18,7 @@ from hyperclone_onnx.frameworks.compiling import ops as _table  # noqa: F401 - i
 from hyperclone_onnx.frameworks.compiling import registry
 from hyperclone_onnx.frameworks.compiling.compiler import bound_attributes, registry_name
 from hyperclone_onnx.frameworks.compiling.fusions import fuse, put_in_place
+from hyperclone_onnx.frameworks.compiling.fusions.quantisation import train_codes
 from hyperclone_onnx.frameworks.compiling.host_values import LARGEST
 from hyperclone_onnx.graphs import FreshNames, is_initializer, opset_of
 from hyperclone_onnx.reading import loading
@@ -59,6 +60,10 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
     except Exception as problem:  # a malformed graph can make the passes raise any exception
         raise BadModel(f"{name}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     check(model, name)
+    try:
+        train_codes(model)
+    except Refused as problem:
+        raise Refused(f"{name}: {problem}") from problem
     _fold(model)
     fuse(model)
     passes.RemoveUnusedNodesPass()(model)

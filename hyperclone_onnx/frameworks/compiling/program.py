@@ -163,12 +163,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class Input:
-    """A graph input: its name, its variable, its element type, and whether the program takes it as Python numbers."""
+    """A graph input: its name, its variable and its element type.
+
+    `host`: the program takes it as Python numbers. `optional`: it may be left out, and is None then.
+    """
 
     name: str
     variable: str
     element_type: int
     host: bool
+    optional: bool = False
 
 
 @dataclass(frozen=True)

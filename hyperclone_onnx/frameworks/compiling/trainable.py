@@ -39,6 +39,12 @@ STATISTICS = {"BatchNormalization": (3, 4)}
 ANGLES = {"RotaryEmbedding": (1, 2, 3), "GroupQueryAttention": (7, 8)}
 """Inputs that are rotary tables."""
 
+SCALES = {"Codes": (1,), "DequantizeLinear": (1,), "QuantizeLinear": (1,)}
+"""Inputs that are measured before training and say what a code means."""
+
+FIRST_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
+"""Inputs that are states before the first step."""
+
 PARAMETERS = frozenset(
     """
     BatchNormalization GRU GroupNormalization InstanceNormalization LSTM LayerNormalization RMSNormalization RNN
@@ -138,6 +144,11 @@ class _Structure:
             return "constant", "running statistics"
         if any(index in ANGLES.get(node.op_type, ()) for node, index in uses):
             return "constant", "rotary angles"
+        if any(use.idx in SCALES.get(use.node.op_type, ()) for use in value.uses()):
+            return "constant", "a scale of codes"
+        starts = value.uses() and all(use.idx in FIRST_STATES.get(use.node.op_type, ()) for use in value.uses())
+        if starts and value.const_value is not None and not np.any(value.const_value.numpy()):
+            return "constant", "the zeros that a recurrence begins with"
         lookup = next((node for node, index in uses if _is_lookup(node, index)), None)
         combination = next((node for node, _ in uses if self._meets_activation(node) or self._contracts(node)), None)
         if lookup is None and combination is None:

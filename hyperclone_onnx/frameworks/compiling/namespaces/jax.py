@@ -48,6 +48,11 @@ def numbers(array: Any) -> Any:
     return tuple(np.asarray(array).tolist()) if np.ndim(array) else np.asarray(array).item()
 
 
+def fixed(x: Any) -> Any:
+    """The same numbers, through which no gradient goes."""
+    return jax.lax.stop_gradient(x)
+
+
 def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """The results of one of two branches. If the condition is traced, both must have the same shapes."""
     if not isinstance(condition, jax.core.Tracer):

@@ -54,6 +54,11 @@ def numbers(array: Any) -> Any:
     return tuple(array.tolist()) if np.ndim(array) else np.asarray(array).item()
 
 
+def fixed(x: Any) -> Any:
+    """The same numbers, through which no gradient goes."""
+    return x
+
+
 def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """The results of one of two branches."""
     return yes() if condition else no()

@@ -57,6 +57,11 @@ def numbers(array: Any) -> Any:
     return tuple(array.tolist()) if array.ndim else array.item()
 
 
+def fixed(x: Any) -> Any:
+    """The same numbers, through which no gradient goes."""
+    return x.detach()
+
+
 def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """The results of one of two branches."""
     return yes() if condition else no()

@@ -12,9 +12,13 @@ from hyperclone_onnx.frameworks.compiling.ops import (
     microsoft_attention,
     mixture,
     normalisation,
+    optional,
     pooling,
+    quantisation,
     recurrence,
+    recurrent_layers,
     reductions,
+    resize,
     shapes,
 )
 
@@ -30,8 +34,12 @@ __all__ = [
     "microsoft_attention",
     "mixture",
     "normalisation",
+    "optional",
     "pooling",
+    "quantisation",
     "recurrence",
+    "recurrent_layers",
     "reductions",
+    "resize",
     "shapes",
 ]
