@@ -20,10 +20,11 @@ from hyperclone_onnx.analysis.roles import explain
 from hyperclone_onnx.errors import BadRequest, CannotWrite, ModelsDiffer, Refused, in_bytes
 from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.plan.plans import Plan, TransformStep
-from hyperclone_onnx.plan.strategies import Strategy
+from hyperclone_onnx.plan.strategies import Strategy, StrategyRule
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.planning.request import Growth, size, whole_or_fraction
+from hyperclone_onnx.planning.strategy_rules import with_rules
 from hyperclone_onnx.planning.target import Compared, Likeness, read_target
 from hyperclone_onnx.planning.target import like as like_target
 from hyperclone_onnx.progress import Notify, Progress, tell_nobody
@@ -155,8 +156,10 @@ def plan_expansion(
     *,
     sizes: Mapping[str, int] | None = None,
     like: str | os.PathLike[str] | None = None,
+    strategies: Sequence[StrategyRule] = (),
     untie: bool = False,
     keep_interface: bool = False,
+    allow_change: bool = False,
 ) -> Plan:
     """Plan the growth of an analysed model. The arguments after the first are those of `expand`.
 
@@ -164,7 +167,18 @@ def plan_expansion(
         BadRequest: the request does not fit the model (see `planning.request.size`).
         Refused: the model cannot grow in this way (see `planning.request.size` and `planning.making.make_plan`).
     """
-    request = _Request(factor, requests, maps, strategy, untie, keep_interface, sizes=sizes, like=like)
+    request = _Request(
+        factor,
+        requests,
+        maps,
+        strategy,
+        untie,
+        keep_interface,
+        allow_change=allow_change,
+        sizes=sizes,
+        like=like,
+        strategies=strategies,
+    )
     return _plan(analysis, _with_target(analysis, request)[0])[1]
 
 
@@ -182,18 +196,27 @@ class _Request:
     allow_change: bool = False
     sizes: Mapping[str, int] | None = None
     like: str | os.PathLike[str] | None = None
+    strategies: Sequence[StrategyRule] = ()
+    recipe: Mapping[str, Any] | None = None
+    """The recipe file of the request, to be recorded in the plan."""
 
     def __post_init__(self) -> None:
-        law = None if self.strategy is None else self.strategy.law
-        if law is not None and not law.preserves and not self.allow_change:
-            raise BadRequest(
-                f"the strategy {law.name!r} changes what the model computes: allow_change=True says that you want that"
-            )
+        default = self.strategy or Strategy()
+        try:
+            laws = [strategy.law for strategy in (default, *(rule.strategy(default) for rule in self.strategies))]
+        except ValueError as problem:
+            raise BadRequest(str(problem)) from problem
+        for law in laws:
+            if not law.preserves and not self.allow_change:
+                raise BadRequest(
+                    f"the strategy {law.name!r} changes what the model computes: --allow-change, or allow_change=True "
+                    "in Python, says that you want that"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain data, without the strategy, which the plan has."""
         factor = whole_or_fraction(self.factor)
-        data = {
+        data: dict[str, Any] = {
             "factor": factor if isinstance(factor, int) else float(factor),
             "requests": dict(self.requests or {}),
             "maps": {
@@ -205,6 +228,8 @@ class _Request:
         }
         if self.sizes:  # the digest of a request without sizes is what it was before there were sizes
             data["sizes"] = {name: int(wanted) for name, wanted in self.sizes.items()}
+        if self.strategies:
+            data["strategies"] = [rule.to_json() for rule in self.strategies]
         return data
 
 
@@ -222,6 +247,7 @@ def _with_target(analysis: Analysis, request: _Request) -> tuple[_Request, Liken
 def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
     growth = size(analysis.dimensions, request.factor, request.requests, request.maps, request.sizes)
     plan = make_plan(growth, request.strategy, untie=request.untie, keep_interface=request.keep_interface)
+    plan = replace(with_rules(growth, plan, request.strategies), recipe=dict(request.recipe or {}))
     options = {**request.to_json(), "strategy": plan.strategy.to_json()}
     return growth, replace(plan, source=provenance(analysis.model, options), transforms=analysis.transforms)
 
@@ -273,6 +299,7 @@ def expand(
     like: str | os.PathLike[str] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
     strategy: Strategy | None = None,
+    strategies: Sequence[StrategyRule] = (),
     untie: bool = False,
     keep_interface: bool = False,
     transforms: Sequence[TransformStep] = (),
@@ -285,6 +312,7 @@ def expand(
     plan_out: str | os.PathLike[str] | None = None,
     inputs: Inputs | None = None,
     dims: Mapping[str, int] | None = None,
+    recipe: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Expansion:
@@ -299,6 +327,7 @@ def expand(
         like: a Hugging Face folder, its config.json, or an ONNX file: the sizes are those of that model.
         maps: a source map by dimension, for growth by other than whole factors.
         strategy: how repeats share weights, by default noisy-diagonal with 10 dB.
+        strategies: rules that give some tensors another strategy. Of several that fit, the first decides.
         untie: give each use its own tensor if a tensor is stored once but only one of its uses must be divided.
         keep_interface: the model's inputs and outputs keep the shapes of the source.
         transforms: steps that change the source graph before it grows (see `transforms`).
@@ -312,6 +341,7 @@ def expand(
         inputs: inputs of the source on which both models are compared: a path (see `validation.inputs.given`), or
             arrays by input. By default they are random.
         dims: numbers for the symbolic sizes of random inputs, by name.
+        recipe: a recipe file as plain data. The plan records it; it changes nothing else.
         progress: called after each written tensor, with the number of written tensors and the number of all tensors.
         notify: called with the name of each stage when it begins.
 
@@ -327,7 +357,20 @@ def expand(
     """
     say = notify or tell_nobody
     out, mode, clock = Path(output), _mode(check, precision), _Clock()
-    request = _Request(factor, requests, maps, strategy, untie, keep_interface, transforms, allow_change, sizes, like)
+    request = _Request(
+        factor,
+        requests,
+        maps,
+        strategy,
+        untie,
+        keep_interface,
+        transforms,
+        allow_change,
+        sizes,
+        like,
+        strategies,
+        recipe,
+    )
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big = planned.analysis, planned.plan, planned.big
     _check_room(out, analysis.model, big)
@@ -402,16 +445,31 @@ def plan_file(
     like: str | os.PathLike[str] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
     strategy: Strategy | None = None,
+    strategies: Sequence[StrategyRule] = (),
     untie: bool = False,
     keep_interface: bool = False,
+    allow_change: bool = False,
     plan_out: str | os.PathLike[str] | None = None,
+    recipe: Mapping[str, Any] | None = None,
     notify: Notify | None = None,
 ) -> Expansion:
     """Plan the growth of a model file and report what it would do. No model is written.
 
     The arguments and errors are those of `expand`. The plan is written to `plan_out` if that is given.
     """
-    request = _Request(factor, requests, maps, strategy, untie, keep_interface, sizes=sizes, like=like)
+    request = _Request(
+        factor,
+        requests,
+        maps,
+        strategy,
+        untie,
+        keep_interface,
+        allow_change=allow_change,
+        sizes=sizes,
+        like=like,
+        strategies=strategies,
+        recipe=recipe,
+    )
     planned = _planned(model, None, request, plan_out, notify or tell_nobody, _Clock())
     if plan_out is not None:
         write_text(Path(plan_out), _text(planned.plan))

@@ -205,7 +205,7 @@ class _Work:
         self.result.unchanged.append(model.as_posix())
 
 
-PLANNING_OPTIONS = ("like", "maps", "strategy", "untie", "keep_interface")
+PLANNING_OPTIONS = ("allow_change", "like", "maps", "strategies", "strategy", "untie", "keep_interface")
 """The options of `expansion.expand` that decide the plan."""
 
 

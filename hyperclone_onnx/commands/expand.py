@@ -24,6 +24,7 @@ from hyperclone_onnx.commands.options import (
     workers_option,
 )
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress, say
+from hyperclone_onnx.commands.recipe_options import Request, with_recipe
 from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRATEGIES, Strategy
 
 
@@ -74,6 +75,11 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRAT
     show_default=True,
     help="Weight power over noise power, in dB.",
 )
+@click.option(
+    "--allow-change",
+    is_flag=True,
+    help="Allow a strategy that changes what the model computes. The report says how far the outputs moved.",
+)
 @seed_option("the noise")
 @click.option("--untie", is_flag=True, help="Split a tied embedding instead of keeping it one tensor.")
 @click.option(
@@ -105,80 +111,100 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRAT
     metavar="GLOB",
     help="Leave out files of a folder, such as 'onnx/*_q4.onnx'.",
 )
+@click.option(
+    "--recipe",
+    type=model_path,
+    help="A YAML file that says all that these options can, and strategies for single roles, dimensions and tensors "
+    "(docs/sizes.md). Options on the command line replace those of the file.",
+)
+@click.option("--write-recipe", type=model_path, help="Also write the recipe that this command line means.")
 @json_option
 @guarded
+@click.pass_context
 def expand(
+    context: click.Context,
+    /,
     model: Path,
     output: Path | None,
-    factor: float | None,
-    requests: dict[str, int],
-    sizes: dict[str, int],
-    like: Path | None,
-    strategy: Any,
-    snr_db: float,
-    seed: int,
-    untie: bool,
-    interface: str,
-    device: Any,
-    validation: str | None,
-    no_validate: bool,
-    inputs: Path | None,
-    dims: dict[str, int],
-    precision: Any,
     plan_out: Path | None,
     plan_only: bool,
-    max_shard_size: int | None,
-    workers: int | None,
-    exclude: tuple[str, ...],
+    recipe: Path | None,
+    write_recipe: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Grow MODEL into a larger model that computes the same, and write it only once that is proven.
 
     MODEL may be a folder: every .onnx file in it grows by itself, the other files are copied, and OUTPUT is the new
     folder.
     """
-    if factor is None and not requests and not sizes and like is None:
+    request = with_recipe(context, options, recipe)
+    options = dict(request.options)
+    factor, validation, exclude = options["factor"], options["validation"], options["exclude"]
+    if factor is None and not options["requests"] and not options["sizes"] and options["like"] is None:
         raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2, --size hidden=960, --like TARGET")
-    if factor is not None and like is not None:
+    if factor is not None and options["like"] is not None:
         raise click.UsageError("--factor and --like contradict each other: leave one of the two out")
     if output is None and not plan_only:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    if no_validate and validation not in (None, "none"):
+    if options["no_validate"] and validation not in (None, "none"):
         raise click.UsageError(f"--no-validate and --validate {validation} contradict each other")
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
     if model.is_dir() and plan_out is not None:
         raise click.UsageError("--plan-out is for one model; each grown file carries its plan in its metadata")
-    if model.is_dir() and inputs is not None:
+    if model.is_dir() and options["inputs"] is not None:
         raise click.UsageError("--inputs is for one model; the files of a folder have inputs of their own")
     if plan_only and (model.is_dir() or output is not None):
         raise click.UsageError("--plan-only plans one model and writes no other: give a file, and no -o")
 
+    text = None if write_recipe is None else _recipe_text(request, write_recipe, model)
     growth: dict[str, Any] = {
         "factor": factor or 1,
-        "requests": requests,
-        "sizes": sizes,
-        "like": like,
-        "strategy": Strategy(strategy, snr_db, seed),
-        "untie": untie,
-        "keep_interface": interface == "keep",
+        "requests": options["requests"],
+        "sizes": options["sizes"],
+        "like": options["like"],
+        "strategy": Strategy(options["strategy"], options["snr_db"], options["seed"]),
+        "untie": options["untie"],
+        "keep_interface": options["interface"] == "keep",
+        "allow_change": options["allow_change"],
+    }
+    if recipe is not None or write_recipe is not None:
+        from hyperclone_onnx.planning.recipe_file import strategy_rules
+
+        growth |= {"strategies": strategy_rules(recipe, request.recipe), "recipe": request.growth_recipe()}
+    how: dict[str, Any] = {
+        "device": options["device"],
+        "check": False if validation == "none" else validation or True,
+        "precision": options["precision"],
+        "max_shard_size": options["max_shard_size"],
+        "workers": options["workers"],
+        "inputs": options["inputs"],
+        "dims": options["dims"],
     }
     if output is None:
         _plan(model, growth, plan_out, as_json)
-        return
-    how: dict[str, Any] = {
-        "device": device,
-        "check": False if no_validate or validation == "none" else validation or True,
-        "precision": precision,
-        "max_shard_size": max_shard_size,
-        "workers": workers,
-        "inputs": inputs,
-        "dims": dims,
-    }
-    if model.is_dir():
+    elif model.is_dir():
         _expand_folder(model, output, exclude, growth | how, as_json)
     else:
         _expand_file(model, output, growth | how | {"plan_out": plan_out}, as_json)
+    if text is not None and write_recipe is not None:
+        from hyperclone_onnx.publishing.publication import write_text
+
+        write_text(write_recipe, text)
+
+
+def _recipe_text(request: Request, path: Path, model: Path) -> str:
+    """The text of the recipe file to write.
+
+    Raises:
+        CannotWrite, BadRequest: the file cannot be written there.
+    """
+    from hyperclone_onnx.planning.recipe_file import written_recipe
+    from hyperclone_onnx.publishing.publication import check_output
+
+    check_output(path, {model.resolve()})
+    return written_recipe(request.recipe, path.parent)
 
 
 def _plan(model: Path, growth: dict[str, Any], plan_out: Path | None, as_json: bool) -> None:

@@ -98,6 +98,8 @@ class Plan:
         transforms: the transforms of the source graph, in order.
         added: the names of the constants that growth puts into the graph. None means that the form of a name decides.
             Rewriting records the names if a tensor of the source has a name of that form.
+        strategies: the strategies of those tensors that have another one, by the tensor's name.
+        recipe: the recipe file that the plan was made from, as plain data.
     """
 
     dims: Mapping[str, GrownDim]
@@ -111,6 +113,22 @@ class Plan:
     source: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[TransformStep, ...] = ()
     added: tuple[str, ...] | None = None
+    strategies: Mapping[str, Strategy] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def strategy_of(self, tensor: str) -> Strategy:
+        """The strategy of a grown tensor."""
+        return self.strategies.get(tensor, self.strategy)
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the grown model computes the same as its source."""
+        return all(strategy.law.preserves for strategy in (self.strategy, *self.strategies.values()))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all repeats of every weight get the same numbers."""
+        return all(strategy.law.is_even for strategy in (self.strategy, *self.strategies.values()))
 
     @property
     def maps(self) -> dict[str, SourceMap]:
@@ -153,6 +171,10 @@ class Plan:
             data["transforms"] = [step.to_json() for step in self.transforms]
         if self.added is not None:
             data["added"] = list(self.added)
+        if self.strategies:
+            data["strategies"] = {name: strategy.to_json() for name, strategy in self.strategies.items()}
+        if self.recipe:
+            data["recipe"] = dict(self.recipe)
         return data
 
     def dumps(self, indent: int | None = None) -> str:
@@ -185,6 +207,8 @@ class Plan:
                 source=dict(data["source"]),
                 transforms=tuple(TransformStep.from_json(step) for step in data.get("transforms", ())),
                 added=None if data.get("added") is None else tuple(map(str, data["added"])),
+                strategies={name: Strategy.from_json(entry) for name, entry in data.get("strategies", {}).items()},
+                recipe=dict(data.get("recipe", {})),
             )
             maps = plan.maps
             for recipe in plan.tensors.values():

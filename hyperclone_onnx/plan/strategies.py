@@ -11,7 +11,7 @@ records the strategy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -166,6 +166,61 @@ class Strategy:
         """The law of that name."""
         return _laws[self.name]
 
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Strategy:
+        """The inverse of `to_json`."""
+        return Strategy(data["name"], data["snr_db"], data["seed"])
+
     def to_json(self) -> dict[str, Any]:
         """The strategy as plain data."""
         return {"name": self.name, "snr_db": self.snr_db, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class StrategyRule:
+    """Another strategy for some tensors. Exactly one of `role`, `dimension` and `tensor` says for which.
+
+    Args:
+        role: tensors whose repeats share a weight along a dimension of this role.
+        dimension: tensors whose repeats share a weight along this dimension.
+        tensor: a pattern of names of tensors, such as ``model.layers.*.mlp.*``.
+        name: the name of the law.
+        snr_db: the level of the noise.
+        seed: the seed of the noise. What is None is as in the strategy of the whole model.
+        place: where the rule is written, for messages.
+
+    Raises:
+        ValueError: not exactly one of the three is given.
+    """
+
+    role: str | None = None
+    dimension: str | None = None
+    tensor: str | None = None
+    name: str | None = None
+    snr_db: float | None = None
+    seed: int | None = None
+    place: str = ""
+
+    def __post_init__(self) -> None:
+        if sum(what is not None for what in (self.role, self.dimension, self.tensor)) != 1:
+            raise ValueError("a rule is for a role, for a dimension or for tensors: give exactly one of the three")
+
+    def strategy(self, default: Strategy) -> Strategy:
+        """The strategy of the tensors that the rule is for."""
+        return Strategy(
+            default.name if self.name is None else self.name,
+            default.snr_db if self.snr_db is None else self.snr_db,
+            default.seed if self.seed is None else self.seed,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The rule as plain data, without the place."""
+        data = {
+            "role": self.role,
+            "dimension": self.dimension,
+            "tensor": self.tensor,
+            "strategy": self.name,
+            "snr_db": self.snr_db,
+            "seed": self.seed,
+        }
+        return {key: value for key, value in data.items() if value is not None}

@@ -18,7 +18,7 @@ def print_expansion(console: Console, result: Expansion) -> None:
     _print_compared(console, result)
     _print_grown(console, result)
     _print_kept(console, result)
-    if result.quantised and not result.plan.strategy.law.is_even:
+    if result.quantised and not result.plan.is_even:
         print_line(
             console,
             f"{result.quantised} quantised tensors: their codes are repeated and their scales divided, so their shares "

@@ -90,7 +90,7 @@ def _grow_tensors(source: ir.Model, editor: GraphEditor, plan: Plan) -> None:
     for name, recipe in plan.tensors.items():
         tensor = assemble(recipe.origin, source)
         dtype = editor.dtype if tensor.dtype.is_floating_point() else None
-        grown = GrownTensor(tensor, recipe, editor.maps, plan.strategy, dtype).as_lazy(name)
+        grown = GrownTensor(tensor, recipe, editor.maps, plan.strategy_of(name), dtype).as_lazy(name)
         if name in graph.initializers:
             value = graph.initializers[name]
             value.const_value, value.shape = grown, ir.Shape(grown.shape)

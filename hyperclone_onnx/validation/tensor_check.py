@@ -166,7 +166,7 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
         return _Checked(name, 0.0, shared=False, planned=False, sums=_added_up(compared, scratch))
     for needed in recipe.sources:
         _stored(source, needed)
-    made = GrownTensor(assemble(recipe.origin, source), recipe, plan.maps, plan.strategy)
+    made = GrownTensor(assemble(recipe.origin, source), recipe, plan.maps, plan.strategy_of(name))
     if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
         return _Checked(name, 0.0, made.is_shared, planned=True, sums=_Sums(worst=math.inf))
     if not made.is_shared:

@@ -277,7 +277,7 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
         notes=prepared.notes,
         mode=prepared.mode,
         scope=prepared.scope,
-        preserves=plan is None or plan.strategy.law.preserves,
+        preserves=plan is None or plan.preserves,
     )
     if prepared.mode == "full" or plan is None:
         return _with_whole_models(result, prepared, pair, big)

@@ -43,7 +43,16 @@ def manifest(
     """
     names = {piece.initializer for layout in layouts.values() for piece in layout.pieces} | set(also)
     plan = grown.plan
-    kept = Plan(plan.dims, {n: r for n, r in plan.tensors.items() if n in names}, (), (), (), (), plan.strategy)
+    kept = Plan(
+        plan.dims,
+        {name: recipe for name, recipe in plan.tensors.items() if name in names},
+        (),
+        (),
+        (),
+        (),
+        plan.strategy,
+        strategies={name: strategy for name, strategy in plan.strategies.items() if name in names},
+    )
     return {
         "version": VERSION,
         "model": grown.path.name,

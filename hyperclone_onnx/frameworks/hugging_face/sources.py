@@ -72,7 +72,7 @@ class Grown:
         maps = self.plan.maps
         shape = recipe.source_shape(maps)
         array = np.ascontiguousarray(source.astype(stored.dtype.numpy())).reshape(shape)
-        return GrownTensor(ir.Tensor(array, dtype=stored.dtype), recipe, maps, self.plan.strategy).numpy()
+        return GrownTensor(ir.Tensor(array, dtype=stored.dtype), recipe, maps, self.plan.strategy_of(name)).numpy()
 
 
 def read_grown(path: Path) -> Grown:

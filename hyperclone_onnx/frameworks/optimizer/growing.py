@@ -169,7 +169,7 @@ def _means(plan: Plan, names: Iterable[str]) -> list[str]:
             for axis_number, axis in enumerate(recipe.axes)
             for factor_number, factor in enumerate(axis)
         )
-        if source in several or (copies and not plan.strategy.law.is_even):
+        if source in several or (copies and not plan.strategy_of(name).law.is_even):
             inexact.append(name)
     return inexact
 
