@@ -121,8 +121,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ) from problem
     if text is None:
         raise BadRequest(f"{path}: {len(data):,} bytes are too many for a recipe")
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         return {} if node is None else _Reader(path, loader).recipe(node)
     except yaml.MarkedYAMLError as problem:
@@ -132,8 +132,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise BadRequest(f"{path}: not YAML: {printable(first_line(problem))}") from problem
     except (RecursionError, ValueError) as problem:
         raise BadRequest(f"{path}: not a recipe: {printable(first_line(problem))}") from problem
-    finally:
-        loader.dispose()
 
 
 @dataclass(frozen=True)
