@@ -22,6 +22,7 @@ from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.plan.plans import Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy, StrategyRule
 from hyperclone_onnx.planning.making import make_plan
+from hyperclone_onnx.planning.next_layers import with_next_layers
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.planning.request import Growth, size, whole_or_fraction
 from hyperclone_onnx.planning.strategy_rules import with_rules
@@ -247,7 +248,8 @@ def _with_target(analysis: Analysis, request: _Request) -> tuple[_Request, Liken
 def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
     growth = size(analysis.dimensions, request.factor, request.requests, request.maps, request.sizes)
     plan = make_plan(growth, request.strategy, untie=request.untie, keep_interface=request.keep_interface)
-    plan = replace(with_rules(growth, plan, request.strategies), recipe=dict(request.recipe or {}))
+    plan = with_next_layers(analysis.model, with_rules(growth, plan, request.strategies))
+    plan = replace(plan, recipe=dict(request.recipe or {}))
     options = {**request.to_json(), "strategy": plan.strategy.to_json()}
     return growth, replace(plan, source=provenance(analysis.model, options), transforms=analysis.transforms)
 

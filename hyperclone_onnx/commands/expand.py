@@ -25,7 +25,7 @@ from hyperclone_onnx.commands.options import (
 )
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress, say
 from hyperclone_onnx.commands.recipe_options import Request, with_recipe
-from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRATEGIES, Strategy
+from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFERED, Strategy
 
 
 @click.command()
@@ -61,7 +61,7 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRAT
 )
 @click.option(
     "--strategy",
-    type=click.Choice(STRATEGIES),
+    type=click.Choice(OFFERED),
     default="noisy-diagonal",
     show_default=True,
     help="How the repeats share a weight. Without noise the repeats of a unit get equal gradients and, in a model "

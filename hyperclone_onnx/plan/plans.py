@@ -126,6 +126,11 @@ class Plan:
         return all(strategy.law.preserves for strategy in (self.strategy, *self.strategies.values()))
 
     @property
+    def adds_up(self) -> bool:
+        """Whether the repeats of every tensor add up to the source."""
+        return all(strategy.law.adds_up for strategy in (self.strategy, *self.strategies.values()))
+
+    @property
     def is_even(self) -> bool:
         """Whether all repeats of every weight get the same numbers."""
         return all(strategy.law.is_even for strategy in (self.strategy, *self.strategies.values()))

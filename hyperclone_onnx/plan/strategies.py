@@ -36,8 +36,15 @@ class Law:
     """Whether the grown model computes the same as its source. Otherwise `expand` reports the difference only."""
     noisy: ClassVar[bool] = False
     """Whether noise is added that sums to zero over the repeats."""
+    extra_from_next_layer: ClassVar[bool] = False
+    """Whether the extra copies of a tensor's outputs come from the next layer's tensor of the same kind."""
     shares_equally: ClassVar[bool]
     """Whether each of n repeats takes 1 / n of the weight. Otherwise `takes_whole` says which one takes all of it."""
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the shares of a weight add up to it. A law that preserves the function has no choice."""
+        return self.preserves
 
     @property
     def is_even(self) -> bool:
@@ -114,6 +121,31 @@ class NoisyDiagonal(Diagonal):
     noisy = True
 
 
+class Fpi(Symmetric):
+    """Function-preserving initialisation of bert2BERT (Chen et al., arXiv 2110.07143), which follows Net2Net.
+
+    The extra units are chosen in turn and not at random. Then it is the symmetric law.
+    """
+
+    name = "fpi"
+
+
+class Aki(Symmetric):
+    """Advanced knowledge initialisation of bert2BERT: extra copies come from the next layer. It changes the function.
+
+    Each repeat takes 1 / n of the weight along the inputs (see `planning.next_layers` for the outputs).
+    """
+
+    name = "aki"
+    preserves = False
+    extra_from_next_layer = True
+
+    @property
+    def adds_up(self) -> bool:
+        """The shares of each tensor do; only some tensors stand beside others than in the source."""
+        return True
+
+
 _laws: dict[str, Law] = {}
 
 
@@ -129,12 +161,15 @@ def register(law: Law) -> Law:
     return law
 
 
-for _law in (Symmetric(), Diagonal(), NoisySymmetric(), NoisyDiagonal()):
+for _law in (Symmetric(), Diagonal(), NoisySymmetric(), NoisyDiagonal(), Fpi(), Aki()):
     register(_law)
 
 StrategyName = Literal["symmetric", "diagonal", "noisy-symmetric", "noisy-diagonal"]
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
-"""The names that the command line offers."""
+"""HyperCloning's laws."""
+
+OFFERED: tuple[str, ...] = (*STRATEGIES, "fpi", "aki")
+"""The names that the command line offers: HyperCloning's laws, and those of bert2BERT."""
 
 
 @dataclass(frozen=True)

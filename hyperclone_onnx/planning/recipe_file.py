@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperclone_onnx.errors import BadModel, BadRequest, first_line, printable
-from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, STRATEGIES, StrategyRule
+from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFERED, StrategyRule
 
 LONGEST_FILE = 10**6
 """A longer file is no recipe (bytes)."""
@@ -60,7 +60,7 @@ GROWTH_KEYS: Mapping[str, Kind] = {
     "set": COUNTS,
     "size": COUNTS,
     "like": TEXT,
-    "strategy": _choice(*STRATEGIES),
+    "strategy": _choice(*OFFERED),
     "snr_db": SNR_DB,
     "seed": _whole(0),
     "strategies": RULES,
@@ -87,7 +87,7 @@ RULE_KEYS: Mapping[str, Kind] = {
     "role": TEXT,
     "dimension": TEXT,
     "tensor": TEXT,
-    "strategy": _choice(*STRATEGIES),
+    "strategy": _choice(*OFFERED),
     "snr_db": SNR_DB,
     "seed": _whole(0),
 }

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from hyperclone_onnx.errors import in_bytes
 from hyperclone_onnx.expansion import Expansion, SizeChange
+from hyperclone_onnx.planning.next_layers import from_next_layer
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.reports.tables import counted, plain_table, print_line
 from hyperclone_onnx.reports.validation import print_validation
@@ -23,6 +24,13 @@ def print_expansion(console: Console, result: Expansion) -> None:
             console,
             f"{result.quantised} quantised tensors: their codes are repeated and their scales divided, so their shares "
             "are equal and have no noise",
+        )
+    borrowed = from_next_layer(result.plan)
+    if borrowed:
+        print_line(
+            console,
+            f"{borrowed} of {len(result.plan.tensors)} grown tensors take their extra outputs from the next layer; the "
+            "others, those of the last layer included, repeat their own",
         )
     for name, copies in result.separated.items():
         console.print(f"{name} is one tensor in the source and several here: {', '.join(copies)}", markup=False)

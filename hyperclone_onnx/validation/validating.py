@@ -89,7 +89,10 @@ class Validation:
     before: tuple[OutputReport, ...] = ()
     """Reports of the values before outputs that a saturating function squeezes."""
     preserves: bool = True
-    """Whether the growth should preserve the function. If not, differences of numbers are only reported."""
+    """Whether the growth should preserve the function. If not, differences of outputs are only reported."""
+    adds_up: bool = True
+    """Whether the repeats of every tensor should add up to the source. If not, differences of tensors are only reported
+    too."""
 
     @property
     def problems(self) -> list[str]:
@@ -98,7 +101,8 @@ class Validation:
             return self.differences
         reports = (*self.outputs, *self.before, *(self.wide or ()), *(self.double or ()))
         broken = [f"output {report.name}: {report.problem}" for report in reports if report.problem]
-        return [*(f"graph: {text}" for text in self.graph), *broken]
+        wrong = self.tensors.wrong if self.tensors and self.adds_up else ()
+        return [*(f"tensor {text}" for text in wrong), *(f"graph: {text}" for text in self.graph), *broken]
 
     @property
     def differences(self) -> list[str]:
@@ -134,6 +138,7 @@ class Validation:
                 data[side] = [report.to_json() for report in getattr(self, side)]
         if not self.before:
             del data["before"]
+        del data["adds_up"]
         if self.preserves:
             del data["preserves"]
         return {"equal": self.equal, "problems": self.problems, **data}
@@ -278,6 +283,7 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
         mode=prepared.mode,
         scope=prepared.scope,
         preserves=plan is None or plan.preserves,
+        adds_up=plan is None or plan.adds_up,
     )
     if prepared.mode == "full" or plan is None:
         return _with_whole_models(result, prepared, pair, big)
