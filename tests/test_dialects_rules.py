@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from test_dialects import grow
 
 from fuzz.oracle import compare, run_source, session
-from hyperclone_onnx import Refused, Strategy, expand
+from hyperclone_onnx import Refused, Strategy, analyse, expand, plan_expansion
 from hyperclone_onnx.analysis.walk import infer
 from hyperclone_onnx.plan.edits import ScaleOutput
 from hyperclone_onnx.reading.normalise import normalise
@@ -310,3 +310,47 @@ def test_a_computed_row_is_replaced(tmp_path: Path) -> None:
     }
     model = build_model(HEAD.format(body), normal(2, SHAPES | {"wave": (1, 12)}) | stored)
     assert grow(model, tmp_path) == {"hidden", "ffn"}
+
+
+# -- groups across joined parts ----------------------------------------------------------------------------
+
+UNET = """g (float[batch, 3, 6, 6] x) => (float[batch, 3, 6, 6] y) {{
+    h = Conv <pads = [1, 1, 1, 1]> (x, first) a = Relu (h) b = Conv <pads = [1, 1, 1, 1]> (a, second)
+    j = Concat <axis = 1> (b, h) {} r = Relu (s) y = Conv <pads = [1, 1, 1, 1]> (r, last) }}"""
+GROUPS = {
+    "written out": (
+        "g = Reshape (j, three) i = InstanceNormalization (g, ones, zeros) shape = Shape (j) k = Reshape (i, shape) "
+        "s = Mul (k, gain)"
+    ),
+    "one operator": "s = GroupNormalization <num_groups = 3> (j, scale, bias)",
+}
+
+
+def unet(norm: str) -> onnx.ModelProto:
+    """Three groups of five channels of 8 and 7 that were joined: one group has channels of both parts."""
+    weights = normal(3, {"first": (7, 3, 3, 3), "second": (8, 7, 3, 3), "last": (3, 15, 3, 3), "gain": (15, 1, 1)})
+    weights |= {"scale": np.ones(15, np.float32), "bias": np.zeros(15, np.float32)}
+    weights |= {"three": np.array([0, 3, -1]), "ones": np.ones(3, np.float32), "zeros": np.zeros(3, np.float32)}
+    body = UNET.format(GROUPS[norm])
+    return build_model(body, {name: array for name, array in weights.items() if name in body}, opset=21)
+
+
+@pytest.mark.parametrize("norm", GROUPS)
+def test_groups_of_channels_that_reach_across_joined_parts(tmp_path: Path, norm: str) -> None:
+    """The skip connections of a U-Net. Each channel is repeated in place, so that groups keep their channels."""
+    onnx.save(unet(norm), tmp_path / "small.onnx")
+    for factor in (2, 3):
+        big = tmp_path / f"big{factor}.onnx"
+        made = expand(tmp_path / "small.onnx", big, factor, strategy=Strategy("symmetric"), check=False)
+        assert compare(big, run_source(tmp_path / "small.onnx", 0)) == ""
+        assert {dim.map.repeat for dim in made.plan.dims.values()} == {factor}
+        shapes = {tensor.name: tuple(tensor.dims) for tensor in onnx.load(big).graph.initializer}
+        assert shapes["last"] == (3, 15 * factor, 3, 3)
+
+
+def test_parts_of_such_groups_grow_by_one_factor(tmp_path: Path) -> None:
+    onnx.save(unet("one operator"), tmp_path / "small.onnx")
+    analysis = analyse(tmp_path / "small.onnx")
+    tied = [dimension.name for dimension in analysis.named if dimension.dim.tied is not None]
+    with pytest.raises(Refused, match="must grow by one whole factor"):
+        plan_expansion(analysis, 1, {tied[0]: 2, tied[1]: 3})

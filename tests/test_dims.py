@@ -38,12 +38,16 @@ def term(space: Space, tree: Tree) -> Term:
 
 
 def grown_terms(space: Space, terms: Sequence[Term], seed: int) -> GrownTerms:
-    """A random map for every atom that may grow."""
+    """A random map for every atom that may grow. Tied ones repeat each index in place, all as often."""
     rng = np.random.default_rng(seed)
+    space.settle_ties()
+    repeats = int(rng.integers(1, 4))
     maps: dict[Dim, tuple[str, SourceMap]] = {}
     for atom in dict.fromkeys(atom for term in terms for atom in space.atoms(term)):
         size = space.static(atom)
-        if atom.growable and size:
+        if atom.growable and atom.tied is not None and size:
+            maps[atom] = (f"d{atom.uid}", SourceMap(size, repeat=repeats))
+        elif atom.growable and size:
             index = rng.permutation([*range(size), *rng.integers(0, size, rng.integers(0, 4))])
             maps[atom] = (f"d{atom.uid}", SourceMap(size, index=tuple(index.tolist())))
     return GrownTerms(space, maps)
@@ -78,7 +82,7 @@ def growable(space: Space, axis: Term) -> list[bool]:
         (12, plus(4, 8), True),
         (times(3, 8), plus(8, 8, 8), True),
         (times(3, 8), plus(8, 16), True),
-        (times(3, 8), plus(10, 14), False),
+        (times(3, 8), plus(10, 14), None),
         (times(2, plus(3, 5)), times(2, 8), True),
         (times(2, plus(3, 5)), times(4, 4), None),
         (plus(times(2, 3), 6), times(4, 3), True),
@@ -156,7 +160,7 @@ def test_a_cut_is_a_cut_of_the_grown_axis(size: int, data: st.DataObject) -> Non
 def test_an_offset_inside_a_part_is_refused() -> None:
     space = Space()
     whole = term(space, times(3, 4))
-    with pytest.raises(Refused, match="no boundary"):
+    with pytest.raises(Refused, match="not a boundary"):
         grown_terms(space, [whole], 0).offset(whole, 6)
 
 
@@ -195,3 +199,47 @@ def test_the_explanation_names_reason_place_and_way() -> None:
     atom = next(space.atoms(a))
     text = explain(Dimensions(None, space), NamedDim(atom, "width", "width").dim)  # type: ignore[arg-type]
     assert text == "indexed by values (at Gather 'g'); reached by way of Add 'one' -> Mul 'two'"
+
+
+# -- growth in place ---------------------------------------------------------------------------------------
+
+
+def test_groups_across_joined_parts_are_tied() -> None:
+    """Neither can be cut where the other is, but both agree where each index is repeated in place."""
+    space = Space()
+    first, second, groups, channels = (space.dim(size) for size in (16, 8, 4, 6))
+    space.unify(Concat((first, second)), Product((groups, channels)))
+    space.settle_ties()
+    assert [dim.tied is not None for dim in (first, second, channels)] == [True] * 3  # type: ignore[union-attr]
+    assert [dim.growable for dim in (first, second, channels, groups)] == [True] * 3 + [False]  # type: ignore[union-attr]
+
+
+def test_parts_of_a_tied_dimension_are_tied() -> None:
+    space = Space()
+    first, second, outer, inner = (space.dim(size) for size in (16, 8, 4, 4))
+    space.unify(Concat((first, second)), Product((space.dim(4), space.dim(6))))
+    space.unify(first, Product((outer, inner)))
+    pieces = space.cut(second, 3)
+    assert pieces is not None
+    assert [dim.tied is not None for dim in (inner, *pieces)] == [True] * 3  # type: ignore[union-attr]
+    assert not outer.growable  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_one_part_that_keeps_its_size_pins_all_tied_dimensions(before: bool) -> None:
+    space = Space()
+    first, second, groups, channels = (space.dim(size) for size in (16, 8, 4, 6))
+    if before:
+        space.pin(second, "a reason")
+    space.unify(Concat((first, second)), Product((groups, channels)))
+    if not before:
+        space.pin(second, "a reason")
+    space.settle_ties()
+    assert not any(dim.growable for dim in (first, second, groups, channels))  # type: ignore[union-attr]
+
+
+def test_a_part_of_one_index_cannot_be_tied() -> None:
+    space = Space()
+    first, groups, channels = (space.dim(size) for size in (23, 4, 6))
+    space.unify(Concat((first, space.dim(1))), Product((groups, channels)))
+    assert not any(dim.growable for dim in (first, groups, channels))  # type: ignore[union-attr]

@@ -41,12 +41,17 @@ class Pin:
 
 @dataclass(eq=False)
 class Dim:
-    """An atomic dimension. `binding` is the term that it turned out to be equal to, None until then."""
+    """An atomic dimension. `binding` is the term that it turned out to be equal to, None until then.
+
+    If it is `tied`, it may only grow by repeats of each index in place (0 0 1 1), and only together with all other tied
+    dimensions, by one factor. The pin says why, and is that of all of them if one of them must keep its size.
+    """
 
     uid: int
     size: Size
     binding: Term | None = field(default=None, repr=False)
     pin: Pin | None = field(default=None, repr=False)
+    tied: Pin | None = field(default=None, repr=False)
 
     @property
     def growable(self) -> bool:
@@ -115,6 +120,7 @@ class Space:
         self.symbols: dict[str, Size] = {}
         self.equations: list[Equation] = []
         """The equations between symbolic sizes, in the order of the walk; also those that `symbols` cannot express."""
+        self._ties_fail = False
         self._edges: dict[int, list[tuple[int, str]]] = {}
         self._links = 0
         self._last: tuple[int, int, dict[int, tuple[int, str]]] = (-1, -1, {})
@@ -268,6 +274,54 @@ class Space:
         if one != other and (one.static is None or other.static is None):
             self.equations.append(Equation(one, other, self.place, stretch, hint))
 
+    # -- growth in place ----------------------------------------------------------------------------------
+
+    def _tie(self, terms: Sequence[Term], reason: str) -> bool:
+        """State that two descriptions of one axis agree only where each index is repeated in place.
+
+        Groups of channels may reach across the boundary of joined parts. Neither description can be cut at the
+        boundaries of the other, but both repeat each channel in place. Of a product only the innermost factor does so.
+        Returns False where a part has no index to repeat.
+        """
+        innermost = [dim for term in terms for dim in self._innermost(term)]
+        if not all(isinstance(dim, Dim) and dim.growable for dim in innermost):
+            return False
+        for dim in innermost:
+            assert isinstance(dim, Dim)
+            dim.tied = dim.tied or Pin(reason, self.place, dim.uid, gap=True)
+        for term in terms:
+            self._pin_outer(term)
+        return True
+
+    def _innermost(self, term: Term) -> Iterator[Term]:
+        """The innermost factor of each segment."""
+        resolved = self.resolve(term)
+        if isinstance(resolved, Concat):
+            for segment in resolved.segments:
+                yield from self._innermost(segment)
+        elif isinstance(resolved, Product) and resolved.factors:
+            yield from self._innermost(resolved.factors[-1])
+        else:
+            yield resolved
+
+    def _pin_outer(self, term: Term) -> None:
+        """Pin the factors that are not innermost."""
+        resolved = self.resolve(term)
+        if isinstance(resolved, Concat):
+            for segment in resolved.segments:
+                self._pin_outer(segment)
+        elif isinstance(resolved, Product) and resolved.factors:
+            for factor in resolved.factors[:-1]:
+                self.pin(factor, "the factor inside it is repeated in place")
+            self._pin_outer(resolved.factors[-1])
+
+    def settle_ties(self) -> None:
+        """Pin all tied dimensions if one of them keeps its size, or turned out to have a part of one index."""
+        tied = [dim for dim in self.dims if dim.binding is None and dim.tied is not None]
+        if self._ties_fail or not all(dim.growable for dim in tied):
+            for dim in tied:
+                dim.pin = dim.pin or dim.tied
+
     # -- unification --------------------------------------------------------------------------------------
 
     def unify(self, left: Term, right: Term) -> None:
@@ -323,6 +377,9 @@ class Space:
                 atom.pin = atom.pin or dim.pin
         dim.binding = term
         self._link(dim, atoms)
+        if dim.tied is not None and not self._tie([term], dim.tied.reason):
+            self._ties_fail = True
+            self.pin(term, dim.tied.reason, gap=True)
 
     def _split(self, term: Term, outer: Size, inner: Size) -> tuple[Term, Term]:
         """Two new dimensions, (outer inner), that an axis consists of."""
@@ -409,8 +466,10 @@ class Space:
                 break
             side.popleft()
             side.extendleft(reversed(parts))
-        for term in (*a, *b):
-            self.pin(term, "segments whose boundaries do not line up", gap=True)
+        text = "segments whose boundaries do not line up"
+        if not self._tie([*a, *b], text):
+            for term in (*a, *b):
+                self.pin(term, text, gap=True)
 
     def cut(self, term: Term, at: int) -> tuple[Term, Term] | None:
         """Cut an axis into its first `at` indices and the rest. None when that cut cannot be described.

@@ -104,6 +104,7 @@ def _related(model: ir.Model, learnt: _Learnt) -> Dimensions:
         _read_known(dimensions, value)
     walk(dimensions, model.graph)
     _unify_measured_uses(dimensions)
+    dimensions.space.settle_ties()
     dimensions.space.place = ""
     return dimensions
 
@@ -290,6 +291,7 @@ def pin_interface(dimensions: Dimensions) -> None:
         for axis in dimensions.axes.get(value) or ():
             if space.static(axis) is None:
                 space.pin(axis, "mixed with a size that is known only when running")
+    space.settle_ties()
     space.place = ""
 
 

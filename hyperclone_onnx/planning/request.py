@@ -101,6 +101,7 @@ def size(
                 raise Refused(refusal(dimensions, dimension, named))
             continue
         growth.maps[dimension.dim] = (dimension.name, source_map)
+    _repeat_tied(growth)
     stays = all(target.size == dim.size.static_or(0) for dim, target in targets.items())
     _check_something_grows(growth, times_all == 1 and stays and all(times == 1 for times in factors.values()))
     return growth
@@ -163,6 +164,25 @@ def _with_plan_names(named: list[NamedDim], requests: Mapping[str, int]) -> dict
                 "number of queries for each key/value head, give group, or sizes with --size"
             )
     return factors
+
+
+def _repeat_tied(growth: Growth) -> None:
+    """Let all tied dimensions grow if one of them grows, by repeats of each index in place.
+
+    Raises:
+        Refused: they are requested to grow by different factors or maps.
+    """
+    tied = [dimension for dimension in growth.named if dimension.dim.tied is not None and dimension.dim.growable]
+    maps = [growth.maps[dimension.dim] for dimension in tied if dimension.dim in growth.maps]
+    if not maps:
+        return
+    times = {source_map.grown // source_map.size for _, source_map in maps}
+    if len(times) > 1 or any(source_map.index for _, source_map in maps):
+        names = ", ".join(name for name, _ in maps)
+        raise Refused(f"{names} are joined and then divided into groups, so they must grow by one whole factor")
+    for dimension in tied:
+        growth.maps[dimension.dim] = (dimension.name, SourceMap(dimension.size, repeat=max(times)))
+        growth.beside.discard(dimension.dim)
 
 
 def _kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested: Set[str]) -> set[Dim]:

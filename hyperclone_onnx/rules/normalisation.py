@@ -42,6 +42,8 @@ def group_norm(op: Op) -> None:
 def edit_group_norm(op: GrownOp) -> None:
     """Sets the number of groups: it grows by the part of the channels' growth that is outside a group."""
     groups, channels = op.positive("num_groups"), op.axis_of(0, 1)
+    if any(atom.tied for atom in op.space.atoms(channels)):
+        return  # each channel is repeated in place, so that the groups keep their number
     grown = op.grown(op.factored(channels, (op.static(channels) or 0) // groups)[0])
     if grown != groups:
         op.set_attribute("num_groups", grown)

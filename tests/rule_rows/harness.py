@@ -227,6 +227,10 @@ def grow(m: Model, dimensions: Dimensions, strategy: Strategy, everything: bool)
     for dimension in named:
         if dimension.dim.growable and dimension.size > 0 and (everything or m.coin(0.6)):
             maps[dimension.dim] = (dimension.name, random_map(m, dimension.size))
+    tied = [dimension for dimension in named if dimension.dim.tied is not None and dimension.dim.growable]
+    if any(dimension.dim in maps for dimension in tied):
+        times = m.size(2, 3)
+        maps |= {dimension.dim: (dimension.name, SourceMap(dimension.size, repeat=times)) for dimension in tied}
     if not maps:
         return None
     try:

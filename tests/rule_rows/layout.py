@@ -283,3 +283,14 @@ def slice_of_one_index_of_an_averaged_axis(m: Model) -> None:
     m.node("ReduceMean", x, m.ints([1]), want="gp")
     at = m.size(0, n - 1)
     m.node("Slice", x, m.ints([at]), m.ints([at + 1]), m.ints([m.pick(1, -1)]), want="gp")
+
+
+@row("Reshape", "Concat", seeds=8)
+def groups_across_joined_parts(m: Model, op: str) -> None:
+    """Groups of channels that reach across the boundary of two parts: each channel is repeated in place."""
+    groups, channels = m.size(2, 4), m.size(3, 5)
+    first = channels + 1
+    n = m.size()
+    parts = [activation(m, (n, size), "gg") for size in (first, groups * channels - first)]
+    joined = m.node("Concat", *parts, axis=1, inner=True)
+    m.node("Reshape", joined, m.ints([0, groups, channels]), want="gpg")
