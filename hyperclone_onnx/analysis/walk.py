@@ -204,7 +204,8 @@ def _read_inputs(dimensions: Dimensions, proven: Mapping[str, Size]) -> None:
         if shape is None or not isinstance(value.type, ir.TensorType):
             dimensions.axes[value] = None
             if isinstance(value.type, ir.TensorType):
-                dimensions.unknown_ranks[value] = ("no shape is declared for it", space.place)
+                reason = "no shape is declared for it in the file: declare one, a number or a name for each axis"
+                dimensions.unknown_ranks[value] = (reason, space.place)
             continue
         axes: list[Term] = []
         for declared in shape:
