@@ -185,4 +185,4 @@ def test_a_gate_of_unknown_width(gate: str, cli: Command, tmp_path: Path) -> Non
     onnx.save(model, tmp_path / "model.onnx")
     run_source(tmp_path / "model.onnx", 0)
     outcome = cli("expand", tmp_path / "model.onnx", "--factor", "2", "-o", tmp_path / "big.onnx", "--no-validate")
-    assert outcome.code == 3 and "LinearAttention" in outcome.error and "gated by an axis" in outcome.error
+    assert outcome.code == 3 and "LinearAttention" in outcome.error and "the last axis of a gate" in outcome.error
