@@ -84,7 +84,7 @@ def relate_gate(op: Op, term: Term, choices: Sequence[Term]) -> None:
             op.unify(term, choice)
             return
     for axis in (term, *choices):
-        op.pin(axis, "the last axis of a gate has neither the size of the heads nor of the channels")
+        op.pin(axis, "the last axis of a gate is not known to number heads or channels")
 
 
 @relates("LinearAttention")
