@@ -208,6 +208,16 @@ def test_gradients_of_resized_images(mode: str, size: tuple[int, int], tmp_path:
     torch.testing.assert_close(images[1].grad, images[0].grad, rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiled_program_resizes(tmp_path: Path) -> None:
+    """PyTorch traces no NumPy: the places are constants of the program."""
+    torch = pytest.importorskip("torch")
+    fed = {"x": floats(2, 3, 6, 7)}
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="cubic")
+    module = loaded(model_of([node], {"scales": np.array([1, 1, 1.5, 2], np.float32)}, fed, ["y"]), tmp_path)
+    x = torch.tensor(fed["x"])
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(x), module(x))
+
+
 # -- fake quantisation ------------------------------------------------------------------------------------
 
 

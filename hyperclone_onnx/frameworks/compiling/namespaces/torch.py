@@ -14,6 +14,7 @@ from array_api_compat.torch import *
 from hyperclone_onnx.frameworks.compiling.namespaces import dtype_name
 from hyperclone_onnx.frameworks.compiling.ops import control as _control
 from hyperclone_onnx.frameworks.compiling.ops.attention import attend as _attend
+from hyperclone_onnx.frameworks.compiling.ops.resize import taps as _taps
 
 bool = torch.bool
 abs, all, any, max, min, round, sum, pow = (
@@ -28,6 +29,7 @@ erf, einsum, sigmoid, softplus, relu, expm1 = (
     torch.expm1,
 )
 NAME = "torch"
+torch.compiler.assume_constant_result(_taps)  # torch.compile would trace its NumPy as tensors
 
 
 def dtype_named(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -95,14 +95,26 @@ def _resized(
         region = (roi[number], roi[number + len(axes)]) if roi and form.coordinates == "tf_crop_and_resize" else None
         if size == before and scale == 1 and region is None:
             continue
-        x = _along(xp, x, axis, *_taps(before, size, scale, region, form), form.extrapolation)
+        x = _along(xp, x, axis, *taps(before, size, scale, region, *astuple(form)), form.extrapolation)
     return x
+
+
+Taps = tuple[tuple[tuple[int, ...], ...], tuple[tuple[float, ...], ...], tuple[bool, ...]]
+
+
+def taps(before: int, size: int, scale: float, region: tuple[float, float] | None, *attributes: Any) -> Taps:
+    """For each summand the place in the input and the coefficient of every element, and which elements lie outside.
+
+    It takes and gives plain data, so that a framework that traces programs may call it and keep what it returns.
+    """
+    places, coefficients, outside = _taps(before, size, scale, region, _Form(*attributes))
+    rows = tuple(map(tuple, places.T.tolist())), tuple(map(tuple, coefficients.T.tolist()))
+    return *rows, tuple(outside.tolist())
 
 
 def _taps(
     before: int, size: int, scale: float, region: tuple[float, float] | None, form: _Form
 ) -> tuple[Numbers, Numbers, Numbers]:
-    """For each element of the result: places in the input, their coefficients, and whether it lies outside."""
     at = _coordinates(before, size, scale, region, form.coordinates)
     outside = (at < 0) | (at > before - 1) if form.coordinates == "tf_crop_and_resize" else np.zeros(size, bool)
     if form.mode == "nearest":
@@ -164,20 +176,22 @@ def _weights(distance: Numbers, form: _Form) -> Numbers:
 
 
 def _along(
-    xp: Any, x: Array, axis: int, places: Numbers, coefficients: Numbers, outside: Numbers, extrapolation: float
+    xp: Any,
+    x: Array,
+    axis: int,
+    places: tuple[tuple[int, ...], ...],
+    coefficients: tuple[tuple[float, ...], ...],
+    outside: tuple[bool, ...],
+    extrapolation: float,
 ) -> Array:
     """The sum over the places of one axis."""
     device, shape = xp.device_of(x), [-1 if i == axis else 1 for i in range(x.ndim)]
-
-    def constant(numbers: Numbers, number: int) -> Array:
-        return xp.lift(tuple(numbers.tolist()), number, device)
-
     total = None
-    for place, coefficient in zip(places.T, coefficients.T, strict=True):
-        part = xp.take(x, constant(place, 7), axis=axis)
-        if not (coefficient == 1).all():
-            part = part * xp.astype(xp.reshape(constant(coefficient, 11), shape), x.dtype)
+    for place, coefficient in zip(places, coefficients, strict=True):
+        part = xp.take(x, xp.lift(place, 7, device), axis=axis)
+        if any(number != 1 for number in coefficient):
+            part = part * xp.astype(xp.reshape(xp.lift(coefficient, 11, device), shape), x.dtype)
         total = part if total is None else total + part
-    if outside.any():
-        total = xp.where(xp.reshape(constant(outside, 9), shape), xp.full_like(total, extrapolation), total)
+    if any(outside):
+        total = xp.where(xp.reshape(xp.lift(outside, 9, device), shape), xp.full_like(total, extrapolation), total)
     return total
