@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hyperclone_onnx import Analysis, BadRequest, Refused, SourceMap, Strategy, analyse, expand, plan_expansion
 from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.expansion import Expansion, plan_file
+from hyperclone_onnx.planning.sizes import heads_and_group
 
 Zoo = Callable[[str], Path]
 
@@ -89,6 +90,27 @@ def test_query_heads_are_key_value_heads_times_the_group(
 ) -> None:
     grown = sizes_of(llama, {**sizes, "ffn": 57})
     assert (grown["heads"], grown["kv_heads"], grown["group"]) == outcome
+
+
+@settings(max_examples=200, deadline=None)
+@given(kv_heads=st.integers(1, 12), group=st.integers(1, 8), queries=st.integers(1, 200))
+def test_any_number_of_query_heads_is_solved_or_refused_with_numbers_that_fit(
+    kv_heads: int, group: int, queries: int
+) -> None:
+    queries = max(queries, kv_heads * group)
+    try:
+        new_kv, new_group = heads_and_group({"heads": queries}, kv_heads, group)
+    except BadRequest as problem:
+        assert queries % kv_heads and queries % group
+        fits = re.search(r": ([\d or]+) would fit", str(problem))
+        assert fits is not None
+        for number in map(int, fits[1].split(" or ")):
+            kv, other = heads_and_group({"heads": number}, kv_heads, group)
+            assert kv * other == number
+        return
+    assert new_kv * new_group == queries
+    assert new_kv >= kv_heads and new_group >= group
+    assert new_group == group or (new_kv == kv_heads and queries % group)
 
 
 # (graph, sizes, a part of the message)

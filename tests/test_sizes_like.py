@@ -86,12 +86,13 @@ def test_source_target_and_result_stand_side_by_side(llama: Analysis, tmp_path: 
         "ffn 56 84 84",
         "heads 6 9 9",
         "kv_heads 2 3 3",
+        "layers 2 4 2",
         "head_dim 8 8 8",
         "vocab 101 200 101",
     ):
         assert row.split() in rows
     said = [line for line in outcome.stdout.splitlines() if line.startswith("not like ")]
-    assert any("layers: 4 in the target" in line for line in said)
+    assert any("layers: 4 in the target; the source keeps its 2" in line for line in said)
     assert any("vocabulary: 200 in the target; it keeps its size (101)" in line for line in said)
     assert any("hidden_act" in line and "tie_word_embeddings true" in line for line in said)
     data = json.loads(cli("expand", llama.path, "--like", target, "--plan-only", "--json").stdout)

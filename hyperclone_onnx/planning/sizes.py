@@ -152,7 +152,7 @@ def _solve_heads(
         for role, factor_of, old in (("kv_heads", "heads", old_kv), ("group", "group", old_group)):
             if factor_of in factors:
                 asked.setdefault(role, old * factors[factor_of])
-    new_kv, new_group = _heads_and_group(asked, old_kv, old_group)
+    new_kv, new_group = heads_and_group(asked, old_kv, old_group)
     for role, old, new in (("kv_heads", old_kv, new_kv), ("group", old_group, new_group)):
         if new < old:
             raise BadRequest(f"{because}: {role} would be {new}, below the source's {old}, and sizes only grow")
@@ -162,7 +162,7 @@ def _solve_heads(
         _solve(solution, (heads.group,), new_group, because)
 
 
-def _heads_and_group(asked: Mapping[str, int], old_kv: int, old_group: int) -> tuple[int, int]:
+def heads_and_group(asked: Mapping[str, int], old_kv: int, old_group: int) -> tuple[int, int]:
     """The new numbers of key/value heads and of queries for each of them.
 
     Query heads alone leave a choice. The group is kept if that is possible, else the key/value heads are.

@@ -12,6 +12,8 @@ from typing import Any
 from hyperclone_onnx.analysis.analysing import Analysis, analyse
 from hyperclone_onnx.analysis.quantities import SIZE_ROLES, Quantity, quantities
 from hyperclone_onnx.errors import BadModel, BadRequest, Refused, printable
+from hyperclone_onnx.layers.stacks import find_stacks
+from hyperclone_onnx.layers.unfusing import unfuse
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -83,12 +85,14 @@ class Likeness:
         sizes: the requested sizes, by role or by the name of a dimension.
         target: the target's sizes.
         differences: what the target has and the result will not have, one sentence each.
+        layers: the number of layers of the source, which stays; None where it is not known.
     """
 
     path: str
     sizes: Mapping[str, int]
     target: Mapping[str, int]
     differences: tuple[str, ...] = ()
+    layers: int | None = None
 
     def compared(self, source: Mapping[str, int], result: Mapping[str, int]) -> list[Compared]:
         """The sizes side by side.
@@ -97,6 +101,8 @@ class Likeness:
             source: the sizes of the source, by role.
             result: the sizes of the grown model, by role.
         """
+        if self.layers is not None:
+            source, result = {**source, "layers": self.layers}, {**result, "layers": self.layers}
         rows = [Compared(role, source.get(role), self.target.get(role), result.get(role)) for role in COMPARED]
         return [row for row in rows if row.source is not None or row.target is not None]
 
@@ -145,8 +151,11 @@ def like(analysis: Analysis, target: Target) -> Likeness:
             sizes |= {quantity.name: size for quantity in matching}
             others = sorted({q.size for q in known if q.role == role} - {config.sizes[role]})
             differences.append(f"other dimensions of the role {role} ({_listed(others)}) keep their sizes")
+    layers = layers_of(analysis)
+    if target.sizes.get("layers", layers) != layers:
+        differences.append(f"layers: {target.sizes['layers']} in the target; the source keeps its {layers or 'layers'}")
     differences += _differences(analysis, target, config)
-    return Likeness(str(target.path), sizes, target.sizes, tuple(differences))
+    return Likeness(str(target.path), sizes, target.sizes, tuple(differences), layers)
 
 
 def sizes_by_role(known: Iterable[Quantity]) -> dict[str, int]:
@@ -242,6 +251,14 @@ def _check_family(target: Target, own: Target) -> None:
         )
 
 
+def layers_of(analysis: Analysis) -> int | None:
+    """The number of layers of a model; None where it has not exactly one stack of layers."""
+    graph = analysis.model.clone().graph
+    unfuse(graph)
+    stacks = find_stacks(graph)
+    return stacks[0].layers if len(stacks) == 1 else None
+
+
 def _check_roles(target: Target, roles: set[str]) -> None:
     """Check that an ONNX file has dimensions of the same roles as the source.
 
@@ -259,8 +276,6 @@ def _check_roles(target: Target, roles: set[str]) -> None:
 def _differences(analysis: Analysis, target: Target, own: Target | None) -> list[str]:
     """What the target has, apart from sizes, and the source has not."""
     texts: list[str] = []
-    if "layers" in target.sizes:
-        texts.append(f"layers: {target.sizes['layers']} in the target; the source keeps its number of layers")
     if "vocab" in target.sizes:
         tables = sorted({named.size for named in analysis.named if named.role == "vocab"})
         if target.sizes["vocab"] not in tables:
@@ -315,6 +330,9 @@ def _read_onnx(file: Path) -> Target:
     tables = {named.size for named in analysis.named if named.role == "vocab"}
     if len(tables) == 1:
         sizes["vocab"] = tables.pop()
+    layers = layers_of(analysis)
+    if layers is not None:
+        sizes["layers"] = layers
     return Target(file, sizes, operators=operators(analysis))
 
 
