@@ -7,7 +7,6 @@ differ in another way (``onnx::MatMul_312``, ``onnx::MatMul_355``) have no numbe
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,14 +57,11 @@ def numbered(names: Sequence[str]) -> Numbered | None:
     return Numbered("".join(parts[: 2 * place + 1]), "".join(parts[2 * place + 2 :]), column[0], step)
 
 
-def common_step(rows: Sequence[Sequence[str]]) -> int:
-    """By how much the numbers of most names grow from unit to unit: the number of layers in a unit; 0 if none do."""
-    steps = Counter(form.step for form in map(numbered, rows) if form is not None)
-    return min(steps, key=lambda step: (-steps[step], step)) if steps else 0
+def count_numbered(units: Sequence[Sequence[str]], step: int) -> int:
+    """How many of the names that match in all units have a number that grows by `step` from unit to unit.
 
-
-def count_numbered(units: Sequence[Sequence[str]]) -> int:
-    """How many of the names that match in all units have a number that runs as that of most of them."""
-    rows = list(zip(*units, strict=True))
-    step = common_step(rows)
-    return sum(1 for form in map(numbered, rows) if form is not None and form.step == step)
+    >>> count_numbered([["h.0.up", "MatMul_12"], ["h.1.up", "MatMul_57"]], 1)
+    1
+    """
+    forms = map(numbered, zip(*units, strict=True))
+    return sum(1 for form in forms if form is not None and form.step == step)

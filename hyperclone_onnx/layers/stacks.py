@@ -170,7 +170,10 @@ def _best_rotation(stream: Stream, start: int, length: int, period: int, multipl
         run = _longest(stream, start + offset, (length - offset) // step, step, multiple)
         if run is None or not _has_weights(run):
             continue
-        found = (len(run.units), count_numbered([[value.name or "" for value in unit.stored] for unit in run.units]))
+        found = (
+            len(run.units),
+            count_numbered([[value.name or "" for value in unit.stored] for unit in run.units], multiple),
+        )
         if found > score:
             best, score = run, found
     return best

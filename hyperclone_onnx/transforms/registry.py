@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import onnx_ir as ir
 
@@ -13,11 +14,19 @@ from hyperclone_onnx.plan.plans import TransformStep
 Transform = Callable[..., ir.Model]
 """(normalised graph, options as keyword arguments) -> normalised graph. It may change the graph that it is given."""
 
+Preserves = Callable[[Mapping[str, Any]], bool]
+"""(options of a step) -> whether the step keeps what the model computes."""
+
 _transforms: dict[str, Transform] = {}
+_preserves: dict[str, Preserves] = {}
 
 
-def transform(name: str) -> Callable[[Transform], Transform]:
+def transform(name: str, *, preserves: Preserves | None = None) -> Callable[[Transform], Transform]:
     """Register a transform under the name that plans use for it.
+
+    Args:
+        name: the name.
+        preserves: says whether a step keeps what the model computes. By default each step does.
 
     Raises:
         ValueError: a transform of that name is registered already.
@@ -27,6 +36,8 @@ def transform(name: str) -> Callable[[Transform], Transform]:
         if name in _transforms:
             raise ValueError(f"there is a transform {name!r} already")
         _transforms[name] = function
+        if preserves is not None:
+            _preserves[name] = preserves
         return function
 
     return register
@@ -49,3 +60,8 @@ def transformed(model: ir.Model, steps: Iterable[TransformStep]) -> ir.Model:
             raise BadModel(f"the options of the transform {step.name!r} are wrong: {problem}") from problem
         model = function(model, **step.options)
     return model
+
+
+def step_preserves(step: TransformStep) -> bool:
+    """Whether a step keeps what the model computes."""
+    return step.name not in _preserves or _preserves[step.name](step.options)

@@ -14,7 +14,7 @@ from hyperclone_onnx.plan.plans import TransformStep
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.system.stamps import Stamp
-from hyperclone_onnx.transforms import identity  # noqa: F401  (registers it)
+from hyperclone_onnx.transforms import identity, layers  # noqa: F401  (registers them)
 from hyperclone_onnx.transforms.registry import transformed
 
 

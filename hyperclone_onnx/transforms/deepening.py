@@ -1,0 +1,315 @@
+"""Puts copies of layers into a graph, and numbers all names as an export of the deeper model would.
+
+A copy has nodes, stored tensors and inputs (its cache) of its own. Its tensors are read from the same bytes of the
+source's file. What several layers read, such as a mask, the copy reads too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import onnx_ir as ir
+
+from hyperclone_onnx.graphs import FreshNames
+from hyperclone_onnx.layers.numbering import numbered
+from hyperclone_onnx.layers.stacks import Stack, Unit
+from hyperclone_onnx.plan.origins import Drawn
+from hyperclone_onnx.tensors.assembled import DrawnTensor
+
+ORIGINAL = "hyperclone_onnx.original"
+"""The key under which an input or output of a graph remembers its name in the file; None where it is new."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer of the deeper model."""
+
+    source: int
+    """The number of the unit that it is, or that it is a copy of."""
+    zeroed: frozenset[ir.Value] | None = None
+    """The tensors that are zero in an identity copy."""
+
+
+@dataclass
+class _Layer:
+    """The parts of a layer of the deeper model, aligned with those of all others."""
+
+    nodes: list[ir.Node]
+    stored: list[ir.Value]
+    inputs: list[ir.Value]
+    leaves: list[ir.Value | None]
+    is_copy: bool
+    zeroed: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
+    """Tensors that are zero here alone, and the shared ones that other layers read in their place."""
+
+
+def deepen(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
+    """Change a graph so that a stack has the given layers.
+
+    Args:
+        graph: the graph, which is changed.
+        stack: one of its stacks.
+        places: the layers from the first to the last. Each unit of the stack occurs; first occurrences are in order.
+    """
+    for value in (*graph.inputs, *graph.outputs):
+        value.meta.setdefault(ORIGINAL, value.name)
+    names, outputs = _Names(stack), _outputs_of_layers(stack)
+    before = {node: tuple(node.inputs) for unit in stack.units for node in unit.nodes}
+    own = {node for unit in stack.units for node in unit.nodes}
+    layers: list[_Layer] = []
+    leaves = list(stack.units[0].enters)
+    seen: set[int] = set()
+    for place in places:
+        unit = stack.units[place.source]
+        if place.source in seen:
+            layers.append(_copy(graph, unit, place, leaves, before))
+            last = _last_node(graph, layers[-2])
+            graph.insert_after(last, layers[-1].nodes)
+        else:
+            seen.add(place.source)
+            _enter(unit, leaves)
+            layers.append(_Layer(list(unit.nodes), list(unit.stored), list(unit.inputs), list(unit.leaves), False))
+        leaves = layers[-1].leaves
+    own.update(node for layer in layers for node in layer.nodes)
+    _leave(graph, stack.units[-1], leaves, own, outputs)
+    of_layers = {layer.nodes[node].outputs[index] for layer in layers for node, index in outputs}
+    kept = {value for value in graph.outputs if value not in of_layers}
+    _add_inputs(graph, stack, layers, places)
+    _add_outputs(graph, stack, layers, places, outputs)
+    names.apply(graph, layers, places, kept)
+    graph.sort()
+
+
+def _copy(
+    graph: ir.Graph,
+    unit: Unit,
+    place: Place,
+    enters: Sequence[ir.Value | None],
+    before: dict[ir.Node, tuple[ir.Value | None, ...]],
+) -> _Layer:
+    zeroed = place.zeroed or frozenset()
+    to: dict[ir.Value, ir.Value] = {}
+    for value, new in zip(unit.enters, enters, strict=True):
+        if value is not None and new is not None:
+            to[value] = new
+    for value in (*unit.stored, *sorted(zeroed - set(unit.stored), key=lambda value: value.name or "")):
+        to[value] = _new_value(value)
+        assert value.const_value is not None
+        to[value].const_value = _zeros(value) if value in zeroed else copy_of(value.const_value)
+    for value in unit.inputs:
+        to[value] = _new_value(value)
+        to[value].meta[ORIGINAL] = None
+    nodes: dict[ir.Node, ir.Node] = {}
+    for node in sorted(unit.nodes, key=_order(graph)):
+        inputs = [None if value is None else to.get(value, value) for value in before[node]]
+        new_node = ir.Node(
+            node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs)
+        )
+        for value, result in zip(node.outputs, new_node.outputs, strict=True):
+            result.type, result.shape = value.type, None if value.shape is None else value.shape.copy()
+            to[value] = result
+        nodes[node] = new_node
+    return _Layer(
+        [nodes[node] for node in unit.nodes],
+        [to[value] for value in unit.stored],
+        [to[value] for value in unit.inputs],
+        [None if value is None else to[value] for value in unit.leaves],
+        True,
+        [(to[value], value) for value in zeroed - set(unit.stored)],
+    )
+
+
+def _order(graph: ir.Graph) -> Callable[[ir.Node], int]:
+    place = {node: number for number, node in enumerate(graph)}
+    return lambda node: place[node]
+
+
+def _last_node(graph: ir.Graph, layer: _Layer) -> ir.Node:
+    return max(layer.nodes, key=_order(graph))
+
+
+def _new_value(value: ir.Value) -> ir.Value:
+    return ir.Value(name=value.name, type=value.type, shape=None if value.shape is None else value.shape.copy())
+
+
+def copy_of(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Another tensor with the same numbers, which are not read before they are needed."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=tensor.name or "",
+            base_dir=tensor.base_dir,
+        )
+    if isinstance(tensor, DrawnTensor):
+        return DrawnTensor(tensor.drawn)
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=shape, name=tensor.name)  # type: ignore[arg-type, return-value]
+
+
+def _zeros(value: ir.Value) -> DrawnTensor:
+    tensor = value.const_value
+    assert tensor is not None
+    shape = tuple(map(int, tensor.shape.numpy()))
+    return DrawnTensor(Drawn(value.name or "", shape, tensor.dtype.name, "constant", 0.0))
+
+
+def _enter(unit: Unit, leaves: Sequence[ir.Value | None]) -> None:
+    """Let the nodes of a unit read what leaves the layer before it."""
+    inside = set(unit.nodes)
+    for old, new in zip(unit.enters, leaves, strict=True):
+        if old is None or new is None or old is new:
+            continue
+        for use in list(old.uses()):
+            if use.node in inside:
+                use.node.replace_input_with(use.idx, new)
+
+
+def _leave(
+    graph: ir.Graph,
+    unit: Unit,
+    leaves: Sequence[ir.Value | None],
+    inside: set[ir.Node],
+    outputs: Sequence[tuple[int, int]],
+) -> None:
+    """Let everything behind the stack read what leaves its last layer."""
+    numbered_outputs = {unit.nodes[node].outputs[index] for node, index in outputs}
+    for old, new in zip(unit.leaves, leaves, strict=True):
+        if old is None or new is None or old is new:
+            continue
+        for use in list(old.uses()):
+            if use.node not in inside:
+                use.node.replace_input_with(use.idx, new)
+        if old.is_graph_output() and old not in numbered_outputs:
+            for position, value in enumerate(graph.outputs):
+                if value is old:
+                    graph.outputs[position] = new
+            new.meta[ORIGINAL] = old.meta.pop(ORIGINAL)
+            new.name, old.name = old.name, None
+            new.shape, new.type = old.shape, old.type
+
+
+def _outputs_of_layers(stack: Stack) -> list[tuple[int, int]]:
+    """The outputs of the graph that each layer has: (number of the node, number of its output)."""
+    first = stack.units[0].nodes
+    return [
+        (number, index)
+        for number, node in enumerate(first)
+        for index in range(len(node.outputs))
+        if all(
+            index < len(unit.nodes[number].outputs) and unit.nodes[number].outputs[index].is_graph_output()
+            for unit in stack.units
+        )
+    ]
+
+
+# -- names and order --------------------------------------------------------------------------------------
+
+Named = ir.Value | ir.Node
+
+
+class _Names:
+    """The names of everything that matches in the layers of a stack, as they are in the source."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.units = [_named(unit.nodes, unit.stored, unit.inputs) for unit in stack.units]
+        self.old = [[thing.name or "" for thing in unit] for unit in self.units]
+        self.step = stack.period
+
+    def apply(self, graph: ir.Graph, layers: Sequence[_Layer], places: Sequence[Place], kept: set[ir.Value]) -> None:
+        """Name the layers of the deeper model. The values in `kept` keep their names."""
+        things = [_named(layer.nodes, layer.stored, layer.inputs) for layer in layers]
+        numbered_names: list[tuple[Named, str]] = []
+        others: list[tuple[Named, str]] = []
+        for column in range(len(self.old[0])):
+            names = [unit[column] for unit in self.old]
+            form = numbered(names)
+            for position, (layer, place) in enumerate(zip(layers, places, strict=True)):
+                thing, name = things[position][column], names[place.source]
+                if thing in kept or not name:
+                    continue
+                if form is not None and form.step == self.step:
+                    numbered_names.append((thing, form.name(position)))
+                elif layer.is_copy or thing.name is None:
+                    others.append((thing, name))
+        others += [(own, shared.name or "") for layer in layers for own, shared in layer.zeroed]
+        renamed = [*numbered_names, *others]
+        for number, (thing, _) in enumerate(renamed):
+            thing.name = f"\0{number}"
+        fresh = FreshNames(graph)
+        for thing, name in renamed:
+            thing.name = fresh.value(name) if isinstance(thing, ir.Value) else fresh.node(name)
+        for layer in layers:
+            if layer.is_copy:
+                for value in dict.fromkeys((*layer.stored, *(own for own, _ in layer.zeroed))):
+                    if isinstance(value.const_value, DrawnTensor):
+                        drawn = replace(value.const_value.drawn, name=value.name or "")
+                        value.const_value = DrawnTensor(drawn)
+                    graph.register_initializer(value)
+
+
+def _named(nodes: Sequence[ir.Node], stored: Sequence[ir.Value], inputs: Sequence[ir.Value]) -> list[Named]:
+    return [*stored, *inputs, *nodes, *(value for node in nodes for value in node.outputs)]
+
+
+def _add_inputs(graph: ir.Graph, stack: Stack, layers: Sequence[_Layer], places: Sequence[Place]) -> None:
+    columns = [list(unit.inputs) for unit in stack.units]
+    order = _interleaved(list(graph.inputs), columns, [layer.inputs for layer in layers], places)
+    graph.inputs[:] = order
+
+
+def _add_outputs(
+    graph: ir.Graph,
+    stack: Stack,
+    layers: Sequence[_Layer],
+    places: Sequence[Place],
+    outputs: Sequence[tuple[int, int]],
+) -> None:
+    columns = [[unit.nodes[node].outputs[index] for node, index in outputs] for unit in stack.units]
+    new = [[layer.nodes[node].outputs[index] for node, index in outputs] for layer in layers]
+    for layer, values in zip(layers, new, strict=True):
+        for value in values if layer.is_copy else ():
+            value.meta[ORIGINAL] = None
+    graph.outputs[:] = _interleaved(list(graph.outputs), columns, new, places)
+
+
+def _interleaved(
+    old: list[ir.Value], columns: list[list[ir.Value]], new: list[list[ir.Value]], places: Sequence[Place]
+) -> list[ir.Value]:
+    """Inputs or outputs in the order of an export of the deeper model.
+
+    Exporters go through the layers one by one, or through all layers for each kind of input. Where an order is neither
+    of the two, copies follow what they are copies of.
+    """
+    if not columns or not columns[0]:
+        return old
+    where = {value: number for number, value in enumerate(old)}
+    rows = [sorted(where[value] for value in unit) for unit in columns]
+    kinds = [[where[unit[kind]] for unit in columns] for kind in range(len(columns[0]))]
+    ours = sorted(place for row in rows for place in row)
+    by_layers = [place for row in rows for place in row] == ours
+    by_kinds = (
+        all(kind == sorted(kind) for kind in kinds) and [place for kind in sorted(kinds) for place in kind] == ours
+    )
+    if by_layers:
+        kind_order = sorted(range(len(kinds)), key=lambda kind: kinds[kind][0])
+        result = [layer[kind] for layer in new for kind in kind_order]
+    elif by_kinds:
+        result = [layer[kind] for kind in sorted(range(len(kinds)), key=lambda kind: kinds[kind]) for layer in new]
+    else:
+        follow: dict[ir.Value, list[ir.Value]] = {}
+        for layer, place in zip(new, places, strict=True):
+            for value, source in zip(layer, columns[place.source], strict=True):
+                follow.setdefault(source, []).append(value)
+        return [result for value in old for result in follow.get(value, [value])]
+    inside = {value for unit in columns for value in unit}
+    first = ours[0]
+    return [
+        *(value for value in old[:first] if value not in inside),
+        *result,
+        *(value for value in old[first:] if value not in inside),
+    ]
