@@ -34,6 +34,8 @@ from hyperclone_onnx.publishing.publication import check_output, data_name, publ
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.rewriting.rewriting import rewrite
 from hyperclone_onnx.tensors.assembled import assemble
+from hyperclone_onnx.transforms.layers import Depth, LayersAt, LayersRequest, deepened, step_for
+from hyperclone_onnx.transforms.registry import changing
 from hyperclone_onnx.transforms.source import source_of
 from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
 from hyperclone_onnx.validation.not_finite import named_not_finite
@@ -124,6 +126,7 @@ class Expansion:
                 name: {"role": dim.role, "from": dim.map.size, "to": dim.map.grown}
                 for name, dim in self.plan.dims.items()
             },
+            **({"layers": layers} if (layers := deepened(self.plan.transforms)) else {}),
             "kept": [asdict(dimension) for dimension in self.kept],
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "separated": self.separated,
@@ -200,6 +203,9 @@ class _Request:
     strategies: Sequence[StrategyRule] = ()
     recipe: Mapping[str, Any] | None = None
     """The recipe file of the request, to be recorded in the plan."""
+    layers: LayersRequest | None = None
+    depth: Depth = "identity"
+    layers_at: LayersAt = "even"
 
     def __post_init__(self) -> None:
         default = self.strategy or Strategy()
@@ -213,6 +219,11 @@ class _Request:
                     f"the strategy {law.name!r} changes what the model computes: --allow-change, or allow_change=True "
                     "in Python, says that you want that"
                 )
+        if changing(self.transforms) and not self.allow_change:
+            raise BadRequest(
+                "copies of layers that are not identity blocks change what the model computes: --allow-change, or "
+                "allow_change=True in Python, says that you want that"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain data, without the strategy, which the plan has."""
@@ -254,6 +265,17 @@ def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
     return growth, replace(plan, source=provenance(analysis.model, options), transforms=analysis.transforms)
 
 
+def _with_layers(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
+    """The transforms, and the one that makes the layers that were asked for."""
+    assert request.layers is not None
+    source = source_of(model, request.transforms)
+    try:
+        step = step_for(source.model, request.layers, request.depth, request.layers_at)
+    except BadRequest as problem:
+        raise BadRequest(f"{source.path}: {problem}") from problem
+    return (*request.transforms, *([] if step is None else [step]))
+
+
 @dataclass(frozen=True)
 class _Planned:
     """A model that was read, and the plan of its growth."""
@@ -275,6 +297,8 @@ def _planned(
 ) -> _Planned:
     """Read a model, check the paths of the result and of the plan, and make the plan."""
     say("reading")
+    if request.layers is not None:
+        request = replace(request, transforms=_with_layers(model, request), layers=None)
     analysis = analyse(model, request.transforms)
     used_files = set(analysis.files)
     if out is not None:
@@ -305,6 +329,9 @@ def expand(
     untie: bool = False,
     keep_interface: bool = False,
     transforms: Sequence[TransformStep] = (),
+    layers: LayersRequest | None = None,
+    depth: Depth = "identity",
+    layers_at: LayersAt = "even",
     allow_change: bool = False,
     device: Device = "auto",
     check: bool | Mode = True,
@@ -333,6 +360,10 @@ def expand(
         untie: give each use its own tensor if a tensor is stored once but only one of its uses must be divided.
         keep_interface: the model's inputs and outputs keep the shapes of the source.
         transforms: steps that change the source graph before it grows (see `transforms`).
+        layers: the number of layers of the grown model, or one for each stack, e.g. ``{"encoder": 8, "decoder": 12}``.
+        depth: how new layers are made: "identity" blocks, which add nothing at first; "stack" or "interpose", which
+            change what the model computes (see `transforms.layers`).
+        layers_at: where identity blocks stand: "even", "end", or the layers behind which there is a new one.
         allow_change: allow a strategy that changes what the model computes. The differences of outputs are reported.
         device: the device on which both models run for validation.
         check: how to validate: "full", "algebraic", "auto" (or True), or False for no validation (see `validation`).
@@ -372,12 +403,17 @@ def expand(
         like,
         strategies,
         recipe,
+        layers,
+        depth,
+        layers_at,
     )
     planned = _planned(model, out, request, plan_out, say, clock)
     analysis, plan, big = planned.analysis, planned.plan, planned.big
     _check_room(out, analysis.model, big)
     validation: Validation | None = None
-    pair = Pair(analysis.dimensions, big, plan, device, wishes_of(analysis.model, inputs, dims))
+    pair = Pair(
+        analysis.dimensions, big, plan, device, wishes_of(analysis.model, inputs, dims), _untransformed(analysis)
+    )
     prepared = None
     if mode is not None:
         say("running the source")
@@ -450,6 +486,9 @@ def plan_file(
     strategies: Sequence[StrategyRule] = (),
     untie: bool = False,
     keep_interface: bool = False,
+    layers: LayersRequest | None = None,
+    depth: Depth = "identity",
+    layers_at: LayersAt = "even",
     allow_change: bool = False,
     plan_out: str | os.PathLike[str] | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -471,11 +510,19 @@ def plan_file(
         like=like,
         strategies=strategies,
         recipe=recipe,
+        layers=layers,
+        depth=depth,
+        layers_at=layers_at,
     )
     planned = _planned(model, None, request, plan_out, notify or tell_nobody, _Clock())
     if plan_out is not None:
         write_text(Path(plan_out), _text(planned.plan))
     return planned.result
+
+
+def _untransformed(analysis: Analysis) -> ir.Model | None:
+    """The source as its file has it, normalised; None if it was not transformed."""
+    return source_of(analysis.path).model if analysis.transforms else None
 
 
 def _text(plan: Plan) -> str:
@@ -533,7 +580,7 @@ def _report(analysis: Analysis, out: Path | None, growth: Growth, plan: Plan, bi
         None if out is None else str(out),
         plan,
         kept,
-        count_parameters(analysis.model),
+        count_parameters(_untransformed(analysis) or analysis.model),
         count_parameters(big),
         variants,
         quantised,
@@ -626,7 +673,8 @@ def validate_files(
     analysis = analyse(small, () if plan is None else plan.transforms)
     if plan is None:
         _check_order(Path(small), Path(big))
-    pair = Pair(analysis.dimensions, grown, plan, device, wishes_of(analysis.model, inputs, dims, seed))
+    wishes = wishes_of(analysis.model, inputs, dims, seed)
+    pair = Pair(analysis.dimensions, grown, plan, device, wishes, _untransformed(analysis))
     result = validate(prepare(analysis.path, pair, mode), pair, big, workers)
     if plan is None:
         return result.with_notes("the grown model carries no plan: its tensors were not compared, only its outputs")

@@ -16,6 +16,8 @@ from hyperclone_onnx.commands.options import (
     inputs_option,
     json_option,
     model_path,
+    parse_layers,
+    parse_layers_at,
     parse_requests,
     parse_sizes,
     seed_option,
@@ -60,6 +62,28 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
     help="Grow to the sizes of another model: a Hugging Face folder, its config.json, or an ONNX file.",
 )
 @click.option(
+    "--layers",
+    metavar="N",
+    callback=parse_layers,
+    help="Grow to N layers; encoder=8,decoder=12 where there are several stacks. Also without a width.",
+)
+@click.option(
+    "--depth",
+    type=click.Choice(["identity", "stack", "interpose"]),
+    default="identity",
+    show_default=True,
+    help="How new layers are made. identity: copies that add nothing at first. stack (1..L, 1..L) and interpose "
+    "(1 1 2 2): plain copies, which change what the model computes (--allow-change).",
+)
+@click.option(
+    "--layers-at",
+    metavar="PLACES",
+    default="even",
+    show_default=True,
+    callback=parse_layers_at,
+    help="Where identity layers stand: even, end, or behind the layers of a list such as 3,7 (counted from 0).",
+)
+@click.option(
     "--strategy",
     type=click.Choice(OFFERED),
     default="noisy-diagonal",
@@ -78,7 +102,7 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
 @click.option(
     "--allow-change",
     is_flag=True,
-    help="Allow a strategy that changes what the model computes. The report says how far the outputs moved.",
+    help="Allow growth that changes what the model computes. The report says how far the outputs moved.",
 )
 @seed_option("the noise")
 @click.option("--untie", is_flag=True, help="Split a tied embedding instead of keeping it one tensor.")
@@ -141,8 +165,15 @@ def expand(
     request = with_recipe(context, options, recipe)
     options = dict(request.options)
     factor, validation, exclude = options["factor"], options["validation"], options["exclude"]
-    if factor is None and not options["requests"] and not options["sizes"] and options["like"] is None:
-        raise click.UsageError("say how much to grow: --factor 2, or --set ffn=2, --size hidden=960, --like TARGET")
+    deeper = {name: options[name] for name in ("layers", "depth", "layers_at")}
+    if factor is None and not any(options[name] for name in ("requests", "sizes", "like", "layers")):
+        raise click.UsageError(
+            "say how much to grow: --factor 2, or --set ffn=2, --size hidden=960, --like TARGET, --layers 32"
+        )
+    if deeper["layers"] is None and (deeper["depth"], deeper["layers_at"]) != ("identity", "even"):
+        raise click.UsageError("--depth and --layers-at say how --layers adds layers: give --layers too")
+    if model.is_dir() and deeper["layers"] is not None:
+        raise click.UsageError("--layers is for one model; the files of a folder have layers of their own")
     if factor is not None and options["like"] is not None:
         raise click.UsageError("--factor and --like contradict each other: leave one of the two out")
     if output is None and not plan_only:
@@ -183,11 +214,11 @@ def expand(
         "dims": options["dims"],
     }
     if output is None:
-        _plan(model, growth, plan_out, as_json)
+        _plan(model, growth | deeper, plan_out, as_json)
     elif model.is_dir():
         _expand_folder(model, output, exclude, growth | how, as_json)
     else:
-        _expand_file(model, output, growth | how | {"plan_out": plan_out}, as_json)
+        _expand_file(model, output, growth | deeper | how | {"plan_out": plan_out}, as_json)
     if text is not None and write_recipe is not None:
         from hyperclone_onnx.publishing.publication import write_text
 

@@ -116,6 +116,33 @@ def parse_sizes(_context: click.Context, _option: click.Parameter, values: tuple
     return sizes
 
 
+def parse_layers(_context: click.Context, _option: click.Parameter, text: str | None) -> int | dict[str, int] | None:
+    """A callback that makes a number of layers of ``8``, and one for each stack of ``encoder=8,decoder=12``."""
+    if text is None:
+        return None
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    layers: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, number = part.partition("=")
+        if not equals or not name or not (number.isascii() and number.isdigit()) or int(number) < 1:
+            raise click.BadParameter(f"{text!r}: write N, such as 8, or STACK=N,STACK=N, such as encoder=8,decoder=12")
+        if name in layers:
+            raise click.BadParameter(f"{text!r}: the stack {name!r} is named twice")
+        layers[name] = int(number)
+    return layers
+
+
+def parse_layers_at(_context: click.Context, _option: click.Parameter, text: str) -> str | list[int]:
+    """A callback that makes a list of numbers of ``3,7``, and leaves ``even`` and ``end``."""
+    if text in ("even", "end"):
+        return text
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise click.BadParameter(f"{text!r}: write even, end, or numbers of layers such as 3,7")
+    return [int(part) for part in parts]
+
+
 class Factor(click.ParamType[float]):
     """A factor from 1 on: an int where it is whole, else a float."""
 

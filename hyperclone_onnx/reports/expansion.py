@@ -12,12 +12,17 @@ from hyperclone_onnx.planning.next_layers import from_next_layer
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.reports.tables import counted, plain_table, print_line
 from hyperclone_onnx.reports.validation import print_validation
+from hyperclone_onnx.transforms.layers import deepened
 
 
 def print_expansion(console: Console, result: Expansion) -> None:
     """Print the whole report."""
     _print_compared(console, result)
     _print_grown(console, result)
+    for name, (before, after) in deepened(result.plan.transforms).items():
+        print_line(
+            console, f"{name} {before} -> {after}" if name == "layers" else f"{name}: layers {before} -> {after}"
+        )
     _print_kept(console, result)
     if result.quantised and not result.plan.is_even:
         print_line(
@@ -84,6 +89,8 @@ def _print_grown(console: Console, result: Expansion) -> None:
         if name not in told:
             rows[dim.role, dim.map.size, dim.map.grown, None].append(name)
     nearest = any(wanted is not None for _, _, _, wanted in rows)
+    if not rows and deepened(result.plan.transforms):
+        return
     if not rows:
         print_line(console, "nothing grows: every size stays, and the result computes the same with the same weights")
         return

@@ -15,6 +15,7 @@ from hyperclone_onnx.analysis.quantities import Quantity, quantities
 from hyperclone_onnx.analysis.roles import NamedDim, explain
 from hyperclone_onnx.reports.tables import Table, counted, plain_table, print_line
 from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.transforms.layers import stacks_of
 
 
 class TermWriter:
@@ -75,6 +76,7 @@ def inspection(analysis: Analysis) -> dict[str, Any]:
         "parameters": count_parameters(analysis.model),
         "nodes": len(graph),
         "opset": graph.opset_imports.get("", None),
+        "layers": {stack.name: stack.layers for stack in stacks_of(analysis.model.clone())},
         "dimensions": [
             {
                 "name": dimension.name,
@@ -102,6 +104,8 @@ def print_inspection(console: Console, analysis: Analysis) -> None:
     """Print the dimensions by role, the inputs and outputs, and every kind of tensor with its axes."""
     data = inspection(analysis)
     console.print(f"{data['model']}: {data['parameters']:,} parameters, {data['nodes']} nodes, opset {data['opset']}")
+    if data["layers"]:
+        console.print(", ".join(f"{name}: {count}" for name, count in data["layers"].items()), markup=False)
     console.print(_dimension_table(analysis.dimensions, analysis.named))
     for side in ("inputs", "outputs"):
         for name, axes in data[side].items():

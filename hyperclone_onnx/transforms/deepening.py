@@ -16,9 +16,7 @@ from hyperclone_onnx.layers.numbering import numbered
 from hyperclone_onnx.layers.stacks import Stack, Unit
 from hyperclone_onnx.plan.origins import Drawn
 from hyperclone_onnx.tensors.assembled import DrawnTensor
-
-ORIGINAL = "hyperclone_onnx.original"
-"""The key under which an input or output of a graph remembers its name in the file; None where it is new."""
+from hyperclone_onnx.transforms.interface import ORIGINAL, remember
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ def deepen(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
         stack: one of its stacks.
         places: the layers from the first to the last. Each unit of the stack occurs; first occurrences are in order.
     """
-    for value in (*graph.inputs, *graph.outputs):
-        value.meta.setdefault(ORIGINAL, value.name)
+    remember(graph)
     names, outputs = _Names(stack), _outputs_of_layers(stack)
     before = {node: tuple(node.inputs) for unit in stack.units for node in unit.nodes}
     own = {node for unit in stack.units for node in unit.nodes}
@@ -148,7 +145,7 @@ def copy_of(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     if isinstance(tensor, DrawnTensor):
         return DrawnTensor(tensor.drawn)
     shape = ir.Shape(tensor.shape.numpy())
-    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=shape, name=tensor.name)  # type: ignore[arg-type, return-value]
+    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=shape, name=tensor.name)
 
 
 def _zeros(value: ir.Value) -> DrawnTensor:

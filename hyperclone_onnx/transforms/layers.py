@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -36,7 +36,8 @@ def layers(model: ir.Model, *, stacks: Sequence[Mapping[str, Any]]) -> ir.Model:
 
     Args:
         model: the normalised graph, which is changed.
-        stacks: for each stack that becomes deeper its name; the number of its units in the source; `sources`, the unit
+        stacks: for each stack that becomes deeper its name; the number of its `units` in the source; the number of
+            layers in a unit, its `period`; `sources`, the unit
             in the source of each unit in the deeper model; and `identity`, the positions of the copies that add
             nothing. A unit is one layer, or one period of layers that are not all alike.
 
@@ -115,12 +116,12 @@ def _entry(stack: Stack, wanted: int, depth: Depth, at: LayersAt) -> dict[str, A
     if depth == "identity":
         sources = _with_copies(units, _behind(stack, more, at))
         copies = [place for place, source in enumerate(sources) if place and sources[place - 1] == source]
-        return {"name": stack.name, "units": units, "sources": sources, "identity": copies}
+        return {"name": stack.name, "units": units, "period": stack.period, "sources": sources, "identity": copies}
     if not isinstance(at, str) or at != "even":
         raise BadRequest(f"--layers-at says where identity layers stand; --depth {depth} has its own places")
     total = units + more
     order = [place % units if depth == "stack" else place * units // total for place in range(total)]
-    return {"name": stack.name, "units": units, "sources": order, "identity": []}
+    return {"name": stack.name, "units": units, "period": stack.period, "sources": order, "identity": []}
 
 
 def _behind(stack: Stack, more: int, at: LayersAt) -> list[int]:
@@ -152,3 +153,13 @@ def _behind(stack: Stack, more: int, at: LayersAt) -> list[int]:
 
 def _with_copies(units: int, behind: Sequence[int]) -> list[int]:
     return [unit for unit in range(units) for _ in range(1 + behind.count(unit))]
+
+
+def deepened(steps: Iterable[TransformStep]) -> dict[str, tuple[int, int]]:
+    """The number of layers before and after, for each stack that the steps of a plan make deeper."""
+    counts: dict[str, tuple[int, int]] = {}
+    for step in steps:
+        for stack in step.options["stacks"] if step.name == "layers" else ():
+            before, after = (stack["period"] * number for number in (stack["units"], len(stack["sources"])))
+            counts[stack["name"]] = counts.get(stack["name"], (before, 0))[0], after
+    return counts

@@ -62,6 +62,6 @@ def transformed(model: ir.Model, steps: Iterable[TransformStep]) -> ir.Model:
     return model
 
 
-def step_preserves(step: TransformStep) -> bool:
-    """Whether a step keeps what the model computes."""
-    return step.name not in _preserves or _preserves[step.name](step.options)
+def changing(steps: Iterable[TransformStep]) -> list[str]:
+    """The names of the steps that change what the model computes."""
+    return [step.name for step in steps if step.name in _preserves and not _preserves[step.name](step.options)]

@@ -16,6 +16,7 @@ from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.maps import Maps
 from hyperclone_onnx.plan.plans import Interface, Plan
 from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.transforms.interface import original_names
 from hyperclone_onnx.validation.first_blocks import Cut, repeated
 from hyperclone_onnx.validation.inputs.cases import Feeds, grown, in_float32
 from hyperclone_onnx.validation.inputs.search import Accepted, Wishes, find_inputs
@@ -51,6 +52,25 @@ def start_file(path: str | os.PathLike[str], device: Device, weights: int) -> St
         return Started(runner.run, runner.provider)
 
     return start
+
+
+def as_transformed(start: Start, transformed: ir.Model) -> Start:
+    """Starts a model as it was before its transforms, with the names of inputs and outputs from after them.
+
+    Inputs that the transforms added are left out, and outputs that they added are missing in what it gives.
+    """
+    inputs, outputs = (original_names(side) for side in (transformed.graph.inputs, transformed.graph.outputs))
+
+    def started() -> Started:
+        model = start()
+
+        def run(feeds: Mapping[str, Array]) -> Outputs:
+            got = model.run({str(old): feeds[new] for new, old in inputs.items() if old is not None and new in feeds})
+            return {new: got[old] for new, old in outputs.items() if old is not None and old in got}
+
+        return Started(run, model.by)
+
+    return started
 
 
 def start_in_memory(model: ir.Model, device: Device) -> Start | None:
@@ -94,11 +114,22 @@ class Pair:
     plan: Plan | None
     device: Device = "auto"
     wishes: Wishes = field(default_factory=Wishes)
+    untransformed: ir.Model | None = None
+    """The source before its transforms, normalised; None if there were none."""
 
     @property
     def source(self) -> ir.Model:
         """The source."""
         return self.dimensions.model
+
+    @property
+    def in_file(self) -> ir.Model:
+        """The source as its file has it, normalised. It may have other inputs and outputs (see `as_transformed`)."""
+        return self.source if self.untransformed is None else self.untransformed
+
+    def as_transformed(self, start: Start) -> Start:
+        """Starts the source as its file has it, with the names of inputs and outputs that the grown model has."""
+        return start if self.untransformed is None else as_transformed(start, self.source)
 
     @property
     def weight_bytes(self) -> int:
@@ -198,7 +229,14 @@ def run_grown(pair: Pair, expected: Expected, start: Start, cut: Cut | None = No
             break
         answers.append(Answer(wanted, got))
         reports += compare_answer(pair, answers[-1], logits)
+        reports += [OutputReport(name, problem="the new output has no finite number") for name in unreal(pair, got)]
     return Ran(joined_by_name(reports), tuple(answers), model.by)
+
+
+def unreal(pair: Pair, got: Mapping[str, Array]) -> list[str]:
+    """The outputs that a transform added and that hold a number which is not finite. The file has none to compare."""
+    added = [name for name, old in original_names(pair.source.graph.outputs).items() if old is None]
+    return [name for name in added if name in got and got[name].dtype.kind == "f" and not np.isfinite(got[name]).all()]
 
 
 def compare_answer(pair: Pair, answer: Answer, logits: Sequence[str] | set[str] = ()) -> list[OutputReport]:

@@ -27,6 +27,7 @@ from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.system.memory import free_memory
+from hyperclone_onnx.transforms.registry import changing
 from hyperclone_onnx.validation.first_blocks import Cut, cut_off, find_cut
 from hyperclone_onnx.validation.graph_check import check_graph
 from hyperclone_onnx.validation.inputs.search import WAYS_OUT
@@ -208,7 +209,7 @@ def _fits(pair: Pair) -> tuple[bool, str]:
 
 def _prepare_full(source: str | os.PathLike[str], pair: Pair, scope: str) -> Prepared:
     try:
-        start = start_file(source, pair.device, weight_bytes(pair.source))
+        start = pair.as_transformed(start_file(source, pair.device, weight_bytes(pair.source)))
         return Prepared(source, "full", scope, _heard(run_source(pair, start)))
     except Refused as problem:
         if computed_type(pair.dimensions) not in HALVES or weight_bytes(pair.grown) > WIDEST:
@@ -282,7 +283,7 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
         notes=prepared.notes,
         mode=prepared.mode,
         scope=prepared.scope,
-        preserves=plan is None or plan.preserves,
+        preserves=plan is None or (plan.preserves and not changing(plan.transforms)),
         adds_up=plan is None or plan.adds_up,
     )
     if prepared.mode == "full" or plan is None:
@@ -335,14 +336,14 @@ def _with_float32(result: Validation, prepared: Prepared, pair: Pair) -> Validat
     if weight_bytes(pair.grown) > WIDEST:
         return result.with_notes("too large to be compared in float32 besides")
     try:
-        source, grown = FLOAT32.copy(pair.source), FLOAT32.copy(pair.grown)
+        source, grown = FLOAT32.copy(pair.in_file), FLOAT32.copy(pair.grown)
     except Unsupported as problem:
         return result.with_notes(f"not compared without the rounding of activations: {problem}")
     tolerance, _ = tolerance_of(pair.dimensions, pair.plan, result.tensors, ir.DataType.FLOAT)
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
         expected = prepared.wide
         if expected is None:
-            start = FLOAT32.start(source, Path(folder) / "source.onnx", pair.device)
+            start = pair.as_transformed(FLOAT32.start(source, Path(folder) / "source.onnx", pair.device))
             assert prepared.expected is not None
             expected = _again(prepared.expected, pair, start)
         judge = Judge(pair, FLOAT32, tolerance, _residue(result))
@@ -446,6 +447,6 @@ def validate_double(pair: Pair, folder: Path) -> tuple[tuple[OutputReport, ...],
 
         return start
 
-    expected = run_source(pair, starter(pair.source.clone(), "source.onnx"))
+    expected = run_source(pair, pair.as_transformed(starter(pair.in_file.clone(), "source.onnx")))
     ran = run_grown(pair, expected, starter(pair.grown, "grown.onnx"))
     return ran.outputs, ", ".join(dict.fromkeys((expected.by, ran.by)))

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.frameworks.depth import refuse_deeper
 from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
 from hyperclone_onnx.plan.plans import Plan
@@ -86,6 +87,7 @@ def read_grown(path: Path) -> Grown:
     plan = Plan.carried_by(model.metadata_props)
     if plan is None:
         raise BadRequest(f"{path}: it carries no plan: --to hf needs a file that hyperclone-onnx grew")
+    refuse_deeper(path, plan, "A Hugging Face checkpoint")
     stored = {
         name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
     }

@@ -15,6 +15,7 @@ from hyperclone_onnx.frameworks.checkpoints.matching import match
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, read_safetensors
 from hyperclone_onnx.frameworks.compiled_model import CompiledModel, PathLike, compile_model
 from hyperclone_onnx.frameworks.compiling.program import Weight
+from hyperclone_onnx.frameworks.depth import refuse_deeper
 from hyperclone_onnx.frameworks.optimizer.moments import GrownMoments, Moments, forget, grow_moments, separated
 from hyperclone_onnx.frameworks.optimizer.saved_state import FIRST, SECOND, STEP, Group, State, read_state
 from hyperclone_onnx.plan.maps import Kept
@@ -89,6 +90,7 @@ def write_optimizer(
     plan = compiled.plan
     if plan is None:
         raise BadRequest(f"{big}: it carries no plan of its growth, which we need to grow an optimizer's state")
+    refuse_deeper(big, plan, "An optimizer's state")
     weights = [weight for weight in compiled.program.weights if weight.role in ("trainable", "frozen")]
     saved = read_state(state)
     known = _names(plan, weights, source)
