@@ -25,7 +25,8 @@ for _needed in ("torch", "transformers", "safetensors"):
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from hyperclone_onnx.frameworks.hugging_face import MANIFEST, growing, read_trained  # noqa: E402
+from hyperclone_onnx.frameworks.checkpoints import read_weights  # noqa: E402
+from hyperclone_onnx.frameworks.hugging_face import MANIFEST, growing, read_trained, writing  # noqa: E402
 from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint  # noqa: E402
 from models import zoo  # noqa: E402
 from models.zoo_families import FAMILIES  # noqa: E402
@@ -64,7 +65,7 @@ def export(model: Any, inputs: tuple[str, ...], output: str, path: Path) -> None
         for name, value in examples.items()
     }
     program = torch.onnx.export(
-        model.float(),
+        model,
         (),
         kwargs=examples,
         dynamo=True,
@@ -372,7 +373,7 @@ def _without_compensation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _with_one_wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = growing.write_safetensors
+    write = writing.write_safetensors
 
     def wrong(entries: dict[str, Any], *rest: Any, **options: Any) -> Any:
         name = "model.layers.1.mlp.down_proj.weight"
@@ -380,7 +381,7 @@ def _with_one_wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         array[0] *= 1.5
         return write({**entries, name: array}, *rest, **options)
 
-    monkeypatch.setattr(growing, "write_safetensors", wrong)
+    monkeypatch.setattr(writing, "write_safetensors", wrong)
 
 
 @pytest.mark.parametrize("harm", [_without_compensation, _with_one_wrong_weight])
@@ -395,14 +396,27 @@ def test_a_wrong_checkpoint_is_noticed(
         grow_checkpoint(tmp_path / "big.onnx", folder / "hf", tmp_path / "out")
 
 
-def test_a_half_precision_checkpoint_is_written_as_its_file_is(exported: Exported, tmp_path: Path) -> None:
-    folder = exported("llama.distinct")
+def test_a_sharded_checkpoint_in_half_precision_stays_one(exported: Exported, tmp_path: Path, cli: Command) -> None:
+    """Its file is in float32, as most exporters write it. --dtype and --max-shard-size change what is written."""
+    folder, inputs = exported("llama.distinct"), FAMILIES["llama"].inputs
     model = loaded(folder / "hf").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
-    export(loaded(tmp_path / "hf"), FAMILIES["llama"].inputs, "logits", tmp_path / "small.onnx")
+    export(loaded(tmp_path / "hf").float(), inputs, "logits", tmp_path / "small.onnx")
     expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 3, check=False)
-    (tmp_path / "out").mkdir()
-    report = grow_checkpoint(tmp_path / "big.onnx", tmp_path / "hf", tmp_path / "out")
-    assert report.config["dtype"] == ("bfloat16", "float32")
-    want, got = (logits(loaded(folder), FAMILIES["llama"].inputs) for folder in (tmp_path / "hf", tmp_path / "out"))
-    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+    want = logits(loaded(tmp_path / "hf"), inputs)
+    largest = max(file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors"))
+    options: dict[str, tuple[list[str], str, int]] = {
+        "as it was": ([], "bfloat16", largest),
+        "wider": (["--dtype", "float32", "--max-shard-size", "0.0001"], "float32", 100_000),
+    }
+    for name, (words, dtype, bound) in options.items():
+        out = tmp_path / name
+        done = cli("handoff", tmp_path / "big.onnx", "--to", "hf", "--like", tmp_path / "hf", "-o", out, *words)
+        assert done.code == 0, done.stderr
+        written = read_weights(out)
+        files = [file.stat().st_size for file in out.glob("*.safetensors")]
+        widest = max(array.dtype.itemsize * int(np.prod(array.shape)) for array in written.values())
+        assert len(files) > 2 and max(files) <= max(bound, widest) + 8192
+        assert {str(array.dtype) for array in written.values()} == {dtype}
+        assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+        np.testing.assert_allclose(logits(loaded(out), inputs), want, atol=2e-5 * np.abs(want).max())

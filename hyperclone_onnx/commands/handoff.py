@@ -17,7 +17,7 @@ from hyperclone_onnx.commands.options import (
     shard_size_option,
 )
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress, warn
-from hyperclone_onnx.frameworks.targets import TARGETS
+from hyperclone_onnx.frameworks.targets import DTYPES, TARGETS
 
 
 @click.command()
@@ -36,7 +36,14 @@ from hyperclone_onnx.frameworks.targets import TARGETS
 @click.option("--optimizer", type=model_path, help="The small model's AdamW state, to grow beside the weights.")
 @click.option("--freeze", multiple=True, metavar="GLOB", help="Tensors that are not to be trained, by name.")
 @click.option("--train", multiple=True, metavar="GLOB", help="Tensors that are to be trained; stronger than --freeze.")
-@shard_size_option("Gigabytes in one safetensors file; more are spread over several.", default=5.0)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="For hf: the type of the weights. By default each keeps the type that it has in the checkpoint --like.",
+)
+@shard_size_option(
+    "Gigabytes in one safetensors file; more are spread over several. By default 5; for hf as in the checkpoint --like."
+)
 @no_validate_option
 @inputs_option("MODEL, or of the model that it was grown from,")
 @dim_option
@@ -52,7 +59,8 @@ def handoff(
     optimizer: Path | None,
     freeze: tuple[str, ...],
     train: tuple[str, ...],
-    max_shard_size: int,
+    dtype: str | None,
+    max_shard_size: int | None,
     no_validate: bool,
     inputs: Path | None,
     dims: dict[str, int],
@@ -82,6 +90,7 @@ def handoff(
             optimizer=optimizer,
             freeze=freeze,
             train=train,
+            dtype=dtype,
             largest_file=max_shard_size,
             check=not no_validate,
             inputs=inputs,

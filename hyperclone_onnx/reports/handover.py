@@ -37,10 +37,12 @@ def _print_hugging_face(console: Any, report: dict[str, Any]) -> None:
         console.print(f"repeated: {name}: {why}")
     for note in report["notes"]:
         console.print(f"note: {note}")
-    errors = [f"{report['error_to_file']:.1e} from the ONNX file"]
+    console.print(f"weights: {report['dtype']}, {', '.join(report['weights'])}")
+    errors = [f"{report['error_to_file']:.1e} from the ONNX file (tolerance {report['file_tolerance']:.1e})"]
     if report["error_to_source"] is not None:
-        errors.insert(0, f"{report['error_to_source']:.1e} from the source checkpoint")
-    console.print(f"validated: relative errors {', '.join(errors)} (tolerance {report['tolerance']:.1e})")
+        to_source = f"{report['error_to_source']:.1e} from the source checkpoint"
+        errors.insert(0, f"{to_source} (tolerance {report['tolerance']:.1e})")
+    console.print(f"validated: relative errors {', '.join(errors)}")
 
 
 def _print_optimizer(console: Any, state: dict[str, Any]) -> None:

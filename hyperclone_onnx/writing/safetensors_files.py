@@ -23,6 +23,8 @@ from hyperclone_onnx.writing.onnx_files import shard_name
 from hyperclone_onnx.writing.streaming import Layout, Placed, Streamed, write
 
 NAME = "model.safetensors"
+LARGEST_FILE = 5_000_000_000
+"""The most bytes of weights in one file, where nobody asks for another number. transformers had it for a long time."""
 HEADER = 4096
 """The header is padded with spaces to multiples of this number of bytes, so that tensors begin at a page."""
 

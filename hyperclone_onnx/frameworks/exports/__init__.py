@@ -23,13 +23,10 @@ from hyperclone_onnx.planning.training_recipe import RECIPE, TrainingRecipe
 from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.validation.inputs.given import Inputs
-from hyperclone_onnx.writing.safetensors_files import write_safetensors
+from hyperclone_onnx.writing.safetensors_files import LARGEST_FILE, write_safetensors
 
 CHECKPOINT = "checkpoint"
 """The subfolder of the handoff's folder that holds the weights, for targets whose checkpoint is a folder."""
-
-LARGEST_FILE = 5_000_000_000
-"""The default for the largest number of bytes of weights in one safetensors file."""
 
 Tensors = Mapping[str, ir.TensorProtocol]
 
@@ -69,7 +66,8 @@ def hand_over(
     optimizer: PathLike | None = None,
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
-    largest_file: int = LARGEST_FILE,
+    dtype: str | None = None,
+    largest_file: int | None = None,
     check: bool = True,
     inputs: Inputs | None = None,
     dims: Mapping[str, int] | None = None,
@@ -87,8 +85,9 @@ def hand_over(
         optimizer: the small model's AdamW state; it is grown and written with the weights.
         freeze: globs of initializer names; the matching tensors are not trained.
         train: globs of initializer names; the matching tensors are trained.
+        dtype: for ``hf`` only: the type of the weights; by default each keeps the type that it has in `like`.
         largest_file: the largest number of bytes of weights in one safetensors file. Larger models are written to
-            several files and an index.
+            several files and an index. By default 5 GB; for ``hf`` the size of the files of `like`, if it has several.
         check: whether to compare ONNX Runtime with a framework on the written weights.
         inputs: inputs to compare on, the file's or its source's (see `validation.inputs.given`); random by default.
         dims: numbers for symbolic sizes of random inputs, by name.
@@ -104,6 +103,8 @@ def hand_over(
     """
     if (target == "hf") != (like is not None):
         raise BadRequest("--like names the checkpoint that --to hf grows: give both or neither")
+    if dtype is not None and target != "hf":
+        raise BadRequest(f"--dtype is for --to hf; the weights for {target} have the types of the ONNX file")
     say = notify or tell_nobody
     with publication_folder(Path(output)) as folder:
         if target == "hf":
@@ -111,7 +112,8 @@ def hand_over(
             excess = _given(freeze=freeze, train=train, optimizer=optimizer)
             if excess:
                 raise BadRequest(f"--to hf takes no {excess}: a Hugging Face checkpoint holds all weights, and no more")
-            return _to_hugging_face(Path(model), Path(like), source, folder, output, say, inputs, dims)
+            how = {"dtype": dtype, "largest_file": largest_file, "inputs": inputs, "dims": dims}
+            return _to_hugging_face(Path(model), Path(like), source, folder, output, say, how)
         say("reading")
         _require(target)
         compiled = compile_model(model, freeze=freeze, train=train)
@@ -126,7 +128,7 @@ def hand_over(
             written = write_optimizer(model, optimizer, folder, kind, source=source, compiled=compiled)
             state = {**asdict(written), "file": Path(written.file).name}
         say("writing")
-        weights = WRITERS[target](tensors, folder, largest_file)
+        weights = WRITERS[target](tensors, folder, largest_file or LARGEST_FILE)
         warning = little_trained(compiled.program.weights)
         growth = None if compiled.plan is None else _growth(compiled.plan)
         state_file = None if state is None else str(state["file"])
@@ -177,17 +179,13 @@ def _to_hugging_face(
     folder: Path,
     output: PathLike,
     say: Notify,
-    inputs: Inputs | None,
-    dims: Mapping[str, int] | None,
+    options: Mapping[str, Any],
 ) -> HandedOver:
-    from hyperclone_onnx.frameworks.checkpoints import read_weights
     from hyperclone_onnx.frameworks.hugging_face import grow_checkpoint
 
     small = None if source is None else Path(source)
-    report = grow_checkpoint(model, like, folder, source=small, inputs=inputs, dims=dims, notify=say)
-    written = read_weights(folder)
-    size = sum(math.prod(array.shape) for array in written.values())
-    return HandedOver("hf", os.fspath(output), len(written), size, hugging_face=report.to_json(), training=RECIPE)
+    report = grow_checkpoint(model, like, folder, source=small, notify=say, **options)
+    return HandedOver("hf", os.fspath(output), *report.parameters, hugging_face=report.to_json(), training=RECIPE)
 
 
 def _write_pytorch(tensors: Tensors, folder: Path, _: int) -> str:

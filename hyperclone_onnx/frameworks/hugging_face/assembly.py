@@ -10,15 +10,17 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, Loaded, stored_tensors, to_numpy
-from hyperclone_onnx.frameworks.hugging_face.layout import Layout, grown_shape, laid_out, put_back
+from hyperclone_onnx.frameworks.hugging_face.layout import LaidOut, Layout, grown_shape, laid_out, put_back
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, constant
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source
 from hyperclone_onnx.plan.maps import Indices
@@ -35,8 +37,6 @@ class Given:
     """Floating tensors, in float32 or float64."""
     others: dict[str, Array]
     """Tensors of integers or booleans. The grown checkpoint has them unchanged."""
-    types: dict[str, str]
-    """The name of each tensor's type in PyTorch."""
     names: list[str]
     """The names of all these tensors, in the model's order."""
 
@@ -49,14 +49,13 @@ class Given:
         """
         loaded = checkpoint.load()
         tensors = loaded.tensors()
-        types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
         floating = {name: to_numpy(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
         others = {name: tensor.numpy() for name, tensor in tensors.items() if not tensor.is_floating_point()}
         # measuring.py overwrites constant tensors of the model with noise. The arrays here must not change with them.
         floating = {name: array.copy() if constant(array) else array for name, array in floating.items()}
         for name in loaded.missing:
             zero(loaded.model, name)
-        return Given(loaded, floating, others, types, list(tensors))
+        return Given(loaded, floating, others, list(tensors))
 
     @property
     def model(self) -> Any:
@@ -107,7 +106,7 @@ class Repeated:
         return any(order is not None for order in self.orders)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Assembly:
     """How every tensor of the grown checkpoint is made."""
 
@@ -137,28 +136,56 @@ class Assembly:
             scales[name] = (1.0 if recipe is None else abs(recipe.scale)) / self.grown.shared(initializer)
         return scales
 
+    @cached_property
+    def makers(self) -> dict[str, list[tuple[str, Layout]]]:
+        """For each initializer the tensors that are made from it, with their layouts."""
+        makers: dict[str, list[tuple[str, Layout]]] = {}
+        for name, layout in self.layouts.items():
+            for piece in layout.pieces:
+                makers.setdefault(piece.initializer, []).append((name, layout))
+        return makers
+
+    def source(self, initializer: str, stored: Mapping[str, Source], tensors: Mapping[str, Array]) -> Array:
+        """An initializer of the source, in float32 or float64, with the numbers that the checkpoint's tensors have.
+
+        The file may have rounded these numbers, or their shares.
+        """
+
+        def whole(initializer: str, axis: int) -> Indices:
+            return np.arange(self.grown.axes(initializer)[axis].source_size, dtype=np.int64)
+
+        array = np.array(stored[initializer].array)
+        for name, layout in self.makers[initializer]:
+            put_back(layout, tensors[name].astype(array.dtype, copy=False), initializer, array, whole)
+        return array
+
+    def written(self, layout: Layout, stored: Mapping[str, Source], dtype: np.dtype[Any], trained: bool) -> LaidOut:
+        """A tensor that is made from initializers, in the given type.
+
+        An untrained file of another type is not cast: we divide the source's weights anew in the wanted type, because
+        the shares must add up in this type.
+        """
+
+        def read(initializer: str) -> Array:
+            tensor = self.grown.tensors[initializer]
+            if trained or tensor.dtype.numpy() == dtype:
+                return np.asarray(tensor.numpy().astype(dtype, copy=False))
+            array = self.source(initializer, stored, self.given.floating)
+            return self.grown.remade(initializer, array, ir.DataType.from_numpy(dtype))
+
+        return LaidOut(layout, read, self.grown.axis, dtype)
+
     def fresh(self, stored: Mapping[str, Source], tensors: Mapping[str, Array]) -> dict[str, Callable[[], Array]]:
         """Functions that make each tensor of the grown checkpoint afresh, without training and compensation.
 
         Args:
             stored: the initializers as the source has them.
-            tensors: the tensors to grow in place of the checkpoint's, by name. Tensors that are the same objects as
-                in `given.floating` are taken from `stored`.
+            tensors: the tensors to grow in place of the checkpoint's, by name.
         """
-        makers: dict[str, list[tuple[str, Layout]]] = {}
-        for name, layout in self.layouts.items():
-            for piece in layout.pieces:
-                makers.setdefault(piece.initializer, []).append((name, layout))
-
-        def source(initializer: str, axis: int) -> Indices:
-            return np.arange(self.grown.axes(initializer)[axis].source_size, dtype=np.int64)
 
         def remade(initializer: str) -> Array:
-            array = np.array(stored[initializer].array)
-            for name, layout in makers[initializer]:
-                if tensors[name] is not self.given.floating[name]:
-                    put_back(layout, tensors[name].astype(array.dtype), initializer, array, source)
-            return self.grown.remade(initializer, array)
+            array = self.source(initializer, stored, tensors)
+            return self.grown.remade(initializer, array, ir.DataType.from_numpy(array.dtype))
 
         return {
             **{

@@ -27,7 +27,7 @@ from hyperclone_onnx.validation.inputs.cases import Case
 from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
 from hyperclone_onnx.validation.inputs.search import cases
 from hyperclone_onnx.validation.sessions import Runner
-from hyperclone_onnx.validation.tolerance import HALVES, tolerance_of
+from hyperclone_onnx.validation.tolerance import HALVES, SAFETY, tolerance_of
 from hyperclone_onnx.validation.wide import save_wide
 
 Array = npt.NDArray[Any]
@@ -41,18 +41,34 @@ A weight that is divided among repeats is rounded in each of them.
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """The tensors that half precision rounds: for each of them the eps of its type."""
+
+    source: tuple[float, ...]
+    """Tensors of the grown checkpoint whose repeats do not add up exactly to the source's tensor."""
+    file: tuple[float, ...]
+    """Tensors of the grown checkpoint, and numbers of the file, that differ between the two."""
+
+
+@dataclass(frozen=True)
 class Feeding:
     """The input sets on which the models and the file are compared."""
 
     analysis: Analysis
     cases: tuple[Case, ...]
 
-    @property
-    def tolerance(self) -> tuple[float, str]:
-        """The relative error that rounding explains in float32, and the formula for the report."""
+    def tolerance(self, rounded: Sequence[float] = ()) -> tuple[float, str]:
+        """The relative error that rounding explains in float32, and the formula for the report.
+
+        Args:
+            rounded: for each tensor that half precision rounds, the eps of its type.
+        """
         rounding, reason = tolerance_of(self.analysis.dimensions, None, None, ir.DataType.FLOAT)
         residue = RESIDUE * eps_of(ir.DataType.FLOAT) * math.sqrt(len(self.analysis.dimensions.sums) or 1)
-        return rounding + residue, f"{reason} + {RESIDUE:.0f} x eps of the shares"
+        reason = f"{reason} + {RESIDUE:.0f} x eps of the shares"
+        if rounded:
+            reason += f" + {SAFETY:.0f} x half an eps {max(rounded):.1e} x sqrt({len(rounded)} rounded tensors)"
+        return rounding + residue + SAFETY / 2 * math.sqrt(sum(eps**2 for eps in rounded)), reason
 
 
 def feeding(big: Path, model: Any, inputs: Inputs | None = None, dims: Mapping[str, int] | None = None) -> Feeding:
@@ -90,7 +106,7 @@ def feeding(big: Path, model: Any, inputs: Inputs | None = None, dims: Mapping[s
 def torch_feeds(case: Case, model: Any) -> dict[str, Any]:
     """The input set as tensors of PyTorch, without inputs that the model has no argument for."""
     accepted = set(inspect.signature(model.forward).parameters)
-    return {name: torch.from_numpy(array) for name, array in case.feeds.items() if name in accepted}
+    return {name: torch.from_numpy(widened(array)) for name, array in case.feeds.items() if name in accepted}
 
 
 def outputs(model: Any, case: Case) -> Outputs:
@@ -168,8 +184,14 @@ def _runner(big: Path) -> Runner:
         return Runner(Path(folder) / big.name, "cpu")
 
 
-def _is_half(array: Array) -> bool:
-    return array.dtype.itemsize == 2 and array.dtype.kind not in "iub"
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """Whether a type is float16 or bfloat16."""
+    return dtype.itemsize == 2 and dtype.kind not in "iub"
+
+
+def widened(array: Array) -> Array:
+    """The array in float32 if it is in half precision."""
+    return array.astype(np.float32) if is_half(array.dtype) else array
 
 
 class FileRunner:
@@ -196,7 +218,7 @@ class FileRunner:
             RuntimeError: the file does not run on these inputs.
         """
         errors = []
-        feeds = {name: array.astype(np.float32) if _is_half(array) else array for name, array in case.feeds.items()}
+        feeds = {name: widened(array) for name, array in case.feeds.items()}
         for name, expected in self.runner.run(feeds).items():
             if expected.dtype.kind in "iub":
                 continue

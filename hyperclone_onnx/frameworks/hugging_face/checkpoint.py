@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from hyperclone_onnx.errors import BadModel, Refused, first_line
-from hyperclone_onnx.frameworks.checkpoints import INDEX, PICKLES
+from hyperclone_onnx.frameworks.checkpoints import INDEX, PICKLES, read_weights
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray
 
 Array = npt.NDArray[Any]
 
@@ -61,13 +65,47 @@ class Checkpoint:
         files = (path.relative_to(self.folder) for path in sorted(self.folder.glob("*/**/*")) if path.is_file())
         return [str(inside) for inside in files if inside.name.endswith(WEIGHTS) and not str(inside).startswith(".")]
 
+    @cached_property
+    def stored(self) -> dict[str, StoredArray]:
+        """The tensors in the files, by their names there. A model may give a tensor another name.
+
+        Raises:
+            BadModel: a file cannot be read, or is truncated.
+        """
+        try:
+            return read_weights(self.folder)
+        except BadModel as problem:
+            raise BadModel(f"{self.folder}: its weights cannot be loaded ({problem})") from problem
+
+    @cached_property
+    def main_type(self) -> np.dtype[Any]:
+        """The type of most floating-point numbers in the files."""
+        counts: Counter[np.dtype[Any]] = Counter()
+        for array in self.stored.values():
+            if array.dtype.kind not in "iub":
+                counts[array.dtype] += math.prod(array.shape)
+        return counts.most_common(1)[0][0] if counts else np.dtype(np.float32)
+
+    def type_of(self, name: str) -> np.dtype[Any]:
+        """The type of a floating tensor in the files; `main_type` where the files have no tensor of this name."""
+        stored = self.stored.get(name)
+        return self.main_type if stored is None or stored.dtype.kind in "iub" else stored.dtype
+
+    @property
+    def largest_file(self) -> int | None:
+        """The number of bytes of the largest file with weights; None where one file has them all."""
+        if (self.folder / "model.safetensors").is_file():
+            return None
+        files: set[str] = set(_json(self.folder / INDEX, "").get("weight_map", {}).values())
+        return max((self.folder / name).stat().st_size for name in files)
+
     def load(self) -> Loaded:
-        """Load the model on the CPU, in the types in which its weights are stored.
+        """Load the model on the CPU.
 
         Raises:
             BadModel: the weights cannot be read, or do not fit the configuration.
         """
-        return load(self.folder, self.model_class)
+        return load(self.folder, self.model_class, self.main_type == np.float64)
 
     def copy_files(self, folder: Path) -> list[str]:
         """Copy the files listed in `files` into a folder, and return their names."""
@@ -167,12 +205,17 @@ def _check_weights(folder: Path) -> None:
     raise BadModel(f"{folder}: no model.safetensors and no {INDEX}: there are no weights")
 
 
-def load(folder: Path, model_class: Any) -> Loaded:
+def load(folder: Path, model_class: Any, double: bool = False) -> Loaded:
     """Load the model of a checkpoint's folder.
+
+    The model computes in float32 even where its weights are stored in half precision. Every such weight is a number of
+    float32 too. But a constant that a model derives from its sizes would be rounded in half precision, and the
+    constants of two models of different sizes would then no longer have an exact ratio.
 
     Args:
         folder: the checkpoint.
         model_class: the class of transformers to load it with.
+        double: whether the model computes in float64.
 
     Raises:
         BadModel: the weights cannot be read, or do not fit the configuration.
@@ -183,7 +226,7 @@ def load(folder: Path, model_class: Any) -> Loaded:
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
-                dtype="auto",
+                dtype=torch.float64 if double else torch.float32,
                 attn_implementation="eager",
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -200,6 +243,11 @@ def to_numpy(tensor: Any) -> Array:
     """A floating tensor as an array, in float64 if that is its type, otherwise in float32."""
     tensor = tensor.detach()
     return np.asarray(tensor.numpy() if tensor.dtype in (torch.float32, torch.float64) else tensor.float().numpy())
+
+
+def in_torch(array: Array) -> Array:
+    """The array in float32 if its type is bfloat16, which PyTorch does not take from NumPy."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 @contextmanager

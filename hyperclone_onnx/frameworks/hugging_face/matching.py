@@ -27,6 +27,9 @@ Array = npt.NDArray[Any]
 OFFSETS = (1.0, -1.0)
 """Constants that models add to a stored gain."""
 
+CLOSE = 1e-5
+"""The largest difference, relative to the largest element, of two tensors of which neither is nearer to a third one."""
+
 LOOSE = 1e-4
 """The largest difference of two moments, relative to the largest element, at which the elements are compared."""
 
@@ -42,6 +45,14 @@ class Matches:
 
 
 @dataclass(frozen=True)
+class _Fit:
+    """A layout that fits a tensor's content up to rounding, and the largest absolute difference that remains."""
+
+    layout: Layout
+    error: float
+
+
+@dataclass(frozen=True)
 class _Moments:
     """Numbers that do not change when elements are reordered; `power` is the sum of squares."""
 
@@ -50,6 +61,11 @@ class _Moments:
     power: float
     largest: float
     """The largest absolute value."""
+
+    def slack_of_power(self, tolerance: float) -> float:
+        """How far the power of a tensor may be from this one if each of its elements is off by `tolerance`."""
+        rounding = 2 * tolerance * float(np.sqrt(self.size * self.power)) + self.size * tolerance**2
+        return LOOSE * (self.power + 1e-30) + rounding
 
 
 def match(
@@ -67,9 +83,9 @@ def match(
         shared: the number of repeats among which an initializer's weight is divided. Of equal initializers we prefer
             the one that growth only copies, because a table for lookups must not be divided.
     """
-    matched: dict[str, list[Layout]] = defaultdict(list)
+    matched: dict[str, list[_Fit]] = defaultdict(list)
     _match_whole(sources, tensors, matched, ((1.0, 0.0),))
-    used = {piece.initializer for layouts in matched.values() for layout in layouts for piece in layout.pieces}
+    used = {piece.initializer for fits in matched.values() for fit in fits for piece in fit.layout.pieces}
     rest = {name: array for name, array in tensors.items() if name not in matched}
     free = {name: source for name, source in sources.items() if name not in used}
     _match_whole(free, rest, matched, tuple((1.0, offset) for offset in OFFSETS))
@@ -78,7 +94,8 @@ def match(
     _match_parts(sources, rest, matched)
     rest = {name: array for name, array in rest.items() if name not in matched}
     _match_joined(free, rest, matched)
-    result = Matches({name: _ordered(name, matched[name], shared) for name in tensors if name in matched})
+    chosen = _nearest(matched, tensors)
+    result = Matches({name: _ordered(name, chosen[name], shared) for name in tensors if name in chosen})
     _in_order(result, order)
     used = {piece.initializer for layouts in result.layouts.values() for layout in layouts for piece in layout.pieces}
     result.unused = [name for name in sources if name not in used]
@@ -91,7 +108,7 @@ def match(
 def _match_whole(
     sources: Mapping[str, Source],
     tensors: Mapping[str, Array],
-    layouts: dict[str, list[Layout]],
+    fits_of: dict[str, list[_Fit]],
     affine: Sequence[tuple[float, float]],
 ) -> None:
     """Tensors that are a whole initializer, times a scale, plus an offset; `affine` lists the pairs to try."""
@@ -102,23 +119,22 @@ def _match_whole(
         moments = _moments(array)
         for initializer, source_moments in by_size.get(array.size, ()):
             for scale, offset in affine:
-                if abs(source_moments.mean * scale + offset - moments.mean) > LOOSE * (moments.largest + abs(offset)):
-                    continue
-                if not offset and abs(source_moments.power - moments.power) > LOOSE * (moments.power + 1e-30):
-                    continue
                 source = sources[initializer]
-                layout = _whole(source, initializer, array, scale, offset)
-                if layout is not None:
-                    layouts[name].append(layout)
+                slack = LOOSE * (moments.largest + abs(offset)) + source.tolerance * abs(scale)
+                if abs(source_moments.mean * scale + offset - moments.mean) > slack:
+                    continue
+                if not offset and abs(source_moments.power - moments.power) > moments.slack_of_power(source.tolerance):
+                    continue
+                fit = _whole(source, initializer, array, scale, offset)
+                if fit is not None:
+                    fits_of[name].append(fit)
                     break
 
 
-def _match_scaled(
-    sources: Mapping[str, Source], tensors: Mapping[str, Array], layouts: dict[str, list[Layout]]
-) -> None:
+def _match_scaled(sources: Mapping[str, Source], tensors: Mapping[str, Array], fits_of: dict[str, list[_Fit]]) -> None:
     """Tensors that are a whole initializer times some scale, which the exporter folded into the weight."""
     for name, array in tensors.items():
-        if name in layouts or array.size < 2:
+        if name in fits_of or array.size < 2:
             continue
         moments = _moments(array)
         for initializer, source in sources.items():
@@ -126,11 +142,12 @@ def _match_scaled(
                 continue
             source_moments = _moments(source.array)
             scale = float(np.sqrt(moments.power / source_moments.power)) if source_moments.power else 0.0
-            if not scale or abs(source_moments.mean * scale - moments.mean) > LOOSE * moments.largest:
+            slack = LOOSE * moments.largest + source.tolerance * scale
+            if not scale or abs(source_moments.mean * scale - moments.mean) > slack:
                 continue
-            layout = _whole(source, initializer, array, scale, 0.0)
-            if layout is not None:
-                layouts[name].append(layout)
+            fit = _whole(source, initializer, array, scale, 0.0)
+            if fit is not None:
+                fits_of[name].append(fit)
 
 
 def _moments(array: Array) -> _Moments:
@@ -151,7 +168,7 @@ def _power(flat: Array) -> float:
     return total
 
 
-def _whole(source: Source, initializer: str, array: Array, scale: float, offset: float) -> Layout | None:
+def _whole(source: Source, initializer: str, array: Array, scale: float, offset: float) -> _Fit | None:
     """The layout that makes the checkpoint's tensor from the whole initializer; None where there is none.
 
     It permutes the initializer's axes, and may merge neighbours into one axis.
@@ -164,9 +181,11 @@ def _whole(source: Source, initializer: str, array: Array, scale: float, offset:
         merged = _merging(shape, wanted.shape)
         if merged is None:
             continue
-        if _equal(from_file.transpose(permutation).reshape(wanted.shape), wanted, source.tolerance, scale, offset):
+        view = from_file.transpose(permutation).reshape(wanted.shape)
+        error = _difference(view, wanted, source.tolerance, scale, offset)
+        if error is not None:
             piece = Piece(initializer, permutation, None, scale, offset)
-            return Layout((piece,), array.shape, 0, merged if max(merged, default=1) > 1 else None)
+            return _Fit(Layout((piece,), array.shape, 0, merged if max(merged, default=1) > 1 else None), error)
     return None
 
 
@@ -184,8 +203,8 @@ def _merging(fine: Sequence[int], coarse: Sequence[int]) -> tuple[int, ...] | No
     return None if rest else tuple(counts)
 
 
-def _equal(theirs: Array, ours: Array, tolerance: float, scale: float = 1.0, offset: float = 0.0) -> bool:
-    """Whether `theirs * scale + offset` equals `ours`, up to rounding.
+def _difference(theirs: Array, ours: Array, tolerance: float, scale: float = 1.0, offset: float = 0.0) -> float | None:
+    """The largest difference of `theirs * scale + offset` and `ours`; None where rounding does not explain it.
 
     We compare a corner first: it rejects most candidates at little cost.
     """
@@ -198,9 +217,10 @@ def _equal(theirs: Array, ours: Array, tolerance: float, scale: float = 1.0, off
         a, b = np.asarray(theirs[window]), np.asarray(ours[window])
         if not exact:
             a = a * np.float64(scale) + offset
-        if not (np.abs(a - b) <= slack).all():
-            return False
-    return True
+        error = float(np.abs(a - b).max(initial=0.0))
+        if not error <= slack:
+            return None
+    return error
 
 
 # -- parts ------------------------------------------------------------------------------------------------------
@@ -214,9 +234,11 @@ class _Part:
     start: int
     permutation: tuple[int, ...]
     """The order of the small tensor's axes in the big one."""
+    error: float
+    """The largest absolute difference of the two."""
 
 
-def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], layouts: dict[str, list[Layout]]) -> None:
+def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], fits_of: dict[str, list[_Fit]]) -> None:
     """Checkpoint tensors that are a part of one initializer, such as queries, keys and values that were joined."""
     bigger = _Lines({name: squeezed(source.array) for name, source in sources.items() if not constant(source.array)})
     for name, array in tensors.items():
@@ -226,12 +248,10 @@ def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], la
         for initializer, part in bigger.holding(part_array, lambda big_name: sources[big_name].tolerance):
             inverse = tuple(int(axis) for axis in np.argsort(part.permutation))
             window = (part.axis, part.start, part.start + part_array.shape[part.permutation[part.axis]])
-            layouts[name].append(Layout((Piece(initializer, inverse, window),), array.shape))
+            fits_of[name].append(_Fit(Layout((Piece(initializer, inverse, window),), array.shape), part.error))
 
 
-def _match_joined(
-    sources: Mapping[str, Source], tensors: Mapping[str, Array], layouts: dict[str, list[Layout]]
-) -> None:
+def _match_joined(sources: Mapping[str, Source], tensors: Mapping[str, Array], fits_of: dict[str, list[_Fit]]) -> None:
     """Checkpoint tensors that an exporter cut into several initializers."""
     bigger = _Lines({name: squeezed(array) for name, array in tensors.items() if not constant(array)})
     parts: dict[tuple[str, int], list[tuple[int, int, Piece]]] = defaultdict(list)
@@ -249,7 +269,7 @@ def _match_joined(
                 chosen.append(piece)
                 reached = stop
         if reached == squeezed(tensors[name]).shape[axis]:
-            layouts[name].append(Layout(tuple(chosen), tensors[name].shape, axis))
+            fits_of[name].append(_Fit(Layout(tuple(chosen), tensors[name].shape, axis), 0.0))
 
 
 class _Lines:
@@ -294,7 +314,9 @@ class _Lines:
         `own` holds the norms of the lines of `small`.
         """
         big, norms = self.arrays[name], self._norms(name, axis)
-        slack = LOOSE * (float(own.max(initial=0.0)) + 1e-30)
+        slack = LOOSE * (float(own.max(initial=0.0)) + 1e-30) + tolerance * float(
+            np.sqrt(small.size / max(len(own), 1))
+        )
         starts = np.flatnonzero(np.abs(norms[: len(norms) - len(own) + 1] - own[0]) <= slack)
         for start in starts.tolist():
             if not (np.abs(norms[start : start + len(own)] - own) <= slack).all():
@@ -304,10 +326,11 @@ class _Lines:
                 permutation = (*order[:axis], cut, *order[axis:])
                 window = (slice(None),) * axis + (slice(start, start + len(own)),)
                 region = big[window]
-                if small.transpose(permutation).shape == region.shape and _equal(
-                    small.transpose(permutation), region, tolerance
-                ):
-                    return _Part(axis, int(start), permutation)
+                if small.transpose(permutation).shape != region.shape:
+                    continue
+                error = _difference(small.transpose(permutation), region, tolerance)
+                if error is not None:
+                    return _Part(axis, int(start), permutation, error)
         return None
 
 
@@ -323,6 +346,30 @@ def constant(array: Array) -> bool:
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------
+
+
+def _nearest(matched: Mapping[str, list[_Fit]], tensors: Mapping[str, Array]) -> dict[str, list[Layout]]:
+    """The layouts of each tensor, without those whose initializer is another tensor.
+
+    In half precision rounding explains so much that two different gains may both fit one initializer. The initializer
+    belongs to the tensor that it fits best.
+    """
+    near: dict[str, list[bool]] = {}
+    homes: dict[str, set[str]] = defaultdict(set)
+    for name, fits in matched.items():
+        limit = 4 * min(fit.error for fit in fits) + CLOSE * float(np.abs(tensors[name]).max(initial=0.0))
+        near[name] = [fit.error <= limit for fit in fits]
+        for fit in (fit for fit, close in zip(fits, near[name], strict=True) if close):
+            for piece in fit.layout.pieces:
+                homes[piece.initializer].add(name)
+    return {
+        name: [
+            fit.layout
+            for fit, close in zip(fits, near[name], strict=True)
+            if close or not any(homes[piece.initializer] - {name} for piece in fit.layout.pieces)
+        ]
+        for name, fits in matched.items()
+    }
 
 
 def _ordered(name: str, layouts: list[Layout], shared: Callable[[str], int]) -> list[Layout]:

@@ -14,7 +14,7 @@ import torch
 from hyperclone_onnx.errors import Refused, first_line
 from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly, Given
 from hyperclone_onnx.frameworks.hugging_face.checking import Feeding, Outputs, outputs, torch_feeds
-from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, stored_tensors
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, in_torch, stored_tensors
 from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, built
 from hyperclone_onnx.frameworks.hugging_face.matching import constant
 from hyperclone_onnx.frameworks.hugging_face.recording import Step, record
@@ -136,14 +136,9 @@ def fill(model: Any, tensors: Mapping[str, Callable[[], Array]]) -> None:
     with torch.no_grad():
         for name, tensor in stored_tensors(model).items():
             if name in tensors:
-                tensor.copy_(torch.from_numpy(np.array(_float32(tensors[name]()))))
+                tensor.copy_(torch.from_numpy(np.array(in_torch(tensors[name]()))))
             elif tensor.is_floating_point() and name in dict(model.named_parameters()):
                 tensor.zero_()
-
-
-def _float32(array: Array) -> Array:
-    """The array in float32 if its type is bfloat16, which PyTorch does not take from NumPy."""
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def measured(

@@ -24,8 +24,12 @@ class Report:
     """The factors folded into stored tensors, because the model derives constants from its sizes."""
     copied: list[str] = field(default_factory=list)
     """Files that were copied from the source's checkpoint."""
+    parameters: tuple[int, int] = (0, 0)
+    """The number of tensors that were written, and of their elements."""
     weights: list[str] = field(default_factory=list)
     """The safetensors files that were written, and their index."""
+    dtype: str = ""
+    """The type of the weights that were written, or of most of them."""
     trained: bool = False
     """Whether the file was trained after it was grown. The result is then compared with the file only."""
     cases: list[str] = field(default_factory=list)
@@ -35,6 +39,9 @@ class Report:
     error_to_file: float = 0.0
     """The largest error against the file in ONNX Runtime."""
     tolerance: float = 0.0
+    """The largest error to the source that rounding explains."""
+    file_tolerance: float = 0.0
+    """The largest error to the file that rounding explains. It is larger if the file has numbers in half precision."""
     tolerance_reason: str = ""
     notes: list[str] = field(default_factory=list)
 

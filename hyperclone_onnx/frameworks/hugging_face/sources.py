@@ -65,15 +65,18 @@ class Grown:
             return tuple(index_kept(size) for size in shape if size != 1)
         return tuple(index for index in recipe.index(self.plan.maps) if index.source_size != 1)
 
-    def remade(self, name: str, source: Array) -> Array:
-        """The initializer grown afresh from a source tensor, in the type that the file has."""
-        recipe, stored = self.recipe(name), self.tensors[name]
+    def remade(self, name: str, source: Array, dtype: ir.DataType) -> Array:
+        """The initializer grown afresh from a source tensor, in the given type.
+
+        The shares of a weight add up to the weight as this type rounds it.
+        """
+        recipe = self.recipe(name)
+        array = np.ascontiguousarray(source.astype(dtype.numpy()))
         if recipe is None:
-            return source
+            return array
         maps = self.plan.maps
-        shape = recipe.source_shape(maps)
-        array = np.ascontiguousarray(source.astype(stored.dtype.numpy())).reshape(shape)
-        return GrownTensor(ir.Tensor(array, dtype=stored.dtype), recipe, maps, self.plan.strategy_of(name)).numpy()
+        array = array.reshape(recipe.source_shape(maps))
+        return GrownTensor(ir.Tensor(array, dtype=dtype), recipe, maps, self.plan.strategy_of(name)).numpy()
 
 
 def read_grown(path: Path) -> Grown:
