@@ -9,12 +9,14 @@ from __future__ import annotations
 import filecmp
 import fnmatch
 import itertools
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,11 @@ class FolderExpansion:
     unchanged: list[str] = field(default_factory=list)
     """Models in which nothing can grow, copied with their data as they are."""
     copied: list[str] = field(default_factory=list)
-    """Files that are no models: a tokenizer, a configuration."""
+    """Files that are no models: a tokenizer, for example."""
+    changed: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """Configurations that were grown, with the fields that changed and their values before and after."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Files of the small model that would be wrong beside the grown one, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -50,6 +56,8 @@ class FolderExpansion:
             "models": {name: expansion.to_json() for name, expansion in self.models.items()},
             "unchanged": self.unchanged,
             "copied": self.copied,
+            "changed": self.changed,
+            "left_out": self.left_out,
         }
 
 
@@ -67,6 +75,8 @@ def expand_folder(
     """Grow every .onnx file in a folder and its folders into a new folder, and copy the other files.
 
     A data file of a model, one that is left out too, is no other file: it is copied only with a model that is copied.
+    Where a model grows, weights in other formats and config.json are left out, because they describe the small model.
+    genai_config.json is grown.
 
     Args:
         folder: the source.
@@ -99,8 +109,10 @@ def expand_folder(
         work.sizes = _by_model(source, models, sizes or {})
         work.data = {model: _data_of(source / model) for model in models}
         no_others = set[Path]().union(*work.data.values(), _data_of_models_left_out(source, left_out))
-        work.copy_others(file for file in files if file not in models and (source / file).resolve() not in no_others)
+        others = [file for file in files if file not in models and (source / file).resolve() not in no_others]
+        work.copy_others(file for file in others if not _describes_model(file))
         work.grow()
+        work.finish(file for file in others if _describes_model(file))
         check_fit(source, partial, models)
     return work.result
 
@@ -131,6 +143,24 @@ class _Work:
         for file in files:
             _copy(self.source / file, self.partial / file)
             self.result.copied.append(file.as_posix())
+
+    def finish(self, files: Iterable[Path]) -> None:
+        """Copy, grow or leave out the files that describe the small model."""
+        for file in files:
+            name, why = file.as_posix(), WEIGHTS_WHY
+            if not self.result.models:
+                self.copy_others([file])
+                continue
+            if file.name == GENAI_CONFIG:
+                grown, why = _grown_genai_config(self.source / file, list(self.result.models.values()))
+                if grown is not None:
+                    fields, self.result.changed[name] = grown
+                    (self.partial / file).parent.mkdir(parents=True, exist_ok=True)
+                    (self.partial / file).write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
+                    continue
+            elif file.name == CONFIG:
+                why = CONFIG_WHY
+            self.result.left_out[name] = why
 
     def grow(self) -> None:
         """Grow each model, or copy it where nothing in it can grow.
@@ -203,6 +233,64 @@ class _Work:
                     f"{model}: its data file {inside} and another file would have one name; rename one of them"
                 )
         self.result.unchanged.append(model.as_posix())
+
+
+CONFIG, GENAI_CONFIG = "config.json", "genai_config.json"
+WEIGHTS = (
+    "*.safetensors *.safetensors.index.json pytorch_model*.bin pytorch_model*.bin.index.json *.pt *.pth *.ckpt *.h5 "
+    "*.msgpack *.gguf"
+).split()
+"""Patterns of files with the small model's weights in other formats."""
+
+WEIGHTS_WHY = "it holds the small model's weights"
+CONFIG_WHY = "it describes the small model; `handoff --to hf --like FOLDER` writes the grown one"
+
+GENAI_FIELDS = {
+    "hidden_size": ("hidden",),
+    "num_attention_heads": ("heads", "group"),
+    "num_key_value_heads": ("heads",),
+    "head_size": ("head_dim",),
+}
+"""For fields of a decoder in ONNX Runtime GenAI's configuration, the roles whose growth multiplies the value."""
+
+
+def _describes_model(file: Path) -> bool:
+    """Whether a file describes the model beside it, or holds its weights in another format."""
+    return file.name in (CONFIG, GENAI_CONFIG) or any(fnmatch.fnmatch(file.name, pattern) for pattern in WEIGHTS)
+
+
+def _grown_genai_config(
+    path: Path, models: Sequence[Expansion]
+) -> tuple[tuple[dict[str, Any], dict[str, tuple[int, int]]] | None, str]:
+    """The fields of a grown configuration and those that changed; or None and the reason."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        decoder = fields["model"]["decoder"]
+        values = {name: int(decoder[name]) for name in GENAI_FIELDS if name in decoder}
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        return None, f"it is no configuration that we can grow ({type(problem).__name__} {problem})"
+    changed: dict[str, tuple[int, int]] = {}
+    if any(model.plan.keep_interface for model in models):
+        return (fields, changed), ""
+    for name, value in values.items():
+        grown = Fraction(value)
+        for role in GENAI_FIELDS[name]:
+            ratios = {ratio for model in models for ratio in _ratios(model, role)}
+            if len(ratios) > 1:
+                return None, f"its {name} would need one number, but {role} grows by {sorted(map(str, ratios))}"
+            grown *= next(iter(ratios), Fraction(1))
+        if grown.denominator != 1:
+            return None, f"its {name} would be {float(grown):g}"
+        if grown != value:
+            changed[name] = (value, int(grown))
+            decoder[name] = int(grown)
+    return (fields, changed), ""
+
+
+def _ratios(model: Expansion, role: str) -> set[Fraction]:
+    """By how much the dimensions of a role grow in a model."""
+    grown = {Fraction(dim.map.grown, dim.map.size) for dim in model.plan.dims.values() if dim.role == role}
+    return grown | ({Fraction(1)} if any(kept.role == role for kept in model.kept) else set())
 
 
 PLANNING_OPTIONS = ("allow_change", "like", "maps", "strategies", "strategy", "untie", "keep_interface")

@@ -29,6 +29,8 @@ def parts(zoo: Zoo, tmp_path: Path) -> Path:
     for part in ("encoder", "decoder"):
         (folder / "onnx" / f"{part}_model.onnx").write_bytes(zoo(f"t5_{part}.torchscript").read_bytes())
     (folder / "config.json").write_text('{"d_model": 48}')
+    (folder / "model.safetensors").write_bytes(b"the small model's weights")
+    (folder / "tokenizer.json").write_text("{}")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "lock").write_text("")
     return folder
@@ -55,8 +57,9 @@ def test_an_encoder_and_its_decoder(cli: Command, parts: Path, tmp_path: Path) -
     assert done.code == 0, done.error
     report = json.loads(done.stdout)
     assert sorted(report["models"]) == ["onnx/decoder_model.onnx", "onnx/encoder_model.onnx"]
-    assert report["copied"] == ["config.json"]
-    assert names_in(tmp_path / "big") == {"config.json", "onnx"}
+    assert report["copied"] == ["tokenizer.json"]
+    assert sorted(report["left_out"]) == ["config.json", "model.safetensors"]
+    assert names_in(tmp_path / "big") == {"tokenizer.json", "onnx"}
     assert names_in(tmp_path) == {"t5", "big"}
     small, big = run_both(parts), run_both(tmp_path / "big")
     np.testing.assert_allclose(big, small, atol=1e-5 * float(np.abs(small).max()))
@@ -66,8 +69,45 @@ def test_the_report_in_words(cli: Command, parts: Path, tmp_path: Path) -> None:
     done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate")
     assert done.code == 0, done.error
     assert "onnx/encoder_model.onnx" in done.stdout
-    assert "copied as they are: config.json" in done.stdout
+    assert "copied as they are: tokenizer.json" in done.stdout
+    assert "left out: config.json: it describes the small model" in done.stdout
+    assert "left out: model.safetensors: it holds the small model's weights" in done.stdout
     assert f"2 models grown, fitting together, but not validated: {tmp_path / 'big'}" in done.stdout.replace("\n", "")
+
+
+def test_files_about_the_small_model_stay_where_nothing_grows(cli: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    onnx.save(build_model("g (float[n] x) => (float[n] y) { y = Relu (x) }", {}), folder / "detail.onnx")
+    for name in ("config.json", "genai_config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--json")
+    assert done.code == 0 and json.loads(done.stdout)["left_out"] == {}, done.error
+    assert names_in(tmp_path / "big") == names_in(folder)
+
+
+GENAI = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_size": 8, "num_hidden_layers": 2}
+GENAI_GROWN: dict[str, tuple[dict[str, int], list[str], dict[str, int]]] = {
+    "all widths": (GENAI, ["--factor", "2"], {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4}),
+    "ffn alone": (GENAI, ["--set", "ffn=2"], {}),
+    "the interface kept": (GENAI, ["--factor", "2", "--interface", "keep"], {}),
+}
+
+
+@pytest.mark.parametrize("name", GENAI_GROWN)
+def test_the_configuration_of_onnx_runtime_genai_grows(name: str, zoo: Zoo, cli: Command, tmp_path: Path) -> None:
+    decoder, words, changed = GENAI_GROWN[name]
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(zoo("llama.cached").read_bytes())
+    fields = {"model": {"decoder": {**decoder, "filename": "model.onnx"}, "vocab_size": 96}, "search": {"top_k": 48}}
+    (folder / "genai_config.json").write_text(json.dumps(fields))
+    done = cli("expand", folder, "-o", tmp_path / "big", "--no-validate", "--json", *words)
+    assert done.code == 0, done.error
+    report = json.loads(done.stdout)
+    assert {key: after for key, (_, after) in report["changed"]["genai_config.json"].items()} == changed
+    fields["model"]["decoder"].update(changed)
+    assert json.loads((tmp_path / "big" / "genai_config.json").read_text()) == fields
 
 
 def pair(tmp_path: Path, width: str) -> Path:
@@ -160,12 +200,12 @@ def test_a_file_that_is_refused_is_named_and_can_be_left_out(cli: Command, parts
 def test_a_link_that_leads_out_of_the_folder_is_not_followed(cli: Command, parts: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
     (parts / "notes.txt").symlink_to(tmp_path / "secret")
-    (parts / "inside.json").symlink_to(parts / "config.json")
+    (parts / "inside.json").symlink_to(parts / "tokenizer.json")
     done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate")
     assert done.code == 2 and "notes.txt: a link that leads out of the folder" in done.error
     assert names_in(tmp_path) == {"t5", "secret"}
     done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate", "--exclude", "notes.txt")
-    assert done.code == 0 and names_in(tmp_path / "big") == {"config.json", "inside.json", "onnx"}
+    assert done.code == 0 and names_in(tmp_path / "big") == {"tokenizer.json", "inside.json", "onnx"}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +254,7 @@ def test_a_link_to_a_folder_or_to_nothing_is_told(target: str, cli: Command, par
     assert done.code == 2 and "latest: a link to a folder, or to nothing" in done.error
     assert names_in(tmp_path) == {"t5"}
     done = cli("expand", parts, "--factor", "2", "-o", tmp_path / "big", "--no-validate", "--exclude", "latest")
-    assert done.code == 0 and names_in(tmp_path / "big") == {"config.json", "onnx"}
+    assert done.code == 0 and names_in(tmp_path / "big") == {"tokenizer.json", "onnx"}
 
 
 # -- external data ----------------------------------------------------------------------------------------

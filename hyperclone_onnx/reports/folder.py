@@ -20,8 +20,13 @@ def print_folder(console: Console, result: FolderExpansion) -> None:
     if result.copied:
         print_line(
             console,
-            f"copied as they are: {', '.join(result.copied)} (sizes in a configuration are still the source's)",
+            f"copied as they are: {', '.join(result.copied)}",
         )
+    for name, fields in result.changed.items():
+        words = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in fields.items())
+        print_line(console, f"{name}: {words or 'as it was'}")
+    for name, why in result.left_out.items():
+        print_line(console, f"left out: {name}: {why}")
     validated = all(expansion.validation is not None for expansion in result.models.values())
     how = "equal and fitting together" if validated else "fitting together, but not validated"
     console.print(f"{len(result.models)} models grown, {how}: {result.output}", markup=False)
