@@ -43,7 +43,7 @@ def test_the_handoff_to_hugging_face_names_its_extra(missing: str) -> None:
     )
     done = python(code)
     assert done.stdout.startswith("MissingExtra"), done.stderr
-    assert "pip install hyperclone-onnx[hf]" in done.stdout
+    assert "pip install 'hyperclone-onnx[hf]' && hyperclone-onnx" in done.stdout
 
 
 def test_trained_weights_of_a_hugging_face_folder_are_read_without_a_framework() -> None:

@@ -27,6 +27,7 @@ from hyperclone_onnx.commands.options import (
 )
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress, say
 from hyperclone_onnx.commands.recipe_options import Request, with_recipe
+from hyperclone_onnx.frameworks.targets import DTYPES, is_checkpoint
 from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFERED, Strategy
 
 
@@ -142,6 +143,12 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
     "(docs/sizes.md). Options on the command line replace those of the file.",
 )
 @click.option("--write-recipe", type=model_path, help="Also write the recipe that this command line means.")
+@click.option(
+    "--keep-onnx", is_flag=True, help="For a Hugging Face folder: keep the grown ONNX files beside the result."
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="For a Hugging Face folder: the type of the weights; else as is."
+)
 @json_option
 @guarded
 @click.pass_context
@@ -154,13 +161,15 @@ def expand(
     plan_only: bool,
     recipe: Path | None,
     write_recipe: Path | None,
+    keep_onnx: bool,
+    dtype: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Grow MODEL into a larger model that computes the same, and write it only once that is proven.
 
     MODEL may be a folder: every .onnx file in it grows by itself, the other files are copied, and OUTPUT is the new
-    folder.
+    folder. A Hugging Face folder without ONNX files is exported first, and OUTPUT is the grown checkpoint.
     """
     request = with_recipe(context, options, recipe)
     options = dict(request.options)
@@ -182,11 +191,17 @@ def expand(
         raise click.UsageError(f"--no-validate and --validate {validation} contradict each other")
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
-    if model.is_dir() and plan_out is not None:
+    checkpoint = is_checkpoint(model)
+    if checkpoint and exclude:
+        raise click.UsageError("--exclude leaves out files of a folder with ONNX files; MODEL has none")
+    if not checkpoint and (keep_onnx or dtype is not None):
+        raise click.UsageError("--keep-onnx and --dtype are for a Hugging Face folder without ONNX files")
+    several = model.is_dir() and not checkpoint
+    if several and plan_out is not None:
         raise click.UsageError("--plan-out is for one model; each grown file carries its plan in its metadata")
-    if model.is_dir() and options["inputs"] is not None:
+    if several and options["inputs"] is not None:
         raise click.UsageError("--inputs is for one model; the files of a folder have inputs of their own")
-    if plan_only and (model.is_dir() or output is not None):
+    if plan_only and (several or output is not None):
         raise click.UsageError("--plan-only plans one model and writes no other: give a file, and no -o")
 
     text = None if write_recipe is None else _recipe_text(request, write_recipe, model)
@@ -214,7 +229,10 @@ def expand(
         "dims": options["dims"],
     }
     if output is None:
-        _plan(model, growth | deeper, plan_out, as_json)
+        _plan(model, growth | deeper | {"plan_out": plan_out}, checkpoint, as_json)
+    elif checkpoint:
+        chosen = {"plan_out": plan_out, "keep_onnx": keep_onnx, "dtype": dtype}
+        _expand_checkpoint(model, output, growth | how | chosen, as_json)
     elif model.is_dir():
         _expand_folder(model, output, exclude, growth | how, as_json)
     else:
@@ -238,11 +256,27 @@ def _recipe_text(request: Request, path: Path, model: Path) -> str:
     return written_recipe(request.recipe, path.parent)
 
 
-def _plan(model: Path, growth: dict[str, Any], plan_out: Path | None, as_json: bool) -> None:
-    from hyperclone_onnx.expansion import plan_file
+def _expand_checkpoint(model: Path, output: Path, options: dict[str, Any], as_json: bool) -> None:
+    from hyperclone_onnx.frameworks.hugging_face import expand_checkpoint
+    from hyperclone_onnx.reports.checkpoint import print_checkpoint
+
+    with progress() as (notify, tensors_done):
+        result = expand_checkpoint(model, output, **options, notify=notify, progress=tensors_done)
+    with printing():
+        print_json(result.to_json()) if as_json else print_checkpoint(console(), result)
+
+
+def _plan(model: Path, growth: dict[str, Any], checkpoint: bool, as_json: bool) -> None:
     from hyperclone_onnx.reports.expansion import print_expansion
 
-    result = plan_file(model, **growth, plan_out=plan_out, notify=say)
+    if checkpoint:
+        from hyperclone_onnx.frameworks.hugging_face import plan_checkpoint
+
+        result = plan_checkpoint(model, **growth, notify=say)
+    else:
+        from hyperclone_onnx.expansion import plan_file
+
+        result = plan_file(model, **growth, notify=say)
     with printing():
         print_json(result.to_json()) if as_json else print_expansion(console(), result)
 

@@ -1,4 +1,4 @@
-"""The command line: ``hyperclone-onnx inspect | expand | validate | handoff | absorb | diagnose``.
+"""The command line: ``hyperclone-onnx inspect | expand | validate | export | handoff | absorb | diagnose``.
 
 Exit codes: 0 done and valid; 1 the models differ; 2 bad usage; 3 refused; 4 bad or unreadable input. Results go to
 stdout (JSON with --json), progress and errors to stderr. No traceback is shown to a user.
@@ -11,7 +11,7 @@ from importlib import import_module
 
 import click
 
-COMMANDS = ("inspect", "expand", "validate", "handoff", "absorb", "diagnose")
+COMMANDS = ("inspect", "expand", "validate", "export", "handoff", "absorb", "diagnose")
 """For each command, a module of this name in this package holds a function of this name."""
 
 

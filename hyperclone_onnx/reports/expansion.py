@@ -17,6 +17,22 @@ from hyperclone_onnx.transforms.layers import deepened
 
 def print_expansion(console: Console, result: Expansion) -> None:
     """Print the whole report."""
+    print_growth(console, result)
+    took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    if result.output is None:
+        console.print(f"planned, nothing written ({took})", markup=False)
+        return
+    if result.validation is None:
+        console.print("not validated (--validate none)")
+    else:
+        print_validation(console, result.validation)
+    print_line(console, f"wrote {_files(result)} ({took})")
+    for line in RECIPE.lines():
+        print_line(console, line)
+
+
+def print_growth(console: Console, result: Expansion) -> None:
+    """Print what grew, what did not grow and why, and the sizes."""
     _print_compared(console, result)
     _print_grown(console, result)
     for name, (before, after) in deepened(result.plan.transforms).items():
@@ -41,17 +57,6 @@ def print_expansion(console: Console, result: Expansion) -> None:
         console.print(f"{name} is one tensor in the source and several here: {', '.join(copies)}", markup=False)
     ratio = result.parameters_after / max(result.parameters_before, 1)
     console.print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,} (x{ratio:.2f})")
-    took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-    if result.output is None:
-        console.print(f"planned, nothing written ({took})", markup=False)
-        return
-    if result.validation is None:
-        console.print("not validated (--validate none)")
-    else:
-        print_validation(console, result.validation)
-    print_line(console, f"wrote {_files(result)} ({took})")
-    for line in RECIPE.lines():
-        print_line(console, line)
 
 
 def _files(result: Expansion) -> str:

@@ -1,0 +1,227 @@
+"""From a Hugging Face checkpoint to a grown one: export, grow, validate, hand back.
+
+In: a folder with config.json and safetensors. Out: a folder that transformers loads, with the ONNX files in its folder
+`onnx` if they are to be kept.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hyperclone_onnx.errors import BadRequest
+from hyperclone_onnx.expansion import Expansion, expand, plan_file
+from hyperclone_onnx.folders import check_fit
+from hyperclone_onnx.frameworks.exports import HandedOver
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, read_checkpoint
+from hyperclone_onnx.frameworks.hugging_face.exporting import Exported, export_model, has_cache
+from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
+from hyperclone_onnx.planning.training_recipe import RECIPE
+from hyperclone_onnx.progress import Notify, tell_nobody
+from hyperclone_onnx.publishing.publication import publication_folder, write_text
+
+MODEL, WITH_CACHE = "model.onnx", "model_with_past.onnx"
+"""The names of the exported files. The second takes and gives the keys and values of earlier tokens."""
+
+FOLDER = "onnx"
+"""The folder within the grown checkpoint in which the grown ONNX files are kept."""
+
+
+@dataclass(frozen=True)
+class CheckpointExpansion:
+    """What growing a checkpoint did."""
+
+    source: str
+    output: str
+    models: dict[str, Expansion]
+    """For each ONNX file its expansion, by the file's name."""
+    handover: HandedOver
+    kept: list[str] = field(default_factory=list)
+    """The ONNX files that are kept, by their paths within the output."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "source": self.source,
+            "output": self.output,
+            "models": {name: expansion.to_json() for name, expansion in self.models.items()},
+            "handover": self.handover.to_json(),
+            "onnx": self.kept,
+        }
+
+
+@dataclass(frozen=True)
+class CheckpointExport:
+    """What exporting a checkpoint wrote."""
+
+    source: str
+    output: str
+    files: list[Exported]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+
+def export_checkpoint(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    cache: bool = False,
+    notify: Notify | None = None,
+) -> CheckpointExport:
+    """Export a checkpoint as ONNX files in float32 into a new folder, with its tokenizer and configuration.
+
+    Args:
+        folder: the checkpoint.
+        output: the folder to make; it must not exist, or be empty.
+        cache: whether a second file is written that takes and gives the keys and values of earlier tokens.
+        notify: called with the name of each stage when it begins.
+
+    Raises:
+        BadModel: the checkpoint cannot be read.
+        BadRequest: the output exists.
+        Refused: transformers does not have the model's class, or PyTorch cannot export it.
+        CannotWrite: the folder cannot be written.
+        MissingExtra: torch or transformers is not installed.
+    """
+    say = notify or tell_nobody
+    with publication_folder(Path(output)) as partial:
+        say("reading")
+        checkpoint = read_checkpoint(Path(folder))
+        files = _exported(checkpoint, partial, cache, say)
+        checkpoint.copy_files(partial)
+        shutil.copyfile(checkpoint.folder / "config.json", partial / "config.json")
+    return CheckpointExport(os.fspath(folder), os.fspath(output), files)
+
+
+def _exported(checkpoint: Checkpoint, folder: Path, cache: bool, say: Notify) -> list[Exported]:
+    """Load a checkpoint's model and export it, without a cache and, if asked for, also with one."""
+    model = checkpoint.load().model
+    say("exporting")
+    files = [export_model(checkpoint, model, folder / MODEL)]
+    if cache:
+        say("exporting with a cache")
+        files.append(export_model(checkpoint, model, folder / WITH_CACHE, cache=True))
+    del model
+    gc.collect()
+    return files
+
+
+def expand_checkpoint(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    factor: int = 1,
+    requests: Mapping[str, int] | None = None,
+    *,
+    keep_onnx: bool = False,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    plan_out: str | os.PathLike[str] | None = None,
+    notify: Notify | None = None,
+    **options: Any,
+) -> CheckpointExpansion:
+    """Grow a checkpoint into a new folder. The folder appears only after all checks have passed.
+
+    Args:
+        folder: the checkpoint.
+        output: the folder to make; it must not exist, or be empty.
+        factor: as for `expansion.expand`.
+        requests: as for `expansion.expand`.
+        keep_onnx: whether the grown ONNX files stay, in the folder `onnx` of the output. A decoder of text then has a
+            file with a cache beside the one without.
+        dtype: the type of the weights; by default each keeps its type.
+        max_shard_size: the most bytes of weights in one file; by default as in the source.
+        plan_out: a file to which the plan is written too, as JSON.
+        notify: called with the name of each stage when it begins.
+        options: passed on to `expansion.expand`.
+
+    Raises:
+        BadModel, BadRequest, Refused, ModelsDiffer, CannotWrite, MissingExtra: see `export_checkpoint`,
+            `expansion.expand` and `growing.grow_checkpoint`.
+    """
+    source, out, say = Path(folder), Path(output), notify or tell_nobody
+    if out.resolve() == source.resolve() or out.resolve().is_relative_to(source.resolve()):
+        raise BadRequest(f"{out}: lies in the source folder; choose another output")
+    with publication_folder(out) as partial:
+        say("reading")
+        checkpoint = read_checkpoint(source)
+        with _work_beside(partial) as work:
+            small, big = work / "small", work / FOLDER
+            small.mkdir()
+            big.mkdir()
+            cache = keep_onnx and _keeps_cache(checkpoint)
+            names = [file.file for file in _exported(checkpoint, small, cache, say)]
+            models: dict[str, Expansion] = {}
+            for name in names:
+                grown = expand(small / name, big / name, factor, requests, notify=_named(say, name, names), **options)
+                shown = str(out / FOLDER / name) if keep_onnx else None
+                models[name] = replace(grown, source=str(source), output=shown)
+            check_fit(small, big, [Path(name) for name in names])
+            report = grow_checkpoint(
+                big / MODEL,
+                source,
+                partial,
+                source=small / MODEL,
+                trained=False,
+                dtype=dtype,
+                largest_file=max_shard_size,
+                inputs=options.get("inputs"),
+                dims=options.get("dims"),
+                notify=say,
+            )
+            report.model = str(out / FOLDER / MODEL) if keep_onnx else f"the ONNX file exported from {source}"
+            kept: list[str] = []
+            if keep_onnx:
+                big.rename(partial / FOLDER)
+                kept = [f"{FOLDER}/{name}" for name in names]
+            if plan_out is not None:
+                write_text(Path(plan_out), models[MODEL].plan.dumps() + "\n")
+    handover = HandedOver("hf", os.fspath(output), *report.parameters, hugging_face=report.to_json(), training=RECIPE)
+    return CheckpointExpansion(os.fspath(folder), os.fspath(output), models, handover, kept)
+
+
+def plan_checkpoint(
+    folder: str | os.PathLike[str],
+    factor: int = 1,
+    requests: Mapping[str, int] | None = None,
+    *,
+    notify: Notify | None = None,
+    **options: Any,
+) -> Expansion:
+    """Plan the growth of a checkpoint, and write nothing. The arguments are those of `expansion.plan_file`."""
+    say = notify or tell_nobody
+    say("reading")
+    checkpoint = read_checkpoint(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as work:
+        _exported(checkpoint, Path(work), False, say)
+        planned = plan_file(Path(work) / MODEL, factor, requests, notify=say, **options)
+    return replace(planned, source=str(folder))
+
+
+def _keeps_cache(checkpoint: Checkpoint) -> bool:
+    """Whether the model of a checkpoint has a cache. The model is built without weights to see it."""
+    import torch
+
+    from hyperclone_onnx.frameworks.hugging_face.configuration import built
+
+    with torch.device("meta"):
+        return has_cache(built(checkpoint, ()))
+
+
+def _named(say: Notify, name: str, names: list[str]) -> Notify:
+    return (lambda stage: say(f"{name}: {stage}")) if len(names) > 1 else say
+
+
+@contextmanager
+def _work_beside(partial: Path) -> Iterator[Path]:
+    """A folder for the ONNX files, on the disk of the output. It is removed in the end."""
+    with tempfile.TemporaryDirectory(prefix="work.", dir=partial.parent) as work:
+        yield Path(work)

@@ -1,0 +1,247 @@
+"""Export a Hugging Face checkpoint as an ONNX file.
+
+In: a folder with config.json and safetensors. Out: an ONNX file in float32 of the model that config.json names, with
+the inputs that this class takes: tokens, images or sound; and tokens for the decoder, where there is one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from hyperclone_onnx.errors import Refused, first_line
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, quiet
+from hyperclone_onnx.frameworks.hugging_face.recording import floating_outputs, run_model
+from hyperclone_onnx.writing import onnx_files
+
+BATCH, LENGTH, TARGET, PAST = 2, 6, 5, 3
+"""The sizes of the example that is traced. The file takes any sizes along the axes that have a name."""
+
+FOLDED = 128
+"""The most elements of a constant that is computed at export. Weights are larger, and keep their names."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the graph: its name, an example, and the names of the axes whose length is free."""
+
+    name: str
+    example: Any
+    axes: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported."""
+
+    file: str
+    inputs: dict[str, list[int | str]]
+    """The shape of each input; free lengths by their name."""
+    outputs: dict[str, list[int | str]]
+    cache: bool
+    """Whether the graph takes and gives the keys and values of earlier tokens."""
+
+
+def export_model(checkpoint: Checkpoint, model: Any, path: Path, cache: bool = False) -> Exported:
+    """Export a model that is in memory as an ONNX file, with its weights beside it.
+
+    Args:
+        checkpoint: the checkpoint that the model was loaded from.
+        model: the model in float32.
+        path: the file to write.
+        cache: whether the graph takes and gives a cache.
+
+    Raises:
+        Refused: PyTorch cannot export the model, or it has no cache of keys and values.
+        CannotWrite: the file cannot be written.
+    """
+    inputs = _inputs(model)
+    outputs = list(floating_outputs(run_model(model, {item.name: item.example for item in inputs})))
+    if cache:
+        kept = _cache_inputs(checkpoint, model)
+        inputs += kept
+        for item in inputs:
+            if item.name == "attention_mask":
+                inputs[inputs.index(item)] = Input(
+                    item.name, torch.ones(BATCH, LENGTH + PAST, dtype=torch.int64), {0: "batch", 1: "total_sequence"}
+                )
+        outputs = [outputs[0], *(item.name.replace("past_key_values", "present") for item in kept)]
+    proto = _traced(checkpoint, _Flat(model, [item.name for item in inputs], outputs), inputs, outputs)
+    onnx_files.save(proto, path, external=True)
+    return Exported(path.name, _shapes(proto.graph.inputs), _shapes(proto.graph.outputs), cache)
+
+
+def _shapes(values: Sequence[ir.Value]) -> dict[str, list[int | str]]:
+    return {
+        str(value.name): [dim if isinstance(dim, int) else str(dim) for dim in (value.shape or ())] for value in values
+    }
+
+
+def has_cache(model: Any) -> bool:
+    """Whether a model is a decoder of text that keeps the keys and values of earlier tokens."""
+    config = model.config
+    accepted = inspect.signature(model.forward).parameters
+    return (
+        model.main_input_name == "input_ids"
+        and not getattr(config, "is_encoder_decoder", False)
+        and "past_key_values" in accepted
+        and bool(getattr(config, "use_cache", False))
+    )
+
+
+# -- the inputs -------------------------------------------------------------------------------------------------
+
+
+def _inputs(model: Any) -> list[Input]:
+    """The inputs that the class of a model takes, in the order in which it takes them."""
+    config, accepted = model.config, inspect.signature(model.forward).parameters
+    text, two_towers = getattr(config, "text_config", config), hasattr(config, "vision_config")
+    main = str(model.main_input_name)
+    wanted = {main}
+    if two_towers:
+        wanted |= {"input_ids", "pixel_values"}
+    if "input_ids" in wanted:
+        wanted.add("attention_mask")
+    if "token_type_ids" in accepted and getattr(text, "type_vocab_size", 0) > 1:
+        wanted.add("token_type_ids")
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        wanted.add("decoder_input_ids")
+    return [_example(name, model) for name in accepted if name in wanted]
+
+
+def _example(name: str, model: Any) -> Input:
+    config = model.config
+    if name == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        height, width = np.broadcast_to(_setting(vision, "image_size", 224), 2).tolist()
+        return Input(name, torch.randn(BATCH, _setting(vision, "num_channels", 3), height, width), {0: "batch"})
+    if name == "input_features":
+        bins = _setting(config, "num_mel_bins", 80)
+        fixed = getattr(config, "max_source_positions", None)
+        if model.main_input_name == name and fixed is not None and hasattr(model, "get_encoder"):
+            stride = getattr(model.get_encoder(), "conv1", None)
+            length = fixed * (2 if stride is not None else 1)
+            return Input(name, torch.randn(BATCH, bins, length), {0: "batch"})
+        return Input(name, torch.randn(BATCH, 4 * LENGTH, bins), {0: "batch", 1: "frames"})
+    if name == "input_values":
+        return Input(name, torch.randn(BATCH, 4000), {0: "batch", 1: "samples"})
+    length, axis = (TARGET, "target_sequence") if name.startswith("decoder") else (LENGTH, "sequence")
+    if name == "attention_mask":
+        return Input(name, torch.ones(BATCH, length, dtype=torch.int64), {0: "batch", 1: axis})
+    most = 2 if name == "token_type_ids" else min(8, int(getattr(config, "vocab_size", None) or 8))
+    return Input(name, torch.randint(0, most, (BATCH, length)), {0: "batch", 1: axis})
+
+
+def _setting(config: Any, name: str, otherwise: Any) -> Any:
+    value = getattr(config, name, None)
+    return otherwise if value is None else value
+
+
+def _cache_inputs(checkpoint: Checkpoint, model: Any) -> list[Input]:
+    """The keys and values of each layer."""
+    refusal = Refused(
+        f"{checkpoint.folder}: {type(model).__name__} has no cache of keys and values for each layer: export it without"
+    )
+    if not has_cache(model):
+        raise refusal
+    with torch.no_grad():
+        result = model(input_ids=torch.zeros(BATCH, PAST, dtype=torch.int64), use_cache=True)
+    layers = getattr(getattr(result, "past_key_values", None), "layers", None)
+    if not layers or any(getattr(getattr(layer, "keys", None), "ndim", 0) != 4 for layer in layers):
+        raise refusal
+    axes = {0: "batch", 2: "past_sequence"}
+    return [
+        Input(f"past_key_values.{number}.{name}", tensor, axes)
+        for number, layer in enumerate(layers)
+        for name, tensor in (("key", layer.keys), ("value", layer.values))
+    ]
+
+
+# -- tracing ----------------------------------------------------------------------------------------------------
+
+
+class _Flat(torch.nn.Module):  # type: ignore[misc]
+    """A model whose inputs and outputs are tensors in a row."""
+
+    def __init__(self, model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = list(inputs)
+        self.outputs = list(outputs)
+
+    def forward(self, *tensors: Any) -> tuple[Any, ...]:
+        """Run the model."""
+        feeds = dict(zip(self.names, tensors, strict=True))
+        past = [feeds.pop(name) for name in self.names if name.startswith("past_key_values.")]
+        if not past:
+            named = floating_outputs(run_model(self.model, feeds))
+            return tuple(named[name] for name in self.outputs)
+        result = self.model(**feeds, past_key_values=_filled(self.model.config, past), use_cache=True)
+        present = [tensor for layer in result.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (next(iter(floating_outputs(result).values())), *present)
+
+
+def _filled(config: Any, tensors: Sequence[Any]) -> Any:
+    """A cache that holds these keys and values, one pair for each layer."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)
+    for layer, key, value in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+    return cache
+
+
+def _traced(checkpoint: Checkpoint, module: _Flat, inputs: Sequence[Input], outputs: Sequence[str]) -> ir.Model:
+    from onnx_ir.passes.common import InlinePass
+    from onnxscript.optimizer import optimize_ir
+
+    try:
+        with quiet(), _silent():
+            program = torch.onnx.export(
+                module,
+                tuple(item.example for item in inputs),
+                dynamo=True,
+                input_names=[item.name for item in inputs],
+                output_names=list(outputs),
+                dynamic_shapes=(tuple(item.axes for item in inputs),),
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as problem:  # the exporter may raise any exception
+        raise Refused(
+            f"{checkpoint.folder}: PyTorch {torch.__version__} cannot export {type(module.model).__name__} "
+            f"({first_line(problem)}): export it in another way, grow the ONNX file, and hand it over with "
+            "handoff --to hf --like"
+        ) from problem
+    assert program is not None
+    model: ir.Model = program.model
+    InlinePass()(model)
+    optimize_ir(model, input_size_limit=FOLDED)
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith("model.") and name.removeprefix("model.") not in model.graph.initializers:
+            value.name = name.removeprefix("model.")
+    return model
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Silence the warnings and logs of the exporter: an error is reported, everything else is not for our user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

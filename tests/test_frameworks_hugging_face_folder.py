@@ -1,0 +1,154 @@
+"""`expand FOLDER` and `export FOLDER` for a Hugging Face checkpoint without ONNX files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import Command, names_in
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+for _needed in ("torch", "transformers", "safetensors"):
+    pytest.importorskip(_needed)
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from test_frameworks_hugging_face import loaded, tiled  # noqa: E402
+
+from hyperclone_onnx.frameworks.checkpoints import read_weights  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+
+TEXT = {"vocab_size": 90, "num_hidden_layers": 1, "max_position_embeddings": 64}
+WIDTHS = {"hidden_size": 48, "intermediate_size": 56, "num_attention_heads": 6}
+
+
+def tokens(length: int) -> Any:
+    return torch.randint(0, 90, (2, length), generator=torch.Generator().manual_seed(length))
+
+
+def floats(*shape: int) -> Any:
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, **WIDTHS, num_key_value_heads=2)).bfloat16()
+
+
+def t5() -> Any:
+    sizes = {"vocab_size": 90, "d_model": 48, "d_kv": 8, "d_ff": 56, "num_heads": 6, "num_layers": 1}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).bfloat16()
+
+
+def vit() -> Any:
+    sizes = {"num_hidden_layers": 1, "image_size": 16, "patch_size": 8, "num_labels": 4}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**WIDTHS, **sizes)).bfloat16()
+
+
+def whisper() -> Any:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 6, "decoder_attention_heads": 6}
+    sizes = {"d_model": 48, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "num_mel_bins": 8, "vocab_size": 90}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    lengths = {"max_source_positions": 10, "max_target_positions": 20}
+    return transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            **layers, **sizes, **ids, **lengths, suppress_tokens=None, begin_suppress_tokens=None
+        )
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], list[str]]] = {
+    "a decoder": (llama, {"input_ids": tokens(7)}, ["--keep-onnx"]),
+    "an encoder and a decoder": (t5, {"input_ids": tokens(7), "decoder_input_ids": tokens(5)}, []),
+    "images": (vit, {"pixel_values": floats(3, 16, 16)}, ["--dtype", "float16"]),
+    "speech": (whisper, {"input_features": floats(8, 20), "decoder_input_ids": tokens(5)}, []),
+}
+
+
+def checkpoint(build: Callable[[], Any], folder: Path) -> Path:
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    build().save_pretrained(folder)
+    return folder
+
+
+def logits(folder: Path, feeds: dict[str, Any]) -> Array:
+    with torch.no_grad():
+        return np.asarray(loaded(folder).float().eval()(**feeds).logits.numpy())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_grows_in_one_command(name: str, tmp_path: Path, cli: Command) -> None:
+    build, feeds, words = MODELS[name]
+    small, big = checkpoint(build, tmp_path / "small"), tmp_path / "big"
+    done = cli("expand", small, "--factor", "2", "-o", big, *words)
+    assert done.code == 0, done.stderr
+    assert names_in(tmp_path) == {"small", "big"}
+    want, got = logits(small, feeds), logits(big, feeds)
+    bound = 2e-3 if "--dtype" in words else 2e-5
+    np.testing.assert_allclose(got, tiled(want, got.shape), atol=bound * np.abs(want).max())
+    dtype = "float16" if "--dtype" in words else json.loads((small / "config.json").read_text())["dtype"]
+    assert {str(array.dtype) for array in read_weights(big).values()} == {dtype}
+    assert (big / "onnx").exists() == ("--keep-onnx" in words)
+
+
+def test_kept_onnx_files_compute_what_the_checkpoint_does(tmp_path: Path, cli: Command) -> None:
+    import onnxruntime as ort
+
+    small, big = checkpoint(llama, tmp_path / "small"), tmp_path / "big"
+    assert cli("expand", small, "--set", "ffn=3", "-o", big, "--keep-onnx", "--no-validate").code == 0
+    ids = tokens(7)
+    want = logits(big, {"input_ids": ids})
+    plain = ort.InferenceSession(big / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 7), np.int64)}
+    np.testing.assert_allclose(plain.run(["logits"], feeds)[0], want, atol=2e-5 * np.abs(want).max())
+    cached = ort.InferenceSession(big / "onnx" / "model_with_past.onnx", providers=["CPUExecutionProvider"])
+    past = {item.name: np.zeros((2, 2, 0, 8), np.float32) for item in cached.get_inputs() if "past" in item.name}
+    first = cached.run(None, {"input_ids": ids[:, :4].numpy(), "attention_mask": np.ones((2, 4), np.int64), **past})
+    present = dict(zip(past, first[1:], strict=True))
+    rest = {"input_ids": ids[:, 4:].numpy(), "attention_mask": np.ones((2, 7), np.int64), **present}
+    np.testing.assert_allclose(cached.run(None, rest)[0], want[:, 4:], atol=2e-5 * np.abs(want).max())
+
+
+def test_export_names_the_axes_as_people_do(tmp_path: Path, cli: Command) -> None:
+    small = checkpoint(llama, tmp_path / "small")
+    (small / "tokenizer.json").write_text("{}")
+    done = cli("export", small, "-o", tmp_path / "out", "--cache")
+    assert done.code == 0, done.stderr
+    assert {"config.json", "tokenizer.json", "model.onnx", "model_with_past.onnx"} <= names_in(tmp_path / "out")
+    graph = ir.load(tmp_path / "out" / "model_with_past.onnx").graph
+    shapes = {value.name: [str(dim) for dim in value.shape or ()] for value in (*graph.inputs, *graph.outputs)}
+    assert shapes["input_ids"] == ["batch", "sequence"]
+    assert shapes["attention_mask"] == ["batch", "total_sequence"]
+    assert shapes["past_key_values.0.key"] == ["batch", "2", "past_sequence", "8"]
+    assert shapes["logits"] == ["batch", "sequence", "90"]
+    assert "attention_mask: batch, total_sequence" in done.stdout
+
+
+def test_wrong_requests_are_one_line(tmp_path: Path, cli: Command) -> None:
+    small = checkpoint(t5, tmp_path / "small")
+    rows = {
+        "has no cache of keys and values": ("export", small, "-o", tmp_path / "out", "--cache"),
+        "lies in the source folder": ("expand", small, "--factor", "2", "-o", small / "big"),
+        "have a dimension 'nonesuch'": ("expand", small, "--set", "nonesuch=2", "-o", tmp_path / "out"),
+        "--exclude leaves out files of a folder with ONNX": (
+            "expand",
+            small,
+            "--factor",
+            "2",
+            "--exclude",
+            "x",
+            "-o",
+            "y",
+        ),
+    }
+    for text, words in rows.items():
+        done = cli(*words)
+        assert done.code in (2, 3) and text in done.stderr, (text, done.stderr)
+        assert names_in(tmp_path) == {"small"}
