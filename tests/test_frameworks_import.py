@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_the_handoff_to_hugging_face_names_its_extra(missing: str) -> None:
     )
     done = python(code)
     assert done.stdout.startswith("MissingExtra"), done.stderr
-    assert "pip install 'hyperclone-onnx[hf]' && hyperclone-onnx" in done.stdout
+    assert "pip install hyperclone-onnx[hf]" in done.stdout
 
 
 def test_trained_weights_of_a_hugging_face_folder_are_read_without_a_framework() -> None:
@@ -75,3 +76,20 @@ def test_each_command_names_the_extra_that_it_misses(command: str, extra: str, s
     done = python(code)
     assert done.returncode == 2 and f"`pip install hyperclone-onnx[{extra}]`" in done.stderr.splitlines()[-1]
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["expand CHECKPOINT --factor 2 -o OUT", "export CHECKPOINT -o OUT"])
+def test_a_checkpoint_without_the_extra_gets_the_two_commands(command: str, tmp_path: Path) -> None:
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    given = [{"CHECKPOINT": str(folder), "OUT": str(tmp_path / "out")}.get(word, word) for word in command.split()]
+    code = (
+        f"import sys; sys.modules['transformers'] = None; sys.argv = ['hyperclone-onnx', *{given!r}]\n"
+        "from hyperclone_onnx.commands.main import main; main()"
+    )
+    done = python(code)
+    repeated = f"pip install 'hyperclone-onnx[hf]' && hyperclone-onnx {shlex.join(given)}"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(repeated), done.stderr
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,9 +14,18 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face checkpoint without ONNX files: it has config.json and safetensors."""
-    return (
-        (folder / "config.json").is_file()
-        and next(folder.glob("*.safetensors"), None) is not None
-        and next(folder.rglob("*.onnx"), None) is None
-    )
+    """Whether a folder is a Hugging Face checkpoint without ONNX files: it has config.json and safetensors.
+
+    A folder of which a part cannot be read is none, because there may be ONNX files in it.
+    """
+
+    def unreadable(problem: OSError) -> None:
+        raise problem
+
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        names = {name for _, _, inside in os.walk(folder, onerror=unreadable) for name in inside}
+        return any(folder.glob("*.safetensors")) and not any(name.endswith(".onnx") for name in names)
+    except OSError:
+        return False

@@ -51,11 +51,15 @@ __all__ = [
 ]
 
 
-def _missing(problem: ImportError) -> MissingExtra:
-    """The error where torch or transformers is not installed: the commands that install them and repeat this one."""
-    again = shlex.join(["hyperclone-onnx", *sys.argv[1:]])
+def _missing(problem: ImportError, name: str) -> MissingExtra:
+    """The error where torch or transformers is not installed.
+
+    For the commands that begin with a checkpoint it is the two commands that install the extra and repeat this one.
+    """
     error = MissingExtra("hf", problem)
-    error.args = (f"{problem}: install it and repeat: pip install 'hyperclone-onnx[hf]' && {again}",)
+    if _PLACES[name] == "expanding":
+        again = shlex.join(["hyperclone-onnx", *sys.argv[1:]])
+        error.msg = f"{problem}. Install it and repeat: pip install 'hyperclone-onnx[hf]' && {again}"
     return error
 
 
@@ -67,4 +71,4 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as problem:
         if problem.name is None or problem.name.startswith("hyperclone_onnx"):
             raise
-        raise _missing(problem) from problem
+        raise _missing(problem, name) from problem

@@ -24,8 +24,12 @@ from hyperclone_onnx.frameworks.hugging_face.layout import LaidOut, Layout, grow
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, constant
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source
 from hyperclone_onnx.plan.maps import Indices
+from hyperclone_onnx.plan.strategies import Strategy
 
 Array = npt.NDArray[Any]
+
+EVEN = Strategy("symmetric")
+"""Divides a weight evenly. The activations of a grown model are the same with every strategy; this one has no noise."""
 
 
 @dataclass
@@ -185,7 +189,7 @@ class Assembly:
 
         def remade(initializer: str) -> Array:
             array = self.source(initializer, stored, tensors)
-            return self.grown.remade(initializer, array, ir.DataType.from_numpy(array.dtype))
+            return self.grown.remade(initializer, array, ir.DataType.from_numpy(array.dtype), EVEN)
 
         return {
             **{

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, quiet, stored_tensors
@@ -260,8 +261,10 @@ def built(checkpoint: Checkpoint, changes: Sequence[Change]) -> Any:
 
     The values of its parameters are unspecified: the caller fills them.
     """
-    with quiet():
-        return checkpoint.model_class(changed_config(checkpoint, changes)).eval()
+    with quiet(), no_init_weights():
+        model = checkpoint.model_class(changed_config(checkpoint, changes)).eval()
+    model.tie_weights()
+    return model
 
 
 def changed_config(checkpoint: Checkpoint, changes: Sequence[Change]) -> Any:

@@ -1,17 +1,19 @@
 """Record what a model computes, operator by operator.
 
 A `Recorder` sees every operator that PyTorch runs, whatever the model's code looks like. `record` keeps a signature of
-each result: we sort the elements and take those at fixed ranks. If one tensor repeats all elements of another equally
+each result: the smallest element, the largest one, and means. If one tensor repeats all elements of another equally
 often, the two signatures are equal, whatever the order of the repeats. If it repeats them scaled, the signatures are in
-proportion.
+proportion. A signature takes one pass over the elements, which need not be sorted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,11 +21,8 @@ from torch.utils._pytree import tree_flatten
 
 Array = npt.NDArray[Any]
 
-RANKS = 64
-"""The number of ranks in a signature, besides the smallest and the largest element."""
-
-LARGEST = 1 << 24
-"""The most elements of a tensor that we sort. Larger tensors, such as transposed embeddings, get no signature."""
+BLOCK = 1 << 18
+"""The number of elements that are widened to float64 at a time."""
 
 HUGE = 1e30
 """Absolute values from here on count as infinite: masks write such numbers for minus infinity."""
@@ -33,22 +32,56 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Signature:
-    """A floating tensor's elements at fixed ranks."""
+    """Numbers that depend on the elements of a floating tensor, not on their order, and that scale as they do.
+
+    Infinite elements, and those that stand for infinity (see `HUGE`), are left out.
+    """
 
     values: Array
-    """The smallest element, the elements at `RANKS` ranks in ascending order, and the largest element."""
+    """The smallest element and the largest one; then, with M(p) for the mean of x^p: M(1), the mean of |x|, the root of
+    M(2), M(3) / M(2), and the root of M(4) / M(2)."""
     size: int
     """The number of the tensor's elements."""
+    infinite: tuple[float, float]
+    """The parts of the elements that are left out, the negative ones and the others."""
 
 
 def signature(tensor: Any) -> Signature | None:
-    """The signature of a tensor; None for one that is not floating, is empty, or has more than `LARGEST` elements."""
-    if not tensor.is_floating_point() or tensor.is_meta or not 0 < tensor.numel() <= LARGEST:
+    """The signature of a tensor; None for one that is not floating, or is empty."""
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return None
-    ordered = tensor.detach().reshape(-1).double().sort().values
-    ranks = ((torch.arange(RANKS) + 0.5) / RANKS * tensor.numel()).floor().long()
-    picked = ordered[torch.cat([torch.tensor([0]), ranks, torch.tensor([tensor.numel() - 1])])]
-    return Signature(picked.numpy(), tensor.numel())
+    flat = _elements(tensor.detach())
+    low, high = math.inf, -math.inf
+    sums = torch.zeros(5, dtype=torch.float64)
+    negative = other = 0
+    for start in range(0, flat.numel(), BLOCK):
+        part = flat[start : start + BLOCK].double()
+        usual = part.abs() < HUGE
+        if not bool(usual.all()):
+            below = int((part <= -HUGE).sum())
+            negative, other = negative + below, other + int((~usual).sum()) - below
+            part = part[usual]
+        if part.numel():
+            low, high = min(low, float(part.min())), max(high, float(part.max()))
+            square = part * part
+            sums += torch.stack([part.sum(), part.abs().sum(), square.sum(), square @ part, square @ square])
+    count = flat.numel()
+    used = count - negative - other
+    if not used:
+        return Signature(np.zeros(7), tensor.numel(), (negative / count, other / count))
+    first, absolute, second, third, fourth = (float(number) / used for number in sums)
+    values = [low, high, first, absolute, math.sqrt(second)]
+    values += [third / second, math.sqrt(fourth / second)] if second else [0.0, 0.0]
+    return Signature(np.asarray(values), tensor.numel(), (negative / count, other / count))
+
+
+def _elements(tensor: Any) -> Any:
+    """The elements of a tensor in any order, each as often as all others. A view of them where one can be had."""
+    for axis in range(tensor.ndim):
+        if tensor.stride(axis) == 0:
+            tensor = tensor.narrow(axis, 0, 1)
+    order = sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))
+    return tensor.permute(order).reshape(-1)
 
 
 @dataclass

@@ -407,14 +407,10 @@ class _Walk:
         if repeated is None or theirs is None:
             return None
         a, b = theirs.values, repeated.values
-        if (
-            repeated.size % theirs.size
-        ):  # repeats are unequal in number: only the smallest and the largest are comparable
-            a, b = a[[0, -1]], b[[0, -1]]
-        usual = np.isfinite(a) & (np.abs(a) < HUGE)
-        if not np.array_equal(usual, np.isfinite(b) & (np.abs(b) < HUGE)):
+        if repeated.size % theirs.size:  # repeats are unequal in number: only the extremes are comparable
+            a, b = a[:2], b[:2]
+        elif not np.allclose(theirs.infinite, repeated.infinite, rtol=0.0, atol=1e-9):
             return ""
-        a, b = a[usual], b[usual]
         power = float(np.dot(a, a))
         if not power:
             return None if not np.any(b) else ""
@@ -434,7 +430,7 @@ class _Walk:
         if repeated is not None and theirs is not None:
             pairs = [(a, b) for a, b in zip(theirs.values, repeated.values, strict=True) if abs(a - b) > NEAR * abs(a)]
             if pairs:
-                shown = f" ({pairs[-1][0]:.4g} becomes {pairs[-1][1]:.4g})"
+                shown = f" ({pairs[0][0]:.4g} becomes {pairs[0][1]:.4g})"
         return (
             f"the model derives numbers from its sizes that are no repetition of the source's: {where}{shown}; "
             "grow other dimensions with --set"

@@ -21,6 +21,7 @@ from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
+from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
 from hyperclone_onnx.transforms.source import source_of
@@ -65,8 +66,8 @@ class Grown:
             return tuple(index_kept(size) for size in shape if size != 1)
         return tuple(index for index in recipe.index(self.plan.maps) if index.source_size != 1)
 
-    def remade(self, name: str, source: Array, dtype: ir.DataType) -> Array:
-        """The initializer grown afresh from a source tensor, in the given type.
+    def remade(self, name: str, source: Array, dtype: ir.DataType, strategy: Strategy | None = None) -> Array:
+        """The initializer grown afresh from a source tensor, in the given type and by default by the plan's strategy.
 
         The shares of a weight add up to the weight as this type rounds it.
         """
@@ -76,7 +77,7 @@ class Grown:
             return array
         maps = self.plan.maps
         array = array.reshape(recipe.source_shape(maps))
-        return GrownTensor(ir.Tensor(array, dtype=dtype), recipe, maps, self.plan.strategy_of(name)).numpy()
+        return GrownTensor(ir.Tensor(array, dtype=dtype), recipe, maps, strategy or self.plan.strategy_of(name)).numpy()
 
 
 def read_grown(path: Path) -> Grown:
