@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -192,18 +193,49 @@ def test_weights_trained_in_float32_go_into_a_half_precision_file(tmp_path: Path
     assert not (tmp_path / "other.onnx").exists()
 
 
-def test_a_hugging_face_folder_is_read_by_its_own_mapping(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+MANIFESTS: dict[str, tuple[str, list[str]]] = {
+    "in the folder": ("hf/trained", []),
+    "in the folder around it": ("hf", []),
+    "beside the model": ("model", []),
+    "named": ("start", ["--manifest", "start"]),
+    "named as a file": ("start", ["--manifest", "start/hyperclone_onnx.json"]),
+}
+"""The folder that holds the manifest, and the options."""
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_hugging_face_folder_is_read_by_its_manifest(
+    name: str, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
+    place, words = MANIFESTS[name]
     new = np.full(48, 2.0, np.float32)
+    asked: list[tuple[Path, Path]] = []
+
+    def read_trained(folder: Path, manifest: Path) -> dict[str, Any]:
+        asked.append((folder, manifest))
+        return {"model.norm.weight": lambda: new}
+
     reader = types.ModuleType("hugging_face")
-    reader.read_trained = lambda folder: {"model.norm.weight": lambda: new}  # type: ignore[attr-defined]
+    reader.read_trained = read_trained  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hyperclone_onnx.frameworks.hugging_face", reader)
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "hyperclone_onnx.json").write_text("{}")
-    done = cli("absorb", zoo("llama.distinct"), tmp_path / "hf", "-o", tmp_path / "t.onnx", "--no-validate", "--json")
-    assert done.code == 0 and json.loads(done.stdout)["replaced"] == ["model.norm.weight"]
+    monkeypatch.chdir(tmp_path)
+    for folder in ("hf/trained", "start", "model"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(zoo("llama.distinct"), tmp_path / "model" / "big.onnx")
+    (tmp_path / "hf" / "trained" / "config.json").write_text("{}")
+    (tmp_path / place / "hyperclone_onnx.json").write_text("{}")
+    done = cli("absorb", "model/big.onnx", "hf/trained", "-o", "t.onnx", "--no-validate", "--json", *words)
+    assert done.code == 0 and json.loads(done.stdout)["replaced"] == ["model.norm.weight"], done.stderr
+    assert [(folder, path.resolve()) for folder, path in asked] == [
+        (Path("hf/trained"), tmp_path / place / "hyperclone_onnx.json")
+    ]
     assert np.array_equal(stored(tmp_path / "t.onnx")["model.norm.weight"], new)
+
+
+def test_a_manifest_that_is_not_there_is_one_line(zoo: Zoo, tmp_path: Path, cli: Command) -> None:
+    done = cli("absorb", zoo("llama.distinct"), tmp_path, "-o", tmp_path / "t.onnx", "--manifest", tmp_path)
+    assert done.code == 2 and f"{tmp_path}: no hyperclone_onnx.json there" in done.error
+    assert not any(tmp_path.iterdir())
 
 
 def test_names_that_wrappers_change(zoo: Zoo, tmp_path: Path) -> None:
@@ -314,7 +346,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], int, str]] = {
     "a torch checkpoint cut off": (cut(HEAD, as_dcp, "*.distcp"), 4, f"'{HEAD}' cannot be read, or is truncated"),
     "an Orbax checkpoint cut off": (cut(HEAD, as_orbax, "[0-9a-f]*[0-9a-f]"), 4, "not a readable Orbax checkpoint"),
     "metadata that would run code": (evil_dcp, 4, "would call builtins.print, which no checkpoint needs: not read"),
-    "a Hugging Face folder alone": (a_hugging_face_folder, 2, "copy hyperclone_onnx.json into it from the folder"),
+    "a Hugging Face folder alone": (a_hugging_face_folder, 2, "name the folder that `handoff` wrote with --manifest"),
     "several steps": (steps, 2, "it holds the steps 1, 2: name one, such as"),
 }
 

@@ -153,7 +153,7 @@ def test_equations_without_a_solution_name_where() -> None:
 
 
 FOLDERS = {
-    "no manifest": (None, "no hyperclone_onnx.json: copy it"),
+    "no manifest": (None, "no hyperclone_onnx.json: name the folder"),
     "not JSON": ("{", "malformed"),
     "another version": (json.dumps({"version": 7}), "of version 7; this release reads version 1"),
     "a part is missing": (json.dumps({"version": 1, "initializers": {}}), "malformed"),

@@ -16,6 +16,12 @@ from hyperclone_onnx.commands.printing import print_json, printing
 @click.argument("model", type=model_path)
 @click.argument("weights", type=model_path)
 @click.option("-o", "--output", required=True, type=model_path, help="The file to write, e.g. trained.onnx.")
+@click.option(
+    "--manifest",
+    type=model_path,
+    help="For a Hugging Face folder that a trainer saved: the folder that handoff wrote. By default its file is looked "
+    "for in WEIGHTS, in the folder of WEIGHTS, and beside MODEL.",
+)
 @no_validate_option
 @inputs_option("MODEL, or of the model that it was grown from,")
 @dim_option
@@ -25,6 +31,7 @@ def absorb(
     model: Path,
     weights: Path,
     output: Path,
+    manifest: Path | None,
     no_validate: bool,
     inputs: Path | None,
     dims: dict[str, int],
@@ -33,11 +40,11 @@ def absorb(
     """Write MODEL anew with trained WEIGHTS.
 
     WEIGHTS is a state_dict in safetensors (sharded ones with their index too), an .npz file, a folder of
-    torch.distributed.checkpoint or of Orbax, or a Hugging Face folder that handoff wrote.
+    torch.distributed.checkpoint or of Orbax, or a Hugging Face folder.
     """
     from hyperclone_onnx.frameworks.absorb import absorb as run
 
-    result = run(model, weights, output, check=not no_validate, inputs=inputs, dims=dims)
+    result = run(model, weights, output, manifest=manifest, check=not no_validate, inputs=inputs, dims=dims)
     with printing():
         if as_json:
             print_json(asdict(result))

@@ -53,6 +53,7 @@ def absorb(
     weights: str | os.PathLike[str] | Mapping[str, Any],
     output: str | os.PathLike[str],
     *,
+    manifest: str | os.PathLike[str] | None = None,
     check: bool = True,
     inputs: Inputs | None = None,
     dims: Mapping[str, int] | None = None,
@@ -63,11 +64,14 @@ def absorb(
 
     Args:
         model: the file that `handoff` wrote a checkpoint of.
-        weights: a checkpoint (see `checkpoints.read_weights`), a Hugging Face folder that ``handoff --to hf`` wrote, or
+        weights: a checkpoint (see `checkpoints.read_weights`), a Hugging Face folder, or
             a mapping from names to arrays (a torch ``state_dict()``, a nested dict of JAX ``params``). A name is the
             path of a parameter or the name of an initializer. All names may have a common prefix (``model.``); names
             without that prefix are ignored.
         output: the file to write. It appears only after all checks have passed.
+        manifest: for a Hugging Face folder that a trainer saved: the folder that ``handoff --to hf`` wrote, or the
+            ``hyperclone_onnx.json`` in it. By default it is looked for in the folder of the weights, in the folder that
+            holds that one, and beside `model`.
         check: whether to compare ONNX Runtime with a framework on the written file.
         inputs: inputs to compare on, the file's or its source's (see `validation.inputs.given`); random by default.
         dims: numbers for symbolic sizes of random inputs, by name.
@@ -91,8 +95,10 @@ def absorb(
         checkpoint = Path(weights)
         files |= {file.resolve() for file in (checkpoint, *checkpoint.glob("**/*"))}
         check_output(out, files)
-        by_initializer = _found(checkpoint, floating)
+        by_initializer = _stored(checkpoint, floating, _manifest(checkpoint, Path(model), manifest))
     else:
+        if manifest is not None:
+            raise BadRequest("a manifest says how the weights of a Hugging Face folder are read; WEIGHTS is a mapping")
         check_output(out, files)
         by_initializer = _matched(_flat(weights), floating, "the mapping of weights")
     casts: Counter[str] = Counter()
@@ -107,12 +113,31 @@ def absorb(
         return replace(result, validated_by=check_parity(written, None, inputs, dims)) if check else result
 
 
-def _found(checkpoint: Path, floating: list[Weight]) -> Given:
-    """Read the weights of a checkpoint, by initializer."""
+def _manifest(checkpoint: Path, model: Path, given: str | os.PathLike[str] | None) -> Path | None:
+    """The file that says how the weights of a Hugging Face folder are read; None where the weights need none.
+
+    Raises:
+        BadRequest: the given folder has no such file.
+    """
+    if given is not None:
+        path = Path(given) / HUGGING_FACE if Path(given).is_dir() else Path(given)
+        if not path.is_file():
+            raise BadRequest(f"{given}: no {HUGGING_FACE} there: name the folder that `handoff --to hf` wrote")
+        return path
     if (checkpoint / HUGGING_FACE).is_file():
+        return checkpoint / HUGGING_FACE
+    if not (checkpoint / "config.json").is_file():
+        return None
+    beside = (checkpoint.absolute().parent / HUGGING_FACE, model.absolute().parent / HUGGING_FACE)
+    return next((path for path in beside if path.is_file()), None)
+
+
+def _stored(checkpoint: Path, floating: list[Weight], manifest: Path | None) -> Given:
+    """Read the weights of a checkpoint, by initializer."""
+    if manifest is not None:
         from hyperclone_onnx.frameworks.hugging_face import read_trained
 
-        by_initializer: Given = read_trained(checkpoint)
+        by_initializer: Given = read_trained(checkpoint, manifest)
         return _matched(by_initializer, floating, str(checkpoint))
     try:
         return _matched(read_weights(checkpoint), floating, str(checkpoint))
@@ -120,7 +145,7 @@ def _found(checkpoint: Path, floating: list[Weight]) -> Given:
         if not (checkpoint / "config.json").is_file():
             raise
         raise BadRequest(
-            f"{problem} (for a Hugging Face folder, copy {HUGGING_FACE} into it from the folder that `handoff` wrote)"
+            f"{problem} (for a Hugging Face folder, name the folder that `handoff` wrote with --manifest)"
         ) from problem
 
 

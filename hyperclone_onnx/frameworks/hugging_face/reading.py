@@ -84,12 +84,12 @@ class _Stored:
         self.dtype = ir.DataType[entry["dtype"]]
 
 
-def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
+def read_trained(folder: Path, manifest_path: Path | None = None) -> dict[str, Callable[[], Array]]:
     """Read the current weights of a checkpoint's folder as the initializers of its ONNX file.
 
     Args:
-        folder: a folder that `grow_checkpoint` wrote; or a folder that a trainer saved (`save_pretrained`), with the
-            ``hyperclone_onnx.json`` of the former beside its weights.
+        folder: a folder that `grow_checkpoint` wrote, or a folder that a trainer saved (`save_pretrained`).
+        manifest_path: the ``hyperclone_onnx.json`` that `grow_checkpoint` wrote; by default the one in `folder`.
 
     Returns:
         For each initializer a function that reads its array, in the type that the file has. If the checkpoint stores a
@@ -102,9 +102,9 @@ def read_trained(folder: Path) -> dict[str, Callable[[], Array]]:
         BadModel: the folder has no valid manifest, or its weights cannot be read or lack a tensor.
         BadRequest: a tensor was trained that the ONNX file does not have.
     """
-    path = folder / MANIFEST
+    path = manifest_path or folder / MANIFEST
     if not path.is_file():
-        raise BadModel(f"{folder}: no {MANIFEST}: copy it from the folder that `handoff --to hf` wrote")
+        raise BadModel(f"{path.parent}: no {MANIFEST}: name the folder that `handoff --to hf` wrote with --manifest")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("version") != VERSION:
