@@ -191,7 +191,7 @@ REFUSED = {
     "rotary angles by head size": (
         "llama.distinct",
         {"heads": 1, "head_dim": 2, "hidden": 1},
-        "of the source's: model.rotary_emb.inv_freq (1 becomes 0.3162)",
+        "of the source's: model.rotary_emb.inv_freq (0.001 becomes 0.0003162)",
     ),
     "no field for it": (
         "bert.distinct",
