@@ -136,7 +136,7 @@ def test_wrong_requests_are_one_line(tmp_path: Path, cli: Command) -> None:
     rows = {
         "has no cache of keys and values": ("export", small, "-o", tmp_path / "out", "--cache"),
         "lies in the source folder": ("expand", small, "--factor", "2", "-o", small / "big"),
-        "have a dimension 'nonesuch'": ("expand", small, "--set", "nonesuch=2", "-o", tmp_path / "out"),
+        "has no dimension 'nonesuch'": ("expand", small, "--set", "nonesuch=2", "-o", tmp_path / "out"),
         "--exclude leaves out files of a folder with ONNX": (
             "expand",
             small,

@@ -80,6 +80,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
         torch.manual_seed(0)
         model = build().eval()
         model.config.use_cache = False
+        model.set_attn_implementation("eager")  # the exporter fails on T5 with fused attention in half precision
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_((parameter.clamp(-1, 1) * 2**9).round() / 2**9)

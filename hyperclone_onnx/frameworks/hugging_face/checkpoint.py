@@ -73,7 +73,8 @@ class Checkpoint:
             BadModel: a file cannot be read, or is truncated.
         """
         try:
-            return read_weights(self.folder)
+            single = self.folder / "model.safetensors"
+            return read_weights(single if single.is_file() else self.folder / INDEX)
         except BadModel as problem:
             raise BadModel(f"{self.folder}: its weights cannot be loaded ({problem})") from problem
 
