@@ -26,7 +26,7 @@ from hyperclone_onnx.planning.next_layers import with_next_layers
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.planning.request import Growth, size, whole_or_fraction
 from hyperclone_onnx.planning.strategy_rules import with_rules
-from hyperclone_onnx.planning.target import Compared, Likeness, read_target
+from hyperclone_onnx.planning.target import Compared, Likeness, layers_like, layers_of, read_target
 from hyperclone_onnx.planning.target import like as like_target
 from hyperclone_onnx.progress import Notify, Progress, tell_nobody
 from hyperclone_onnx.publishing.journal import data_files
@@ -297,6 +297,12 @@ def _planned(
 ) -> _Planned:
     """Read a model, check the paths of the result and of the plan, and make the plan."""
     say("reading")
+    layers_before: int | None = None
+    if request.like is not None:
+        source = source_of(model, request.transforms).model
+        layers_before = layers_of(source)
+        if request.layers is None:
+            request = replace(request, layers=layers_like(source, read_target(request.like)))
     if request.layers is not None:
         request = replace(request, transforms=_with_layers(model, request), layers=None)
     analysis = analyse(model, request.transforms)
@@ -308,6 +314,8 @@ def _planned(
         check_output(Path(plan_out), used_files)
     say("planning")
     request, likeness = _with_target(analysis, request)
+    if likeness is not None and likeness.layers is not None and layers_before is not None:
+        likeness = replace(likeness, layers=(layers_before, likeness.layers[1]))
     growth, plan = _plan(analysis, request)
     big = rewrite(analysis.model, plan)
     result = replace(_report(analysis, out, growth, plan, big), likeness=likeness)

@@ -103,6 +103,7 @@ ENDINGS: list[tuple[str, int, str]] = [
         2,
         "hidden=960 asks for 12 times 960, which is 11,520: you may mean --size hidden=960",
     ),
+    (f"{GROW} --size layers=4", 2, "layers are no dimension of a tensor: --layers N gives the number of layers"),
     (f"{GROW} --size hiden=24", 2, "no dimension 'hiden'; did you mean 'hidden'?"),
     (f"{GROW} --size hidden=10", 2, "hidden=10 is below the source's 12: sizes only grow"),
     (f"{GROW} --size ffn=24 --set ffn=2", 2, "ffn has a factor (2) and a size (24)"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import Command, names_in
 
-from hyperclone_onnx import BadModel, BadRequest, HypercloneError, Refused, plan_expansion
+from hyperclone_onnx import BadModel, BadRequest, HypercloneError, Refused, expand, plan_expansion
 from hyperclone_onnx.analysis.analysing import Analysis, analyse
 from hyperclone_onnx.expansion import plan_file
 
@@ -86,13 +86,12 @@ def test_source_target_and_result_stand_side_by_side(llama: Analysis, tmp_path: 
         "ffn 56 84 84",
         "heads 6 9 9",
         "kv_heads 2 3 3",
-        "layers 2 4 2",
+        "layers 2 4 4",
         "head_dim 8 8 8",
         "vocab 101 200 101",
     ):
         assert row.split() in rows
     said = [line for line in outcome.stdout.splitlines() if line.startswith("not like ")]
-    assert any("layers: 4 in the target; the source keeps its 2" in line for line in said)
     assert any("vocabulary: 200 in the target; it keeps its size (101)" in line for line in said)
     assert any("hidden_act" in line and "tie_word_embeddings true" in line for line in said)
     data = json.loads(cli("expand", llama.path, "--like", target, "--plan-only", "--json").stdout)
@@ -104,12 +103,14 @@ def test_settings_that_differ_are_listed(zoo: Zoo, tmp_path: Path) -> None:
     model = shutil.copy(zoo("llama.distinct"), source / "model.onnx")
     report = plan_file(model, like=write(tmp_path / "t", LLAMA))
     assert report.likeness is not None
+    assert report.likeness.layers == (2, 4)
     texts = [text for text in report.likeness.differences if not text.startswith("layers")]
     assert texts == ['hidden_act: "silu" in the target, "gelu" in the source, which stays']
 
 
 # (what is wrong, the configuration of the target, the error, a part of its text)
 WRONG: list[tuple[str, Any, type[HypercloneError], str]] = [
+    ("not so deep", {**LLAMA, "num_hidden_layers": 1}, BadRequest, "layers=1 is below the source's 2"),
     ("smaller", {**LLAMA, "intermediate_size": 40}, BadRequest, "ffn=40 is below the source's 56: sizes only grow"),
     ("no groups", {**LLAMA, "num_key_value_heads": 9}, BadRequest, "group would be 1, below the source's 3"),
     ("heads", {**LLAMA, "num_attention_heads": 10}, BadRequest, "heads=10 is not a multiple of kv_heads=3"),
@@ -126,7 +127,7 @@ def test_targets_that_are_refused(
     llama: Analysis, tmp_path: Path, config: object, error: type[HypercloneError], text: str
 ) -> None:
     with pytest.raises(error, match=re.escape(text)):
-        plan_expansion(llama, like=write(tmp_path / "t", config))
+        plan_file(llama.path, like=write(tmp_path / "t", config))
 
 
 def test_targets_that_cannot_be_read(llama: Analysis, tmp_path: Path, cli: Command) -> None:
@@ -153,3 +154,27 @@ def test_targets_of_another_family(llama: Analysis, zoo: Zoo, tmp_path: Path) ->
     model = analyse(shutil.copy(zoo("gpt2.distinct"), source / "model.onnx"))
     with pytest.raises(Refused, match=r"is a model of the type 'llama', and .* says that the source is 'gpt2'"):
         plan_expansion(model, like=write(tmp_path / "t", LLAMA))
+
+
+def test_a_model_becomes_its_target(zoo: Zoo, tmp_path: Path, cli: Command) -> None:
+    """Wider and deeper at once, and equal to its source."""
+    target = write(tmp_path / "t", {**LLAMA, "vocab_size": 101})
+    out = tmp_path / "big.onnx"
+    report = expand(zoo("llama.distinct"), out, like=target, device="cpu")
+    assert report.validation is not None
+    assert report.validation.equal
+    rows = {row.role: (row.target, row.result) for row in report.compared}
+    assert len(rows) == 7
+    assert all(wanted == result for wanted, result in rows.values())
+
+
+def test_layers_of_a_recipe(zoo: Zoo, tmp_path: Path, cli: Command) -> None:
+    file = tmp_path / "grow.yaml"
+    file.write_text("layers: 3\nlayers_at: end\nsize: {ffn: 60}\n", encoding="utf-8")
+    written = tmp_path / "written.yaml"
+    outcome = cli("expand", zoo("llama.distinct"), "--recipe", file, "--plan-only", "--write-recipe", written)
+    assert outcome.code == 0, outcome.stderr
+    assert "layers 2 -> 3" in outcome.stdout
+    assert written.read_text(encoding="utf-8").splitlines()[1:] == ["size:", "  ffn: 60", "layers: 3", "layers_at: end"]
+    file.write_text("layers: none\n", encoding="utf-8")
+    assert "line 1: layers is a number of layers" in cli("expand", "m.onnx", "--recipe", file, "--plan-only").stderr

@@ -15,6 +15,9 @@ PARAMETERS: Mapping[str, str] = {
     "set": "requests",
     "size": "sizes",
     "like": "like",
+    "layers": "layers",
+    "depth": "depth",
+    "layers_at": "layers_at",
     "strategy": "strategy",
     "snr_db": "snr_db",
     "seed": "seed",
@@ -74,8 +77,8 @@ def with_recipe(context: click.Context, options: Mapping[str, Any], file: Path |
         negated = parameter in NEGATED and options[NEGATED[parameter]]
         if given or negated:
             value: Any = "none" if negated else options[parameter]
-            if isinstance(value, dict):
-                value = {**recipe.get(key, {}), **value}
+            if isinstance(value, dict) and isinstance(recipe.get(key), dict):
+                value = {**recipe[key], **value}
             merged[parameter] = value
             recipe[key] = value / 1e9 if key == "max_shard_size" else value
         elif key in recipe:

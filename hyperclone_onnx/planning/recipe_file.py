@@ -43,6 +43,17 @@ def _whole(least: int) -> Kind:
     return Kind(f"a whole number from {least} on", lambda value: _is_whole(value) and value >= least)
 
 
+def _are_places(value: Any) -> bool:
+    return value in ("even", "end") or (
+        isinstance(value, list) and bool(value) and all(_is_whole(place) and place >= 0 for place in value)
+    )
+
+
+LAYERS = Kind(
+    "a number of layers, or one for each stack, such as {encoder: 8, decoder: 12}",
+    lambda value: _is_whole(value) and value >= 1,
+)
+LAYERS_AT = Kind("even, end or a list of layers such as [3, 7]", _are_places)
 FACTOR = Kind("a number from 1 on, such as 2 or 1.5", lambda value: _is_number(value) and value >= 1)
 SNR_DB = Kind(
     f"a number from {LOWEST_SNR_DB:g} to {HIGHEST_SNR_DB:g}",
@@ -60,6 +71,9 @@ GROWTH_KEYS: Mapping[str, Kind] = {
     "set": COUNTS,
     "size": COUNTS,
     "like": TEXT,
+    "layers": LAYERS,
+    "depth": _choice("identity", "stack", "interpose"),
+    "layers_at": LAYERS_AT,
     "strategy": _choice(*OFFERED),
     "snr_db": SNR_DB,
     "seed": _whole(0),
@@ -188,7 +202,7 @@ class _Reader:
 
     def value(self, key: str, node: Any, kind: Kind) -> Any:
         """A value that is of its kind."""
-        if kind is COUNTS and node.id == "mapping":
+        if kind in (COUNTS, LAYERS) and node.id == "mapping":
             return self.counts(key, node)
         value = self.plain(node)
         if not kind.accepts(value):

@@ -261,6 +261,8 @@ def _check_is_no_size(named: list[NamedDim], name: str, times: int) -> None:
 
 def _unknown(name: str, names: Set[str], roles: list[str]) -> BadRequest:
     """The error for a name that the model does not have."""
+    if name == "layers":
+        return BadRequest("layers are no dimension of a tensor: --layers N gives the number of layers")
     matches = difflib.get_close_matches(name, sorted(names), n=1)
     hint = f"; did you mean {matches[0]!r}?" if matches else f"; it has {', '.join(roles) or 'none'}"
     return BadRequest(f"this model has no dimension {name!r}{hint} (`inspect` lists them)")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from hyperclone_onnx.analysis.analysing import Analysis, analyse
 from hyperclone_onnx.analysis.quantities import SIZE_ROLES, Quantity, quantities
 from hyperclone_onnx.errors import BadModel, BadRequest, Refused, printable
@@ -85,14 +87,14 @@ class Likeness:
         sizes: the requested sizes, by role or by the name of a dimension.
         target: the target's sizes.
         differences: what the target has and the result will not have, one sentence each.
-        layers: the number of layers of the source, which stays; None where it is not known.
+        layers: the number of layers of the source and of the result; None where it is not known.
     """
 
     path: str
     sizes: Mapping[str, int]
     target: Mapping[str, int]
     differences: tuple[str, ...] = ()
-    layers: int | None = None
+    layers: tuple[int, int] | None = None
 
     def compared(self, source: Mapping[str, int], result: Mapping[str, int]) -> list[Compared]:
         """The sizes side by side.
@@ -102,7 +104,7 @@ class Likeness:
             result: the sizes of the grown model, by role.
         """
         if self.layers is not None:
-            source, result = {**source, "layers": self.layers}, {**result, "layers": self.layers}
+            source, result = {**source, "layers": self.layers[0]}, {**result, "layers": self.layers[1]}
         rows = [Compared(role, source.get(role), self.target.get(role), result.get(role)) for role in COMPARED]
         return [row for row in rows if row.source is not None or row.target is not None]
 
@@ -151,11 +153,13 @@ def like(analysis: Analysis, target: Target) -> Likeness:
             sizes |= {quantity.name: size for quantity in matching}
             others = sorted({q.size for q in known if q.role == role} - {config.sizes[role]})
             differences.append(f"other dimensions of the role {role} ({_listed(others)}) keep their sizes")
-    layers = layers_of(analysis)
+    layers = layers_of(analysis.model)
     if target.sizes.get("layers", layers) != layers:
-        differences.append(f"layers: {target.sizes['layers']} in the target; the source keeps its {layers or 'layers'}")
+        differences.append(f"layers: {target.sizes['layers']} in the target; the result has {layers or 'its own'}")
     differences += _differences(analysis, target, config)
-    return Likeness(str(target.path), sizes, target.sizes, tuple(differences), layers)
+    return Likeness(
+        str(target.path), sizes, target.sizes, tuple(differences), None if layers is None else (layers, layers)
+    )
 
 
 def sizes_by_role(known: Iterable[Quantity]) -> dict[str, int]:
@@ -251,9 +255,23 @@ def _check_family(target: Target, own: Target) -> None:
         )
 
 
-def layers_of(analysis: Analysis) -> int | None:
+def layers_like(model: ir.Model, target: Target) -> int | None:
+    """The number of layers that makes a model as deep as a target; None if it is, or if one of the two is not known.
+
+    Raises:
+        BadRequest: the target has fewer layers.
+    """
+    own, wanted = layers_of(model), target.sizes.get("layers")
+    if own is None or wanted is None or own == wanted:
+        return None
+    if wanted < own:
+        raise BadRequest(f"layers={wanted} is below the source's {own}: sizes only grow, a model cannot shrink yet")
+    return wanted
+
+
+def layers_of(model: ir.Model) -> int | None:
     """The number of layers of a model; None where it has not exactly one stack of layers."""
-    graph = analysis.model.clone().graph
+    graph = model.clone().graph
     unfuse(graph)
     stacks = find_stacks(graph)
     return stacks[0].layers if len(stacks) == 1 else None
@@ -330,7 +348,7 @@ def _read_onnx(file: Path) -> Target:
     tables = {named.size for named in analysis.named if named.role == "vocab"}
     if len(tables) == 1:
         sizes["vocab"] = tables.pop()
-    layers = layers_of(analysis)
+    layers = layers_of(analysis.model)
     if layers is not None:
         sizes["layers"] = layers
     return Target(file, sizes, operators=operators(analysis))
