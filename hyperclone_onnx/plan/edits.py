@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hyperclone_onnx.plan.maps import Axis, Maps, axis_from_json, axis_to_json, index_axis
+from hyperclone_onnx.plan.maps import Axis, Maps, Named, axis_from_json, axis_to_json, index_axis
 
 Array = npt.NDArray[Any]
 Operand = Any
@@ -200,6 +201,33 @@ class ResizeVector(Edit):
         editor.insert(self.node, self.slot, self.output, steps)
 
 
+def divisors_of(factors: Sequence[Axis], power: float, maps: Maps) -> npt.NDArray[np.float64]:
+    """The number that divides each index of an axis: (number of repeats) ** power, divided by the axis's stretch.
+
+    Args:
+        factors: the factors of the axis, outermost first. Their powers say by which stretch the numbers are multiplied.
+        power: the power of the number of repeats.
+        maps: the source map of each named dimension.
+
+    Returns:
+        shape (grown,). Numbers that differ by rounding alone are equal.
+    """
+    divisors = reduce(np.multiply.outer, (_divisors(factor, power, maps) for factor in factors)).reshape(-1)
+    alike = np.ptp(divisors) <= 1e-14 * abs(divisors[0])
+    return np.full_like(divisors, divisors[0]) if alike else divisors
+
+
+def _divisors(factor: Axis, power: float, maps: Maps) -> npt.NDArray[np.float64]:
+    if isinstance(factor, Named) and factor.fill is not None:
+        # Only the copies count: what stands behind them is zero on one side of the sum.
+        source_map = maps[factor.name]
+        number = (source_map.grown // source_map.size) ** power / source_map.shrink**factor.power
+        return np.full(source_map.grown, number)
+    index = index_axis([(factor, True)], maps)
+    divisors = index.count.astype(np.float64) ** power
+    return divisors if index.stretch is None else divisors / index.stretch
+
+
 class _Scale(Edit):
     """The part that `ScaleInput` and `ScaleOutput` have in common: their axes, and the steps that scale along them."""
 
@@ -219,9 +247,8 @@ class _Scale(Edit):
         """The steps; the factors are in the type of the node's input `slot`."""
         steps: list[Step] = []
         for axis, factors in self.axes:
-            counts = index_axis([(factor, True) for factor in factors], editor.maps).count
-            divisors = counts.astype(np.float64) ** self.power
-            uniform = counts.min() == counts.max()
+            divisors = divisors_of(factors, self.power, editor.maps)
+            uniform = bool((divisors == divisors[:1]).all())
             shaped = divisors[0] if uniform else divisors.reshape(-1, *[1] * (-axis - 1))
             op_type, operand = editor.factor(f"{self.node}.scale", self.node, slot, shaped)
             steps.append(Step(op_type, (operand,)))
@@ -231,7 +258,10 @@ class _Scale(Edit):
 @edit
 @dataclass(frozen=True)
 class ScaleInput(_Scale):
-    """Multiply a node's input by (number of repeats of each index) ** -power, along the given axes."""
+    """Multiply a node's input by (number of repeats of each index) ** -power, along the given axes.
+
+    Where a factor of an axis has a power of its stretch, the input is multiplied by that, too.
+    """
 
     node: str
     input: int
@@ -247,7 +277,10 @@ class ScaleInput(_Scale):
 @edit
 @dataclass(frozen=True)
 class ScaleOutput(_Scale):
-    """Multiply a node's output by (number of repeats of each index) ** -power, along the given axes."""
+    """Multiply a node's output by (number of repeats of each index) ** -power, along the given axes.
+
+    Where a factor of an axis has a power of its stretch, the output is multiplied by that, too.
+    """
 
     node: str
     output: int

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,30 +18,38 @@ import numpy.typing as npt
 from hyperclone_onnx.errors import Refused
 
 Indices = npt.NDArray[np.int64]
+Factors = npt.NDArray[np.float64]
+Fill = Literal["mean", "zero"]
+"""What stands at the indices that are no copies: the mean over the source's indices, or zero."""
 
 
 @dataclass(frozen=True)
 class SourceMap:
     """A map m from grown indices [0, grown) to source indices [0, size). Every source index is used at least once.
 
-    Exactly one of three is set: `tile` (``[0 1 2 0 1 2]``), `repeat` (``[0 0 1 1 2 2]``) or `index` (any map, as the
-    list of its source indices).
+    Exactly one of four is set: `tile` (``[0 1 2 0 1 2]``), `repeat` (``[0 0 1 1 2 2]``), `cycle` (the grown size, which
+    may be any: ``[0 1 2 0 1]``) or `index` (any map, as the list of its source indices).
 
     Raises:
         ValueError: not exactly one is set, a source index is not used, or `tile` or `repeat` is below 1.
 
     >>> SourceMap(3, tile=2).indices.tolist(), SourceMap(3, repeat=2).numbers.tolist()
     ([0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 0, 1])
+    >>> SourceMap(3, cycle=5).indices.tolist(), SourceMap(3, cycle=5).counts.tolist()
+    ([0, 1, 2, 0, 1], [2, 2, 1, 2, 2])
     """
 
     size: int
     tile: int | None = None
     repeat: int | None = None
     index: tuple[int, ...] | None = None
+    cycle: int | None = None
 
     def __post_init__(self) -> None:
-        if sum(kind is not None for kind in (self.tile, self.repeat, self.index)) != 1:
-            raise ValueError("a source map is either a tile, a repeat or an index")
+        if sum(kind is not None for kind in (self.tile, self.repeat, self.index, self.cycle)) != 1:
+            raise ValueError("a source map is either a tile, a repeat, a cycle or an index")
+        if self.cycle is not None and self.cycle < self.size:
+            raise ValueError(f"a cycle of {self.cycle} does not use every source index in [0, {self.size})")
         times = self.tile if self.tile is not None else self.repeat
         if times is not None and times < 1:
             raise ValueError(f"a source map repeats each index at least once, not {times} times")
@@ -53,7 +61,23 @@ class SourceMap:
         """The length of the grown axis."""
         if self.index is not None:
             return len(self.index)
+        if self.cycle is not None:
+            return self.cycle
         return self.size * (self.tile or self.repeat or 1)
+
+    @staticmethod
+    def to_size(size: int, grown: int) -> SourceMap:
+        """The map that repeats all source indices in turn until there are `grown`: 0 1 2 0 1 for 5 out of 3.
+
+        Raises:
+            ValueError: `grown` is smaller than `size`.
+        """
+        return SourceMap(size, tile=grown // size) if grown % size == 0 else SourceMap(size, cycle=grown)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every source index is repeated equally often."""
+        return self.tile is not None or self.repeat is not None or bool((self.counts == self.counts[:1]).all())
 
     @property
     def indices(self) -> Indices:
@@ -70,10 +94,34 @@ class SourceMap:
         """How often the source index of each grown index is repeated, shape (grown,)."""
         return _vectors(self)[2]
 
+    @property
+    def stretch(self) -> Factors:
+        """The factor c of each grown index on a stretched axis: sqrt(grown / (size * count)), shape (grown,).
+
+        Of n grown channels, k hold the source's channel i. If each of them is c times as large, the mean of the squares
+        over all grown channels is that of the source's channels.
+        """
+        return np.sqrt(self.grown / (self.size * self.counts))
+
+    @property
+    def is_cycle(self) -> bool:
+        """Whether the source indices follow one another in turn: 0 1 2 0 1 2 0."""
+        return self.cycle is not None or np.array_equal(self.indices, np.arange(self.grown) % self.size)
+
+    @property
+    def shrink(self) -> float:
+        """The factor f of an axis that has the mean of the source's indices after whole turns of copies.
+
+        The copies and the means have the source's mean. With f, their variance is the source's, too.
+        """
+        return math.sqrt(self.grown / (self.grown // self.size * self.size))
+
     def to_json(self) -> dict[str, Any]:
-        """The map as plain data: ``{"tile": 2}``, ``{"repeat": 2}`` or ``{"index": [...]}``."""
+        """The map as plain data: ``{"tile": 2}``, ``{"repeat": 2}``, ``{"cycle": 5}`` or ``{"index": [...]}``."""
         if self.index is not None:
             return {"index": list(self.index)}
+        if self.cycle is not None:
+            return {"cycle": self.cycle}
         return {"tile": self.tile} if self.tile is not None else {"repeat": self.repeat}
 
     @staticmethod
@@ -84,7 +132,8 @@ class SourceMap:
             ValueError: see `SourceMap`.
         """
         index = data.get("index")
-        return SourceMap(size, data.get("tile"), data.get("repeat"), None if index is None else tuple(index))
+        indices = None if index is None else tuple(index)
+        return SourceMap(size, data.get("tile"), data.get("repeat"), indices, data.get("cycle"))
 
 
 @lru_cache(maxsize=16)
@@ -97,6 +146,11 @@ def _vectors(source_map: SourceMap) -> tuple[Indices, Indices, Indices]:
         indices = np.tile(source, times) if tiled else np.repeat(source, times)
         numbers = np.repeat(repeats, size) if tiled else np.tile(repeats, size)
         return indices, numbers, _constant(times, len(indices))
+    if source_map.cycle is not None:
+        grown = np.arange(source_map.cycle, dtype=np.int64)
+        indices = grown % size
+        counts = np.bincount(indices, minlength=size)
+        return indices, grown // size, counts[indices]
     indices = np.asarray(source_map.index, dtype=np.int64)
     order = np.argsort(indices, kind="stable")
     ordered = indices[order]
@@ -119,9 +173,18 @@ class Kept:
 
 @dataclass(frozen=True)
 class Named:
-    """A part of an axis that is one growing dimension, given by its name."""
+    """A part of an axis that is one growing dimension, given by its name.
+
+    Along it, the numbers are c ** `power` times the source's, where c is the map's `stretch`. Nearly always the power
+    is 0, and the numbers are copies of the source's.
+
+    Where `fill` is set, the map is a cycle, and only its whole turns are copies. The indices after them hold the mean
+    over the source's indices ("mean"), or zero ("zero"). The factor is then `SourceMap.shrink` for all indices.
+    """
 
     name: str
+    power: float = 0
+    fill: Fill | None = None
 
 
 @dataclass(frozen=True)
@@ -143,12 +206,16 @@ Maps = Mapping[str, SourceMap]
 
 
 def axis_to_json(axis: Axis) -> Any:
-    """An axis as plain data: a size, a name, or ``{"product": [...]}`` / ``{"concat": [...]}``."""
+    """An axis as plain data: a size, a name, or ``{"product": [...]}`` / ``{"concat": [...]}``.
+
+    A name whose power is not 0 becomes ``{"stretched": name, "power": power}``; a fill is added as ``"fill": "mean"``.
+    """
     match axis:
         case Kept(size):
             return size
-        case Named(name):
-            return name
+        case Named(name, power, fill):
+            data = {"stretched": name, "power": power, "fill": fill}
+            return name if power == 0 and fill is None else {k: value for k, value in data.items() if value is not None}
         case ProductOf(parts):
             return {"product": [axis_to_json(part) for part in parts]}
         case ConcatOf(parts):
@@ -161,6 +228,8 @@ def axis_from_json(data: Any) -> Axis:
         return Kept(data)
     if isinstance(data, str):
         return Named(data)
+    if "stretched" in data:
+        return Named(data["stretched"], data["power"], data.get("fill"))
     if "product" in data:
         return ProductOf(tuple(axis_from_json(part) for part in data["product"]))
     return ConcatOf(tuple(axis_from_json(part) for part in data["concat"]))
@@ -171,10 +240,58 @@ def canonical_axis(axis: Axis, maps: Maps) -> object:
     match axis:
         case Kept(size):
             return size
-        case Named(name):
-            return maps[name]
+        case Named(name, power, fill):
+            return (maps[name], power, fill) if power or fill else maps[name]
         case ProductOf(parts) | ConcatOf(parts):
             return type(axis).__name__, tuple(canonical_axis(part, maps) for part in parts)
+
+
+def has_power(axis: Axis) -> bool:
+    """Whether any part of an axis has a power of its map's stretch, or a fill."""
+    match axis:
+        case Kept():
+            return False
+        case Named(_, power, fill):
+            return power != 0 or fill is not None
+        case ProductOf(parts) | ConcatOf(parts):
+            return any(map(has_power, parts))
+
+
+def with_powers(axis: Axis, factor: float) -> Axis:
+    """An axis with every power of a stretch multiplied by a number."""
+    match axis:
+        case Kept():
+            return axis
+        case Named(name, power, fill):
+            return Named(name, power * factor, fill)
+        case ProductOf(parts):
+            return ProductOf(tuple(with_powers(part, factor) for part in parts))
+        case ConcatOf(parts):
+            return ConcatOf(tuple(with_powers(part, factor) for part in parts))
+
+
+def plain(axis: Axis) -> Axis:
+    """An axis all of whose indices are copies of the source's, without factors."""
+    match axis:
+        case Kept():
+            return axis
+        case Named(name):
+            return Named(name)
+        case ProductOf(parts):
+            return ProductOf(tuple(map(plain, parts)))
+        case ConcatOf(parts):
+            return ConcatOf(tuple(map(plain, parts)))
+
+
+def fills_of(axis: Axis) -> set[Fill]:
+    """What stands at indices of an axis that are no copies; empty where all are copies."""
+    match axis:
+        case Kept():
+            return set()
+        case Named(_, _, fill):
+            return set() if fill is None else {fill}
+        case ProductOf(parts) | ConcatOf(parts):
+            return set().union(*map(fills_of, parts))
 
 
 def grown_size(axis: Axis, maps: Maps) -> int:
@@ -226,6 +343,8 @@ class AxisIndex:
     """The number of the repeat in the other dimensions, from 0."""
     other_count: Indices
     """The number of repeats in the other dimensions."""
+    stretch: Factors | None = None
+    """The factor of each index; None where all are 1. Equal source indices have equal factors."""
 
     @property
     def grown(self) -> int:
@@ -242,7 +361,17 @@ class AxisIndex:
             self.count[window],
             self.other_number[window],
             self.other_count[window],
+            None if self.stretch is None else self.stretch[window],
         )
+
+    @property
+    def source_stretch(self) -> Factors | None:
+        """The factor of each source index, shape (source_size,); None where all are 1."""
+        if self.stretch is None:
+            return None
+        factors = np.ones(self.source_size)
+        factors[self.source] = self.stretch
+        return factors
 
 
 def index_axis(factors: Sequence[tuple[Axis, bool]], maps: Maps) -> AxisIndex:
@@ -269,9 +398,10 @@ def presented(factors: Sequence[Axis], maps: Maps) -> Indices:
 
     Where every index is repeated equally often, an input or output is tiled (the order of numpy.tile). The order inside
     the graph may differ: a head, for example, is cut into rotary halves. A user of the model need not know this order.
-    Where the indices are repeated unequally, an input or output has the order of the graph.
+    Where the indices are repeated unequally, an input or output has the order of the graph, in which the indices that
+    hold a mean or zero inside are copies, too.
     """
-    index = index_axis([(factor, False) for factor in factors], maps)
+    index = index_axis([(plain(factor), False) for factor in factors], maps)
     counts = np.bincount(index.source, minlength=index.source_size)
     if index.source_size == 0 or counts.min() != counts.max():
         return index.source
@@ -299,17 +429,34 @@ def _index(axis: Axis, shared: bool, maps: Maps) -> AxisIndex:
     match axis:
         case Kept(size):
             return index_kept(size)
-        case Named(name):
+        case Named(name, power, fill) if fill is not None:
+            return _filled(maps[name], power, shared)
+        case Named(name, power):
             m = maps[name]
             zero, one = _constant(0, m.grown), _constant(1, m.grown)
+            stretch = m.stretch**power if power else None
             if shared:
-                return AxisIndex(m.size, m.size, m.indices, m.indices, m.numbers, m.counts, zero, one)
+                return AxisIndex(m.size, m.size, m.indices, m.indices, m.numbers, m.counts, zero, one, stretch)
             grown = np.arange(m.grown, dtype=np.int64)
-            return AxisIndex(m.size, m.grown, m.indices, grown, zero, one, m.numbers, m.counts)
+            return AxisIndex(m.size, m.grown, m.indices, grown, zero, one, m.numbers, m.counts, stretch)
         case ProductOf(parts):
             return index_axis([(part, shared) for part in parts], maps)
         case ConcatOf(parts):
             return _concatenation([_index(part, shared, maps) for part in parts])
+
+
+def _filled(m: SourceMap, power: float, shared: bool) -> AxisIndex:
+    """The index of an axis whose last indices are no copies. Their source index is the size of the source."""
+    grown = np.arange(m.grown, dtype=np.int64)
+    copied = m.grown // m.size * m.size
+    source = np.where(grown < copied, grown % m.size, m.size)
+    number = np.where(grown < copied, grown // m.size, grown - copied)
+    count = np.where(grown < copied, m.grown // m.size, m.grown - copied)
+    zero, one = _constant(0, m.grown), _constant(1, m.grown)
+    stretch = np.full(m.grown, m.shrink**power) if power else None
+    if shared:
+        return AxisIndex(m.size + 1, m.size + 1, source, source, number, count, zero, one, stretch)
+    return AxisIndex(m.size + 1, m.grown, source, grown, zero, one, number, count, stretch)
 
 
 def _product(outer: AxisIndex, inner: AxisIndex) -> AxisIndex:
@@ -325,7 +472,18 @@ def _product(outer: AxisIndex, inner: AxisIndex) -> AxisIndex:
         (outer.count[:, None] * inner.count[None, :]).reshape(-1),
         mixed(outer.other_number, inner.other_number, inner.other_count[None, :]),
         (outer.other_count[:, None] * inner.other_count[None, :]).reshape(-1),
+        _stretch_of_product(outer, inner),
     )
+
+
+def _stretch_of_product(outer: AxisIndex, inner: AxisIndex) -> Factors | None:
+    if outer.stretch is None and inner.stretch is None:
+        return None
+    return np.multiply.outer(_factors(outer), _factors(inner)).reshape(-1)
+
+
+def _factors(axis: AxisIndex) -> Factors:
+    return np.ones(axis.grown) if axis.stretch is None else axis.stretch
 
 
 def _concatenation(parts: Sequence[AxisIndex]) -> AxisIndex:
@@ -340,4 +498,5 @@ def _concatenation(parts: Sequence[AxisIndex]) -> AxisIndex:
         np.concatenate([part.count for part in parts]),
         np.concatenate([part.other_number for part in parts]),
         np.concatenate([part.other_count for part in parts]),
+        None if all(part.stretch is None for part in parts) else np.concatenate([_factors(part) for part in parts]),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.plan.edits import Edit, ScaleInput, edit_from_json
-from hyperclone_onnx.plan.maps import Axis, SourceMap, axis_from_json, axis_to_json, grown_size
+from hyperclone_onnx.plan.maps import Axis, Fill, SourceMap, axis_from_json, axis_to_json, grown_size
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
 
@@ -100,6 +100,8 @@ class Plan:
             Rewriting records the names if a tensor of the source has a name of that form.
         strategies: the strategies of those tensors that have another one, by the tensor's name.
         recipe: the recipe file that the plan was made from, as plain data.
+        stretched: the values that are stretched in the grown graph: by name and by axis, the power of the stretch of
+            each growing dimension of the axis. Values that only repeat the source's elements are left out.
     """
 
     dims: Mapping[str, GrownDim]
@@ -115,6 +117,7 @@ class Plan:
     added: tuple[str, ...] | None = None
     strategies: Mapping[str, Strategy] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    stretched: Mapping[str, Mapping[int, Sequence[float | tuple[float, Fill]]]] = field(default_factory=dict)
 
     def strategy_of(self, tensor: str) -> Strategy:
         """The strategy of a grown tensor."""
@@ -180,6 +183,10 @@ class Plan:
             data["strategies"] = {name: strategy.to_json() for name, strategy in self.strategies.items()}
         if self.recipe:
             data["recipe"] = dict(self.recipe)
+        if self.stretched:
+            data["stretched"] = {
+                name: [[axis, list(powers)] for axis, powers in axes.items()] for name, axes in self.stretched.items()
+            }
         return data
 
     def dumps(self, indent: int | None = None) -> str:
@@ -214,6 +221,10 @@ class Plan:
                 added=None if data.get("added") is None else tuple(map(str, data["added"])),
                 strategies={name: Strategy.from_json(entry) for name, entry in data.get("strategies", {}).items()},
                 recipe=dict(data.get("recipe", {})),
+                stretched={
+                    name: {axis: tuple(tuple(p) if isinstance(p, list) else p for p in powers) for axis, powers in axes}
+                    for name, axes in data.get("stretched", {}).items()
+                },
             )
             maps = plan.maps
             for recipe in plan.tensors.values():

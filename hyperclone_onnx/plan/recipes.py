@@ -15,6 +15,7 @@ from hyperclone_onnx.plan.maps import (
     Maps,
     axis_from_json,
     axis_to_json,
+    has_power,
     index_axis,
     source_size,
 )
@@ -27,7 +28,7 @@ class Recipe:
 
     Args:
         origin: the origin of the numbers, most often the name of one stored tensor.
-        axes: for each axis, its factors, outermost first.
+        axes: for each axis, its factors, outermost first. A factor may have a power of its map's stretch.
         shared: the (axis, factor) pairs whose repeats divide the weight among themselves. All other repeats copy it.
         scale: a number that multiplies the result.
         bits: the number of bits of a number, if the stored tensor packs several numbers in a byte. `axes` are then
@@ -66,6 +67,11 @@ class Recipe:
     def grows(self) -> bool:
         """Whether any axis differs from the source's."""
         return any(not isinstance(factor, Kept) for axis in self.axes for factor in axis)
+
+    @property
+    def is_stretched(self) -> bool:
+        """Whether the numbers along any axis are multiplied by a power of its map's stretch."""
+        return any(has_power(factor) for axis in self.axes for factor in axis)
 
     @property
     def is_trivial(self) -> bool:

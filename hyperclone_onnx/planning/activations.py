@@ -1,7 +1,7 @@
 """The axes of every activation, in the plan's own terms.
 
-They tell which source index each index of a grown activation repeats. Validation uses them to compare the first layers
-of a large model, and diagnosis to compare the clones in the activations of a grown model.
+They tell which source index each index of a grown activation repeats, and how it is stretched. Validation uses them to
+compare the first layers of a large model, and diagnosis to compare the clones in the activations of a grown model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def activations(dimensions: Dimensions, plan: Plan) -> dict[str, ValueAxes]:
     axes_of: dict[str, ValueAxes] = {}
     for value, axes in dimensions.axes.items():
         if value.name and axes and any(map(terms.grows, axes)):
-            axes_of[value.name] = tuple(terms.factors(term) if terms.grows(term) else None for term in axes)
+            powers = plan.stretched.get(value.name, {})
+            axes_of[value.name] = tuple(
+                terms.factors(term, powers.get(axis)) if terms.grows(term) else None for axis, term in enumerate(axes)
+            )
     return axes_of
 
 

@@ -15,7 +15,6 @@ from hyperclone_onnx.plan.origins import Origin
 from hyperclone_onnx.plan.plans import Feed, GrownDim, Interface, Plan
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
-from hyperclone_onnx.planning.carriers import Tracer
 from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.planning.sharing import Division, divide_sums
 from hyperclone_onnx.rules import registry
@@ -46,7 +45,6 @@ def make_plan(
     """
     dimensions, terms = growth.dimensions, growth.terms
     chosen = strategy or Strategy()
-    _check_averages(dimensions, terms)
     division = divide_sums(growth, untie)
     tensors, feeds = _tensors(growth, division, chosen)
     edits = [*division.edits, *_node_edits(growth, terms)]
@@ -56,10 +54,15 @@ def make_plan(
         tensors=tensors,
         feeds=tuple(feeds),
         edits=tuple(edits),
-        inputs=tuple(_interface(dimensions.model.graph.inputs, growth)),
-        outputs=tuple(_interface(dimensions.model.graph.outputs, growth)),
+        inputs=tuple(_interface(dimensions.model.graph.inputs, growth, division)),
+        outputs=tuple(_interface(dimensions.model.graph.outputs, growth, division)),
         strategy=chosen,
         keep_interface=keep_interface,
+        stretched={
+            value.name: {axis: tuple(powers) for axis, powers in axes.items()}
+            for value, axes in division.stretches.values.items()
+            if value.name and axes
+        },
     )
 
 
@@ -85,23 +88,6 @@ def _may_need_edit(dimensions: Dimensions, terms: GrownTerms, node: ir.Node) -> 
     axes_of_values += [dimensions.axes.get(output) for output in node.outputs]
     has_body = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
     return has_body or any(terms.grows(term) for axes in axes_of_values if axes for term in axes)
-
-
-def _check_averages(dimensions: Dimensions, terms: GrownTerms) -> None:
-    """An average over an axis stays the same only if each index is repeated equally often.
-
-    Raises:
-        Refused: the indices of an averaged axis would be repeated unequally.
-    """
-    tracer = Tracer(dimensions, terms)
-    for average in dimensions.uniform:
-        # An axis repeats its indices equally often if each of its factors does.
-        growing = [factor for factor in terms.space.factors(average.term) if terms.grows(factor)]
-        if any(tracer.repeats(factor) is None for factor in growing):
-            raise Refused(
-                f"{describe(average.node)} averages over an axis whose parts would not grow equally "
-                f"({terms.written(average.term)}): give its parts one factor with --set"
-            )
 
 
 def _tensors(growth: Growth, division: Division, strategy: Strategy) -> tuple[dict[str, Recipe], list[Feed]]:
@@ -132,7 +118,7 @@ def _tensors(growth: Growth, division: Division, strategy: Strategy) -> tuple[di
 
 
 def _recipe(growth: Growth, division: Division, origin: Origin, use: Use, axes: Axes) -> Recipe:
-    factors = growth.terms.recipe_axes(axes)
+    factors = growth.terms.recipe_axes(axes, division.stretches.uses.get(use))
     shared = tuple(
         (axis, position)
         for axis in sorted(division.marks.get(use, ()))
@@ -148,10 +134,12 @@ def _read_elsewhere(dimensions: Dimensions, name: str) -> bool:
     return any((use.node, use.idx) not in dimensions.use_axes for use in uses)
 
 
-def _interface(values: Iterable[ir.Value], growth: Growth) -> Iterable[Interface]:
+def _interface(values: Iterable[ir.Value], growth: Growth, division: Division) -> Iterable[Interface]:
     """The axes of those inputs or outputs that grow."""
     terms = growth.terms
     for value in values:
         axes = growth.dimensions.axes.get(value) or ()
         if any(terms.grows(term) for term in axes):
-            yield Interface(value.name or "", tuple(terms.factors(term) for term in axes))
+            powers = division.stretches.values.get(value, {})
+            factors = tuple(terms.factors(term, powers.get(axis)) for axis, term in enumerate(axes))
+            yield Interface(value.name or "", factors)

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import describe, is_initializer
-from hyperclone_onnx.plan.edits import DivideOutput, Edit, ScaleInput, ScaleOutput, SetAttribute
+from hyperclone_onnx.plan.edits import DivideOutput, Edit, ScaleInput, ScaleOutput, SetAttribute, divisors_of
+from hyperclone_onnx.plan.maps import Axis, has_power
 from hyperclone_onnx.planning.carriers import LAYOUT, Carriers, Marks, Tracer
 from hyperclone_onnx.planning.request import Growth
+from hyperclone_onnx.planning.stretching import Stretches
+from hyperclone_onnx.planning.widths import stretch
 from hyperclone_onnx.rules.dimensions import Axes, Sum, Use
+from hyperclone_onnx.rules.grown_terms import Power
 
 Group = tuple[Sum, ...]
 """The sums of one node that have operands in common, so that the same stored tensors must divide them all."""
@@ -38,7 +42,9 @@ class Division:
     scales: Mapping[Use, float]
     """For a use of a stored tensor, the number that multiplies the tensor."""
     edits: tuple[Edit, ...]
-    """The divisions that are put into the graph."""
+    """The divisions that are put into the graph, and the multiplications that stretch values in it."""
+    stretches: Stretches = field(default_factory=Stretches)
+    """Which values and which uses of stored tensors are stretched."""
 
 
 def divide_sums(growth: Growth, untie: bool) -> Division:
@@ -55,7 +61,7 @@ def divide_sums(growth: Growth, untie: bool) -> Division:
     divider.divide()
     uses = growth.dimensions.use_axes
     marks = {use: marks for use in uses if (marks := divider.marks_of(use))}
-    return Division(marks, dict(divider.scales), tuple(divider.edits))
+    return Division(marks, dict(divider.scales), tuple(divider.edits), divider.stretches)
 
 
 class _Divider:
@@ -66,6 +72,8 @@ class _Divider:
 
     def __init__(self, growth: Growth, untie: bool) -> None:
         self.untie = untie
+        self.growth = growth
+        self.stretches = Stretches()
         self.edits: list[Edit] = []
         self.carried: dict[Group, Carriers] = {}
         self.scales: dict[Use, float] = {}
@@ -89,7 +97,14 @@ class _Divider:
                 self.carried[group] = carriers
                 for use in carriers.marks:
                     self._by_use[use].append(group)
-        self._keep_ties()
+        tied = self._keep_ties()
+        self.stretches = stretch(
+            self.growth,
+            [summation for group in self.carried for summation in group],
+            [summation for group in groups if group not in self.carried for summation in group],
+            tied,
+        )
+        self.edits += self.stretches.edits
         self._carried_nodes = {group[0].node for group in self.carried}
         for carriers in self.carried.values():
             for use, scale in carriers.scales.items():
@@ -138,10 +153,14 @@ class _Divider:
             carriers.add(part)
         return carriers
 
-    def _keep_ties(self) -> None:
-        """Keep a tied tensor one tensor where its uses differ only in what they share: scalars then divide the sums."""
+    def _keep_ties(self) -> list[list[Use]]:
+        """Keep a tied tensor one tensor where its uses differ only in what they share: scalars then divide the sums.
+
+        Returns:
+            The uses of each matrix that stays one.
+        """
         if self.untie:
-            return
+            return []
         uses: dict[ir.Value, list[tuple[Use, Axes]]] = defaultdict(list)
         for value, use, axes in self.dimensions.initializer_uses():
             uses[value].append((use, axes))
@@ -157,6 +176,12 @@ class _Divider:
                     for group in {group for use in members for group in self._by_use[use] if group in self.carried}:
                         del self.carried[group]
                         changed = True
+        return [
+            [use for use, _ in tensor_uses]
+            for tensor_uses in tied
+            if len({self.terms.canonical(self.terms.recipe_axes(axes)) for _, axes in tensor_uses}) == 1
+            and len(tensor_uses[0][1]) > 1
+        ]
 
     def marks_of(self, use: Use) -> Marks:
         """The growing axes along which the repeats share a stored tensor, for one of its uses."""
@@ -172,7 +197,8 @@ class _Divider:
         Raises:
             Refused: the size of the summed axis is not known before the model runs.
         """
-        if summation.integers or summation.scales:
+        in_scales = summation.scales and self.tracer.repeats(summation.term) is not None
+        if summation.integers or in_scales:
             self._scale_quantised(summation)
             return
         if summation.behind:
@@ -181,13 +207,28 @@ class _Divider:
         node = summation.node
         slot, axis = self._site(summation)
         operand = self.dimensions.axes_of(node, slot)
-        factors = self.terms.factors(summation.term)
+        factors = self.terms.factors(summation.term, self._undone(summation))
         if operand is None or factors is None:
             raise Refused(f"{describe(node)} sums over an axis whose size is not known before the model runs")
-        repeats = self.tracer.repeats(summation.term)
-        if repeats is not None and self._fold(node, slot, float(repeats) ** -summation.power):
+        divisor = self._divisor(summation, factors)
+        if divisor is not None and self._fold(node, slot, divisor):
             return
         self.edits.append(ScaleInput(node.name or "", slot, ((axis - len(operand), factors),), summation.power))
+
+    def _undone(self, summation: Sum) -> list[Power] | None:
+        """The powers that undo the stretches of the operands of a sum; None where nothing is stretched."""
+        uses = self.stretches.uses
+        powers = [uses.get((summation.node, slot), {}).get(axis) for slot, axis in summation.sites]
+        given = [site for site in powers if site is not None]
+        return [_opposite(leaf) for leaf in zip(*given, strict=True)] if given else None
+
+    def _divisor(self, summation: Sum, factors: tuple[Axis, ...]) -> float | None:
+        """The number that multiplies all summands alike, so that their sum is right; None where they need several."""
+        repeats = self.tracer.repeats(summation.term)
+        if not any(map(has_power, factors)):
+            return None if repeats is None else float(repeats) ** -summation.power
+        divisors = divisors_of(factors, summation.power, self.terms.maps)
+        return 1.0 / float(divisors[0]) if bool((divisors == divisors[:1]).all()) else None
 
     def _scale_behind(self, summation: Sum) -> None:
         """Multiply the output of a node that divides by a sum: in a stored factor behind it, or in the graph.
@@ -352,6 +393,12 @@ def _independent(sums: Iterable[Sum]) -> list[Group]:
         groups[:] = [group for group in groups if group not in joined]
         groups.append((*(member for group in joined for member in group), summation))
     return [group for groups in by_node.values() for group in groups]
+
+
+def _opposite(powers: Sequence[Power]) -> Power:
+    """The power that undoes all of them. Where an operand holds means, another one is zero there."""
+    total = -sum(power[0] if isinstance(power, tuple) else power for power in powers)
+    return (total, "zero") if any(isinstance(power, tuple) for power in powers) else total
 
 
 def _size(value: ir.Value) -> int:

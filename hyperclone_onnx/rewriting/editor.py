@@ -139,6 +139,12 @@ class GraphEditor:
         """The step that picks indices along an axis."""
         return Step("Gather", (self.constant(hint, index),), axis=axis)
 
+    def multiply(self, value: ir.Value, axis: int, factors: Array) -> Step:
+        """The step that multiplies an input or output of the graph along an axis, a negative number."""
+        dtype = self.dtype or value.dtype or ir.DataType.FLOAT
+        shaped = factors.reshape(-1, *[1] * (-axis - 1))
+        return Step("Mul", (self.constant(f"{value.name}.scale", _cast(shaped, dtype), dtype),))
+
     def insert_behind(self, value: ir.Value, steps: Sequence[Step], leaving: bool = False) -> ir.Value:
         """Insert nodes behind a value. The result gets the name and the readers of the value.
 

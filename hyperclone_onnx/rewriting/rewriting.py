@@ -120,12 +120,19 @@ def _set_interface(editor: GraphEditor, plan: Plan, interface: Interface, value:
     outer: list[int | None] = []
     steps: list[Step] = []
     numbered: set[int] = set()  # a caller must know the length of an input that grew, though the source only named it
+    stretches: list[Step] = []
     for axis, factors in enumerate(interface.axes):
         if factors is None:
             outer.append(None)
             continue
-        inside = index_axis([(factor, False) for factor in factors], plan.maps).source
-        outside = np.unique(inside) if plan.keep_interface else presented(factors, plan.maps)
+        index = index_axis([(factor, False) for factor in factors], plan.maps)
+        inside = index.source
+        if index.stretch is not None:
+            factor = index.stretch if entering else 1.0 / index.stretch
+            stretches.append(editor.multiply(value, axis - len(interface.axes), factor))
+        outside = presented(factors, plan.maps)
+        if plan.keep_interface:
+            outside = np.unique(outside)
         outer.append(len(outside))
         if entering and len(outside) > len(np.unique(inside)):
             numbered.add(axis)
@@ -139,6 +146,8 @@ def _set_interface(editor: GraphEditor, plan: Plan, interface: Interface, value:
         dim if size is None or not (isinstance(dim, int) or axis in numbered) else size
         for axis, (dim, size) in enumerate(zip(declared, outer, strict=True))
     ]
+    # The order inside the graph is that of the stretches, so that they come first or last.
+    steps = [*steps, *stretches] if entering else [*stretches, *steps]
     if steps:
         result = editor.insert_behind(value, steps, leaving=not entering)
         if not entering:

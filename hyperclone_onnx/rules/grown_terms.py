@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +13,7 @@ from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.plan.maps import (
     Axis,
     ConcatOf,
+    Fill,
     Kept,
     Named,
     ProductOf,
@@ -21,6 +23,14 @@ from hyperclone_onnx.plan.maps import (
     index_axis,
 )
 from hyperclone_onnx.rules.dimensions import Axes
+
+Factors = tuple[Axis, ...]
+"""The factors of one axis, outermost first."""
+
+Power = float | tuple[float, Fill]
+"""The power of the stretch of a growing part of an axis, and its fill if it has one (see `plan.maps.Named`)."""
+
+NO_POWERS: Iterator[Power] = itertools.repeat(0)
 
 
 class GrownTerms:
@@ -40,36 +50,57 @@ class GrownTerms:
         """Whether any atom of the axis grows."""
         return any(atom in self.named for atom in self.space.atoms(term))
 
-    def expression(self, term: Term) -> Axis | None:
-        """The axis as plan data. A part that keeps its size is one number. None if a part is symbolic."""
+    def leaves(self, term: Term) -> list[Dim]:
+        """The growing dimensions of an axis, in order. One dimension may come several times."""
+        return [atom for atom in self.space.atoms(term) if atom in self.named]
+
+    def expression(self, term: Term, powers: Iterator[Power] = NO_POWERS) -> Axis | None:
+        """The axis as plan data. A part that keeps its size is one number. None if a part is symbolic.
+
+        Args:
+            term: the axis.
+            powers: the power of the stretch of each of its `leaves`.
+        """
         resolved = self.space.resolve(term)
         if not self.grows(resolved):
             size = self.space.static(resolved)
             return None if size is None else Kept(size)
         if isinstance(resolved, Dim):
-            return Named(self.named[resolved][0])
+            power = next(powers)
+            return Named(self.named[resolved][0], *(power if isinstance(power, tuple) else (power,)))
         parts = resolved.factors if isinstance(resolved, Product) else resolved.segments
-        expressions = tuple(self.expression(part) for part in parts)
+        expressions = tuple(self.expression(part, powers) for part in parts)
         if any(expression is None for expression in expressions):
             return None
         kind = ProductOf if isinstance(resolved, Product) else ConcatOf
         return kind(expressions)  # type: ignore[arg-type]
 
-    def factors(self, term: Term) -> tuple[Axis, ...] | None:
-        """The factors of the axis, outermost first. None if a factor is symbolic."""
-        expressions = tuple(self.expression(factor) for factor in self.space.factors(term))
+    def factors(self, term: Term, powers: Sequence[Power] | None = None) -> tuple[Axis, ...] | None:
+        """The factors of the axis, outermost first. None if a factor is symbolic.
+
+        Args:
+            term: the axis.
+            powers: the power of the stretch of each of its `leaves`; by default 0 for all.
+        """
+        given = NO_POWERS if powers is None else iter(powers)
+        expressions = tuple(self.expression(factor, given) for factor in self.space.factors(term))
         return None if None in expressions else expressions  # type: ignore[return-value]
 
-    def recipe_axes(self, axes: Axes) -> tuple[tuple[Axis, ...], ...]:
-        """The axes of a stored tensor as in a recipe: the factors, or one number for an axis that keeps its size."""
-        recipe: list[tuple[Axis, ...]] = []
-        for term in axes:
-            factors = self.factors(term)
+    def recipe_axes(self, axes: Axes, powers: Mapping[int, Sequence[Power]] | None = None) -> tuple[Factors, ...]:
+        """The axes of a stored tensor as in a recipe: the factors, or one number for an axis that keeps its size.
+
+        Args:
+            axes: the axes.
+            powers: by the number of an axis, the power of the stretch of each of its `leaves`.
+        """
+        recipe: list[Factors] = []
+        for number, term in enumerate(axes):
+            factors = self.factors(term, (powers or {}).get(number))
             assert factors is not None, "an initializer's axis is static"
             recipe.append(factors if self.grows(term) else (Kept(self.space.static(term) or 0),))
         return tuple(recipe)
 
-    def canonical(self, axes: tuple[tuple[Axis, ...], ...]) -> tuple[object, ...]:
+    def canonical(self, axes: tuple[Factors, ...]) -> tuple[object, ...]:
         """Recipe axes with maps instead of the names of dimensions. Equal results mean equal grown tensors."""
         return tuple(canonical_axis(factor, self.maps) for axis in axes for factor in (*axis, Kept(0)))
 

@@ -77,7 +77,8 @@ class GrownTensor:
     @property
     def is_copy(self) -> bool:
         """Whether every element is bit by bit an element of the source."""
-        return not self.is_shared and self.recipe.scale == 1.0 and self.dtype == self.source.dtype
+        scaled = self.recipe.scale != 1.0 or self.recipe.is_stretched
+        return not self.is_shared and not scaled and self.dtype == self.source.dtype
 
     @cached_property
     def table(self) -> Table:

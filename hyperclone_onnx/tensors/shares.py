@@ -52,6 +52,8 @@ class Columns:
         self.pick = Pick(source - self.first_source)
         """Picks the collapsed columns from the columns of the source that begin at `first_source`."""
         self.drawn = Pick(collapsed - self.low)
+        self.stretch = None if axis.stretch is None else axis.stretch[first]
+        """The factor of each collapsed column; None where all are 1."""
         self.count = one_if_constant(axis.count[first])
         self.other_number = one_if_constant(axis.other_number[first])
         self.other_count = one_if_constant(axis.other_count[first])

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.plan.maps import AxisIndex
+from hyperclone_onnx.plan.maps import AxisIndex, fills_of
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.tensors.packing import packed_width, unpack
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.stored_rows import StoredRows
 
 Array = npt.NDArray[Any]
+
+
+ROWS = 1 << 16
+"""The number of elements that are summed at a time."""
 
 
 class SourceTable:
@@ -31,8 +36,12 @@ class SourceTable:
 
     def __init__(self, source: ir.TensorProtocol, recipe: Recipe, axes: Sequence[AxisIndex], split: int) -> None:
         self._axes, self._packed = axes, recipe.bits is not None
-        self.height = math.prod(axis.source_size for axis in axes[:split])
-        self.width = math.prod(axis.source_size for axis in axes[split:])
+        self._fills = [next((fill for factor in axis for fill in fills_of(factor)), None) for axis in recipe.axes]
+        """What stands behind the last source index of each axis; None for nothing."""
+        self._sizes = [axis.source_size - (fill is not None) for axis, fill in zip(axes, self._fills, strict=True)]
+        self._split = split
+        self.height = math.prod(self._sizes[:split])
+        self.width = math.prod(self._sizes[split:])
         self._grown_width = math.prod(axis.grown for axis in axes[split:])
         self.bits = recipe.bits or (source.dtype.bitwidth if source.dtype.bitwidth < 8 else None)
         """The bits of a number where a byte stores several numbers; else None."""
@@ -64,12 +73,44 @@ class SourceTable:
     def read(self, first: int, count: int, start: int, length: int, scratch: Scratch) -> Array:
         """Columns [start, start + length) of source rows [first, first + count).
 
+        Where an axis has a fill, it is one longer than the source's, and its last index is the mean, or zero.
+
         Returns:
-            shape (count, length), one number to an element, of the type `type`.
+            shape (count, length), one number to an element: of the type `type`, or float64 where an axis has a fill.
 
         Raises:
             BadModel: see `StoredRows.read`.
         """
+        if not any(self._fills):
+            return self._read(first, count, start, length, scratch)
+        plain = min(count, max(0, self.height - first)) if any(self._fills[: self._split]) else count
+        parts = [self._widened(self._read(first, plain, 0, self.width, scratch))] if plain else []
+        if plain < count:
+            parts.append(self._widened(self._last_row))
+        return np.concatenate(parts)[:, start : start + length]
+
+    @cached_property
+    def _last_row(self) -> Array:
+        """The row behind the last source row, shape (1, width)."""
+        total, scratch = np.zeros((1, self.width)), Scratch()
+        if self._fills[0] == "mean":
+            step = max(1, ROWS // max(1, self.width))
+            for first in range(0, self.height, step):
+                rows = self._read(first, min(step, self.height - first), 0, self.width, scratch)
+                total += rows.astype(np.float64).sum(axis=0)
+        return total / max(self.height, 1)
+
+    def _widened(self, rows: Array) -> Array:
+        """Rows with the last index of each axis of columns that has a fill, in float64."""
+        table = rows.astype(np.float64).reshape(len(rows), *self._sizes[self._split :])
+        for axis, fill in enumerate(self._fills[self._split :], 1):
+            if fill is not None:
+                mean = table.mean(axis=axis, keepdims=True)
+                table = np.concatenate([table, mean if fill == "mean" else np.zeros_like(mean)], axis=axis)
+        return table.reshape(len(rows), -1)
+
+    def _read(self, first: int, count: int, start: int, length: int, scratch: Scratch) -> Array:
+        """Columns of source rows, as they are stored."""
         if self.bits is None or not self.by_rows:
             item = self.type.itemsize
             return self._stored.read_part(first, count, start * item, length * item, scratch).view(self.type)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.plan.maps import Maps, join_axes
+from hyperclone_onnx.plan.maps import Maps, fills_of, join_axes
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
 from hyperclone_onnx.tensors.noise_level import NoiseLevel
@@ -65,7 +65,7 @@ class Table:
     ) -> None:
         self.recipe, self.strategy, self.dtype = recipe, strategy, dtype
         self.axes = recipe.index(maps)
-        self.split = _split([axis.grown for axis in self.axes])
+        self.split = min(_split([axis.grown for axis in self.axes]), _latest_split(recipe))
         self.rows = join_axes(self.axes[: self.split])
         self.columns = join_axes(self.axes[self.split :])
         self.source = SourceTable(source, recipe, self.axes, self.split)
@@ -82,19 +82,24 @@ class Table:
         return Sharer(self.strategy, self.dtype, self.recipe.noise_name, spread)
 
     @cached_property
+    def rows_stretch(self) -> Array | None:
+        """The factor of each source row; None where all are 1."""
+        return self.rows.source_stretch
+
+    @cached_property
     def _every_column(self) -> Columns:
         return Columns(self.columns)
 
     @cached_property
     def _working_type(self) -> np.dtype[Any]:
-        if not self.recipe.shared and self.recipe.scale == 1.0:
+        if not self.recipe.shared and self.recipe.scale == 1.0 and not self.recipe.is_stretched:
             return self.out_type
         if not self.dtype.is_floating_point():
             return np.dtype(np.int64)  # quantised biases: their scale shrinks, so they grow by a whole factor
         return np.dtype(np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32)
 
     def values(self, run: Run, columns: Columns, scratch: Scratch) -> Array:
-        """The collapsed columns of the source rows that `run` repeats, multiplied by the recipe's scale.
+        """The collapsed columns of the source rows that `run` repeats, multiplied by the recipe's scale and stretches.
 
         Returns:
             shape (run.length, columns.size), in the working type.
@@ -107,6 +112,13 @@ class Table:
         if scale != 1.0:
             factor = work.type(round(scale) if work.kind == "i" else scale)
             values = np.multiply(values, factor, out=scratch.array("scaled", values.shape, work))
+        stretch = self.rows_stretch
+        if stretch is not None:
+            factors = stretch[run.source : run.source + run.length].astype(work)
+            values = np.multiply(values, factors[:, None], out=scratch.array("scaled", values.shape, work))
+        if columns.stretch is not None:
+            factors = columns.stretch.astype(work)
+            values = np.multiply(values, factors, out=scratch.array("scaled", values.shape, work))
         return values
 
     def results(self, runs: Sequence[Run], columns: Columns, scratch: Scratch) -> Iterator[tuple[Array, list[Run]]]:
@@ -210,6 +222,12 @@ class Table:
         if self.recipe.bits is not None and self.axes:
             numbers = numbers.reshape(-1, self.axes[-1].grown)
         return pack(numbers, self.source.bits)
+
+
+def _latest_split(recipe: Recipe) -> int:
+    """The most leading axes that can be rows. An axis with a fill is a column, or makes up the rows alone."""
+    filled = [number for number, axis in enumerate(recipe.axes) if any(map(fills_of, axis))]
+    return min((max(number, 1) for number in filled), default=len(recipe.axes))
 
 
 def _split(shape: Sequence[int]) -> int:

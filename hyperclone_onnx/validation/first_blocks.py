@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from hyperclone_onnx.graphs import is_initializer
-from hyperclone_onnx.plan.maps import Maps, index_axis
+from hyperclone_onnx.plan.maps import Maps, fills_of, index_axis
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.activations import ValueAxes, activations
 from hyperclone_onnx.rules.dimensions import Dimensions
@@ -81,5 +81,12 @@ def repeated(array: Array, axes: ValueAxes, maps: Maps) -> Array:
     """A value of the source, repeated as inside the grown graph."""
     for axis, factors in enumerate(axes):
         if factors is not None:
-            array = np.take(array, index_axis([(factor, False) for factor in factors], maps).source, axis=axis)
+            index = index_axis([(factor, False) for factor in factors], maps)
+            for fill in {fill for factor in factors for fill in fills_of(factor)}:
+                mean = array.mean(axis=axis, keepdims=True)
+                array = np.concatenate([array, mean if fill == "mean" else np.zeros_like(mean)], axis=axis)
+            array = np.take(array, index.source, axis=axis)
+            if index.stretch is not None:
+                shape = [-1 if axis == other else 1 for other in range(array.ndim)]
+                array = array * index.stretch.astype(array.dtype).reshape(shape)
     return array

@@ -169,7 +169,7 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
     made = GrownTensor(assemble(recipe.origin, source), recipe, plan.maps, plan.strategy_of(name))
     if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
         return _Checked(name, 0.0, made.is_shared, planned=True, sums=_Sums(worst=math.inf))
-    if not made.is_shared:
+    if not made.is_shared and not recipe.is_stretched:
         return _Checked(name, 0.0, shared=False, planned=True, sums=_added_up(_copies(made, stored), scratch))
     table = _exact_table(made)
     most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]

@@ -270,6 +270,11 @@ class Chooser:
             orders.append(order if old != new else None)
         return tuple(orders)
 
+    def _stretches(self, initializer: str) -> list[bytes | None]:
+        """The stretch of each axis of an initializer."""
+        axes = self.grown.axes(initializer)
+        return [None if axis.stretch is None else axis.stretch.tobytes() for axis in axes]
+
     def _also(self, layouts: Mapping[str, Layout]) -> dict[str, tuple[str, Layout]]:
         """`Assembly.also` for the chosen layouts."""
         used = {piece.initializer for layout in layouts.values() for piece in layout.pieces}
@@ -278,8 +283,14 @@ class Chooser:
             for candidate in candidates:
                 initializer = candidate.pieces[0].initializer
                 if len(candidate.pieces) == 1 and name in layouts and initializer not in used | unused.keys():
+                    first = layouts[name].pieces[0].initializer
+                    if self._stretches(initializer) != self._stretches(first):
+                        raise Refused(
+                            f"{name} is {first!r} and {initializer!r} in {self.grown.path}, which the width of the "
+                            "residual stream stretches differently: no one tensor of a checkpoint is both"
+                        )
                     # Both have the source's content, but growth may divide the two among different numbers of repeats.
-                    shares = self.grown.shared(initializer) / self.grown.shared(layouts[name].pieces[0].initializer)
+                    shares = self.grown.shared(initializer) / self.grown.shared(first)
                     unused[initializer] = name, candidate.scaled(shares)
         return unused
 

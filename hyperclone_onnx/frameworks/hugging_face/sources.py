@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.errors import BadModel, BadRequest, Refused
 from hyperclone_onnx.frameworks.depth import refuse_deeper
 from hyperclone_onnx.graphs import eps_of
-from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
+from hyperclone_onnx.plan.maps import AxisIndex, Indices, fills_of, index_kept
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
@@ -64,6 +64,8 @@ class Grown:
         if recipe is None:
             shape = [int(size) for size in self.tensors[name].shape.numpy()]
             return tuple(index_kept(size) for size in shape if size != 1)
+        if any(fills_of(factor) for axis in recipe.axes for factor in axis):
+            raise Refused(f"{self.path}: {name!r} has channels that hold a mean, which --to hf cannot take")
         return tuple(index for index in recipe.index(self.plan.maps) if index.source_size != 1)
 
     def remade(self, name: str, source: Array, dtype: ir.DataType, strategy: Strategy | None = None) -> Array:
@@ -172,6 +174,9 @@ def _collapsed(grown: Grown, name: str, array: Array, recipe: Recipe) -> tuple[A
     """
     axes = grown.axes(name)
     total = np.asarray(array, dtype=np.float64).reshape([index.grown for index in axes])
+    for axis, index in enumerate(axes):
+        if index.stretch is not None:
+            total = total / index.stretch.reshape([-1 if axis == other else 1 for other in range(total.ndim)])
     for axis, index in enumerate(axes):
         if index.collapsed_size != index.grown:
             moved = np.moveaxis(total, axis, 0)

@@ -12,6 +12,8 @@ other axes have equal gradients if the strategy makes them symmetric. Then
 
     g'[j] = g[m(j)] / (scale * n[j]),    n[j] the number of repeats of j along the axes that are not shared.
 
+Where the recipe also stretches an axis, the stretch of j is one more factor of the scale.
+
 So the gradient grows by the dual of the recipe. Where the weight is divided among repeats, the gradient is copied.
 Where the weight is copied, the gradient is divided. Adam's first moment is a mean of gradients, so it grows by the same
 factor. The second moment is a mean of squared gradients, so it grows by the square of the factor. With noise or the
@@ -31,7 +33,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import Array, StoredArray
-from hyperclone_onnx.plan.maps import Maps
+from hyperclone_onnx.plan.maps import Maps, fills_of, with_powers
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
@@ -76,7 +78,7 @@ class GrownMoment:
         axes = () if recipe is None else recipe.index(maps)
         self.shape = source.shape if recipe is None else tuple(axis.grown for axis in axes)
         self.counts = [axis.other_count for axis in axes]
-        self.copies = None if recipe is None else (replace(recipe, shared=(), scale=1.0), maps)
+        self.copies = None if recipe is None else (_dual(recipe, power), maps)
 
     def __getitem__(self, windows: slice | tuple[slice, ...]) -> Array:
         """Compute a part of the moment; `windows` has one slice with step 1 for each leading axis."""
@@ -93,9 +95,18 @@ class GrownMoment:
         return self[()]
 
 
+def _dual(recipe: Recipe, power: int) -> Recipe:
+    """The recipe that repeats a moment. Where growth multiplies a weight, its gradient is divided by the same."""
+    axes = tuple(tuple(with_powers(factor, -power) for factor in axis) for axis in recipe.axes)
+    return replace(recipe, axes=axes, shared=(), scale=1.0)
+
+
 @lru_cache(maxsize=8)
 def _repeated(moment: GrownMoment) -> Any:
-    """Return the source's elements, repeated along the grown axes and not divided. The last 8 moments are cached."""
+    """Return the source's elements, repeated along the grown axes and divided by their stretch alone.
+
+    The last 8 moments are cached.
+    """
     if moment.copies is None:
         return moment.source.read()
     source, dtype = moment.source, ir.DataType.from_numpy(moment.source.dtype)
@@ -120,7 +131,8 @@ def grow_moments(plan: Plan, moments: Mapping[str, Moments]) -> dict[str, GrownM
         gradient as before, so its moments stay as they are.
 
     Raises:
-        BadRequest: a moment has another shape than the tensor that the plan grows.
+        BadRequest: a moment has another shape than the tensor that the plan grows, or a grown tensor has channels that
+            are no copies.
     """
     maps, parts = plan.maps, separated(plan)
     recipes: dict[str, Recipe | None] = {name: None for name in moments if name not in plan.tensors}
@@ -128,6 +140,8 @@ def grow_moments(plan: Plan, moments: Mapping[str, Moments]) -> dict[str, GrownM
     grown: dict[str, GrownMoments] = {}
     for name, recipe in recipes.items():
         source = name if recipe is None else recipe.source
+        if recipe is not None and any(fills_of(factor) for axis in recipe.axes for factor in axis):
+            raise BadRequest(f"{name!r} has channels that hold a mean of the source's: its moments do not follow")
         old, count = moments[source], parts.get(source, 1)
         for moment in (old.first, old.second):
             _check_shape(source, moment.shape, old.first.shape if recipe is None else recipe.source_shape(maps))
@@ -186,9 +200,10 @@ def step_factors(plan: Plan, name: str) -> StepFactors:
     axes = recipe.index(plan.maps)
     share = 1.0
     other = 1.0
+    filled = any(fills_of(factor) for axis in recipe.axes for factor in axis)
     for axis in axes:
         for counts in (axis.count, axis.other_count):
-            if counts.size and counts.min() != counts.max():
+            if filled or (counts.size and counts.min() != counts.max()):
                 raise BadRequest(
                     f"{name!r} is repeated unequally along an axis: its elements would need different rates"
                 )
