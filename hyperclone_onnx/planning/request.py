@@ -126,7 +126,7 @@ def map_to(size: int, grown: int) -> SourceMap:
     """The source map that repeats the indices of an axis in turn until it has a length."""
     if grown % max(size, 1) == 0:
         return SourceMap(size, tile=grown // max(size, 1))
-    return SourceMap(size, index=tuple(index % size for index in range(grown)))
+    return SourceMap(size, cycle=grown)
 
 
 def nearest_size(size: int, factor: Fraction) -> int:
