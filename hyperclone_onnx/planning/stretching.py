@@ -399,12 +399,12 @@ def _ignores(s: Stretching) -> bool:
 
 def _multiplied(s: Stretching, factors: Mapping[int, int], total: int = 0) -> bool:
     """The power of the output is the sum of the inputs' powers, each times its factor, and `total`."""
-    aligned = {slot: aligned(s, slot) for slot in factors}
+    leaves_of = {slot: aligned(s, slot) for slot in factors}
     for axis, made in s.output().items():
-        if any(axis in leaves and len(leaves[axis]) != len(made) for leaves in aligned.values()):
+        if any(axis in leaves and len(leaves[axis]) != len(made) for leaves in leaves_of.values()):
             return False
     for axis, made in s.output().items():
-        operands = [(slot, leaves[axis]) for slot, leaves in aligned.items() if axis in leaves]
+        operands = [(slot, leaves[axis]) for slot, leaves in leaves_of.items() if axis in leaves]
         for position, out in enumerate(made):
             terms = [(leaves[position], factors[slot]) for slot, leaves in operands]
             if len(terms) == 1 and terms[0][1] == 1 and total == 0:
