@@ -191,7 +191,7 @@ _LAWS_OF_MEANS: dict[tuple[str, str], Law] = {
             ("", name)
             for name in "Transpose Reshape Flatten Squeeze Unsqueeze Expand Concat Split Slice Gather".split()
         ),
-        *(("", name) for name in "MatMul Gemm Einsum Conv If Loop Scan".split()),
+        *(("", name) for name in "GatherND Pad MatMul Gemm Einsum Conv If Loop Scan".split()),
     )
 }
 

@@ -458,7 +458,7 @@ def _in_order(s: Stretching) -> bool:
     return True
 
 
-@_law("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Tile", "Gather", "Expand", "CumSum")
+@_law("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Tile", "Gather", "GatherND", "Expand", "CumSum")
 def _layout(s: Stretching) -> bool:
     return _in_order(s)
 
