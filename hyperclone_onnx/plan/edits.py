@@ -49,8 +49,8 @@ class Editor(Protocol):
     def constant(self, hint: str, array: Array) -> Operand:
         """Store an array. Its name is `hint`, or begins with it if that name is taken."""
 
-    def factor(self, hint: str, node: str, slot: int, divisors: Array) -> tuple[str, Operand]:
-        """("Mul", the inverses) if the type of the input represents them exactly, else ("Div", the divisors)."""
+    def factor(self, hint: str, node: str, slot: int, divisors: Array, output: bool = False) -> tuple[str, Operand]:
+        """("Mul", the inverses) if the type of the slot represents them exactly, else ("Div", the divisors)."""
 
     def equal_to(self, node: str, slot: int, output: bool, constant: Operand) -> Operand:
         """A new value that says for each element of an input or output whether it equals the constant's."""
@@ -243,14 +243,14 @@ class _Scale(Edit):
         axes = tuple((axis, tuple(map(axis_from_json, factors))) for axis, factors in data["axes"])
         return {**data, "axes": axes}
 
-    def _steps(self, editor: Editor, slot: int) -> list[Step]:
-        """The steps; the factors are in the type of the node's input `slot`."""
+    def _steps(self, editor: Editor, slot: int, output: bool = False) -> list[Step]:
+        """The steps; the factors are in the type of the node's input or output `slot`."""
         steps: list[Step] = []
         for axis, factors in self.axes:
             divisors = divisors_of(factors, self.power, editor.maps)
             uniform = bool((divisors == divisors[:1]).all())
             shaped = divisors[0] if uniform else divisors.reshape(-1, *[1] * (-axis - 1))
-            op_type, operand = editor.factor(f"{self.node}.scale", self.node, slot, shaped)
+            op_type, operand = editor.factor(f"{self.node}.scale", self.node, slot, shaped, output)
             steps.append(Step(op_type, (operand,)))
         return steps
 
@@ -289,8 +289,8 @@ class ScaleOutput(_Scale):
     power: float
 
     def apply(self, editor: Editor) -> None:
-        """Insert a multiplication, or a division if only the divisors are exact in the type of the first input."""
-        editor.insert(self.node, self.output, True, self._steps(editor, 0))
+        """Insert a multiplication, or a division if only the divisors are exact in the type of the output."""
+        editor.insert(self.node, self.output, True, self._steps(editor, self.output, output=True))
 
 
 @edit

@@ -67,12 +67,14 @@ class GraphEditor:
         self.added.append(name)
         return self.store(name, ir.Tensor(array, dtype=dtype, name=name))
 
-    def factor(self, hint: str, node: str, slot: int, divisors: Array) -> tuple[str, ir.Value]:
-        """("Mul", the inverses) if the type of the input represents them exactly, else ("Div", the divisors).
+    def factor(self, hint: str, node: str, slot: int, divisors: Array, output: bool = False) -> tuple[str, ir.Value]:
+        """("Mul", the inverses) if the type of the input or output represents them exactly, else ("Div", the divisors).
 
         In bfloat16, for example, 1/3 has an error of 2e-3, in the same direction for every element, but 3 is exact.
         """
-        value = self.nodes[node].inputs[slot]
+        value = self.nodes[node].outputs[slot] if output else self.nodes[node].inputs[slot]
+        if output and (value is None or value.dtype is None):
+            value = self.nodes[node].inputs[0]
         dtype = self.dtype or (None if value is None else value.dtype) or ir.DataType.FLOAT
         divides = _fits(divisors, dtype) and not _fits(1 / divisors, dtype)
         op_type, array = ("Div", divisors) if divides else ("Mul", 1 / divisors)

@@ -173,7 +173,9 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
         return _Checked(name, 0.0, shared=False, planned=True, sums=_added_up(_copies(made, stored), scratch))
     table = _exact_table(made)
     most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]
-    bound = max(math.prod(most), 1) * eps_of(made.dtype)
+    # A stretch is rounded to the type, and so are its product with the weight and that with the recipe's scale.
+    stretched = sum(axis.stretch is not None for axis in table.axes)
+    bound = (max(math.prod(most), 1) + 2 * stretched) * eps_of(made.dtype)
     compared = _sums_of_repeats(table, stored, made.dtype)
     sums = _added_up(compared, scratch)
     return _Checked(name, bound, shared=True, planned=True, sums=sums, adds_up=made.dtype in PRECISION)
