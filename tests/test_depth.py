@@ -259,13 +259,16 @@ def test_the_command_grows_layers(small: Path, tmp_path: Path, cli: Callable[...
     shown = cli("expand", small, "--layers", "layers=5", "--plan-only")
     assert "layers 4 -> 5" in shown.stdout
     assert "layers: 4" in cli("inspect", small).stdout
-    for wrong in (
+    usage = (
         ["--layers", "x"],
         ["--layers", "a=1,a=2"],
         ["--layers", "5", "--layers-at", "x"],
         ["--depth", "stack"],
-    ):
+        ["--layers", "5", "--write-recipe", str(tmp_path / "recipe.yaml")],
+    )
+    for wrong in usage:
         assert cli("expand", small, "-o", tmp_path / "no.onnx", *wrong).code == 2
+    assert not (tmp_path / "recipe.yaml").exists()
     assert not (tmp_path / "no.onnx").exists()
 
 
