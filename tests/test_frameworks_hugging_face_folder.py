@@ -43,7 +43,7 @@ def llama() -> Any:
 
 def t5() -> Any:
     sizes = {"vocab_size": 90, "d_model": 48, "d_kv": 8, "d_ff": 56, "num_heads": 6, "num_layers": 1}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).bfloat16()
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
 
 
 def vit() -> Any:

@@ -55,7 +55,7 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...], str]] = {
             )
         ),
         PAIR,
-        "bfloat16",
+        "float32",
     ),
     "bert": (
         lambda: transformers.BertForMaskedLM(transformers.BertConfig(**(TEXT | WIDTHS))),
