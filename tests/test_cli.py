@@ -259,7 +259,9 @@ def test_an_error_of_the_system_is_no_defect(cli: Command, place: Path, monkeypa
 
 # -- JSON -------------------------------------------------------------------------------------------------
 
-INSPECTION_KEYS = "model parameters nodes opset dimensions inputs outputs tensors operators_without_rule sizes".split()
+INSPECTION_KEYS = (
+    "model parameters nodes opset layers dimensions inputs outputs tensors operators_without_rule sizes".split()
+)
 EXPANSION_KEYS = (
     "source output strategy interface grown kept parameters separated quantised validation seconds sizes files".split()
 )
