@@ -56,7 +56,6 @@ OBSTACLES = [
         "no rule",
         runs=False,
     ),
-    Obstacle("softmax", "x = Softmax <axis = -1> (d)", "Softmax"),
     Obstacle("log-softmax", "x = LogSoftmax <axis = -1> (d)", "LogSoftmax"),
     Obstacle("hardmax", "x = Hardmax <axis = -1> (d)", "Hardmax"),
     Obstacle("running sum", "a = Constant <value_int = -1> ()  x = CumSum (d, a)", "CumSum", "summed step by step"),
