@@ -28,7 +28,7 @@ from models import zoo  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 
-TEXT = {"vocab_size": 90, "num_hidden_layers": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = {"vocab_size": 100, "num_hidden_layers": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDTHS = {"hidden_size": 48, "intermediate_size": 56, "num_attention_heads": 6, "max_position_embeddings": 64}
 GROUPED = TEXT | WIDTHS | {"num_key_value_heads": 2, "head_dim": 8}
 IDS, PAIR = ("input_ids", "attention_mask"), ("input_ids", "decoder_input_ids")
@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...], str]] = {
     ),
     "gpt2": (
         lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=90, n_positions=64, n_embd=48, n_layer=1, n_head=6)
+            transformers.GPT2Config(vocab_size=100, n_positions=64, n_embd=48, n_layer=1, n_head=6)
         ),
         IDS,
         "float16",
@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...], str]] = {
     "t5": (
         lambda: transformers.T5ForConditionalGeneration(
             transformers.T5Config(
-                vocab_size=90, d_model=48, d_kv=8, d_ff=56, num_heads=6, num_layers=1, use_cache=False
+                vocab_size=100, d_model=48, d_kv=8, d_ff=56, num_heads=6, num_layers=1, use_cache=False
             )
         ),
         PAIR,
