@@ -71,7 +71,7 @@ def test_a_transform_goes_through_expand_validate_and_diagnose(small: Path, tmp_
 
 
 def test_a_transform_that_this_release_has_not_is_refused(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadModel, match=r"transform 'shuffle'; this release has identity"):
+    with pytest.raises(BadModel, match=r"transform 'shuffle'; this release has .*identity"):
         expand(small, tmp_path / "big.onnx", 2, transforms=(TransformStep("shuffle"),))
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The command line: ``hyperclone-onnx inspect | expand | validate | export | handoff | absorb | diagnose``.
+"""The command line: ``hyperclone-onnx COMMAND``, with one module of this package for each command.
 
 Exit codes: 0 done and valid; 1 the models differ; 2 bad usage; 3 refused; 4 bad or unreadable input. Results go to
 stdout (JSON with --json), progress and errors to stderr. No traceback is shown to a user.

@@ -142,7 +142,8 @@ class Model:
         graph = helper.make_graph(
             self.nodes, "g", infos, results, [numpy_helper.from_array(a, n) for n, a in self.stored.items()]
         )
-        imports = [helper.make_opsetid(*version) for version in (("", self.opset), (MICROSOFT, 1), (PREVIEW, 1))]
+        others = dict.fromkeys((MICROSOFT, PREVIEW, *(node.domain for node in self.nodes if node.domain)))
+        imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in others)]
         model = helper.make_model(graph, opset_imports=imports, ir_version=10)
         typed = onnx.shape_inference.infer_shapes(model)
         for info in typed.graph.output:
