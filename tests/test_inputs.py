@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import Command, build_model, names_in, normal, perceptron
+from conftest import ROOT, Command, build_model, names_in, normal, perceptron
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -236,6 +236,26 @@ MODELS: dict[str, Model] = {
         " z = ReverseSequence <time_axis = 0, batch_axis = 1> (x, lengths) }",
         lambda feeds: feeds["lengths"].min() >= 1 and feeds["lengths"].max() <= feeds["x"].shape[0],
     ),
+    "a size that is asked for": Model(
+        """g (float[b, 4] x, int64[1] count) => (float[b, n] z) {
+            target = Concat <axis = 0> (one, count)
+            repeated = Tile (x, target)
+            z = Neg (repeated)
+        }""",
+        lambda feeds: 0 < feeds["count"].item() < 10,
+        weights={"one": ints(1)},
+    ),
+    "counts that are weighed": Model(
+        "g (int64[b, 4] counts) => (float[b, 4] z) { c = Cast <to = 1> (counts) z = MatMul (c, w) }",
+        lambda feeds: feeds["counts"].min() >= 0 and feeds["counts"].max() < 10,
+        lambda feeds: len(np.unique(feeds["counts"])) > 2,
+        weights=W,
+    ),
+    "an image": Model(
+        "g (float[b, 1, h, w] x) => (float[b, 1, n, m] z) { z = Conv (x, k) }",
+        lambda feeds: feeds["x"].min() >= 0.0 and feeds["x"].max() <= 1.0,
+        weights={"k": np.ones((1, 1, 3, 3), np.float32)},
+    ),
     "fixed sizes": Model("g (float[2, 4] x) => (float[2, 4] z) { z = MatMul (x, w) }", weights=W, sets=1),
     "fixed sizes and a switch": Model(
         """g (float[2, 4] x, bool[1] on) => (float[2, 4] z) {
@@ -256,6 +276,20 @@ def saved(model: Model, path: Path) -> Path:
                 size.dim_param = model.names[size.dim_param]
     onnx.save(built, path)
     return path
+
+
+def cases_named(page: str) -> set[str]:
+    """The cases in the last columns of a page's tables."""
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")]
+    names = {name.strip() for row in rows if len(row) == 3 for name in row[-1].split(";")}
+    return names - {"tested by"}
+
+
+def test_the_page_on_inputs_says_what_is_tested() -> None:
+    """Every row of its tables has a case here, and every case has a row."""
+    page = (ROOT / "docs" / "validation.md").read_text(encoding="utf-8")
+    assert cases_named(page) == set(MODELS)
+    assert cases_named("| a | b | c; d |\n|---|---|---|\n| e | f | |") == {"c", "d", ""}
 
 
 @pytest.mark.parametrize("case", MODELS)

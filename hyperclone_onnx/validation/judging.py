@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import eps_of, weight_bytes
+from hyperclone_onnx.reading.defaults import put_defaults_back
+from hyperclone_onnx.validation.chance import take_draws_as_inputs
 from hyperclone_onnx.validation.decisions import (
     Decision,
     Watched,
@@ -47,10 +49,6 @@ Array = npt.NDArray[Any]
 WIDEST = 4 << 30
 """The most bytes of weights of a model that is copied for a second comparison."""
 
-RANDOM = frozenset(
-    ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"]
-)
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -58,13 +56,16 @@ class Precision:
 
     wide: bool
 
-    def copy(self, model: ir.Model) -> ir.Model:
+    def copy(self, model: ir.Model, draws: Mapping[str, ir.DataType] | None = None) -> ir.Model:
         """A copy of a model that runs in these types.
 
         Raises:
             Unsupported: the model has a quantised operator that we cannot write in float32.
         """
-        return unrounded(model) if self.wide else model.clone()
+        copy = model.clone()
+        put_defaults_back(copy)
+        take_draws_as_inputs(copy, draws or {})
+        return unrounded(copy) if self.wide else copy
 
     def start(self, copy: ir.Model, path: Path, device: Device) -> Start:
         """Start such a copy."""
@@ -97,7 +98,11 @@ class Judge:
 
     def compare(self, expected: Expected, start: Start) -> Judged:
         """Run the grown model on the inputs of the source, and compare."""
-        ran = run_grown(self.pair, expected, start)
+        with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+            if self.pair.draws:
+                copy = self.precision.copy(self.pair.grown, self.pair.draws)
+                start = self.precision.start(copy, Path(folder) / "grown.onnx", self.pair.device)
+            ran = run_grown(self.pair, expected, start)
         if weight_bytes(self.pair.grown) > WIDEST or len(ran.answers) < len(expected.sets):
             return Judged(ran.outputs, (), ran.by)
         squeezed = self._decisions("squeezes")
@@ -134,8 +139,8 @@ class Judge:
 
     def _watched(self, decisions: Sequence[Decision], expected: Expected) -> list[Answer] | None:
         """The inputs and outputs of decisions in both models, for each input set. None if a model does not run so."""
-        source = watch(self.precision.copy(self.pair.source), decisions) if decisions else None
-        grown = watch(self.precision.copy(self.pair.grown), decisions) if decisions else None
+        source = watch(self.precision.copy(self.pair.source, self.pair.draws), decisions) if decisions else None
+        grown = watch(self.precision.copy(self.pair.grown, self.pair.draws), decisions) if decisions else None
         if source is None or grown is None:
             return None
         with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
@@ -166,10 +171,6 @@ class Judge:
         self, judged: Judged, expected: Expected, answers: Sequence[Answer], squeezed: Sequence[Decision]
     ) -> Judged:
         """Judge differences again: by the noise of the source, and integers by the values that decided them."""
-        chance = sorted({node.op_type for node in self.pair.source.graph.all_nodes() if node.op_type in RANDOM})
-        if chance:
-            note = f"{', '.join(chance)} draw at random: the source itself may give other values in another run"
-            return replace(judged, notes=(note,))
         judged = replace(judged, outputs=self._decided(judged.outputs, expected))
         doubtful = self._doubtful((*judged.outputs, *judged.before))
         moved = self._moved(expected, squeezed) if doubtful and measurable(self.residue) else None
@@ -203,7 +204,7 @@ class Judge:
         for trial in range(TRIALS):
             # The noise is that of the file: a transform that is wrong must not be excused by its own change.
             source = perturbed(self.pair.in_file, relative, trial, self.precision.wide)
-            watched = watch(self.precision.copy(source), squeezed)
+            watched = watch(self.precision.copy(source, self.pair.draws), squeezed)
             if watched is None:
                 return None
             cases = [Case(one.case.label, perturbed_feeds(one.case.feeds, trial)) for one in expected.sets]

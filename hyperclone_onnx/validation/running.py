@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from hyperclone_onnx.plan.maps import Maps
 from hyperclone_onnx.plan.plans import Interface, Plan
 from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.transforms.interface import original_names
+from hyperclone_onnx.validation.chance import shared_draws
 from hyperclone_onnx.validation.first_blocks import Cut, repeated
 from hyperclone_onnx.validation.inputs.cases import Feeds, grown, in_float32
 from hyperclone_onnx.validation.inputs.search import Accepted, Wishes, find_inputs
@@ -48,7 +50,7 @@ def start_file(path: str | os.PathLike[str], device: Device, weights: int) -> St
     """Start a model file as it is."""
 
     def start() -> Started:
-        runner = Runner(path, device, isolated=True, weights=weights)
+        runner = Runner(path, device, isolated=True, overrides=True, weights=weights)
         return Started(runner.run, runner.provider)
 
     return start
@@ -84,7 +86,7 @@ def start_in_memory(model: ir.Model, device: Device) -> Start | None:
     def start() -> Started:
         message = ir.to_proto(model).SerializeToString()
         place = next(iter(folders), Path.cwd()) / "model.onnx"
-        runner = Runner(place, device, graph=message, isolated=True, weights=weight_bytes(model))
+        runner = Runner(place, device, graph=message, isolated=True, overrides=True, weights=weight_bytes(model))
         return Started(runner.run, runner.provider)
 
     return start
@@ -98,7 +100,7 @@ def start_copy(model: ir.Model, path: Path, device: Device, wide: bool = False) 
             save_wide(model, path, ir.DataType.FLOAT)
         else:
             writer.save(model, path, external=True)
-        runner = Runner(path, device, isolated=True, weights=(2 if wide else 1) * weight_bytes(model))
+        runner = Runner(path, device, isolated=True, overrides=True, weights=(2 if wide else 1) * weight_bytes(model))
         return Started((lambda fed: runner.run(in_float32(fed))) if wide else runner.run, runner.provider)
 
     return start
@@ -140,6 +142,14 @@ class Pair:
     def maps(self) -> Maps:
         """The source maps of the dimensions. Empty without a plan."""
         return self.plan.maps if self.plan is not None else {}
+
+    @functools.cached_property
+    def draws(self) -> dict[str, ir.DataType]:
+        """The random numbers that both models are given instead of drawing them, and their types.
+
+        A transform may repeat or rename the nodes that draw, so with one none are given.
+        """
+        return {} if self.untransformed is not None else shared_draws(self.source, self.grown)
 
     def interfaces(self) -> tuple[tuple[Interface, ...], tuple[Interface, ...]]:
         """The inputs and the outputs that grew."""

@@ -61,6 +61,7 @@ class Runner:
             copy if this process already uses CUDA, because CUDA does not work in a copy.
         weights: the bytes of the model's weights. An isolated run has `PATIENCE` seconds, and as many more as a slow
             disk needs to read these, since a Loop may never end.
+        overrides: whether feeds take the place of defaults, where an input has one.
 
     Raises:
         BadRequest: CUDA was requested and cannot start.
@@ -75,6 +76,7 @@ class Runner:
         *,
         isolated: bool = False,
         weights: int = 0,
+        overrides: bool = False,
     ) -> None:
         import onnxruntime as ort
 
@@ -85,14 +87,14 @@ class Runner:
             self._ask: Callable[[_Feeds | None], Any] = (
                 isolation.Isolated(start, PATIENCE + weights / SLOW) if alone else start()
             )
-            self.provider, inputs, self.outputs = self._ask(None)
+            self.provider, inputs, defaults, self.outputs = self._ask(None)
         except isolation.BrokenDown as problem:
             raise Refused(
                 f"{path}: ONNX Runtime breaks down on it ({problem}); --no-validate grows a model without running it"
             ) from problem
         except Exception as problem:  # ONNX Runtime's exceptions share no base class
             raise Refused(f"{path}: ONNX Runtime cannot load it ({runtime_message(problem)})") from problem
-        self.inputs = set(inputs)
+        self.inputs = {*inputs, *(defaults if overrides else ())}
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             raise BadRequest(
                 "--device cuda: the CUDA provider did not start (no GPU, or no CUDA 13 and cuDNN 9); "
@@ -143,15 +145,18 @@ def _has_cuda() -> bool:
 def _started(
     ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None
 ) -> Callable[[_Feeds | None], Sequence[Any]]:
-    """A session as a function: of feeds it returns outputs, of None its provider and the names of both sides."""
+    """A session as a function: of feeds it returns outputs, of None its provider and the names.
+
+    The names are those of the inputs, of the inputs that have a default, and of the outputs.
+    """
     session = _session(ort, path, wanted, graph)
 
     def ask(feeds: _Feeds | None) -> Sequence[Any]:
         if feeds is not None:
             outputs: Sequence[Any] = session.run(None, feeds)
             return outputs
-        names = ([value.name for value in side] for side in (session.get_inputs(), session.get_outputs()))
-        return session.get_providers()[0], *names
+        sides = (session.get_inputs(), session.get_overridable_initializers(), session.get_outputs())
+        return session.get_providers()[0], *([value.name for value in side] for side in sides)
 
     return ask
 

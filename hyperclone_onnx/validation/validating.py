@@ -28,10 +28,11 @@ from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.system.memory import free_memory
 from hyperclone_onnx.transforms.registry import changing
+from hyperclone_onnx.validation.chance import beyond_comparison, draws_of, with_draws_fed, with_draws_shown
 from hyperclone_onnx.validation.first_blocks import Cut, cut_off, find_cut
 from hyperclone_onnx.validation.graph_check import check_graph
 from hyperclone_onnx.validation.inputs.search import WAYS_OUT
-from hyperclone_onnx.validation.judging import AS_STORED, FLOAT32, WIDEST, Judge
+from hyperclone_onnx.validation.judging import AS_STORED, FLOAT32, WIDEST, Judge, Precision
 from hyperclone_onnx.validation.not_finite import named_not_finite
 from hyperclone_onnx.validation.outputs import NOT_IDENTICAL, NOTHING_COMPARED, OutputReport
 from hyperclone_onnx.validation.running import (
@@ -210,14 +211,51 @@ def _fits(pair: Pair) -> tuple[bool, str]:
 def _prepare_full(source: str | os.PathLike[str], pair: Pair, scope: str) -> Prepared:
     try:
         start = pair.as_transformed(start_file(source, pair.device, weight_bytes(pair.source)))
-        return Prepared(source, "full", scope, _heard(run_source(pair, start)))
+        expected = _with_draws(run_source(pair, start), pair, AS_STORED, pair.source)
+        return Prepared(source, "full", scope, _heard(expected))
     except Refused as problem:
         if computed_type(pair.dimensions) not in HALVES or weight_bytes(pair.grown) > WIDEST:
             raise
         note = f"compared in float32 only: {problem}"
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
         start = FLOAT32.start(FLOAT32.copy(pair.source), Path(folder) / "source.onnx", pair.device)
-        return Prepared(source, "full", scope, wide=_heard(run_source(pair, start)), notes=(note,))
+        expected = _with_draws(run_source(pair, start), pair, FLOAT32, pair.source)
+        return Prepared(source, "full", scope, wide=_heard(expected), notes=(note,))
+
+
+def _with_draws(expected: Expected, pair: Pair, precision: Precision, model: ir.Model) -> Expected:
+    """The same for a model that draws random numbers: its draws are inputs, and what depends on others is left out.
+
+    Raises:
+        Refused: all outputs depend on draws that cannot be inputs.
+    """
+    if pair.draws:
+        with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+            copy = precision.copy(with_draws_shown(model, pair.draws))
+            shown = run_again(expected, precision.start(copy, Path(folder) / "draws.onnx", pair.device))
+        expected = Expected(with_draws_fed(expected.sets, shown.sets), expected.by)
+    left_out = beyond_comparison(model, pair.draws)
+    if not left_out:
+        return expected
+    sets = tuple(
+        replace(one, outputs={name: array for name, array in one.outputs.items() if name not in left_out})
+        for one in expected.sets
+    )
+    if not any(accepted.outputs for accepted in sets):
+        reason = next(iter(left_out.values()))
+        raise Refused(
+            f"all outputs are random, so that nothing can be compared: {reason} draws the numbers; --validate "
+            "algebraic checks the tensors and the graph without running them"
+        )
+    return Expected(sets, expected.by)
+
+
+def _about_draws(pair: Pair) -> list[str]:
+    """What the report says of random numbers."""
+    kinds = sorted({node.op_type for name, node in draws_of(pair.source).items() if name in pair.draws})
+    same = [f"{', '.join(kinds)}: both models were given the same random numbers"] if kinds else []
+    left_out = beyond_comparison(pair.source, pair.draws)
+    return same + [f"output {name} is random and was not compared: {by} draws it" for name, by in left_out.items()]
 
 
 def _heard(expected: Expected) -> Expected:
@@ -248,12 +286,13 @@ def _prepare_first_layers(source: str | os.PathLike[str], pair: Pair, plan: Plan
         path = Path(folder) / "source.onnx"
         try:
             expected = run_source(pair, AS_STORED.start(AS_STORED.copy(layers), path, pair.device))
-            return replace(prepared, expected=_heard(expected))
+            return replace(prepared, expected=_heard(_with_draws(expected, pair, AS_STORED, layers)))
         except Refused as problem:
             if computed_type(pair.dimensions) not in HALVES:
                 raise
             note = f"compared in float32 only: {problem}"
         expected = run_source(pair, FLOAT32.start(FLOAT32.copy(layers), path, pair.device))
+        expected = _with_draws(expected, pair, FLOAT32, layers)
     return replace(prepared, wide=_heard(expected), notes=(note,))
 
 
@@ -280,13 +319,15 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
         tolerance,
         reason,
         rounds=rounds(source),
-        notes=prepared.notes,
+        notes=(*prepared.notes, *(_about_draws(pair) if prepared.mode != "algebraic" else ())),
         mode=prepared.mode,
         scope=prepared.scope,
         preserves=plan is None or (plan.preserves and not changing(plan.transforms)),
         adds_up=plan is None or plan.adds_up,
     )
     if prepared.mode == "full" or plan is None:
+        if plan is not None and beyond_comparison(source, pair.draws):
+            result = replace(result, graph=tuple(check_graph(source, pair.grown, plan)))
         return _with_whole_models(result, prepared, pair, big)
     result = replace(result, graph=tuple(check_graph(source, pair.grown, plan)))
     result = _with_loading(result, prepared, pair, big)
@@ -336,7 +377,7 @@ def _with_float32(result: Validation, prepared: Prepared, pair: Pair) -> Validat
     if weight_bytes(pair.grown) > WIDEST:
         return result.with_notes("too large to be compared in float32 besides")
     try:
-        source, grown = FLOAT32.copy(pair.in_file), FLOAT32.copy(pair.grown)
+        source, grown = (FLOAT32.copy(model, pair.draws) for model in (pair.in_file, pair.grown))
     except Unsupported as problem:
         return result.with_notes(f"not compared without the rounding of activations: {problem}")
     tolerance, _ = tolerance_of(pair.dimensions, pair.plan, result.tensors, ir.DataType.FLOAT)
@@ -415,7 +456,7 @@ def _with_first_layers(result: Validation, prepared: Prepared, pair: Pair, folde
     assert prepared.cut is not None and expected is not None
     precision = AS_STORED if prepared.expected is not None else FLOAT32
     with tempfile.TemporaryDirectory(prefix=".first-layers.", dir=folder) as scratch:
-        copy = precision.copy(cut_off(pair.grown, prepared.cut.name))
+        copy = precision.copy(cut_off(pair.grown, prepared.cut.name), pair.draws)
         start = precision.start(copy, Path(scratch) / "grown.onnx", pair.device)
         ran = run_grown(pair, expected, start, prepared.cut)
     result = replace(result, cases=expected.labels, provider=ran.by)
@@ -447,6 +488,11 @@ def validate_double(pair: Pair, folder: Path) -> tuple[tuple[OutputReport, ...],
 
         return start
 
-    expected = run_source(pair, pair.as_transformed(starter(pair.in_file.clone(), "source.onnx")))
-    ran = run_grown(pair, expected, starter(pair.grown, "grown.onnx"))
+    source = AS_STORED.copy(pair.in_file)
+    expected = run_source(pair, pair.as_transformed(starter(source, "source.onnx")))
+    if pair.draws:
+        shown = starter(AS_STORED.copy(with_draws_shown(pair.source, pair.draws)), "draws.onnx")
+        expected = Expected(with_draws_fed(expected.sets, run_again(expected, shown).sets), expected.by)
+    grown = AS_STORED.copy(pair.grown, pair.draws) if pair.draws else pair.grown
+    ran = run_grown(pair, expected, starter(grown, "grown.onnx"))
     return ran.outputs, ", ".join(dict.fromkeys((expected.by, ran.by)))

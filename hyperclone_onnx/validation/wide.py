@@ -136,7 +136,7 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
     writer.save(model, path, external=True)
     if not any(not node.domain and node.op_type in _REFUSED_WHEN_RUN for node in model.graph.all_nodes()):
         try:
-            return Runner(path, "cpu", isolated=True, weights=weight_bytes(model)).run, "ONNX Runtime"
+            return Runner(path, "cpu", isolated=True, overrides=True, weights=weight_bytes(model)).run, "ONNX Runtime"
         except Refused:
             pass
     import onnx.reference
@@ -149,7 +149,7 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         try:
-            values = evaluator.run(None, {name: feeds[name] for name in names})
+            values = evaluator.run(None, {name: feeds[name] for name in names if name in feeds})
         except Exception as problem:
             raise RuntimeError(str(problem).splitlines()[0] if str(problem) else repr(problem)) from problem
         return {name: np.asarray(value) for name, value in zip(evaluator.output_names, values, strict=True)}

@@ -16,6 +16,7 @@ from hyperclone_onnx.algebra.evaluation import variables
 from hyperclone_onnx.errors import BadRequest, first_line
 from hyperclone_onnx.plan.maps import presented
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.reading.defaults import defaults_of
 from hyperclone_onnx.rules.op import declared_shape
 from hyperclone_onnx.validation.inputs.cases import Array, Case, Feeds
 from hyperclone_onnx.validation.inputs.search import Wishes
@@ -132,7 +133,8 @@ def _number(path: Path) -> int:
 
 def _inputs(model: ir.Model) -> list[ir.Value]:
     """The inputs that have no default."""
-    return [value for value in model.graph.inputs if value.const_value is None]
+    defaults = {value for value, _ in defaults_of(model)}
+    return [value for value in model.graph.inputs if value.const_value is None and value not in defaults]
 
 
 def _fitted(place: str, arrays: Mapping[str, Array], model: ir.Model) -> Feeds:

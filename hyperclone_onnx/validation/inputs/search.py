@@ -147,6 +147,7 @@ class _Stage:
 
     def case(self, sizes: Sizes, style: Style, seed: Sequence[int]) -> Case:
         """An input set."""
+        style = replace(style, defaults=style.defaults and bool(self.values.defaults))
         text = ", ".join(part for part in (self.label(sizes), style.text(self.values.masked)) if part)
         return Case(text, self.values.make(sizes, style, np.random.default_rng(list(seed))))
 
@@ -278,6 +279,8 @@ class _Search:
         except RuntimeError as problem:
             self.wasted += time.monotonic() - began
             self.tried.append((case.label, str(problem)))
+            if stage.values.defaults and not style.defaults:
+                return self._try(stage, sizes, replace(style, defaults=True), number)
             return str(problem)
         if result.speaks:
             self.accepted.append(result)

@@ -7,7 +7,7 @@
 | compares them with constants | these constants in turn, and numbers between them |
 | searches for a constant in them | the constant, as often as another input has rows for it |
 | takes them as lengths | lengths up to the size of the axis |
-| takes them as sizes | small sizes |
+| takes them as sizes | small sizes: 1, 2, 3 |
 | multiplies integers with weights | small counts |
 | takes a logarithm or a root of floats, or divides by them | positive floats |
 | convolves floats of four axes | numbers between 0 and 1 |
@@ -26,6 +26,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Product
 from hyperclone_onnx.algebra.evaluation import evaluate
+from hyperclone_onnx.reading.defaults import defaults_of
 from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.validation.inputs.cases import Array, Feeds
 from hyperclone_onnx.validation.inputs.equations import Equations, Sizes
@@ -52,6 +53,8 @@ class Style:
     floats: Floats = "usual"
     turn: int = 0
     """The number of the constant to use, if the graph compares an input with several."""
+    defaults: bool = False
+    """Whether inputs that have a default keep it."""
     most: int | None = None
     """Integers are less than this, because an error of a run said so."""
 
@@ -60,13 +63,14 @@ class Style:
         words = [] if self.masks in ("ones", "padded") or not masked else [f"masks of {self.masks}"]
         words += [] if self.floats == "usual" else [f"{self.floats} floats"]
         words += [] if self.most is None else [f"integers below {self.most}"]
+        words += ["inputs with defaults left out"] if self.defaults else []
         return ", ".join(words)
 
 
-USUAL = (Style(), Style("padded", turn=1), Style("half", turn=2))
+USUAL = (Style(), Style("padded", turn=1, defaults=True), Style("half", turn=2))
 """The styles that rows use in turn."""
 
-CACHED_USUAL = (Style(), Style("padded", turn=1), Style("ones", turn=2))
+CACHED_USUAL = (Style(), Style("padded", turn=1, defaults=True), Style("ones", turn=2))
 """The same for models with a cache. Kernels expect that a cache is full."""
 
 LOUDER = (
@@ -92,6 +96,8 @@ class Values:
         self.equations = equations
         self.uses = uses_of(dimensions)
         self.caches = caches_of(dimensions, equations)
+        self.defaults = frozenset(value.name or "" for value, _ in defaults_of(dimensions.model))
+        """The inputs that may be left out."""
 
     @property
     def masked(self) -> bool:
@@ -103,13 +109,15 @@ class Values:
     @property
     def varied(self) -> bool:
         """Whether values can differ although the sizes are fixed: masks, flags, constants."""
-        return any(uses.masks or uses.equals for uses in self.uses.values())
+        return bool(self.defaults) or any(uses.masks or uses.equals for uses in self.uses.values())
 
     def make(self, sizes: Sizes, style: Style, rng: np.random.Generator) -> Feeds:
         """Inputs of these sizes."""
         feeds: Feeds = {}
         for value in self.dimensions.model.graph.inputs:
             name = value.name or ""
+            if style.defaults and name in self.defaults:
+                continue
             shape = self.equations.shape(name, sizes) if name in self.equations.shapes else None
             if shape is not None and value.const_value is None:
                 feeds[name] = np.asarray(self._fill(value, shape, sizes, style, rng))
@@ -176,6 +184,8 @@ class Values:
             return np.full(shape, number) if math.prod(shape) == 1 else rng.integers(0, number + 2, shape)
         if (value.dtype or ir.DataType.INT64).bitwidth == 8 and not uses.masks:
             return rng.integers(0, 100, shape)  # the bytes of an image
+        if uses.sizes and not uses.masks:
+            return np.full(shape, 1 + style.turn)
         mask = _mask(shape, style)
         return np.minimum(mask, style.most - 1) if style.most is not None else mask
 
