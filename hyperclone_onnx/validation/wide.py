@@ -20,6 +20,15 @@ Array = npt.NDArray[Any]
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 _REFUSED_WHEN_RUN = ("GRU", "LSTM")
 """ONNX Runtime loads these operators in double, but has no kernel for them and fails when it runs them."""
+_FLOAT_UNLESS_SAID = {
+    "RandomNormal": "dtype",
+    "RandomUniform": "dtype",
+    "SequenceEmpty": "dtype",
+    "HannWindow": "output_datatype",
+    "HammingWindow": "output_datatype",
+    "BlackmanWindow": "output_datatype",
+}
+"""Operators without a floating-point input, and the attribute that states their output's type. Its default is FLOAT."""
 _NARROW = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -51,7 +60,9 @@ def _widen(model: ir.Model, dtype: ir.DataType) -> None:
             if value.dtype in narrow:
                 value.type = ir.TensorType(dtype)
     for node in model.graph.all_nodes():
-        for name in ("to", "dtype", "output_dtype", "softmax_precision"):
+        if not node.domain:
+            _state_type(node)
+        for name in ("to", "dtype", "output_dtype", "output_datatype", "softmax_precision"):
             attribute = node.attributes.get(name)
             if attribute is not None and attribute.as_int() in [int(kind) for kind in narrow]:
                 node.attributes[name] = ir.AttrInt64(name, int(dtype))
@@ -62,6 +73,15 @@ def _widen(model: ir.Model, dtype: ir.DataType) -> None:
             and tensor.as_tensor().dtype in narrow
         ):
             node.attributes["value"] = ir.AttrTensor("value", _widened(tensor.as_tensor(), dtype))
+
+
+def _state_type(node: ir.Node) -> None:
+    """Write the type of a node's output as an attribute, where the node relies on the default of its operator."""
+    name = _FLOAT_UNLESS_SAID.get(node.op_type)
+    if name is not None and name not in node.attributes:
+        node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+    if node.op_type == "ConstantOfShape" and "value" not in node.attributes:
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.zeros(1, dtype=np.float32)))
 
 
 def _write_out_norm(model: ir.Model, node: ir.Node, fresh: FreshNames) -> None:
