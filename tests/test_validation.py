@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import Command, build_model, names_in, perceptron
+from conftest import Command, build_model, names_in, normal, perceptron
 from onnx import numpy_helper
 
 from hyperclone_onnx import BadRequest, Plan, Strategy, expand, validate_files
@@ -585,3 +585,18 @@ def test_the_provider_that_started_is_reported(
         assert (done.code, done.stdout) == (2, "")
         assert re.search(r"--device cuda: .*install hyperclone-onnx\[cuda\].*--device cpu", done.error)
     assert names_in(out.parent) == {pair[1].name}
+
+
+def test_running_statistics_start_from_the_stored_ones_in_each_run(tmp_path: Path) -> None:
+    """ONNX Runtime writes them over the stored tensors, where the grown graph adds nodes behind them."""
+    body = """
+        h = MatMul (x, up)
+        n, m, v = BatchNormalization <training_mode = 1> (h, gain, bias, mean, var)
+        y = MatMul (n, down)
+    """
+    weights = normal(0, {"up": (6, 12), "gain": (12,), "bias": (12,), "mean": (12,), "down": (12, 5)})
+    weights["var"] = np.ones(12, dtype=np.float32)
+    model = build_model(f"g (float[batch, 6] x) => (float[batch, 5] y, float[12] m, float[12] v) {{ {body} }}", weights)
+    onnx.save(model, tmp_path / "small.onnx")
+    result = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, keep_interface=True, device="cpu")
+    assert result.validation is not None and result.validation.equal

@@ -46,11 +46,11 @@ MOST_INSIDE = 1 << 30
 """The most bytes of weights inside a model that is started from memory."""
 
 
-def start_file(path: str | os.PathLike[str], device: Device, weights: int) -> Start:
-    """Start a model file as it is."""
+def start_file(path: str | os.PathLike[str], device: Device, model: ir.Model) -> Start:
+    """Start a model file as it is; `model` is the graph in it."""
 
     def start() -> Started:
-        runner = Runner(path, device, isolated=True, overrides=True, weights=weights)
+        runner = Runner(path, device, isolated=True, overrides=True, model=model)
         return Started(runner.run, runner.provider)
 
     return start
@@ -86,7 +86,7 @@ def start_in_memory(model: ir.Model, device: Device) -> Start | None:
     def start() -> Started:
         message = ir.to_proto(model).SerializeToString()
         place = next(iter(folders), Path.cwd()) / "model.onnx"
-        runner = Runner(place, device, graph=message, isolated=True, overrides=True, weights=weight_bytes(model))
+        runner = Runner(place, device, graph=message, isolated=True, overrides=True, model=model)
         return Started(runner.run, runner.provider)
 
     return start
@@ -100,7 +100,7 @@ def start_copy(model: ir.Model, path: Path, device: Device, wide: bool = False) 
             save_wide(model, path, ir.DataType.FLOAT)
         else:
             writer.save(model, path, external=True)
-        runner = Runner(path, device, isolated=True, overrides=True, weights=(2 if wide else 1) * weight_bytes(model))
+        runner = Runner(path, device, isolated=True, overrides=True, model=model)
         return Started((lambda fed: runner.run(in_float32(fed))) if wide else runner.run, runner.provider)
 
     return start

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.system import isolation
 
 if TYPE_CHECKING:
@@ -59,8 +61,9 @@ class Runner:
         graph: a serialised model to run instead of the one in the file, with the data files of the file.
         isolated: whether to run in a copy of this process, if possible: ONNX Runtime aborts on some graphs. We make no
             copy if this process already uses CUDA, because CUDA does not work in a copy.
-        weights: the bytes of the model's weights. An isolated run has `PATIENCE` seconds, and as many more as a slow
-            disk needs to read these, since a Loop may never end.
+        model: the model in the file, or the serialised one. A slow disk needs time to read its weights: an isolated run
+            has `PATIENCE` seconds and that time, since a Loop may never end. If running changes the stored tensors
+            (see `keeps_state`), each run has a new session.
         overrides: whether feeds take the place of defaults, where an input has one.
 
     Raises:
@@ -75,13 +78,14 @@ class Runner:
         graph: bytes | None = None,
         *,
         isolated: bool = False,
-        weights: int = 0,
+        model: ir.Model | None = None,
         overrides: bool = False,
     ) -> None:
         import onnxruntime as ort
 
         wanted = providers(device, ort.get_available_providers())
-        start = functools.partial(_started, ort, path, wanted, graph)
+        weights = 0 if model is None else weight_bytes(model)
+        start = functools.partial(_started, ort, path, wanted, graph, model is not None and keeps_state(model))
         alone = isolated and isolation.POSSIBLE and (wanted == ["CPUExecutionProvider"] or not _has_cuda())
         try:
             self._ask: Callable[[_Feeds | None], Any] = (
@@ -142,18 +146,30 @@ def _has_cuda() -> bool:
         return True
 
 
+def keeps_state(model: ir.Model) -> bool:
+    """Whether a run of the model changes what the next run of the same session gives.
+
+    ONNX Runtime writes the running mean and variance of a BatchNormalization in training mode over the stored tensors.
+    """
+    nodes = (node for node in model.graph.all_nodes() if node.op_type == "BatchNormalization")
+    modes = (node.attributes.get("training_mode") for node in nodes)
+    return any(mode is not None and mode.as_int() for mode in modes)
+
+
 def _started(
-    ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None
+    ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None, afresh: bool
 ) -> Callable[[_Feeds | None], Sequence[Any]]:
     """A session as a function: of feeds it returns outputs, of None its provider and the names.
 
-    The names are those of the inputs, of the inputs that have a default, and of the outputs.
+    The names are those of the inputs, of the inputs that have a default, and of the outputs. With `afresh`, each run
+    has a session of its own.
     """
     session = _session(ort, path, wanted, graph)
 
     def ask(feeds: _Feeds | None) -> Sequence[Any]:
         if feeds is not None:
-            outputs: Sequence[Any] = session.run(None, feeds)
+            runs = _session(ort, path, wanted, graph) if afresh else session
+            outputs: Sequence[Any] = runs.run(None, feeds)
             return outputs
         sides = (session.get_inputs(), session.get_overridable_initializers(), session.get_outputs())
         return session.get_providers()[0], *([value.name for value in side] for side in sides)

@@ -210,7 +210,7 @@ def _fits(pair: Pair) -> tuple[bool, str]:
 
 def _prepare_full(source: str | os.PathLike[str], pair: Pair, scope: str) -> Prepared:
     try:
-        start = pair.as_transformed(start_file(source, pair.device, weight_bytes(pair.source)))
+        start = pair.as_transformed(start_file(source, pair.device, pair.source))
         expected = _with_draws(run_source(pair, start), pair, AS_STORED, pair.source)
         return Prepared(source, "full", scope, _heard(expected))
     except Refused as problem:
@@ -345,7 +345,7 @@ def _with_whole_models(result: Validation, prepared: Prepared, pair: Pair, big: 
     """Compare the outputs of both files. If they compute in a less precise type, compare in float32 too."""
     if prepared.expected is not None:
         judge = Judge(pair, AS_STORED, result.tolerance, _residue(result))
-        judged = judge.compare(prepared.expected, start_file(big, pair.device, weight_bytes(pair.grown)))
+        judged = judge.compare(prepared.expected, start_file(big, pair.device, pair.grown))
         result = replace(
             result,
             outputs=judged.outputs,
@@ -432,10 +432,10 @@ def _with_loading(result: Validation, prepared: Prepared, pair: Pair, big: str |
     Data files are mapped into memory and hardly read, so this needs little memory.
     """
     try:
-        Runner(big, "cpu", isolated=True, weights=weight_bytes(pair.grown))
+        Runner(big, "cpu", isolated=True, model=pair.grown)
     except Refused as problem:
         try:
-            Runner(prepared.source, "cpu", isolated=True, weights=weight_bytes(pair.source))
+            Runner(prepared.source, "cpu", isolated=True, model=pair.source)
         except Refused as own:
             return result.with_notes(f"ONNX Runtime loads neither model, so that loading is not checked: {own}")
         if any(word in str(problem) for word in _SHORT_OF_MEMORY):

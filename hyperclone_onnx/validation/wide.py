@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.graphs import FreshNames, opset_of, stem, weight_bytes
+from hyperclone_onnx.graphs import FreshNames, opset_of, stem
 from hyperclone_onnx.validation.sessions import Runner
 from hyperclone_onnx.writing import onnx_files as writer
 
@@ -156,7 +156,7 @@ def double_runner(model: ir.Model, path: Path) -> tuple[Callable[[Mapping[str, A
     writer.save(model, path, external=True)
     if not any(not node.domain and node.op_type in _REFUSED_WHEN_RUN for node in model.graph.all_nodes()):
         try:
-            return Runner(path, "cpu", isolated=True, overrides=True, weights=weight_bytes(model)).run, "ONNX Runtime"
+            return Runner(path, "cpu", isolated=True, overrides=True, model=model).run, "ONNX Runtime"
         except Refused:
             pass
     import onnx.reference
