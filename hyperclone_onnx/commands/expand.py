@@ -183,8 +183,6 @@ def expand(
         raise click.UsageError("--depth and --layers-at say how --layers adds layers: give --layers too")
     if model.is_dir() and deeper["layers"] is not None:
         raise click.UsageError("--layers is for one model; the files of a folder have layers of their own")
-    if write_recipe is not None and deeper["layers"] is not None:
-        raise click.UsageError("--write-recipe cannot write --layers: give --layers beside --recipe in the later run")
     if factor is not None and options["like"] is not None:
         raise click.UsageError("--factor and --like contradict each other: leave one of the two out")
     if output is None and not plan_only:

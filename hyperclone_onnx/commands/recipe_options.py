@@ -76,7 +76,7 @@ def with_recipe(context: click.Context, options: Mapping[str, Any], file: Path |
         given = context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
         negated = parameter in NEGATED and options[NEGATED[parameter]]
         if given or negated:
-            value: Any = "none" if negated else options[parameter]
+            value: Any = options[parameter] if given else "none"
             if isinstance(value, dict) and isinstance(recipe.get(key), dict):
                 value = {**recipe[key], **value}
             merged[parameter] = value

@@ -197,8 +197,7 @@ class _Divider:
         Raises:
             Refused: the size of the summed axis is not known before the model runs.
         """
-        in_scales = summation.scales and self.tracer.repeats(summation.term) is not None
-        if summation.integers or in_scales:
+        if summation.integers or summation.scales:
             self._scale_quantised(summation)
             return
         if summation.behind:
