@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint zoo zoo-optimum models-check frameworks-check frameworks-long growth-quick growth gpu-check fuzz fuzz-quick faults docs clean
+.PHONY: demo test test-long lint zoo zoo-optimum models-check frameworks-check frameworks-long growth-quick growth gpu-check fuzz fuzz-quick faults docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ demo: $(VENV)/.package  ## install the package alone, grow the committed model, 
 
 test: lint  ## check the style and the types, run the quick tests
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-long: $(VENV)/.test  ## the goldens and the growths of the zoo that `make test` leaves out: minutes
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'slow_goldens or slow_zoo' tests/test_goldens.py tests/test_zoo.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ There are four files, with one line for each entry:
 - `files.json` has files that `expand` wrote, byte for byte, and what it reported.
 
 The quick run makes one plan of most graphs, and a part of the grown graphs. It leaves out the `collide` graphs, which
-are the `distinct` ones in other sizes. `pytest -m slow_goldens tests/test_goldens.py` makes all plans and all graphs.
+are the `distinct` ones in other sizes. `make test-long` makes all plans and all graphs.
 
 No test here imports anything but the public names of the package. Weights come from a counter and integer arithmetic,
 so that they are the same with every release of numpy.

@@ -59,7 +59,8 @@ HEAD_DIM_BY_NAME = Growth(
 )
 FFN_ALONE = Growth("ffn-alone", 1, {"ffn": 3}, roles=frozenset(["ffn"]))
 
-# Each family is tested in every way once. Only the running time decides which sizing is tested in which way.
+# Each family is tested in every way once. Only the running time decides which sizing is tested in which way, and which
+# ways wait for `make test-long`.
 GROWTHS: dict[str, tuple[Growth, ...]] = {
     "distinct": (
         whole(2, "noisy-symmetric"),
@@ -77,10 +78,13 @@ GROWTHS: dict[str, tuple[Growth, ...]] = {
     ),
 }
 
+LATER = ("x2-symmetric", "x3-noisy-symmetric", "x3-diagonal", "head_dim-alone")
+"""The growths of `make test-long`. Other growths of `make test` use the same code, with other strategies or factors."""
+
 # The graphs in both sizings. test_zoo_variants.py has all other graphs.
 FAMILIES = [name.removesuffix(".collide") for name in zoo_store.names() if name.endswith(".collide")]
 CASES = [
-    pytest.param(name, growth, id=f"{name}-{growth}")
+    pytest.param(name, growth, id=f"{name}-{growth}", marks=[pytest.mark.slow_zoo] if growth.label in LATER else [])
     for name in zoo_store.names()
     for growth in GROWTHS.get(name.split(".")[1], ())
     if name.split(".")[0] in FAMILIES
