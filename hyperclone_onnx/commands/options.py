@@ -44,14 +44,26 @@ def validate_option(name: str, *modes: str) -> Decorator:
     return click.option("--validate", name, type=click.Choice(modes), help=_HOW_TO_VALIDATE)
 
 
+def _named_number(text: str) -> tuple[str, int] | None:
+    """The name and the whole number of a text such as ``hidden=960``; None if it is no such text."""
+    name, equals, number = text.rpartition("=")
+    return (name, int(number)) if equals and name and number.isascii() and number.isdigit() else None
+
+
+def _size_of(text: str) -> tuple[str, int] | None:
+    """The same, with a number from 1 on for a role, a dimension or a stack, whose names have no equals sign."""
+    entry = _named_number(text)
+    return entry if entry is not None and entry[1] > 0 and "=" not in entry[0] else None
+
+
 def parse_dims(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
     """A callback that makes a number by name of texts such as ``sequence_length=64``."""
     dims: dict[str, int] = {}
     for text in values:
-        name, equals, number = text.rpartition("=")
-        if not equals or not name or not (number.isascii() and number.isdigit()):
+        entry = _named_number(text)
+        if entry is None:
             raise click.BadParameter(f"{text!r}: write NAME=N, such as sequence_length=64, with N a whole number")
-        dims[name] = int(number)
+        dims[entry[0]] = entry[1]
     return dims
 
 
@@ -108,10 +120,11 @@ def parse_sizes(_context: click.Context, _option: click.Parameter, values: tuple
     """A callback that makes a size by role of texts such as ``hidden=960``."""
     sizes: dict[str, int] = {}
     for text in values:
-        name, equals, number = text.partition("=")
-        if not equals or not name or not (number.isascii() and number.isdigit()) or int(number) < 1:
+        entry = _size_of(text)
+        if entry is None:
             raise click.BadParameter(f"{text!r}: write ROLE=SIZE, such as hidden=960, with SIZE a whole number")
-        if sizes.setdefault(name, int(number)) != int(number):
+        name, size = entry
+        if sizes.setdefault(name, size) != size:
             raise click.BadParameter(f"{text!r}: {name} has the size {sizes[name]} already; leave one of the two out")
     return sizes
 
@@ -124,12 +137,13 @@ def parse_layers(_context: click.Context, _option: click.Parameter, text: str | 
         return int(text)
     layers: dict[str, int] = {}
     for part in text.split(","):
-        name, equals, number = part.partition("=")
-        if not equals or not name or not (number.isascii() and number.isdigit()) or int(number) < 1:
+        entry = _size_of(part)
+        if entry is None:
             raise click.BadParameter(f"{text!r}: write N, such as 8, or STACK=N,STACK=N, such as encoder=8,decoder=12")
+        name, count = entry
         if name in layers:
             raise click.BadParameter(f"{text!r}: the stack {name!r} is named twice")
-        layers[name] = int(number)
+        layers[name] = count
     return layers
 
 
@@ -163,8 +177,8 @@ def parse_requests(_context: click.Context, _option: click.Parameter, values: tu
     """A callback that makes a factor by role of texts such as ``ffn=2``."""
     requests: dict[str, int] = {}
     for text in values:
-        name, equals, number = text.partition("=")
-        if not equals or not name or not (number.isascii() and number.isdigit()) or int(number) < 1:
+        entry = _size_of(text)
+        if entry is None:
             raise click.BadParameter(f"{text!r}: write ROLE=N, such as ffn=2 or head_dim=1, with N a whole number")
-        requests[name] = int(number)
+        requests[entry[0]] = entry[1]
     return requests
