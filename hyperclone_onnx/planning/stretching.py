@@ -159,6 +159,13 @@ class Stretching:
         site = self.node, slot, is_output, axis, position
         self.powers.equations.append(Equation(tuple(terms), total, variable, site))
 
+    def set_to_sum(self, terms: Sequence[tuple[int, int]], out: int, total: int = 0) -> None:
+        """State that a power of the current node's first output is the sum of (power, factor) terms, and `total`."""
+        if total == 0 and len(terms) == 1 and terms[0][1] == 1:
+            self.powers.join(terms[0][0], out)
+        else:
+            self.equation([*terms, (out, -1)], -total, out, 0, True)
+
     def place(self, variable: int, slot: int, is_output: bool) -> tuple[int, int]:
         """The axis of a slot of the current node, and the position in it, to which a variable belongs."""
         value = (self.node.outputs if is_output else self.node.inputs)[slot]
@@ -407,10 +414,7 @@ def _multiplied(s: Stretching, factors: Mapping[int, int], total: int = 0) -> bo
         operands = [(slot, leaves[axis]) for slot, leaves in leaves_of.items() if axis in leaves]
         for position, out in enumerate(made):
             terms = [(leaves[position], factors[slot]) for slot, leaves in operands]
-            if len(terms) == 1 and terms[0][1] == 1 and total == 0:
-                s.powers.join(terms[0][0], out)
-            else:
-                s.equation([*terms, (out, -1)], -total, out, 0, True)
+            s.set_to_sum(terms, out, total)
     return True
 
 
@@ -578,7 +582,7 @@ def _norm(s: Stretching, added: Sequence[int], gain: int, copies: int | None = N
             continue
         for position, out in enumerate(leaves):
             terms = [(gains[place][position], 1)] if place in gains else []
-            s.equation([*terms, (out, -1)], -1, out, 0, True)
+            s.set_to_sum(terms, out, 1)
     if copies is not None and copies < len(s.node.outputs):
         for place, leaves in s.output(copies).items():
             for leaf in leaves:
@@ -611,10 +615,7 @@ def _matmul(s: Stretching) -> bool:
             continue
         for position, out in enumerate(leaves):
             terms = [(aligned(s, slot)[place][position], 1) for slot in (0, 1) if place in aligned(s, slot)]
-            if len(terms) == 1:
-                s.powers.join(terms[0][0], out)
-            else:
-                s.equation([*terms, (out, -1)], 0, out, 0, True)
+            s.set_to_sum(terms, out)
     return True
 
 
@@ -650,10 +651,7 @@ def _einsum(s: Stretching) -> bool:
         operands = [operand for operand in operands if operand]
         for position, out in enumerate(leaves):
             terms = [(operand[position], 1) for operand in operands]
-            if len(terms) == 1:
-                s.powers.join(terms[0][0], out)
-            else:
-                s.equation([*terms, (out, -1)], 0, out, 0, True)
+            s.set_to_sum(terms, out)
     return True
 
 
