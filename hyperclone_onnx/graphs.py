@@ -20,6 +20,12 @@ MOVES_OR_CASTS = MOVES_ELEMENTS | {"Cast"}
 """The same, and conversions to another element type."""
 
 
+RANDOM = frozenset(
+    ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"]
+)
+"""Operators of the default domain that draw random numbers."""
+
+
 def canonical_domain(domain: str) -> str:
     """The spelling of a domain that we use everywhere.
 

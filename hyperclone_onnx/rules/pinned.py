@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from hyperclone_onnx.graphs import RANDOM
 from hyperclone_onnx.rules.registry import pinned
 
 STANDARD = {
-    "its random numbers would differ between the repeats of an axis": (
-        "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
-    ),
+    "its random numbers would differ between the repeats of an axis": " ".join(sorted(RANDOM)),
     "it is a loss, and its targets are numbers of classes": "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss",
     "it numbers or compares the elements of its inputs": "MaxUnpool NonMaxSuppression Unique",
     "it makes the coordinates of a grid": "AffineGrid",

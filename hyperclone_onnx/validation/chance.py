@@ -12,12 +12,8 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from hyperclone_onnx.graphs import bodies_of, captured_values, describe
+from hyperclone_onnx.graphs import RANDOM, bodies_of, captured_values, describe
 from hyperclone_onnx.validation.inputs.search import Accepted
-
-RANDOM = frozenset(
-    ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"]
-)
 
 
 def draws_of(model: ir.Model) -> dict[str, ir.Node]:
