@@ -191,6 +191,26 @@ def perceptron(
     )
 
 
+def with_adapter(rank: int) -> onnx.ModelProto:
+    """A model with an adapter: two inputs that have defaults, and whose rank the caller of the model chooses."""
+    model = perceptron(layers=1)
+    nodes = list(model.graph.node)
+    at = next(number for number, node in enumerate(nodes) if node.output[0] == "d0")
+    nodes[at].output[0] = "d"
+    nodes[at + 1 : at + 1] = [
+        onnx.helper.make_node("MatMul", ["n0", "a"], ["na"]),
+        onnx.helper.make_node("MatMul", ["na", "b"], ["nab"]),
+        onnx.helper.make_node("Add", ["d", "nab"], ["d0"]),
+    ]
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+    declared: dict[str, list[int | str]] = {"a": [12, "r"], "b": ["r", 12]}
+    for name, array in normal(5, {"a": (12, rank), "b": (rank, 12)}).items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, declared[name]))
+    return model
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a small model. Tests must not write to it."""

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import normal, perceptron
+from conftest import normal, perceptron, with_adapter
 from onnx import helper
 
 from fuzz.oracle import compare, run_source, session
@@ -169,21 +169,7 @@ def test_weights_that_are_listed_as_inputs(tmp_path: Path, version: int) -> None
 @pytest.fixture
 def adapted() -> onnx.ModelProto:
     """A model with an adapter: two inputs whose defaults are empty, and whose rank the caller chooses."""
-    model = perceptron(layers=1)
-    nodes = list(model.graph.node)
-    at = next(number for number, node in enumerate(nodes) if node.output[0] == "d0")
-    nodes[at].output[0] = "d"
-    nodes[at + 1 : at + 1] = [
-        helper.make_node("MatMul", ["n0", "a"], ["na"]),
-        helper.make_node("MatMul", ["na", "b"], ["nab"]),
-        helper.make_node("Add", ["d", "nab"], ["d0"]),
-    ]
-    model.graph.ClearField("node")
-    model.graph.node.extend(nodes)
-    for name, shape, declared in (("a", (12, 0), [12, "r"]), ("b", (0, 12), ["r", 12])):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name))
-        model.graph.input.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, declared))
-    return model
+    return with_adapter(rank=0)
 
 
 @pytest.mark.parametrize("keep", [False, True])

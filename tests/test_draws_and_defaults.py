@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import Command, build_model, normal, perceptron
+from conftest import Command, build_model, normal, with_adapter
 from onnx import helper, numpy_helper
 
 from hyperclone_onnx import expand, validate_files
@@ -110,30 +110,10 @@ def test_where_all_outputs_are_random_the_way_out_is_shown(tmp_path: Path, cli: 
 # -- inputs with defaults ---------------------------------------------------------------------------------
 
 
-def adapted(rank: int) -> onnx.ModelProto:
-    """A model with an adapter: two inputs that have defaults, whose rank the caller chooses."""
-    model = perceptron(layers=1)
-    nodes = list(model.graph.node)
-    at = next(number for number, node in enumerate(nodes) if node.output[0] == "d0")
-    nodes[at].output[0] = "d"
-    nodes[at + 1 : at + 1] = [
-        helper.make_node("MatMul", ["n0", "a"], ["na"]),
-        helper.make_node("MatMul", ["na", "b"], ["nab"]),
-        helper.make_node("Add", ["d", "nab"], ["d0"]),
-    ]
-    model.graph.ClearField("node")
-    model.graph.node.extend(nodes)
-    declared: dict[str, list[int | str]] = {"a": [12, "r"], "b": ["r", 12]}
-    for name, array in normal(5, {"a": (12, rank), "b": (rank, 12)}).items():
-        model.graph.initializer.append(numpy_helper.from_array(array, name))
-        model.graph.input.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, declared[name]))
-    return model
-
-
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    onnx.save(adapted(3), folder / "small.onnx")
+    onnx.save(with_adapter(3), folder / "small.onnx")
     expand(folder / "small.onnx", folder / "big.onnx", 2, device="cpu", check=False)
     return folder / "small.onnx", folder / "big.onnx"
 
@@ -142,7 +122,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("keep", [False, True])
 def test_adapters_are_fed_and_left_out(rank: int, keep: bool, tmp_path: Path) -> None:
     small, big = tmp_path / "small.onnx", tmp_path / "big.onnx"
-    onnx.save(adapted(rank), small)
+    onnx.save(with_adapter(rank), small)
     result = expand(small, big, 2, device="cpu", keep_interface=keep, precision="float64").validation
     assert result is not None and result.equal
     assert [case.endswith("inputs with defaults left out") for case in result.cases] == [False, True, False]
@@ -151,7 +131,7 @@ def test_adapters_are_fed_and_left_out(rank: int, keep: bool, tmp_path: Path) ->
 def test_an_adapter_that_the_grown_model_ignores_shows(adapters: tuple[Path, Path], tmp_path: Path) -> None:
     """With the default, both models agree still: only the random adapter shows the mistake."""
     small, big = tmp_path / "small.onnx", tmp_path / "big.onnx"
-    onnx.save(adapted(0), small)
+    onnx.save(with_adapter(0), small)
     expand(small, big, 2, device="cpu")
     model = onnx.load(big)
     del model.metadata_props[:]
