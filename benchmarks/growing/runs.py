@@ -55,7 +55,7 @@ class Grown:
     factor: int = 2
     only: Literal["", "heads", "ffn"] = ""
     state: Literal["reset", "carried", "half"] = "reset"
-    """What the run keeps of the optimizer's state: nothing, all, or all except that of later clones."""
+    """The part of the optimizer's state that the run keeps: nothing, all, or all except the state of later clones."""
     seed: int = 0
 
     @property

@@ -26,7 +26,7 @@ def place(file: Path, tensor: ir.ExternalTensor) -> None:
 
 
 def _folder_of_data(file: Path, tensor: ir.ExternalTensor) -> Path:
-    """The folder that a tensor's location is relative to: that of the model, or that of the link to the model."""
+    """The folder in which the data file of a tensor is looked for: the model's folder, or that of the link to it."""
     location = str(tensor.location)
     parts = PurePosixPath(location).parts
     outside = PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or ".." in parts
