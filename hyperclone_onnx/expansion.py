@@ -21,6 +21,7 @@ from hyperclone_onnx.errors import BadRequest, CannotWrite, ModelsDiffer, Refuse
 from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.plan.plans import Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy, StrategyRule
+from hyperclone_onnx.planning.drawing import with_drawn_tensors
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.next_layers import with_next_layers
 from hyperclone_onnx.planning.provenance import provenance
@@ -259,6 +260,7 @@ def _with_target(analysis: Analysis, request: _Request) -> tuple[_Request, Liken
 def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
     growth = size(analysis.dimensions, request.factor, request.requests, request.maps, request.sizes)
     plan = make_plan(growth, request.strategy, untie=request.untie, keep_interface=request.keep_interface)
+    plan = with_drawn_tensors(analysis.model, plan, request.strategies)
     plan = with_next_layers(analysis.model, with_rules(growth, plan, request.strategies))
     plan = replace(plan, recipe=dict(request.recipe or {}))
     options = {**request.to_json(), "strategy": plan.strategy.to_json()}

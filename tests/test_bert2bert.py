@@ -10,7 +10,8 @@ import onnx
 import pytest
 from conftest import Array, Command, names_in, perceptron
 
-from hyperclone_onnx import BadRequest, Refused, Strategy, analyse, expand, plan_expansion, validate_files
+from hyperclone_onnx import BadRequest, Plan, Refused, Strategy, analyse, expand, plan_expansion, validate_files
+from hyperclone_onnx.plan.maps import FirstAndFurther
 
 Zoo = Callable[[str], Path]
 
@@ -41,6 +42,45 @@ def test_aki_takes_extra_outputs_from_the_next_layer(small: Path, tmp_path: Path
     assert report.validation is not None
     assert not report.validation.problems
     assert not report.validation.equal
+
+
+def test_aki_grows_to_a_size_that_is_no_multiple(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "big.onnx"
+    strategy = Strategy("aki")
+    report = expand(small, out, sizes={"ffn": 50}, strategy=strategy, allow_change=True, device="cpu")
+    source, grown = tensors(small), tensors(out)
+    assert np.array_equal(grown["bias.0"], np.concatenate([source["bias.0"], source["bias.1"], source["bias.1"][:10]]))
+    assert np.array_equal(grown["up.0"], np.concatenate([source["up.0"], source["up.1"], source["up.1"][:, :10]], 1))
+    assert np.array_equal(grown["up.1"], np.concatenate([source["up.1"], source["up.1"], source["up.1"][:, :10]], 1))
+    copies = np.array([3] * 10 + [2] * 10)[:, None]
+    shares = (source["down.0"] / copies)[np.arange(50) % 20]
+    np.testing.assert_allclose(grown["down.0"], shares, rtol=1e-6)
+    assert report.validation is not None
+    assert not report.validation.problems
+    assert Plan.loads(report.plan.dumps()) == report.plan
+
+
+def test_aki_keeps_the_stretch_of_a_normalised_stream(zoo: Zoo, tmp_path: Path) -> None:
+    out = tmp_path / "big.onnx"
+    sizes = {"hidden": 53}
+    report = expand(zoo("llama.distinct"), out, sizes=sizes, strategy=Strategy("aki"), allow_change=True, device="cpu")
+    assert report.validation is not None
+    assert not report.validation.problems
+    (hidden,) = [dim.map for dim in report.plan.dims.values() if dim.role == "hidden"]
+    source, grown = tensors(zoo("llama.distinct")), tensors(out)
+    checked = 0
+    for name, recipe in report.plan.tensors.items():
+        if len(recipe.sources) == 2:
+            first, second = (source[tensor] for tensor in recipe.sources)
+            (axis,) = [n for n, factors in enumerate(recipe.axes) if isinstance(factors[0], FirstAndFurther)]
+            if recipe.shared or first.shape[axis] != hidden.size:
+                continue
+            power = recipe.axes[axis][0].power
+            both = np.concatenate([first, second.take(range(hidden.grown - hidden.size), axis)], axis)
+            shape = [-1 if n == axis else 1 for n in range(both.ndim)]
+            np.testing.assert_allclose(grown[name], both * (hidden.stretch**power).reshape(shape), rtol=1e-5)
+            checked += power != 0
+    assert checked >= 2, "writers of the stream and gains of norms"
 
 
 def test_aki_needs_to_be_allowed_and_reports_how_far_outputs_moved(small: Path, tmp_path: Path, cli: Command) -> None:
@@ -80,9 +120,7 @@ def test_a_model_of_grouped_attention(zoo: Zoo, tmp_path: Path) -> None:
 
 def test_models_without_a_next_layer(tmp_path: Path, small: Path) -> None:
     onnx.save(perceptron(layers=1), tmp_path / "one.onnx")
-    with pytest.raises(Refused, match="this graph has no layers whose tensors grow by whole factors"):
+    with pytest.raises(Refused, match="this graph has no layers whose tensors can take them"):
         plan_expansion(analyse(tmp_path / "one.onnx"), 2, strategy=Strategy("aki"), allow_change=True)
-    with pytest.raises(Refused, match="this graph has no layers whose tensors grow by whole factors"):
-        plan_expansion(analyse(small), sizes={"ffn": 30}, strategy=Strategy("aki"), allow_change=True)
     with pytest.raises(BadRequest, match="changes what the model computes"):
         plan_expansion(analyse(small), 2, strategy=Strategy("aki"))

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import pytest
 from conftest import Command, build_model, normal, perceptron
 
+from hyperclone_onnx.analysis.trainable import trainable
 from hyperclone_onnx.frameworks.compiling.preparation import prepare_model
-from hyperclone_onnx.frameworks.compiling.trainable import trainable
 from hyperclone_onnx.frameworks.listing import list_weights
 
 Zoo = Callable[[str], Path]

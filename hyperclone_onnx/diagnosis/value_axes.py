@@ -16,7 +16,18 @@ import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Concat, Dim, Product, Term
 from hyperclone_onnx.diagnosis.distance import joint
-from hyperclone_onnx.plan.maps import Axis, ConcatOf, Indices, Kept, Maps, Named, ProductOf, grown_size, index_axis
+from hyperclone_onnx.plan.maps import (
+    Axis,
+    ConcatOf,
+    FirstAndFurther,
+    Indices,
+    Kept,
+    Maps,
+    Named,
+    ProductOf,
+    grown_size,
+    index_axis,
+)
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.activations import Activations
 from hyperclone_onnx.rules.dimensions import Dimensions
@@ -142,7 +153,7 @@ class ValueAxes:
         return runs if i == len(left) and j == len(right) else []
 
     def _learn_run(self, plan: list[Axis], graph: list[Term]) -> None:
-        if len(graph) != 1 or all(isinstance(part, Kept) for part in plan):
+        if len(graph) != 1 or all(isinstance(part, Kept | FirstAndFurther) for part in plan):
             return
         resolved = self.dimensions.space.resolve(graph[0])
         if isinstance(resolved, Dim):
@@ -185,7 +196,7 @@ def value_axes(dimensions: Dimensions, plan: Plan, planned: Activations | None =
 
 def names_in(axis: Axis) -> list[str]:
     """The dimensions of which an axis of the plan consists."""
-    if isinstance(axis, Named):
+    if isinstance(axis, Named | FirstAndFurther):
         return [axis.name]
     return [name for part in axis.parts for name in names_in(part)] if not isinstance(axis, Kept) else []
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from hyperclone_onnx.analysis.trainable import Reasons, overridden, structural_roles
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.compiling.blocks import with_blocks
@@ -15,7 +16,6 @@ from hyperclone_onnx.frameworks.compiling.compiler import compile_program
 from hyperclone_onnx.frameworks.compiling.naming import paths
 from hyperclone_onnx.frameworks.compiling.preparation import prepare, prepare_model
 from hyperclone_onnx.frameworks.compiling.program import Program, Weight
-from hyperclone_onnx.frameworks.compiling.trainable import Reasons, overridden, structural_roles
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.rewriting.rewriting import check_fits, rewrite
 from hyperclone_onnx.transforms.source import source_of

@@ -188,6 +188,17 @@ class Named:
 
 
 @dataclass(frozen=True)
+class FirstAndFurther:
+    """A growing dimension of two tensors that are joined along it: first copies are the first's, further the second's.
+
+    The joined axis is twice as long as the dimension. The power is that of `Named`.
+    """
+
+    name: str
+    power: float = 0
+
+
+@dataclass(frozen=True)
 class ProductOf:
     """Factors of an axis, outermost first."""
 
@@ -201,7 +212,7 @@ class ConcatOf:
     parts: tuple[Axis, ...]
 
 
-Axis = Kept | Named | ProductOf | ConcatOf
+Axis = Kept | Named | FirstAndFurther | ProductOf | ConcatOf
 Maps = Mapping[str, SourceMap]
 
 
@@ -209,6 +220,7 @@ def axis_to_json(axis: Axis) -> Any:
     """An axis as plain data: a size, a name, or ``{"product": [...]}`` / ``{"concat": [...]}``.
 
     A name whose power is not 0 becomes ``{"stretched": name, "power": power}``; a fill is added as ``"fill": "mean"``.
+    A dimension of two joined tensors becomes ``{"further": name}``, with its power if that is not 0.
     """
     match axis:
         case Kept(size):
@@ -216,6 +228,8 @@ def axis_to_json(axis: Axis) -> Any:
         case Named(name, power, fill):
             data = {"stretched": name, "power": power, "fill": fill}
             return name if power == 0 and fill is None else {k: value for k, value in data.items() if value is not None}
+        case FirstAndFurther(name, power):
+            return {"further": name} if power == 0 else {"further": name, "power": power}
         case ProductOf(parts):
             return {"product": [axis_to_json(part) for part in parts]}
         case ConcatOf(parts):
@@ -230,6 +244,8 @@ def axis_from_json(data: Any) -> Axis:
         return Named(data)
     if "stretched" in data:
         return Named(data["stretched"], data["power"], data.get("fill"))
+    if "further" in data:
+        return FirstAndFurther(data["further"], data.get("power", 0))
     if "product" in data:
         return ProductOf(tuple(axis_from_json(part) for part in data["product"]))
     return ConcatOf(tuple(axis_from_json(part) for part in data["concat"]))
@@ -242,6 +258,8 @@ def canonical_axis(axis: Axis, maps: Maps) -> object:
             return size
         case Named(name, power, fill):
             return (maps[name], power, fill) if power or fill else maps[name]
+        case FirstAndFurther(name, power):
+            return "FirstAndFurther", maps[name], power
         case ProductOf(parts) | ConcatOf(parts):
             return type(axis).__name__, tuple(canonical_axis(part, maps) for part in parts)
 
@@ -253,6 +271,8 @@ def has_power(axis: Axis) -> bool:
             return False
         case Named(_, power, fill):
             return power != 0 or fill is not None
+        case FirstAndFurther(_, power):
+            return power != 0
         case ProductOf(parts) | ConcatOf(parts):
             return any(map(has_power, parts))
 
@@ -264,6 +284,8 @@ def with_powers(axis: Axis, factor: float) -> Axis:
             return axis
         case Named(name, power, fill):
             return Named(name, power * factor, fill)
+        case FirstAndFurther(name, power):
+            return FirstAndFurther(name, power * factor)
         case ProductOf(parts):
             return ProductOf(tuple(with_powers(part, factor) for part in parts))
         case ConcatOf(parts):
@@ -277,6 +299,8 @@ def plain(axis: Axis) -> Axis:
             return axis
         case Named(name):
             return Named(name)
+        case FirstAndFurther(name):
+            return FirstAndFurther(name)
         case ProductOf(parts):
             return ProductOf(tuple(map(plain, parts)))
         case ConcatOf(parts):
@@ -286,7 +310,7 @@ def plain(axis: Axis) -> Axis:
 def fills_of(axis: Axis) -> set[Fill]:
     """What stands at indices of an axis that are no copies; empty where all are copies."""
     match axis:
-        case Kept():
+        case Kept() | FirstAndFurther():
             return set()
         case Named(_, _, fill):
             return set() if fill is None else {fill}
@@ -299,7 +323,7 @@ def grown_size(axis: Axis, maps: Maps) -> int:
     match axis:
         case Kept(size):
             return size
-        case Named(name):
+        case Named(name) | FirstAndFurther(name):
             return maps[name].grown
         case ProductOf(parts):
             return math.prod(grown_size(part, maps) for part in parts)
@@ -314,6 +338,8 @@ def source_size(axis: Axis, maps: Maps) -> int:
             return size
         case Named(name):
             return maps[name].size
+        case FirstAndFurther(name):
+            return 2 * maps[name].size
         case ProductOf(parts):
             return math.prod(source_size(part, maps) for part in parts)
         case ConcatOf(parts):
@@ -439,6 +465,12 @@ def _index(axis: Axis, shared: bool, maps: Maps) -> AxisIndex:
                 return AxisIndex(m.size, m.size, m.indices, m.indices, m.numbers, m.counts, zero, one, stretch)
             grown = np.arange(m.grown, dtype=np.int64)
             return AxisIndex(m.size, m.grown, m.indices, grown, zero, one, m.numbers, m.counts, stretch)
+        case FirstAndFurther(name, power):
+            m = maps[name]
+            zero, one, grown = _constant(0, m.grown), _constant(1, m.grown), np.arange(m.grown, dtype=np.int64)
+            source = m.indices + m.size * np.minimum(m.numbers, 1)
+            stretch = m.stretch**power if power else None
+            return AxisIndex(2 * m.size, m.grown, source, grown, zero, one, m.numbers, m.counts, stretch)
         case ProductOf(parts):
             return index_axis([(part, shared) for part in parts], maps)
         case ConcatOf(parts):

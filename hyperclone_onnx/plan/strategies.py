@@ -38,6 +38,8 @@ class Law:
     """Whether noise is added that sums to zero over the repeats."""
     extra_from_next_layer: ClassVar[bool] = False
     """Whether the extra copies of a tensor's outputs come from the next layer's tensor of the same kind."""
+    draws_the_rest: ClassVar[bool] = False
+    """Whether a weight is there once, and all numbers beside it are drawn. Nothing is then shared or divided."""
     shares_equally: ClassVar[bool]
     """Whether each of n repeats takes 1 / n of the weight. Otherwise `takes_whole` says which one takes all of it."""
 
@@ -146,6 +148,24 @@ class Aki(Symmetric):
         return True
 
 
+class CopyFresh(Law):
+    """The source stands in the first rows and columns of each weight; all other numbers are drawn anew.
+
+    They are normally distributed with the mean and the standard deviation of the source tensor's numbers. This is how
+    the training of a large model usually begins from a small one without cloning. It changes the function.
+    """
+
+    name = "copy-fresh"
+    preserves = False
+    draws_the_rest = True
+    shares_equally = False
+
+    @property
+    def adds_up(self) -> bool:
+        """There are no shares, so that every number of the file can be compared."""
+        return True
+
+
 _laws: dict[str, Law] = {}
 
 
@@ -161,15 +181,15 @@ def register(law: Law) -> Law:
     return law
 
 
-for _law in (Symmetric(), Diagonal(), NoisySymmetric(), NoisyDiagonal(), Fpi(), Aki()):
+for _law in (Symmetric(), Diagonal(), NoisySymmetric(), NoisyDiagonal(), Fpi(), Aki(), CopyFresh()):
     register(_law)
 
 StrategyName = Literal["symmetric", "diagonal", "noisy-symmetric", "noisy-diagonal"]
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 """HyperCloning's laws."""
 
-OFFERED: tuple[str, ...] = (*STRATEGIES, "fpi", "aki")
-"""The names that the command line offers: HyperCloning's laws, and those of bert2BERT."""
+OFFERED: tuple[str, ...] = (*STRATEGIES, "fpi", "aki", "copy-fresh")
+"""The names that the command line offers: HyperCloning's laws, those of bert2BERT, and plain copying."""
 
 
 @dataclass(frozen=True)

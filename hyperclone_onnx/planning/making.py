@@ -45,7 +45,7 @@ def make_plan(
     """
     dimensions, terms = growth.dimensions, growth.terms
     chosen = strategy or Strategy()
-    division = divide_sums(growth, untie)
+    division = Division() if chosen.law.draws_the_rest else divide_sums(growth, untie)
     tensors, feeds = _tensors(growth, division, chosen)
     edits = [*division.edits, *_node_edits(growth, terms)]
     roles = {dim.name: dim.role for dim in growth.named}

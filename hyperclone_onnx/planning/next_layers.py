@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.layers.stacks import find_stacks
-from hyperclone_onnx.plan.maps import Kept, Maps, Named, source_size
+from hyperclone_onnx.plan.maps import FirstAndFurther, Kept, Maps, Named, source_size
 from hyperclone_onnx.plan.origins import Joined
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
@@ -19,7 +19,8 @@ def with_next_layers(model: ir.Model, plan: Plan) -> Plan:
     """The plan, in which some laws take the extra copies of a tensor's outputs from the next layer.
 
     A tensor of the last layer, and one that has no counterpart in the next layer, takes its own. So does a tensor whose
-    outputs do not grow by one whole factor, such as queries, keys and values in one tensor.
+    outputs are several dimensions that grow, such as queries, keys and values in one tensor, and one that is filled up
+    with means.
 
     Raises:
         Refused: the graph has no layers, or there is no tensor that could take anything from the next one.
@@ -44,7 +45,7 @@ def with_next_layers(model: ir.Model, plan: Plan) -> Plan:
         law = plan.strategy_of(wanting[0]).name
         raise Refused(
             f"the strategy {law!r} takes extra copies from the next layer, and this graph has no layers whose tensors "
-            "grow by whole factors: choose another strategy"
+            "can take them: choose another strategy"
         )
     return replace(plan, tensors=tensors)
 
@@ -58,7 +59,7 @@ def from_next_layer(plan: Plan) -> int:
 
 
 def _joined(recipe: Recipe, other: str, maps: Maps) -> Recipe | None:
-    """The recipe of the stored tensor and, behind it, another one; None if the outputs do not grow by one factor."""
+    """The recipe of a stored tensor whose further outputs are another one's; None if these are no single dimension."""
     own = recipe.source
     growing = [
         (axis, position)
@@ -70,9 +71,13 @@ def _joined(recipe: Recipe, other: str, maps: Maps) -> Recipe | None:
         return None
     axis = growing[0][0]
     factor = recipe.axes[axis][0]
-    times = maps[factor.name].tile if isinstance(factor, Named) else None
-    if times is None or any(shared_axis == axis for shared_axis, _ in recipe.shared):
+    if not isinstance(factor, Named) or factor.fill or any(shared_axis == axis for shared_axis, _ in recipe.shared):
         return None
+    times = maps[factor.name].tile
+    if times is None:
+        two = (FirstAndFurther(factor.name, factor.power), *recipe.axes[axis][1:])
+        axes = tuple(two if number == axis else factors for number, factors in enumerate(recipe.axes))
+        return replace(recipe, origin=Joined((own, other), axis), axes=axes)
     length = math.prod(source_size(part, maps) for part in recipe.axes[axis])
     axes = tuple((Kept(length * times),) if number == axis else factors for number, factors in enumerate(recipe.axes))
     return replace(recipe, origin=Joined((own, *[other] * (times - 1)), axis), axes=axes)

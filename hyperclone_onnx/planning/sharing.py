@@ -37,11 +37,11 @@ LARGEST_SUM, LARGEST_PRODUCT = 2**31 - 1, 255 * 255
 class Division:
     """What divides the sums over grown axes."""
 
-    marks: Mapping[Use, Marks]
+    marks: Mapping[Use, Marks] = field(default_factory=dict)
     """For a use of a stored tensor, the growing axes along which the repeats share the tensor."""
-    scales: Mapping[Use, float]
+    scales: Mapping[Use, float] = field(default_factory=dict)
     """For a use of a stored tensor, the number that multiplies the tensor."""
-    edits: tuple[Edit, ...]
+    edits: tuple[Edit, ...] = ()
     """The divisions that are put into the graph, and the multiplications that stretch values in it."""
     stretches: Stretches = field(default_factory=Stretches)
     """Which values and which uses of stored tensors are stretched."""

@@ -78,7 +78,8 @@ class GrownTensor:
     def is_copy(self) -> bool:
         """Whether every element is bit by bit an element of the source."""
         scaled = self.recipe.scale != 1.0 or self.recipe.is_stretched
-        return not self.is_shared and not scaled and self.dtype == self.source.dtype
+        drawn = self.strategy.law.draws_the_rest
+        return not self.is_shared and not scaled and not drawn and self.dtype == self.source.dtype
 
     @cached_property
     def table(self) -> Table:

@@ -1,11 +1,14 @@
-"""The level of the noise on a tensor: the root mean square of its weights, lowered by the requested decibels."""
+"""The level of the noise on a tensor, and the mean and deviation of numbers that are drawn beside its own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.source_table import SourceTable
@@ -36,9 +39,7 @@ class NoiseLevel:
     def _squares(self) -> tuple[float, int]:
         """The sum of the squares of all finite weights, and the number of these weights."""
         scratch, total, counted = Scratch(), 0.0, 0
-        step = max(1, BLOCK // max(1, self.source.width))
-        for first in range(0, self.source.height if self.source.width else 0, step):
-            rows = self.source.read(first, min(step, self.source.height - first), 0, self.source.width, scratch)
+        for rows in _blocks(self.source, scratch):
             squares = np.square(rows, out=scratch.array("squares", rows.shape, np.float64), dtype=np.float64)
             if not math.isfinite(summed := float(squares.sum())):
                 squares = squares[np.isfinite(squares)]
@@ -52,6 +53,35 @@ class NoiseLevel:
         total, counted = self._squares()
         if not counted:
             return 0.0
-        mantissa, exponent = math.frexp(math.sqrt(total / counted))
-        rounded = math.ldexp(round(mantissa * STEPS) / STEPS, exponent)
-        return float(rounded * 10.0 ** (-self.snr_db / 20.0))
+        return float(_rounded(math.sqrt(total / counted)) * 10.0 ** (-self.snr_db / 20.0))
+
+
+def mean_and_deviation(source: SourceTable) -> tuple[float, float]:
+    """The mean and the standard deviation of all finite numbers of a tensor. The whole tensor is read."""
+    total, squares, counted = 0.0, 0.0, 0
+    for rows in _blocks(source, Scratch()):
+        numbers = rows[np.isfinite(rows)].astype(np.float64)
+        total, squares, counted = (
+            total + float(numbers.sum()),
+            squares + float(numbers @ numbers),
+            counted + len(numbers),
+        )
+    if not counted:
+        return 0.0, 0.0
+    mean = total / counted
+    variance = squares / counted - mean * mean
+    # Rounding leaves a little of the variance of numbers that are all equal.
+    deviation = math.sqrt(variance) if variance > 1e-12 * mean * mean else 0.0
+    return _rounded(mean), _rounded(deviation)
+
+
+def _blocks(source: SourceTable, scratch: Scratch) -> Iterator[npt.NDArray[Any]]:
+    """All rows of a tensor, some at a time."""
+    step = max(1, BLOCK // max(1, source.width))
+    for first in range(0, source.height if source.width else 0, step):
+        yield source.read(first, min(step, source.height - first), 0, source.width, scratch)
+
+
+def _rounded(number: float) -> float:
+    mantissa, exponent = math.frexp(number)
+    return math.ldexp(round(mantissa * STEPS) / STEPS, exponent)

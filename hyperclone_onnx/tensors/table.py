@@ -20,7 +20,9 @@ import onnx_ir as ir
 from hyperclone_onnx.plan.maps import Maps, fills_of, join_axes
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
-from hyperclone_onnx.tensors.noise_level import NoiseLevel
+from hyperclone_onnx.tensors.fresh import Fresh
+from hyperclone_onnx.tensors.noise import key_of
+from hyperclone_onnx.tensors.noise_level import NoiseLevel, mean_and_deviation
 from hyperclone_onnx.tensors.packing import pack
 from hyperclone_onnx.tensors.scratch import PAGE, Scratch
 from hyperclone_onnx.tensors.shares import Block, Columns, Sharer
@@ -82,6 +84,15 @@ class Table:
         return Sharer(self.strategy, self.dtype, self.recipe.noise_name, spread)
 
     @cached_property
+    def _fresh(self) -> Fresh | None:
+        """Draws the numbers beside the source's; None where the law repeats the source."""
+        if not self.strategy.law.draws_the_rest or not self.recipe.grows:
+            return None
+        mean, deviation = mean_and_deviation(self.source)
+        work = np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32
+        return Fresh(key_of(self.recipe.noise_name, self.strategy.seed, 0), mean, deviation, work)
+
+    @cached_property
     def rows_stretch(self) -> Array | None:
         """The factor of each source row; None where all are 1."""
         return self.rows.source_stretch
@@ -130,6 +141,10 @@ class Table:
         """
         values = self.values(runs[0], columns, scratch)
         sharer = self._sharer
+        if self._fresh is not None:
+            for run in runs:
+                yield self._cast(self._fresh.beside(values, run, columns, scratch), scratch), [run]
+            return
         if sharer is None:
             yield self._cast(values, scratch), list(runs)
             return

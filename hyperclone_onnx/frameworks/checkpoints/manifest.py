@@ -12,8 +12,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from hyperclone_onnx.analysis.trainable import Role
 from hyperclone_onnx.errors import BadModel
-from hyperclone_onnx.frameworks.compiling.program import Program, Role
+from hyperclone_onnx.frameworks.compiling.program import Program
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.training_recipe import fan_in_growth
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from hyperclone_onnx.analysis.trainable import Role
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.compiling import registry
 from hyperclone_onnx.frameworks.compiling.host_values import HostValues, always_goes_on
@@ -24,7 +25,6 @@ from hyperclone_onnx.frameworks.compiling.program import (
     Operand,
     Program,
     Repeat,
-    Role,
     Step,
     Stored,
     Walk,

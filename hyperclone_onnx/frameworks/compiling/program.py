@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
-from typing import Literal as OneOf
+
+from hyperclone_onnx.analysis.trainable import Role
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,6 @@ class Body:
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
     outputs: tuple[Operand, ...]
-
-
-Role = OneOf["trainable", "frozen", "constant"]
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
-from hyperclone_onnx.frameworks.compiling.program import Role
 from hyperclone_onnx.graphs import MOVES_OR_CASTS, bodies_of, is_initializer
 
 LAYOUT = MOVES_OR_CASTS | frozenset("Concat Cos Expand Neg Sin Slice Split Tile".split())
@@ -52,6 +52,9 @@ PARAMETERS = frozenset(
     """.split()
 )
 """Operators whose stored inputs are parameters. Their first input may be any run-time value."""
+
+Role = Literal["trainable", "frozen", "constant"]
+"""What training does with a stored tensor. It leaves a frozen tensor as it is only because the user says so."""
 
 Reasons = dict[str, tuple[Role, str]]
 
