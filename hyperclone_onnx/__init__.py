@@ -10,8 +10,10 @@ TYPE_CHECKING = False  # not from `typing`, whose import takes longer than the s
 if TYPE_CHECKING:
     from hyperclone_onnx.analysis.analysing import Analysis, analyse
     from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, ModelsDiffer, Refused
-    from hyperclone_onnx.expansion import Expansion, expand, plan_expansion, validate_files
+    from hyperclone_onnx.expansion import Expansion, expand, plan_expansion, validate, validate_files
     from hyperclone_onnx.folders import FolderExpansion, expand_folder
+    from hyperclone_onnx.frameworks.absorb import Absorption, absorb
+    from hyperclone_onnx.frameworks.exports import HandedOver, hand_over
     from hyperclone_onnx.plan.maps import SourceMap
     from hyperclone_onnx.plan.plans import Plan
     from hyperclone_onnx.plan.recipes import Recipe
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Absorption",
     "Analysis",
     "BadModel",
     "BadRequest",
@@ -30,6 +33,7 @@ __all__ = [
     "Expansion",
     "FolderExpansion",
     "GrownTensor",
+    "HandedOver",
     "HypercloneError",
     "ModelsDiffer",
     "Plan",
@@ -38,11 +42,14 @@ __all__ = [
     "SourceMap",
     "Strategy",
     "Validation",
+    "absorb",
     "analyse",
     "expand",
     "expand_folder",
+    "hand_over",
     "plan_expansion",
     "rewrite",
+    "validate",
     "validate_files",
 ]
 
@@ -51,8 +58,10 @@ __all__ = [
 _HOMES = {
     "analysis.analysing": "Analysis analyse",
     "errors": "BadModel BadRequest CannotWrite HypercloneError ModelsDiffer Refused",
-    "expansion": "Expansion expand plan_expansion validate_files",
+    "expansion": "Expansion expand plan_expansion validate validate_files",
     "folders": "FolderExpansion expand_folder",
+    "frameworks.absorb": "Absorption absorb",
+    "frameworks.exports": "HandedOver hand_over",
     "plan.maps": "SourceMap",
     "plan.plans": "Plan",
     "plan.recipes": "Recipe",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from hyperclone_onnx import in_memory
 from hyperclone_onnx.algebra.dims import Dim
 from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters, is_code, stored_bytes
 from hyperclone_onnx.analysis.quantities import quantities
@@ -21,6 +22,7 @@ from hyperclone_onnx.errors import BadRequest, CannotWrite, ModelsDiffer, Refuse
 from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.plan.plans import Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy, StrategyRule
+from hyperclone_onnx.planning.asked import rules_of, strategy_of, whole_numbers
 from hyperclone_onnx.planning.drawing import with_drawn_tensors
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.next_layers import with_next_layers
@@ -33,7 +35,9 @@ from hyperclone_onnx.progress import Notify, Progress, tell_nobody
 from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import check_output, data_name, publication, write_text
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.in_memory import GivenModel
 from hyperclone_onnx.rewriting.rewriting import rewrite
+from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.transforms.layers import Depth, LayersAt, LayersRequest, deepened, step_for
 from hyperclone_onnx.transforms.registry import changing
@@ -42,7 +46,8 @@ from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
 from hyperclone_onnx.validation.not_finite import named_not_finite
 from hyperclone_onnx.validation.running import Pair
 from hyperclone_onnx.validation.sessions import Device
-from hyperclone_onnx.validation.validating import Mode, Validation, prepare, validate, validate_double
+from hyperclone_onnx.validation.validating import Mode, Validation, prepare, validate_double
+from hyperclone_onnx.validation.validating import validate as validate_pair
 from hyperclone_onnx.writing import onnx_files as writer
 from hyperclone_onnx.writing.onnx_files import needs_data_file
 
@@ -73,13 +78,13 @@ class SizeChange:
     """The names of its dimensions."""
 
 
-@dataclass(frozen=True)
-class Expansion:
+@dataclass(frozen=True, repr=False)
+class Expansion(Summarised):
     """The report of an expansion."""
 
     source: str
     output: str | None
-    """None if no model was to be written."""
+    """None if no file was to be written."""
     plan: Plan
     kept: list[Kept]
     parameters_before: int
@@ -98,6 +103,9 @@ class Expansion:
     """The names of the written files, the model first and then its data files, with their sizes in bytes."""
     likeness: Likeness | None = None
     """The target whose sizes were requested, if one was."""
+    model: Any = None
+    """The grown model, where `expand` got no output path: an ``onnx_ir.Model`` if the source was one, else an
+    ``onnx.ModelProto``."""
 
     @property
     def compared(self) -> list[Compared]:
@@ -115,6 +123,19 @@ class Expansion:
             for side in (before, after)
         )
         return self.likeness.compared(*sides)
+
+    def summary(self) -> Summary:
+        """What grew, and whether the result is equal to its source."""
+        grown = [change for change in self.sizes if change.after != change.before]
+        rows = [(change.name, change.before, change.after) for change in grown] + [
+            (dimension.name, dimension.size, dimension.reason) for dimension in self.kept
+        ]
+        where = self.output or ("in memory" if self.model is not None else "not written")
+        verdict = "not validated" if self.validation is None else self.validation.verdict
+        line = (
+            f"{self.source} -> {where}, {self.parameters_before:,} -> {self.parameters_after:,} parameters, {verdict}"
+        )
+        return Summary(line, ("dimension", "from", "to, or why not"), rows)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, without the recipes of the tensors."""
@@ -154,12 +175,12 @@ class Expansion:
 
 def plan_expansion(
     analysis: Analysis,
-    factor: float = 1,
-    requests: Mapping[str, int] | None = None,
+    factor: float | None = None,
+    requests: Mapping[str, float] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
-    strategy: Strategy | None = None,
+    strategy: Strategy | str | None = None,
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, float] | None = None,
     like: str | os.PathLike[str] | None = None,
     strategies: Sequence[StrategyRule] = (),
     untie: bool = False,
@@ -172,13 +193,13 @@ def plan_expansion(
         BadRequest: the request does not fit the model (see `planning.request.size`).
         Refused: the model cannot grow in this way (see `planning.request.size` and `planning.making.make_plan`).
     """
-    request = _Request(
+    request = _Request.of(
         factor,
         requests,
         maps,
         strategy,
-        untie,
-        keep_interface,
+        untie=untie,
+        keep_interface=keep_interface,
         allow_change=allow_change,
         sizes=sizes,
         like=like,
@@ -192,14 +213,14 @@ class _Request:
     """The request of a growth. Its fields are arguments of `expand`."""
 
     factor: float
-    requests: Mapping[str, int] | None
+    requests: Mapping[str, int]
     maps: Mapping[str, SourceMap] | None
     strategy: Strategy | None
     untie: bool
     keep_interface: bool
     transforms: Sequence[TransformStep] = ()
     allow_change: bool = False
-    sizes: Mapping[str, int] | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
     like: str | os.PathLike[str] | None = None
     strategies: Sequence[StrategyRule] = ()
     recipe: Mapping[str, Any] | None = None
@@ -207,6 +228,37 @@ class _Request:
     layers: LayersRequest | None = None
     depth: Depth = "identity"
     layers_at: LayersAt = "even"
+
+    @staticmethod
+    def of(
+        factor: float | None,
+        requests: Mapping[str, float] | None,
+        maps: Mapping[str, SourceMap] | None,
+        strategy: Strategy | str | None,
+        *,
+        sizes: Mapping[str, float] | None,
+        strategies: Sequence[StrategyRule],
+        **others: Any,
+    ) -> _Request:
+        """The request that is meant by arguments as people write them.
+
+        Raises:
+            BadRequest: an argument is wrong, or all are missing that say how much to grow.
+        """
+        parts = (requests, maps, sizes, others.get("like"), others.get("layers"), others.get("transforms"))
+        if factor is None and not any(part is not None and part != () for part in parts):
+            raise BadRequest(
+                'say how much to grow: factor=2, requests={"ffn": 2}, sizes={"hidden": 960}, like=TARGET or layers=32'
+            )
+        return _Request(
+            1 if factor is None else factor,
+            whole_numbers(requests, "requests", "factor"),
+            maps,
+            strategy_of(strategy),
+            sizes=whole_numbers(sizes, "sizes", "size"),
+            strategies=rules_of(strategies),
+            **others,
+        )
 
     def __post_init__(self) -> None:
         default = self.strategy or Strategy()
@@ -231,7 +283,7 @@ class _Request:
         factor = whole_or_fraction(self.factor)
         data: dict[str, Any] = {
             "factor": factor if isinstance(factor, int) else float(factor),
-            "requests": dict(self.requests or {}),
+            "requests": dict(self.requests),
             "maps": {
                 name: {"size": source_map.size, **source_map.to_json()}
                 for name, source_map in (self.maps or {}).items()
@@ -240,7 +292,7 @@ class _Request:
             "keep_interface": self.keep_interface,
         }
         if self.sizes:  # the digest of a request without sizes is what it was before there were sizes
-            data["sizes"] = {name: int(wanted) for name, wanted in self.sizes.items()}
+            data["sizes"] = dict(self.sizes)
         if self.strategies:
             data["strategies"] = [rule.to_json() for rule in self.strategies]
         return data
@@ -254,7 +306,7 @@ def _with_target(analysis: Analysis, request: _Request) -> tuple[_Request, Liken
         raise BadRequest("a factor and a target contradict each other: leave one of the two out")
     target = read_target(request.like)
     likeness = like_target(analysis, target)
-    return replace(request, sizes={**likeness.sizes, **(request.sizes or {})}), likeness
+    return replace(request, sizes={**likeness.sizes, **request.sizes}), likeness
 
 
 def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
@@ -326,15 +378,15 @@ def _planned(
 
 
 def expand(
-    model: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    factor: float = 1,
-    requests: Mapping[str, int] | None = None,
+    model: GivenModel,
+    output: str | os.PathLike[str] | None = None,
+    factor: float | None = None,
+    requests: Mapping[str, float] | None = None,
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, float] | None = None,
     like: str | os.PathLike[str] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
-    strategy: Strategy | None = None,
+    strategy: Strategy | str | None = None,
     strategies: Sequence[StrategyRule] = (),
     untie: bool = False,
     keep_interface: bool = False,
@@ -355,11 +407,12 @@ def expand(
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Expansion:
-    """Grow a model file into a larger one. The new file appears only after it has been validated.
+    """Grow a model into a larger one. The new file appears only after it has been validated.
 
     Args:
-        model: the source file.
+        model: the path of the source, an ``onnx.ModelProto`` or an ``onnx_ir.Model``. It is not changed.
         output: the file to write. Weights that are too large for one protobuf are written to `output` + ".data".
+            Without it, the report has the grown model as ``report.model``, with all its weights in memory.
         factor: the factor of hidden, ffn, heads and other widths. A fraction gives the nearest whole sizes.
         requests: a factor by role or by dimension, e.g. ``{"head_dim": 2, "heads": 1}``.
         sizes: a size by role or by dimension, e.g. ``{"hidden": 960, "heads": 15}``. It replaces both factors.
@@ -398,51 +451,100 @@ def expand(
         CannotWrite: an output file cannot be written.
         ModelsDiffer: the grown model does not compute the same. No file is published.
     """
-    say = notify or tell_nobody
-    out, mode, clock = Path(output), _mode(check, precision), _Clock()
-    request = _Request(
+    in_memory.check_output(output)
+    request = _Request.of(
         factor,
         requests,
         maps,
         strategy,
-        untie,
-        keep_interface,
-        transforms,
-        allow_change,
-        sizes,
-        like,
-        strategies,
-        recipe,
-        layers,
-        depth,
-        layers_at,
+        untie=untie,
+        keep_interface=keep_interface,
+        transforms=transforms,
+        allow_change=allow_change,
+        sizes=sizes,
+        like=like,
+        strategies=strategies,
+        recipe=recipe,
+        layers=layers,
+        depth=depth,
+        layers_at=layers_at,
     )
-    planned = _planned(model, out, request, plan_out, say, clock)
+    run = _Run(
+        _mode(check, precision),
+        precision,
+        device,
+        max_shard_size,
+        workers,
+        plan_out,
+        inputs,
+        dims,
+        progress,
+        notify or tell_nobody,
+    )
+    with in_memory.files(model, output) as files:
+        result = _expanded(files.source, files.output, request, run)
+        if output is None:
+            result = replace(result, output=None, files={}, model=files.grown())
+        return replace(result, source=files.source_name)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How a growth is written and validated. The fields are arguments of `expand`."""
+
+    mode: Mode | None
+    precision: Precision
+    device: Device
+    max_shard_size: int | None
+    workers: int | None
+    plan_out: str | os.PathLike[str] | None
+    inputs: Inputs | None
+    dims: Mapping[str, int] | None
+    progress: Progress | None
+    say: Notify
+
+
+def _expanded(model: Path, out: Path, request: _Request, run: _Run) -> Expansion:
+    """Grow a model file into another file."""
+    say, clock = run.say, _Clock()
+    planned = _planned(model, out, request, run.plan_out, say, clock)
     analysis, plan, big = planned.analysis, planned.plan, planned.big
     _check_room(out, analysis.model, big)
     validation: Validation | None = None
     pair = Pair(
-        analysis.dimensions, big, plan, device, wishes_of(analysis.model, inputs, dims), _untransformed(analysis)
+        analysis.dimensions,
+        big,
+        plan,
+        run.device,
+        wishes_of(analysis.model, run.inputs, run.dims),
+        _untransformed(analysis),
     )
     prepared = None
-    if mode is not None:
+    if run.mode is not None:
         say("running the source")
-        prepared = prepare(analysis.path, pair, mode)
+        prepared = prepare(analysis.path, pair, run.mode)
         clock.lap("validate")
-    external = needs_data_file(big) or len(analysis.files) > 1 or max_shard_size is not None
-    texts = {} if plan_out is None else {Path(plan_out): _text(plan)}
+    external = needs_data_file(big) or len(analysis.files) > 1 or run.max_shard_size is not None
+    texts = {} if run.plan_out is None else {Path(run.plan_out): _text(plan)}
     with publication(out, beside=texts) as written:
         say("writing")
-        writer.save(big, written, external=external, max_shard_size=max_shard_size, workers=workers, progress=progress)
+        writer.save(
+            big,
+            written,
+            external=external,
+            max_shard_size=run.max_shard_size,
+            workers=run.workers,
+            progress=run.progress,
+        )
         clock.lap("write")
         if prepared is not None:
             say("validating")
             pair = replace(pair, grown=loading.load(written))
             try:
-                validation = validate(prepared, pair, written, workers)
+                validation = validate_pair(prepared, pair, written, run.workers)
             except Refused as problem:  # it names the file by its temporary place
                 raise Refused(str(problem).replace(str(written), str(out))) from problem
-            if precision == "float64":
+            if run.precision == "float64":
                 say("validating in float64")
                 validation = _with_float64(validation, pair, analysis.model, written.parent)
             validation = _with_not_finite(validation, analysis)
@@ -486,13 +588,13 @@ def _sizes_of_files(written: Path) -> dict[str, int]:
 
 def plan_file(
     model: str | os.PathLike[str],
-    factor: float = 1,
-    requests: Mapping[str, int] | None = None,
+    factor: float | None = None,
+    requests: Mapping[str, float] | None = None,
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, float] | None = None,
     like: str | os.PathLike[str] | None = None,
     maps: Mapping[str, SourceMap] | None = None,
-    strategy: Strategy | None = None,
+    strategy: Strategy | str | None = None,
     strategies: Sequence[StrategyRule] = (),
     untie: bool = False,
     keep_interface: bool = False,
@@ -508,13 +610,13 @@ def plan_file(
 
     The arguments and errors are those of `expand`. The plan is written to `plan_out` if that is given.
     """
-    request = _Request(
+    request = _Request.of(
         factor,
         requests,
         maps,
         strategy,
-        untie,
-        keep_interface,
+        untie=untie,
+        keep_interface=keep_interface,
         allow_change=allow_change,
         sizes=sizes,
         like=like,
@@ -640,9 +742,9 @@ class _Clock:
         self.last = now
 
 
-def validate_files(
-    small: str | os.PathLike[str],
-    big: str | os.PathLike[str],
+def validate(
+    small: GivenModel,
+    big: GivenModel,
     device: Device = "auto",
     seed: int = 0,
     mode: Mode = "auto",
@@ -651,41 +753,52 @@ def validate_files(
     inputs: Inputs | None = None,
     dims: Mapping[str, int] | None = None,
 ) -> Validation:
-    """Compare a grown model file with its source, with the weights as the files store them.
+    """Compare a grown model with its source, with the weights as they are stored.
 
     Args:
-        small: the source file.
-        big: the grown file.
+        small: the source: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+        big: what was grown from it, in one of these forms.
         device: the device on which both models run.
-        seed: the seed of the inputs.
+        seed: the seed of the random inputs.
         mode: how to validate: "full", "algebraic" or "auto" (see `validation`).
         workers: the number of processes that compare tensors.
-
-    Returns:
-        The validation, with notes if the grown file has no plan, or the plan of another source.
-
-    Args:
-        small: the source.
-        big: what was grown from it.
-        device: where to run.
-        seed: of the random inputs.
-        mode: how much is done.
-        workers: processes that compare tensors.
         inputs: the source's inputs: a path (see `validation.inputs.given`), or arrays by input.
         dims: numbers for the symbolic sizes of the source's inputs, by name.
 
+    Returns:
+        The validation, with notes if the grown model has no plan, or the plan of another source.
+
     Raises:
-        BadModel: one of the files cannot be read.
+        BadModel: one of the models cannot be read.
         Refused, BadRequest: see `validation.validating.prepare`.
     """
+    with in_memory.pair_of_files(small, big) as (source, grown):
+        return _validated(source, grown, device, seed, mode, workers, inputs, dims)
+
+
+validate_files = validate
+"""The name of `validate` when it took only files."""
+
+
+def _validated(
+    small: Path,
+    big: Path,
+    device: Device,
+    seed: int,
+    mode: Mode,
+    workers: int | None,
+    inputs: Inputs | None,
+    dims: Mapping[str, int] | None,
+) -> Validation:
+    """Compare a grown model file with its source."""
     grown = loading.load(big)
     plan = Plan.carried_by(grown.metadata_props)
     analysis = analyse(small, () if plan is None else plan.transforms)
     if plan is None:
-        _check_order(Path(small), Path(big))
+        _check_order(small, big)
     wishes = wishes_of(analysis.model, inputs, dims, seed)
     pair = Pair(analysis.dimensions, grown, plan, device, wishes, _untransformed(analysis))
-    result = validate(prepare(analysis.path, pair, mode), pair, big, workers)
+    result = validate_pair(prepare(analysis.path, pair, mode), pair, big, workers)
     if plan is None:
         return result.with_notes("the grown model carries no plan: its tensors were not compared, only its outputs")
     if plan.source:

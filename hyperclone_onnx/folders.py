@@ -26,14 +26,16 @@ from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.errors import BadModel, BadRequest, HypercloneError, NothingGrows, Refused
 from hyperclone_onnx.expansion import Expansion, expand, plan_file
+from hyperclone_onnx.planning.asked import whole_numbers
 from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.summaries import Summarised, Summary
 
 
-@dataclass
-class FolderExpansion:
+@dataclass(repr=False)
+class FolderExpansion(Summarised):
     """What growing a folder did; `models` by path within the folder."""
 
     source: str
@@ -47,6 +49,14 @@ class FolderExpansion:
     """Configurations that were grown, with the fields that changed and their values before and after."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Files of the small model that would be wrong beside the grown one, with the reason."""
+
+    def summary(self) -> Summary:
+        """The models that grew, with their parameters."""
+        rows = [
+            (name, f"{model.parameters_before:,}", f"{model.parameters_after:,}") for name, model in self.models.items()
+        ]
+        line = f"{self.source} -> {self.output}, {len(rows)} models grew, {len(self.unchanged)} are unchanged"
+        return Summary(line, ("model", "parameters", "grown"), rows)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -64,10 +74,10 @@ class FolderExpansion:
 def expand_folder(
     folder: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    factor: float = 1,
-    requests: Mapping[str, int] | None = None,
+    factor: float | None = None,
+    requests: Mapping[str, float] | None = None,
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, float] | None = None,
     exclude: Sequence[str] = (),
     notify: Notify | None = None,
     **options: Any,
@@ -105,8 +115,8 @@ def expand_folder(
         if not models:
             raise BadModel(f"{folder}: no .onnx file in this folder")
         work = _Work(FolderExpansion(str(folder), str(out)), source, partial, factor, notify or tell_nobody, options)
-        work.requests = _by_model(source, models, requests or {})
-        work.sizes = _by_model(source, models, sizes or {})
+        work.requests = _by_model(source, models, whole_numbers(requests, "requests", "factor"))
+        work.sizes = _by_model(source, models, whole_numbers(sizes, "sizes", "size"))
         work.data = {model: _data_of(source / model) for model in models}
         no_others = set[Path]().union(*work.data.values(), _data_of_models_left_out(source, left_out))
         others = [file for file in files if file not in models and (source / file).resolve() not in no_others]
@@ -125,7 +135,7 @@ class _Work:
     source: Path
     partial: Path
     """The folder that becomes the output."""
-    factor: float
+    factor: float | None
     say: Notify
     options: Mapping[str, Any]
     requests: dict[Path, dict[str, int]] = field(default_factory=dict)

@@ -490,10 +490,9 @@ def test_the_public_names() -> None:
     assert (
         sorted(hyperclone_onnx.__all__)
         == (
-            "Analysis BadModel BadRequest CannotWrite Expansion FolderExpansion GrownTensor HypercloneError "
-            "ModelsDiffer Plan Recipe Refused SourceMap Strategy Validation analyse expand expand_folder "
-            "plan_expansion rewrite "
-            "validate_files"
+            "Absorption Analysis BadModel BadRequest CannotWrite Expansion FolderExpansion GrownTensor HandedOver "
+            "HypercloneError ModelsDiffer Plan Recipe Refused SourceMap Strategy Validation absorb analyse expand "
+            "expand_folder hand_over plan_expansion rewrite validate validate_files"
         ).split()
     )
     assert all(hasattr(hyperclone_onnx, name) for name in hyperclone_onnx.__all__)

@@ -13,7 +13,7 @@ import hyperclone_onnx
 ROOT = Path(hyperclone_onnx.__file__).parent
 
 ORDER = """
-errors progress
+errors progress summaries
 algebra
 plan
 graphs
@@ -29,6 +29,7 @@ planning
 rewriting
 writing
 validation
+in_memory
 expansion
 folders
 diagnosis

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
-from hyperclone_onnx.analysis.roles import NamedDim, name_dimensions
+from hyperclone_onnx.analysis.roles import NamedDim, explain, name_dimensions
 from hyperclone_onnx.analysis.walk import infer, pin_interface
 from hyperclone_onnx.plan.plans import TransformStep
 from hyperclone_onnx.reading.defaults import defaults_of
+from hyperclone_onnx.reading.in_memory import GivenModel
 from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.system.stamps import Stamp
 from hyperclone_onnx.transforms.source import source_of
 
 
-@dataclass(frozen=True)
-class Analysis:
+@dataclass(frozen=True, repr=False)
+class Analysis(Summarised):
     """A source model, normalised and transformed, and its dimensions."""
 
     path: Path
@@ -40,15 +41,31 @@ class Analysis:
         """All dimensions, with their roles and names."""
         return name_dimensions(self.dimensions)
 
+    def summary(self) -> Summary:
+        """The dimensions that have a role, and why some keep their sizes."""
+        named = [dimension for dimension in self.named if dimension.role != "other"]
+        rows = [
+            (dimension.label or dimension.name, dimension.size, explain(self.dimensions, dimension.dim))
+            if dimension.dim.pin is not None
+            else (dimension.label or dimension.name, dimension.size, "")
+            for dimension in named
+        ]
+        line = f"{self.path}, {count_parameters(self.model):,} parameters, {len(named)} dimensions"
+        return Summary(line, ("dimension", "size", "keeps its size because"), rows)
 
-def analyse(path: str | os.PathLike[str], transforms: Iterable[TransformStep] = ()) -> Analysis:
+
+def analyse(model: GivenModel, transforms: Iterable[TransformStep] = ()) -> Analysis:
     """Read a model, normalise it, apply the transforms, and find its dimensions.
+
+    Args:
+        model: the path of a file, an ``onnx.ModelProto`` or an ``onnx_ir.Model``. It is not changed.
+        transforms: the transforms, in order.
 
     Raises:
         BadModel: the file is not a readable, complete ONNX model.
         Refused: its opset is too old, or one of its nodes does not fit the specification of its operator.
     """
-    source = source_of(path, transforms)
+    source = source_of(model, transforms)
     dimensions = infer(source.model)
     pin_interface(dimensions)
     return Analysis(source.path, source.model, dimensions, source.stamps, source.transforms)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from hyperclone_onnx.summaries import Summarised, Summary
+
 SCHEMA = 1
 """The version of the data that `Diagnosis.to_json` returns."""
 
@@ -98,8 +100,8 @@ class PartDiagnosis:
     verdict: Verdict
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Summarised):
     """How far the clones of a grown model differ. `docs/diagnose.md` defines every number."""
 
     model: str
@@ -125,6 +127,11 @@ class Diagnosis:
     ran_on: str
     """The provider that ran the model, and the inputs."""
     notes: tuple[str, ...]
+
+    def summary(self) -> Summary:
+        """The conclusion, and the verdict on each layer."""
+        rows = [(part.name, part.tensors, part.verdict) for part in self.layers]
+        return Summary(f"{self.model}: {self.conclusion}", ("layer", "tensors", "clones"), rows)
 
     def to_json(self) -> dict[str, Any]:
         """The diagnosis as plain data. Numbers that are not finite, and so were not measured, become None."""

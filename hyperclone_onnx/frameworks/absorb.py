@@ -23,6 +23,7 @@ from hyperclone_onnx.frameworks.compiling.program import Weight
 from hyperclone_onnx.frameworks.parity import check_parity
 from hyperclone_onnx.publishing.publication import check_output, publication
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.writing import onnx_files as writer
 from hyperclone_onnx.writing.onnx_files import needs_data_file
@@ -35,8 +36,8 @@ HUGGING_FACE = "hyperclone_onnx.json"
 """The file that `handoff --to hf` adds to a checkpoint. It says which tensor belongs to which initializer."""
 
 
-@dataclass(frozen=True)
-class Absorption:
+@dataclass(frozen=True, repr=False)
+class Absorption(Summarised):
     """The initializers that `absorb` replaced, and the parameters that the weights did not contain."""
 
     replaced: list[str]
@@ -46,6 +47,12 @@ class Absorption:
     """How many tensors were cast, by ``trained type -> stored type``."""
     validated_by: str | None = None
     """The framework that we compared with ONNX Runtime on the written file; None without that check."""
+
+    def summary(self) -> Summary:
+        """How many weights were replaced, and which were not."""
+        checked = f"validated with {self.validated_by}" if self.validated_by else "not validated"
+        line = f"{len(self.replaced)} weights replaced, {len(self.kept)} kept, {checked}"
+        return Summary(line, ("kept",), [(name,) for name in self.kept])
 
 
 def absorb(

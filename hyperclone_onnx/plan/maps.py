@@ -7,6 +7,7 @@ expression into index vectors. The module uses only numpy and does not know ONNX
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -31,7 +32,8 @@ class SourceMap:
     may be any: ``[0 1 2 0 1]``) or `index` (any map, as the list of its source indices).
 
     Raises:
-        ValueError: not exactly one is set, a source index is not used, or `tile` or `repeat` is below 1.
+        ValueError: not exactly one is set, a number is not whole, a source index is not used, or `tile` or `repeat` is
+            below 1.
 
     >>> SourceMap(3, tile=2).indices.tolist(), SourceMap(3, repeat=2).numbers.tolist()
     ([0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 0, 1])
@@ -46,6 +48,10 @@ class SourceMap:
     cycle: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("size", "tile", "repeat", "cycle"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        if self.index is not None:
+            object.__setattr__(self, "index", tuple(_whole("an index", number) for number in self.index))
         if sum(kind is not None for kind in (self.tile, self.repeat, self.index, self.cycle)) != 1:
             raise ValueError("a source map is either a tile, a repeat, a cycle or an index")
         if self.cycle is not None and self.cycle < self.size:
@@ -134,6 +140,16 @@ class SourceMap:
         index = data.get("index")
         indices = None if index is None else tuple(index)
         return SourceMap(size, data.get("tile"), data.get("repeat"), indices, data.get("cycle"))
+
+
+def _whole(name: str, number: Any) -> int | None:
+    """A whole number, also of one of numpy's types, as an int."""
+    if number is None or type(number) is int:
+        return number
+    try:
+        return operator.index(number)
+    except TypeError as problem:
+        raise ValueError(f"{name} of a source map is {number!r}: give a whole number") from problem
 
 
 @lru_cache(maxsize=16)

@@ -13,6 +13,7 @@ from hyperclone_onnx.analysis.quantities import SIZE_ROLES, WIDTHS, widths_of
 from hyperclone_onnx.analysis.roles import NamedDim, explain, name_dimensions
 from hyperclone_onnx.errors import BadRequest, NothingGrows, Refused
 from hyperclone_onnx.plan.maps import SourceMap
+from hyperclone_onnx.planning.asked import maps_of
 from hyperclone_onnx.planning.sizes import known_names, solve_sizes
 from hyperclone_onnx.rules.dimensions import Dimensions, Fact
 from hyperclone_onnx.rules.grown_terms import GrownTerms
@@ -63,7 +64,7 @@ def size(
         dimensions: the dimensions that inference gives for the model.
         factor: the factor of the roles in `GROWN_BY_FACTOR`. A fraction gives each dimension the nearest whole size.
         requests: a factor for a role ("hidden") or for one dimension ("ffn.3"). It replaces `factor`.
-        maps: any source map for one dimension, by its name. It replaces all the others.
+        maps: any source map for one dimension, by its name, or for a role. It replaces all the others.
         sizes: a size for a role or for one dimension (see `planning.sizes`). It replaces both factors.
 
     Raises:
@@ -75,7 +76,7 @@ def size(
     named = name_dimensions(dimensions)
     times_all = whole_or_fraction(factor)
     factors = _with_plan_names(named, requests or {})
-    explicit_maps = dict(maps or {})
+    explicit_maps = maps_of(named, maps)
     wanted = dict(sizes or {})
     _check_request(named, times_all, factors, explicit_maps)
     _check_sizes(dimensions, named, wanted, factors)

@@ -44,6 +44,20 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         if foreign is None:
             raise
         raise BadModel(f"{file}: not an ONNX model but {foreign}") from problem
+    return from_message(file, proto)
+
+
+def from_message(file: Path, proto: onnx.ModelProto) -> ir.Model:
+    """The model in a message. Sparse tensors are replaced by dense ones in the message itself.
+
+    Args:
+        file: the file that the message was read from. Its data files lie beside it, and messages to people name it.
+        proto: the message.
+
+    Raises:
+        BadModel: the model is malformed, or its data files are not whole.
+        Refused: a sparse tensor is too large to be made dense.
+    """
     make_dense(str(file), proto)
     check_structure(str(file), proto)
     try:

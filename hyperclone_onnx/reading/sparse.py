@@ -32,13 +32,26 @@ def make_dense(file: str, model: onnx.ModelProto) -> None:
                 _make_attribute_dense(file, node, attribute)
 
 
+def has_sparse(model: onnx.ModelProto) -> bool:
+    """Whether a model has sparse tensors."""
+    return any(
+        (isinstance(graph, onnx.GraphProto) and graph.sparse_initializer)
+        or any(_is_sparse(attribute) for node in graph.node for attribute in node.attribute)
+        for graph in _graphs(model)
+    )
+
+
+def _is_sparse(attribute: onnx.AttributeProto) -> bool:
+    return attribute.HasField("sparse_tensor") or bool(attribute.sparse_tensors)
+
+
 def _make_attribute_dense(file: str, node: onnx.NodeProto, attribute: onnx.AttributeProto) -> None:
     if attribute.type == onnx.AttributeProto.SPARSE_TENSOR and node.op_type == "Constant":
         tensor = _dense(file, attribute.sparse_tensor)
         attribute.Clear()
         attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
         attribute.t.CopyFrom(tensor)
-    elif attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+    elif _is_sparse(attribute):
         named = f"{node.op_type} {node.name!r}"
         raise Refused(f"{file}: {named} has a sparse tensor as an attribute, which does not grow: make it dense")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.plan.plans import TransformStep
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.in_memory import IN_MEMORY, NAME, GivenModel, path_of, taken
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.system.stamps import Stamp
 from hyperclone_onnx.transforms import identity, layers  # noqa: F401  (registers them)
@@ -29,11 +29,11 @@ class Source:
     transforms: tuple[TransformStep, ...] = ()
 
 
-def source_of(path: str | os.PathLike[str], transforms: Iterable[TransformStep] = ()) -> Source:
-    """Read a source file, normalise its graph, and apply the transforms that a plan records.
+def source_of(given: GivenModel, transforms: Iterable[TransformStep] = ()) -> Source:
+    """Read a source, normalise its graph, and apply the transforms that a plan records.
 
     Args:
-        path: the model file.
+        given: the model file, or a model in memory, which is not changed.
         transforms: the steps, in order.
 
     Raises:
@@ -41,16 +41,25 @@ def source_of(path: str | os.PathLike[str], transforms: Iterable[TransformStep] 
             does not have one of the transforms.
         Refused: the opset of the model is too old, or a transform cannot be applied to it.
     """
-    file, steps = Path(path), tuple(transforms)
-    before = loading.stamps({file.resolve()}) if file.is_file() else {}
-    model = loading.load(file)
-    loading.check_unchanged(before)
-    stamps = loading.stamps(loading.source_files(file, model))
+    steps = tuple(transforms)
+    if isinstance(given, IN_MEMORY):
+        file, model, stamps = Path(NAME), taken(given), dict[Path, Stamp]()
+    else:
+        file = path_of(given)
+        model, stamps = _read(file)
     try:
         model = transformed(_normalised(model), steps)
     except (BadModel, Refused) as problem:
         raise type(problem)(f"{file}: {problem}") from problem
     return Source(file, model, stamps, steps)
+
+
+def _read(file: Path) -> tuple[ir.Model, dict[Path, Stamp]]:
+    """The model in a file, and the stamps of all files that it is read from."""
+    before = loading.stamps({file.resolve()}) if file.is_file() else {}
+    model = loading.load(file)
+    loading.check_unchanged(before)
+    return model, loading.stamps(loading.source_files(file, model))
 
 
 def _normalised(model: ir.Model) -> ir.Model:

@@ -26,6 +26,7 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.system.memory import free_memory
 from hyperclone_onnx.transforms.registry import changing
 from hyperclone_onnx.validation.chance import beyond_comparison, draws_of, with_draws_fed, with_draws_shown
@@ -64,8 +65,8 @@ class Silent(Refused):
     """Raised if no output of the source contains a finite number."""
 
 
-@dataclass(frozen=True)
-class Validation:
+@dataclass(frozen=True, repr=False)
+class Validation(Summarised):
     """The result of a validation."""
 
     provider: str
@@ -122,6 +123,23 @@ class Validation:
     def equal(self) -> bool:
         """Whether the models are equal."""
         return not self.differences
+
+    @property
+    def verdict(self) -> str:
+        """The result in a few words."""
+        if not self.preserves:
+            return f"outputs moved by up to {self.largest_change:.1e} (relative)"
+        if not self.equal:
+            return f"NOT EQUAL: {self.differences[0]}"
+        return "equal" if self.mode == "full" else "equal in what was compared"
+
+    def summary(self) -> Summary:
+        """The verdict, and the errors of each output."""
+        outputs = self.outputs if self.wide is None else self.wide
+        rows = [(output.name, f"{output.max_absolute:.1e}", f"{output.max_relative:.1e}") for output in outputs]
+        tolerance = self.tolerance if self.wide is None else self.wide_tolerance
+        line = f"{self.verdict} (validation: {self.mode}, tolerance {tolerance:.1e})"
+        return Summary(line, ("output", "max abs", "max rel"), rows)
 
     @property
     def largest_change(self) -> float:

@@ -22,6 +22,7 @@ from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.training_recipe import RECIPE, TrainingRecipe
 from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.publishing.publication import publication_folder
+from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.writing.safetensors_files import LARGEST_FILE, write_safetensors
 
@@ -31,8 +32,8 @@ CHECKPOINT = "checkpoint"
 Tensors = Mapping[str, ir.TensorProtocol]
 
 
-@dataclass(frozen=True)
-class HandedOver:
+@dataclass(frozen=True, repr=False)
+class HandedOver(Summarised):
     """What a handoff wrote."""
 
     target: Target
@@ -50,6 +51,14 @@ class HandedOver:
     """Advice for training the grown model further; None if the model was not grown."""
     warning: str | None = None
     """A warning if little of the model is trained; else None."""
+
+    def summary(self) -> Summary:
+        """What was written, and how it was validated."""
+        by = self.validated_by or ("transformers" if self.hugging_face else None)
+        checked = f"validated with {by}" if by else "not validated"
+        line = f"{self.folder} for {self.target}, {self.tensors} tensors, {self.parameters:,} parameters, {checked}"
+        changed = self.hugging_face.get("config", {})
+        return Summary(line, ("config.json", "from", "to"), [(name, *values) for name, values in changed.items()])
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data."""

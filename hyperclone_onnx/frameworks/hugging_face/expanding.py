@@ -26,6 +26,7 @@ from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.publishing.publication import publication_folder, write_text
+from hyperclone_onnx.summaries import Summarised, Summary
 
 MODEL, WITH_CACHE = "model.onnx", "model_with_past.onnx"
 """The names of the exported files. The second takes and gives the keys and values of earlier tokens."""
@@ -34,8 +35,8 @@ FOLDER = "onnx"
 """The folder within the grown checkpoint in which the grown ONNX files are kept."""
 
 
-@dataclass(frozen=True)
-class CheckpointExpansion:
+@dataclass(frozen=True, repr=False)
+class CheckpointExpansion(Summarised):
     """What growing a checkpoint did."""
 
     source: str
@@ -45,6 +46,12 @@ class CheckpointExpansion:
     handover: HandedOver
     kept: list[str] = field(default_factory=list)
     """The ONNX files that are kept, by their paths within the output."""
+
+    def summary(self) -> Summary:
+        """The fields of the configuration that grew."""
+        changed = self.handover.hugging_face["config"]
+        line = f"{self.source} -> {self.output}, {self.handover.parameters:,} parameters, validated"
+        return Summary(line, ("config.json", "from", "to"), [(name, *values) for name, values in changed.items()])
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
