@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from hyperclone_onnx.frameworks.compiling.application import Application
 from hyperclone_onnx.frameworks.compiling.naming import nested
 from hyperclone_onnx.frameworks.compiling.program import Weight
 from hyperclone_onnx.frameworks.slices import read_slice, read_whole
+from hyperclone_onnx.frameworks.sub_models import compile_sub_models
 from hyperclone_onnx.plan.plans import Plan
 
 try:
@@ -74,6 +76,69 @@ def load(
         else:
             kind[weight.path] = _in_parts(tensor, place(weight.path, weight.shape), weight)
     return Application(compiled_model.program, nested(constants), "jax"), nested(params)
+
+
+@dataclass(frozen=True)
+class SubModel:
+    """The bottom layers of a model with its head, for the first stage of bert2BERT (see `frameworks.sub_models`).
+
+    Args:
+        layers: the number of its layers.
+        apply: ``apply(params, *inputs, **inputs)``, with the parameters of the whole model.
+        updated: the paths of the parameters that a step updates: the top layers and the head.
+    """
+
+    layers: int
+    apply: Callable[..., Any]
+    updated: frozenset[str]
+
+    def mask(self, params: Params) -> Params:
+        """For each parameter of the whole model whether a step updates it, e.g. for ``optax.masked``."""
+        return _masked(params, self.updated, "")
+
+
+def sub_models(
+    model: PathLike,
+    layers: Sequence[int] | None = None,
+    *,
+    every: int | None = None,
+    plan: Plan | PathLike | None = None,
+    stack: str | None = None,
+) -> list[SubModel]:
+    """The sub-models of a model file, for the first stage of bert2BERT.
+
+    The paper (Chen et al., arXiv 2110.07143, "Two-stage Pre-training" and Algorithm 1) chooses one at random in each
+    step, and updates its top layers and the head: the gradients of all others are not applied. Then it trains the whole
+    model.
+
+    Args:
+        model: path of the ONNX file. With a plan: the file of the small model that the plan grows.
+        layers: the number of layers of each sub-model, e.g. ``[3, 6, 9, 12]``.
+        every: in the place of `layers`: one sub-model for each so many layers.
+        plan: the plan that was given to `load`.
+        stack: the name of the stack of layers, where the graph has several (an encoder and a decoder).
+
+    Raises:
+        BadRequest: the graph has no layers, or not those that were asked for.
+    """
+    result = []
+    for part in compile_sub_models(model, layers, every=every, plan=plan, stack=stack):
+        constants, updated = {}, set()
+        for weight in part.compiled.program.weights:
+            if weight.role != "trainable":
+                constants[weight.path] = jax.numpy.asarray(read_whole(part.compiled.tensors[weight.initializer]))
+            elif weight.initializer in part.updated:
+                updated.add(weight.path)
+        apply = Application(part.compiled.program, nested(constants), "jax")
+        result.append(SubModel(part.layers, apply, frozenset(updated)))
+    return result
+
+
+def _masked(params: Params, updated: frozenset[str], path: str) -> Params:
+    return {
+        name: _masked(value, updated, f"{path}{name}.") if isinstance(value, dict) else f"{path}{name}" in updated
+        for name, value in params.items()
+    }
 
 
 def _in_parts(tensor: ir.TensorProtocol, sharding: Any, weight: Weight) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from hyperclone_onnx.frameworks.compiling.blocks import block_paths
 from hyperclone_onnx.frameworks.compiling.program import Body, Program, Weight
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
 from hyperclone_onnx.frameworks.slices import blocks, read_slice, shifted
+from hyperclone_onnx.frameworks.sub_models import compile_sub_models
 from hyperclone_onnx.plan.plans import Plan
 
 try:
@@ -77,6 +79,73 @@ def load(
         fully_shard_blocks(module, shard)
         device = _device_of(shard) if device is None else device
     return module.materialize(device)
+
+
+@dataclass(frozen=True)
+class SubModel:
+    """The bottom layers of a model with its head, for the first stage of bert2BERT (see `frameworks.sub_models`).
+
+    Args:
+        layers: the number of its layers.
+        module: the module. Its parameters are those of the whole model.
+        updated: the parameters that a step updates, by their path: the top layers and the head.
+    """
+
+    layers: int
+    module: OnnxModule
+    updated: Mapping[str, torch.nn.Parameter]
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run the sub-model, as the whole model is run."""
+        return self.module(*inputs, **named)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute the gradients of the updated parameters alone. An optimizer leaves parameters without one alone."""
+        loss.backward(inputs=list(self.updated.values()))
+
+
+def sub_models(
+    whole: OnnxModule,
+    model: PathLike,
+    layers: Sequence[int] | None = None,
+    *,
+    every: int | None = None,
+    plan: Plan | PathLike | None = None,
+    stack: str | None = None,
+) -> list[SubModel]:
+    """The sub-models of a loaded model, whose bottom layers they are, for the first stage of bert2BERT.
+
+    The paper (Chen et al., arXiv 2110.07143, "Two-stage Pre-training" and Algorithm 1) chooses one at random in each
+    step, and updates its top layers and the head. Then it trains the whole model. One step of the first stage::
+
+        part = random.choice(parts)
+        optimizer.zero_grad()
+        part.backward(loss_of(part(ids)))
+        optimizer.step()
+
+    Args:
+        whole: what `load` gave for the same file. It is materialized, and not sharded.
+        model: path of the ONNX file. With a plan: the file of the small model that the plan grows.
+        layers: the number of layers of each sub-model, e.g. ``[3, 6, 9, 12]``.
+        every: in the place of `layers`: one sub-model for each so many layers.
+        plan: the plan that was given to `load`.
+        stack: the name of the stack of layers, where the graph has several (an encoder and a decoder).
+
+    Raises:
+        BadRequest: the graph has no layers, or not those that were asked for; or `whole` is another model.
+    """
+    known = {weight.initializer: whole._tensor(weight) for weight in whole.program.weights}
+    result = []
+    for part in compile_sub_models(model, layers, every=every, plan=plan, stack=stack):
+        module = OnnxModule(part.compiled)
+        module._share(known)
+        updated = {
+            weight.path: known[weight.initializer]
+            for weight in module.program.weights
+            if weight.initializer in part.updated and known[weight.initializer].requires_grad
+        }
+        result.append(SubModel(part.layers, module, updated))
+    return result
 
 
 def fully_shard_blocks(module: OnnxModule, mesh: Any, **options: Any) -> OnnxModule:
@@ -180,6 +249,30 @@ class OnnxModule(torch.nn.Module):
                 _fill(self._tensor(weight), self._stored[weight.initializer])
         self._stored = None
         return self
+
+    def _share(self, known: Mapping[str, Any]) -> None:
+        """Put parameters and buffers of another module in the place of this one's.
+
+        Args:
+            known: those of the other module, by initializer.
+
+        Raises:
+            BadRequest: the other module lacks a parameter, or has it in another shape.
+        """
+        assert self._stored is not None
+        for weight in self.program.weights:
+            parent, leaf = self._parent(weight.path)
+            tensor = known.get(weight.initializer)
+            if tensor is None and weight.role == "constant":
+                stored = self._stored[weight.initializer]
+                tensor = as_torch(read_slice(stored, tuple(slice(0, size) for size in weight.shape)))
+            if tensor is None or tuple(tensor.shape) != weight.shape or tensor.is_meta:
+                raise BadRequest(
+                    f"{weight.initializer!r} of the file is no materialized parameter of the module: load the module "
+                    "from the same file"
+                )
+            setattr(parent, leaf, tensor)
+        self._stored = None
 
     def _tensor(self, weight: Weight) -> Any:
         parent, leaf = self._parent(weight.path)
