@@ -275,7 +275,6 @@ def test_followers_take_a_deeper_model(small: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from hyperclone_onnx.frameworks.absorb import absorb
     from hyperclone_onnx.frameworks.hugging_face.sources import read_grown
-    from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer
     from hyperclone_onnx.frameworks.torch import load
 
     out = tmp_path / "big.onnx"
@@ -288,10 +287,43 @@ def test_followers_take_a_deeper_model(small: Path, tmp_path: Path) -> None:
     absorb(out, {name: parameter.detach() + 1 for name, parameter in ours.items()}, tmp_path / "trained.onnx")
     before, after = stored(out), stored(tmp_path / "trained.onnx")
     np.testing.assert_array_equal(after["h.4.down"], before["h.4.down"] + 1)
-    with pytest.raises(Refused, match="An optimizer's state can be grown in width alone"):
-        write_optimizer(out, tmp_path / "state.pt", tmp_path / "grown", "torch")
-    with pytest.raises(Refused, match="A Hugging Face checkpoint can be grown in width alone"):
-        read_grown(out)
+    assert read_grown(out).plan.transforms
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("depth", ["identity", "interpose"])
+@pytest.mark.parametrize("kind", ["pytorch", "jax"])
+def test_the_optimizer_of_a_deeper_model(depth: Any, kind: Any, small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer
+    from hyperclone_onnx.frameworks.optimizer.saved_state import read_state
+    from hyperclone_onnx.frameworks.torch import load
+    from hyperclone_onnx.writing.safetensors_files import write_safetensors
+
+    rng = np.random.default_rng(0)
+    first = {name: rng.standard_normal(array.shape, np.float32) for name, array in stored(small).items() if array.ndim}
+    state = {f"exp_avg.{name}": array for name, array in first.items()}
+    state |= {f"exp_avg_sq.{name}": array**2 for name, array in first.items()}
+    write_safetensors({**state, "step": np.asarray(7.0, np.float32)}, tmp_path, name="state.safetensors")
+    saved, big = tmp_path / "state.safetensors", tmp_path / "big.onnx"
+    expand(small, big, layers=6, depth=depth, allow_change=True, check=False)
+    with pytest.raises(BadRequest, match=r"more layers than its source \(layers 4 -> 6\).*--source"):
+        write_optimizer(big, saved, tmp_path, kind)
+    report = write_optimizer(big, saved, tmp_path, kind, source=small)
+    grown = read_state(report.file)
+    path_of = {name: path for path, name in load(big).initializers.items()}
+    sources, new = ([0, 1, 1, 2, 3, 3], {2, 5}) if depth == "identity" else ([0, 0, 1, 2, 2, 3], set())
+    for layer, source in enumerate(sources):
+        for part in ("up", "down", "gain", "shift"):
+            path, want = path_of[f"h.{layer}.{part}"], first[f"h.{source}.{part}"]
+            is_new = layer in new
+            np.testing.assert_array_equal(grown.first[path](), 0 * want if is_new else want)
+            np.testing.assert_array_equal(grown.second[path](), 0 * want if is_new else want**2)
+            step = grown.steps.get(path, grown.steps.get(""))
+            assert step == (0 if is_new and kind == "pytorch" else 7)
+    np.testing.assert_array_equal(grown.first[path_of["table"]](), first["table"])
+    assert {name.split(".")[1] for name in report.new} == set(map(str, new))
+    assert report.exact == (depth == "identity")
 
 
 @pytest.mark.frameworks

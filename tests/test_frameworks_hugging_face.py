@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 from conftest import Command, names_in
 
-from hyperclone_onnx import BadRequest, ModelsDiffer, expand
+from hyperclone_onnx import BadRequest, ModelsDiffer, Refused, expand
 from hyperclone_onnx.reading import loading
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
@@ -345,6 +345,66 @@ def test_trained_weights_go_both_ways(family: str, exported: Exported, tmp_path:
     report = grow_checkpoint(back, folder / "hf", tmp_path / "again", source=folder / "small.onnx")
     assert report.trained and report.error_to_source is None
     np.testing.assert_allclose(logits(loaded(tmp_path / "again"), inputs), want, atol=2e-5 * np.abs(want).max())
+
+
+DEEPER: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Any, Any]]]] = {
+    "llama": ({"layers": 5, "layers_at": [0, 1, 1]}, DOUBLED, {"num_hidden_layers": (2, 5)}),
+    "whisper": (
+        {"layers": {"encoder": 3, "decoder": 4}},
+        {},
+        {"encoder_layers": (2, 3), "decoder_layers": (2, 4)},
+    ),
+    "convnext": ({"layers": {"stack0": 4}}, {}, {"depths.0": (2, 4)}),
+}
+
+
+@pytest.mark.parametrize("family", DEEPER)
+def test_deeper_models_go_both_ways(family: str, exported: Exported, tmp_path: Path) -> None:
+    folder, inputs = exported(f"{family}.distinct"), FAMILIES[family].inputs
+    how, wider, fields = DEEPER[family]
+    expand(folder / "small.onnx", tmp_path / "big.onnx", 2 if wider else 1, **how, check=False)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadRequest, match=r"more layers than its source .* name the ONNX file .* with --source"):
+        grow_checkpoint(tmp_path / "big.onnx", folder / "hf", tmp_path / "out")
+    report = grow_checkpoint(tmp_path / "big.onnx", folder / "hf", tmp_path / "out", source=folder / "small.onnx")
+    assert report.config.items() >= {**wider, **fields}.items() and bool(wider) == (len(report.config) > len(fields))
+    model = loaded(tmp_path / "out")
+    want, got = logits(loaded(folder / "hf"), inputs), logits(model, inputs)
+    np.testing.assert_allclose(got, tiled(want, got.shape), atol=2e-5 * np.abs(want).max())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "trained")
+    shutil.copy(tmp_path / "out" / MANIFEST, tmp_path / "trained")
+    back = replaced(tmp_path / "big.onnx", tmp_path / "trained.onnx", read_trained(tmp_path / "trained"))
+    want, got = logits(model, inputs), in_onnx_runtime(back, model.config, inputs)
+    np.testing.assert_allclose(got, want, atol=5e-5 * np.abs(want).max())
+
+
+def test_layers_that_a_configuration_cannot_say_are_refused(tmp_path: Path) -> None:
+    """This GPT-2 divides the scores of layer 1 by 2, and those of layer 2 by 3."""
+    family = FAMILIES["gpt2"]
+    torch.manual_seed(0)
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "vocab_size": 31, "n_positions": 16}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.GPT2Config(
+        **sizes, **ids, use_cache=False, initializer_range=0.4, scale_attn_by_inverse_layer_idx=True
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    export(model, family.inputs, family.output, tmp_path / "small.onnx")
+    for number, at in enumerate([[1], [0]]):
+        big, out = tmp_path / f"big{number}.onnx", tmp_path / f"out{number}"
+        expand(tmp_path / "small.onnx", big, layers=3, layers_at=at)
+        out.mkdir()
+        if at == [1]:  # the new layer is the last one, so that the others keep their numbers
+            assert grow_checkpoint(big, tmp_path / "hf", out, source=tmp_path / "small.onnx").config == {
+                "n_layer": (2, 3)
+            }
+            continue
+        with pytest.raises(Refused, match="a new layer would be of another kind than the one that it is a copy of"):
+            grow_checkpoint(big, tmp_path / "hf", out, source=tmp_path / "small.onnx")
 
 
 def test_tensors_that_the_file_cannot_hold_are_reported(exported: Exported, tmp_path: Path) -> None:

@@ -98,6 +98,21 @@ def test_a_checkpoint_grows_in_one_command(name: str, tmp_path: Path, cli: Comma
     assert (big / "onnx").exists() == ("--keep-onnx" in words)
 
 
+def test_a_checkpoint_grows_in_depth_and_width(tmp_path: Path, cli: Command) -> None:
+    def two_layers() -> Any:
+        sizes = {**TEXT, **WIDTHS, "num_hidden_layers": 2, "num_key_value_heads": 2}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+
+    small, big = checkpoint(two_layers, tmp_path / "small"), tmp_path / "big"
+    done = cli("expand", small, "--layers", "3", "--set", "ffn=2", "-o", big)
+    assert done.code == 0, done.stderr
+    assert "config.json: num_hidden_layers 2 -> 3" in done.stdout
+    feeds = {"input_ids": tokens(7)}
+    want = logits(small, feeds)
+    np.testing.assert_allclose(logits(big, feeds), want, atol=2e-5 * np.abs(want).max())
+    assert not read_weights(big)["model.layers.2.mlp.down_proj.weight"]().any()
+
+
 def test_kept_onnx_files_compute_what_the_checkpoint_does(tmp_path: Path, cli: Command) -> None:
     import onnxruntime as ort
 

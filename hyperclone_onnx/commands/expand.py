@@ -181,14 +181,14 @@ def expand(
         )
     if deeper["layers"] is None and (deeper["depth"], deeper["layers_at"]) != ("identity", "even"):
         raise click.UsageError("--depth and --layers-at say how --layers adds layers: give --layers too")
-    if model.is_dir() and deeper["layers"] is not None:
-        raise click.UsageError("--layers is for one model; the files of a folder have layers of their own")
     if factor is not None and options["like"] is not None:
         raise click.UsageError("--factor and --like contradict each other: leave one of the two out")
     if output is None and not plan_only:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if options["no_validate"] and validation not in (None, "none"):
         raise click.UsageError(f"--no-validate and --validate {validation} contradict each other")
+    if model.is_dir() and not is_checkpoint(model) and deeper["layers"] is not None:
+        raise click.UsageError("--layers is for one model; the files of a folder have layers of their own")
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
     checkpoint = is_checkpoint(model)
@@ -232,7 +232,7 @@ def expand(
         _plan(model, growth | deeper | {"plan_out": plan_out}, checkpoint, as_json)
     elif checkpoint:
         chosen = {"plan_out": plan_out, "keep_onnx": keep_onnx, "dtype": dtype}
-        _expand_checkpoint(model, output, growth | how | chosen, as_json)
+        _expand_checkpoint(model, output, growth | deeper | how | chosen, as_json)
     elif model.is_dir():
         _expand_folder(model, output, exclude, growth | how, as_json)
     else:

@@ -308,6 +308,19 @@ def with_powers(axis: Axis, factor: float) -> Axis:
             return ConcatOf(tuple(with_powers(part, factor) for part in parts))
 
 
+def with_fill(axis: Axis, fill: Fill) -> Axis:
+    """An axis with something else at the indices that are no copies, where it has such."""
+    match axis:
+        case Named(name, power, before):
+            return axis if before is None else Named(name, power, fill)
+        case ProductOf(parts):
+            return ProductOf(tuple(with_fill(part, fill) for part in parts))
+        case ConcatOf(parts):
+            return ConcatOf(tuple(with_fill(part, fill) for part in parts))
+        case Kept():
+            return axis
+
+
 def plain(axis: Axis) -> Axis:
     """An axis all of whose indices are copies of the source's, without factors."""
     match axis:

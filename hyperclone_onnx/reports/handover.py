@@ -47,7 +47,8 @@ def _print_hugging_face(console: Any, report: dict[str, Any]) -> None:
 
 def _print_optimizer(console: Any, state: dict[str, Any]) -> None:
     how = "exactly" if state["exact"] else f"{len(state['mean'])} of them as the mean over their repeats"
-    console.print(f"{state['file']}: moments of {state['tensors']} tensors after {state['steps']:g} steps, {how}")
+    new = f"; {len(state['new'])} are of new layers and begin at zero" if state["new"] else ""
+    console.print(f"{state['file']}: moments of {state['tensors']} tensors after {state['steps']:g} steps, {how}{new}")
 
 
 def go_on(model: Path, result: HandedOver) -> Iterator[str]:

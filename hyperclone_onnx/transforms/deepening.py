@@ -16,7 +16,7 @@ from hyperclone_onnx.layers.numbering import numbered
 from hyperclone_onnx.layers.stacks import Stack, Unit
 from hyperclone_onnx.plan.origins import Drawn
 from hyperclone_onnx.tensors.assembled import DrawnTensor
-from hyperclone_onnx.transforms.interface import ORIGINAL, remember
+from hyperclone_onnx.transforms.interface import ORIGINAL, Placed, remember, remember_place
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def deepen(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
     _add_inputs(graph, stack, layers, places)
     _add_outputs(graph, stack, layers, places, outputs)
     names.apply(graph, layers, places, kept)
+    _remember_places(stack, layers, places)
     graph.sort()
 
 
@@ -115,6 +116,15 @@ def _copy(
         True,
         [(to[value], value) for value in zeroed - set(unit.stored)],
     )
+
+
+def _remember_places(stack: Stack, layers: Sequence[_Layer], places: Sequence[Place]) -> None:
+    for number, (layer, which) in enumerate(zip(layers, places, strict=True)):
+        pairs = [*zip(layer.stored, stack.units[which.source].stored, strict=True), *layer.zeroed]
+        for value, source in pairs:
+            name = source.meta[ORIGINAL]
+            is_identity = which.zeroed is not None
+            remember_place(value, source, Placed(name, stack.name, number, which.source, layer.is_copy, is_identity))
 
 
 def _order(graph: ir.Graph) -> Callable[[ir.Node], int]:

@@ -1,18 +1,65 @@
-"""The names that the inputs and outputs of a transformed graph have in the file that it was made from."""
+"""What a transformed graph remembers of the file that it was made from: names of inputs and outputs, stored tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 ORIGINAL = "hyperclone_onnx.original"
 """The key under which an input or output of a graph remembers its name in the file; None where it is new."""
 
+_PLACE = "hyperclone_onnx.place"
+"""The key under which a stored tensor of a layer remembers its place."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The place of a stored tensor in a deeper stack, and the tensor of the file that it is, or is a copy of."""
+
+    source: str
+    """The name in the file."""
+    stack: str
+    unit: int
+    """The number of its unit in the deeper stack."""
+    source_unit: int
+    """The number of the file's unit that its unit is, or is a copy of."""
+    is_new: bool
+    """Whether the unit is a copy."""
+    adds_nothing: bool
+    """Whether the unit is an identity block."""
+
+
+def remember_place(value: ir.Value, source: ir.Value, placed: Placed) -> None:
+    """Let a stored tensor remember its place.
+
+    Args:
+        value: the tensor.
+        source: the tensor that it is, or is a copy of. What it remembers of an earlier transform counts for both.
+        placed: the place as this transform knows it.
+    """
+    before: Placed | None = source.meta.get(_PLACE)
+    if before is not None:
+        placed = replace(
+            placed,
+            source=before.source,
+            source_unit=before.source_unit,
+            is_new=placed.is_new or before.is_new,
+            adds_nothing=placed.adds_nothing or before.adds_nothing,
+        )
+    value.meta[_PLACE] = placed
+
+
+def places_of(graph: ir.Graph) -> dict[str, Placed]:
+    """The places of the stored tensors of a graph's layers, by name; none where the graph is as deep as its file."""
+    places = {name: value.meta.get(_PLACE) for name, value in graph.initializers.items()}
+    return {name: placed for name, placed in places.items() if placed is not None}
+
 
 def remember(graph: ir.Graph) -> None:
-    """Let the inputs and outputs of a graph remember their names. Names that they remember already stay."""
-    for value in (*graph.inputs, *graph.outputs):
+    """Let the inputs, outputs and stored tensors of a graph remember their names. Names that they remember stay."""
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.meta.setdefault(ORIGINAL, value.name)
 
 

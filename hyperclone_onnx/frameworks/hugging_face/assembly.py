@@ -126,7 +126,8 @@ class Assembly:
     The file stores such a tensor twice (a tied embedding, for example), and the checkpoint stores it once.
     """
     orders: dict[tuple[int, int], Indices]
-    """For sizes before and after: the source index of each index, as most grown axes of these sizes have it."""
+    """For sizes before and after: the source index of each index, as most grown axes of these sizes have it. It is the
+    size before where an index is no copy."""
 
     def scales(self) -> dict[str, float]:
         """The number by which growth multiplies the elements of each tensor that is made from initializers.
@@ -263,7 +264,7 @@ class Chooser:
         orders = []
         for old, new in zip(before, after, strict=True):
             order = self.orders.get((old, new))
-            if old != new and order is None:
+            if old != new and (order is None or order.max(initial=0) >= old):
                 raise Refused(
                     f"{name} is not in {self.grown.path}, so it is unknown how its axis of {old} becomes {new}"
                 )

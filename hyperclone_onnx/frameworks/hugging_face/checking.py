@@ -20,7 +20,7 @@ from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import to_numpy
 from hyperclone_onnx.frameworks.hugging_face.recording import floating_outputs, run_model
 from hyperclone_onnx.graphs import eps_of
-from hyperclone_onnx.plan.maps import Indices, index_axis, presented
+from hyperclone_onnx.plan.maps import Indices, index_axis, plain, presented
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.validation.inputs.cases import Case
@@ -137,7 +137,7 @@ def compare_with_source(
         got: the grown model's outputs by name.
         want: the source's outputs by name.
         orders: for sizes before and after, the source index of each index. Axes of `want` that differ in size are
-            repeated in this order before they are compared.
+            repeated in this order before they are compared. Indices that are no copies are not compared.
 
     Returns:
         One error for each output of the source. It is infinite where shapes do not fit.
@@ -149,9 +149,11 @@ def compare_with_source(
             errors.append(Error(name, math.inf))
             continue
         for axis, (before, after) in enumerate(zip(expected.shape, array.shape, strict=True)):
-            if before != after:
-                order = orders.get((before, after))
-                expected = expected if order is None else np.take(expected, order, axis=axis)
+            order = orders.get((before, after))
+            if before != after and order is not None:
+                copies = np.flatnonzero(order < before)
+                expected = np.take(expected, order[copies], axis=axis)
+                array = np.take(array, copies, axis=axis)
         errors.append(Error(name, relative_error(array, expected)))
     return errors
 
@@ -246,7 +248,7 @@ class FileRunner:
             for axis, factors in enumerate(interface.axes):
                 if factors is None:
                     continue
-                inside = index_axis([(factor, False) for factor in factors], self.plan.maps).source
+                inside = index_axis([(plain(factor), False) for factor in factors], self.plan.maps).source
                 got = np.take(got, np.unique(inside, return_index=True)[1], axis=axis)
                 if not self.plan.keep_interface:
                     outside = presented(factors, self.plan.maps)

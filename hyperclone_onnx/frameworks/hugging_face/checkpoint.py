@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Checkpoint:
     config: Any
     """The configuration as an object of transformers, with all defaults."""
     model_class: Any
+    copied: Mapping[str, str] = field(default_factory=dict)
+    """For tensors of layers that the files do not have under this name: the name of the tensor there."""
 
     @property
     def files(self) -> list[Path]:
@@ -89,7 +91,7 @@ class Checkpoint:
 
     def type_of(self, name: str) -> np.dtype[Any]:
         """The type of a floating tensor in the files; `main_type` where the files have no tensor of this name."""
-        stored = self.stored.get(name)
+        stored = self.stored.get(self.copied.get(name, name))
         return self.main_type if stored is None or stored.dtype.kind in "iub" else stored.dtype
 
     @property

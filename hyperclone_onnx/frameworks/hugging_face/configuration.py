@@ -36,7 +36,7 @@ class Change:
 
     path: Path
     before: Any
-    after: int
+    after: Any
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, ModelsDiffer, Refused
+from hyperclone_onnx.frameworks.depth import source_places
 from hyperclone_onnx.frameworks.hugging_face import sources
 from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly, Chooser, Given, zero
 from hyperclone_onnx.frameworks.hugging_face.checking import (
@@ -26,12 +27,13 @@ from hyperclone_onnx.frameworks.hugging_face.checking import (
     outputs,
 )
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, load, read_checkpoint
-from hyperclone_onnx.frameworks.hugging_face.configuration import Search
+from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search
+from hyperclone_onnx.frameworks.hugging_face.deeper import deeper
 from hyperclone_onnx.frameworks.hugging_face.layout import squeezed
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, match
 from hyperclone_onnx.frameworks.hugging_face.measuring import DoesNotRun, Runs, effective, measured
 from hyperclone_onnx.frameworks.hugging_face.report import Report
-from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown
+from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown, small_initializers
 from hyperclone_onnx.frameworks.hugging_face.writing import Writer
 from hyperclone_onnx.progress import Notify, tell_nobody
 from hyperclone_onnx.validation.inputs.given import Inputs
@@ -59,7 +61,7 @@ def grow_checkpoint(
         big: the grown ONNX file. Its weights may have been trained since.
         like: the checkpoint from which the source ONNX file was exported.
         folder: an empty folder to write into. Its contents are correct only if this function returns.
-        source: the ONNX file from which `big` was grown. Needed only if `big` has been trained.
+        source: the ONNX file from which `big` was grown. Needed only if `big` has been trained or has more layers.
         trained: whether `big` has been trained; by default we find out.
         dtype: the type of the floating tensors that are written, one of `targets.DTYPES`. By default each tensor keeps
             the type that it has in `like`.
@@ -71,7 +73,7 @@ def grow_checkpoint(
 
     Raises:
         BadModel: a file cannot be read, or `like` is not the checkpoint of the file's source.
-        BadRequest: the file carries no plan, or it has been trained and no source is given.
+        BadRequest: the file carries no plan; or it has been trained or has more layers, and no source is given.
         Refused: no configuration has the new sizes, or the model derives constants from its sizes that cannot be
             compensated.
         ModelsDiffer: the result does not compute what the source or the file computes.
@@ -84,15 +86,27 @@ def grow_checkpoint(
     grown, checkpoint = read_grown(big), read_checkpoint(like)
     given = Given.read(checkpoint)
     say("matching")
+    places = source_places(big, grown.plan, source)
     stored, trained = _sources(grown, source, trained)
-    matches = match(stored, given.floating, grown.order, grown.shared)
-    _check_matches(checkpoint, grown, stored, given, matches)
+    fed = feeding(big, given.model, inputs, dims)
+    more_layers: Sequence[Change] = ()
+    if places:
+        assert source is not None
+        small, order = small_initializers(source)
+        now = {placed.source: name for name, placed in places.items() if not placed.is_new}
+        matches = match(small, given.floating, order, lambda name: grown.shared(now.get(name, name)))
+        _check_matches(checkpoint, grown, small, given, matches)
+        say("adding layers")
+        made = deeper(checkpoint, given, matches, grown.plan, places, stored, fed)
+        checkpoint, given, matches, more_layers = made.checkpoint, made.given, made.matches, made.changes
+    else:
+        matches = match(stored, given.floating, grown.order, grown.shared)
+        _check_matches(checkpoint, grown, stored, given, matches)
     say("configuring")
     chooser = Chooser(grown, given, matches)
     search = Search(checkpoint, grown.plan, chooser.certain(), given.shapes)
     changes = search.run()
     say("measuring")
-    fed = feeding(big, given.model, inputs, dims)
     runs = Runs.of(given, fed, checkpoint, chooser.doubtful)
     pruned = effective(checkpoint, search, changes, runs, given)
     given.release()
@@ -111,7 +125,7 @@ def grow_checkpoint(
     say("writing")
     report = Report(str(big), trained=trained)
     try:
-        writer = Writer(checkpoint, assembly, stored, folded, trained, dtype)
+        writer = Writer(checkpoint, assembly, stored, folded, trained, dtype, more_layers)
         writer.write(folder, attempt, largest_file or checkpoint.largest_file or LARGEST_FILE, report)
     except OSError as problem:
         raise CannotWrite(f"{folder}: cannot be written ({problem.strerror or problem})") from problem

@@ -7,7 +7,7 @@ add up to the source's tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.errors import BadModel, BadRequest, Refused
-from hyperclone_onnx.frameworks.depth import refuse_deeper
+from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.graphs import eps_of
-from hyperclone_onnx.plan.maps import AxisIndex, Indices, fills_of, index_kept
+from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
@@ -54,7 +53,11 @@ class Grown:
         return int(np.prod([int(index.count.max(initial=1)) for index in self.axes(name)], dtype=np.int64))
 
     def axes(self, name: str) -> tuple[AxisIndex, ...]:
-        """The indices of each axis of an initializer. Axes of size one are left out."""
+        """The indices of each axis of an initializer. Axes of size one are left out.
+
+        Indices that are no copies (of channels that hold a mean, or zero) come last on their axis. Their source index
+        is the axis's size in the source.
+        """
         if name not in self._axes:
             self._axes[name] = self._indexed(name)
         return self._axes[name]
@@ -64,9 +67,12 @@ class Grown:
         if recipe is None:
             shape = [int(size) for size in self.tensors[name].shape.numpy()]
             return tuple(index_kept(size) for size in shape if size != 1)
-        if any(fills_of(factor) for axis in recipe.axes for factor in axis):
-            raise Refused(f"{self.path}: {name!r} has channels that hold a mean, which --to hf cannot take")
-        return tuple(index for index in recipe.index(self.plan.maps) if index.source_size != 1)
+        maps = self.plan.maps
+        indices = [
+            replace(index, source_size=size)
+            for index, size in zip(recipe.index(maps), recipe.source_shape(maps), strict=True)
+        ]
+        return tuple(index for index in indices if index.source_size != 1)
 
     def remade(self, name: str, source: Array, dtype: ir.DataType, strategy: Strategy | None = None) -> Array:
         """The initializer grown afresh from a source tensor, in the given type and by default by the plan's strategy.
@@ -93,7 +99,6 @@ def read_grown(path: Path) -> Grown:
     plan = Plan.carried_by(model.metadata_props)
     if plan is None:
         raise BadRequest(f"{path}: it carries no plan: --to hf needs a file that hyperclone-onnx grew")
-    refuse_deeper(path, plan, "A Hugging Face checkpoint")
     stored = {
         name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
     }
@@ -146,6 +151,23 @@ def squeezed_shape(array: Array) -> tuple[int, ...]:
     return tuple(size for size in array.shape if size != 1)
 
 
+def small_initializers(path: Path) -> tuple[dict[str, Source], tuple[str, ...]]:
+    """The floating initializers of the file from which a deeper model was grown, and their order in its graph.
+
+    Raises:
+        BadModel: the file cannot be read.
+    """
+    graph = source_of(path).model.graph
+    tensors = {name: value.const_value for name, value in graph.initializers.items() if value.const_value is not None}
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.dtype.is_floating_point()}
+    order = dict.fromkeys(value.name for node in graph.all_nodes() for value in node.inputs if value is not None)
+    read = {name: _wide(tensor.numpy()) for name, tensor in floating.items()}
+    return (
+        {name: Source(array, eps_of(floating[name].dtype) * _largest(array)) for name, array in read.items()},
+        tuple(name for name in order if name in floating),
+    )
+
+
 def added_up(grown: Grown) -> tuple[dict[str, Source], list[str]]:
     """The source of each initializer as its repeats add up, and the names of initializers whose copies differ.
 
@@ -174,6 +196,8 @@ def _collapsed(grown: Grown, name: str, array: Array, recipe: Recipe) -> tuple[A
     """
     axes = grown.axes(name)
     total = np.asarray(array, dtype=np.float64).reshape([index.grown for index in axes])
+    axes = tuple(map(_copies, axes))
+    total = total[tuple(slice(index.grown) for index in axes)]
     for axis, index in enumerate(axes):
         if index.stretch is not None:
             total = total / index.stretch.reshape([-1 if axis == other else 1 for other in range(total.ndim)])
@@ -192,6 +216,15 @@ def _collapsed(grown: Grown, name: str, array: Array, recipe: Recipe) -> tuple[A
         error = max(error, _largest(np.take(kept, of_collapsed, axis=axis) - total))
         total = kept
     return _narrow(total / recipe.scale, array), error / abs(recipe.scale)
+
+
+def _copies(index: AxisIndex) -> AxisIndex:
+    """The index vectors of the copies alone, which come before all other indices."""
+    copies = int((index.source < index.source_size).sum())
+    if copies == index.grown:
+        return index
+    first = index[slice(copies)]
+    return replace(first, collapsed_size=int(first.collapsed.max(initial=-1)) + 1)
 
 
 def _added(array: Array, index: AxisIndex) -> Array:

@@ -43,6 +43,8 @@ class Writer:
     """Whether the file was trained after it was grown."""
     dtype: str | None
     """The type that the caller asks for; None for the types of the source's checkpoint."""
+    deeper: Sequence[Change] = ()
+    """The changes of the configuration that say the layers. The checkpoint's fields have them already."""
 
     def type_of(self, name: str) -> np.dtype[Any]:
         """The type in which a floating tensor is written."""
@@ -97,7 +99,7 @@ class Writer:
 
     def _write_config(self, folder: Path, changes: Sequence[Change], report: Report) -> None:
         fields = written_config(self.checkpoint, changes)
-        report.config = {change.name: (change.before, change.after) for change in changes}
+        report.config = {change.name: (change.before, change.after) for change in (*self.deeper, *changes)}
         for key in ("dtype", "torch_dtype"):
             if self.dtype is not None and key in fields and fields[key] != self.dtype:
                 report.config[key] = (fields[key], self.dtype)

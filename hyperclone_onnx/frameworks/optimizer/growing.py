@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,13 @@ from hyperclone_onnx.frameworks.checkpoints.matching import match
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, read_safetensors
 from hyperclone_onnx.frameworks.compiled_model import CompiledModel, PathLike, compile_model
 from hyperclone_onnx.frameworks.compiling.program import Weight
-from hyperclone_onnx.frameworks.depth import refuse_deeper
+from hyperclone_onnx.frameworks.depth import source_places
 from hyperclone_onnx.frameworks.optimizer.moments import GrownMoments, Moments, forget, grow_moments, separated
 from hyperclone_onnx.frameworks.optimizer.saved_state import FIRST, SECOND, STEP, Group, State, read_state
-from hyperclone_onnx.plan.maps import Kept
+from hyperclone_onnx.plan.maps import Kept, fills_of
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.transforms.interface import Placed
+from hyperclone_onnx.transforms.registry import changing
 from hyperclone_onnx.writing.safetensors_files import Tensor, write_safetensors
 
 Kind = Literal["safetensors", "pytorch", "jax"]
@@ -48,7 +50,11 @@ class GrownState:
     """Whether all moments are exactly those of the grown model; if not, `mean` lists the other tensors."""
     mean: list[str]
     """Tensors whose moments are not exact. Either the repeats of an element have different gradients, and the moments
-    are a mean over them. Or one tensor became several, and we assume that each has an equal part of its gradient."""
+    are a mean over them. Or one tensor became several, and we assume that each has an equal part of its gradient. Or
+    the tensor has channels that hold a mean, whose gradients the small model does not have. Or layers were copied so
+    that the model computes something else; then all tensors are listed."""
+    new: list[str] = field(default_factory=list)
+    """Tensors of new layers that add nothing yet. Their moments are zero, and they have taken no step."""
 
 
 # -- growing ----------------------------------------------------------------------------------------------------
@@ -76,26 +82,27 @@ def write_optimizer(
         kind: the trainer that will read the file.
         freeze: globs of initializer names; the matching tensors are not trained.
         train: globs of initializer names; the matching tensors are trained.
-        source: the small model's file. Give it if the names in the state come from the small model's handoff and differ
-            from those of `big`.
+        source: the small model's file. Give it if `big` has more layers, or if the names in the state come from the
+            small model's handoff and differ from those of `big`.
         translate: a function that converts names and layouts of the moments; None if they need no conversion.
         compiled: the result of `compile_model` for `big` with the same `freeze` and `train`, to save compiling again.
 
     Raises:
         BadModel: a file cannot be read.
-        BadRequest: `big` contains no plan; or the state does not fit it, or lacks a tensor that is trained.
+        BadRequest: `big` contains no plan; or the state does not fit it, or lacks a tensor that is trained; or `big`
+            has more layers and `source` is not given.
         CannotWrite, Refused, MissingExtra: see `errors`.
     """
     compiled = compiled or compile_model(big, freeze=freeze, train=train)
     plan = compiled.plan
     if plan is None:
         raise BadRequest(f"{big}: it carries no plan of its growth, which we need to grow an optimizer's state")
-    refuse_deeper(big, plan, "An optimizer's state")
+    places = source_places(big, plan, source)
     weights = [weight for weight in compiled.program.weights if weight.role in ("trainable", "frozen")]
     saved = read_state(state)
-    known = _names(plan, weights, source)
+    known = _names(plan, weights, source, is_deeper=bool(places))
     moments, names = _moments(saved, known, str(state), translate)
-    grown = grow_moments(plan, moments)
+    grown = grow_moments(plan, _deepened(moments, places, counts_each=kind != "jax"))
     _check_shapes(weights, grown)
     trained = [weight for weight in weights if weight.role == "trainable"]
     missing = [weight.initializer for weight in trained if weight.initializer not in grown]
@@ -106,24 +113,71 @@ def write_optimizer(
     out = Path(folder) / FILES[kind]
     try:
         if kind == "pytorch":
-            _write_torch(out, compiled, by_path, _groups(saved, names, plan, weights))
+            _write_torch(out, compiled, by_path, _groups(saved, names, plan, weights, places))
         else:
             _write_safetensors(out, by_path, kind)
     finally:
         forget()
     mean = _means(plan, [weight.initializer for weight in trained])
-    return GrownState(str(out), max(moment.step for moment in by_path.values()), len(by_path), not mean, mean)
+    new = [weight.initializer for weight in trained if _begins_at_zero(_source(plan, weight), places)]
+    steps = max(moment.step for moment in by_path.values())
+    return GrownState(str(out), steps, len(by_path), not mean, mean, new)
 
 
-def _names(plan: Plan, weights: Sequence[Weight], source: PathLike | None) -> dict[str, str]:
-    """Return the small model's initializers, by every name that an initializer may have in a saved state."""
+def _source(plan: Plan, weight: Weight) -> str:
+    """The tensor of the source that a weight grows from; the source has all layers of the grown model."""
+    recipe = plan.tensors.get(weight.initializer)
+    return weight.initializer if recipe is None else recipe.source
+
+
+def _begins_at_zero(name: str, places: Mapping[str, Placed]) -> bool:
+    return name in places and places[name].is_new and places[name].adds_nothing
+
+
+def _deepened(
+    moments: Mapping[str, Moments], places: Mapping[str, Placed], *, counts_each: bool
+) -> Mapping[str, Moments]:
+    """The moments of a model with more layers: of each layer its own, or those of the layer that it is a copy of.
+
+    An identity block has moments of zero, as a parameter that joins an optimizer has. No gradient has passed through
+    it: that of its inner tensors is zero for as long as its last factors are. An optimizer that counts the steps of
+    each tensor has counted none for it, so the correction of the bias begins anew.
+
+    Args:
+        moments: the moments of the small model, by its initializers.
+        places: the stored tensors of the deeper model's layers; empty if it is not deeper.
+        counts_each: whether the optimizer counts the steps of each tensor.
+    """
+    if not places:
+        return moments
+    of_layers = {placed.source for placed in places.values() if not placed.is_new}
+    deeper = {name: of_tensor for name, of_tensor in moments.items() if name not in of_layers}
+    for name, placed in places.items():
+        of_tensor = moments.get(placed.source)
+        if of_tensor is None:
+            continue
+        if _begins_at_zero(name, places):
+            step = 0.0 if counts_each else of_tensor.step
+            of_tensor = Moments(_zeros(of_tensor.first), _zeros(of_tensor.second), step)
+        deeper[name] = of_tensor
+    return deeper
+
+
+def _zeros(like: StoredArray) -> StoredArray:
+    return StoredArray(like.shape, like.dtype, lambda: np.zeros(like.shape, like.dtype))
+
+
+def _names(plan: Plan, weights: Sequence[Weight], source: PathLike | None, *, is_deeper: bool) -> dict[str, str]:
+    """Return the small model's initializers, by every name that an initializer may have in a saved state.
+
+    The names of a deeper model are not among them: its layers have other numbers.
+    """
     known: dict[str, str] = {}
     if source is not None:
         known |= {weight.path: weight.initializer for weight in compile_model(source).program.weights}
         known |= {initializer: initializer for initializer in known.values()}
-    for weight in weights:
-        recipe = plan.tensors.get(weight.initializer)
-        origin = weight.initializer if recipe is None else recipe.source
+    for weight in () if is_deeper else weights:
+        origin = _source(plan, weight)
         for name in (weight.path, weight.initializer, origin):
             known.setdefault(name, origin)
     return known
@@ -161,6 +215,8 @@ def _check_shapes(weights: Iterable[Weight], grown: Mapping[str, GrownMoments]) 
 
 def _means(plan: Plan, names: Iterable[str]) -> list[str]:
     """List the tensors whose grown moments are not exact; see `GrownState.mean`."""
+    if changing(plan.transforms):
+        return list(names)
     several = separated(plan)
     inexact = []
     for name in names:
@@ -171,7 +227,8 @@ def _means(plan: Plan, names: Iterable[str]) -> list[str]:
             for axis_number, axis in enumerate(recipe.axes)
             for factor_number, factor in enumerate(axis)
         )
-        if source in several or (copies and not plan.strategy_of(name).law.is_even):
+        filled = recipe is not None and any(fills_of(factor) for axis in recipe.axes for factor in axis)
+        if source in several or filled or (copies and not plan.strategy_of(name).law.is_even):
             inexact.append(name)
     return inexact
 
@@ -197,8 +254,17 @@ def _write_safetensors(out: Path, grown: Mapping[str, GrownMoments], kind: Kind)
     write_safetensors(arrays, out.parent, name=out.name, metadata={"format": "pt"})
 
 
-def _groups(saved: State, names: Mapping[str, str], plan: Plan, weights: Sequence[Weight]) -> list[Group]:
-    """Return the saved groups with the grown model's parameters. A parameter that was in no group joins the first."""
+def _groups(
+    saved: State,
+    names: Mapping[str, str],
+    plan: Plan,
+    weights: Sequence[Weight],
+    places: Mapping[str, Placed],
+) -> list[Group]:
+    """Return the saved groups with the grown model's parameters.
+
+    A parameter of a new layer joins the group of what it is a copy of. One that was in no group joins the first.
+    """
     if not saved.groups:
         return []
     number_of = {
@@ -206,8 +272,9 @@ def _groups(saved: State, names: Mapping[str, str], plan: Plan, weights: Sequenc
     }
     members: list[set[str]] = [set() for _ in saved.groups]
     for weight in weights:
-        recipe = plan.tensors.get(weight.initializer)
-        members[number_of.get(weight.initializer if recipe is None else recipe.source, 0)].add(weight.path)
+        origin = _source(plan, weight)
+        origin = places[origin].source if origin in places else origin
+        members[number_of.get(origin, 0)].add(weight.path)
     return [Group(group.settings, frozenset(paths)) for group, paths in zip(saved.groups, members, strict=True)]
 
 

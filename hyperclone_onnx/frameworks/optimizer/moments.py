@@ -14,6 +14,11 @@ other axes have equal gradients if the strategy makes them symmetric. Then
 
 Where the recipe also stretches an axis, the stretch of j is one more factor of the scale.
 
+Along the axis of a LayerNorm, some channels may be no copies (`planning/averaging.py`). Their first moment begins at
+zero: what reads them reads zeros, so that its gradient is zero, and a LayerNorm passes no mean of gradients to what
+writes them. Their second moment begins at the mean over the source's channels, so that their first steps are not larger
+than those of other channels.
+
 So the gradient grows by the dual of the recipe. Where the weight is divided among repeats, the gradient is copied.
 Where the weight is copied, the gradient is divided. Adam's first moment is a mean of gradients, so it grows by the same
 factor. The second moment is a mean of squared gradients, so it grows by the square of the factor. With noise or the
@@ -23,7 +28,7 @@ diagonal strategy the repeats have different gradients, and the formula gives th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -33,7 +38,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import Array, StoredArray
-from hyperclone_onnx.plan.maps import Maps, fills_of, with_powers
+from hyperclone_onnx.plan.maps import Axis, AxisIndex, Fill, Indices, Maps, fills_of, with_fill, with_powers
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
@@ -77,7 +82,7 @@ class GrownMoment:
         self.source = source
         axes = () if recipe is None else recipe.index(maps)
         self.shape = source.shape if recipe is None else tuple(axis.grown for axis in axes)
-        self.counts = [axis.other_count for axis in axes]
+        self.counts = [] if recipe is None else [_counts(*pair) for pair in zip(recipe.axes, axes, strict=True)]
         self.copies = None if recipe is None else (_dual(recipe, power), maps)
 
     def __getitem__(self, windows: slice | tuple[slice, ...]) -> Array:
@@ -97,8 +102,16 @@ class GrownMoment:
 
 def _dual(recipe: Recipe, power: int) -> Recipe:
     """The recipe that repeats a moment. Where growth multiplies a weight, its gradient is divided by the same."""
-    axes = tuple(tuple(with_powers(factor, -power) for factor in axis) for axis in recipe.axes)
+    fill: Fill = "zero" if power == 1 else "mean"
+    axes = tuple(tuple(with_powers(with_fill(factor, fill), -power) for factor in axis) for axis in recipe.axes)
     return replace(recipe, axes=axes, shared=(), scale=1.0)
+
+
+def _counts(factors: Sequence[Axis], axis: AxisIndex) -> Indices:
+    """The repeats of each index along the axis that do not share. Indices that are no copies count as copies do."""
+    if not any(map(fills_of, factors)):
+        return axis.other_count
+    return np.broadcast_to(axis.other_count[:1], axis.other_count.shape)
 
 
 @lru_cache(maxsize=8)
@@ -131,8 +144,7 @@ def grow_moments(plan: Plan, moments: Mapping[str, Moments]) -> dict[str, GrownM
         gradient as before, so its moments stay as they are.
 
     Raises:
-        BadRequest: a moment has another shape than the tensor that the plan grows, or a grown tensor has channels that
-            are no copies.
+        BadRequest: a moment has another shape than the tensor that the plan grows.
     """
     maps, parts = plan.maps, separated(plan)
     recipes: dict[str, Recipe | None] = {name: None for name in moments if name not in plan.tensors}
@@ -140,8 +152,6 @@ def grow_moments(plan: Plan, moments: Mapping[str, Moments]) -> dict[str, GrownM
     grown: dict[str, GrownMoments] = {}
     for name, recipe in recipes.items():
         source = name if recipe is None else recipe.source
-        if recipe is not None and any(fills_of(factor) for axis in recipe.axes for factor in axis):
-            raise BadRequest(f"{name!r} has channels that hold a mean of the source's: its moments do not follow")
         old, count = moments[source], parts.get(source, 1)
         for moment in (old.first, old.second):
             _check_shape(source, moment.shape, old.first.shape if recipe is None else recipe.source_shape(maps))
