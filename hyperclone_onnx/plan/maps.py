@@ -311,14 +311,14 @@ def with_powers(axis: Axis, factor: float) -> Axis:
 def with_fill(axis: Axis, fill: Fill) -> Axis:
     """An axis with something else at the indices that are no copies, where it has such."""
     match axis:
-        case Named(name, power, before):
-            return axis if before is None else Named(name, power, fill)
+        case Kept() | FirstAndFurther():
+            return axis
+        case Named():
+            return axis if axis.fill is None else Named(axis.name, axis.power, fill)
         case ProductOf(parts):
             return ProductOf(tuple(with_fill(part, fill) for part in parts))
         case ConcatOf(parts):
             return ConcatOf(tuple(with_fill(part, fill) for part in parts))
-        case Kept():
-            return axis
 
 
 def plain(axis: Axis) -> Axis:
