@@ -632,7 +632,7 @@ def test_without_matplotlib(cli: Command, small: Path, tmp_path: Path, monkeypat
         importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more)
     )
     outcome = cli("diagnose", grown(small, tmp_path / "big.onnx"), "--plot", tmp_path / "p.png")
-    assert outcome.code == 2 and "pip install hyperclone-onnx[plot]" in outcome.error
+    assert outcome.code == 2 and "pip install 'hyperclone-onnx[plot]'" in outcome.error
 
 
 def test_a_tensor_of_another_shape(small: Path, tmp_path: Path) -> None:

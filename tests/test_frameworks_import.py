@@ -32,7 +32,7 @@ def test_a_missing_framework_names_its_extra(framework: str) -> None:
     )
     done = python(code)
     assert done.stdout.startswith("MissingExtra"), done.stderr
-    assert f"pip install hyperclone-onnx[{framework}]" in done.stdout
+    assert f"pip install 'hyperclone-onnx[{framework}]'" in done.stdout
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers", "safetensors"])
@@ -44,7 +44,7 @@ def test_the_handoff_to_hugging_face_names_its_extra(missing: str) -> None:
     )
     done = python(code)
     assert done.stdout.startswith("MissingExtra"), done.stderr
-    assert "pip install hyperclone-onnx[hf]" in done.stdout
+    assert "pip install 'hyperclone-onnx[hf]'" in done.stdout
 
 
 def test_trained_weights_of_a_hugging_face_folder_are_read_without_a_framework() -> None:
@@ -74,7 +74,7 @@ def test_each_command_names_the_extra_that_it_misses(command: str, extra: str, s
         "from hyperclone_onnx.commands.main import main; main()"
     )
     done = python(code)
-    assert done.returncode == 2 and f"`pip install hyperclone-onnx[{extra}]`" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"pip install 'hyperclone-onnx[{extra}]'" in done.stderr.splitlines()[-1]
     assert not any(tmp_path.iterdir())
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from hyperclone_onnx.commands import runtimes
 from hyperclone_onnx.errors import INTERRUPTED, INTERRUPTED_EXIT_CODE, HypercloneError, printable
 from hyperclone_onnx.publishing import publication
 from hyperclone_onnx.system.signals import STOPPING
@@ -35,6 +36,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         global _ending
         _begin()
         try:
+            if (warning := runtimes.warning(runtimes.runtimes())) is not None:
+                click.echo(f"warning: {warning}", err=True)
             result = command(*args, **kwargs)
             _ending = True
             return result

@@ -29,7 +29,7 @@ def require_matplotlib() -> None:
         BadRequest: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise BadRequest("--plot needs matplotlib: pip install hyperclone-onnx[plot], or leave it out")
+        raise BadRequest("--plot needs matplotlib: pip install 'hyperclone-onnx[plot]', or leave it out")
 
 
 def save_plot(diagnosis: Diagnosis, path: Path) -> None:

@@ -17,4 +17,4 @@ class MissingExtra(HypercloneError, ImportError):
     exit_code = 2
 
     def __init__(self, extra: str, problem: ImportError) -> None:
-        super().__init__(f"{problem}: the {extra} handoff needs `pip install hyperclone-onnx[{extra}]`")
+        super().__init__(f"{problem}: the {extra} handoff needs pip install 'hyperclone-onnx[{extra}]'")

@@ -38,7 +38,8 @@ def providers(device: Device, available: Sequence[str]) -> list[str | tuple[str,
     has_cuda = "CUDAExecutionProvider" in available
     if device == "cuda" and not has_cuda:
         raise BadRequest(
-            "--device cuda: this ONNX Runtime has no CUDA provider; install hyperclone-onnx[cuda], or use --device cpu"
+            "--device cuda: this ONNX Runtime has no CUDA provider; pip install 'hyperclone-onnx[cuda]', or use "
+            "--device cpu"
         )
     if device == "cpu" or not has_cuda:
         return ["CPUExecutionProvider"]
@@ -102,7 +103,7 @@ class Runner:
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             raise BadRequest(
                 "--device cuda: the CUDA provider did not start (no GPU, or no CUDA 13 and cuDNN 9); "
-                "install hyperclone-onnx[cuda], or use --device cpu"
+                "pip install 'hyperclone-onnx[cuda]', or use --device cpu"
             )
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
