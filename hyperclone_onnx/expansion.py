@@ -31,7 +31,7 @@ from hyperclone_onnx.planning.request import Growth, size, whole_or_fraction
 from hyperclone_onnx.planning.strategy_rules import with_rules
 from hyperclone_onnx.planning.target import Compared, Likeness, layers_like, layers_of, read_target
 from hyperclone_onnx.planning.target import like as like_target
-from hyperclone_onnx.progress import Notify, Progress, tell_nobody
+from hyperclone_onnx.progress import Notify, Progress, ignore_stage
 from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import check_output, data_name, publication, write_text
 from hyperclone_onnx.reading import loading
@@ -479,7 +479,7 @@ def expand(
         inputs,
         dims,
         progress,
-        notify or tell_nobody,
+        notify or ignore_stage,
     )
     with in_memory.files(model, output) as files:
         result = _expanded(files.source, files.output, request, run)
@@ -626,7 +626,7 @@ def plan_file(
         depth=depth,
         layers_at=layers_at,
     )
-    planned = _planned(model, None, request, plan_out, notify or tell_nobody, _Clock())
+    planned = _planned(model, None, request, plan_out, notify or ignore_stage, _Clock())
     if plan_out is not None:
         write_text(Path(plan_out), _text(planned.plan))
     return planned.result

@@ -27,7 +27,7 @@ from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.errors import BadModel, BadRequest, HypercloneError, NothingGrows, Refused
 from hyperclone_onnx.expansion import Expansion, expand, plan_file
 from hyperclone_onnx.planning.asked import whole_numbers
-from hyperclone_onnx.progress import Notify, tell_nobody
+from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.reading import loading
@@ -114,7 +114,7 @@ def expand_folder(
         models = [file for file in files if file.suffix == ".onnx"]
         if not models:
             raise BadModel(f"{folder}: no .onnx file in this folder")
-        work = _Work(FolderExpansion(str(folder), str(out)), source, partial, factor, notify or tell_nobody, options)
+        work = _Work(FolderExpansion(str(folder), str(out)), source, partial, factor, notify or ignore_stage, options)
         work.requests = _by_model(source, models, whole_numbers(requests, "requests", "factor"))
         work.sizes = _by_model(source, models, whole_numbers(sizes, "sizes", "size"))
         work.data = {model: _data_of(source / model) for model in models}

@@ -11,5 +11,5 @@ Progress = Callable[[int, int], None]
 """Called with the number of tensors that are done, and the number of all tensors."""
 
 
-def tell_nobody(_stage: str) -> None:
+def ignore_stage(_stage: str) -> None:
     """A `Notify` for callers who do not want to know."""

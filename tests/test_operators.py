@@ -43,7 +43,7 @@ def test_pinned_operator_keeps_every_axis(domain: str, op_type: str) -> None:
     pins = [atom.pin for term in touched for atom in dimensions.space.atoms(term)]
     assert len(pins) == 2
     assert all(pin is not None and not pin.gap for pin in pins)
-    assert not dimensions.unruled
+    assert not dimensions.without_rule
 
 
 def test_contrib_operators_are_ruled_or_pinned() -> None:

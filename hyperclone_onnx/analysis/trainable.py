@@ -153,7 +153,7 @@ class _Structure:
         if starts and value.const_value is not None and not np.any(value.const_value.numpy()):
             return "constant", "the zeros that a recurrence begins with"
         lookup = next((node for node, index in uses if _is_lookup(node, index)), None)
-        combination = next((node for node, _ in uses if self._meets_activation(node) or self._contracts(node)), None)
+        combination = next((node for node, _ in uses if self._reads_activation(node) or self._contracts(node)), None)
         if lookup is None and combination is None:
             return "constant", "meets no activation"
         tensor = value.const_value
@@ -240,7 +240,7 @@ class _Structure:
         """Whether a product depends on the table and on no other activation."""
         return all(self.sources.get(v, frozenset()) <= {table} for v in node.inputs if v is not None)
 
-    def _meets_activation(self, node: ir.Node) -> bool:
+    def _reads_activation(self, node: ir.Node) -> bool:
         return any(value is not None and value in self.sources for value in node.inputs)
 
     def _contracts(self, node: ir.Node) -> bool:
@@ -307,7 +307,7 @@ class _Structure:
         floats = [
             value for value in node.inputs if value is not None and value.dtype and value.dtype.is_floating_point()
         ]
-        return node.op_type in LAYOUT and (len(floats) == 1 or not self._meets_activation(node))
+        return node.op_type in LAYOUT and (len(floats) == 1 or not self._reads_activation(node))
 
 
 def _fixed_values(graph: ir.Graph) -> set[ir.Value | None]:

@@ -160,12 +160,12 @@ def walk(dimensions: Dimensions, graph: ir.Graph) -> None:
             if purpose is not None:
                 _pin_node(op, f"{registry.name(node)}: {purpose}", gap=False)
             elif rule is None:
-                dimensions.unruled[registry.name(node)].append(node.name or "")
+                dimensions.without_rule[registry.name(node)].append(node.name or "")
                 raise CannotTell(f"{registry.name(node)} has no rule")
             else:
                 rule(op)
         except CannotTell as problem:
-            dimensions.untold.add(node)
+            dimensions.unrelated.add(node)
             dimensions.space.place = problem.place or dimensions.space.place
             _pin_node(op, str(problem))
         for value in node.outputs:

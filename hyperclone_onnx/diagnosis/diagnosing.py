@@ -20,7 +20,7 @@ from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.activations import activations as activations_of
 from hyperclone_onnx.planning.provenance import provenance
-from hyperclone_onnx.progress import Notify, tell_nobody
+from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.validation.sessions import Device
@@ -63,7 +63,7 @@ def diagnose(
         BadModel: a file cannot be read, or the model was not grown by this plan.
         Refused: the model runs on none of the inputs.
     """
-    say = notify or tell_nobody
+    say = notify or ignore_stage
     say("reading")
     path = Path(model)
     grown = loading.load(path)

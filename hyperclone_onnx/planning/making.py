@@ -70,7 +70,7 @@ def _node_edits(growth: Growth, terms: GrownTerms) -> Iterable[Edit]:
     dimensions = growth.dimensions
     for node in dimensions.walked:
         edit = registry.edit(node.domain, node.op_type)
-        if edit is None or node in dimensions.untold or not _may_need_edit(dimensions, terms, node):
+        if edit is None or node in dimensions.unrelated or not _may_need_edit(dimensions, terms, node):
             continue
         op = GrownOp(dimensions, terms, node, opset_of(dimensions.model.graph, node.domain))
         try:
@@ -130,7 +130,7 @@ def _recipe(growth: Growth, division: Division, origin: Origin, use: Use, axes: 
 
 def _read_elsewhere(dimensions: Dimensions, name: str) -> bool:
     """Whether a tensor is also read by a use without a recipe: in the body of an operator that has no rule."""
-    uses = [use for use in dimensions.model.graph.initializers[name].uses() if use.node not in dimensions.idle]
+    uses = [use for use in dimensions.model.graph.initializers[name].uses() if use.node not in dimensions.never_run]
     return any((use.node, use.idx) not in dimensions.use_axes for use in uses)
 
 

@@ -303,9 +303,9 @@ def _check_something_grows(growth: Growth, asked_for_nothing: bool) -> None:
             f"nothing grows: the factor is so small that every size stays ({name} would be {float(exact):g}): give a "
             "larger factor, or a size with --size"
         )
-    unruled = growth.dimensions.unruled
-    if unruled:
-        listed = ", ".join(f"{name} x{len(nodes)}" for name, nodes in sorted(unruled.items()))
+    without_rule = growth.dimensions.without_rule
+    if without_rule:
+        listed = ", ".join(f"{name} x{len(nodes)}" for name, nodes in sorted(without_rule.items()))
         raise Refused(f"nothing in this model can grow: its weights are met by operators without a rule ({listed})")
     pinned = [dimension for dimension in growth.named if dimension.dim.pin is not None and dimension.dim.pin.gap]
     if pinned:

@@ -200,8 +200,8 @@ class _Divider:
         if summation.integers or summation.scales:
             self._scale_quantised(summation)
             return
-        if summation.behind:
-            self._scale_behind(summation)
+        if summation.output_only:
+            self._scale_output(summation)
             return
         node = summation.node
         slot, axis = self._site(summation)
@@ -229,7 +229,7 @@ class _Divider:
         divisors = divisors_of(factors, summation.power, self.terms.maps)
         return 1.0 / float(divisors[0]) if bool((divisors == divisors[:1]).all()) else None
 
-    def _scale_behind(self, summation: Sum) -> None:
+    def _scale_output(self, summation: Sum) -> None:
         """Multiply the output of a node that divides by a sum: in a stored factor behind it, or in the graph.
 
         Raises:

@@ -212,7 +212,7 @@ class Stretching:
             if not any(values) and not _BODIES.get((node.domain, node.op_type)):
                 continue
             law = self.laws().get((node.domain, node.op_type))
-            if node in self.dimensions.untold or law is None or not law(self):
+            if node in self.dimensions.unrelated or law is None or not law(self):
                 self.opaque()
             self.sum_up()
 
@@ -714,7 +714,7 @@ def _matmul_nbits(s: Stretching) -> bool:
 def _if(s: Stretching) -> bool:
     for name in ("then_branch", "else_branch"):
         for index, value in enumerate(s.node.attributes[name].as_graph().outputs):
-            if value.producer() is None or value.producer() not in s.dimensions.idle:
+            if value.producer() is None or value.producer() not in s.dimensions.never_run:
                 s.join(s.of(value, s.dimensions.axes.get(value)), s.output(index))
     return True
 

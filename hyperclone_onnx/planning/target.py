@@ -47,7 +47,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 COMPARED = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab")
 """The sizes of the comparison, in its order."""
 
-NO_MATTER = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
+IGNORED_SETTINGS = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
 """Fields that do not say what a model computes."""
 
 
@@ -283,8 +283,8 @@ def _check_roles(target: Target, roles: set[str]) -> None:
     Raises:
         Refused: it has not.
     """
-    telling = {"hidden", "ffn", "heads", "group", "head_dim"}
-    more, fewer = telling & (target.sizes.keys() - roles), telling & (roles - target.sizes.keys())
+    compared = {"hidden", "ffn", "heads", "group", "head_dim"}
+    more, fewer = compared & (target.sizes.keys() - roles), compared & (roles - target.sizes.keys())
     if more or fewer:
         texts = [f"has {', '.join(sorted(more))}, which the source has not"] if more else []
         texts += [f"has no {', '.join(sorted(fewer))}, which the source has"] if fewer else []
@@ -307,11 +307,11 @@ def _differences(analysis: Analysis, target: Target, own: Target | None) -> list
             if more:
                 texts.append(f"operators that {words}: {', '.join(sorted(more))}")
     elif own is None:
-        said = [f"{name} {_short(target.settings[name])}" for name in TOLD if name in target.settings]
+        said = [f"{name} {_short(target.settings[name])}" for name in SHOWN_SETTINGS if name in target.settings]
         if said:
             texts.append(f"not compared, because there is no config.json beside the source: {', '.join(said)}")
     else:
-        fields = sorted((target.settings.keys() | own.settings.keys()) - set(NO_MATTER))
+        fields = sorted((target.settings.keys() | own.settings.keys()) - set(IGNORED_SETTINGS))
         for name in fields:
             theirs, ours = (_short(settings.get(name)) for settings in (target.settings, own.settings))
             if theirs != ours:
@@ -319,7 +319,14 @@ def _differences(analysis: Analysis, target: Target, own: Target | None) -> list
     return texts
 
 
-TOLD = ("model_type", "hidden_act", "hidden_activation", "activation_function", "tie_word_embeddings", "rope_theta")
+SHOWN_SETTINGS = (
+    "model_type",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "tie_word_embeddings",
+    "rope_theta",
+)
 """What is said of a target where the source has no configuration to compare with."""
 
 
@@ -356,10 +363,10 @@ def _read_onnx(file: Path) -> Target:
 
 def operators(analysis: Analysis) -> frozenset[str]:
     """The operators of a graph that compute with weights or change values; not those that move elements or shapes."""
-    return frozenset(node.op_type for node in analysis.model.graph if node.op_type in TELLING)
+    return frozenset(node.op_type for node in analysis.model.graph if node.op_type in FAMILY_OPERATORS)
 
 
-TELLING = frozenset(
+FAMILY_OPERATORS = frozenset(
     "Relu Gelu FastGelu BiasGelu QuickGelu Erf Sigmoid Tanh Swish Mish Elu LeakyRelu HardSwish Softplus Selu Celu "
     "PRelu LayerNormalization SkipLayerNormalization RMSNormalization SimplifiedLayerNormalization "
     "SkipSimplifiedLayerNormalization GroupNormalization InstanceNormalization BatchNormalization Conv ConvTranspose "

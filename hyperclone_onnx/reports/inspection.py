@@ -92,7 +92,7 @@ def inspection(analysis: Analysis) -> dict[str, Any]:
         "inputs": interface(graph.inputs),
         "outputs": interface(graph.outputs),
         "tensors": tensor_axes(analysis),
-        "operators_without_rule": {name: len(nodes) for name, nodes in sorted(dimensions.unruled.items())},
+        "operators_without_rule": {name: len(nodes) for name, nodes in sorted(dimensions.without_rule.items())},
         "sizes": [
             {"role": quantity.role, "name": quantity.name, "size": quantity.size}
             for quantity in quantities(dimensions, analysis.named)

@@ -28,8 +28,8 @@ def if_(op: Op) -> None:
         raise op.malformed("its branches and the node itself have different numbers of outputs")
     condition = op.element(0)
     if condition is not None and condition.static is not None:  # the other branch never runs
-        idle = branches.pop(1 if condition.static else 0)
-        op.dimensions.idle.update(idle.all_nodes())
+        never_run = branches.pop(1 if condition.static else 0)
+        op.dimensions.never_run.update(never_run.all_nodes())
     op.walk(*branches)
     for index, values in enumerate(zip(*(branch.outputs for branch in branches), strict=True)):
         one, other = (op.dimensions.axes.get(value) for value in (values[0], values[-1]))

@@ -53,7 +53,7 @@ class Sum:
     integers: bool = False
     scales: tuple[int, ...] = ()
     biases: tuple[int, ...] = ()
-    behind: bool = False
+    output_only: bool = False
     """Whether only the output can be scaled. LpNormalization divides its input by the sum, so a scale of it cancels."""
 
 
@@ -97,10 +97,10 @@ class Dimensions:
     """The reason why the rank of a value is not known, and the node that causes it."""
     packed: dict[Use, int] = field(default_factory=dict)
     """The uses that hold several numbers in a byte, with the bits of each number."""
-    unruled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    idle: set[ir.Node] = field(default_factory=set)
+    without_rule: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    never_run: set[ir.Node] = field(default_factory=set)
     """The nodes of branches that never run. The grown graph does not have them."""
-    untold: set[ir.Node] = field(default_factory=set)
+    unrelated: set[ir.Node] = field(default_factory=set)
     """The nodes whose rules could not relate their axes. All their axes are pinned, and the nodes are not edited."""
     walked: list[ir.Node] = field(default_factory=list)
     """Every node that the walk visited, in order, including nodes in bodies."""

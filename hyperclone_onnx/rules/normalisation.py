@@ -67,7 +67,7 @@ def softmax(op: Op) -> None:
         op.fact(Fact.SOFTMAX, axes[position])
         if op.node in op.dimensions.gates:
             op.dimensions.uniform.append(Uniform(op.node, axes[position]))
-            op.sum_over((0, position), power=-1.0, behind=True)
+            op.sum_over((0, position), power=-1.0, output_only=True)
         else:
             op.pin(axes[position], f"{op.node.op_type} runs over it")
     op.out(axes)
@@ -81,5 +81,5 @@ def lp_normalisation(op: Op) -> None:
         raise op.malformed(f"attribute p is {p}, and must be 1 or 2")
     axis = op.axis(op.integer("axis", -1), len(axes))
     op.uniform(axes[axis])
-    op.sum_over((0, axis), power=-1.0 / p, behind=True)
+    op.sum_over((0, axis), power=-1.0 / p, output_only=True)
     op.out(axes)

@@ -376,7 +376,7 @@ class Op:
         integers: bool = False,
         scales: tuple[int, ...] = (),
         biases: tuple[int, ...] = (),
-        behind: bool = False,
+        output_only: bool = False,
     ) -> None:
         """State that this node multiplies and sums over the axes at these (input, axis) sites, which are one axis.
 
@@ -392,7 +392,9 @@ class Op:
                 self.pin(terms[0], "it is summed in integers, which cannot be divided into shares")
         given = (tuple(index for index in slots if self.has(index)) for slots in (scales, biases))
         own_scales, own_biases = given
-        self.dimensions.sums.append(Sum(self.node, terms[0], sites, power, integers, own_scales, own_biases, behind))
+        self.dimensions.sums.append(
+            Sum(self.node, terms[0], sites, power, integers, own_scales, own_biases, output_only)
+        )
         if len(sites) > 1:
             weighted = any(self.is_weight(index) for index, _ in sites)
             kind = Fact.CONTRACTED_WITH_WEIGHT if weighted else Fact.CONTRACTED_WITH_ACTIVATION

@@ -29,8 +29,8 @@ class OutputReport:
     top1_agreement: float | None = None
     kl_divergence: float | None = None
     problem: str = ""
-    silent: bool = False
-    """Whether the source has no finite number here, so that nothing was compared."""
+    not_compared: bool = False
+    """Whether nothing was compared, because the source has no finite number here; "silent" in the JSON."""
     noise: float | None = None
     """The change of the source when its rounding changes, divided by the output's largest element. None if it was not
     measured."""
@@ -50,12 +50,13 @@ class OutputReport:
             min(agreements, default=None),
             max(divergences, default=None),
             other.problem or self.problem,
-            self.silent and other.silent,
+            self.not_compared and other.not_compared,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, without the values that were not measured."""
         data = asdict(self)
+        data["silent"] = data.pop("not_compared")
         unseen = {"silent": False, "noise": None, "excess": None, "note": ""}
         return {name: value for name, value in data.items() if name not in unseen or value != unseen[name]}
 
@@ -100,7 +101,7 @@ def compare(name: str, want: Array, got: Array | None, *, logits: bool = False, 
         return OutputReport(name, problem="infinite, or not a number, in other places than the source's")
     error = np.abs(a[finite] - b[finite])
     if error.size == 0:
-        return OutputReport(name, silent=bool(np.isnan(a).any()))
+        return OutputReport(name, not_compared=bool(np.isnan(a).any()))
     largest = float(np.abs(a[finite]).max())
     return OutputReport(
         name,

@@ -61,7 +61,7 @@ FEWEST = 1 << 30
 """First layers may have at least this many bytes of weights, even if less memory is free."""
 
 
-class Silent(Refused):
+class NoNumbers(Refused):
     """Raised if no output of the source contains a finite number."""
 
 
@@ -208,7 +208,7 @@ def prepare(source: str | os.PathLike[str], pair: Pair, mode: Mode = "auto") -> 
         if mode == "algebraic":
             return Prepared(source, "algebraic", ALGEBRAIC)
         return _prepare_first_layers(source, pair, pair.plan, figures)
-    except Silent as problem:
+    except NoNumbers as problem:
         unreal = named_not_finite(pair.source)
         why = f": the weights of {unreal} are infinite or not a number" if unreal else ""
         raise Refused(f"{source}: {problem}{why}; {WAYS_OUT}") from problem
@@ -230,7 +230,7 @@ def _prepare_full(source: str | os.PathLike[str], pair: Pair, scope: str) -> Pre
     try:
         start = pair.as_transformed(start_file(source, pair.device, pair.source))
         expected = _with_draws(run_source(pair, start), pair, AS_STORED, pair.source)
-        return Prepared(source, "full", scope, _heard(expected))
+        return Prepared(source, "full", scope, _with_numbers(expected))
     except Refused as problem:
         if computed_type(pair.dimensions) not in HALVES or weight_bytes(pair.grown) > WIDEST:
             raise
@@ -238,7 +238,7 @@ def _prepare_full(source: str | os.PathLike[str], pair: Pair, scope: str) -> Pre
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
         start = FLOAT32.start(FLOAT32.copy(pair.source), Path(folder) / "source.onnx", pair.device)
         expected = _with_draws(run_source(pair, start), pair, FLOAT32, pair.source)
-        return Prepared(source, "full", scope, wide=_heard(expected), notes=(note,))
+        return Prepared(source, "full", scope, wide=_with_numbers(expected), notes=(note,))
 
 
 def _with_draws(expected: Expected, pair: Pair, precision: Precision, model: ir.Model) -> Expected:
@@ -276,14 +276,14 @@ def _about_draws(pair: Pair) -> list[str]:
     return same + [f"output {name} is random and was not compared: {by} draws it" for name, by in left_out.items()]
 
 
-def _heard(expected: Expected) -> Expected:
+def _with_numbers(expected: Expected) -> Expected:
     """The same outputs, if one of them has a finite number.
 
     Raises:
-        Silent: none has.
+        NoNumbers: none has.
     """
-    if not any(accepted.speaks for accepted in expected.sets):
-        raise Silent(f"no output is a number, so that nothing can be compared (on {'; '.join(expected.labels)})")
+    if not any(accepted.has_numbers for accepted in expected.sets):
+        raise NoNumbers(f"no output is a number, so that nothing can be compared (on {'; '.join(expected.labels)})")
     return expected
 
 
@@ -304,14 +304,14 @@ def _prepare_first_layers(source: str | os.PathLike[str], pair: Pair, plan: Plan
         path = Path(folder) / "source.onnx"
         try:
             expected = run_source(pair, AS_STORED.start(AS_STORED.copy(layers), path, pair.device))
-            return replace(prepared, expected=_heard(_with_draws(expected, pair, AS_STORED, layers)))
+            return replace(prepared, expected=_with_numbers(_with_draws(expected, pair, AS_STORED, layers)))
         except Refused as problem:
             if computed_type(pair.dimensions) not in HALVES:
                 raise
             note = f"compared in float32 only: {problem}"
         expected = run_source(pair, FLOAT32.start(FLOAT32.copy(layers), path, pair.device))
         expected = _with_draws(expected, pair, FLOAT32, layers)
-    return replace(prepared, wide=_heard(expected), notes=(note,))
+    return replace(prepared, wide=_with_numbers(expected), notes=(note,))
 
 
 def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], workers: int | None = None) -> Validation:
@@ -370,7 +370,7 @@ def _with_whole_models(result: Validation, prepared: Prepared, pair: Pair, big: 
             before=judged.before,
             cases=prepared.expected.labels,
             provider=judged.by,
-        ).with_notes(*judged.notes, *_silent(judged.outputs))
+        ).with_notes(*judged.notes, *_not_compared(judged.outputs))
     off = any(
         report.problem_beyond(result.tolerance) or not report.max_relative <= result.tolerance
         for report in (*result.outputs, *result.before)
@@ -382,8 +382,10 @@ def _with_whole_models(result: Validation, prepared: Prepared, pair: Pair, big: 
     return _excused(result)
 
 
-def _silent(outputs: Sequence[OutputReport]) -> list[str]:
-    return [f"output {report.name}: {NOTHING_COMPARED} on any of the inputs" for report in outputs if report.silent]
+def _not_compared(outputs: Sequence[OutputReport]) -> list[str]:
+    return [
+        f"output {report.name}: {NOTHING_COMPARED} on any of the inputs" for report in outputs if report.not_compared
+    ]
 
 
 def _residue(result: Validation) -> float:

@@ -258,7 +258,7 @@ def check(key: tuple[str, str], build: Build, seed: int) -> bool:
     assert f'"{key[1]}"' in str(source.graph)
     expected = m.run(source, m.inputs)
     dimensions = infer(normalise(ir.from_proto(source)))
-    assert not dimensions.unruled
+    assert not dimensions.without_rule
     check_expected(m, dimensions)
     strategy = Strategy(STRATEGIES[seed % len(STRATEGIES)], seed=seed)
     plan_and_model = grow(m, dimensions, strategy, everything=seed % 2 == 0)

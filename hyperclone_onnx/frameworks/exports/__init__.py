@@ -20,7 +20,7 @@ from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
 from hyperclone_onnx.frameworks.targets import Target
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.training_recipe import RECIPE, TrainingRecipe
-from hyperclone_onnx.progress import Notify, tell_nobody
+from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.validation.inputs.given import Inputs
@@ -114,7 +114,7 @@ def hand_over(
         raise BadRequest("--like names the checkpoint that --to hf grows: give both or neither")
     if dtype is not None and target != "hf":
         raise BadRequest(f"--dtype is for --to hf; the weights for {target} have the types of the ONNX file")
-    say = notify or tell_nobody
+    say = notify or ignore_stage
     with publication_folder(Path(output)) as folder:
         if target == "hf":
             assert like is not None

@@ -24,7 +24,7 @@ from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, read_
 from hyperclone_onnx.frameworks.hugging_face.exporting import Exported, export_model, has_cache
 from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
 from hyperclone_onnx.planning.training_recipe import RECIPE
-from hyperclone_onnx.progress import Notify, tell_nobody
+from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.publishing.publication import publication_folder, write_text
 from hyperclone_onnx.summaries import Summarised, Summary
 
@@ -99,7 +99,7 @@ def export_checkpoint(
         CannotWrite: the folder cannot be written.
         MissingExtra: torch or transformers is not installed.
     """
-    say = notify or tell_nobody
+    say = notify or ignore_stage
     with publication_folder(Path(output)) as partial:
         say("reading")
         checkpoint = read_checkpoint(Path(folder))
@@ -154,7 +154,7 @@ def expand_checkpoint(
         BadModel, BadRequest, Refused, ModelsDiffer, CannotWrite, MissingExtra: see `export_checkpoint`,
             `expansion.expand` and `growing.grow_checkpoint`.
     """
-    source, out, say = Path(folder), Path(output), notify or tell_nobody
+    source, out, say = Path(folder), Path(output), notify or ignore_stage
     if out.resolve() == source.resolve() or out.resolve().is_relative_to(source.resolve()):
         raise BadRequest(f"{out}: lies in the source folder; choose another output")
     with publication_folder(out) as partial:
@@ -204,7 +204,7 @@ def plan_checkpoint(
     **options: Any,
 ) -> Expansion:
     """Plan the growth of a checkpoint, and write nothing. The arguments are those of `expansion.plan_file`."""
-    say = notify or tell_nobody
+    say = notify or ignore_stage
     say("reading")
     checkpoint = read_checkpoint(Path(folder))
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as work:

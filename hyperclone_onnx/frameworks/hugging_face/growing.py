@@ -35,7 +35,7 @@ from hyperclone_onnx.frameworks.hugging_face.measuring import DoesNotRun, Runs, 
 from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown, small_initializers
 from hyperclone_onnx.frameworks.hugging_face.writing import Writer
-from hyperclone_onnx.progress import Notify, tell_nobody
+from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.writing.safetensors_files import LARGEST_FILE
 
@@ -81,7 +81,7 @@ def grow_checkpoint(
         MissingExtra: transformers is not installed.
     """
     big, like, folder = Path(big), Path(like), Path(folder)
-    say = notify or tell_nobody
+    say = notify or ignore_stage
     say("reading")
     grown, checkpoint = read_grown(big), read_checkpoint(like)
     given = Given.read(checkpoint)

@@ -71,13 +71,16 @@ class Runs:
         if not compared:
             raise Refused(f"{checkpoint.folder}: the model does not run on any of the inputs that we tried ({problem})")
         feeds = torch_feeds(compared[0][0], model)
-        tensors = {name: array if name in doubtful else _stirred(array) for name, array in given.floating.items()}
+        tensors = {
+            name: array if name in doubtful else _with_noise_if_constant(array)
+            for name, array in given.floating.items()
+        }
         fill(model, {name: lambda array=array: array for name, array in {**tensors, **given.others}.items()})  # type: ignore[misc]
         steps, _ = record(model, feeds)
         return Runs(steps, feeds, compared, tensors)
 
 
-def _stirred(array: Array) -> Array:
+def _with_noise_if_constant(array: Array) -> Array:
     """The tensor, with noise added if all its elements are equal.
 
     The scale of zeros cannot be measured. Tensors of equal size get the same noise, so that tensors that are equal

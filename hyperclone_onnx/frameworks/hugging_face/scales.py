@@ -276,7 +276,7 @@ class _Walk:
             value.zero = bool((tensor == 0).all()) if tensor.numel() < 1 << 20 else False
         elif leaf is None and tensor.is_floating_point():
             label = self.labels.get(id(tensor), "a constant")
-            value.broken = self._story(label, tensor, step.leaves.get(position) if step is not None else None)
+            value.broken = self._explanation(label, tensor, step.leaves.get(position) if step is not None else None)
         self.values[id(tensor)] = value
         self.alive.append(tensor)
         return value
@@ -395,7 +395,7 @@ class _Walk:
             if not value.active and not value.stored:
                 value.coefficients = {}
         elif not value.stored:
-            value.broken = self._story(self._where(name), tensor, theirs)
+            value.broken = self._explanation(self._where(name), tensor, theirs)
 
     def _measured(self, tensor: Any, theirs: Signature | None) -> float | str | None:
         """The logarithm of a tensor's scale, from its signature and that of the source's tensor.
@@ -423,7 +423,7 @@ class _Walk:
     def _where(self, name: str) -> str:
         return f"what {name} makes in {self.where[-1] if self.where else 'the model'}"
 
-    def _story(self, where: str, tensor: Any, theirs: Signature | None) -> str:
+    def _explanation(self, where: str, tensor: Any, theirs: Signature | None) -> str:
         """The message for a tensor that does not repeat the source's: where it is, and a number that differs."""
         repeated = signature(tensor)
         shown = ""

@@ -20,7 +20,7 @@ from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.validation.inputs.cases import Array, Case
 from hyperclone_onnx.validation.inputs.equations import Equations, Sizes, equations_of
 from hyperclone_onnx.validation.inputs.sizes import CACHED, PLAIN, Known, Row, fitting, rows
-from hyperclone_onnx.validation.inputs.values import CACHED_USUAL, LOUDER, USUAL, Style, Values
+from hyperclone_onnx.validation.inputs.values import CACHED_USUAL, UNUSUAL, USUAL, Style, Values
 
 Outputs = dict[str, Array]
 Run = Callable[[Mapping[str, Array]], Outputs]
@@ -28,7 +28,7 @@ Run = Callable[[Mapping[str, Array]], Outputs]
 WANTED = 3
 """The number of input sets that we want."""
 
-PATIENCE = 8.0
+MOST_SECONDS = 8.0
 """After this many seconds of failures, we try no more."""
 
 WAYS_OUT = "give inputs with --inputs FILE.npz, or leave out running with --no-validate"
@@ -56,17 +56,17 @@ class Accepted:
     outputs: Outputs
 
     @property
-    def silent(self) -> frozenset[str]:
+    def outputs_without_numbers(self) -> frozenset[str]:
         """The outputs without a single finite number."""
-        return frozenset(name for name, array in self.outputs.items() if _is_silent(array))
+        return frozenset(name for name, array in self.outputs.items() if _lacks_numbers(array))
 
     @property
-    def speaks(self) -> bool:
+    def has_numbers(self) -> bool:
         """Whether some output contains a finite number, or there are no outputs."""
-        return not self.outputs or len(self.silent) < len(self.outputs)
+        return not self.outputs or len(self.outputs_without_numbers) < len(self.outputs)
 
 
-def _is_silent(array: Array) -> bool:
+def _lacks_numbers(array: Array) -> bool:
     if array.dtype.kind in "iubSUO" or not array.size:
         return False
     with np.errstate(invalid="ignore"):
@@ -104,11 +104,11 @@ def find_inputs(
     search = _Search(run, wishes, wanted)
     for stage in _stages(dimensions, wishes):
         search.go_through(stage, (*first, *(rows(bool(stage.values.caches)) if others else ())))
-        if search.accepted or search.impatient:
+        if search.accepted or search.out_of_time:
             break
-    if not search.accepted and not search.unheard:
+    if not search.accepted and not search.without_numbers:
         raise NoInputs(search.refusal(dimensions))
-    return tuple(search.accepted or search.unheard)
+    return tuple(search.accepted or search.without_numbers)
 
 
 def cases(dimensions: Dimensions, seed: int = 0, dims: Mapping[str, int] | None = None) -> Iterator[Case]:
@@ -211,32 +211,32 @@ class _Search:
     def __init__(self, run: Run, wishes: Wishes, wanted: int) -> None:
         self.run, self.wishes, self.wanted = run, wishes, wanted
         self.accepted: list[Accepted] = []
-        self.unheard: list[Accepted] = []
+        self.without_numbers: list[Accepted] = []
         """Sets on which the model ran, but without a finite number in its outputs."""
         self.tried: list[tuple[str, str]] = []
         """The labels of sets that failed, and the errors."""
-        self.wasted = 0.0
+        self.seconds_of_failures = 0.0
         self._seen: set[tuple[object, ...]] = set()
         self._guessed: set[Equation] = set()
 
     @property
-    def impatient(self) -> bool:
+    def out_of_time(self) -> bool:
         """Whether failures have taken too long."""
-        return self.wasted > PATIENCE
+        return self.seconds_of_failures > MOST_SECONDS
 
     def go_through(self, stage: _Stage, wishes: Sequence[Row]) -> None:
         """Try rows until enough sets are accepted."""
         known = Known()
         for number, row in enumerate(wishes):
             usual = row in PLAIN or row in CACHED
-            if len(self.accepted) >= self.wanted or (self.impatient and not usual):
+            if len(self.accepted) >= self.wanted or (self.out_of_time and not usual):
                 break
             if not usual and len(self.accepted) > 1:
                 break
             if self.accepted and not stage.equations.free and not (usual and stage.values.varied):
                 break
             self._try_row(stage, row, stage.style(number), known, number)
-        self._hear_all(stage)
+        self._search_missing_numbers(stage)
 
     def _try_row(self, stage: _Stage, row: Row, style: Style, known: Known, number: int) -> None:
         """Try one row. If it fails, guess equations from the error, assume them, and try again."""
@@ -259,7 +259,7 @@ class _Search:
                 problem = self._try(assumed, sizes, style, number)
                 if problem is None:
                     return
-            if self.impatient:
+            if self.out_of_time:
                 return
             for guess in lesson.guesses:
                 if guess not in self._guessed:
@@ -277,22 +277,22 @@ class _Search:
         try:
             result = Accepted(case, self.run(case.feeds))
         except RuntimeError as problem:
-            self.wasted += time.monotonic() - began
+            self.seconds_of_failures += time.monotonic() - began
             self.tried.append((case.label, str(problem)))
             if stage.values.defaults and not style.defaults:
                 return self._try(stage, sizes, replace(style, defaults=True), number)
             return str(problem)
-        if result.speaks:
+        if result.has_numbers:
             self.accepted.append(result)
         else:
-            self.unheard.append(result)
-            self._louder(stage, sizes, number, frozenset())
+            self.without_numbers.append(result)
+            self._try_unusual(stage, sizes, number, frozenset())
         return None
 
-    def _louder(self, stage: _Stage, sizes: Sizes, number: int, wanted: frozenset[str]) -> None:
+    def _try_unusual(self, stage: _Stage, sizes: Sizes, number: int, wanted: frozenset[str]) -> None:
         """Try other values of these sizes until one of the `wanted` outputs (or any) has a finite number."""
-        for style in LOUDER:
-            if self.impatient:
+        for style in UNUSUAL:
+            if self.out_of_time:
                 return
             began = time.monotonic()
             case = stage.case(sizes, style, [self.wishes.seed, number])
@@ -301,21 +301,21 @@ class _Search:
             except RuntimeError as problem:
                 self.tried.append((case.label, str(problem)))
                 result = None
-            if result is not None and result.speaks and (not wanted or wanted - result.silent):
+            if result is not None and result.has_numbers and (not wanted or wanted - result.outputs_without_numbers):
                 self.accepted.append(result)
                 return
-            self.wasted += time.monotonic() - began
+            self.seconds_of_failures += time.monotonic() - began
 
-    def _hear_all(self, stage: _Stage) -> None:
+    def _search_missing_numbers(self, stage: _Stage) -> None:
         """If an output has no finite number in all accepted sets, search for values that give one."""
         if not self.accepted:
             return
-        silent = frozenset.intersection(*(one.silent for one in self.accepted))
-        if silent:
+        missing = frozenset.intersection(*(one.outputs_without_numbers for one in self.accepted))
+        if missing:
             known = Known()
             sizes = fitting(stage.equations, rows_first(stage), stage.values.caches, known, stage.dims)
             if sizes is not None:
-                self._louder(stage, sizes, 0, silent)
+                self._try_unusual(stage, sizes, 0, missing)
 
     def refusal(self, dimensions: Dimensions) -> str:
         """What was tried, in one line."""

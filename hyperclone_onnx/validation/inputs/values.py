@@ -73,7 +73,7 @@ USUAL = (Style(), Style("padded", turn=1, defaults=True), Style("half", turn=2))
 CACHED_USUAL = (Style(), Style("padded", turn=1, defaults=True), Style("ones", turn=2))
 """The same for models with a cache. Kernels expect that a cache is full."""
 
-LOUDER = (
+UNUSUAL = (
     Style("zeros"),
     Style("zeros padded"),
     Style("lower"),

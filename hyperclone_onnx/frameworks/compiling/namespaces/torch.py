@@ -112,12 +112,12 @@ def attend(
     if bias is not None and bias.dtype != query.dtype:
         bias = bias.to(query.dtype)
     if bias is not None and bias.shape[-1] != 0:
-        query, bias = _not_drowned(query, bias)
+        query, bias = _zero_masked_rows(query, bias)
     key = key.mT if key_transposed else key
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
 
 
-def _not_drowned(query: Any, bias: Any) -> Any:
+def _zero_masked_rows(query: Any, bias: Any) -> Any:
     """Return queries and a mask that are both 0 in rows whose mask is finite but so low that it rounds away all scores.
 
     The result of such a row is the mean of all values, with or without this change. But the kernel's backward pass adds

@@ -75,18 +75,18 @@ def attend(
     if not biases:
         return xp.matmul(xp.softmax(scores, axis=-1), value)
     bias = reduce(lambda a, b: a + b, biases)
-    return xp.matmul(visible_softmax(xp, _not_drowned(xp, scores + bias, bias)), value)
+    return xp.matmul(visible_softmax(xp, _zero_masked_rows(xp, scores + bias, bias)), value)
 
 
-def _not_drowned(xp: Any, scores: Array, bias: Array) -> Array:
+def _zero_masked_rows(xp: Any, scores: Array, bias: Array) -> Array:
     """Scores, set to 0 in rows whose mask is finite but rounds away all scores. Such a row then has no gradient."""
     if isinstance(bias.shape[-1], int) and bias.shape[-1] == 0:
         return scores
     highest = xp.max(bias, axis=-1, keepdims=True)
-    return xp.where((highest <= drowned(xp, scores)) & (highest > -math.inf), xp.zeros_like(scores), scores)
+    return xp.where((highest <= lowest_useful_mask(xp, scores)) & (highest > -math.inf), xp.zeros_like(scores), scores)
 
 
-def drowned(xp: Any, scores: Array) -> float:
+def lowest_useful_mask(xp: Any, scores: Array) -> float:
     """The addend that is so low that scores up to some tens are rounded away in the sum."""
     return -16 / float(xp.finfo(scores.dtype).eps)
 
