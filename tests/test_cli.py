@@ -17,6 +17,7 @@ from typing import Any
 import click
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from conftest import ROOT, Command, command_line, names_in, perceptron, with_signals
 from hypothesis import HealthCheck, given, settings
@@ -27,8 +28,10 @@ from hyperclone_onnx import Plan, Refused
 from hyperclone_onnx.commands.main import COMMANDS as LISTED
 from hyperclone_onnx.commands.main import main
 from hyperclone_onnx.planning.training_recipe import RECIPE
+from hyperclone_onnx.reading import checker
 from hyperclone_onnx.rules import registry
 from hyperclone_onnx.rules.op import CannotTell
+from hyperclone_onnx.transforms import source
 
 COMMANDS = main.commands if isinstance(main, click.Group) else {}
 STAGES = [
@@ -232,6 +235,44 @@ def test_a_rule_may_refuse_and_may_be_unable_to_tell(
     monkeypatch.setitem(registry._relations, ("", "Relu"), raising(CannotTell("this form is not described")))
     outcome = cli("inspect", "small.onnx")
     assert outcome.code == 0 and "this form is not described" in outcome.stdout
+
+
+@pytest.fixture
+def broken_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the normalising passes raise an error."""
+
+    def broken(model: ir.Model) -> ir.Model:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(source, "normalise", broken)
+
+
+@pytest.mark.usefixtures("broken_pass")
+def test_a_mistake_in_a_pass_is_our_defect_and_not_the_model_s_fault(
+    cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX's own checker accepts the model, wherever its data is."""
+    onnx.save(perceptron(), "model.onnx", save_as_external_data=True, location="data", size_threshold=0)
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    outcome = cli("inspect", place / "model.onnx")
+    assert outcome.code == 3 and "a defect of hyperclone-onnx (KeyError: 'a mistake')" in outcome.error
+    with pytest.raises(KeyError, match="a mistake"):
+        source.source_of(place / "model.onnx")
+
+
+@pytest.mark.usefixtures("broken_pass")
+def test_a_pass_that_fails_on_a_malformed_graph_is_the_model_s_fault(
+    cli: Command, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = perceptron()
+    model.graph.node[1].op_type = "Twist"
+    onnx.save(model, "model.onnx")
+    outcome = cli("inspect", "model.onnx")
+    assert outcome.code == 4 and "model.onnx: a malformed graph (No Op registered for Twist" in outcome.error
+    monkeypatch.setattr(checker, "_check", lambda text: os.abort())
+    outcome = cli("inspect", "model.onnx")
+    assert outcome.code == 4 and "ONNX's own checker breaks down on it: it ended by SIGABRT" in outcome.error
 
 
 def test_a_defect_after_the_model_is_written_says_that_it_is_there(

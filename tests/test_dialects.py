@@ -89,7 +89,7 @@ def test_a_model_in_memory_is_spelled_alike() -> None:
     spelled_out(model)
     normalised = normalise(ir.from_proto(model))
     assert dict(normalised.graph.opset_imports) == {"": 20}
-    assert not infer(normalised).unruled
+    assert not infer(normalised).without_rule
 
 
 def test_a_model_without_a_node_of_onnx_needs_no_import(tmp_path: Path) -> None:

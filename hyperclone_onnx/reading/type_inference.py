@@ -24,7 +24,7 @@ def infer_types(model: ir.Model) -> None:
         BadModel: the inference crashes, or takes too long.
     """
     try:
-        graph = _without_bulk(model)
+        graph = without_bulk(model)
         text = graph.SerializeToString()
     except Exception:  # a graph that cannot be serialised: nothing is inferred
         return
@@ -33,7 +33,7 @@ def infer_types(model: ir.Model) -> None:
         _merge(model, onnx.ModelProto.FromString(made))
 
 
-def _without_bulk(model: ir.Model) -> onnx.ModelProto:
+def without_bulk(model: ir.Model) -> onnx.ModelProto:
     """The model with its large tensors as inputs. Inference needs only their types and shapes."""
     stored = dict(model.graph.initializers)
     large = [value for value in stored.values() if value.const_value is not None and value.const_value.nbytes > BULK]

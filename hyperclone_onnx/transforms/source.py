@@ -11,6 +11,7 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.plan.plans import TransformStep
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.checker import refuse_if_malformed
 from hyperclone_onnx.reading.in_memory import IN_MEMORY, NAME, GivenModel, path_of, taken
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.system.stamps import Stamp
@@ -48,9 +49,14 @@ def source_of(given: GivenModel, transforms: Iterable[TransformStep] = ()) -> So
         file = path_of(given)
         model, stamps = _read(file)
     try:
-        model = transformed(_normalised(model), steps)
+        model = transformed(normalise(model), steps)
     except (BadModel, Refused) as problem:
         raise type(problem)(f"{file}: {problem}") from problem
+    except (MemoryError, OSError):
+        raise
+    except Exception as problem:
+        refuse_if_malformed(given, str(file), problem)
+        raise
     return Source(file, model, stamps, steps)
 
 
@@ -60,12 +66,3 @@ def _read(file: Path) -> tuple[ir.Model, dict[Path, Stamp]]:
     model = loading.load(file)
     loading.check_unchanged(before)
     return model, loading.stamps(loading.source_files(file, model))
-
-
-def _normalised(model: ir.Model) -> ir.Model:
-    try:
-        return normalise(model)
-    except (BadModel, Refused):
-        raise
-    except Exception as problem:  # a malformed graph may lead to an exception of any class in the passes of onnx_ir
-        raise BadModel(f"a malformed graph ({type(problem).__name__}: {problem})") from problem

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hyperclone_onnx.errors import BadModel, Refused
+from hyperclone_onnx.errors import BadModel, HypercloneError, Refused
 from hyperclone_onnx.frameworks.compiling import ops as _table  # noqa: F401 - importing it fills the table
 from hyperclone_onnx.frameworks.compiling import registry
 from hyperclone_onnx.frameworks.compiling.compiler import bound_attributes, registry_name
@@ -22,6 +22,7 @@ from hyperclone_onnx.frameworks.compiling.fusions.quantisation import train_code
 from hyperclone_onnx.frameworks.compiling.host_values import LARGEST
 from hyperclone_onnx.graphs import FreshNames, is_initializer, opset_of
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.checker import refuse_if_malformed
 from hyperclone_onnx.reading.defaults import store_defaults
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.reading.opsets import settle_opsets, take_over_versions
@@ -41,7 +42,14 @@ def prepare(path: str | os.PathLike[str]) -> ir.Model:
         Refused: its opset is too old, or an operator is not covered.
     """
     file = Path(path)
-    return prepare_model(loading.load(file), str(file))
+    model = loading.load(file)
+    try:
+        return prepare_model(model, str(file))
+    except (HypercloneError, MemoryError, OSError):
+        raise
+    except Exception as problem:
+        refuse_if_malformed(file, str(file), problem)
+        raise
 
 
 def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
@@ -57,8 +65,6 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
         _store_constant_outputs(model)
     except (BadModel, Refused) as problem:
         raise type(problem)(f"{name}: {problem}") from problem
-    except Exception as problem:  # a malformed graph can make the passes raise any exception
-        raise BadModel(f"{name}: a malformed graph ({type(problem).__name__}: {problem})") from problem
     check(model, name)
     try:
         train_codes(model)
