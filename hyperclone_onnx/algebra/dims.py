@@ -445,11 +445,13 @@ class Space:
                 self.unify(lone[0], product(*others))
                 return
         self.relate(self.size(Product(tuple(a))), self.size(Product(tuple(b))))
+        text = " and into ".join(self._sizes(Product(tuple(side))) for side in (a, b))
         for term in (*a, *b):
-            self.pin(term, "factors that do not divide each other", gap=True)
+            self.pin(term, f"an axis is divided into {text}, which do not divide each other", gap=True)
 
     def _align(self, left: Sequence[Term], right: Sequence[Term]) -> None:
         """State that two lists of segments describe one axis: both are cut at all boundaries of either."""
+        both = " and into ".join(self._sizes(Concat(tuple(side))) for side in (left, right))
         a, b = deque(left), deque(right)
         while a and b:
             one, other = a[0], b[0]
@@ -466,10 +468,22 @@ class Space:
                 break
             side.popleft()
             side.extendleft(reversed(parts))
-        text = "segments whose boundaries do not line up"
+        text = f"an axis is divided into {both}, whose boundaries do not line up"
         if not self._tie([*a, *b], text):
             for term in (*a, *b):
                 self.pin(term, text, gap=True)
+
+    def _sizes(self, term: Term) -> str:
+        """The sizes of a term's parts, for a message; "?" where a size is known only when the model runs."""
+        resolved = self.resolve(term)
+        if isinstance(resolved, Product):
+            return (
+                " x ".join(f"({text})" if " + " in text else text for text in map(self._sizes, resolved.factors)) or "1"
+            )
+        if isinstance(resolved, Concat):
+            return " + ".join(map(self._sizes, resolved.segments))
+        size = self.static(resolved)
+        return "?" if size is None else str(size)
 
     def cut(self, term: Term, at: int) -> tuple[Term, Term] | None:
         """Cut an axis into its first `at` indices and the rest. None when that cut cannot be described.
