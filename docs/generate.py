@@ -29,29 +29,37 @@ from models import zoo_store  # noqa: E402
 COLUMNS = ("hidden", "heads", "group", "head_dim", "ffn", "width", "vocab", "positions")
 
 
+def zoo_entry(name: str, folder: Path) -> tuple[str, str]:
+    """The row of a graph, and the axes of its named tensors."""
+    path = folder / f"{name}.onnx"
+    onnx.save(zoo_store.load(name), path)
+    analysis = analyse(path)
+    sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for dimension in analysis.named:
+        sizes[dimension.role][f"{dimension.size}{'' if dimension.dim.growable else ' kept'}"] += 1
+    cells = " | ".join(
+        ", ".join(f"{size} x{count}" if count > 1 else size for size, count in sizes[role].items()) for role in COLUMNS
+    )
+    if not name.endswith(".distinct"):
+        return f"| {name} | {cells} |", ""
+    family = name.removesuffix(".distinct")
+    lines = grouped_tensors(tensor_axes(analysis))
+    named = [line for line in lines if not line.startswith(("val_", "permute", "t_"))]
+    return f"| {family} | {cells} |", f"### {family}\n\n```text\n" + "\n".join(named) + "\n```\n"
+
+
+def zoo_names() -> list[str]:
+    """All graphs but the second sizings."""
+    return [name for name in zoo_store.names() if not name.endswith(".collide")]
+
+
 def zoo_page() -> str:
     """A row for each graph but the second sizings, then the axes of the families' tensors."""
-    rows, others, details = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for name in (graph_name for graph_name in zoo_store.names() if not graph_name.endswith(".collide")):
-            path = Path(folder) / f"{name}.onnx"
-            onnx.save(zoo_store.load(name), path)
-            analysis = analyse(path)
-            sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-            for dimension in analysis.named:
-                sizes[dimension.role][f"{dimension.size}{'' if dimension.dim.growable else ' kept'}"] += 1
-            cells = " | ".join(
-                ", ".join(f"{size} x{count}" if count > 1 else size for size, count in sizes[role].items())
-                for role in COLUMNS
-            )
-            if not name.endswith(".distinct"):
-                others.append(f"| {name} | {cells} |")
-                continue
-            family = name.removesuffix(".distinct")
-            rows.append(f"| {family} | {cells} |")
-            lines = grouped_tensors(tensor_axes(analysis))
-            named = [line for line in lines if not line.startswith(("val_", "permute", "t_"))]
-            details.append(f"### {family}\n\n```text\n" + "\n".join(named) + "\n```\n")
+        entries = {name: zoo_entry(name, Path(folder)) for name in zoo_names()}
+    rows = [row for row, detail in entries.values() if detail]
+    others = [row for row, detail in entries.values() if not detail]
+    details = [detail for _, detail in entries.values() if detail]
     headers = [f"| {kind} | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}" for kind in ("family", "graph")]
     return (
         "# The dimensions that were found in the zoo\n\n"

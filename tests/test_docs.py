@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
+from docs import generate
 from hyperclone_onnx.commands.main import main
 from models.dialects import DIALECTS
 from tests.conftest import ROOT, Command
@@ -32,9 +33,24 @@ ABOUT_THE_CODE = ("CONTRIBUTING.md", "design.md")
 """The folders in these pages belong to the repository. In other pages they may belong to a user."""
 
 
+@pytest.mark.slow_zoo
 def test_generated_pages_are_up_to_date() -> None:
     done = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_of_operators_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "operators.md").read_text(encoding="utf-8") == generate.operators_page()
+
+
+def test_the_page_of_the_zoo_has_some_of_its_graphs(tmp_path: Path) -> None:
+    """The test above takes all of them."""
+    text = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
+    names = generate.zoo_names()
+    assert text.count("\n| ") == len(names) + 2
+    for name in names[::16]:
+        row, detail = generate.zoo_entry(name, tmp_path)
+        assert f"\n{row}\n" in text and detail in text, name
 
 
 def test_every_dialect_is_described_and_measured() -> None:

@@ -27,17 +27,25 @@ from hyperclone_onnx.system.isolation import Isolated
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of a process")
 faults = pytest.importorskip("fuzz.faults") if hasattr(os, "fork") else None
 
-SCENES = ["a file", "a pair", "a pair over a pair", "a file and its plan", "a folder", "a pair by copies"]
+SCENES = {
+    "a file": 7,
+    "a pair": 7,
+    "a pair over a pair": 7,
+    "a file and its plan": 7,
+    "a folder": 7,
+    "a pair by copies": 29,
+}
+"""Before how many of the calls a fault is tried: every seventh, or fewer where a run is long (`make faults`: all)."""
 
 
 def scene(folder: Path, name: str) -> faults.Scene:  # type: ignore[name-defined]
     return next(candidate for candidate in faults.scenes(folder) if candidate.name == name)
 
 
-@pytest.mark.parametrize("name", SCENES)
-def test_a_fault_before_some_calls(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "every"), SCENES.items())
+def test_a_fault_before_some_calls(tmp_path: Path, name: str, every: int) -> None:
     strikes = {strike: faults.STRIKES[strike] for strike in ("kill", "terminate", "disk_full")}
-    ends = Counter(faults.at_every_call(scene(tmp_path, name), strikes, every=7, offset=1))
+    ends = Counter(faults.at_every_call(scene(tmp_path, name), strikes, every=every, offset=1))
     assert {strike for strike, _ in ends} == set(strikes)
     assert ends["kill", "old"] and ends["disk_full", "old"]
 

@@ -20,7 +20,7 @@ from hyperclone_onnx.rules.dimensions import Use
 from models.large import LLAMA_405B, Sizes, write
 
 PACKAGE = str(Path(hyperclone_onnx.__file__).parent)
-LAYERS = (3, 6, 12)
+LAYERS = (2, 4, 8)
 
 
 def instructions(call: Callable[[], Any]) -> int:
