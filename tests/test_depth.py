@@ -23,6 +23,7 @@ from hyperclone_onnx.transforms import layers as layers_transform
 from hyperclone_onnx.transforms.interface import original_names
 from hyperclone_onnx.transforms.layers import DEPTHS, LayersRequest, stacks_of, step_for
 from hyperclone_onnx.transforms.source import source_of
+from hyperclone_onnx.validation import validating
 
 Array = np.ndarray[Any, Any]
 
@@ -114,6 +115,18 @@ def test_a_copy_that_adds_something_is_not_published(
     with pytest.raises(ModelsDiffer, match="output y: relative error"):
         expand(small, tmp_path / "big.onnx", layers=5)
     assert not (tmp_path / "big.onnx").exists()
+
+
+def test_first_layers_are_compared_with_the_file_too(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is short, a wrong copy shows in the layers behind it."""
+    monkeypatch.setattr(validating, "free_memory", lambda: 0)
+    report = expand(small, tmp_path / "right.onnx", 2, layers=7).validation
+    assert report is not None and report.equal and report.mode == "first layers"
+    monkeypatch.setattr(layers_transform, "zeroed", lambda stack, unit: frozenset())
+    with pytest.raises(ModelsDiffer, match="relative error"):
+        expand(small, tmp_path / "wrong.onnx", 2, layers=7)
 
 
 @pytest.mark.parametrize("depth", ["stack", "interpose"])

@@ -106,6 +106,7 @@ def _copy(
         )
         for value, result in zip(node.outputs, new_node.outputs, strict=True):
             result.type, result.shape = value.type, None if value.shape is None else value.shape.copy()
+            result.meta[ORIGINAL] = None
             to[value] = result
         nodes[node] = new_node
     return _Layer(

@@ -1,4 +1,4 @@
-"""What a transformed graph remembers of the file that it was made from: names of inputs and outputs, stored tensors."""
+"""What a transformed graph remembers of the file that it was made from: names of values, places of stored tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 ORIGINAL = "hyperclone_onnx.original"
-"""The key under which an input or output of a graph remembers its name in the file; None where it is new."""
+"""The key under which a value of a graph remembers its name in the file; None where it is new."""
 
 _PLACE = "hyperclone_onnx.place"
 """The key under which a stored tensor of a layer remembers its place."""
@@ -58,11 +58,18 @@ def places_of(graph: ir.Graph) -> dict[str, Placed]:
 
 
 def remember(graph: ir.Graph) -> None:
-    """Let the inputs, outputs and stored tensors of a graph remember their names. Names that they remember stay."""
-    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+    """Let all values of a graph remember their names: inputs, outputs, stored and computed values. Known names stay."""
+    computed = (output for node in graph for output in node.outputs)
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values(), *computed):
         value.meta.setdefault(ORIGINAL, value.name)
 
 
 def original_names(values: Iterable[ir.Value]) -> dict[str, str | None]:
     """For inputs or outputs of a transformed graph, by name, the name in the file; None for those that are new."""
     return {value.name or "": value.meta.get(ORIGINAL, value.name) for value in values}
+
+
+def name_in_file(value: ir.Value) -> str | None:
+    """The name in the file of a value of a transformed graph. None if the file does not have the value."""
+    name = value.meta.get(ORIGINAL)
+    return None if name is None else str(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from hyperclone_onnx.plan.maps import Maps, fills_of, index_axis
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.activations import ValueAxes, activations
 from hyperclone_onnx.rules.dimensions import Dimensions
+from hyperclone_onnx.transforms.interface import name_in_file
 
 Array = npt.NDArray[Any]
 
@@ -31,11 +33,20 @@ class Cut:
     """The bytes of the weights before the cut, in both models together."""
 
 
-def find_cut(dimensions: Dimensions, grown: ir.Model, plan: Plan, budget: int) -> Cut | None:
+def find_cut(
+    dimensions: Dimensions, grown: ir.Model, plan: Plan, budget: int, in_file: Collection[str] | None = None
+) -> Cut | None:
     """The last value, in graph order, that needs at most `budget` bytes of weights. None if there is none.
 
     At least two nodes must read the value, as in a residual stream. Growth may have scaled a value that only one node
     reads, to divide a sum in that node.
+
+    Args:
+        dimensions: the dimensions of the source.
+        grown: the grown model.
+        plan: the plan.
+        budget: the most bytes of weights before the value, in both models together.
+        in_file: the values that the source has in its file. If they are given, the value is one of them.
     """
     graph = dimensions.model.graph
     axes_of = activations(dimensions, plan)
@@ -54,6 +65,8 @@ def find_cut(dimensions: Dimensions, grown: ir.Model, plan: Plan, budget: int) -
         for value in node.outputs:
             floating = value.dtype is not None and value.dtype.is_floating_point()
             if len(value.uses()) < 2 or value.name not in made or value in weights or not floating:
+                continue
+            if in_file is not None and name_in_file(value) not in in_file:
                 continue
             if value.name in axes_of:
                 best = Cut(value.name, axes_of[value.name], number, total)

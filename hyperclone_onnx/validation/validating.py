@@ -28,6 +28,7 @@ from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.system.memory import free_memory
+from hyperclone_onnx.transforms.interface import name_in_file
 from hyperclone_onnx.transforms.registry import changing
 from hyperclone_onnx.validation.chance import beyond_comparison, draws_of, with_draws_fed, with_draws_shown
 from hyperclone_onnx.validation.first_blocks import Cut, cut_off, find_cut
@@ -41,6 +42,7 @@ from hyperclone_onnx.validation.running import (
     Pair,
     Start,
     Started,
+    as_transformed,
     in_float64,
     run_again,
     run_grown,
@@ -289,7 +291,10 @@ def _with_numbers(expected: Expected) -> Expected:
 
 def _prepare_first_layers(source: str | os.PathLike[str], pair: Pair, plan: Plan, figures: str) -> Prepared:
     budget = max(FEWEST, (free_memory() or 0) // 2)
-    cut = find_cut(pair.dimensions, pair.grown, plan, budget)
+    in_file = _values_in_file(pair, plan)
+    cut = None if in_file is None else find_cut(pair.dimensions, pair.grown, plan, budget, in_file)
+    layers_of_file = cut is not None
+    cut = cut or find_cut(pair.dimensions, pair.grown, plan, budget)
     if cut is None:
         note = f"no layer was run: its weights would take more than {budget / 1e9:.1f} GB"
         return Prepared(source, "algebraic", figures, notes=(note,))
@@ -301,17 +306,35 @@ def _prepare_first_layers(source: str | os.PathLike[str], pair: Pair, plan: Plan
     prepared = Prepared(source, "first layers", scope, cut=cut)
     layers = cut_off(pair.source, cut.name)
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
-        path = Path(folder) / "source.onnx"
+
+        def start(precision: Precision) -> Start:
+            path = Path(folder) / "source.onnx"
+            if not layers_of_file:
+                return precision.start(precision.copy(layers), path, pair.device)
+            name = name_in_file(layers.graph.outputs[0])
+            begun = precision.start(precision.copy(cut_off(pair.in_file, str(name))), path, pair.device)
+            return as_transformed(begun, layers)
+
         try:
-            expected = run_source(pair, AS_STORED.start(AS_STORED.copy(layers), path, pair.device))
+            expected = run_source(pair, start(AS_STORED))
             return replace(prepared, expected=_with_numbers(_with_draws(expected, pair, AS_STORED, layers)))
         except Refused as problem:
             if computed_type(pair.dimensions) not in HALVES:
                 raise
             note = f"compared in float32 only: {problem}"
-        expected = run_source(pair, FLOAT32.start(FLOAT32.copy(layers), path, pair.device))
+        expected = run_source(pair, start(FLOAT32))
         expected = _with_draws(expected, pair, FLOAT32, layers)
     return replace(prepared, wide=_with_numbers(expected), notes=(note,))
+
+
+def _values_in_file(pair: Pair, plan: Plan) -> set[str] | None:
+    """The values that the source's file computes, if the source was transformed into one that computes the same.
+
+    A transform that changes the function changes the values in the layers, too. Then the source is what comes after it.
+    """
+    if pair.untransformed is None or changing(plan.transforms):
+        return None
+    return {value.name for node in pair.untransformed.graph for value in node.outputs if value.name}
 
 
 def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], workers: int | None = None) -> Validation:
