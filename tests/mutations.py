@@ -327,8 +327,9 @@ def page(rows: dict[tuple[str, str], dict[str, str]]) -> str:
         "*caught* means that the models are called different. *refused* means that the grown model does not run. In\n"
         "both cases nothing is published. *passes* means that this way does not notice the mistake. The rows with\n"
         "*nothing* wrong must pass.\n\n"
-        "An algebraic validation compares the file with the plan. It cannot notice a mistake in the plan itself.\n"
-        "The first layers show a mistake in the plan only where they come after it.\n\n"
+        "An algebraic validation compares the file with the plan, and the plan with one that is made anew. It cannot\n"
+        "notice a mistake that planning itself makes each time. Only a run shows that. The first layers show it only\n"
+        "where they come after it.\n\n"
         f"| wrong | type | {' | '.join(MODES)} |\n|---|---|{'---|' * len(MODES)}\n" + "\n".join(lines) + "\n"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from test_validation import CHANGES, edit, set_plan
 
 from hyperclone_onnx import BadRequest, ModelsDiffer, Plan, Strategy, expand, expansion, validate_files
 from hyperclone_onnx.plan.strategies import STRATEGIES
+from hyperclone_onnx.planning import completeness
+from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.system import memory
 from hyperclone_onnx.validation import validating as validation
 
@@ -104,28 +107,42 @@ def test_a_changed_graph_is_found_in_each_mode(case: str, mode: Any, tmp_path: P
         assert any(text.startswith("graph: ") for text in result.problems)
 
 
-@pytest.mark.parametrize("dropped", [0, -1])
-def test_only_a_run_notices_a_missing_edit(
-    dropped: int, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The algebraic mode says that nothing was run. The mode of first layers shows a missing edit in those layers."""
-    make_plan = expansion.make_plan
+@pytest.fixture(params=[0, -1])
+def forgetful(request: pytest.FixtureRequest) -> Callable[..., Plan]:
+    """Makes a plan that lacks its first or its last edit."""
+    dropped: int = request.param
 
-    def forgetful(*arguments: Any, **options: Any) -> Plan:
+    def make(*arguments: Any, **options: Any) -> Plan:
         plan = make_plan(*arguments, **options)
-        left = [edit for i, edit in enumerate(plan.edits) if i != dropped % len(plan.edits)]
-        return Plan(**{**vars(plan), "edits": tuple(left)})
+        return replace(plan, edits=tuple(edit for edit in plan.edits if edit != plan.edits[dropped]))
 
+    return make
+
+
+@pytest.mark.parametrize("check", ["full", "algebraic", "first layers"])
+def test_every_mode_notices_an_edit_that_a_plan_lacks(
+    check: str, forgetful: Callable[..., Plan], zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(expansion, "make_plan", forgetful)
+    if check == "first layers":
+        monkeypatch.setattr(validation, "free_memory", lambda: 0)
+    mode: Any = "auto" if check == "first layers" else check
+    with pytest.raises(ModelsDiffer, match=None if check == "full" else "graph: the plan lacks "):
+        expand(zoo("llama.distinct"), tmp_path / "big.onnx", 2, check=mode)
+    assert names_in(tmp_path) == set()
+
+
+def test_only_a_run_notices_that_planning_forgets_an_edit(
+    forgetful: Callable[..., Plan], zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The algebraic mode says that nothing was run."""
+    monkeypatch.setattr(expansion, "make_plan", forgetful)
+    monkeypatch.setattr(completeness, "make_plan", forgetful)
     source = zoo("llama.distinct")
     report = expand(source, tmp_path / "a.onnx", 2, check="algebraic").validation
     assert report is not None and report.equal and "nothing was run" in report.scope and not report.cases
     with pytest.raises(ModelsDiffer):
         expand(source, tmp_path / "b.onnx", 2)
-    if dropped == 0:
-        monkeypatch.setattr(validation, "free_memory", lambda: 0)
-        with pytest.raises(ModelsDiffer):
-            expand(source, tmp_path / "c.onnx", 2)
     assert names_in(tmp_path) == {"a.onnx"}
 
 

@@ -26,7 +26,7 @@ CELLS = [
     ("an edit missing from the plan", "float32", "full"),
     # The check of the graph, before and instead of a run.
     ("a missing division", "float16", "first layers"),
-    # Nothing that is not run shows a mistake in the plan.
+    # The plan is made anew.
     ("an edit missing from the plan", "float32", "algebraic"),
 ]
 

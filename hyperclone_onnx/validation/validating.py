@@ -6,9 +6,10 @@ where it grew. If the model computes in float16, or rounds activations to 8 bits
 float32 and without that rounding, because the rounding could hide a mistake.
 
 The mode says how much is done. `full` does both checks. `algebraic` runs nothing: it checks the tensors, and compares
-the grown graph with the one that the plan makes from the source. That proves the weights and the file, in bounded
-memory. Only a run shows that the plan itself is right: that it lacks no edit, and that the rules are right. `auto` is
-`full` if both models fit in free memory. Otherwise it is `algebraic`, and runs the first layers (`first_blocks.py`).
+the grown graph with the one that the plan makes from the source, and the plan with one that is made anew. That proves
+the weights and the file, in bounded memory. Only a run shows that planning itself is right: that it forgets no edit,
+and that the rules are right. `auto` is `full` if both models fit in free memory. Otherwise it is `algebraic`, and runs
+the first layers (`first_blocks.py`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.completeness import missing_edits
 from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.system.memory import free_memory
 from hyperclone_onnx.transforms.interface import name_in_file
 from hyperclone_onnx.transforms.registry import changing
 from hyperclone_onnx.validation.chance import beyond_comparison, draws_of, with_draws_fed, with_draws_shown
 from hyperclone_onnx.validation.first_blocks import Cut, cut_off, find_cut
-from hyperclone_onnx.validation.graph_check import check_graph
+from hyperclone_onnx.validation.graph_check import MOST, check_graph
 from hyperclone_onnx.validation.inputs.search import WAYS_OUT
 from hyperclone_onnx.validation.judging import AS_STORED, FLOAT32, WIDEST, Judge, Precision
 from hyperclone_onnx.validation.not_finite import named_not_finite
@@ -370,7 +372,9 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
         if plan is not None and beyond_comparison(source, pair.draws):
             result = replace(result, graph=tuple(check_graph(source, pair.grown, plan)))
         return _with_whole_models(result, prepared, pair, big)
-    result = replace(result, graph=tuple(check_graph(source, pair.grown, plan)))
+    lacking = missing_edits(pair.dimensions, plan)[:MOST]
+    texts = (f"the plan lacks {type(edit).__name__} of {edit.node!r}" for edit in lacking)
+    result = replace(result, graph=(*check_graph(source, pair.grown, plan), *texts))
     result = _with_loading(result, prepared, pair, big)
     if prepared.mode == "algebraic":
         return result
