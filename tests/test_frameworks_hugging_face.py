@@ -26,7 +26,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from hyperclone_onnx.frameworks.checkpoints import read_weights  # noqa: E402
-from hyperclone_onnx.frameworks.hugging_face import MANIFEST, growing, read_trained, writing  # noqa: E402
+from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE  # noqa: E402
+from hyperclone_onnx.frameworks.hugging_face import growing, read_trained, writing  # noqa: E402
 from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint  # noqa: E402
 from models import zoo  # noqa: E402
 from models.zoo_families import FAMILIES  # noqa: E402
@@ -330,7 +331,7 @@ def test_trained_weights_go_both_ways(family: str, exported: Exported, tmp_path:
         for parameter in model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "trained", max_shard_size="50KB")
-    shutil.copy(tmp_path / "out" / MANIFEST, tmp_path / "trained")
+    shutil.copy(tmp_path / "out" / HUGGING_FACE, tmp_path / "trained")
     assert len(list((tmp_path / "trained").glob("*.safetensors"))) > 1
     back = replaced(tmp_path / "big.onnx", tmp_path / "trained.onnx", read_trained(tmp_path / "trained"))
     want = logits(model, inputs)
@@ -376,7 +377,7 @@ def test_deeper_models_go_both_ways(family: str, exported: Exported, tmp_path: P
         for parameter in model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "trained")
-    shutil.copy(tmp_path / "out" / MANIFEST, tmp_path / "trained")
+    shutil.copy(tmp_path / "out" / HUGGING_FACE, tmp_path / "trained")
     back = replaced(tmp_path / "big.onnx", tmp_path / "trained.onnx", read_trained(tmp_path / "trained"))
     want, got = logits(model, inputs), in_onnx_runtime(back, model.config, inputs)
     np.testing.assert_allclose(got, want, atol=5e-5 * np.abs(want).max())

@@ -12,7 +12,8 @@ import pytest
 from conftest import normal
 
 from hyperclone_onnx.errors import BadModel, Refused
-from hyperclone_onnx.frameworks.hugging_face import MANIFEST, read_trained
+from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE
+from hyperclone_onnx.frameworks.hugging_face import read_trained
 from hyperclone_onnx.frameworks.hugging_face.equations import Equation, solve
 from hyperclone_onnx.frameworks.hugging_face.layout import Layout, Piece, grown_shape, laid_out, put_back
 from hyperclone_onnx.frameworks.hugging_face.matching import match
@@ -164,6 +165,6 @@ FOLDERS = {
 def test_a_folder_that_was_not_handed_over_is_said(name: str, tmp_path: Path) -> None:
     text, message = FOLDERS[name]
     if text is not None:
-        (tmp_path / MANIFEST).write_text(text)
+        (tmp_path / HUGGING_FACE).write_text(text)
     with pytest.raises(BadModel, match=message):
         read_trained(tmp_path)

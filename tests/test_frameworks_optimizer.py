@@ -22,8 +22,9 @@ from zoo_harness import make_feeds  # noqa: E402
 from hyperclone_onnx import SourceMap, Strategy, analyse, expand  # noqa: E402
 from hyperclone_onnx.frameworks.absorb import absorb  # noqa: E402
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray  # noqa: E402
+from hyperclone_onnx.frameworks.optimizer.groups import adamw_groups  # noqa: E402
 from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer  # noqa: E402
-from hyperclone_onnx.frameworks.optimizer.moments import GrownMoment, Moments, grow_moments, step_factors  # noqa: E402
+from hyperclone_onnx.frameworks.optimizer.moments import GrownMoment, Moments, grow_moments  # noqa: E402
 from hyperclone_onnx.frameworks.optimizer.resume import resume_torch  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
 from hyperclone_onnx.plan.maps import presented  # noqa: E402
@@ -219,22 +220,6 @@ def test_any_slice_is_that_of_the_whole(zoo: Zoo, tmp_path: Path) -> None:
 # -- further steps ------------------------------------------------------------------------------------------
 
 
-def matched(model: Any, plan: Plan) -> Any:
-    """AdamW with the settings under which the grown model follows the small one."""
-    groups = []
-    for path, parameter in model.named_parameters():
-        factors = step_factors(plan, model.initializers[path])
-        groups.append(
-            {
-                "params": [(path, parameter)],
-                "lr": SETTINGS["lr"] * factors.rate,
-                "eps": SETTINGS["eps"] * factors.eps,
-                "weight_decay": SETTINGS["weight_decay"] * factors.weight_decay,
-            }
-        )
-    return torch.optim.AdamW(groups)
-
-
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gpt2 with heads of twice the size", "perceptron"])
 def test_a_grown_model_goes_on_as_the_small_one_would(case: str, zoo: Zoo, tmp_path: Path) -> None:
     path = zoo(f"{case.split()[0]}.distinct") if case != "perceptron" else tmp_path / "small.onnx"
@@ -249,9 +234,7 @@ def test_a_grown_model_goes_on_as_the_small_one_would(case: str, zoo: Zoo, tmp_p
     absorb(path, small.state_dict(), tmp_path / "trained.onnx", check=False)
     torch.save({"optimizer": optimizer.state_dict()}, tmp_path / "optimizer.ckpt")
     requests = {"head_dim": 2, "heads": 1} if "heads" in case else None
-    plan = expand(
-        tmp_path / "trained.onnx", tmp_path / "big.onnx", 2, requests, strategy=Strategy("symmetric"), check=False
-    ).plan
+    expand(tmp_path / "trained.onnx", tmp_path / "big.onnx", 2, requests, strategy=Strategy("symmetric"), check=False)
     out = tmp_path / "out"
     out.mkdir()
     result = write_optimizer(tmp_path / "big.onnx", tmp_path / "optimizer.ckpt", out, "pytorch")
@@ -260,7 +243,7 @@ def test_a_grown_model_goes_on_as_the_small_one_would(case: str, zoo: Zoo, tmp_p
     losses: dict[str, list[float]] = {}
     for kind in ("with its moments", "without"):
         big = load(tmp_path / "big.onnx")
-        following = matched(big, plan)
+        following = torch.optim.AdamW(adamw_groups(big, **SETTINGS))
         if kind == "with its moments":
             resume_torch(following, out / "optimizer.pt")
         losses[kind] = [train(big, following, ids) for ids in data[6:]]

@@ -12,8 +12,7 @@ from torch.nn import functional
 from growing.corpus import corpus
 from growing.results import finish
 from growing.tasks import Point, Task, Tell
-from hyperclone_onnx.frameworks.compiled_model import compile_model
-from hyperclone_onnx.frameworks.optimizer.moments import step_factors
+from hyperclone_onnx.frameworks.continuation import adamw_factors
 from hyperclone_onnx.frameworks.optimizer.resume import resume_torch
 from hyperclone_onnx.frameworks.torch import Block, OnnxModule, load
 
@@ -70,11 +69,10 @@ def train_torch(task: Task, folder: Path, tell: Tell) -> None:
 
 def _groups(module: OnnxModule, task: Task) -> list[dict[str, Any]]:
     """The parameter groups: only matrices decay. With rates by fan-in, each growth of the fan-in is a group."""
-    plan = compile_model(task.model).plan if task.recipe.by_fan_in else None
     groups: dict[tuple[float, float], list[Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            factor = 1.0 if plan is None else step_factors(plan, module.initializers[name]).rate
+            factor = adamw_factors(module.continuations[name]).rate if task.recipe.by_fan_in else 1.0
             decay = task.recipe.weight_decay / factor if parameter.ndim > 1 else 0.0
             groups.setdefault((factor, decay), []).append((name, parameter))
     return [

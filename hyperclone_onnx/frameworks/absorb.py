@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest, HypercloneError, Refused
 from hyperclone_onnx.frameworks.checkpoints import read_weights
+from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE
 from hyperclone_onnx.frameworks.checkpoints.matching import match
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, from_torch
 from hyperclone_onnx.frameworks.compiled_model import compile_model
@@ -31,9 +32,6 @@ from hyperclone_onnx.writing.onnx_files import needs_data_file
 Array = npt.NDArray[Any]
 Given = Mapping[str, Callable[[], Array]]
 """By name, a function that reads an array. If it is a `StoredArray`, its shape is known before it is read."""
-
-HUGGING_FACE = "hyperclone_onnx.json"
-"""The file that `handoff --to hf` adds to a checkpoint. It says which tensor belongs to which initializer."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,6 +16,7 @@ from hyperclone_onnx.frameworks.compiling.compiler import compile_program
 from hyperclone_onnx.frameworks.compiling.naming import paths
 from hyperclone_onnx.frameworks.compiling.preparation import prepare, prepare_model
 from hyperclone_onnx.frameworks.compiling.program import Program, Weight
+from hyperclone_onnx.frameworks.continuation import Continuation, continuations
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.rewriting.rewriting import check_fits, rewrite
 from hyperclone_onnx.transforms.source import source_of
@@ -32,6 +33,13 @@ class CompiledModel:
     """The stored tensors, by initializer name."""
     plan: Plan | None = None
     """The plan by which the model was grown; None if the file contains no plan."""
+
+    @property
+    def continuations(self) -> dict[str, Continuation]:
+        """How the parameters follow the source in training, by path."""
+        names = {weight.path: weight.initializer for weight in self.program.weights if weight.role != "constant"}
+        known = continuations(self.plan, names.values())
+        return {path: known[name] for path, name in names.items()}
 
 
 def compile_model(

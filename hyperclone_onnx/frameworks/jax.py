@@ -75,7 +75,8 @@ def load(
             kind[weight.path] = read_whole(tensor)
         else:
             kind[weight.path] = _in_parts(tensor, place(weight.path, weight.shape), weight)
-    return Application(compiled_model.program, nested(constants), "jax"), nested(params)
+    apply = Application(compiled_model.program, nested(constants), "jax", compiled_model.continuations)
+    return apply, nested(params)
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,7 @@ class OnnxModule(torch.nn.Module):
     def __init__(self, model: CompiledModel) -> None:
         super().__init__()
         self.program: Program = model.program
+        self.continuations = model.continuations
         self._stored: dict[str, ir.TensorProtocol] | None = model.tensors
         self._add_blocks()
         for weight in self.program.weights:

@@ -6,7 +6,7 @@ It says which initializer each parameter is, and how the model was grown.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import onnx_ir as ir
 from hyperclone_onnx.analysis.trainable import Role
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.frameworks.compiling.program import Program
+from hyperclone_onnx.frameworks.continuation import Continuation, continuations
 from hyperclone_onnx.plan.plans import Plan
-from hyperclone_onnx.planning.training_recipe import fan_in_growth
 
 NAME = "manifest.json"
+HUGGING_FACE = "hyperclone_onnx.json"
+"""The manifest that `handoff --to hf` adds to a checkpoint. It says which tensor belongs to which initializer."""
 VERSION = 1
 
 
@@ -34,6 +36,8 @@ class Entry:
     reason: str
     fan_in_growth: float = 1.0
     """The growth factor of the parameter's fan-in. muP divides Adam's learning rate by it."""
+    continuation: dict[str, Any] = field(default_factory=dict)
+    """How the parameter follows the source in training; see `continuation.Continuation`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Manifest:
 
 def entries(program: Program, plan: Plan | None = None) -> tuple[Entry, ...]:
     """List the parameters of a program, frozen ones included, with the growth of their fan-ins by a plan."""
+    followed = continuations(plan, [weight.initializer for weight in program.weights if weight.role != "constant"])
     return tuple(
         Entry(
             weight.path,
@@ -86,8 +91,28 @@ def entries(program: Program, plan: Plan | None = None) -> tuple[Entry, ...]:
             ir.DataType(weight.element_type).name.lower(),
             weight.role,
             weight.reason,
-            1.0 if plan is None else fan_in_growth(plan, weight.initializer),
+            followed[weight.initializer].fan_in,
+            followed[weight.initializer].to_json(),
         )
         for weight in program.weights
-        if weight.role != "constant"
+        if weight.initializer in followed
     )
+
+
+def continuations_in(folder: Path) -> dict[str, Continuation]:
+    """How the parameters of a handoff's folder follow the source, by their names in the framework.
+
+    Args:
+        folder: a folder that `handoff` wrote, for Hugging Face too.
+
+    Raises:
+        BadModel: the folder has no manifest, or one of another release.
+    """
+    hugging_face = folder / HUGGING_FACE
+    if not hugging_face.is_file():
+        return {entry.path: Continuation.from_json(entry.continuation) for entry in Manifest.read(folder).tensors}
+    try:
+        data = json.loads(hugging_face.read_text(encoding="utf-8"))["continuations"]
+        return {name: Continuation.from_json(entry) for name, entry in data.items()}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise BadModel(f"{hugging_face}: does not say how the parameters grew ({problem!r})") from problem

@@ -10,6 +10,7 @@ from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.compiling.blocks import block_paths
 from hyperclone_onnx.frameworks.compiling.program import Program
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
+from hyperclone_onnx.frameworks.continuation import Continuation
 
 Tree = Mapping[str, Any]
 """Stored tensors in nested dicts, with a level for each dot of their paths."""
@@ -18,11 +19,15 @@ Tree = Mapping[str, Any]
 class Application:
     """The function ``apply(params, *inputs, **inputs)`` in one framework. `code` is its source.
 
-    `params` may lack stored tensors of the program; these are in `constants`.
+    `params` may lack stored tensors of the program; these are in `constants`. `continuations` says how each parameter
+    follows the source in training, by path.
     """
 
-    def __init__(self, program: Program, constants: Tree, framework: str) -> None:
+    def __init__(
+        self, program: Program, constants: Tree, framework: str, continuations: Mapping[str, Continuation] | None = None
+    ) -> None:
         self.program = program
+        self.continuations = continuations or {}
         self.constants = constants
         self.code = function_source("apply", "weights", program.body, _item, _called(program))
         self._namespace = import_module(f"hyperclone_onnx.frameworks.compiling.namespaces.{framework}")

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hyperclone_onnx.frameworks import MissingExtra
-from hyperclone_onnx.frameworks.hugging_face.reading import MANIFEST, read_trained
+from hyperclone_onnx.frameworks.hugging_face.reading import read_trained
 
 if TYPE_CHECKING:
     from hyperclone_onnx.frameworks.hugging_face.expanding import (
@@ -39,7 +39,6 @@ _PLACES = {
 """The module of each name that is imported at its first use."""
 
 __all__ = [
-    "MANIFEST",
     "CheckpointExpansion",
     "CheckpointExport",
     "Report",

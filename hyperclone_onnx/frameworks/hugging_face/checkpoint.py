@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from hyperclone_onnx.errors import BadModel, Refused, first_line
 from hyperclone_onnx.frameworks.checkpoints import INDEX, PICKLES, read_weights
+from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray
 
 Array = npt.NDArray[Any]
@@ -53,7 +54,7 @@ class Checkpoint:
         for path in sorted(self.folder.rglob("*")):
             inside = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in inside.parts)
-            replaced = str(inside) in ("config.json", "hyperclone_onnx.json") or path.name.endswith(WEIGHTS)
+            replaced = str(inside) in ("config.json", HUGGING_FACE) or path.name.endswith(WEIGHTS)
             if path.is_file() and not hidden and not replaced:
                 files.append(inside)
         return files

@@ -17,6 +17,8 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.frameworks.checkpoints import read_weights
+from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE
+from hyperclone_onnx.frameworks.continuation import Continuation
 from hyperclone_onnx.frameworks.hugging_face.layout import Layout, put_back
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown
 from hyperclone_onnx.graphs import eps_of
@@ -24,12 +26,15 @@ from hyperclone_onnx.plan.plans import Plan
 
 Array = npt.NDArray[Any]
 
-MANIFEST = "hyperclone_onnx.json"
 VERSION = 1
 
 
 def manifest(
-    grown: Grown, layouts: Mapping[str, Layout], also: Mapping[str, tuple[str, Layout]], elsewhere: Mapping[str, Array]
+    grown: Grown,
+    layouts: Mapping[str, Layout],
+    also: Mapping[str, tuple[str, Layout]],
+    elsewhere: Mapping[str, Array],
+    continuations: Mapping[str, Continuation],
 ) -> dict[str, Any]:
     """The data that a folder needs so that its weights can be read back into the ONNX file.
 
@@ -40,6 +45,7 @@ def manifest(
         layouts: for each tensor that is made from initializers, its layout.
         also: initializers from which no tensor is made, with the tensor and the layout to read them back from.
         elsewhere: the checkpoint's tensors that the ONNX file does not have.
+        continuations: how the checkpoint's tensors follow the source's in training.
     """
     names = {piece.initializer for layout in layouts.values() for piece in layout.pieces} | set(also)
     plan = grown.plan
@@ -67,6 +73,7 @@ def manifest(
         "tensors": {name: layout.to_json() for name, layout in layouts.items()},
         "also": {name: [tensor, layout.to_json()] for name, (tensor, layout) in also.items()},
         "elsewhere": {name: _moments(array) for name, array in elsewhere.items()},
+        "continuations": {name: tensor.to_json() for name, tensor in continuations.items()},
     }
 
 
@@ -102,9 +109,11 @@ def read_trained(folder: Path, manifest_path: Path | None = None) -> dict[str, C
         BadModel: the folder has no valid manifest, or its weights cannot be read or lack a tensor.
         BadRequest: a tensor was trained that the ONNX file does not have.
     """
-    path = manifest_path or folder / MANIFEST
+    path = manifest_path or folder / HUGGING_FACE
     if not path.is_file():
-        raise BadModel(f"{path.parent}: no {MANIFEST}: name the folder that `handoff --to hf` wrote with --manifest")
+        raise BadModel(
+            f"{path.parent}: no {HUGGING_FACE}: name the folder that `handoff --to hf` wrote with --manifest"
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("version") != VERSION:

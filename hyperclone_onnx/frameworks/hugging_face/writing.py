@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE
+from hyperclone_onnx.frameworks.continuation import Continuation, continuations
 from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly
 from hyperclone_onnx.frameworks.hugging_face.checking import Rounding, is_half
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint
 from hyperclone_onnx.frameworks.hugging_face.configuration import Change, written_config
-from hyperclone_onnx.frameworks.hugging_face.layout import Layout
-from hyperclone_onnx.frameworks.hugging_face.reading import MANIFEST, manifest
+from hyperclone_onnx.frameworks.hugging_face.layout import Layout, grown_shape
+from hyperclone_onnx.frameworks.hugging_face.reading import manifest
 from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
 from hyperclone_onnx.frameworks.hugging_face.sources import Source
@@ -112,8 +114,32 @@ class Writer:
         also = {
             initializer: (name, self._layout(name, layout)) for initializer, (name, layout) in assembly.also.items()
         }
-        data = manifest(assembly.grown, layouts, also, elsewhere)
-        (folder / MANIFEST).write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
+        data = manifest(assembly.grown, layouts, also, elsewhere, self._continuations(elsewhere))
+        (folder / HUGGING_FACE).write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
+
+    def _continuations(self, elsewhere: Mapping[str, Array]) -> dict[str, Continuation]:
+        """How each tensor follows the source's in training. It has the factors that are folded into it, too."""
+        layouts, grown = self.assembly.layouts, self.assembly.grown
+        names = {piece.initializer for layout in layouts.values() for piece in layout.pieces}
+        known = continuations(grown.plan, names)
+        result = {name: Continuation(reason="the ONNX file does not have it") for name in elsewhere}
+        for name, layout in layouts.items():
+            pieces = {replace(known[piece.initializer], shapes=None) for piece in layout.pieces}
+            tensor, fold = known[layout.pieces[0].initializer], self.folded.get(name, Compensation(1.0))
+            reason = tensor.reason
+            if len(pieces) > 1:
+                reason = reason or "it is made of several tensors, which grew in different ways"
+            elif fold.offset and fold.factor != 1.0:
+                reason = reason or "it is stored without a number that is added to it"
+            shapes = tensor.shapes and (layout.shape, grown_shape(layout, grown.axis))
+            result[name] = replace(
+                tensor,
+                weight=tensor.weight * abs(fold.factor),
+                gradient=tensor.gradient / abs(fold.factor),
+                shapes=shapes,
+                reason=reason,
+            )
+        return result
 
     def rounding(self) -> Rounding:
         """How far half precision moves the written numbers from the source's and from the file's."""

@@ -15,8 +15,9 @@ from hyperclone_onnx.frameworks.checkpoints.matching import match
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, read_safetensors
 from hyperclone_onnx.frameworks.compiled_model import CompiledModel, PathLike, compile_model
 from hyperclone_onnx.frameworks.compiling.program import Weight
+from hyperclone_onnx.frameworks.continuation import separated
 from hyperclone_onnx.frameworks.depth import source_places
-from hyperclone_onnx.frameworks.optimizer.moments import GrownMoments, Moments, forget, grow_moments, separated
+from hyperclone_onnx.frameworks.optimizer.moments import GrownMoments, Moments, forget, grow_moments
 from hyperclone_onnx.frameworks.optimizer.saved_state import FIRST, SECOND, STEP, Group, State, read_state
 from hyperclone_onnx.plan.maps import Kept, fills_of
 from hyperclone_onnx.plan.plans import Plan

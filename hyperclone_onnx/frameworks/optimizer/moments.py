@@ -1,4 +1,4 @@
-"""Grow Adam's moments with the model, and find the settings with which the grown model steps like the small one.
+"""Grow Adam's moments with the model.
 
 A plan makes each grown tensor linearly from its source: theta' = G theta, with
 theta'[j] = scale * share[j] * theta[m(j)]. Here m(j) is the source element that j repeats. The shares of all repeats of
@@ -27,7 +27,6 @@ diagonal strategy the repeats have different gradients, and the formula gives th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,6 +37,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import Array, StoredArray
+from hyperclone_onnx.frameworks.continuation import separated
 from hyperclone_onnx.plan.maps import Axis, AxisIndex, Fill, Indices, Maps, fills_of, with_fill, with_powers
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
@@ -161,63 +161,6 @@ def grow_moments(plan: Plan, moments: Mapping[str, Moments]) -> dict[str, GrownM
     return grown
 
 
-def separated(plan: Plan) -> dict[str, int]:
-    """Return the source tensors that became several tensors of the grown model, with the number of these tensors."""
-    counts = Counter(recipe.source for recipe in plan.tensors.values())
-    totals = {source: count + (source not in plan.tensors) for source, count in counts.items()}
-    return {source: count for source, count in totals.items() if count > 1}
-
-
 def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if shape != expected:
         raise BadRequest(f"the moments of {name!r} have the shape {shape}, the source's tensor has {expected}")
-
-
-# -- the steps that follow --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepFactors:
-    """Factors for AdamW's settings with which a grown tensor moves exactly as its source tensor would.
-
-    `rate` multiplies the learning rate, `eps` multiplies eps, and `weight_decay` multiplies the weight decay.
-    """
-
-    rate: float = 1.0
-    eps: float = 1.0
-    weight_decay: float = 1.0
-
-
-def step_factors(plan: Plan, name: str) -> StepFactors:
-    """Return the factors with which a tensor of the grown model follows the small model exactly.
-
-    Multiplying the gradient by a factor does not change Adam's step m / (sqrt(v) + eps), except for eps. A grown
-    element is scale * share times its source element, so its step must be scale * share times the source's step. The
-    decay, rate * weight_decay, must not change. For weight matrices this is muP's rule for Adam: the rate falls with
-    the fan-in (Yang et al., arXiv 2203.03466).
-
-    Args:
-        plan: the plan that grew the model.
-        name: the initializer of the grown model.
-
-    Raises:
-        BadRequest: the elements of this tensor are repeated unequally, so they would need different rates.
-    """
-    parts = separated(plan)
-    recipe = plan.tensors.get(name)
-    if recipe is None:
-        return StepFactors(eps=1.0 / parts.get(name, 1))
-    axes = recipe.index(plan.maps)
-    share = 1.0
-    other = 1.0
-    filled = any(fills_of(factor) for axis in recipe.axes for factor in axis)
-    for axis in axes:
-        for counts in (axis.count, axis.other_count):
-            if filled or (counts.size and counts.min() != counts.max()):
-                raise BadRequest(
-                    f"{name!r} is repeated unequally along an axis: its elements would need different rates"
-                )
-        share /= float(axis.count[0]) if axis.grown else 1.0
-        other *= float(axis.other_count[0]) if axis.grown else 1.0
-    rate = recipe.scale * share
-    return StepFactors(rate, 1.0 / (recipe.scale * other * parts.get(recipe.source, 1)), 1.0 / rate)

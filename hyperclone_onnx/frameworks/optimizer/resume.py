@@ -87,9 +87,9 @@ def resume_optax(optimizer_state: Any, params: Mapping[str, Any], state: str | o
     steps = {moments_and_step[2] for moments_and_step in loaded.values()}
     replaced = 0
 
-    def moments(which: int) -> Any:
+    def moments(which: int, like: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jax.numpy.asarray(loaded[path][which], dtype=leaf.dtype), params
+            lambda path, leaf: jax.numpy.asarray(loaded[path][which], dtype=leaf.dtype), like
         )
 
     def put(node: Any) -> Any:
@@ -98,7 +98,7 @@ def resume_optax(optimizer_state: Any, params: Mapping[str, Any], state: str | o
             return node
         replaced += 1
         count = jax.numpy.asarray(int(max(steps)), dtype=jax.numpy.int32)
-        return optax.ScaleByAdamState(count=count, mu=moments(0), nu=moments(1))
+        return optax.ScaleByAdamState(count=count, mu=moments(0, node.mu), nu=moments(1, node.nu))
 
     result = jax.tree.map(put, optimizer_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
     if not replaced:
