@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 from conftest import Command, names_in
 
-from hyperclone_onnx import BadRequest, ModelsDiffer, Refused, expand
+from hyperclone_onnx import BadRequest, ModelsDiffer, Refused, Strategy, expand
 from hyperclone_onnx.reading import loading
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
@@ -29,6 +29,7 @@ from hyperclone_onnx.frameworks.checkpoints import read_weights  # noqa: E402
 from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE  # noqa: E402
 from hyperclone_onnx.frameworks.hugging_face import growing, read_trained, writing  # noqa: E402
 from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint  # noqa: E402
+from hyperclone_onnx.frameworks.optimizer.groups import adamw_groups, not_exact  # noqa: E402
 from models import zoo  # noqa: E402
 from models.zoo_families import FAMILIES  # noqa: E402
 
@@ -346,6 +347,38 @@ def test_trained_weights_go_both_ways(family: str, exported: Exported, tmp_path:
     report = grow_checkpoint(back, folder / "hf", tmp_path / "again", source=folder / "small.onnx")
     assert report.trained and report.error_to_source is None
     np.testing.assert_allclose(logits(loaded(tmp_path / "again"), inputs), want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_a_checkpoint_trains_on_as_its_source(family: str, exported: Exported, tmp_path: Path) -> None:
+    """The factors that are folded into stored tensors (Gemma's embedding) are part of a tensor's settings.
+
+    Gemma stores its gains minus one. Where a factor is folded into a gain, the weight decay pulls to another number.
+    """
+    decay = 0.0 if family == "gemma" else 0.1
+    folder, settings = exported(f"{family}.distinct"), {"lr": 1e-3, "eps": 1e-6, "weight_decay": decay}
+    expand(folder / "small.onnx", tmp_path / "big.onnx", 2, strategy=Strategy("symmetric"), check=False)
+    (tmp_path / "out").mkdir()
+    grow_checkpoint(tmp_path / "big.onnx", folder / "hf", tmp_path / "out")
+    ids = torch.randint(3, 31, (12, 2, 9), generator=torch.Generator().manual_seed(1))
+    curves = {}
+    for kind in ("source", "followed", "one rate for all"):
+        model = loaded(folder / "hf" if kind == "source" else tmp_path / "out").eval()
+        groups = model.parameters()
+        if kind == "followed":
+            groups = adamw_groups(model, **settings, folder=tmp_path / "out")
+            reasons = set(not_exact(model, tmp_path / "out").values())
+            assert reasons == ({"weight decay pulls its stored numbers to another point"} if decay == 0 else set())
+        optimizer = torch.optim.AdamW(groups, **settings)
+        losses = []
+        for batch in ids:
+            losses.append(model(input_ids=batch, labels=batch).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        curves[kind] = np.array([float(loss) for loss in losses])
+    assert np.abs(curves["followed"] - curves["source"]).max() < 2e-3
+    assert np.abs(curves["one rate for all"] - curves["source"]).max() > 1e-2
 
 
 DEEPER: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Any, Any]]]] = {

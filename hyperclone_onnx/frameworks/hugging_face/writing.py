@@ -130,7 +130,7 @@ class Writer:
             if len(pieces) > 1:
                 reason = reason or "it is made of several tensors, which grew in different ways"
             elif fold.offset and fold.factor != 1.0:
-                reason = reason or "it is stored without a number that is added to it"
+                reason = reason or "weight decay pulls its stored numbers to another point"
             shapes = tensor.shapes and (layout.shape, grown_shape(layout, grown.axis))
             result[name] = replace(
                 tensor,
