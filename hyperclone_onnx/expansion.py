@@ -153,6 +153,7 @@ class Expansion(Summarised):
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "separated": self.separated,
             "quantised": self.quantised,
+            **({"weighed_norms": list(weighed)} if (weighed := self.plan.weighed) else {}),
             "validation": None if self.validation is None else self.validation.to_json(),
             "seconds": self.seconds,
             "sizes": [

@@ -246,7 +246,7 @@ def test_a_divisor_that_growth_put_in_is_no_weight(zoo: Zoo, tmp_path: Path) -> 
     plan = expand(source, big, maps={heads.name: SourceMap(heads.size, index=index)}, check=False).plan
     added = [weight for weight in compile_model(big).program.weights if plan.brings_in(weight.initializer)]
     assert added and all(weight.role == "constant" for weight in added)
-    assert {weight.reason for weight in added if weight.shape} == {"a divisor that growth put in"}
+    assert {weight.reason for weight in added if weight.shape} == {"a constant that growth put in"}
 
 
 @pytest.mark.parametrize("name", ["bert.fused", "bart.fused", "deberta_v2.extended", "llama.fused"])

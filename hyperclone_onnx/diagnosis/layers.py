@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from hyperclone_onnx.diagnosis.value_axes import names_in
+from hyperclone_onnx.plan.maps import names_in
 from hyperclone_onnx.plan.plans import Plan
 
 BEFORE, AFTER = "before the layers", "after the layers"

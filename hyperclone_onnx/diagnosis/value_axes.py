@@ -19,14 +19,13 @@ from hyperclone_onnx.diagnosis.distance import joint
 from hyperclone_onnx.plan.maps import (
     Axis,
     ConcatOf,
-    FirstAndFurther,
     Indices,
     Kept,
     Maps,
-    Named,
     ProductOf,
     grown_size,
     index_axis,
+    names_in,
 )
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.activations import Activations
@@ -192,13 +191,6 @@ def value_axes(dimensions: Dimensions, plan: Plan, planned: Activations | None =
             for axis, term in zip(recipe.axes, axes, strict=True):
                 learnt.learn(axis, term)
     return learnt
-
-
-def names_in(axis: Axis) -> list[str]:
-    """The dimensions of which an axis of the plan consists."""
-    if isinstance(axis, Named | FirstAndFurther):
-        return [axis.name]
-    return [name for part in axis.parts for name in names_in(part)] if not isinstance(axis, Kept) else []
 
 
 def beside(sources: Sequence[Indices]) -> Indices:

@@ -33,8 +33,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.diagnosis.distance import Array, Spread, groups_of, spread, squared
-from hyperclone_onnx.diagnosis.value_axes import names_in
-from hyperclone_onnx.plan.maps import Axis, Indices, Kept, Maps, Named, SourceMap, grown_size, index_axis
+from hyperclone_onnx.plan.maps import Axis, Indices, Kept, Maps, Named, SourceMap, grown_size, index_axis, names_in
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.tensors.packing import unpack
 

@@ -96,7 +96,7 @@ def _divisors(tensors: Iterable[str], plan: Plan | None) -> Reasons:
     """The roles of the tensors that growth added as divisors: constants, because training must not change them."""
     if plan is None:
         return {}
-    return {name: ("constant", "a divisor that growth put in") for name in tensors if plan.brings_in(name)}
+    return {name: ("constant", "a constant that growth put in") for name in tensors if plan.brings_in(name)}
 
 
 def _grown(model: PathLike, plan: Plan | PathLike) -> ir.Model:

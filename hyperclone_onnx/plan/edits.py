@@ -67,6 +67,9 @@ class Editor(Protocol):
     def take_branch(self, node: str, branch: str) -> None:
         """Replace an If by the nodes of one of its branches."""
 
+    def weigh_average(self, node: str, over: Sequence[int], weights: Mapping[int, Array]) -> None:
+        """Multiply what a node averages by weights. A fused norm is replaced by simple operators."""
+
 
 class Edit(ABC):
     """A change at one node. A subclass is a frozen dataclass, registered by `edit`."""
@@ -74,6 +77,8 @@ class Edit(ABC):
     node: str
     comes_last: ClassVar[bool] = False
     """Whether the edit is applied after all edits of other classes."""
+    constants: ClassVar[tuple[str, ...]] = ()
+    """The ends of the names of floating-point constants that the edit stores: ``scale`` for ``NODE.scale``."""
 
     @abstractmethod
     def apply(self, editor: Editor) -> None:
@@ -228,11 +233,10 @@ def _divisors(factor: Axis, power: float, maps: Maps) -> npt.NDArray[np.float64]
     return divisors if index.stretch is None else divisors / index.stretch
 
 
-class _Scale(Edit):
-    """The part that `ScaleInput` and `ScaleOutput` have in common: their axes, and the steps that scale along them."""
+class _AlongAxes(Edit):
+    """An edit that has axes, each with its factors."""
 
     axes: tuple[tuple[int, tuple[Axis, ...]], ...]
-    power: float
 
     def _fields_to_json(self) -> dict[str, Any]:
         axes = [[axis, [axis_to_json(factor) for factor in factors]] for axis, factors in self.axes]
@@ -241,7 +245,13 @@ class _Scale(Edit):
     @classmethod
     def _fields_from_json(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         axes = tuple((axis, tuple(map(axis_from_json, factors))) for axis, factors in data["axes"])
-        return {**data, "axes": axes}
+        return {**super()._fields_from_json(data), "axes": axes}
+
+
+class _Scale(_AlongAxes):
+    """The part that `ScaleInput` and `ScaleOutput` have in common: their axes, and the steps that scale along them."""
+
+    power: float
 
     def _steps(self, editor: Editor, slot: int, output: bool = False) -> list[Step]:
         """The steps; the factors are in the type of the node's input or output `slot`."""
@@ -268,6 +278,7 @@ class ScaleInput(_Scale):
     axes: tuple[tuple[int, tuple[Axis, ...]], ...]
     """(the axis as a negative number, -1 for the last; the factors of that axis)"""
     power: float
+    constants: ClassVar[tuple[str, ...]] = ("scale",)
 
     def apply(self, editor: Editor) -> None:
         """Insert a multiplication, or a division if only the divisors are exact in the type of the input."""
@@ -291,6 +302,43 @@ class ScaleOutput(_Scale):
     def apply(self, editor: Editor) -> None:
         """Insert a multiplication, or a division if only the divisors are exact in the type of the output."""
         editor.insert(self.node, self.output, True, self._steps(editor, self.output, output=True))
+
+
+@edit
+@dataclass(frozen=True)
+class WeighAverage(_AlongAxes):
+    """Let a node that averages count each source index once, however often the index is repeated.
+
+    If the indices of an axis of size D have k copies each among T, each copy gets the weight T / (D k). So the average
+    of the T weighted numbers is the average of the D numbers in the source.
+    """
+
+    node: str
+    over: tuple[int, ...]
+    """All axes that the node averages over, as negative numbers."""
+    axes: tuple[tuple[int, tuple[Axis, ...]], ...]
+    """Those axes whose indices are repeated unequally: (the axis, the factors of that axis)."""
+    comes_last: ClassVar[bool] = True  # a fused norm is replaced, so that no later edit could reach it
+    constants: ClassVar[tuple[str, ...]] = ("average", "epsilon")
+
+    def apply(self, editor: Editor) -> None:
+        """Insert the weights. A fused norm becomes simple operators."""
+        weights = {axis: average_weights(factors, editor.maps) for axis, factors in self.axes}
+        editor.weigh_average(self.node, self.over, weights)
+
+
+def average_weights(factors: Sequence[Axis], maps: Maps) -> npt.NDArray[np.float64]:
+    """The weight of each index in an average that counts each source index once.
+
+    Args:
+        factors: the factors of the axis, outermost first.
+        maps: the source map of each named dimension.
+
+    Returns:
+        shape (grown,). Their mean is 1.
+    """
+    index = index_axis([(factor, True) for factor in factors], maps)
+    return index.grown / (index.source_size * index.count.astype(np.float64))
 
 
 @edit

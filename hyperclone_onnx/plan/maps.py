@@ -347,6 +347,13 @@ def fills_of(axis: Axis) -> set[Fill]:
             return set().union(*map(fills_of, parts))
 
 
+def names_in(axis: Axis) -> list[str]:
+    """The dimensions of which an axis consists, in order."""
+    if isinstance(axis, Named | FirstAndFurther):
+        return [axis.name]
+    return [name for part in axis.parts for name in names_in(part)] if not isinstance(axis, Kept) else []
+
+
 def grown_size(axis: Axis, maps: Maps) -> int:
     """The length of an axis in the grown model."""
     match axis:

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from hyperclone_onnx.errors import BadModel
-from hyperclone_onnx.plan.edits import Edit, ScaleInput, edit_from_json
-from hyperclone_onnx.plan.maps import Axis, Fill, SourceMap, axis_from_json, axis_to_json, grown_size
+from hyperclone_onnx.plan.edits import Edit, WeighAverage, edit_from_json
+from hyperclone_onnx.plan.maps import Axis, Fill, SourceMap, axis_from_json, axis_to_json, grown_size, names_in
 from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import Strategy
 
 VERSION = 1
 METADATA_KEY = "hyperclone_onnx.plan"
 
-_NUMBERED = re.compile(r"(\.\d+)?")
+_NUMBERED = re.compile(r"\.\d+\Z")
 """The suffix of a constant's name in case that another value had that name."""
 
 
@@ -143,21 +143,29 @@ class Plan:
         """The source map of each growing dimension, by name."""
         return {name: dim.map for name, dim in self.dims.items()}
 
+    @property
+    def weighed(self) -> dict[str, tuple[str, ...]]:
+        """The nodes whose averages are weighed, each with the dimensions that it averages over."""
+        return {
+            edit.node: tuple(name for _, factors in edit.axes for factor in factors for name in names_in(factor))
+            for edit in self.edits
+            if isinstance(edit, WeighAverage)
+        }
+
     def brings_in(self, name: str) -> bool:
         """Whether a tensor of the grown model is a constant that growth put into the graph."""
         if self.added is not None:
             return name in self._added_names
-        node, is_scale, number = name.rpartition(".scale")
-        scaled = bool(is_scale) and node in self._scaled_nodes
-        return scaled and name not in self.tensors and _NUMBERED.fullmatch(number) is not None
+        stem = _NUMBERED.sub("", name)
+        return (name in self._constants or stem in self._constants) and name not in self.tensors
 
     @cached_property
     def _added_names(self) -> frozenset[str]:
         return frozenset(self.added or ())
 
     @cached_property
-    def _scaled_nodes(self) -> frozenset[str]:
-        return frozenset(edit.node for edit in self.edits if isinstance(edit, ScaleInput))
+    def _constants(self) -> frozenset[str]:
+        return frozenset(f"{edit.node}.{end}" for edit in self.edits for end in edit.constants)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""

@@ -24,7 +24,7 @@ from hyperclone_onnx.graphs import MICROSOFT, describe, is_initializer
 from hyperclone_onnx.plan.edits import Edit, ScaleInput, ScaleOutput
 from hyperclone_onnx.planning.equations import Equation, Powers
 from hyperclone_onnx.planning.request import Growth
-from hyperclone_onnx.rules.dimensions import Axes, Sum, Use
+from hyperclone_onnx.rules.dimensions import Axes, Dimensions, Sum, Use
 from hyperclone_onnx.rules.grown_terms import Power
 
 AxisPowers = Mapping[int, Sequence[Power]]
@@ -511,8 +511,7 @@ def _side_by_side(s: Stretching, parts: Sequence[Leaves], whole: Leaves, axis: i
 @_law("ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceMax", "ReduceMin")
 def _reduction(s: Stretching) -> bool:
     axes, out = s.dimensions.axes_of(s.node, 0) or (), s.dimensions.axes.get(s.node.outputs[0]) or ()
-    keep = s.node.attributes.get("keepdims")
-    reduced = _reduced(s, axes, out, keep is None or keep.as_int() != 0)
+    reduced = reduced_axes(s.dimensions, s.node, len(axes))
     if reduced is None:
         return False
     kept = [axis for axis in range(len(axes)) if axis not in reduced]
@@ -543,20 +542,20 @@ def _is_square(value: ir.Value | None) -> bool:
     return producer.op_type == "Pow" or (producer.op_type == "Mul" and producer.inputs[0] is producer.inputs[1])
 
 
-def _reduced(s: Stretching, axes: Axes, out: Axes, keep: bool) -> set[int] | None:
-    """The reduced axes; None where they are not told before the model runs."""
-    attribute = s.node.attributes.get("axes")
+def reduced_axes(dimensions: Dimensions, node: ir.Node, rank: int) -> set[int] | None:
+    """The axes that a node reduces; None where they are not told before the model runs."""
+    attribute = node.attributes.get("axes")
     if attribute is not None:
         listed = list(attribute.as_ints())
-    elif len(s.node.inputs) < 2 or s.node.inputs[1] is None:
-        noop = s.node.attributes.get("noop_with_empty_axes")
-        return set() if noop is not None and noop.as_int() else set(range(len(axes)))
+    elif len(node.inputs) < 2 or node.inputs[1] is None:
+        noop = node.attributes.get("noop_with_empty_axes")
+        return set() if noop is not None and noop.as_int() else set(range(rank))
     else:
-        known = s.dimensions.known.get(s.node.inputs[1])
+        known = dimensions.known.get(node.inputs[1])
         if known is None or any(element is None or element.static is None for element in known.ravel()):
             return None
         listed = [element.static for element in known.ravel()]
-    return {axis % len(axes) for axis in listed}
+    return {axis % rank for axis in listed}
 
 
 def _norm(s: Stretching, added: Sequence[int], gain: int, copies: int | None = None) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -12,6 +14,7 @@ from hyperclone_onnx.graphs import describe
 from hyperclone_onnx.planning.averaging import Averaging, averaged
 from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.planning.stretching import Stretches, Stretching
+from hyperclone_onnx.planning.weighing import weighed
 from hyperclone_onnx.rules.dimensions import Sum, Use
 
 
@@ -31,16 +34,66 @@ def stretch(growth: Growth, carried: Iterable[Sum], divided: Iterable[Sum], tied
     uneven = _uneven(growth)
     means = averaged(uneven)
     kinds: list[tuple[type[Stretching], set[Dim]]] = [(Averaging, means), (Stretching, {a for _, a in uneven} - means)]
-    sums, total = (list(carried), list(divided)), Stretches()
+    solver, total = _Solver(growth, list(carried), list(divided), list(tied)), Stretches()
     for kind, dims in kinds:
-        if dims:
-            stretching = kind(growth, dims, *sums)
-            stretching.check()
-            for uses in tied:
-                stretching.tie(uses)
-            stretching.relate()
-            total = total.joined(stretching.solved())
+        together = [part for part in _together(uneven) if not dims.isdisjoint(part)]
+        for part in solver.solved(kind, [part & dims for part in together]):
+            total = total.joined(part)
     return total
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """What is needed to decide which values are stretched along some of the dimensions."""
+
+    growth: Growth
+    carried: list[Sum]
+    divided: list[Sum]
+    tied: list[Sequence[Use]]
+
+    def solved(self, kind: type[Stretching], parts: list[set[Dim]]) -> list[Stretches]:
+        """The stretches along several sets of dimensions; where there are none, the averages are weighed.
+
+        Args:
+            kind: the construction that keeps the averages.
+            parts: sets of dimensions. The dimensions of different sets are not averaged together.
+
+        Raises:
+            Refused: neither is possible.
+        """
+        dims = set[Dim]().union(*parts)
+        if not dims:
+            return []
+        try:
+            return [self._stretched(kind, dims)]
+        except Refused:
+            if len(parts) > 1:
+                return [stretches for part in parts for stretches in self.solved(kind, [part])]
+            edits = weighed(self.growth, dims)
+            if edits is None:
+                raise
+            return [Stretches(edits=edits)]
+
+    def _stretched(self, kind: type[Stretching], dims: set[Dim]) -> Stretches:
+        stretching = kind(self.growth, dims, self.carried, self.divided)
+        stretching.check()
+        for uses in self.tied:
+            stretching.tie(uses)
+        stretching.relate()
+        return stretching.solved()
+
+
+def _together(uneven: Iterable[tuple[ir.Node, Dim]]) -> list[set[Dim]]:
+    """The dimensions as sets: those that one node averages over together are in one set."""
+    by_node: dict[ir.Node, set[Dim]] = defaultdict(set)
+    for node, atom in uneven:
+        by_node[node].add(atom)
+    parts: list[set[Dim]] = []
+    for dims in by_node.values():
+        joined = [part for part in parts if not part.isdisjoint(dims)]
+        parts = [part for part in parts if part not in joined]
+        parts.append(dims.union(*joined))
+    return parts
 
 
 def _uneven(growth: Growth) -> dict[tuple[ir.Node, Dim], None]:

@@ -46,6 +46,7 @@ def print_growth(console: Console, result: Expansion) -> None:
             f"{result.quantised} quantised tensors: their codes are repeated and their scales divided, so their shares "
             "are equal and have no noise",
         )
+    _print_weighed(console, result)
     borrowed = from_next_layer(result.plan)
     if borrowed:
         print_line(
@@ -57,6 +58,22 @@ def print_growth(console: Console, result: Expansion) -> None:
         console.print(f"{name} is one tensor in the source and several here: {', '.join(copies)}", markup=False)
     ratio = result.parameters_after / max(result.parameters_before, 1)
     console.print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,} (x{ratio:.2f})")
+
+
+def _print_weighed(console: Console, result: Expansion) -> None:
+    """One line about the norms that are written out with weights."""
+    norms = result.plan.weighed
+    if not norms:
+        return
+    dims = ", ".join(dict.fromkeys(name for names in norms.values() for name in names))
+    first = next(iter(norms))
+    listed = f"{first!r}" if len(norms) == 1 else f"{first!r} and {len(norms) - 1} more"
+    print_line(
+        console,
+        f"{len(norms)} norms are written out, so that their averages count each source channel once ({listed}): {dims} "
+        "grows to no multiple of its size, and no scale of its channels keeps these averages. A Hugging Face "
+        "configuration cannot say this",
+    )
 
 
 def _files(result: Expansion) -> str:

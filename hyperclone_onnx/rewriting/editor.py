@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.graphs import FreshNames
+from hyperclone_onnx.graphs import FreshNames, opset_of
 from hyperclone_onnx.plan.edits import Step
 from hyperclone_onnx.plan.maps import Maps
+from hyperclone_onnx.rewriting.written_norms import NormWriter
 
 Array = npt.NDArray[Any]
 
@@ -31,7 +32,7 @@ class GraphEditor:
     ) -> None:
         self.graph, self.maps, self.dtype = graph, maps, dtype
         self.nodes = {node.name: node for node in graph.all_nodes()}
-        self._fresh = FreshNames(graph, tensors)
+        self.fresh = FreshNames(graph, tensors)
         self.added: list[str] = []
         """The names of the constants that the editor stored."""
 
@@ -63,7 +64,7 @@ class GraphEditor:
 
     def constant(self, hint: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
         """Store an array under the name `hint`, or `hint.1`, `hint.2` and so on if the name is taken."""
-        name = self._fresh.value(hint)
+        name = self.fresh.value(hint)
         self.added.append(name)
         return self.store(name, ir.Tensor(array, dtype=dtype, name=name))
 
@@ -83,9 +84,9 @@ class GraphEditor:
     def equal_to(self, node: str, slot: int, output: bool, constant: ir.Value) -> ir.Value:
         """A new value that says for each element of an input or output whether it equals the constant's."""
         value = self.value(node, slot, output)
-        test = ir.node("Equal", [value, constant], name=self._fresh.node(f"{value.name}.Equal"))
+        test = ir.node("Equal", [value, constant], name=self.fresh.node(f"{value.name}.Equal"))
         result = test.outputs[0]
-        result.name, result.type = self._fresh.value(f"{value.name}.kept"), ir.TensorType(ir.DataType.BOOL)
+        result.name, result.type = self.fresh.value(f"{value.name}.kept"), ir.TensorType(ir.DataType.BOOL)
         graph_of(self.nodes[node]).insert_before(self.nodes[node], test)
         return result
 
@@ -117,15 +118,26 @@ class GraphEditor:
         body.outputs.clear()
         body.remove(moved)
         for value in (value for inner in moved for value in inner.outputs):
-            value.name = self._fresh.value(f"{node}.{value.name}")
+            value.name = self.fresh.value(f"{node}.{value.name}")
         graph.insert_before(if_node, moved)
         for output, result in zip(if_node.outputs, results, strict=True):
-            identity = ir.node("Identity", [result], name=self._fresh.node(f"{node}.Identity"))
+            identity = ir.node("Identity", [result], name=self.fresh.node(f"{node}.Identity"))
             identity.outputs[0].name, identity.outputs[0].type = output.name, output.type
-            output.name = self._fresh.value(f"{output.name}.branch")
+            output.name = self.fresh.value(f"{output.name}.branch")
             graph.insert_before(if_node, identity)
             output.replace_all_uses_with(identity.outputs[0], replace_graph_outputs=True)
         graph.remove(if_node, safe=True)
+
+    def weigh_average(self, node: str, over: Sequence[int], weights: Mapping[int, Array]) -> None:
+        """Multiply what a node averages by weights. A fused norm is replaced by simple operators.
+
+        Args:
+            node: the node.
+            over: the axes that it averages over, as negative numbers.
+            weights: by axis, the weight of each index.
+        """
+        opset = opset_of(self.graph)
+        NormWriter(self.nodes[node], over, weights, self.constant, self.fresh, opset, self.dtype).write()
 
     # -- operations for grown tensors and interfaces ----------------------------------------------------------
 
@@ -161,14 +173,14 @@ class GraphEditor:
         result = ir.Value(name=value.name, type=value.type)
         producer = value.producer()
         if producer is None:  # users of the model give a graph input by its name, so that the name must stay
-            result.name = self._fresh.value(f"{value.name}.grown")
+            result.name = self.fresh.value(f"{value.name}.grown")
         if leaving:
             outputs = self.graph.outputs
             outputs[outputs.index(value)] = result
         else:
             value.replace_all_uses_with(result, replace_graph_outputs=True)
         if producer is not None:
-            value.name = self._fresh.value(f"{value.name}.source")
+            value.name = self.fresh.value(f"{value.name}.source")
         nodes = self._chain(value, steps, result)
         first = next(iter(self.graph), None)
         if producer is not None:
@@ -188,8 +200,8 @@ class GraphEditor:
             node = ir.node(step.op_type, inputs, attributes, outputs=[result] if last and result else None)
             if not last:
                 node.outputs[0].type = value.type
-                node.outputs[0].name = self._fresh.value(f"{value.name}.{step.op_type.lower()}")
-            node.name = self._fresh.node(f"{value.name}.{step.op_type}")
+                node.outputs[0].name = self.fresh.value(f"{value.name}.{step.op_type.lower()}")
+            node.name = self.fresh.node(f"{value.name}.{step.op_type}")
             nodes.append(node)
             value = node.outputs[0]
         return nodes

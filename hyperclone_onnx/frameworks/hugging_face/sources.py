@@ -94,11 +94,13 @@ def read_grown(path: Path) -> Grown:
     Raises:
         BadModel: the file cannot be read, or lacks a tensor that its plan names.
         BadRequest: the file carries no plan.
+        Refused: it has more layers than its source, or norms that no configuration has.
     """
     model = loading.load(path)
     plan = Plan.carried_by(model.metadata_props)
     if plan is None:
         raise BadRequest(f"{path}: it carries no plan: --to hf needs a file that hyperclone-onnx grew")
+    _refuse_weighed(path, plan)
     stored = {
         name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
     }
@@ -108,6 +110,20 @@ def read_grown(path: Path) -> Grown:
     floating = {name: tensor for name, tensor in stored.items() if tensor.dtype.is_floating_point()}
     order = dict.fromkeys(value.name for node in model.graph.all_nodes() for value in node.inputs if value is not None)
     return Grown(path, plan, floating, tuple(name for name in order if name in floating))
+
+
+def _refuse_weighed(path: Path, plan: Plan) -> None:
+    """Refuse a file whose norms count each channel of the source once.
+
+    Raises:
+        Refused: it has such norms.
+    """
+    for node, dims in plan.weighed.items():
+        raise Refused(
+            f"{path}: {len(plan.weighed)} norms ({node!r} first) count each channel of the source once, because "
+            f"{', '.join(dims)} grew to no multiple of its size. No configuration of transformers can say this: grow "
+            "to a multiple, or hand the file to PyTorch, JAX or safetensors"
+        )
 
 
 @dataclass(frozen=True)
