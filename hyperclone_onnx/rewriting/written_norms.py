@@ -56,8 +56,9 @@ class NormWriter:
         self.store, self.fresh, self.dtype = store, fresh, dtype
         self.sizes = {axis: len(array) for axis, array in weights.items()}
         self.made: list[ir.Node] = []
-        first = next(value for value in (*node.inputs[_FIRST_FLOAT.get(node.op_type, 0) :], *node.outputs) if value)
-        self.type = first.dtype or ir.DataType.FLOAT
+        # ONNX's inference does not know the types behind operators of other domains, but stored tensors have theirs.
+        types = (value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.dtype)
+        self.type = next((dtype for dtype in types if dtype.is_floating_point()), ir.DataType.FLOAT)
         self.wide = ir.DataType.FLOAT if self.type in _HALF else self.type
         """The type in which averages are computed: at least float32, as the operators' specifications say."""
         self.weights = {axis: self._weights(axis, array) for axis, array in weights.items()}
@@ -181,9 +182,6 @@ class NormWriter:
             results[slots[1]] = self.cast(inverse, self.node.outputs[slots[1]].dtype)
         return results
 
-
-_FIRST_FLOAT = {"EmbedLayerNormalization": 2}
-"""The first floating-point input, where it is not the first one."""
 
 Form = Callable[[NormWriter], None]
 FORMS: dict[tuple[str, str], Form] = {}
