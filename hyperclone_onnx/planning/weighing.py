@@ -35,8 +35,10 @@ def weighed(growth: Growth, dims: set[Dim]) -> tuple[Edit, ...] | None:
     terms, edits = growth.terms, []
     nodes: dict[ir.Node, None] = {}
     for average in growth.dimensions.uniform:
-        uneven = {atom for atom in terms.leaves(average.term) if not growth.maps[atom][1].is_even}
-        if not uneven.isdisjoint(dims):
+        leaves = set(terms.leaves(average.term))
+        uneven = {atom for atom in leaves if not growth.maps[atom][1].is_even}
+        weighs = not terms.grow_alike(average.term) or not uneven.isdisjoint(dims)
+        if weighs and not leaves.isdisjoint(dims):
             if not uneven.issubset(dims):
                 return None
             nodes[average.node] = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from hyperclone_onnx.algebra.dims import Concat, Dim, Term
+from hyperclone_onnx.algebra.dims import Dim
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import describe
 from hyperclone_onnx.planning.averaging import Averaging, averaged
@@ -30,16 +30,37 @@ def stretch(growth: Growth, carried: Iterable[Sum], divided: Iterable[Sum], tied
     Raises:
         Refused: a node averages over unequally repeated indices, and no stretch makes the average right.
     """
-    _check_segments(growth)
-    uneven = _uneven(growth)
+    uneven, unlike = _uneven(growth), _unlike(growth)
+    parts = _together([*uneven, *((node, atom) for node, dims in unlike.items() for atom in dims)])
+    segments = set[Dim]().union(*unlike.values())
+    total = Stretches()
+    for part in [part for part in parts if not segments.isdisjoint(part)]:
+        total = total.joined(_weighed_segments(growth, part, unlike))
+        parts.remove(part)
     means = averaged(uneven)
     kinds: list[tuple[type[Stretching], set[Dim]]] = [(Averaging, means), (Stretching, {a for _, a in uneven} - means)]
-    solver, total = _Solver(growth, list(carried), list(divided), list(tied)), Stretches()
+    solver = _Solver(growth, list(carried), list(divided), list(tied))
     for kind, dims in kinds:
-        together = [part for part in _together(uneven) if not dims.isdisjoint(part)]
-        for part in solver.solved(kind, [part & dims for part in together]):
-            total = total.joined(part)
+        for stretches in solver.solved(kind, [part & dims for part in parts if not dims.isdisjoint(part)]):
+            total = total.joined(stretches)
     return total
+
+
+def _weighed_segments(growth: Growth, dims: set[Dim], unlike: Mapping[ir.Node, set[Dim]]) -> Stretches:
+    """The weights of averages over segments that do not grow alike: an average weighs them by their lengths.
+
+    Raises:
+        Refused: a node that averages over them cannot be written out.
+    """
+    edits = weighed(growth, dims)
+    if edits is None:
+        node = next(node for node, atoms in unlike.items() if not atoms.isdisjoint(dims))
+        term = next(average.term for average in growth.dimensions.uniform if average.node is node)
+        raise Refused(
+            f"{describe(node)} averages over an axis whose parts would not grow equally "
+            f"({growth.terms.written(term)}): give its parts one factor with --set"
+        )
+    return Stretches(edits=edits)
 
 
 @dataclass(frozen=True)
@@ -106,25 +127,11 @@ def _uneven(growth: Growth) -> dict[tuple[ir.Node, Dim], None]:
     return uneven
 
 
-def _check_segments(growth: Growth) -> None:
-    """Check that the segments of an averaged axis grow alike: an average over two of them weighs them by their lengths.
-
-    Raises:
-        Refused: they do not.
-    """
+def _unlike(growth: Growth) -> dict[ir.Node, set[Dim]]:
+    """The nodes that average over segments which do not grow alike, with the dimensions of these segments."""
     terms = growth.terms
-
-    def grows_alike(term: Term) -> bool:
-        resolved = terms.space.resolve(term)
-        if isinstance(resolved, Dim):
-            return True
-        parts = resolved.segments if isinstance(resolved, Concat) else resolved.factors
-        alike = not isinstance(resolved, Concat) or len({terms.growth(part) for part in parts}) == 1
-        return alike and all(map(grows_alike, parts))
-
-    for average in growth.dimensions.uniform:
-        if not grows_alike(average.term):
-            raise Refused(
-                f"{describe(average.node)} averages over an axis whose parts would not grow equally "
-                f"({terms.written(average.term)}): give its parts one factor with --set"
-            )
+    return {
+        average.node: set(terms.leaves(average.term))
+        for average in growth.dimensions.uniform
+        if not terms.grow_alike(average.term)
+    }

@@ -67,12 +67,14 @@ def _print_weighed(console: Console, result: Expansion) -> None:
         return
     dims = ", ".join(dict.fromkeys(name for names in norms.values() for name in names))
     first = next(iter(norms))
-    listed = f"{first!r}" if len(norms) == 1 else f"{first!r} and {len(norms) - 1} more"
+    listed = repr(first) if len(norms) == 1 else f"{first!r} and {len(norms) - 1} more"
+    counts = (
+        "norm is written out, so that it counts" if len(norms) == 1 else "norms are written out, so that they count"
+    )
     print_line(
         console,
-        f"{len(norms)} norms are written out, so that their averages count each source channel once ({listed}): {dims} "
-        "grows to no multiple of its size, and no scale of its channels keeps these averages. A Hugging Face "
-        "configuration cannot say this",
+        f"{len(norms)} {counts} each source channel once ({listed}): the indices of {dims} are repeated unequally, and "
+        "no scale of them keeps what is averaged. A Hugging Face configuration cannot say this",
     )
 
 

@@ -128,6 +128,15 @@ class GrownTerms:
                 ratio *= Fraction(self.grown(factor), size)
         return ratio
 
+    def grow_alike(self, term: Term) -> bool:
+        """Whether all segments of an axis grow by the same factor."""
+        resolved = self.space.resolve(term)
+        if isinstance(resolved, Dim):
+            return True
+        parts = resolved.segments if isinstance(resolved, Concat) else resolved.factors
+        alike = not isinstance(resolved, Concat) or len({self.growth(part) for part in parts}) == 1
+        return alike and all(map(self.grow_alike, parts))
+
     def position(self, term: Term, at: int) -> int:
         """The first index of the grown axis that repeats source index `at` of a static axis."""
         factors = self.factors(term)

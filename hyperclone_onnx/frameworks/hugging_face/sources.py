@@ -120,9 +120,9 @@ def _refuse_weighed(path: Path, plan: Plan) -> None:
     """
     for node, dims in plan.weighed.items():
         raise Refused(
-            f"{path}: {len(plan.weighed)} norms ({node!r} first) count each channel of the source once, because "
-            f"{', '.join(dims)} grew to no multiple of its size. No configuration of transformers can say this: grow "
-            "to a multiple, or hand the file to PyTorch, JAX or safetensors"
+            f"{path}: norms in it count each channel of the source once ({node!r} first, {len(plan.weighed)} in all), "
+            f"because {', '.join(dims)} repeats indices unequally. No configuration of transformers can say "
+            "this: grow to a multiple, or hand the file to PyTorch, JAX or safetensors"
         )
 
 
