@@ -19,6 +19,7 @@ from hyperclone_onnx.diagnosis.distance import joint
 from hyperclone_onnx.plan.maps import (
     Axis,
     ConcatOf,
+    FirstAndFurther,
     Indices,
     Kept,
     Maps,

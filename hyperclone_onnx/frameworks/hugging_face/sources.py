@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hyperclone_onnx.errors import BadModel, BadRequest
+from hyperclone_onnx.errors import BadModel, BadRequest, Refused
 from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
 from hyperclone_onnx.plan.plans import Plan
