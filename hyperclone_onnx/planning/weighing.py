@@ -44,7 +44,7 @@ def weighed(growth: Growth, dims: set[Dim]) -> tuple[Edit, ...] | None:
             nodes[average.node] = None
     for node in nodes:
         form = _FORMS.get((node.domain, node.op_type))
-        averaged = None if form is None or node in growth.dimensions.untold else form(growth.dimensions, node)
+        averaged = None if form is None or node in growth.dimensions.unrelated else form(growth.dimensions, node)
         if averaged is None:
             return None
         axes = []
