@@ -287,6 +287,31 @@ class ScaleInput(_Scale):
 
 @edit
 @dataclass(frozen=True)
+class CountFirst(_AlongAxes):
+    """Multiply a node's input by 1 at the first repeat of each source index, and by 0 at the other repeats.
+
+    A sum behind it counts each source index once, without any division. So codes that are made of the input stay.
+    """
+
+    node: str
+    input: int
+    axes: tuple[tuple[int, tuple[Axis, ...]], ...]
+    """(the axis as a negative number, -1 for the last; the factors of that axis)"""
+    constants: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def apply(self, editor: Editor) -> None:
+        """Insert the multiplication."""
+        steps = []
+        for axis, factors in self.axes:
+            first = index_axis([(factor, True) for factor in factors], editor.maps).number == 0
+            divisors = np.where(first, 1.0, np.inf).reshape(-1, *[1] * (-axis - 1))
+            op_type, operand = editor.factor(f"{self.node}.scale", self.node, self.input, divisors)
+            steps.append(Step(op_type, (operand,)))
+        editor.insert(self.node, self.input, False, steps)
+
+
+@edit
+@dataclass(frozen=True)
 class ScaleOutput(_Scale):
     """Multiply a node's output by (number of repeats of each index) ** -power, along the given axes.
 

@@ -11,13 +11,23 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 
+from hyperclone_onnx.algebra.dims import Term
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.graphs import describe, is_initializer
-from hyperclone_onnx.plan.edits import DivideOutput, Edit, ScaleInput, ScaleOutput, SetAttribute, divisors_of
+from hyperclone_onnx.plan.edits import (
+    CountFirst,
+    DivideOutput,
+    Edit,
+    ScaleInput,
+    ScaleOutput,
+    SetAttribute,
+    divisors_of,
+)
 from hyperclone_onnx.plan.maps import Axis, has_power
 from hyperclone_onnx.planning.carriers import LAYOUT, Carriers, Marks, Tracer
 from hyperclone_onnx.planning.request import Growth
@@ -28,6 +38,9 @@ from hyperclone_onnx.rules.grown_terms import Power
 
 Group = tuple[Sum, ...]
 """The sums of one node that have operands in common, so that the same stored tensors must divide them all."""
+
+QUANTISERS = ("QuantizeLinear", "DynamicQuantizeLinear")
+"""The operators that make codes of a floating-point value."""
 
 LARGEST_SUM, LARGEST_PRODUCT = 2**31 - 1, 255 * 255
 """The limits of a quantised sum: products of two bytes are added up in a signed integer of 32 bits."""
@@ -77,6 +90,8 @@ class _Divider:
         self.edits: list[Edit] = []
         self.carried: dict[Group, Carriers] = {}
         self.scales: dict[Use, float] = {}
+        self._first: set[tuple[ir.Node, int]] = set()
+        """The inputs of which only the first repeats count."""
         self.dimensions = growth.dimensions
         self.space = self.dimensions.space
         self.terms = growth.terms
@@ -248,10 +263,14 @@ class _Divider:
     def _scale_quantised(self, summation: Sum) -> None:
         """Divide a quantised sum by its quantisation scale. A sum without a scale is divided itself, or behind it.
 
+        No scale divides unequal repeats. There all but the first repeat of each index count nothing.
+
         Raises:
-            Refused: the indices are repeated unequally, or the sum would no longer fit 32 bits.
+            Refused: this is not possible for unequal repeats, or the sum would no longer fit 32 bits.
         """
         node, repeats = summation.node, self.tracer.repeats(summation.term)
+        if repeats is None and self._count_first(summation):
+            return
         if repeats is None:
             raise Refused(
                 f"{describe(node)} sums quantised values over an axis whose parts would not grow equally "
@@ -270,6 +289,40 @@ class _Divider:
         self._rescale_input(summation, stored[0] if stored else summation.scales[0], 1.0 / repeats)
         for slot in summation.biases:
             self._rescale_input(summation, slot, float(repeats))
+
+    def _count_first(self, summation: Sum) -> bool:
+        """Let a quantised sum count the first repeat of each index alone. False where its operand is not made so.
+
+        The operand is a floating-point activation, or the codes of one that nothing else reads. Zero has a code in
+        every quantisation, and does not change the range of the activation.
+        """
+        if any(average.node is summation.node for average in self.dimensions.uniform):
+            return False
+        for slot, axis in summation.sites:
+            value = summation.node.inputs[slot]
+            axes, factors = self.dimensions.axes_of(summation.node, slot), self.terms.factors(summation.term)
+            if value is None or self._constant(summation.node, slot) or axes is None or factors is None:
+                continue
+            place: tuple[ir.Node, int] = summation.node, slot
+            if value.dtype is None or not value.dtype.is_floating_point():
+                producer = value.producer()
+                if producer is None or producer.op_type not in QUANTISERS or value.is_graph_output():
+                    continue
+                if any((use.node, use.idx, summation.term) not in self._summed for use in value.uses()):
+                    continue
+                place = producer, 0
+            if place not in self._first:
+                self._first.add(place)
+                edge = axis if axis < 0 else axis - len(axes)
+                self.edits.append(CountFirst(place[0].name or "", place[1], ((edge, factors),)))
+            return True
+        return False
+
+    @cached_property
+    def _summed(self) -> set[tuple[ir.Node, int, Term]]:
+        """The inputs over whose axis a node sums integers, with the term of that axis."""
+        sums = [summation for summation in self.dimensions.sums if summation.integers]
+        return {(summation.node, slot, summation.term) for summation in sums for slot, _ in summation.sites}
 
     def _rescale_input(self, summation: Sum, slot: int, scale: float) -> None:
         """Multiply an input by a number: in its stored tensor, or in the graph where the input is computed."""
