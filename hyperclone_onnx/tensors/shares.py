@@ -7,7 +7,7 @@ So a share does not depend on the window in which it is computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from hyperclone_onnx.tensors.stretches import Pick, Run, one_if_constant, stretc
 
 Array = npt.NDArray[Any]
 Number = Indices | int
+
+EVERY = slice(None)
 
 PRECISION = {ir.DataType.FLOAT16: (11, -24, 65504.0), ir.DataType.BFLOAT16: (8, -133, 3.3895e38)}
 """(bits of the significand, exponent of the smallest positive number, largest number) of the types that are coarse.
@@ -57,7 +59,7 @@ class Columns:
         self.count = one_if_constant(axis.count[first])
         self.other_number = one_if_constant(axis.other_number[first])
         self.other_count = one_if_constant(axis.other_count[first])
-        self.parts = list(_parts(axis, place))
+        self.parts = _with_windows(_parts(axis, place), collapsed)
         """The columns of the window, divided by the repeat that fills them."""
         self.direct = len(self.parts) == 1 and len(collapsed) == axis.grown and bool((np.diff(place) == 1).all())
         """Whether the columns of the window are the collapsed columns, in the same order."""
@@ -88,6 +90,8 @@ class Part:
     """The columns that are filled."""
     taken: Pick
     """The collapsed columns that fill them."""
+    window: slice | None = None
+    """The collapsed columns as a window, where both kinds of columns follow one another and others do not belong."""
 
 
 def _parts(axis: AxisIndex, place: Indices) -> list[Part]:
@@ -105,6 +109,21 @@ def _parts(axis: AxisIndex, place: Indices) -> list[Part]:
         where = slice(int(columns[0]), int(columns[-1]) + 1) if contiguous else columns
         parts.append(Part(number, count, where, Pick(place[columns])))
     return parts
+
+
+def _with_windows(parts: list[Part], collapsed: Indices) -> list[Part]:
+    """Parts of one axis. Where indices are repeated unequally in turn, each part is computed by itself."""
+    if len(parts) < 2 or not bool((np.diff(collapsed) == 1).all()):
+        return parts
+    windows = [_window(part, len(collapsed)) for part in parts]
+    return [replace(part, window=window) for part, window in zip(parts, windows, strict=True)]
+
+
+def _window(part: Part, columns: int) -> slice | None:
+    taken = part.taken.index
+    if not isinstance(part.columns, slice) or not part.taken.whole or len(taken) == columns:
+        return None
+    return slice(int(taken[0]), int(taken[-1]) + 1)
 
 
 class Sharer:
@@ -167,16 +186,18 @@ class Block:
 
     def __init__(self, sharer: Sharer, values: Array, columns: Columns, scratch: Scratch) -> None:
         self.sharer, self.values, self.columns, self.scratch = sharer, values, columns, scratch
-        self._draws: dict[tuple[int, int], Array] = {}
+        self._draws: dict[tuple[Any, ...], Array] = {}
         self._rounded: dict[int, list[Array]] = {}
-        self._quotient: tuple[Number, Array] | None = None
+        self._quotient: tuple[tuple[Any, Any], Number, Array] | None = None
 
     def fill(self, row: Run, out: Array) -> None:
         """Write the grown columns of the rows that `row` repeats into `out`, shape (rows, grown columns)."""
         columns = self.columns
         for part in columns.parts:
             number = row.number * part.count + part.number
-            if columns.direct:
+            if part.window is not None and self.sharer.bits is None:
+                self._exact_share(row, number, out[:, part.columns], part.window, row.count * part.count)
+            elif columns.direct:
                 self.share(row, number, out)
             elif isinstance(part.columns, slice) and part.taken.whole and len(part.taken.index) == columns.size:
                 self.share(row, number, out[:, part.columns])
@@ -195,39 +216,54 @@ class Block:
         else:
             self._exact_share(row, number, out)
 
-    def _exact_share(self, row: Run, number: int, out: Array) -> None:
-        """The share of repeat `number` in the working type, not rounded to the stored type."""
-        count = row.count * self.columns.count
-        noise = self._noise(row, number, count) if self.sharer.noisy else None
-        law = self.sharer.law
+    def _exact_share(
+        self, row: Run, number: int, out: Array, window: slice = EVERY, counted: int | None = None
+    ) -> None:
+        """The share of repeat `number` in the working type, not rounded to the stored type.
+
+        Args:
+            row: the rows.
+            number: the number of the repeat.
+            out: receives the share, shape (rows, columns of the window).
+            window: the collapsed columns.
+            counted: the number of repeats, where all columns of the window have the same number.
+        """
+        count = row.count * self.columns.count if counted is None else counted
+        noise = self._noise(row, number, count, window) if self.sharer.noisy else None
+        law, values = self.sharer.law, self.values[:, window]
         if law.shares_equally:
             if noise is None:
-                np.divide(self.values, _converted(count, self.values), out=out)
+                np.divide(values, _converted(count, values), out=out)
             else:
-                noise.add_to(self._divided(count), out)
+                noise.add_to(self._divided(count, window), out)
             return
         output_number = row.other_number * self.columns.other_count + self.columns.other_number
+        if not isinstance(output_number, int):
+            output_number = output_number[window]
         takes_whole = law.takes_whole(number, count, output_number)
         parts = stretches(takes_whole)
         if parts is None:
-            np.copyto(out, np.where(takes_whole, self.values, self.values.dtype.type(0)))
+            np.copyto(out, np.where(takes_whole, values, values.dtype.type(0)))
             if noise is not None:
                 noise.add_to(out, out)
             return
         for where, is_taken in parts:
             if noise is None or not is_taken:
-                out[:, where] = self.values[:, where] if is_taken else 0
+                out[:, where] = values[:, where] if is_taken else 0
             if noise is not None:
-                noise.part(where).add_to(self.values[:, where] if is_taken else out[:, where], out[:, where])
+                noise.part(where).add_to(values[:, where] if is_taken else out[:, where], out[:, where])
 
-    def _divided(self, count: Number) -> Array:
-        """The values divided by `count`, computed once for all repeats."""
-        if self._quotient is None or not np.array_equal(self._quotient[0], count):
-            out = self.scratch.array("divided", self.values.shape, self.values.dtype)
-            self._quotient = count, np.divide(self.values, _converted(count, self.values), out=out)
-        return self._quotient[1]
+    def _divided(self, count: Number, window: slice) -> Array:
+        """The values of a window divided by `count`, computed once for all repeats."""
+        known = self._quotient
+        if known is None or known[0] != (window.start, window.stop) or not np.array_equal(known[1], count):
+            values = self.values[:, window]
+            out = self.scratch.array("divided", values.shape, values.dtype)
+            known = (window.start, window.stop), count, np.divide(values, _converted(count, values), out=out)
+            self._quotient = known
+        return known[2]
 
-    def _noise(self, row: Run, number: int, count: Number) -> _Noise | None:
+    def _noise(self, row: Run, number: int, count: Number, window: slice) -> _Noise | None:
         """The noise of repeat `number`. It sums to zero over the repeats of each source index.
 
         The g are independent normal draws, and each is drawn once for all repeats. Two repeats get +g and -g. Of more
@@ -238,8 +274,8 @@ class Block:
             if count == 1:
                 return None
             if count == 2:
-                return _Noise(self._drawn(row, 0, count), negative=number == 1)
-            draws, following = (self._drawn(row, repeat % count, count) for repeat in (number, number + 1))
+                return _Noise(self._drawn(row, 0, count, window), negative=number == 1)
+            draws, following = (self._drawn(row, repeat % count, count, window) for repeat in (number, number + 1))
             return _Noise(
                 np.subtract(draws, following, out=self.scratch.array("noise.apart", draws.shape, draws.dtype))
             )
@@ -248,29 +284,34 @@ class Block:
         for repeats in np.unique(count).tolist():
             if number < repeats > 1:
                 where = np.broadcast_to(count == repeats, noise.shape)
-                draws = self._drawn(row, 0 if repeats == 2 else number, repeats)
+                draws = self._drawn(row, 0 if repeats == 2 else number, repeats, window)
                 if repeats == 2:
                     np.copyto(noise, draws if number == 0 else -draws, where=where)
                 else:
-                    np.subtract(draws, self._drawn(row, (number + 1) % repeats, repeats), out=noise, where=where)
+                    np.subtract(
+                        draws, self._drawn(row, (number + 1) % repeats, repeats, window), out=noise, where=where
+                    )
         return _Noise(noise)
 
-    def _drawn(self, row: Run, repeat: int, count: int) -> Array:
-        """The draws g of one of `count` repeats for the values of this block, scaled to their final size."""
-        key = (repeat, count)
+    def _drawn(self, row: Run, repeat: int, count: int, window: slice) -> Array:
+        """The draws g of one of `count` repeats for a window of this block, scaled to their final size."""
+        key = (repeat, count, window.start, window.stop)
         if key not in self._draws:
             columns, sharer = self.columns, self.sharer
+            # A window is one only where the collapsed columns follow one another.
+            low, high = columns.low + (window.start or 0), columns.high
+            high = high if window.stop is None else columns.low + window.stop
             # A working array of its own for each repeat: a block needs its draws again, and the next block reuses them.
             drawn = draw(
                 key_of(sharer.tensor, sharer.strategy.seed, repeat),
                 columns.width,
                 (row.collapsed, row.length),
-                (columns.low, columns.high - columns.low),
+                (low, high - low),
                 self.scratch,
                 sharer.table(count),
-                f"noise.{repeat}.{count}",
+                ".".join(map(str, ("noise", *key))),
             )
-            if columns.drawn.view(drawn) is None or drawn.shape[1] != columns.size:
+            if window == EVERY and (columns.drawn.view(drawn) is None or drawn.shape[1] != columns.size):
                 drawn = drawn[:, columns.drawn.index]
             self._draws[key] = drawn
         return self._draws[key]
