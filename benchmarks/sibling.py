@@ -47,6 +47,7 @@ PROMPTS = (
     "The three most important things in life are",
 )
 NEW_TOKENS = 32
+TRAINED_TOKENS = 16
 TOLERANCE = 1e-5
 RATE = 1e-4
 
@@ -142,15 +143,14 @@ def prompts(folder: Path) -> list[list[int]]:
 
 
 def train(folder: Path, texts: Sequence[Sequence[int]], steps: int) -> list[float]:
-    """The losses of some AdamW steps on texts of one length."""
+    """The losses of some AdamW steps on the beginnings of texts."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.train()
-    length = min(map(len, texts))
-    batch = torch.tensor([text[:length] for text in texts])
+    batch = torch.tensor([text[:TRAINED_TOKENS] for text in texts])
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     losses = []
     for _ in range(steps):

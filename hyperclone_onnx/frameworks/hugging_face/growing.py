@@ -84,6 +84,11 @@ def grow_checkpoint(
     say = notify or ignore_stage
     say("reading")
     grown, checkpoint = read_grown(big), read_checkpoint(like)
+    if grown.plan.strategy.law.draws_the_rest:
+        raise Refused(
+            f"{big}: the strategy {grown.plan.strategy.name!r} drew most of its numbers, so the tensors of the "
+            "checkpoint cannot be found in it. Hand the file to PyTorch, JAX or safetensors instead"
+        )
     given = Given.read(checkpoint)
     say("matching")
     places = source_places(big, grown.plan, source)
