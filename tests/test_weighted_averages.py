@@ -15,7 +15,7 @@ from conftest import build_model, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperclone_onnx import ModelsDiffer, SourceMap, Strategy, analyse, expand, plan_expansion
+from hyperclone_onnx import ModelsDiffer, Refused, SourceMap, Strategy, analyse, expand, plan_expansion
 from hyperclone_onnx.plan.edits import WeighAverage, average_weights, edit_from_json
 from hyperclone_onnx.plan.maps import Named
 from hyperclone_onnx.plan.plans import Plan
@@ -125,6 +125,29 @@ def test_a_whole_factor_keeps_the_norms(tmp_path: Path) -> None:
     onnx.save(behind_another(NORMS["LayerNormalization"]), tmp_path / "model.onnx")
     analysis = analyse(tmp_path / "model.onnx")
     assert not plan_expansion(analysis, 2).weighed and not plan_expansion(analysis, 3).weighed
+
+
+def test_groups_across_joined_parts_take_whole_factors(tmp_path: Path) -> None:
+    """A fraction gives the nearest one, and a size that is no multiple is refused."""
+    weights = normal(0, {"a": (5, 16), "b": (5, 8), "gain": (24,), "bias": (24,), "head": (24, 7)})
+    model = build_model(
+        """g (float[batch, 9, 5] x) => (float[batch, 9, 7] y) {
+            p = MatMul (x, a)  q = MatMul (x, b)  j = Concat <axis = 2> (p, q)  t = Transpose <perm = [0, 2, 1]> (j)
+            n = GroupNormalization <num_groups = 4> (t, gain, bias)  u = Transpose <perm = [0, 2, 1]> (n)
+            y = MatMul (u, head)
+        }""",
+        weights,
+        opset=21,
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    analysis = analyse(tmp_path / "model.onnx")
+    assert [dimension.size for dimension in analysis.named if dimension.dim.tied is not None] == [16, 8]
+    (one, other) = (dimension.name for dimension in analysis.named if dimension.dim.tied is not None)
+    for factor, times in ((1.5, 2), (1.25, 1), (2.75, 3)):
+        sizes = {name: dim.map.grown for name, dim in plan_expansion(analysis, factor).dims.items()}
+        assert (sizes.get(one, 16), sizes.get(other, 8)) == (16 * times, 8 * times)
+    with pytest.raises(Refused, match="so they must grow by one whole factor"):
+        plan_expansion(analysis, sizes={one: 24, other: 12})
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])

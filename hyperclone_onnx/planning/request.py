@@ -139,7 +139,8 @@ def _map_by(dimension: NamedDim, times: int | Fraction, growth: Growth) -> Sourc
     """The source map of a dimension that grows by a factor."""
     if isinstance(times, int):
         return SourceMap(dimension.size, tile=times)
-    grown = nearest_size(dimension.size, times)
+    tied = dimension.dim.tied is not None
+    grown = dimension.size * nearest_size(1, times) if tied else nearest_size(dimension.size, times)
     if grown != dimension.size * times and dimension.dim.growable:
         growth.rounded[dimension.name] = dimension.size * times
     return map_to(dimension.size, grown)
@@ -178,7 +179,8 @@ def _repeat_tied(growth: Growth) -> None:
     if not maps:
         return
     times = {source_map.grown // source_map.size for _, source_map in maps}
-    if len(times) > 1 or any(source_map.index for _, source_map in maps):
+    parts = any(source_map.index or source_map.grown % source_map.size for _, source_map in maps)
+    if len(times) > 1 or parts:
         names = ", ".join(name for name, _ in maps)
         raise Refused(f"{names} are joined and then divided into groups, so they must grow by one whole factor")
     for dimension in tied:

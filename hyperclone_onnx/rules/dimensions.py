@@ -59,7 +59,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Uniform:
-    """An axis over which `node` averages. Growth must repeat each of its indices equally often."""
+    """An axis over which `node` averages. If growth repeats its indices unequally, planning keeps the average right."""
 
     node: ir.Node
     term: Term
