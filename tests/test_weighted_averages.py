@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperclone_onnx import ModelsDiffer, Refused, SourceMap, Strategy, analyse, expand, plan_expansion
-from hyperclone_onnx.plan.edits import WeighAverage, average_weights, edit_from_json
+from hyperclone_onnx.plan.edits import WeighAverage, edit_from_json, shares_of_copies
 from hyperclone_onnx.plan.maps import Named
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.rewriting.rewriting import rewrite
@@ -37,6 +37,9 @@ NORMS = {
     "ReduceL2": "m = ReduceL2 (y, last)  n = Div (y, m)",
     "ReduceSumSquare": "m = ReduceSumSquare (y, last)  n = Div (y, m)",
     "MeanVarianceNormalization": "n = MeanVarianceNormalization <axes = [2]> (y)",
+    "LpNormalization": "n = LpNormalization (y)",
+    "LpNormalization of absolute values": "n = LpNormalization <p = 1, axis = 2> (y)",
+    "Softmax": "n = Softmax (y)",
     "GroupNormalization": """t = Transpose <perm = [0, 2, 1]> (y)
         g = GroupNormalization <num_groups = 1, epsilon = 0.3> (t, gain, bias)  n = Transpose <perm = [0, 2, 1]> (g)""",
 }
@@ -118,7 +121,8 @@ def test_each_norm_is_written_out_where_the_width_is_no_multiple(norm: str, tmp_
     copies = np.bincount(np.arange(17) % HIDDEN)[np.arange(17) % HIDDEN]
     for name in weights:
         array = big.graph.initializers[name].const_value.numpy()  # type: ignore[union-attr]
-        np.testing.assert_allclose(array.reshape(-1), 17 / (HIDDEN * copies), rtol=1e-6)
+        total = 17 / HIDDEN if name.split("_")[0] not in ("Softmax", "LpNormalization") else 1.0
+        np.testing.assert_allclose(array.reshape(-1), total / copies, rtol=1e-6)
 
 
 def test_a_whole_factor_keeps_the_norms(tmp_path: Path) -> None:
@@ -223,7 +227,7 @@ def test_embeddings_with_a_norm(with_mask: bool, with_positions: bool, tmp_path:
 
 def test_wrong_weights_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An average that counts copies is another average, and validation says so."""
-    monkeypatch.setattr("hyperclone_onnx.plan.edits.average_weights", lambda *_: np.ones(17))
+    monkeypatch.setattr("hyperclone_onnx.plan.edits.shares_of_copies", lambda *_: np.ones(17) * HIDDEN / 17)
     onnx.save(behind_another(NORMS["LayerNormalization"]), tmp_path / "model.onnx")
     with pytest.raises(ModelsDiffer):
         expand(
@@ -235,8 +239,8 @@ def test_wrong_weights_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_edit_is_plain_data() -> None:
     made = WeighAverage("norm", (-2, -1), ((-1, (Named("hidden"),)),))
     assert edit_from_json(json.loads(json.dumps(made.to_json()))) == made
-    weights = average_weights((Named("a"),), {"a": SourceMap(3, index=(0, 0, 1, 2, 0))})
-    np.testing.assert_allclose(weights, np.array([5 / 9, 5 / 9, 5 / 3, 5 / 3, 5 / 9]))
+    shares = shares_of_copies((Named("a"),), {"a": SourceMap(3, index=(0, 0, 1, 2, 0))})
+    np.testing.assert_allclose(shares, np.array([1 / 3, 1 / 3, 1, 1, 1 / 3]))
 
 
 def test_every_form_that_planning_knows_can_be_written() -> None:

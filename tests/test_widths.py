@@ -461,17 +461,18 @@ def test_the_same_bytes_with_any_number_of_workers(workers: int, tmp_path: Path)
 
 
 def test_an_average_that_no_scale_keeps_is_refused(tmp_path: Path) -> None:
-    weights = normal(0, {"table": (31, HIDDEN), "gain": (HIDDEN,), "head": (HIDDEN, 31)})
+    weights = normal(0, {"up": (5, HIDDEN), "gain": (HIDDEN,), "bias": (HIDDEN,), "head": (HIDDEN, 31)})
     model = build_model(
-        """g (int64[batch] ids) => (float[batch, 31] logits) {
-            h = Gather (table, ids)
-            [norm] n = LpNormalization <axis = 1> (h)
+        """g (float[batch, 3, 3, 5] x) => (float[batch, 3, 3, 31] logits) {
+            h = MatMul (x, up)
+            [norm] n = com.microsoft.GroupNorm <activation = 0, channels_last = 1, groups = 1> (h, gain, bias)
             logits = MatMul (n, head)
         }""",
         weights,
     )
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(Refused, match="LpNormalization 'norm' averages over an axis whose indices"):
+    with pytest.raises(Refused, match=r"GroupNorm 'norm' averages over an axis whose indices"):
         plan_expansion(analyse(tmp_path / "model.onnx"), maps={"hidden": SourceMap(HIDDEN, cycle=17)})
 
 

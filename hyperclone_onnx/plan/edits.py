@@ -67,8 +67,8 @@ class Editor(Protocol):
     def take_branch(self, node: str, branch: str) -> None:
         """Replace an If by the nodes of one of its branches."""
 
-    def weigh_average(self, node: str, over: Sequence[int], weights: Mapping[int, Array]) -> None:
-        """Multiply what a node averages by weights. A fused norm is replaced by simple operators."""
+    def count_once(self, node: str, over: Sequence[int], shares: Mapping[int, Array]) -> None:
+        """Let a node that averages count each index by its share. A fused norm is replaced by simple operators."""
 
 
 class Edit(ABC):
@@ -332,10 +332,9 @@ class ScaleOutput(_Scale):
 @edit
 @dataclass(frozen=True)
 class WeighAverage(_AlongAxes):
-    """Let a node that averages count each source index once, however often the index is repeated.
+    """Let a node that averages, or divides by a sum, count each source index once, however often it is repeated.
 
-    If the indices of an axis of size D have k copies each among T, each copy gets the weight T / (D k). So the average
-    of the T weighted numbers is the average of the D numbers in the source.
+    Each of the k copies of an index counts 1 / k. So the average over the grown axis is that of the source.
     """
 
     node: str
@@ -347,23 +346,22 @@ class WeighAverage(_AlongAxes):
     constants: ClassVar[tuple[str, ...]] = ("average", "epsilon")
 
     def apply(self, editor: Editor) -> None:
-        """Insert the weights. A fused norm becomes simple operators."""
-        weights = {axis: average_weights(factors, editor.maps) for axis, factors in self.axes}
-        editor.weigh_average(self.node, self.over, weights)
+        """Insert the shares. A fused norm becomes simple operators."""
+        shares = {axis: shares_of_copies(factors, editor.maps) for axis, factors in self.axes}
+        editor.count_once(self.node, self.over, shares)
 
 
-def average_weights(factors: Sequence[Axis], maps: Maps) -> npt.NDArray[np.float64]:
-    """The weight of each index in an average that counts each source index once.
+def shares_of_copies(factors: Sequence[Axis], maps: Maps) -> npt.NDArray[np.float64]:
+    """1 / (the number of repeats) of each index of an axis.
 
     Args:
         factors: the factors of the axis, outermost first.
         maps: the source map of each named dimension.
 
     Returns:
-        shape (grown,). Their mean is 1.
+        shape (grown,). Their sum is the size of the axis in the source.
     """
-    index = index_axis([(factor, True) for factor in factors], maps)
-    return index.grown / (index.source_size * index.count.astype(np.float64))
+    return 1.0 / index_axis([(factor, True) for factor in factors], maps).count
 
 
 @edit

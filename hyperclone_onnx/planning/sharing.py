@@ -26,6 +26,7 @@ from hyperclone_onnx.plan.edits import (
     ScaleInput,
     ScaleOutput,
     SetAttribute,
+    WeighAverage,
     divisors_of,
 )
 from hyperclone_onnx.plan.maps import Axis, has_power
@@ -252,6 +253,8 @@ class _Divider:
         """
         node, repeats = summation.node, self.tracer.repeats(summation.term)
         factors = self.terms.factors(summation.term)
+        if any(isinstance(edit, WeighAverage) and edit.node == node.name for edit in self.stretches.edits):
+            return  # the sum counts each index once
         if repeats is None or factors is None:
             raise Refused(f"{describe(node)} divides by a norm over an axis that does not grow by one whole factor")
         if self._fold_behind(node.outputs[0], float(repeats) ** -summation.power):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from hyperclone_onnx.algebra.dims import Dim, Product, Term
-from hyperclone_onnx.graphs import MICROSOFT
+from hyperclone_onnx.graphs import MICROSOFT, opset_of
 from hyperclone_onnx.plan.edits import Edit, WeighAverage
 from hyperclone_onnx.planning.request import Growth
 from hyperclone_onnx.planning.stretching import reduced_axes
@@ -83,6 +83,16 @@ def _from_an_axis_on(dimensions: Dimensions, node: ir.Node) -> Averaged | None:
 def _last_axis(dimensions: Dimensions, node: ir.Node) -> Averaged | None:
     axes = dimensions.axes.get(node.outputs[0])
     return [(-1, axes[-1])] if axes else None
+
+
+@_form("Softmax", "LpNormalization")
+def _one_axis(dimensions: Dimensions, node: ir.Node) -> Averaged | None:
+    axes = dimensions.axes_of(node, 0) or ()
+    if node.op_type != "LpNormalization" and opset_of(dimensions.model.graph) < 13:
+        return None  # it runs over all axes from `axis` on, as one axis
+    attribute = node.attributes.get("axis")
+    axis = (-1 if attribute is None else attribute.as_int()) % len(axes)
+    return [(axis - len(axes), axes[axis])]
 
 
 @_form("MeanVarianceNormalization")

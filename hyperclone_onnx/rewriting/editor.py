@@ -128,16 +128,16 @@ class GraphEditor:
             output.replace_all_uses_with(identity.outputs[0], replace_graph_outputs=True)
         graph.remove(if_node, safe=True)
 
-    def weigh_average(self, node: str, over: Sequence[int], weights: Mapping[int, Array]) -> None:
-        """Multiply what a node averages by weights. A fused norm is replaced by simple operators.
+    def count_once(self, node: str, over: Sequence[int], shares: Mapping[int, Array]) -> None:
+        """Let a node that averages count each index by its share. A fused norm is replaced by simple operators.
 
         Args:
             node: the node.
             over: the axes that it averages over, as negative numbers.
-            weights: by axis, the weight of each index.
+            shares: by axis, the share of each index. They add up to the size of the axis in the source.
         """
         opset = opset_of(self.graph)
-        NormWriter(self.nodes[node], over, weights, self.constant, self.fresh, opset, self.dtype).write()
+        NormWriter(self.nodes[node], over, shares, self.constant, self.fresh, opset, self.dtype).write()
 
     # -- operations for grown tensors and interfaces ----------------------------------------------------------
 

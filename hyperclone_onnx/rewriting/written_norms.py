@@ -34,7 +34,7 @@ class NormWriter:
     Args:
         node: the node that averages.
         over: the axes that it averages over, as negative numbers.
-        weights: by axis, the weight of each index in an average.
+        shares: by axis, how much of its source index each index is. They add up to the size in the source.
         store: stores a constant.
         fresh: names for new nodes and values.
         opset: the version of ONNX's own operators in the graph.
@@ -45,7 +45,7 @@ class NormWriter:
         self,
         node: ir.Node,
         over: Sequence[int],
-        weights: Mapping[int, Array],
+        shares: Mapping[int, Array],
         store: Store,
         fresh: FreshNames,
         opset: int,
@@ -54,19 +54,22 @@ class NormWriter:
         assert isinstance(node.graph, ir.Graph), "functions are inlined"
         self.node, self.graph, self.over, self.opset = node, node.graph, over, opset
         self.store, self.fresh, self.dtype = store, fresh, dtype
-        self.sizes = {axis: len(array) for axis, array in weights.items()}
+        self.sizes = {axis: len(array) for axis, array in shares.items()}
         self.made: list[ir.Node] = []
         # ONNX's inference does not know the types behind operators of other domains, but stored tensors have theirs.
         types = (value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.dtype)
         self.type = next((dtype for dtype in types if dtype.is_floating_point()), ir.DataType.FLOAT)
         self.wide = ir.DataType.FLOAT if self.type in _HALF else self.type
         """The type in which averages are computed: at least float32, as the operators' specifications say."""
-        self.weights = {axis: self._weights(axis, array) for axis, array in weights.items()}
+        divides = (node.domain, node.op_type) in SUMS
+        self.weights = [
+            self.number(
+                "average", (array if divides else array * (len(array) / array.sum())).reshape(-1, *[1] * (-axis - 1))
+            )
+            for axis, array in shares.items()
+        ]
+        """What multiplies the summands of a sum, or of an average, along each axis."""
         self._axes: ir.Value | None = None
-
-    def _weights(self, axis: int, weights: Array) -> ir.Value:
-        shaped = weights.reshape(-1, *[1] * (-axis - 1))
-        return self.number("average", shaped)
 
     def write(self) -> None:
         """Write the nodes, and put them in the place of the node."""
@@ -119,16 +122,29 @@ class NormWriter:
             return value
         return self.step("Cast", value, dtype=dtype, to=int(dtype))
 
-    def mean(self, value: ir.Value, over: Sequence[int] | None = None) -> ir.Value:
+    def mean(self, value: ir.Value) -> ir.Value:
         """The weighted average. The averaged axes stay, with size 1."""
-        for weights in self.weights.values():
+        return self.reduce("ReduceMean", self.weighted(value), since=18)
+
+    def weighted(self, value: ir.Value) -> ir.Value:
+        """A value times the weights."""
+        for weights in self.weights:
             value = self.step("Mul", value, weights)
-        axes = self.over if over is None else over
-        if self.opset < 18:
-            return self.step("ReduceMean", value, axes=list(axes), keepdims=1)
+        return value
+
+    def reduce(self, op_type: str, value: ir.Value, since: int) -> ir.Value:
+        """Reduce the axes that the node averages over. They stay, with size 1.
+
+        Args:
+            op_type: the operator.
+            value: what it reduces.
+            since: the opset in which the axes of this operator became an input.
+        """
+        if self.opset < since:
+            return self.step(op_type, value, axes=list(self.over), keepdims=1)
         if self._axes is None:
-            self._axes = self.integers("axes", axes)
-        return self.step("ReduceMean", value, self._axes, keepdims=1)
+            self._axes = self.integers("axes", self.over)
+        return self.step(op_type, value, self._axes, keepdims=1)
 
     def add(self, total: ir.Value, other: ir.Value | None) -> ir.Value:
         """A sum in the type in which averages are computed; the first value where there is no other."""
@@ -183,6 +199,9 @@ class NormWriter:
         return results
 
 
+SUMS = {("", "Softmax"), ("", "LpNormalization")}
+"""The operators that divide by a sum and not by an average."""
+
 Form = Callable[[NormWriter], None]
 FORMS: dict[tuple[str, str], Form] = {}
 """By (domain, operator): how its averages are weighted."""
@@ -199,9 +218,7 @@ def _form(*op_types: str, domain: str = "") -> Callable[[Form], Form]:
 @_form("ReduceMean")
 def _reduce_mean(w: NormWriter) -> None:
     """Write mean_j w_j x_j."""
-    x = w.cast(w.given(0), w.wide)
-    for weights in w.weights.values():
-        x = w.step("Mul", x, weights)
+    x = w.weighted(w.cast(w.given(0), w.wide))
     attributes = {name: attribute.value for name, attribute in w.node.attributes.items()}
     axes = [value for value in w.node.inputs[1:] if value is not None]
     w.replace({0: w.cast(w.step("ReduceMean", x, *axes, **attributes), w.type)})
@@ -303,3 +320,24 @@ def _group_norm(w: NormWriter) -> None:
         operand = w.step("Unsqueeze", w.given(slot), w.integers("last", [1]), dtype=w.type)
         result = w.step(op_type, result, operand, dtype=w.type)
     w.replace({0: w.step("Reshape", result, shape, dtype=w.type)})
+
+
+@_form("Softmax")
+def _softmax(w: NormWriter) -> None:
+    """Write exp(x) / sum_j w_j exp(x_j). The largest number is subtracted first."""
+    x = w.cast(w.given(0), w.wide)
+    powers = w.step("Exp", w.step("Sub", x, w.reduce("ReduceMax", x, since=18)))
+    total = w.reduce("ReduceSum", w.weighted(powers), since=13)
+    w.replace({0: w.cast(w.step("Div", powers, total), w.type)})
+
+
+@_form("LpNormalization")
+def _lp_norm(w: NormWriter) -> None:
+    """Write x / (sum_j w_j |x_j|^p)^(1/p), which is 0 where the norm is 0."""
+    x = w.cast(w.given(0), w.wide)
+    power = w.node.attributes.get("p")
+    is_first = power is not None and power.as_int() == 1
+    total = w.reduce("ReduceSum", w.weighted(w.step("Abs", x) if is_first else w.step("Mul", x, x)), since=13)
+    norm = total if is_first else w.step("Sqrt", total)
+    tiny = w.number("epsilon", float(np.finfo(np.float32).tiny))
+    w.replace({0: w.cast(w.step("Div", x, w.step("Max", norm, tiny)), w.type)})
