@@ -47,7 +47,7 @@ PROMPTS = (
     "The three most important things in life are",
 )
 NEW_TOKENS = 32
-TRAINED_TOKENS = 16
+TRAINED_TEXTS, TRAINED_TOKENS = 2, 16
 TOLERANCE = 1e-5
 RATE = 1e-4
 
@@ -150,7 +150,7 @@ def train(folder: Path, texts: Sequence[Sequence[int]], steps: int) -> list[floa
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.train()
-    batch = torch.tensor([text[:TRAINED_TOKENS] for text in texts])
+    batch = torch.tensor([text[:TRAINED_TOKENS] for text in texts[:TRAINED_TEXTS]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     losses = []
     for _ in range(steps):
@@ -159,6 +159,7 @@ def train(folder: Path, texts: Sequence[Sequence[int]], steps: int) -> list[floa
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        print(f"step {len(losses)}: {losses[-1]:.3f}", flush=True)
     return losses
 
 

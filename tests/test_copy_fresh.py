@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from conftest import Array, Command, build_model, names_in
 
 from hyperclone_onnx import BadRequest, Refused, Strategy, analyse, expand, plan_expansion, validate_files
+from hyperclone_onnx.plan.maps import Named, SourceMap
+from hyperclone_onnx.plan.recipes import Recipe
 from hyperclone_onnx.plan.strategies import StrategyRule
+from hyperclone_onnx.tensors.grown_tensor import GrownTensor
 
 Zoo = Callable[[str], Path]
 FRESH = Strategy("copy-fresh")
@@ -46,6 +51,25 @@ def test_the_source_stands_in_the_corner(small: Path, tmp_path: Path) -> None:
     assert not report.validation.problems
     assert not report.validation.equal
     assert not [edit for edit in report.plan.edits if "Scale" in type(edit).__name__], "nothing is divided"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+@pytest.mark.parametrize("names", ["ab", "ba", "cb", "bc", "aac"])
+def test_any_window_has_the_numbers_of_the_whole(names: str, dtype: type[np.floating[Any]]) -> None:
+    maps = {"a": SourceMap(6, cycle=10), "b": SourceMap(9, cycle=22), "c": SourceMap(5, repeat=3)}
+    shape = [maps[name].size for name in names]
+    source = np.random.default_rng(0).normal(3, 1, shape).astype(dtype)
+    recipe = Recipe("t", tuple((Named(name),) for name in names))
+    grown = GrownTensor(ir.Tensor(source, name="t"), recipe, maps, FRESH)
+    whole = grown.numpy()
+    windows = tuple(slice(1, size - 2) for size in whole.shape)
+    assert whole.dtype == dtype
+    assert np.array_equal(grown[windows], whole[windows])
+    first = np.ix_(*(np.flatnonzero(maps[name].numbers == 0) for name in names))
+    assert np.array_equal(whole[first], source)
+    beside = np.ones(whole.shape, bool)
+    beside[first] = False
+    assert abs(whole[beside].astype(float).mean() - source.astype(float).mean()) < 0.5
 
 
 def test_the_numbers_follow_from_the_seed_alone(small: Path, tmp_path: Path) -> None:
