@@ -27,6 +27,7 @@ from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.errors import BadModel, BadRequest, HypercloneError, NothingGrows, Refused
 from hyperclone_onnx.expansion import Expansion, expand, plan_file
 from hyperclone_onnx.planning.asked import whole_numbers
+from hyperclone_onnx.planning.configuration import GrownConfiguration, NotSaid, grown_configuration
 from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import publication_folder
@@ -85,8 +86,8 @@ def expand_folder(
     """Grow every .onnx file in a folder and its folders into a new folder, and copy the other files.
 
     A data file of a model, one that is left out too, is no other file: it is copied only with a model that is copied.
-    Where a model grows, weights in other formats and config.json are left out, because they describe the small model.
-    genai_config.json is grown.
+    Where a model grows, weights in other formats are left out. config.json and genai_config.json are grown; one that
+    cannot say the sizes of the grown model is left out.
 
     Args:
         folder: the source.
@@ -169,7 +170,14 @@ class _Work:
                     (self.partial / file).write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
                     continue
             elif file.name == CONFIG:
-                why = CONFIG_WHY
+                models = [model for path, model in self.result.models.items() if Path(path).is_relative_to(file.parent)]
+                configuration, why = _grown_config(self.source / file, models)
+                if configuration is not None:
+                    self.result.changed[name] = configuration.changed
+                    (self.partial / file).parent.mkdir(parents=True, exist_ok=True)
+                    text = json.dumps(configuration.fields, indent=2) + "\n"
+                    (self.partial / file).write_text(text, encoding="utf-8")
+                    continue
             self.result.left_out[name] = why
 
     def grow(self) -> None:
@@ -253,7 +261,7 @@ WEIGHTS = (
 """Patterns of files with the small model's weights in other formats."""
 
 WEIGHTS_WHY = "it holds the small model's weights"
-CONFIG_WHY = "it describes the small model; `handoff --to hf --like FOLDER` writes the grown one"
+CONFIG_WHY = "it describes the small model"
 
 GENAI_FIELDS = {
     "hidden_size": ("hidden",),
@@ -267,6 +275,23 @@ GENAI_FIELDS = {
 def _describes_model(file: Path) -> bool:
     """Whether a file describes the model beside it, or holds its weights in another format."""
     return file.name in (CONFIG, GENAI_CONFIG) or any(fnmatch.fnmatch(file.name, pattern) for pattern in WEIGHTS)
+
+
+def _grown_config(path: Path, models: Sequence[Expansion]) -> tuple[GrownConfiguration | None, str]:
+    """The grown configuration; or None and the reason."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        return None, f"{CONFIG_WHY}, and cannot be read ({type(problem).__name__})"
+    if not isinstance(fields, dict):
+        return None, f"{CONFIG_WHY}, and has no fields"
+    if any(model.plan.keep_interface for model in models):
+        return GrownConfiguration(fields, {}), ""
+    try:
+        sizes = [(size.role, size.before, size.after) for model in models for size in model.sizes]
+        return grown_configuration(fields, sizes), ""
+    except NotSaid as reason:
+        return None, f"{CONFIG_WHY}: {reason}"
 
 
 def _grown_genai_config(
@@ -303,7 +328,7 @@ def _ratios(model: Expansion, role: str) -> set[Fraction]:
     return grown | ({Fraction(1)} if any(kept.role == role for kept in model.kept) else set())
 
 
-PLANNING_OPTIONS = ("allow_change", "like", "maps", "strategies", "strategy", "untie", "keep_interface")
+PLANNING_OPTIONS = ("allow_change", "like", "maps", "strategies", "strategy", "untie", "separate", "keep_interface")
 """The options of `expansion.expand` that decide the plan."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import Command, build_model, names_in, normal, perceptron
+
+from hyperclone_onnx.expansion import plan_file
+from hyperclone_onnx.planning.configuration import NotSaid, grown_configuration
 
 Zoo = Callable[[str], Path]
 
@@ -84,6 +88,82 @@ def test_files_about_the_small_model_stay_where_nothing_grows(cli: Command, tmp_
     done = cli("expand", folder, "--factor", "2", "-o", tmp_path / "big", "--json")
     assert done.code == 0 and json.loads(done.stdout)["left_out"] == {}, done.error
     assert names_in(tmp_path / "big") == names_in(folder)
+
+
+LLAMA_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "bos_token_id": 48,
+}
+"""The configuration of the zoo's Llama, but for the width of its feed-forward layers."""
+
+CONFIGS: dict[str, tuple[dict[str, object], list[str], dict[str, tuple[int, int]] | str]] = {
+    "all widths": (
+        {},
+        ["--factor", "2"],
+        {"hidden_size": (48, 96), "num_attention_heads": (6, 12), "num_key_value_heads": (2, 4), "FFN": (1, 2)},
+    ),
+    "heads that follow": (
+        {"head_dim": None},
+        ["--factor", "2"],
+        {"hidden_size": (48, 96), "num_attention_heads": (6, 12), "num_key_value_heads": (2, 4), "FFN": (1, 2)},
+    ),
+    "ffn alone": ({}, ["--set", "ffn=2"], {"FFN": (1, 2)}),
+    "a multiple of the width": (
+        {"FFN": None},
+        ["--factor", "2"],
+        {"hidden_size": (48, 96), "num_attention_heads": (6, 12), "num_key_value_heads": (2, 4)},
+    ),
+    "the interface kept": ({}, ["--factor", "2", "--interface", "keep"], {}),
+    "a width that is said nowhere": (
+        {"FFN": None},
+        ["--set", "ffn=2"],
+        "ffn .* becomes .*, and no field of it says so",
+    ),
+    "heads that do not follow": (
+        {"head_dim": None},
+        ["--set", "hidden=2"],
+        "head_dim stays 8, and no field of it says so",
+    ),
+    "no sizes": ({"num_attention_heads": None}, ["--factor", "2"], "heads 6 becomes 12, and no field of it says so"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_configuration_grows_or_is_left_out(name: str, zoo: Zoo, cli: Command, tmp_path: Path) -> None:
+    other, words, want = CONFIGS[name]
+    folder = tmp_path / "llama"
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "onnx" / "model.onnx").write_bytes(zoo("llama.cached").read_bytes())
+    ffn = next(size.before for size in plan_file(zoo("llama.cached"), 2).sizes if size.role == "ffn")
+    fields = {**LLAMA_CONFIG, "FFN": ffn, **other}
+    fields["intermediate_size"] = fields.pop("FFN")
+    fields = {key: value for key, value in fields.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
+    done = cli("expand", folder, "-o", tmp_path / "big", "--no-validate", "--json", *words)
+    assert done.code == 0, done.error
+    report = json.loads(done.stdout)
+    if isinstance(want, str):
+        assert re.search(want, report["left_out"]["config.json"])
+        assert not (tmp_path / "big" / "config.json").exists()
+        return
+    changed = {("intermediate_size" if key == "FFN" else key): pair for key, pair in want.items()}
+    changed |= {"intermediate_size": (ffn, 2 * ffn)} if "FFN" in want else {}
+    assert {key: tuple(pair) for key, pair in report["changed"]["config.json"].items()} == changed
+    grown = json.loads((tmp_path / "big" / "config.json").read_text())
+    assert grown == {**fields, **{key: after for key, (_, after) in changed.items()}}
+
+
+def test_one_field_cannot_say_two_sizes() -> None:
+    with pytest.raises(NotSaid, match="hidden 48 becomes 96 and 48, and one field says both"):
+        grown_configuration({"hidden_size": 48}, [("hidden", 48, 96), ("hidden", 48, 48)])
+    fields = {"text_config": {"hidden_size": 48}, "vision_config": {"hidden_size": 32}}
+    grown = grown_configuration(fields, [("hidden", 48, 96)])
+    assert grown.changed == {"text_config.hidden_size": (48, 96)}
 
 
 GENAI = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_size": 8, "num_hidden_layers": 2}
