@@ -18,6 +18,7 @@ from hyperclone_onnx.algebra.dims import Dim
 from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters, is_code, stored_bytes
 from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.analysis.roles import explain
+from hyperclone_onnx.analysis.trainable import merged
 from hyperclone_onnx.errors import BadRequest, CannotWrite, ModelsDiffer, Refused, in_bytes
 from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.plan.plans import Plan, TransformStep
@@ -229,6 +230,7 @@ class _Request:
     layers: LayersRequest | None = None
     depth: Depth = "identity"
     layers_at: LayersAt = "even"
+    separate: bool = False
 
     @staticmethod
     def of(
@@ -331,6 +333,12 @@ def _with_layers(model: str | os.PathLike[str], request: _Request) -> tuple[Tran
     return (*request.transforms, *([] if step is None else [step]))
 
 
+def _with_separate(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
+    """The transforms, and the one that gives each use of a merged tensor its own."""
+    names = merged(source_of(model, request.transforms).model)
+    return (*request.transforms, *([TransformStep("separate", {"tensors": names})] if names else []))
+
+
 @dataclass(frozen=True)
 class _Planned:
     """A model that was read, and the plan of its growth."""
@@ -352,6 +360,8 @@ def _planned(
 ) -> _Planned:
     """Read a model, check the paths of the result and of the plan, and make the plan."""
     say("reading")
+    if request.separate:
+        request = replace(request, transforms=_with_separate(model, request), separate=False)
     layers_before: int | None = None
     if request.like is not None:
         source = source_of(model, request.transforms).model
@@ -390,6 +400,7 @@ def expand(
     strategy: Strategy | str | None = None,
     strategies: Sequence[StrategyRule] = (),
     untie: bool = False,
+    separate: bool = False,
     keep_interface: bool = False,
     transforms: Sequence[TransformStep] = (),
     layers: LayersRequest | None = None,
@@ -421,6 +432,8 @@ def expand(
         maps: a source map by dimension, for growth by other than whole factors.
         strategy: how repeats share weights, by default noisy-diagonal with 10 dB.
         strategies: rules that give some tensors another strategy. Of several that fit, the first decides.
+        separate: give each use of a tensor that holds one value everywhere its own tensor (see `transforms.separate`).
+            Exporters merge gains of ones; as one tensor they are not trained.
         untie: give each use its own tensor if a tensor is stored once but only one of its uses must be divided.
         keep_interface: the model's inputs and outputs keep the shapes of the source.
         transforms: steps that change the source graph before it grows (see `transforms`).
@@ -469,6 +482,7 @@ def expand(
         layers=layers,
         depth=depth,
         layers_at=layers_at,
+        separate=separate,
     )
     run = _Run(
         _mode(check, precision),
@@ -598,6 +612,7 @@ def plan_file(
     strategy: Strategy | str | None = None,
     strategies: Sequence[StrategyRule] = (),
     untie: bool = False,
+    separate: bool = False,
     keep_interface: bool = False,
     layers: LayersRequest | None = None,
     depth: Depth = "identity",
@@ -626,6 +641,7 @@ def plan_file(
         layers=layers,
         depth=depth,
         layers_at=layers_at,
+        separate=separate,
     )
     planned = _planned(model, None, request, plan_out, notify or ignore_stage, _Clock())
     if plan_out is not None:

@@ -56,6 +56,9 @@ PARAMETERS = frozenset(
 Role = Literal["trainable", "frozen", "constant"]
 """What training does with a stored tensor. It leaves a frozen tensor as it is only because the user says so."""
 
+MERGED = "one value everywhere, and used in several places"
+"""The reason for not training a tensor that an exporter may have merged from several ones."""
+
 Reasons = dict[str, tuple[Role, str]]
 
 
@@ -81,6 +84,15 @@ def structural_roles(model: ir.Model, numbers: Sequence[str] = ()) -> Reasons:
         if name in numbers and name not in reasons and _is_floating(value):
             reasons[name] = ("constant", "a single number")
     return reasons
+
+
+def merged(model: ir.Model) -> list[str]:
+    """The tensors that an exporter may have merged from several equal parameters: gains of ones, for example.
+
+    Args:
+        model: a normalised model.
+    """
+    return [name for name, (_, reason) in structural_roles(model).items() if reason == MERGED]
 
 
 def overridden(reasons: Reasons, freeze: Sequence[str], train: Sequence[str]) -> Reasons:
@@ -163,7 +175,7 @@ class _Structure:
         if lookup is None and self._is_position_bias(value):
             return "constant", "a bias of positions, cut to the lengths and added to scores"
         if len(uses) > 1 and _is_one_value(tensor):
-            return "constant", "one value everywhere, and used in several places"
+            return "constant", MERGED
         if combination is not None and combination.op_type in ("Add", "Where", "Min") and _lowest(tensor) <= MASKED:
             return "constant", "a mask"
         if lookup is not None:

@@ -108,6 +108,11 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
 @seed_option("the noise")
 @click.option("--untie", is_flag=True, help="Split a tied embedding instead of keeping it one tensor.")
 @click.option(
+    "--separate",
+    is_flag=True,
+    help="Split tensors that hold one value everywhere and are used in several places, so that each use is trained.",
+)
+@click.option(
     "--interface",
     type=click.Choice(["grow", "keep"]),
     default="grow",
@@ -212,6 +217,7 @@ def expand(
         "like": options["like"],
         "strategy": Strategy(options["strategy"], options["snr_db"], options["seed"]),
         "untie": options["untie"],
+        "separate": options["separate"],
         "keep_interface": options["interface"] == "keep",
         "allow_change": options["allow_change"],
     }

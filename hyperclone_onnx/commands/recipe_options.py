@@ -23,6 +23,7 @@ PARAMETERS: Mapping[str, str] = {
     "seed": "seed",
     "allow_change": "allow_change",
     "untie": "untie",
+    "separate": "separate",
     "interface": "interface",
     "device": "device",
     "validate": "validation",

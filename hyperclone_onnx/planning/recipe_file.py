@@ -80,6 +80,7 @@ GROWTH_KEYS: Mapping[str, Kind] = {
     "strategies": RULES,
     "allow_change": FLAG,
     "untie": FLAG,
+    "separate": FLAG,
     "interface": _choice("grow", "keep"),
 }
 """What decides the grown model. The plan records these."""
