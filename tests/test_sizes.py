@@ -347,3 +347,42 @@ def test_the_report_has_the_files(small: Path, tmp_path: Path, cli: Command) -> 
     assert next(iter(report.files)) == "big.onnx"
     outcome = cli("expand", small, "--factor", "2", "-o", tmp_path / "one.onnx", "--no-validate")
     assert f"one.onnx: {(tmp_path / 'one.onnx').stat().st_size / 1000:.1f} KB (" in outcome.stdout
+
+
+# -- bad input ------------------------------------------------------------------------------------------------
+
+# (options, exit code, what the one line says)
+BAD = [
+    ("--size hidden=6", 2, "hidden=6 is below the source's 12: sizes only grow"),
+    ("--size hiden=24", 2, "no dimension 'hiden'; did you mean 'hidden'?"),
+    ("--size hidden=24 --set hidden=2", 2, "hidden has a factor (2) and a size (24)"),
+    ("--size vocab=64", 3, "vocab (size 31) cannot grow"),
+    ("--size heads=4", 2, "no dimension 'heads'"),
+    ("--layers 1", 2, "no layers were found in this graph"),
+    ("--like config.json", 2, "hidden=6 is below the source's 12"),
+    ("--like elsewhere", 4, "elsewhere: no such file"),
+    ("--recipe key.yaml", 2, "key.yaml, line 2: a recipe has no key 'sizes'; did you mean 'size'?"),
+    ("--recipe type.yaml", 2, "type.yaml, line 1: seed is a whole number from 0 on, not 'soon'"),
+    ("--recipe syntax.yaml", 2, "syntax.yaml, line 2: not YAML"),
+]
+FILES = {
+    "config.json": '{"hidden_size": 6, "intermediate_size": 20}',
+    "key.yaml": "size: {hidden: 24}\nsizes: {ffn: 40}\n",
+    "type.yaml": "seed: soon\n",
+    "syntax.yaml": "size: [hidden\n",
+}
+
+
+@pytest.mark.parametrize(("options", "code", "message"), BAD, ids=[options for options, _, _ in BAD])
+def test_bad_input_gets_one_line_and_writes_nothing(
+    tmp_path: Path, cli: Command, options: str, code: int, message: str
+) -> None:
+    onnx.save(perceptron(layers=1), tmp_path / "small.onnx")
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    words = [tmp_path / word if word in FILES or word == "elsewhere" else word for word in options.split()]
+    outcome = cli("expand", tmp_path / "small.onnx", *words, "-o", tmp_path / "big.onnx")
+    (line,) = [line for line in outcome.stderr.splitlines() if not line.endswith(" ...")]
+    assert message in line
+    assert outcome.code == code
+    assert names_in(tmp_path) == {"small.onnx", *FILES}
