@@ -57,10 +57,10 @@ def test_a_tensor_that_does_not_grow_keeps_its_fan_in(feed_forward: Path) -> Non
     assert fan_in_growth(planned(feed_forward, 2), "no such tensor") == 1.0
 
 
-def test_advice_is_two_lines_that_point_to_the_evidence() -> None:
+def test_advice_is_three_lines_that_point_to_the_evidence() -> None:
     lines = RECIPE.lines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert "no warm-up" in lines[0]
     assert "10% warm-up" in replace(RECIPE, warm_up=0.1).lines()[0]
-    assert (Path(__file__).parents[1] / RECIPE.evidence).is_file()
-    assert RECIPE.evidence in lines[1]
+    for evidence, line in ((RECIPE.evidence, lines[1]), (RECIPE.exact_evidence, lines[2])):
+        assert (Path(__file__).parents[1] / evidence).is_file() and evidence in line

@@ -1,4 +1,4 @@
-"""The recommended recipe for the further training of a grown model, as two lines of text and as data for a manifest.
+"""The recommended recipe for the further training of a grown model, as lines of text and as data for a manifest.
 
 The evidence is in docs/growth.md, measured at factor 2. The learning rates are relative to those of the source's
 training, because the user knows those.
@@ -27,9 +27,11 @@ class TrainingRecipe:
     """The form in which the learning rate falls to 0 at the end."""
     evidence: str = "docs/growth.md"
     """The page with the measurements."""
+    exact_evidence: str = "docs/optimizer_state.md"
+    """The page about settings for each tensor, with which a grown model goes on as its source would."""
 
-    def lines(self) -> tuple[str, str]:
-        """The recipe as two lines of text."""
+    def lines(self) -> tuple[str, ...]:
+        """The recipe as lines of text."""
         warm_up = f"{self.warm_up:.0%} warm-up" if self.warm_up else "no warm-up"
         return (
             f"to train it further: AdamW with {self.peak_rate:g} of the source's peak learning rate "
@@ -37,6 +39,8 @@ class TrainingRecipe:
             f"{self.decay} decay to 0",
             "also try half and twice this rate; the optimizer's state may be new, or grown from the source's; "
             f"evidence: {self.evidence}",
+            "or go on exactly where the source stopped, without a jump of the loss: its own settings, for each tensor "
+            f"by adamw_groups, with its grown state; evidence: {self.exact_evidence}",
         )
 
     def to_json(self) -> dict[str, Any]:
