@@ -20,7 +20,7 @@ COMMANDS = ("inspect", "expand", "validate", "export", "handoff", "absorb", "dia
 def main() -> None:
     """Grow a pretrained ONNX transformer without changing what it computes.
 
-    The grown model is wider by whole factors and equal to its source: train on from there (HyperCloning,
+    The grown model is wider or deeper than its source, and equal to it: train on from there (HyperCloning,
     arXiv 2409.12903).
     """
     # A graph of 20,000 nodes is a million objects that all stay. With Python's own thresholds a third of the time goes
