@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from hyperclone_onnx.frameworks.hugging_face.checking import (
     Error,
     Feeding,
     FileRunner,
+    Outputs,
     Rounding,
     compare_with_source,
     feeding,
@@ -31,8 +34,10 @@ from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search
 from hyperclone_onnx.frameworks.hugging_face.deeper import deeper
 from hyperclone_onnx.frameworks.hugging_face.layout import squeezed
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, match
-from hyperclone_onnx.frameworks.hugging_face.measuring import DoesNotRun, Runs, effective, measured
+from hyperclone_onnx.frameworks.hugging_face.measuring import Compared, DoesNotRun, Runs, effective, expected, measured
 from hyperclone_onnx.frameworks.hugging_face.report import Report
+from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
+from hyperclone_onnx.frameworks.hugging_face.shortening import for_all_layers, shortened
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown, small_initializers
 from hyperclone_onnx.frameworks.hugging_face.writing import Writer
 from hyperclone_onnx.progress import Notify, ignore_stage
@@ -112,31 +117,150 @@ def grow_checkpoint(
     search = Search(checkpoint, grown.plan, chooser.certain(), given.shapes)
     changes = search.run()
     say("measuring")
-    runs = Runs.of(given, fed, checkpoint, chooser.doubtful)
-    pruned = effective(checkpoint, search, changes, runs, given)
+    compared = expected(given, fed, checkpoint)
+    # New layers that add nothing are full of zeros, which have every scale.
+    short = None if more_layers else shortened(checkpoint, given.shapes)
     given.release()
-    refusal: Refused | None = None
-    for attempt in pruned:
-        assembly = chooser.assembled(search.shapes(attempt) or {})
+    work = _Work(
+        folder, checkpoint, grown, given, stored, chooser, search, changes, fed, compared, trained, more_layers
+    )
+    parts = [checkpoint] if short is None else [short, checkpoint]
+    for part in parts:
         try:
-            folded = measured(checkpoint, attempt, assembly, stored, runs, grown)
-        except Refused as problem:
-            refusal = problem if refusal is None or isinstance(refusal, DoesNotRun) else refusal
+            settled = work.settled(part)
+            if settled is None:
+                continue
+            say("writing")
+            writer, report = work.write(settled, dtype, largest_file)
+            say("validating")
+            work.check(settled.assembly, writer.rounding(), report)
+        except (Refused, ModelsDiffer):
+            if part is parts[-1]:
+                raise
+            say("measuring all layers")
+            _empty(folder)
             continue
-        break
-    else:
+        return report
+    raise AssertionError("the whole model is measured last, and that gives a report or an error")
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The changed fields of the configuration, how the tensors are made, and the factors that they get."""
+
+    changes: Sequence[Change]
+    assembly: Assembly
+    folded: Mapping[str, Compensation]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the stages after the search for a configuration need."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    grown: Grown
+    given: Given
+    stored: Mapping[str, Source]
+    chooser: Chooser
+    search: Search
+    changes: list[Change]
+    fed: Feeding
+    compared: Compared
+    trained: bool
+    more_layers: Sequence[Change]
+    """The changes of the configuration that say more layers."""
+
+    def settled(self, part: Checkpoint) -> _Settled | None:
+        """Measure the whole model or some of its layers. None if these layers do not say what the others need.
+
+        Raises:
+            Refused: no factors make the models equal, under no changes of the configuration.
+        """
+        runs = Runs.of(part, self.compared[0][0], self.given, self.chooser.doubtful)
+        refusal: Refused | None = None
+        for attempt in effective(part, self.search, self.changes, runs, self.given):
+            assembly = self.chooser.assembled(self.search.shapes(attempt) or {})
+            try:
+                folded = measured(part, attempt, assembly, self.stored, runs, self.grown)
+            except Refused as problem:
+                refusal = problem if refusal is None or isinstance(refusal, DoesNotRun) else refusal
+                continue
+            factors = for_all_layers(folded, runs.names, self.given.names)
+            return None if factors is None else _Settled(attempt, assembly, factors)
         assert refusal is not None
         raise refusal
-    say("writing")
-    report = Report(str(big), trained=trained)
-    try:
-        writer = Writer(checkpoint, assembly, stored, folded, trained, dtype, more_layers)
-        writer.write(folder, attempt, largest_file or checkpoint.largest_file or LARGEST_FILE, report)
-    except OSError as problem:
-        raise CannotWrite(f"{folder}: cannot be written ({problem.strerror or problem})") from problem
-    say("validating")
-    _check(folder, checkpoint, fed, runs, assembly, writer.rounding(), report)
-    return report
+
+    def write(self, settled: _Settled, dtype: str | None, largest_file: int | None) -> tuple[Writer, Report]:
+        """Write the checkpoint.
+
+        Raises:
+            CannotWrite: the folder cannot be written.
+        """
+        report = Report(str(self.grown.path), trained=self.trained)
+        writer = Writer(
+            self.checkpoint, settled.assembly, self.stored, settled.folded, self.trained, dtype, self.more_layers
+        )
+        try:
+            most = largest_file or self.checkpoint.largest_file or LARGEST_FILE
+            writer.write(self.folder, settled.changes, most, report)
+        except OSError as problem:
+            raise CannotWrite(f"{self.folder}: cannot be written ({problem.strerror or problem})") from problem
+        return writer, report
+
+    def check(self, assembly: Assembly, rounding: Rounding, report: Report) -> None:
+        """Load the written checkpoint and compare its outputs with the source's and the file's.
+
+        Raises:
+            ModelsDiffer: the outputs differ by more than the tolerance, or a tensor is missing.
+            Refused: the file runs on none of the inputs.
+        """
+        report.tolerance, report.tolerance_reason = self.fed.tolerance(rounding.source)
+        report.file_tolerance = self.fed.tolerance(rounding.file)[0]
+        computed = self._computed(assembly)
+        if not report.trained:
+            pairs = zip(computed, self.compared, strict=True)
+            worst = Error.worst(
+                [error for got, (_, want) in pairs for error in compare_with_source(got, want, assembly.orders)]
+            )
+            report.error_to_source = worst.relative
+            _demand(worst, report.tolerance, "its source's")
+        file = FileRunner(assembly.grown.path, assembly.grown.plan)
+        to_file: list[Error] = []
+        for got, (case, _) in zip(computed, self.compared, strict=True):
+            try:
+                to_file += file.compare(case, got)
+            except RuntimeError:
+                continue
+            report.cases.append(case.label)
+        if not to_file:
+            raise Refused(f"{assembly.grown.path}: ONNX Runtime does not run it on any of the inputs that we tried")
+        worst = Error.worst(to_file)
+        report.error_to_file = worst.relative
+        apart = [name for name, (_, layout) in assembly.also.items() if report.trained and len(layout.shape) > 1]
+        hint = (
+            f" (the file stores {apart[0]!r} separately from a tensor that is one with it in the checkpoint)"
+            if apart
+            else ""
+        )
+        _demand(worst, report.file_tolerance, "the file's in ONNX Runtime", hint)
+
+    def _computed(self, assembly: Assembly) -> list[Outputs]:
+        """The outputs of the written checkpoint. Its model is freed before the file is loaded in ONNX Runtime."""
+        loaded = load(self.folder, self.checkpoint.model_class, self.checkpoint.main_type == np.float64)
+        extra = loaded.missing - assembly.given.loaded.missing
+        if extra:
+            raise ModelsDiffer(f"the grown checkpoint lacks {sorted(extra)[0]}")
+        for name in loaded.missing:
+            zero(loaded.model, name)
+        model = loaded.model.float()
+        return [outputs(model, case) for case, _ in self.compared]
+
+
+def _empty(folder: Path) -> None:
+    """Remove everything in a folder."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sources(grown: Grown, source: Path | None, known: bool | None = None) -> tuple[dict[str, Source], bool]:
@@ -194,62 +318,6 @@ def _differing(theirs: Source, ours: Array) -> int:
     a, b = squeezed(theirs.array), squeezed(ours)
     counts = [int((np.abs(view - b) > theirs.tolerance).sum()) for view in (a, a.T) if view.shape == b.shape]
     return min(counts, default=b.size)
-
-
-# -- checking ---------------------------------------------------------------------------------------------------
-
-
-def _check(
-    folder: Path,
-    checkpoint: Checkpoint,
-    fed: Feeding,
-    runs: Runs,
-    assembly: Assembly,
-    rounding: Rounding,
-    report: Report,
-) -> None:
-    """Load the written checkpoint and compare its outputs with the source's and the file's.
-
-    Raises:
-        ModelsDiffer: the outputs differ by more than the tolerance, or a tensor is missing.
-        Refused: the file runs on none of the inputs.
-    """
-    loaded = load(folder, checkpoint.model_class, checkpoint.main_type == np.float64)
-    extra = loaded.missing - assembly.given.loaded.missing
-    if extra:
-        raise ModelsDiffer(f"the grown checkpoint lacks {sorted(extra)[0]}")
-    for name in loaded.missing:
-        zero(loaded.model, name)
-    model = loaded.model.float()
-    report.tolerance, report.tolerance_reason = fed.tolerance(rounding.source)
-    report.file_tolerance = fed.tolerance(rounding.file)[0]
-    file = FileRunner(assembly.grown.path, assembly.grown.plan)
-    to_source: list[Error] = []
-    to_file: list[Error] = []
-    for case, expected in runs.outputs:
-        computed = outputs(model, case)
-        if not report.trained:
-            to_source += compare_with_source(computed, expected, assembly.orders)
-        try:
-            to_file += file.compare(case, computed)
-        except RuntimeError:
-            continue
-        report.cases.append(case.label)
-    if not to_file:
-        raise Refused(f"{assembly.grown.path}: ONNX Runtime does not run it on any of the inputs that we tried")
-    if to_source:
-        worst = Error.worst(to_source)
-        report.error_to_source = worst.relative
-        _demand(worst, report.tolerance, "its source's")
-    worst = Error.worst(to_file)
-    report.error_to_file = worst.relative
-    apart = [name for name, (_, layout) in assembly.also.items() if report.trained and len(layout.shape) > 1]
-    hint = (
-        f" (the file stores {apart[0]!r} separately from a tensor that is one with it in the checkpoint)"
-        if apart
-        else ""
-    )
-    _demand(worst, report.file_tolerance, "the file's in ONNX Runtime", hint)
 
 
 def _demand(worst: Error, tolerance: float, whose: str, hint: str = "") -> None:

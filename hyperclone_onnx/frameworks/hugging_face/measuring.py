@@ -20,6 +20,7 @@ from hyperclone_onnx.frameworks.hugging_face.matching import constant
 from hyperclone_onnx.frameworks.hugging_face.recording import Step, floating_outputs, record, run_model
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation, compensations
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source
+from hyperclone_onnx.validation.inputs.cases import Case
 
 Array = npt.NDArray[Any]
 
@@ -34,55 +35,66 @@ class DoesNotRun(Refused):
     """The model cannot run with the sizes of a changed configuration."""
 
 
+Compared = list[tuple[Case, Outputs]]
+"""Input sets with the outputs of the source's model."""
+
+
+def expected(given: Given, fed: Feeding, checkpoint: Checkpoint) -> Compared:
+    """The outputs of the source's model on the first input sets that it accepts.
+
+    Raises:
+        Refused: the model runs on none of the input sets.
+    """
+    model = given.model.float()
+    compared: Compared = []
+    problem: Exception | None = None
+    for case in fed.cases:
+        try:
+            compared.append((case, outputs(model, case)))
+        except (RuntimeError, ValueError, IndexError) as failure:
+            problem = failure
+        if len(compared) == CASES:
+            break
+    if not compared:
+        raise Refused(f"{checkpoint.folder}: the model does not run on any of the inputs that we tried ({problem})")
+    return compared
+
+
 @dataclass
 class Runs:
-    """What the source's model computes: recorded steps for one input set, and outputs for several."""
+    """The source's model, or a part of its layers, as it was recorded on one input set."""
 
     steps: list[Step]
-    """The steps on the first input set, with `tensors` in the model."""
     feeds: dict[str, Any]
-    """The first input set, as tensors of PyTorch."""
-    outputs: list[tuple[Any, Outputs]]
-    """Input sets with the source's outputs, with the checkpoint's tensors in the model."""
+    """The input set, as tensors of PyTorch."""
     tensors: dict[str, Array]
     """The tensors in the model while it was recorded: the checkpoint's, with noise added to constant ones."""
+    names: frozenset[str]
+    """The names of the tensors that the recorded model has."""
     result: Mapping[str, Any]
     """The floating outputs of the model while it was recorded, by name."""
 
     @staticmethod
-    def of(given: Given, fed: Feeding, checkpoint: Checkpoint, doubtful: Collection[str]) -> Runs:
-        """Run the source's model on the first input sets that it accepts, and record it on the first of these.
+    def of(checkpoint: Checkpoint, case: Case, given: Given, doubtful: Collection[str]) -> Runs:
+        """Build a model and record it.
 
         Args:
-            given: the source's model and its tensors. The model's tensors are overwritten.
-            fed: the input sets to try.
-            checkpoint: the source's checkpoint.
+            checkpoint: the source's checkpoint, or the same with fewer layers.
+            case: the input set.
+            given: the source's tensors.
             doubtful: tensors that more than one layout fits. They get no noise, because the noise would have to grow
                 as they do.
-
-        Raises:
-            Refused: the model runs on none of the input sets.
         """
-        model = given.model.float()
-        compared: list[tuple[Any, Outputs]] = []
-        problem: Exception | None = None
-        for case in fed.cases:
-            try:
-                compared.append((case, outputs(model, case)))
-            except (RuntimeError, ValueError, IndexError) as failure:
-                problem = failure
-            if len(compared) == CASES:
-                break
-        if not compared:
-            raise Refused(f"{checkpoint.folder}: the model does not run on any of the inputs that we tried ({problem})")
-        feeds = torch_feeds(compared[0][0], model)
+        model = built(checkpoint, ()).float()
+        feeds = torch_feeds(case, model)
+        names = frozenset(stored_tensors(model))
         tensors = {
             name: array if name in doubtful else _with_noise_if_constant(array)
             for name, array in given.floating.items()
         }
         fill(model, {name: lambda array=array: array for name, array in {**tensors, **given.others}.items()})  # type: ignore[misc]
         steps, result = record(model, feeds)
-        return Runs(steps, feeds, compared, tensors, result)
+        return Runs(steps, feeds, tensors, names, result)
 
 
 def _with_noise_if_constant(array: Array) -> Array:

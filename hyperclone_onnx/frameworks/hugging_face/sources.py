@@ -202,6 +202,9 @@ def added_up(grown: Grown) -> tuple[dict[str, Source], list[str]]:
         if not error <= tolerance:
             torn.append(name)
         summed[name] = Source(source, tolerance)
+        del array
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()  # the pages of its file count as memory of the process as long as they are mapped
     return summed, torn
 
 
