@@ -98,6 +98,27 @@ def test_a_checkpoint_grows_in_one_command(name: str, tmp_path: Path, cli: Comma
     assert (big / "onnx").exists() == ("--keep-onnx" in words)
 
 
+def test_gains_that_are_equal_when_exported_are_trained_apart(tmp_path: Path, cli: Command) -> None:
+    """Before training all gains are ones. The export keeps them apart, and so does what is grown from it."""
+    from hyperclone_onnx import absorb
+    from hyperclone_onnx.analysis.trainable import trainable
+
+    small, big = checkpoint(llama, tmp_path / "small"), tmp_path / "big"
+    assert cli("expand", small, "--factor", "2", "-o", big, "--keep-onnx").code == 0
+    gains = {name for name, array in read_weights(big).items() if array.shape == (96,)}
+    file = big / "onnx" / "model.onnx"
+    assert len(gains) == 3 and gains <= set(trainable(ir.load(file)))
+    model = loaded(big).float()
+    for number, name in enumerate(sorted(gains)):
+        with torch.no_grad():
+            model.get_parameter(name).fill_(1.5 + number)
+    model.save_pretrained(tmp_path / "trained")
+    done = absorb(file, tmp_path / "trained", tmp_path / "new.onnx", manifest=big)
+    stored = ir.load(tmp_path / "new.onnx").graph.initializers
+    assert gains <= set(done.replaced)
+    assert {float(stored[name].const_value.numpy()[0]) for name in gains} == {1.5, 2.5, 3.5}  # type: ignore[union-attr]
+
+
 def test_a_checkpoint_grows_in_depth_and_width(tmp_path: Path, cli: Command) -> None:
     def two_layers() -> Any:
         sizes = {**TEXT, **WIDTHS, "num_hidden_layers": 2, "num_key_value_heads": 2}

@@ -227,11 +227,28 @@ def _traced(checkpoint: Checkpoint, module: _Flat, inputs: Sequence[Input], outp
     assert program is not None
     model: ir.Model = program.model
     InlinePass()(model)
-    optimize_ir(model, input_size_limit=FOLDED)
+    with _without_values(model, {name for name, _ in module.named_parameters()}):
+        optimize_ir(model, input_size_limit=FOLDED)
     for name, value in list(model.graph.initializers.items()):
         if name.startswith("model.") and name.removeprefix("model.") not in model.graph.initializers:
             value.name = name.removeprefix("model.")
     return model
+
+
+@contextmanager
+def _without_values(model: ir.Model, parameters: set[str]) -> Iterator[None]:
+    """Hide the values of parameters. An optimizer then neither computes with them nor merges those that are equal.
+
+    Gains that are all ones before training are equal by chance. As one tensor they could not be trained apart.
+    """
+    hidden = {value: value.const_value for name, value in model.graph.initializers.items() if name in parameters}
+    for value in hidden:
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for value, tensor in hidden.items():
+            value.const_value = tensor
 
 
 @contextmanager
