@@ -23,6 +23,7 @@ from typing import Any
 input_ids: Any
 mask: Any
 labels: Any
+first_batches: Any
 mesh: Any
 model: Any
 world_size: int
