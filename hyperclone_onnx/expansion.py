@@ -550,6 +550,7 @@ def _expanded(model: Path, out: Path, request: _Request, run: _Run) -> Expansion
             max_shard_size=run.max_shard_size,
             workers=run.workers,
             progress=run.progress,
+            keep=prepared is not None and prepared.stays_cached,
         )
         clock.lap("write")
         if prepared is not None:

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from hyperclone_onnx import BadRequest, Refused, analyse, expand, validate_files
 from hyperclone_onnx.algebra.evaluation import evaluate, parse, variables_of
 from hyperclone_onnx.algebra.sizes import Size, function
+from hyperclone_onnx.validation.inputs import search
 from hyperclone_onnx.validation.inputs.equations import Contradiction, equations_of
 from hyperclone_onnx.validation.inputs.given import wishes_of
 from hyperclone_onnx.validation.inputs.search import NoInputs, Wishes, find_inputs
@@ -349,6 +350,19 @@ def test_sets_without_numbers_are_passed_over(small: Path) -> None:
 
     accepted = find_inputs(analyse(small).dimensions, run)
     assert all(one.has_numbers for one in accepted) and accepted
+
+
+def test_a_model_with_many_weights_gets_one_set_of_several_tokens(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sets still have unlike sizes. A cache is filled, empty, and of another length."""
+    monkeypatch.setattr(search, "MANY_WEIGHTS", 0)
+    accepted = find_inputs(analyse(small).dimensions, Runner(small).run)
+    assert [one.case.feeds["ids"].shape for one in accepted] == [(2, 5), (1, 1)]
+    cached = saved(MODELS["positions behind a cache"], tmp_path / "model.onnx")
+    accepted = find_inputs(analyse(cached).dimensions, Runner(cached).run)
+    shapes = [(one.case.feeds["position_ids"].shape, one.case.feeds["k"].shape[1]) for one in accepted]
+    assert shapes == [((2, 3), 4), ((1, 1), 0), ((1, 1), 6)]
 
 
 # -- equations --------------------------------------------------------------------------------------------

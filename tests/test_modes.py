@@ -21,6 +21,7 @@ from hyperclone_onnx.planning import completeness
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.system import memory
 from hyperclone_onnx.validation import validating as validation
+from hyperclone_onnx.validation.tensor_check import TensorReport, check_tensors
 
 Array = np.ndarray[Any, Any]
 Zoo = Callable[[str], Path]
@@ -52,6 +53,22 @@ def test_a_changed_tensor_is_found_in_each_mode(case: str, mode: Any, pair: tupl
     done = cli("validate", *pair, "--device", "cpu", *options)
     assert done.code == 1 or (case.startswith("another ") and mode == "full" and done.code == 3)
     assert done.code == 3 or f"DIFFERS: tensor {name}: " in done.stdout
+
+
+def test_a_model_that_is_run_next_stays_in_the_page_cache(
+    mode: Any, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten = []
+
+    def check(*arguments: Any, forget: bool) -> TensorReport:
+        forgotten.append(forget)
+        return check_tensors(*arguments, forget=forget)
+
+    monkeypatch.setattr(validation, "check_tensors", check)
+    assert validate_files(*pair, "cpu", mode=mode).equal
+    monkeypatch.setattr(validation, "free_memory", lambda: 0)
+    assert validate_files(*pair, "cpu", mode="full").equal
+    assert forgotten == [mode != "full", True]
 
 
 def changed_node(model: onnx.ModelProto) -> None:

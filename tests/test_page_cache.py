@@ -64,6 +64,14 @@ def test_written_pages_are_sent_and_later_forgotten_in_order(advised: list[tuple
     assert all(again[stretch] > first[sent[index + 4]] for index, stretch in enumerate(sent[:4]))
 
 
+def test_written_pages_that_are_read_next_are_sent_and_stay(advised: list[tuple[int, int, int]]) -> None:
+    with WriteBehind(20_000, keep=True) as behind:
+        for start in range(0, 8000, 500):
+            behind.wrote(7, start, 500)
+        until(lambda: len(advised) == 8)
+    assert advised == [(7, start, 1000) for start in range(0, 8000, 1000)]
+
+
 def test_little_is_left_to_the_system(advised: list[tuple[int, int, int]]) -> None:
     before = threading.active_count()
     with WriteBehind(4000) as behind:

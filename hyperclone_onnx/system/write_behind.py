@@ -23,9 +23,11 @@ class WriteBehind:
 
     Args:
         size: the bytes that will be written. For less than the window there is no thread and nothing is sent.
+        keep: whether the pages stay in memory, because the file is read next.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, keep: bool = False) -> None:
+        self._keep = keep
         self._stretches = Stretches()
         self._changed = threading.Condition()
         self._waiting: deque[list[Stretch]] = deque()
@@ -81,4 +83,6 @@ class WriteBehind:
             forget(batch)
             sent.append(batch)
             if len(sent) * BATCH > WINDOW:
-                forget(sent.popleft())
+                oldest = sent.popleft()
+                if not self._keep:
+                    forget(oldest)

@@ -121,8 +121,17 @@ class _Checked:
         return self.sums.error / self.sums.power if self.sums.power else 0.0
 
 
-def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan, workers: int | None = None) -> TensorReport:
+def check_tensors(
+    source: ir.Model, grown: ir.Model, plan: Plan, workers: int | None = None, *, forget: bool = True
+) -> TensorReport:
     """Add up the repeats of every grown tensor and compare with the source. Other tensors must be unchanged.
+
+    Args:
+        source: the source.
+        grown: the grown model.
+        plan: the plan.
+        workers: the number of processes (see `parallel.workers_for`).
+        forget: remove the grown file from the page cache while it is read. It is kept if the model is run next.
 
     Raises:
         BadModel: a tensor that the plan names is missing, or a file cannot be read.
@@ -139,7 +148,7 @@ def check_tensors(source: ir.Model, grown: ir.Model, plan: Plan, workers: int | 
 
     def checker() -> Callable[[str], _Checked]:
         scratch = Scratch()
-        return lambda name: _check(source, grown, plan, name, scratch)
+        return lambda name: _check(source, grown, plan, name, scratch, forget)
 
     largest_first = sorted(names, key=lambda name: -sizes[name])
     share_out(checker, largest_first, workers_for(sum(sizes.values()), workers), checked.append)
@@ -159,7 +168,7 @@ def _report(checked: list[_Checked]) -> TensorReport:
     )
 
 
-def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Scratch) -> _Checked:
+def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Scratch, forget: bool) -> _Checked:
     stored, recipe = _stored(grown, name), plan.tensors.get(name)
     if recipe is None:
         compared = _identical(_stored(source, name), stored)
@@ -170,13 +179,13 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
     if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
         return _Checked(name, 0.0, made.is_shared, planned=True, sums=_Sums(worst=math.inf))
     if not made.is_shared and not recipe.is_stretched:
-        return _Checked(name, 0.0, shared=False, planned=True, sums=_added_up(_copies(made, stored), scratch))
+        return _Checked(name, 0.0, shared=False, planned=True, sums=_added_up(_copies(made, stored, forget), scratch))
     table = _exact_table(made)
     most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]
     # A stretch is rounded to the type, and so are its product with the weight and that with the recipe's scale.
     stretched = sum(axis.stretch is not None for axis in table.axes)
     bound = (max(math.prod(most), 1) + 2 * stretched) * eps_of(made.dtype)
-    compared = _sums_of_repeats(table, stored, made.dtype)
+    compared = _sums_of_repeats(table, stored, made.dtype, forget)
     sums = _added_up(compared, scratch)
     return _Checked(name, bound, shared=True, planned=True, sums=sums, adds_up=made.dtype in PRECISION)
 
@@ -218,9 +227,9 @@ def _same_bytes(sides: list[StoredRows], start: int, count: int, scratch: Scratc
 # -- copies -----------------------------------------------------------------------------------------------
 
 
-def _copies(made: GrownTensor, stored: ir.TensorProtocol) -> Iterator[Compare]:
+def _copies(made: GrownTensor, stored: ir.TensorProtocol, forget: bool) -> Iterator[Compare]:
     """Make every piece again, and compare it with the file in each of its places."""
-    file = StoredRows(stored, 1, stored.nbytes, forget=True)
+    file = StoredRows(stored, 1, stored.nbytes, forget=forget)
     for piece in made.pieces():
         yield partial(_same_piece, piece, file, made.dtype)
 
@@ -253,11 +262,11 @@ def _exact_table(made: GrownTensor) -> Table:
     return Table(made.source, made.recipe, made.maps, Strategy("symmetric"), ir.DataType.DOUBLE)
 
 
-def _sums_of_repeats(table: Table, stored: ir.TensorProtocol, dtype: ir.DataType) -> Iterator[Compare]:
+def _sums_of_repeats(table: Table, stored: ir.TensorProtocol, dtype: ir.DataType, forget: bool) -> Iterator[Compare]:
     """Compare block by block the rows of the source with the sums of their repeats."""
     columns = Columns(table.columns)
     kind, bits = np.dtype(dtype.numpy()), PRECISION.get(dtype)
-    file = StoredRows(stored, table.rows.grown, columns.grown * kind.itemsize, forget=True)
+    file = StoredRows(stored, table.rows.grown, columns.grown * kind.itemsize, forget=forget)
     step = max(1, BLOCK // 2 // max(1, columns.size))
     repeats: dict[int, list[Run]] = defaultdict(list)
     for run in runs_of(table.rows):
@@ -280,14 +289,22 @@ def _add_up(
     high = max(run.collapsed + run.length for run in runs)
     shape = (high - low, columns.size)
     total, want, error = (scratch.array(name, shape, np.float64) for name in ("total", "want", "error"))
-    total[...] = 0.0
     largest = 0.0
     known: set[tuple[int, int]] = set()
+    # Mostly, every run and every repeat in it fills the whole block. Then nothing must be set to zero first.
+    whole = bool(columns.parts) and all(run.length == high - low for run in runs)
+    whole = whole and all(part.taken.whole and len(part.taken.index) == columns.size for part in columns.parts)
+    if not whole:
+        total[...] = 0.0
     for run in runs:
         got = file.read(run.start, run.length, scratch, "got").view(kind)
         largest = max(largest, _peak(got))
         rows = slice(run.collapsed - low, run.collapsed - low + run.length)
-        for part in columns.parts:
+        parts = list(columns.parts)
+        if whole and not known:
+            first, *parts = parts
+            np.copyto(total, got[:, first.columns])
+        for part in parts:
             taken = part.taken.index
             if part.taken.whole:
                 where = total[rows, int(taken[0]) : int(taken[-1]) + 1]
@@ -306,7 +323,7 @@ def _add_up(
         worst = math.inf if not (finite | same).all() else float(np.abs(error[finite]).max(initial=0.0))
         error, want = error[finite], want[finite]
     units = _in_units(error, want, bits) if bits is not None and worst else 0.0
-    error_power, power = (float(np.square(side, out=side).sum()) for side in (error, want))
+    error_power, power = (float(np.einsum("i,i->", side, side)) for side in (error.reshape(-1), want.reshape(-1)))
     return _Sums(worst, largest, error_power, power, units)
 
 

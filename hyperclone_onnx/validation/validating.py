@@ -189,6 +189,8 @@ class Prepared:
     cut: Cut | None = None
     """The value at which the first layers end."""
     notes: tuple[str, ...] = ()
+    stays_cached: bool = False
+    """Whether the grown file stays in the page cache until it is run: both models are run whole, and fit in memory."""
 
 
 def prepare(source: str | os.PathLike[str], pair: Pair, mode: Mode = "auto") -> Prepared:
@@ -208,7 +210,8 @@ def prepare(source: str | os.PathLike[str], pair: Pair, mode: Mode = "auto") -> 
     fits, figures = _fits(pair)
     try:
         if pair.plan is None or mode == "full" or (mode == "auto" and fits):
-            return _prepare_full(source, pair, "as asked" if mode == "full" else figures)
+            prepared = _prepare_full(source, pair, "as asked" if mode == "full" else figures)
+            return replace(prepared, stays_cached=fits)
         if mode == "algebraic":
             return Prepared(source, "algebraic", ALGEBRAIC)
         return _prepare_first_layers(source, pair, pair.plan, figures)
@@ -352,7 +355,8 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
         Refused: ONNX Runtime cannot run the grown model, or nothing could be compared.
     """
     plan, source = pair.plan, pair.source
-    tensors = check_tensors(source, pair.grown, plan, workers) if plan is not None else None
+    forget = not prepared.stays_cached
+    tensors = check_tensors(source, pair.grown, plan, workers, forget=forget) if plan is not None else None
     tolerance, reason = tolerance_of(pair.dimensions, plan, tensors)
     result = Validation(
         "",

@@ -50,6 +50,7 @@ def save(
     max_shard_size: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    keep: bool = False,
 ) -> None:
     """Write a model file. Its tensors are streamed block by block.
 
@@ -62,6 +63,7 @@ def save(
         workers: the number of processes that compute and write (see `parallel.workers_for`). The files do not depend
             on it.
         progress: called after each tensor, with the number of written tensors and the number of all tensors.
+        keep: whether the files stay in the page cache, because they are read next.
 
     Raises:
         BadRequest: `max_shard_size` is below 1.
@@ -71,7 +73,7 @@ def save(
     if max_shard_size is not None and max_shard_size < 1:
         raise BadRequest(f"max_shard_size is {max_shard_size}: a data file needs at least 1 byte")
     layout = _external(model, path, max_shard_size) if external else _inline(model, path)
-    write(layout, workers, progress)
+    write(layout, workers, progress, keep=keep)
 
 
 def data_files(path: Path, sizes: Iterable[int], max_shard_size: int | None) -> list[tuple[str, int]]:

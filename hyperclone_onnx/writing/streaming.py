@@ -61,13 +61,14 @@ class Layout:
     """The tensors and their places."""
 
 
-def write(layout: Layout, workers: int | None = None, progress: Progress | None = None) -> None:
+def write(layout: Layout, workers: int | None = None, progress: Progress | None = None, *, keep: bool = False) -> None:
     """Write the files of a layout. Their space is reserved first, so that a full disk is reported at once.
 
     Args:
         layout: the content of the files.
         workers: the number of processes that compute and write (see `parallel.workers_for`).
         progress: called after each tensor, with the number of written tensors and the number of all tensors.
+        keep: whether the files stay in the page cache, because they are read next.
 
     Raises:
         CannotWrite: a file cannot be created, or the space is too small.
@@ -80,7 +81,7 @@ def write(layout: Layout, workers: int | None = None, progress: Progress | None 
             _reserve(files[path], size)
         for path, offset, data in layout.fixed:
             write_at(files[path], memoryview(data), offset)
-        _write_tensors(layout, files, workers, progress)
+        _write_tensors(layout, files, workers, progress, keep)
     except OSError as problem:
         first = next(iter(layout.sizes), Path())
         raise CannotWrite(f"{first}: cannot be written ({problem.strerror or problem})") from problem
@@ -89,7 +90,9 @@ def write(layout: Layout, workers: int | None = None, progress: Progress | None 
             os.close(descriptor)
 
 
-def _write_tensors(layout: Layout, files: dict[Path, int], workers: int | None, progress: Progress | None) -> None:
+def _write_tensors(
+    layout: Layout, files: dict[Path, int], workers: int | None, progress: Progress | None, keep: bool
+) -> None:
     tensors, size = layout.tensors, sum(layout.sizes.values())
     count = itertools.count(1)
 
@@ -101,7 +104,7 @@ def _write_tensors(layout: Layout, files: dict[Path, int], workers: int | None, 
 
         def writer() -> Callable[[int], None]:
             # In a worker process, `stack` is a copy: the worker's WriteBehind ends when the worker does.
-            behind, scratch = stack.enter_context(WriteBehind(size)), Scratch()
+            behind, scratch = stack.enter_context(WriteBehind(size, keep=keep)), Scratch()
             return lambda index: _write_tensor(tensors[index], files, behind, scratch)
 
         largest_first = sorted(range(len(tensors)), key=lambda index: -_bytes(tensors[index].tensor))

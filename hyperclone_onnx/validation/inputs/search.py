@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -16,11 +17,20 @@ from hyperclone_onnx.algebra.evaluation import evaluate
 from hyperclone_onnx.algebra.sizes import Size
 from hyperclone_onnx.analysis.walk import infer
 from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.validation.inputs.cases import Array, Case
 from hyperclone_onnx.validation.inputs.equations import Equations, Sizes, equations_of
-from hyperclone_onnx.validation.inputs.sizes import CACHED, PLAIN, Known, Row, fitting, rows
-from hyperclone_onnx.validation.inputs.values import CACHED_USUAL, UNUSUAL, USUAL, Style, Values
+from hyperclone_onnx.validation.inputs.sizes import MANY_WEIGHTS, USUAL_ROWS, Known, Row, fitting, rows
+from hyperclone_onnx.validation.inputs.values import (
+    CACHED_USUAL,
+    MANY_CACHED_USUAL,
+    MANY_USUAL,
+    UNUSUAL,
+    USUAL,
+    Style,
+    Values,
+)
 
 Outputs = dict[str, Array]
 Run = Callable[[Mapping[str, Array]], Outputs]
@@ -103,7 +113,7 @@ def find_inputs(
         return tuple(_run_given(case, run) for case in wishes.given)
     search = _Search(run, wishes, wanted)
     for stage in _stages(dimensions, wishes):
-        search.go_through(stage, (*first, *(rows(bool(stage.values.caches)) if others else ())))
+        search.go_through(stage, (*first, *(stage.rows() if others else ())))
         if search.accepted or search.out_of_time:
             break
     if not search.accepted and not search.without_numbers:
@@ -114,7 +124,7 @@ def find_inputs(
 def cases(dimensions: Dimensions, seed: int = 0, dims: Mapping[str, int] | None = None) -> Iterator[Case]:
     """Input sets in the order in which they are tried, for callers that run several models on them."""
     stage = next(_stages(dimensions, Wishes(dims=dims or {}, seed=seed)))
-    for number, row in enumerate(rows(bool(stage.values.caches))):
+    for number, row in enumerate(stage.rows()):
         sizes = fitting(stage.equations, row, stage.values.caches, Known(), stage.dims)
         if sizes is not None:
             yield stage.case(sizes, stage.style(number), [seed, number])
@@ -140,9 +150,19 @@ class _Stage:
     values: Values
     dims: Sizes
 
+    def rows(self) -> Iterator[Row]:
+        """The rows that are tried, in order."""
+        return rows(bool(self.values.caches), self.many)
+
+    @cached_property
+    def many(self) -> bool:
+        """Whether the model has many weights."""
+        return weight_bytes(self.values.dimensions.model) > MANY_WEIGHTS
+
     def style(self, number: int) -> Style:
         """The style for the row with this number."""
-        styles = CACHED_USUAL if self.values.caches else USUAL
+        cached = bool(self.values.caches)
+        styles = (MANY_CACHED_USUAL if cached else MANY_USUAL) if self.many else (CACHED_USUAL if cached else USUAL)
         return styles[number % len(styles)]
 
     def case(self, sizes: Sizes, style: Style, seed: Sequence[int]) -> Case:
@@ -228,7 +248,7 @@ class _Search:
         """Try rows until enough sets are accepted."""
         known = Known()
         for number, row in enumerate(wishes):
-            usual = row in PLAIN or row in CACHED
+            usual = row in USUAL_ROWS
             if len(self.accepted) >= self.wanted or (self.out_of_time and not usual):
                 break
             if not usual and len(self.accepted) > 1:
@@ -313,7 +333,7 @@ class _Search:
         missing = frozenset.intersection(*(one.outputs_without_numbers for one in self.accepted))
         if missing:
             known = Known()
-            sizes = fitting(stage.equations, rows_first(stage), stage.values.caches, known, stage.dims)
+            sizes = fitting(stage.equations, next(stage.rows()), stage.values.caches, known, stage.dims)
             if sizes is not None:
                 self._try_unusual(stage, sizes, 0, missing)
 
@@ -329,11 +349,6 @@ class _Search:
             f"it runs on none of the inputs made for it: {tried}{last}. Give inputs with --inputs FILE.npz{sizes}, or "
             "leave out running with --no-validate"
         )
-
-
-def rows_first(stage: _Stage) -> Row:
-    """The first row for a stage."""
-    return next(rows(bool(stage.values.caches)))
 
 
 # -- what follows from a failure --------------------------------------------------------------------------

@@ -56,6 +56,19 @@ CACHED = (Row((2, 7, 3, 5)), Row((3, 11, 4, 13), empty_cache=True), Row((2, 1, 6
 """The rows for models with a cache: a prompt after a filled cache, a prompt with an empty cache, one new token for each
 of several sequences, and several new tokens for one sequence (on the CPU, some kernels accept only these)."""
 
+MANY_WEIGHTS = 1 << 28
+"""More bytes of weights than this are many. For each set with several tokens, ONNX Runtime rearranges all matrices
+again, which takes longer than all else. A set with a single token takes a sixth of that time."""
+
+MANY_PLAIN = (Row((2, 5, 3, 7)), Row((1, 1, 2, 9)))
+"""The rows of a model with many weights: several tokens for each of two sequences, and a single token."""
+
+MANY_CACHED = (Row((2, 3, 4, 5)), Row((1, 1, 4, 13), empty_cache=True), Row((1, 1, 6, 7)))
+"""The same if it has a cache: the single token comes before and after a cache."""
+
+USUAL_ROWS = frozenset((*PLAIN, *CACHED, *MANY_PLAIN, *MANY_CACHED))
+"""The rows that are tried first, of any model."""
+
 FURTHER = (
     Row((2, 8, 8, 8)),
     Row((1, 1, 6, 7)),
@@ -73,9 +86,17 @@ FURTHER = (
 """The rows that are tried if none before works: equal lengths, round lengths, images, sound."""
 
 
-def rows(cached: bool) -> Iterator[Row]:
-    """The rows that are tried, in order."""
-    yield from CACHED if cached else PLAIN
+def rows(cached: bool, many: bool = False) -> Iterator[Row]:
+    """The rows that are tried, in order.
+
+    Args:
+        cached: whether the model has a cache.
+        many: whether it has many weights.
+    """
+    if many:
+        yield from MANY_CACHED if cached else MANY_PLAIN
+    else:
+        yield from CACHED if cached else PLAIN
     yield from FURTHER
 
 

@@ -73,6 +73,12 @@ USUAL = (Style(), Style("padded", turn=1, defaults=True), Style("half", turn=2))
 CACHED_USUAL = (Style(), Style("padded", turn=1, defaults=True), Style("ones", turn=2))
 """The same for models with a cache. Kernels expect that a cache is full."""
 
+MANY_USUAL = (Style("padded"), Style(turn=1, defaults=True), Style(turn=2))
+"""The same for models with many weights: only their first set has several tokens, so that only it can be padded."""
+
+MANY_CACHED_USUAL = (Style(), *MANY_USUAL[1:])
+"""The same for models with many weights and a cache."""
+
 UNUSUAL = (
     Style("zeros"),
     Style("zeros padded"),
