@@ -227,7 +227,7 @@ def _traced(checkpoint: Checkpoint, module: _Flat, inputs: Sequence[Input], outp
     assert program is not None
     model: ir.Model = program.model
     InlinePass()(model)
-    with _without_values(model, {name for name, _ in module.named_parameters()}):
+    with _silent(), _without_values(model, {name for name, _ in module.named_parameters()}):
         optimize_ir(model, input_size_limit=FOLDED)
     for name, value in list(model.graph.initializers.items()):
         if name.startswith("model.") and name.removeprefix("model.") not in model.graph.initializers:
