@@ -40,6 +40,7 @@ from hyperclone_onnx.reading.in_memory import GivenModel
 from hyperclone_onnx.rewriting.rewriting import rewrite
 from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.tensors.assembled import assemble
+from hyperclone_onnx.transforms.interface import notes_of
 from hyperclone_onnx.transforms.layers import Depth, LayersAt, LayersRequest, deepened, step_for
 from hyperclone_onnx.transforms.registry import changing
 from hyperclone_onnx.transforms.source import source_of
@@ -104,6 +105,8 @@ class Expansion(Summarised):
     """The names of the written files, the model first and then its data files, with their sizes in bytes."""
     likeness: Likeness | None = None
     """The target whose sizes were requested, if one was."""
+    notes: tuple[str, ...] = ()
+    """What the transforms of the source say about their result."""
     model: Any = None
     """The grown model, where `expand` got no output path: an ``onnx_ir.Model`` if the source was one, else an
     ``onnx.ModelProto``."""
@@ -163,6 +166,7 @@ class Expansion(Summarised):
                 for size in self.sizes
             ],
             "files": dict(self.files),
+            **({"notes": list(self.notes)} if self.notes else {}),
             **(
                 {}
                 if self.likeness is None
@@ -716,6 +720,7 @@ def _report(analysis: Analysis, out: Path | None, growth: Growth, plan: Plan, bi
         quantised,
         sizes=_size_changes(growth),
         labels={named.name: named.label for named in growth.named if named.label},
+        notes=notes_of(analysis.model.graph),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from hyperclone_onnx.diagnosis import diagnose
 from hyperclone_onnx.expansion import plan_file
 from hyperclone_onnx.plan.plans import TransformStep
 from hyperclone_onnx.transforms import layers as layers_transform
-from hyperclone_onnx.transforms.interface import original_names
+from hyperclone_onnx.transforms.identity_blocks import Identity
+from hyperclone_onnx.transforms.interface import original_names, places_of
 from hyperclone_onnx.transforms.layers import DEPTHS, LayersRequest, stacks_of, step_for
 from hyperclone_onnx.transforms.source import source_of
 from hyperclone_onnx.validation import validating
@@ -111,7 +113,7 @@ def test_a_copy_that_adds_something_is_not_published(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The deep model is compared with the file, so a transform that is wrong shows."""
-    monkeypatch.setattr(layers_transform, "zeroed", lambda stack, unit: frozenset())
+    monkeypatch.setattr(layers_transform, "identity_block", lambda stack, number: Identity())
     with pytest.raises(ModelsDiffer, match="output y: relative error"):
         expand(small, tmp_path / "big.onnx", layers=5)
     assert not (tmp_path / "big.onnx").exists()
@@ -199,15 +201,52 @@ def test_caches_are_ordered_and_numbered_as_an_export_of_the_deeper_model_would(
     assert original_names(graph.outputs)["present.1.value"] is None
 
 
-@pytest.mark.parametrize("name", ["bert.distinct", "bart.distinct", "olmo2.distinct"])
-def test_post_norm_models_have_no_identity_blocks(name: str, zoo: Zoo, tmp_path: Path) -> None:
-    stacks = {stack.name: stack.layers + 1 for stack in stacks_of(source_of(zoo(name)).model)}
-    if name == "olmo2.distinct":  # its norms stand before the sum, so their gains can be zero
-        expand(zoo(name), tmp_path / "big.onnx", layers=stacks)
+@pytest.mark.parametrize(
+    ("name", "epsilon"), [("bert.fused", 1e-12), ("bart.distinct", 1e-5), ("olmo2.distinct", None)]
+)
+def test_post_norm_models_hand_the_last_gain_on(name: str, epsilon: float | None, zoo: Zoo, tmp_path: Path) -> None:
+    """The norm in front of a new layer becomes plain, and the new layer ends with its gain and bias."""
+    stacks = {stack.name: stack.layers + 2 for stack in stacks_of(source_of(zoo(name)).model)}
+    result = expand(zoo(name), tmp_path / "big.onnx", layers=stacks, layers_at="end", device="cpu")
+    assert result.validation is not None and result.validation.equal
+    if epsilon is None:  # the norms of OLMo 2 stand before the sum, so that their gains can be zero
+        assert not result.notes
         return
-    with pytest.raises(Refused, match=r"stands behind the sum, on the stream itself \(post-norm\)"):
-        expand(zoo(name), tmp_path / "big.onnx", layers=stacks)
-    assert not list(tmp_path.iterdir())
+    assert len(result.notes) == len(stacks) and all(f"epsilon of {epsilon:g}" in note for note in result.notes)
+    assert result.to_json()["notes"] == list(result.notes)
+    placed = places_of(source_of(zoo(name), result.plan.transforms).model.graph).values()
+    kept = [place for place in placed if not place.is_new]
+    assert len({place.source for place in kept}) == len(kept)
+    assert {place.unit for place in kept} == {0, 1, 3}, "the last gain and bias belong to the last layer now"
+
+
+def test_norms_that_a_copy_leaves_as_they_are_are_noticed(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = layers_transform.identity_block
+    monkeypatch.setattr(layers_transform, "identity_block", lambda *of: replace(whole(*of), last=()))
+    with pytest.raises(ModelsDiffer, match="last_hidden_state: relative error"):
+        expand(zoo("bert.distinct"), tmp_path / "big.onnx", layers=3, device="cpu")
+
+
+def test_post_norm_models_without_identity_blocks(zoo: Zoo, tmp_path: Path) -> None:
+    path = tmp_path / "small.onnx"
+    model = onnx.load(zoo("bert.distinct"))
+    norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+    model.graph.output.append(onnx.helper.make_tensor_value_info(norms[2].output[0], 1, ["batch", "sequence", 48]))
+    onnx.save(model, path)
+    for at, can in ((1, True), (0, False)):
+        if can:
+            plan_file(path, layers=3, layers_at=[at])
+            continue
+        with pytest.raises(Refused, match="an output of the graph reads the end of a layer of a post-norm model"):
+            plan_file(path, layers=3, layers_at=[at])
+    for norm in norms:
+        (epsilon,) = [attribute for attribute in norm.attribute if attribute.name == "epsilon"]
+        epsilon.f = 1e-3
+    onnx.save(model, path)
+    with pytest.raises(Refused, match=r"the norm .* \(post-norm\), and its epsilon of 0.001 changes"):
+        plan_file(path, layers=3)
 
 
 # -- bad input --------------------------------------------------------------------------------------------
@@ -236,6 +275,24 @@ def test_layers_that_alternate_come_in_groups(tmp_path: Path) -> None:
     result = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", layers=6)
     assert result.validation is not None and result.validation.equal
     assert {f"h.{number}.up" for number in range(6)} <= stored(tmp_path / "big.onnx").keys()
+
+
+@pytest.mark.parametrize("name", ["gemma2.distinct", "gemma3.cached"])
+def test_a_copy_of_layers_of_two_kinds_has_the_kind_of_its_source(name: str, zoo: Zoo, tmp_path: Path) -> None:
+    """Local and global attention read masks and angles of their own."""
+    result = expand(zoo(name), tmp_path / "big.onnx", layers=3, layers_at=[0], device="cpu")
+    assert result.validation is not None and result.validation.equal
+    (stack,) = stacks_of(source_of(zoo(name), result.plan.transforms).model)
+
+    def beside(number: int) -> set[str | None]:
+        unit = stack.units[number]
+        read = {
+            value for node in unit.nodes for value in node.inputs if value is not None and value.const_value is None
+        }
+        made = {value for node in unit.nodes for value in node.outputs}
+        return {value.name for value in read - made - set(unit.enters) - set(unit.inputs)}
+
+    assert beside(0) == beside(1) != beside(2)
 
 
 def test_a_graph_without_layers_is_refused(tmp_path: Path) -> None:

@@ -38,22 +38,16 @@ STACKS: dict[str, Counts] = {
 }
 """The stacks of families that have other than one stack of two layers."""
 
-ALTERNATE = "its two layers are unlike, and with two layers nothing repeats"
+ALTERNATE = "its two layers have other nodes, and with two layers nothing repeats"
 IN_BRANCHES = "the layers are in the branches of an If"
 IN_BODIES = "its layers have Loop or Scan nodes, whose bodies are not compared"
 WITHOUT = {
     "albert.fused": "its layers are not alike node by node",
-    "albert.torchscript": "its layers are not alike node by node",
     "bart_merged.cached": IN_BRANCHES,
     "clip_vision.fused": "its layers are not alike node by node",
     "deberta.torchscript": "its layers are not alike node by node",
-    "deberta_v2.extended": "its layers are not alike node by node",
-    "deberta_v2.torchscript": "its layers are not alike node by node",
     "deepseek_v3": "one dense layer and one of experts",
     "flan_t5_merged.cached": IN_BRANCHES,
-    "gemma2": ALTERNATE,
-    "gemma3": ALTERNATE,
-    "gpt_oss.cached": ALTERNATE,
     "jamba": ALTERNATE,
     "mamba.built": IN_BODIES,
     "mamba_loop.built": IN_BODIES,
@@ -82,7 +76,7 @@ def test_the_layers_of_the_zoo(name: str) -> None:
 def test_nearly_all_graphs_of_the_zoo_have_layers() -> None:
     names = zoo_store.names()
     without = [name for name in names if name in WITHOUT or name.split(".")[0] in WITHOUT]
-    assert len(without) < 0.2 * len(names)
+    assert len(without) < 0.15 * len(names)
 
 
 # -- structure --------------------------------------------------------------------------------------------

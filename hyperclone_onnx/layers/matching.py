@@ -3,6 +3,9 @@
 Two values match if both are computed by the same operator, at the same output, from inputs that match; or both are
 stored tensors, or inputs of the graph, of one type and shape; or they are one value, which both parts read. Numbers of
 weights may differ. Integers may not: they say what an operator does.
+
+Layers may be of several kinds (local and global attention). Then they are alike but for integers, and for values that
+come from beside the stream, such as masks and tables of angles: each kind of layer reads its own.
 """
 
 from __future__ import annotations
@@ -44,13 +47,20 @@ class Match:
     inputs: dict[ir.Value, ir.Value] = field(default_factory=dict)
     enters: dict[int, ir.Value] = field(default_factory=dict)
     """For each value that enters the left part, the value that enters the right part."""
+    kinds: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    """Values from beside the stream that the two parts read in the same place, and that are not the same."""
 
     def copy(self) -> Match:
         """The same pairs; more of them can be added without changing these."""
-        return Match(dict(self.nodes), dict(self.stored), dict(self.inputs), dict(self.enters))
+        return Match(dict(self.nodes), dict(self.stored), dict(self.inputs), dict(self.enters), dict(self.kinds))
+
+    def take(self, other: Match) -> None:
+        """Have the pairs of another match."""
+        self.nodes, self.stored, self.inputs = other.nodes, other.stored, other.inputs
+        self.enters, self.kinds = other.enters, other.kinds
 
 
-def match(left: Part, right: Part, *, loose: bool = False) -> Match | None:
+def match(left: Part, right: Part, *, loose: bool = False, kinds: bool = False) -> Match | None:
     """Pair two parts of a graph; None if they are not the same.
 
     Args:
@@ -58,9 +68,10 @@ def match(left: Part, right: Part, *, loose: bool = False) -> Match | None:
         right: the part to compare with it.
         loose: whatever stands in the right part where a value enters the left one is taken as entering it. The first
             layer of a graph needs that if the norms before the other layers are fused with the ends of the layers.
+        kinds: the parts may be of two kinds.
     """
     pairs = Match()
-    if not _walk(left, right, pairs, [(left.end, right.end)], [], loose):
+    if not _walk(left, right, pairs, [(left.end, right.end)], [], loose, kinds):
         return None
     if not left.core <= pairs.nodes.keys():
         return None
@@ -91,11 +102,12 @@ def _walk(
     nodes: Iterable[tuple[ir.Node, ir.Node]],
     values: Iterable[tuple[ir.Value | None, ir.Value | None]],
     loose: bool,
+    kinds: bool = False,
 ) -> bool:
     reverse = {b: a for a, b in pairs.nodes.items()}
     pending = list(values)
     for a, b in nodes:
-        if not _pair_nodes(a, b, left, right, pairs, reverse, pending, loose):
+        if not _pair_nodes(a, b, left, right, pairs, reverse, pending, loose, kinds):
             return False
     while pending:
         one, other = pending.pop()
@@ -115,19 +127,29 @@ def _walk(
         if one is other:
             continue
         if is_initializer(one) and is_initializer(other):
-            if not same_stored(one, other):
+            if not same_stored(one, other, kinds):
                 return False
             if pairs.stored.setdefault(one, other) is not other:
                 return False
             continue
         made = one.producer(), other.producer()
+        if kinds and made[0] not in left.core and made[1] not in right.core and made != (None, None):
+            if pairs.kinds.get(one) is other:
+                continue
+            trial = pairs.copy()
+            if _walk(left, right, trial, [], [(one, other)], loose):
+                pairs.take(trial)
+                reverse = {b: a for a, b in pairs.nodes.items()}
+            elif not _same_form(one, other) or pairs.kinds.setdefault(one, other) is not other:
+                return False
+            continue
         if made == (None, None):
             if not _same_input(one, other) or pairs.inputs.setdefault(one, other) is not other:
                 return False
             continue
         if made[0] is None or made[1] is None or one.index() != other.index():
             return False
-        if not _pair_nodes(made[0], made[1], left, right, pairs, reverse, pending, loose):
+        if not _pair_nodes(made[0], made[1], left, right, pairs, reverse, pending, loose, kinds):
             return False
     return True
 
@@ -141,10 +163,11 @@ def _pair_nodes(
     reverse: dict[ir.Node, ir.Node],
     pending: list[tuple[ir.Value | None, ir.Value | None]],
     loose: bool,
+    kinds: bool,
 ) -> bool:
     if a in pairs.nodes:
         return pairs.nodes[a] is b
-    if b in reverse or not _same_operator(a, b):
+    if b in reverse or not _same_operator(a, b, kinds):
         return False
     if a is b:
         return False
@@ -154,8 +177,8 @@ def _pair_nodes(
     size = max(len(a.inputs), len(b.inputs))
     one, other = _padded(a, size), _padded(b, size)
     if a.op_type in COMMUTATIVE and size == 2:
-        kinds = [_kind(value, left) for value in one], [_kind(value, right) for value in other]
-        if kinds[0] != kinds[1] and kinds[0] == kinds[1][::-1]:
+        tags = [_kind(value, left) for value in one], [_kind(value, right) for value in other]
+        if tags[0] != tags[1] and tags[0] == tags[1][::-1]:
             other.reverse()
     pending += zip(one, other, strict=True)
     return True
@@ -193,8 +216,7 @@ def _follow(a: ir.Node, left: Part, right: Part, pairs: Match, loose: bool) -> N
                         continue
                     trial = pairs.copy()
                     if _walk(left, right, trial, [(reader, candidate)], [], loose):
-                        pairs.nodes, pairs.stored = trial.nodes, trial.stored
-                        pairs.inputs, pairs.enters = trial.inputs, trial.enters
+                        pairs.take(trial)
                         pending.append(reader)
                         break
 
@@ -211,13 +233,16 @@ def _side_readers(value: ir.Value, part: Part, pairs: Match) -> Iterator[ir.Node
 # -- what is the same -------------------------------------------------------------------------------------
 
 
-def same_stored(one: ir.Value, other: ir.Value) -> bool:
-    """Whether two stored tensors are of one type and shape and, where they are a few integers, of one value."""
+def same_stored(one: ir.Value, other: ir.Value, kinds: bool = False) -> bool:
+    """Whether two stored tensors are of one type and shape and, where they are a few integers, of one value.
+
+    Parts of two kinds may differ in integers.
+    """
     a, b = one.const_value, other.const_value
     if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
         return False
     is_code = a.dtype.is_integer() and a.dtype.bitwidth <= 8
-    if not a.dtype.is_floating_point() and not is_code and a.size <= MOST_INTEGERS:
+    if not a.dtype.is_floating_point() and not is_code and a.size <= MOST_INTEGERS and not kinds:
         return bool(np.array_equal(a.numpy(), b.numpy()))
     return True
 
@@ -231,12 +256,26 @@ def _same_input(one: ir.Value, other: ir.Value) -> bool:
     return sizes[0] == sizes[1]
 
 
-def _same_operator(a: ir.Node, b: ir.Node) -> bool:
+def _same_form(one: ir.Value, other: ir.Value) -> bool:
+    """Whether two values have one type and as many axes, as far as that is known."""
+    known = one.shape is not None and other.shape is not None
+    return one.dtype == other.dtype and (not known or len(one.shape or ()) == len(other.shape or ()))
+
+
+def _same_operator(a: ir.Node, b: ir.Node, kinds: bool = False) -> bool:
     if a.op_type != b.op_type or a.domain != b.domain or a.graph is not b.graph:
         return False
     usual = _USUAL.get(a.op_type, {})
     names = a.attributes.keys() | b.attributes.keys()
-    return all(_same_attribute(a.attributes.get(name), b.attributes.get(name), usual.get(name)) for name in names)
+    return all(
+        _same_attribute(a.attributes.get(name), b.attributes.get(name), usual.get(name))
+        or (kinds and all(name in node.attributes and _is_integer(node.attributes[name]) for node in (a, b)))
+        for name in names
+    )
+
+
+def _is_integer(attribute: ir.Attr) -> bool:
+    return attribute.type == ir.AttributeType.INT
 
 
 _USUAL: dict[str, dict[str, int]] = {

@@ -2,7 +2,8 @@
 
 The cuts of a stream divide it into segments. A run of segments that repeats is a candidate: `attention, feed-forward,
 attention, feed-forward` has the period two. The units of a run are then compared node by node. Where units are alike
-only every second time (local attention alternating with global), the unit is the longer period.
+only every second time (local attention alternating with global), the unit is the longer period. Where no period
+repeats, layers of several kinds are units that are alike but for their kind.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ def _runs(stream: Stream) -> Iterator[_Run]:
                 best = run
             if run is not None and len(run.units) * multiple >= repeats:
                 break
+        if best is None:  # layers of several kinds, in one group
+            best = _best_rotation(stream, start, length, period, 1, kinds=True)
         if best is not None:
             taken[start : start + length] = [True] * length
             yield best
@@ -157,7 +160,9 @@ def _repeats(signs: list[int]) -> Iterator[tuple[int, int, int]]:
                 start = None
 
 
-def _best_rotation(stream: Stream, start: int, length: int, period: int, multiple: int) -> _Run | None:
+def _best_rotation(
+    stream: Stream, start: int, length: int, period: int, multiple: int, *, kinds: bool = False
+) -> _Run | None:
     """The layers of a run: of all places at which the first can begin, where the most are alike.
 
     Where several are equally good, the layers whose tensors are numbered decide: a number is made for what belongs
@@ -167,7 +172,7 @@ def _best_rotation(stream: Stream, start: int, length: int, period: int, multipl
     best: _Run | None = None
     score = (0, 0)
     for offset in range(min(step, length - step + 1)):
-        run = _longest(stream, start + offset, (length - offset) // step, step, multiple)
+        run = _longest(stream, start + offset, (length - offset) // step, step, multiple, kinds)
         if run is None or not _has_weights(run):
             continue
         found = (
@@ -189,7 +194,7 @@ def _is_plain_integer(tensor: ir.TensorProtocol) -> bool:
     return not tensor.dtype.is_floating_point() and tensor.dtype.bitwidth > 8
 
 
-def _longest(stream: Stream, first: int, count: int, step: int, multiple: int) -> _Run | None:
+def _longest(stream: Stream, first: int, count: int, step: int, multiple: int, kinds: bool) -> _Run | None:
     """The most units in a row that are alike, from a segment on."""
     best: list[Match] = []
     begin = start = 0
@@ -199,7 +204,7 @@ def _longest(stream: Stream, first: int, count: int, step: int, multiple: int) -
         template = parts[min(start + 1, count - 1)]
         row: list[Match] = []
         for part in parts[start:]:
-            pairs = Match() if part is template else match(template, part)
+            pairs = Match() if part is template else match(template, part, kinds=kinds)
             if pairs is None:
                 break
             row.append(pairs)
@@ -208,7 +213,7 @@ def _longest(stream: Stream, first: int, count: int, step: int, multiple: int) -
         start += max(len(row), 1)
     template = parts[min(begin + 1, count - 1)]
     earlier = _earlier_part(stream, first + begin * step)
-    pairs = match(template, earlier, loose=True)
+    pairs = match(template, earlier, loose=True, kinds=kinds)
     ends = [part.end for part in parts[begin : begin + len(best)]]
     if pairs is not None and _stands_alone(pairs, earlier):
         return _run_of(stream, [earlier.end, *ends], [pairs, *best], multiple, pairs.enters)

@@ -39,6 +39,8 @@ def print_growth(console: Console, result: Expansion) -> None:
         print_line(
             console, f"{name} {before} -> {after}" if name == "layers" else f"{name}: layers {before} -> {after}"
         )
+    for note in result.notes:
+        print_line(console, f"note: {note}")
     _print_kept(console, result)
     if result.quantised and not result.plan.is_even:
         print_line(

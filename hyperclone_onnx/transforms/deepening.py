@@ -16,6 +16,7 @@ from hyperclone_onnx.layers.numbering import numbered
 from hyperclone_onnx.layers.stacks import Stack, Unit
 from hyperclone_onnx.plan.origins import Drawn
 from hyperclone_onnx.tensors.assembled import DrawnTensor
+from hyperclone_onnx.transforms.identity_blocks import BIAS, GAIN, Identity
 from hyperclone_onnx.transforms.interface import ORIGINAL, Placed, remember, remember_place
 
 
@@ -25,8 +26,8 @@ class Place:
 
     source: int
     """The number of the unit that it is, or that it is a copy of."""
-    zeroed: frozenset[ir.Value] | None = None
-    """The tensors that are zero in an identity copy."""
+    identity: Identity | None = None
+    """What changes in an identity copy; None for other layers."""
 
 
 @dataclass
@@ -38,8 +39,10 @@ class _Layer:
     inputs: list[ir.Value]
     leaves: list[ir.Value | None]
     is_copy: bool
-    zeroed: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
-    """Tensors that are zero here alone, and the shared ones that other layers read in their place."""
+    own: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
+    """Tensors of this layer alone, and the shared ones that other layers read in their place."""
+    is_new: set[ir.Value] = field(default_factory=set)
+    """The stored tensors that are not those of a layer of the source."""
 
 
 def deepen(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
@@ -56,6 +59,7 @@ def deepen(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
     own = {node for unit in stack.units for node in unit.nodes}
     layers: list[_Layer] = []
     leaves = list(stack.units[0].enters)
+    changed: list[ir.Value] = []
     seen: set[int] = set()
     for place in places:
         unit = stack.units[place.source]
@@ -67,9 +71,13 @@ def deepen(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
             seen.add(place.source)
             _enter(unit, leaves)
             layers.append(_Layer(list(unit.nodes), list(unit.stored), list(unit.inputs), list(unit.leaves), False))
+        if place.identity is not None and place.identity.last:
+            changed += _hand_on_norms(graph, stack, layers[-2], layers[-1], place)
         leaves = layers[-1].leaves
     own.update(node for layer in layers for node in layer.nodes)
     _leave(graph, stack.units[-1], leaves, own, outputs)
+    for value in changed:
+        value.meta[ORIGINAL] = None
     of_layers = {layer.nodes[node].outputs[index] for layer in layers for node, index in outputs}
     kept = {value for value in graph.outputs if value not in of_layers}
     _add_inputs(graph, stack, layers, places)
@@ -86,15 +94,16 @@ def _copy(
     enters: Sequence[ir.Value | None],
     before: dict[ir.Node, tuple[ir.Value | None, ...]],
 ) -> _Layer:
-    zeroed = place.zeroed or frozenset()
+    zeroed = frozenset() if place.identity is None else place.identity.zero
     to: dict[ir.Value, ir.Value] = {}
     for value, new in zip(unit.enters, enters, strict=True):
         if value is not None and new is not None:
             to[value] = new
     for value in (*unit.stored, *sorted(zeroed - set(unit.stored), key=lambda value: value.name or "")):
         to[value] = _new_value(value)
+        to[value].meta[ORIGINAL] = value.meta[ORIGINAL]
         assert value.const_value is not None
-        to[value].const_value = _zeros(value) if value in zeroed else copy_of(value.const_value)
+        to[value].const_value = _filled(value, 0.0) if value in zeroed else copy_of(value.const_value)
     for value in unit.inputs:
         to[value] = _new_value(value)
         to[value].meta[ORIGINAL] = None
@@ -109,7 +118,7 @@ def _copy(
             result.meta[ORIGINAL] = None
             to[value] = result
         nodes[node] = new_node
-    return _Layer(
+    layer = _Layer(
         [nodes[node] for node in unit.nodes],
         [to[value] for value in unit.stored],
         [to[value] for value in unit.inputs],
@@ -117,15 +126,61 @@ def _copy(
         True,
         [(to[value], value) for value in zeroed - set(unit.stored)],
     )
+    layer.is_new = {*layer.stored, *(own for own, _ in layer.own)}
+    for node in () if place.identity is None else place.identity.norms:
+        _make_plain(graph, layer, nodes[node])
+    return layer
+
+
+def _make_plain(graph: ir.Graph, layer: _Layer, norm: ir.Node) -> None:
+    """Give a norm of a layer the gain 1 and the bias 0, as stored tensors of its own."""
+    for place, number in ((GAIN, 1.0), (BIAS, 0.0)):
+        before = norm.inputs[place] if place < len(norm.inputs) else None
+        if before is None:
+            continue
+        value = _new_value(before)
+        value.meta[ORIGINAL] = before.meta[ORIGINAL]
+        value.const_value = _filled(before, number)
+        norm.replace_input_with(place, value)
+        layer.is_new.add(value)
+        if before in layer.stored and not before.uses():
+            layer.stored[layer.stored.index(before)] = value
+            layer.is_new.discard(before)
+            if _is_registered(graph, before):
+                graph.initializers.pop(before.name or "")
+        else:
+            layer.own.append((value, before))
+
+
+def _is_registered(graph: ir.Graph, value: ir.Value) -> bool:
+    return graph.initializers.get(value.name or "") is value
+
+
+def _hand_on_norms(graph: ir.Graph, stack: Stack, front: _Layer, copy: _Layer, place: Place) -> list[ir.Value]:
+    """Make the last norms of the layer in front of a copy plain. Those of the copy have the source's gain and bias.
+
+    Returns:
+        The values that are no longer those of the source.
+    """
+    assert place.identity is not None
+    changed: list[ir.Value] = []
+    unit = stack.units[place.source]
+    for norm in place.identity.last:
+        position = unit.nodes.index(norm)
+        kept = {value for value in copy.nodes[position].inputs[GAIN:] if value is not None}
+        copy.is_new -= kept
+        _make_plain(graph, front, front.nodes[position])
+        changed += front.nodes[position].outputs
+    return changed
 
 
 def _remember_places(stack: Stack, layers: Sequence[_Layer], places: Sequence[Place]) -> None:
     for number, (layer, which) in enumerate(zip(layers, places, strict=True)):
-        pairs = [*zip(layer.stored, stack.units[which.source].stored, strict=True), *layer.zeroed]
-        for value, source in pairs:
+        for value, source in [*zip(layer.stored, stack.units[which.source].stored, strict=True), *layer.own]:
+            is_new = value in layer.is_new
+            adds_nothing = is_new and (which.identity is not None or not layer.is_copy)
             name = source.meta[ORIGINAL]
-            is_identity = which.zeroed is not None
-            remember_place(value, source, Placed(name, stack.name, number, which.source, layer.is_copy, is_identity))
+            remember_place(value, source, Placed(name, stack.name, number, which.source, is_new, adds_nothing))
 
 
 def _order(graph: ir.Graph) -> Callable[[ir.Node], int]:
@@ -159,11 +214,11 @@ def copy_of(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=shape, name=tensor.name)
 
 
-def _zeros(value: ir.Value) -> DrawnTensor:
+def _filled(value: ir.Value, number: float) -> DrawnTensor:
     tensor = value.const_value
     assert tensor is not None
     shape = tuple(map(int, tensor.shape.numpy()))
-    return DrawnTensor(Drawn(value.name or "", shape, tensor.dtype.name, "constant", 0.0))
+    return DrawnTensor(Drawn(value.name or "", shape, tensor.dtype.name, "constant", number))
 
 
 def _enter(unit: Unit, leaves: Sequence[ir.Value | None]) -> None:
@@ -244,7 +299,7 @@ class _Names:
                     numbered_names.append((thing, form.name(position)))
                 elif layer.is_copy or thing.name is None:
                     others.append((thing, name))
-        others += [(own, shared.name or "") for layer in layers for own, shared in layer.zeroed]
+        others += [(own, shared.name or "") for layer in layers for own, shared in layer.own]
         renamed = [*numbered_names, *others]
         for number, (thing, _) in enumerate(renamed):
             thing.name = f"\0{number}"
@@ -252,12 +307,13 @@ class _Names:
         for thing, name in renamed:
             thing.name = fresh.value(name) if isinstance(thing, ir.Value) else fresh.node(name)
         for layer in layers:
-            if layer.is_copy:
-                for value in dict.fromkeys((*layer.stored, *(own for own, _ in layer.zeroed))):
-                    if isinstance(value.const_value, DrawnTensor):
-                        drawn = replace(value.const_value.drawn, name=value.name or "")
-                        value.const_value = DrawnTensor(drawn)
-                    graph.register_initializer(value)
+            for value in dict.fromkeys((*layer.stored, *(own for own, _ in layer.own))):
+                if _is_registered(graph, value):
+                    continue
+                if isinstance(value.const_value, DrawnTensor):
+                    drawn = replace(value.const_value.drawn, name=value.name or "")
+                    value.const_value = DrawnTensor(drawn)
+                graph.register_initializer(value)
 
 
 def _named(nodes: Sequence[ir.Node], stored: Sequence[ir.Value], inputs: Sequence[ir.Value]) -> list[Named]:

@@ -13,6 +13,8 @@ ORIGINAL = "hyperclone_onnx.original"
 _PLACE = "hyperclone_onnx.place"
 """The key under which a stored tensor of a layer remembers its place."""
 
+_NOTES = "hyperclone_onnx.notes"
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -26,9 +28,9 @@ class Placed:
     source_unit: int
     """The number of the file's unit that its unit is, or is a copy of."""
     is_new: bool
-    """Whether the unit is a copy."""
+    """Whether it is none of the source's tensors."""
     adds_nothing: bool
-    """Whether the unit is an identity block."""
+    """Whether it is new and belongs to an identity block."""
 
 
 def remember_place(value: ir.Value, source: ir.Value, placed: Placed) -> None:
@@ -73,3 +75,13 @@ def name_in_file(value: ir.Value) -> str | None:
     """The name in the file of a value of a transformed graph. None if the file does not have the value."""
     name = value.meta.get(ORIGINAL)
     return None if name is None else str(name)
+
+
+def note(graph: ir.Graph, text: str) -> None:
+    """Let a transformed graph carry a line for the report."""
+    graph.meta[_NOTES] = (*notes_of(graph), text)
+
+
+def notes_of(graph: ir.Graph) -> tuple[str, ...]:
+    """The lines for the report that a transformed graph carries."""
+    return tuple(graph.meta.get(_NOTES, ()))

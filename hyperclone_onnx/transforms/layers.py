@@ -12,7 +12,8 @@ from hyperclone_onnx.layers.stacks import Stack, find_stacks
 from hyperclone_onnx.layers.unfusing import unfuse
 from hyperclone_onnx.plan.plans import TransformStep
 from hyperclone_onnx.transforms.deepening import Place, deepen
-from hyperclone_onnx.transforms.identity_blocks import zeroed
+from hyperclone_onnx.transforms.identity_blocks import identity_block
+from hyperclone_onnx.transforms.interface import note
 from hyperclone_onnx.transforms.registry import transform
 
 Depth = Literal["identity", "stack", "interpose"]
@@ -53,9 +54,21 @@ def layers(model: ir.Model, *, stacks: Sequence[Mapping[str, Any]]) -> ir.Model:
         places = []
         for position, source in enumerate(options["sources"]):
             is_identity = position in options["identity"]
-            places.append(Place(source, zeroed(stack, stack.units[source]) if is_identity else None))
+            places.append(Place(source, identity_block(stack, source) if is_identity else None))
+        _note_epsilon(model.graph, stack, places)
         deepen(model.graph, stack, places)
     return model
+
+
+def _note_epsilon(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
+    """Note by how much the norms of a post-norm model let a new layer change what it should not change."""
+    epsilon = max((place.identity.epsilon for place in places if place.identity is not None), default=0.0)
+    if epsilon:
+        note(
+            graph,
+            f"new layers of {stack.name!r} stand between norms: each normalises once more, which changes the stream by "
+            f"about half of the norms' epsilon of {epsilon:g}, relatively",
+        )
 
 
 def stacks_of(model: ir.Model) -> list[Stack]:
