@@ -26,6 +26,7 @@ from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.errors import BadModel, BadRequest, HypercloneError, NothingGrows, Refused
 from hyperclone_onnx.expansion import Expansion, expand, plan_file
+from hyperclone_onnx.layers.stacks import Stack
 from hyperclone_onnx.planning.asked import whole_numbers
 from hyperclone_onnx.planning.configuration import GrownConfiguration, NotSaid, grown_configuration
 from hyperclone_onnx.progress import Notify, ignore_stage
@@ -33,6 +34,8 @@ from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.summaries import Summarised, Summary
+from hyperclone_onnx.transforms.layers import LayersRequest, deepened, stacks_of
+from hyperclone_onnx.transforms.source import source_of
 
 
 @dataclass(repr=False)
@@ -95,13 +98,15 @@ def expand_folder(
         factor: as for `expansion.expand`.
         requests: a factor by role; a model without the role ignores it.
         sizes: a size by role; a model without the role ignores it.
+        layers: the number of layers, or one for each stack. A stack is called encoder if its model makes what another
+            one reads, decoder if it reads what another one makes. A model without the stack ignores it.
         exclude: patterns of files to leave out, as they are called within the folder (``onnx/*_q4.onnx``).
         notify: called with each model and each stage as it begins.
         options: passed on to `expansion.expand`.
 
     Raises:
-        BadRequest: the output exists, a link leads out of the folder, no model has a role that was asked for, or a
-            dimension of one model was named.
+        BadRequest: the output exists, a link leads out of the folder, no model has a role or a stack that was asked
+            for, or a dimension of one model was named.
         BadModel: there is no model in the folder, or one of them cannot be read.
         Refused: one of the models cannot grow so, or the grown models would not fit together.
         CannotWrite, ModelsDiffer: see `expansion.expand`.
@@ -143,8 +148,16 @@ class _Work:
     """For each model the requested factors of the roles that it has."""
     sizes: dict[Path, dict[str, int]] = field(default_factory=dict)
     """For each model the requested sizes of the roles that it has."""
+    layers: dict[Path, dict[str, int]] = field(default_factory=dict)
+    """The requested layers by stack, for each model that becomes deeper."""
     data: dict[Path, set[Path]] = field(default_factory=dict)
     """For each model its data files, resolved."""
+
+    def options_of(self, model: Path) -> dict[str, Any]:
+        """The options for a model. The options of layers are for models that become deeper."""
+        if model in self.layers:
+            return {**self.options, "layers": self.layers[model]}
+        return {name: option for name, option in self.options.items() if name not in ("depth", "layers_at")}
 
     def copy_others(self, files: Iterable[Path]) -> None:
         """Copy the files that are no part of a model.
@@ -204,7 +217,8 @@ class _Work:
         )
 
     def _can_grow(self, model: Path) -> bool:
-        options = {name: self.options[name] for name in PLANNING_OPTIONS if name in self.options}
+        given = self.options_of(model)
+        options = {name: given[name] for name in PLANNING_OPTIONS if name in given}
         try:
             plan_file(self.source / model, self.factor, self.requests[model], sizes=self.sizes[model], **options)
         except NothingGrows:
@@ -228,7 +242,7 @@ class _Work:
                 self.requests[model],
                 sizes=self.sizes[model],
                 notify=say,
-                **self.options,
+                **self.options_of(model),
             )
         except NothingGrows:
             self._copy_model(model)
@@ -262,6 +276,9 @@ WEIGHTS = (
 
 WEIGHTS_WHY = "it holds the small model's weights"
 CONFIG_WHY = "it describes the small model"
+
+GENAI_LAYERS = "num_hidden_layers"
+"""The field of a decoder in the same configuration that says its layers."""
 
 GENAI_FIELDS = {
     "hidden_size": ("hidden",),
@@ -301,10 +318,17 @@ def _grown_genai_config(
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         decoder = fields["model"]["decoder"]
-        values = {name: int(decoder[name]) for name in GENAI_FIELDS if name in decoder}
+        values = {name: int(decoder[name]) for name in (*GENAI_FIELDS, GENAI_LAYERS) if name in decoder}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         return None, f"it is no configuration that we can grow ({type(problem).__name__} {problem})"
     changed: dict[str, tuple[int, int]] = {}
+    depths = {after for model in models for _, after in deepened(model.plan.transforms).values()}
+    if len(depths) > 1:
+        return None, f"its {GENAI_LAYERS} would need one number, but stacks have {sorted(depths)} layers"
+    before = values.pop(GENAI_LAYERS, None)
+    if before is not None and depths:
+        decoder[GENAI_LAYERS] = depths.pop()
+        changed[GENAI_LAYERS] = before, decoder[GENAI_LAYERS]
     if any(model.plan.keep_interface for model in models):
         return (fields, changed), ""
     for name, value in values.items():
@@ -328,7 +352,19 @@ def _ratios(model: Expansion, role: str) -> set[Fraction]:
     return grown | ({Fraction(1)} if any(kept.role == role for kept in model.kept) else set())
 
 
-PLANNING_OPTIONS = ("allow_change", "like", "maps", "strategies", "strategy", "untie", "separate", "keep_interface")
+PLANNING_OPTIONS = (
+    "allow_change",
+    "depth",
+    "layers",
+    "layers_at",
+    "like",
+    "maps",
+    "strategies",
+    "strategy",
+    "untie",
+    "separate",
+    "keep_interface",
+)
 """The options of `expansion.expand` that decide the plan."""
 
 
@@ -401,6 +437,87 @@ def _by_model(source: Path, models: list[Path], asked: Mapping[str, int]) -> dic
     return {model: {role: number for role, number in asked.items() if role in roles[model]} for model in models}
 
 
+def layers_by_model(source: Path, models: Sequence[Path], wanted: LayersRequest | None) -> dict[Path, dict[str, int]]:
+    """The requested layers by stack, for each model that becomes deeper.
+
+    Args:
+        source: the folder of the models.
+        models: their paths in it.
+        wanted: the number of layers, or one for each stack; None where none were asked for.
+
+    Raises:
+        BadRequest: no model has a stack that is asked for, or a number is given where there are several stacks, or a
+            model without layers shares a cache with one that becomes deeper.
+    """
+    if wanted is None:
+        return {}
+    graphs = {model: source_of(source / model).model for model in models}
+    links = {model: (_links(graph.graph.inputs), _links(graph.graph.outputs)) for model, graph in graphs.items()}
+    stacks: dict[Path, dict[str, Stack]] = {}
+    for model, graph in graphs.items():
+        others = [pair for other, pair in links.items() if other != model]
+        found = stacks_of(graph)
+        stacks[model] = {_called(stack, len(found), links[model], others): stack for stack in found}
+    called = dict.fromkeys(name for of_model in stacks.values() for name in of_model)
+    listed = ", ".join(
+        f"{name} in {model} ({stack.layers} layers)" for model in models for name, stack in stacks[model].items()
+    )
+    if not called:
+        raise BadRequest(f"layers were asked for, but no layers were found in any model in {source}")
+    if isinstance(wanted, int):
+        if len(called) > 1:
+            example = ",".join(f"{name}={wanted}" for name in called)
+            raise BadRequest(
+                f"the models have several stacks: {listed}. Say how many layers each has: --layers {example}"
+            )
+        wanted = dict.fromkeys(called, wanted)
+    for name in wanted:
+        if name not in called:
+            raise BadRequest(f"no model in {source} has a stack of layers {name!r}. They have {listed}")
+    deeper = {
+        model: {stack.name: wanted[name] for name, stack in of_model.items() if name in wanted}
+        for model, of_model in stacks.items()
+    }
+    deeper = {model: request for model, request in deeper.items() if request}
+    caches = {link for model in deeper for side in links[model] for link in side if _is_cache(link)}
+    for model in models:
+        if not stacks[model] and any(link in caches for side in links[model] for link in side):
+            raise BadRequest(
+                f"{model}: no layers were found in it, but it shares a cache with a model that becomes deeper. Leave "
+                f"it out: --exclude {model.as_posix()}"
+            )
+    return deeper
+
+
+def _links(values: Iterable[ir.Value]) -> set[str]:
+    return {_link(value.name or "") for value in values}
+
+
+def _called(
+    stack: Stack, count: int, own: tuple[set[str], set[str]], others: Sequence[tuple[set[str], set[str]]]
+) -> str:
+    """The name of a stack among those of several models.
+
+    Args:
+        stack: the stack.
+        count: the number of stacks in its model.
+        own: the names by which its model shares its inputs and its outputs.
+        others: the same for the other models.
+    """
+    if count > 1:
+        return stack.name
+    inputs, outputs = own
+    if any(not _is_cache(link) for reads, _ in others for link in outputs & reads - inputs):
+        return "encoder"
+    if any(not _is_cache(link) for _, makes in others for link in inputs & makes - outputs):
+        return "decoder"
+    return stack.name
+
+
+def _is_cache(link: str) -> bool:
+    return link.startswith(CACHE)
+
+
 def _data_of(path: Path) -> set[Path]:
     """The data files of a model, resolved."""
     return loading.source_files(path, loading.load(path)) - {path.resolve()}
@@ -417,6 +534,9 @@ def _data_of_models_left_out(source: Path, files: list[Path]) -> set[Path]:
 
 
 # -- do they fit together? --------------------------------------------------------------------------------
+
+CACHE = "cache"
+"""The beginning of the names by which models share caches."""
 
 Sizes = list[tuple[int | None, int | None]]
 """The size of each axis before and after, None where it is known only when running."""
@@ -448,7 +568,7 @@ def _link(name: str) -> str:
     """The name by which models share a tensor."""
     if name == "last_hidden_state":
         return "encoder_hidden_states"
-    return re.sub(r"^(present|past)(_key_values|_keys|_values)?(?=[._])", "cache", name)
+    return re.sub(r"^(present|past)(_key_values|_keys|_values)?(?=[._])", CACHE, name)
 
 
 def _interface(before: Path, after: Path) -> Iterator[tuple[str, Sizes]]:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from test_layers import blocks
+from test_layers import WITHOUT, blocks
 from zoo_harness import Expected, Zoo, session
 
 from hyperclone_onnx import BadModel, BadRequest, ModelsDiffer, Plan, Refused, Strategy, expand, validate_files
@@ -26,6 +26,7 @@ from hyperclone_onnx.transforms.interface import original_names, places_of
 from hyperclone_onnx.transforms.layers import DEPTHS, LayersRequest, stacks_of, step_for
 from hyperclone_onnx.transforms.source import source_of
 from hyperclone_onnx.validation import validating
+from models import zoo_store
 
 Array = np.ndarray[Any, Any]
 
@@ -180,6 +181,22 @@ def test_deeper_models_of_the_zoo_compute_the_same(name: str, zoo: Zoo, expected
                 assert np.abs(got[new] - want).max(initial=0) <= 1e-5 * np.abs(want).max(initial=1e-9)
 
 
+NOT_DEEPER = {"deberta.distinct": "changes the stream itself"}
+"""The graphs whose layers are found and have no identity copies, with a part of the message."""
+
+
+@pytest.mark.slow_zoo
+@pytest.mark.parametrize("name", [n for n in zoo_store.names() if n not in WITHOUT and n.split(".")[0] not in WITHOUT])
+def test_every_graph_with_layers_grows_by_one(name: str, zoo: Zoo, tmp_path: Path) -> None:
+    stacks = {stack.name: stack.layers + stack.period for stack in stacks_of(source_of(zoo(name)).model)}
+    if name in NOT_DEEPER:
+        with pytest.raises(Refused, match=NOT_DEEPER[name]):
+            expand(zoo(name), tmp_path / "big.onnx", layers=stacks, device="cpu")
+        return
+    result = expand(zoo(name), tmp_path / "big.onnx", layers=stacks, device="cpu", check="full")
+    assert result.validation is not None and result.validation.equal
+
+
 def some_cache(name: str, feeds: Mapping[str, Array]) -> Array:
     """A filled cache, of the shape of another layer's."""
     kind = name.split(".")[-2:] if not name.split(".")[-2].isdigit() else name.split(".")[-1:]
@@ -275,6 +292,19 @@ def test_layers_that_alternate_come_in_groups(tmp_path: Path) -> None:
     result = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", layers=6)
     assert result.validation is not None and result.validation.equal
     assert {f"h.{number}.up" for number in range(6)} <= stored(tmp_path / "big.onnx").keys()
+
+
+@pytest.mark.parametrize("name", ["smollm3.cached", "mamba.built"])
+def test_layers_of_other_nodes_are_numbered_too(name: str, zoo: Zoo, tmp_path: Path) -> None:
+    """One layer of SmolLM 3 rotates, the other one does not; the layers of Mamba have bodies."""
+    result = expand(zoo(name), tmp_path / "big.onnx", layers=3, layers_at=[0], device="cpu")
+    assert result.validation is not None and result.validation.equal
+    graph = source_of(zoo(name), result.plan.transforms).model.graph
+    names = [str(value.name) for value in (*graph.inputs, *graph.outputs)]
+    numbers = {number for name in names for number in name.split(".") if number.isdecimal()}
+    assert numbers == ({"0", "1", "2"} if name == "smollm3.cached" else set())
+    every = [node.name for node in graph.all_nodes()]
+    assert len(every) == len(set(every)), "nodes in copied bodies have names of their own"
 
 
 @pytest.mark.parametrize("name", ["gemma2.distinct", "gemma3.cached"])

@@ -15,7 +15,9 @@ import onnxruntime as ort
 import pytest
 from conftest import Command, build_model, names_in, normal, perceptron
 
+from hyperclone_onnx import BadRequest
 from hyperclone_onnx.expansion import plan_file
+from hyperclone_onnx.folders import layers_by_model
 from hyperclone_onnx.planning.configuration import NotSaid, grown_configuration
 
 Zoo = Callable[[str], Path]
@@ -67,6 +69,33 @@ def test_an_encoder_and_its_decoder(cli: Command, parts: Path, tmp_path: Path) -
     assert names_in(tmp_path) == {"t5", "big"}
     small, big = run_both(parts), run_both(tmp_path / "big")
     np.testing.assert_allclose(big, small, atol=1e-5 * float(np.abs(small).max()))
+
+
+def test_layers_are_spread_over_the_files(cli: Command, parts: Path, tmp_path: Path) -> None:
+    done = cli("expand", parts, "--layers", "3", "-o", tmp_path / "no", "--device", "cpu")
+    assert done.code == 2 and "Say how many layers each has: --layers decoder=3,encoder=3" in done.error
+    assert names_in(tmp_path) == {"t5"}
+    words = ("--layers", "encoder=3,decoder=4", "--set", "ffn=2", "-o", tmp_path / "big", "--device", "cpu", "--json")
+    done = cli("expand", parts, *words)
+    assert done.code == 0, done.error
+    models = json.loads(done.stdout)["models"]
+    assert {name: model["layers"] for name, model in models.items()} == {
+        "onnx/decoder_model.onnx": {"layers": [2, 4]},
+        "onnx/encoder_model.onnx": {"layers": [2, 3]},
+    }
+    small, big = run_both(parts), run_both(tmp_path / "big")
+    np.testing.assert_allclose(big, small, atol=1e-5 * float(np.abs(small).max()))
+    done = cli("expand", parts, "--layers", "middle=3", "-o", tmp_path / "no")
+    assert done.code == 2 and "has a stack of layers 'middle'. They have" in done.error
+
+
+def test_a_model_whose_layers_are_not_found_shares_no_cache_with_a_deeper_one(zoo: Zoo, tmp_path: Path) -> None:
+    for name, graph in (("decoder.onnx", "t5_decoder.cached"), ("merged.onnx", "t5_merged.cached")):
+        (tmp_path / name).write_bytes(zoo(graph).read_bytes())
+    models = [Path("decoder.onnx"), Path("merged.onnx")]
+    assert layers_by_model(tmp_path, models[:1], 3) == {models[0]: {"layers": 3}}
+    with pytest.raises(BadRequest, match=r"merged.onnx: no layers .* shares a cache .* --exclude merged.onnx"):
+        layers_by_model(tmp_path, models, 3)
 
 
 def test_the_report_in_words(cli: Command, parts: Path, tmp_path: Path) -> None:
@@ -170,6 +199,7 @@ GENAI = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, 
 GENAI_GROWN: dict[str, tuple[dict[str, int], list[str], dict[str, int]]] = {
     "all widths": (GENAI, ["--factor", "2"], {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4}),
     "ffn alone": (GENAI, ["--set", "ffn=2"], {}),
+    "layers": (GENAI, ["--layers", "3"], {"num_hidden_layers": 3}),
     "the interface kept": (GENAI, ["--factor", "2", "--interface", "keep"], {}),
 }
 

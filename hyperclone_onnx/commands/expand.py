@@ -192,8 +192,6 @@ def expand(
         raise click.UsageError("Missing option '-o' / '--output'.")
     if options["no_validate"] and validation not in (None, "none"):
         raise click.UsageError(f"--no-validate and --validate {validation} contradict each other")
-    if model.is_dir() and not is_checkpoint(model) and deeper["layers"] is not None:
-        raise click.UsageError("--layers is for one model; the files of a folder have layers of their own")
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
     checkpoint = is_checkpoint(model)
@@ -240,7 +238,7 @@ def expand(
         chosen = {"plan_out": plan_out, "keep_onnx": keep_onnx, "dtype": dtype}
         _expand_checkpoint(model, output, growth | deeper | how | chosen, as_json)
     elif model.is_dir():
-        _expand_folder(model, output, exclude, growth | how, as_json)
+        _expand_folder(model, output, exclude, growth | deeper | how, as_json)
     else:
         _expand_file(model, output, growth | deeper | how | {"plan_out": plan_out}, as_json)
     if text is not None and write_recipe is not None:

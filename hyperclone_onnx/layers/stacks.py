@@ -3,7 +3,7 @@
 The cuts of a stream divide it into segments. A run of segments that repeats is a candidate: `attention, feed-forward,
 attention, feed-forward` has the period two. The units of a run are then compared node by node. Where units are alike
 only every second time (local attention alternating with global), the unit is the longer period. Where no period
-repeats, layers of several kinds are units that are alike but for their kind.
+repeats, layers of several kinds are units that are alike but for their kind, or that have a part alike (`mixed.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.graphs import is_initializer
 from hyperclone_onnx.layers.matching import COMMUTATIVE, Match, Part, match
+from hyperclone_onnx.layers.mixed import mixed_run
 from hyperclone_onnx.layers.numbering import count_numbered
 from hyperclone_onnx.layers.streams import Flow, Stream, is_carried, reads
 
@@ -24,7 +25,10 @@ LONGEST_PERIOD = 64
 
 @dataclass(frozen=True)
 class Unit:
-    """One layer, or one period of layers that are not all alike. Equal positions in two units of a stack match."""
+    """One layer, or one period of layers that are not all alike.
+
+    Equal positions in two units match, as far as `Stack.aligned` says.
+    """
 
     nodes: tuple[ir.Node, ...]
     stored: tuple[ir.Value, ...]
@@ -45,6 +49,8 @@ class Stack:
     units: tuple[Unit, ...]
     period: int = 1
     """The number of layers in a unit."""
+    aligned: tuple[int, int, int] | None = None
+    """How many nodes, stored tensors and inputs match in all units: the first ones of each unit. None means all."""
 
     @property
     def layers(self) -> int:
@@ -67,7 +73,7 @@ def find_stacks(graph: ir.Graph) -> list[Stack]:
             continue
         stream = flow.stream(start)
         if stream is not None:
-            for run in _runs(stream):
+            for run in _runs(stream, flow):
                 runs.append(run)
                 inside.update(run.nodes)
     first = {run: min(flow.place[node] for node in run.nodes) for run in runs}
@@ -80,7 +86,7 @@ def find_stacks(graph: ir.Graph) -> list[Stack]:
     if len(chosen) == 2 and _reads_across(chosen[1], chosen[0], flow):
         chosen.reverse()  # an encoder comes first, wherever its nodes stand
     names = _names(chosen, flow)
-    return [Stack(name, run.units, run.period) for name, run in zip(names, chosen, strict=True)]
+    return [Stack(name, run.units, run.period, run.aligned) for name, run in zip(names, chosen, strict=True)]
 
 
 # -- runs of segments -------------------------------------------------------------------------------------
@@ -91,9 +97,10 @@ class _Run:
     units: tuple[Unit, ...]
     period: int
     nodes: frozenset[ir.Node]
+    aligned: tuple[int, int, int] | None = None
 
 
-def _runs(stream: Stream) -> Iterator[_Run]:
+def _runs(stream: Stream, flow: Flow) -> Iterator[_Run]:
     """The runs of layers on a stream that do not overlap, longest first."""
     signs = _signatures(stream)
     segments = len(signs)
@@ -114,6 +121,12 @@ def _runs(stream: Stream) -> Iterator[_Run]:
         if best is not None:
             taken[start : start + length] = [True] * length
             yield best
+    mixed = mixed_run(stream, flow, signs, taken, LONGEST_PERIOD)
+    if mixed is not None:
+        units = tuple(
+            Unit(unit.nodes, unit.stored, unit.inputs, (unit.enters,), (unit.leaves,)) for unit in mixed.units
+        )
+        yield _Run(units, 1, frozenset(node for unit in units for node in unit.nodes), mixed.aligned)
 
 
 def _signatures(stream: Stream) -> list[int]:

@@ -6,12 +6,12 @@ source's file. What several layers read, such as a mask, the copy reads too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from hyperclone_onnx.graphs import FreshNames
+from hyperclone_onnx.graphs import FreshNames, bodies_of
 from hyperclone_onnx.layers.numbering import numbered
 from hyperclone_onnx.layers.stacks import Stack, Unit
 from hyperclone_onnx.plan.origins import Drawn
@@ -74,7 +74,7 @@ def deepen(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
         if place.identity is not None and place.identity.last:
             changed += _hand_on_norms(graph, stack, layers[-2], layers[-1], place)
         leaves = layers[-1].leaves
-    own.update(node for layer in layers for node in layer.nodes)
+    own = _with_bodies(own.union(*(layer.nodes for layer in layers)))
     _leave(graph, stack.units[-1], leaves, own, outputs)
     for value in changed:
         value.meta[ORIGINAL] = None
@@ -111,7 +111,7 @@ def _copy(
     for node in sorted(unit.nodes, key=_order(graph)):
         inputs = [None if value is None else to.get(value, value) for value in before[node]]
         new_node = ir.Node(
-            node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs)
+            node.domain, node.op_type, inputs, _attributes(graph, node, to), num_outputs=len(node.outputs)
         )
         for value, result in zip(node.outputs, new_node.outputs, strict=True):
             result.type, result.shape = value.type, None if value.shape is None else value.shape.copy()
@@ -130,6 +130,48 @@ def _copy(
     for node in () if place.identity is None else place.identity.norms:
         _make_plain(graph, layer, nodes[node])
     return layer
+
+
+def _attributes(graph: ir.Graph, node: ir.Node, to: Mapping[ir.Value, ir.Value]) -> list[ir.Attr]:
+    """The attributes of a copy of a node. Its bodies read what the copy reads, and have names of their own."""
+    attributes = list(node.attributes.values())
+    if not any(True for _ in bodies_of(node)):
+        return attributes
+    return [
+        ir.AttrGraph(attribute.name, _copied_body(graph, attribute.as_graph(), to))
+        if attribute.type == ir.AttributeType.GRAPH
+        else attribute
+        for attribute in attributes
+    ]
+
+
+def _copied_body(graph: ir.Graph, body: ir.Graph, to: Mapping[ir.Value, ir.Value]) -> ir.Graph:
+    copy = body.clone(allow_outer_scope_values=True)
+    fresh = FreshNames(graph)
+    inner = list(ir.traversal.RecursiveGraphIterator(copy))
+    for node in inner:
+        node.name = fresh.node(node.name or "")
+        for place, value in enumerate(node.inputs):
+            if value is not None and value in to:
+                node.replace_input_with(place, to[value])
+        for value in node.outputs:
+            if value.name:
+                value.name = fresh.value(value.name)
+    for some in {id(node.graph): node.graph for node in inner}.values():
+        assert isinstance(some, ir.Graph)
+        for value in some.inputs:
+            value.name = fresh.value(value.name or "")
+        some.outputs[:] = [to.get(value, value) for value in some.outputs]
+    return copy
+
+
+def _with_bodies(nodes: Iterable[ir.Node]) -> set[ir.Node]:
+    """Nodes, and those in their bodies."""
+    inside = set(nodes)
+    for node in list(inside):
+        for body in bodies_of(node):
+            inside.update(ir.traversal.RecursiveGraphIterator(body))
+    return inside
 
 
 def _make_plain(graph: ir.Graph, layer: _Layer, norm: ir.Node) -> None:
@@ -223,7 +265,7 @@ def _filled(value: ir.Value, number: float) -> DrawnTensor:
 
 def _enter(unit: Unit, leaves: Sequence[ir.Value | None]) -> None:
     """Let the nodes of a unit read what leaves the layer before it."""
-    inside = set(unit.nodes)
+    inside = _with_bodies(unit.nodes)
     for old, new in zip(unit.enters, leaves, strict=True):
         if old is None or new is None or old is new:
             continue
@@ -258,7 +300,7 @@ def _leave(
 
 def _outputs_of_layers(stack: Stack) -> list[tuple[int, int]]:
     """The outputs of the graph that each layer has: (number of the node, number of its output)."""
-    first = stack.units[0].nodes
+    first = stack.units[0].nodes if stack.aligned is None else stack.units[0].nodes[: stack.aligned[0]]
     return [
         (number, index)
         for number, node in enumerate(first)
@@ -279,33 +321,42 @@ class _Names:
     """The names of everything that matches in the layers of a stack, as they are in the source."""
 
     def __init__(self, stack: Stack) -> None:
-        self.units = [_named(unit.nodes, unit.stored, unit.inputs) for unit in stack.units]
-        self.old = [[thing.name or "" for thing in unit] for unit in self.units]
+        self.aligned = stack.aligned
+        units = [_named(unit.nodes, unit.stored, unit.inputs, self.aligned) for unit in stack.units]
+        self.old = [[thing.name or "" for thing in matched] for matched, _ in units]
+        self.rest = [[thing.name or "" for thing in others] for _, others in units]
         self.step = stack.period
 
     def apply(self, graph: ir.Graph, layers: Sequence[_Layer], places: Sequence[Place], kept: set[ir.Value]) -> None:
         """Name the layers of the deeper model. The values in `kept` keep their names."""
-        things = [_named(layer.nodes, layer.stored, layer.inputs) for layer in layers]
+        things = [_named(layer.nodes, layer.stored, layer.inputs, self.aligned) for layer in layers]
         numbered_names: list[tuple[Named, str]] = []
         others: list[tuple[Named, str]] = []
+        forms: dict[tuple[str, int], None] = {}
         for column in range(len(self.old[0])):
             names = [unit[column] for unit in self.old]
             form = numbered(names)
+            if form is not None and form.step == self.step:
+                forms[form.before, form.base] = None
             for position, (layer, place) in enumerate(zip(layers, places, strict=True)):
-                thing, name = things[position][column], names[place.source]
+                thing, name = things[position][0][column], names[place.source]
                 if thing in kept or not name:
                     continue
                 if form is not None and form.step == self.step:
                     numbered_names.append((thing, form.name(position)))
                 elif layer.is_copy or thing.name is None:
                     others.append((thing, name))
+        for position, (layer, place) in enumerate(zip(layers, places, strict=True)):
+            for thing, name in zip(things[position][1], self.rest[place.source], strict=True):
+                renamed = _renumbered(name, forms, place.source * self.step, position * self.step)
+                if thing in kept or not name:
+                    continue
+                if renamed is not None:
+                    numbered_names.append((thing, renamed))
+                elif layer.is_copy or thing.name is None:
+                    others.append((thing, name))
         others += [(own, shared.name or "") for layer in layers for own, shared in layer.own]
-        renamed = [*numbered_names, *others]
-        for number, (thing, _) in enumerate(renamed):
-            thing.name = f"\0{number}"
-        fresh = FreshNames(graph)
-        for thing, name in renamed:
-            thing.name = fresh.value(name) if isinstance(thing, ir.Value) else fresh.node(name)
+        _give_names(graph, [*numbered_names, *others])
         for layer in layers:
             for value in dict.fromkeys((*layer.stored, *(own for own, _ in layer.own))):
                 if _is_registered(graph, value):
@@ -316,13 +367,58 @@ class _Names:
                 graph.register_initializer(value)
 
 
-def _named(nodes: Sequence[ir.Node], stored: Sequence[ir.Value], inputs: Sequence[ir.Value]) -> list[Named]:
-    return [*stored, *inputs, *nodes, *(value for node in nodes for value in node.outputs)]
+def _give_names(graph: ir.Graph, renamed: Sequence[tuple[Named, str]]) -> None:
+    """Give things names. Where a name is taken, a number is added: what comes first keeps it."""
+    for number, (thing, _) in enumerate(renamed):
+        thing.name = f"\0{number}"
+    fresh = FreshNames(graph)
+    for thing, name in renamed:
+        thing.name = fresh.value(name) if isinstance(thing, ir.Value) else fresh.node(name)
+
+
+def _renumbered(name: str, forms: Iterable[tuple[str, int]], source: int, position: int) -> str | None:
+    """The name of what other layers do not have, with the number of its layer; None if its name has no such number.
+
+    Args:
+        name: its name in the source.
+        forms: what is before the number in names that all layers have, and that number in the first layer.
+        source: the number of the source's layer, from 0.
+        position: that of the deeper model's.
+    """
+    for before, base in forms:
+        number = f"{before}{base + source}"
+        if name.startswith(number) and not name[len(number) :][:1].isdigit():
+            return f"{before}{base + position}{name[len(number) :]}"
+    return None
+
+
+def _named(
+    nodes: Sequence[ir.Node],
+    stored: Sequence[ir.Value],
+    inputs: Sequence[ir.Value],
+    aligned: tuple[int, int, int] | None,
+) -> tuple[list[Named], list[Named]]:
+    """Everything in a layer that has a name: what matches in all layers, and the rest."""
+    whole = (len(nodes), len(stored), len(inputs))
+    of_nodes, of_stored, of_inputs = aligned or whole
+
+    def outputs(some: Sequence[ir.Node]) -> list[ir.Value]:
+        return [value for node in some for value in node.outputs]
+
+    matched: list[Named] = [*stored[:of_stored], *inputs[:of_inputs], *nodes[:of_nodes], *outputs(nodes[:of_nodes])]
+    rest: list[Named] = [*stored[of_stored:], *inputs[of_inputs:], *nodes[of_nodes:], *outputs(nodes[of_nodes:])]
+    return matched, rest
 
 
 def _add_inputs(graph: ir.Graph, stack: Stack, layers: Sequence[_Layer], places: Sequence[Place]) -> None:
-    columns = [list(unit.inputs) for unit in stack.units]
-    order = _interleaved(list(graph.inputs), columns, [layer.inputs for layer in layers], places)
+    count = None if stack.aligned is None else stack.aligned[2]
+    columns = [list(unit.inputs[:count]) for unit in stack.units]
+    order = _interleaved(list(graph.inputs), columns, [layer.inputs[:count] for layer in layers], places)
+    if count is not None:
+        for layer, place in zip(layers, places, strict=True):
+            for value, source in zip(layer.inputs[count:], stack.units[place.source].inputs[count:], strict=True):
+                if layer.is_copy:
+                    order.insert(order.index(source) + 1, value)
     graph.inputs[:] = order
 
 
@@ -339,6 +435,23 @@ def _add_outputs(
         for value in values if layer.is_copy else ():
             value.meta[ORIGINAL] = None
     graph.outputs[:] = _interleaved(list(graph.outputs), columns, new, places)
+    if stack.aligned is not None:
+        _add_other_outputs(graph, stack, layers, places)
+
+
+def _add_other_outputs(graph: ir.Graph, stack: Stack, layers: Sequence[_Layer], places: Sequence[Place]) -> None:
+    """Add the outputs of copied layers that not all layers have, behind those that they are copies of."""
+    assert stack.aligned is not None
+    order = list(graph.outputs)
+    for layer, place in zip(layers, places, strict=True):
+        unit = stack.units[place.source]
+        ends = {value for value in unit.leaves if value is not None}
+        for number in range(stack.aligned[0], len(unit.nodes)) if layer.is_copy else ():
+            for value, source in zip(layer.nodes[number].outputs, unit.nodes[number].outputs, strict=True):
+                if source.is_graph_output() and source not in ends:
+                    value.meta[ORIGINAL] = None
+                    order.insert(order.index(source) + 1, value)
+    graph.outputs[:] = order
 
 
 def _interleaved(

@@ -167,11 +167,11 @@ def _check_readers(stack: Stack, number: int, position: int) -> None:
     """
     value = stack.units[number].leaves[position]
     assert value is not None
-    if number + 1 == len(stack.units):
-        return
-    following = set(stack.units[number + 1].nodes)
-    others = [use.node for use in value.uses() if use.node not in following]
-    if others or value.is_graph_output():
+    is_last = number + 1 == len(stack.units)
+    following = set() if is_last else set(stack.units[number + 1].nodes)
+    others = [] if is_last else [use.node for use in value.uses() if use.node not in following]
+    ends = [unit.leaves[position] for unit in stack.units] if is_last else [value]
+    if others or all(end is not None and end.is_graph_output() for end in ends):
         where = describe(others[0]) if others else "an output of the graph"
         raise _NotShown(
             f"{where} reads the end of a layer of a post-norm model, and would see it without the gain and the bias of "
@@ -251,6 +251,8 @@ def _zero(value: ir.Value, inside: frozenset[ir.Node]) -> Zeroed:
     if is_initializer(value):
         return _zero_stored(value)
     node = value.producer()
+    if node is not None and node.op_type == "ConstantOfShape" and not _fills(node):
+        return _NOTHING
     if node is None or node not in inside:
         raise _NotShown(f"{value.name!r} is added to the stream, and comes from outside the layer")
     kind = node.op_type
@@ -258,8 +260,6 @@ def _zero(value: ir.Value, inside: frozenset[ir.Node]) -> Zeroed:
         return _zero_factor(node, inside)
     if kind in _ZERO_AT_ZERO:
         return _zero(_input(node, 0), inside)
-    if kind == "ConstantOfShape" and not _fills(node):
-        return _NOTHING
     if kind in _VARIADIC or kind in _ALL_OF:
         places = range(len(node.inputs)) if kind in _VARIADIC else _ALL_OF[kind]
         tensors = _NOTHING
