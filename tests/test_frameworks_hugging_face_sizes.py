@@ -67,6 +67,21 @@ def test_a_tied_llama(tmp_path: Path, cli: Command) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_channels_that_hold_a_mean(tmp_path: Path, cli: Command) -> None:
+    """Under a LayerNorm in front of each block: the channels left over are ordinary numbers of the checkpoint."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 90, "n_positions": 16, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_inner": 56}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    source = stirred(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids)))
+    source.save_pretrained(tmp_path / "small")
+    outcome = cli("expand", tmp_path / "small", "--size", "hidden=72", "--size", "heads=9", "-o", tmp_path / "big")
+    assert outcome.code == 0, outcome.stderr
+    config = json.loads((tmp_path / "big" / "config.json").read_text())
+    assert (config["n_embd"], config["n_head"]) == (72, 9)
+    big = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "big")
+    torch.testing.assert_close(logits(big), logits(source), rtol=1e-4, atol=1e-5)
+
+
 def test_a_number_that_the_model_derives_from_its_width_is_noticed(tmp_path: Path, cli: Command) -> None:
     torch.manual_seed(0)
     config = transformers.GemmaConfig(**SIZES, head_dim=8)

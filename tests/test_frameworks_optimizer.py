@@ -27,7 +27,7 @@ from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer  # noqa
 from hyperclone_onnx.frameworks.optimizer.moments import GrownMoment, Moments, grow_moments  # noqa: E402
 from hyperclone_onnx.frameworks.optimizer.resume import resume_torch  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
-from hyperclone_onnx.plan.maps import presented  # noqa: E402
+from hyperclone_onnx.plan.maps import fills_of, presented  # noqa: E402
 from hyperclone_onnx.plan.plans import Plan  # noqa: E402
 from models import zoo_store  # noqa: E402
 
@@ -168,6 +168,30 @@ def test_unequal_repeats(family: str, zoo: Zoo, tmp_path: Path) -> None:
     assert len(maps) == 4 and all(plan.maps[name] == source_map for name, source_map in maps.items())
     small, grown = both_gradients(path, big, plan)
     assert_grows_to(small, grown, plan)
+
+
+def test_channels_that_hold_a_mean_begin_without_a_direction(zoo: Zoo, tmp_path: Path) -> None:
+    """What reads such channels reads zeros, so that its gradient is zero there, and elsewhere that of the source."""
+    path, big = zoo("gpt2.distinct"), tmp_path / "big.onnx"
+    plan = expand(path, big, sizes={"hidden": 72}, strategy=Strategy("symmetric"), check=False).plan
+    small, grown = both_gradients(path, big, plan)
+    largest = max(float(np.abs(array).max()) for array in small.values())
+    moments = grow_moments(plan, {name: Moments(stored(g), stored(g**2), 1) for name, g in small.items()})
+    readers = 0
+    for name, recipe in plan.tensors.items():
+        axes = [number for number, axis in enumerate(recipe.axes) if any(fills_of(factor) for factor in axis)]
+        if not axes or name not in grown:
+            continue
+        first, second = moments[name].first.numpy(), moments[name].second.numpy()
+        assert first.shape == second.shape == grown[name].shape
+        for axis in axes:
+            assert not np.take(first, range(48, 72), axis=axis).any()
+            assert np.take(second, range(48, 72), axis=axis).any()
+        if all((axis, 0) in recipe.shared for axis in axes):
+            readers += 1
+            scale = max(float(np.abs(grown[name]).max()), VANISHING * largest)
+            assert np.abs(first - grown[name]).max() < TOLERANCE * scale, name
+    assert readers >= 4, "queries, keys and values, and the first products of the feed-forward layers"
 
 
 @pytest.mark.parametrize("strategy", ["noisy-symmetric", "diagonal", "noisy-diagonal"])

@@ -66,10 +66,19 @@ def mixed_run(stream: Stream, flow: Flow, signs: Sequence[int], taken: Sequence[
     """
     best: MixedRun | None = None
     score = (0, 0)
-    for period in range(1, min(longest, len(signs) // 2) + 1):
+    free = [not segment for segment in taken]
+    if sum(free) < 2:
+        return None
+    weights = [is_free and _has_weights(stream, segment) for segment, is_free in enumerate(free)]
+    ends = [_end(stream, segment).op_type for segment in range(len(signs))]
+    for period in range(1, min(longest, sum(free) // 2) + 1):
         for start in range(len(signs) - 2 * period + 1):
-            count = _count(stream, signs, taken, start, period)
-            if count < 2 or (count * period, 0) < (score[0], 0):
+            if not all(free[start : start + 2 * period]):
+                continue
+            count = _count(signs, weights, ends, free, start, period)
+            while count > 1 and not all(_keeps_stream(stream, start + n * period, period) for n in range(count)):
+                count -= 1
+            if count < 2 or count * period < score[0]:
                 continue
             run = _run(stream, flow, start, period, count)
             if (count * period, sum(run.aligned)) > score and any(run.aligned):
@@ -77,25 +86,30 @@ def mixed_run(stream: Stream, flow: Flow, signs: Sequence[int], taken: Sequence[
     return best
 
 
-def _count(stream: Stream, signs: Sequence[int], taken: Sequence[bool], start: int, period: int) -> int:
-    """The number of layers of a period, from a segment on."""
-    common = {place for place in range(period) if _has_weights(stream, start + place)}
-    ends = [node.op_type for node in _ends(stream, start, period)]
+def _count(
+    signs: Sequence[int],
+    weights: Sequence[bool],
+    ends: Sequence[str],
+    free: Sequence[bool],
+    start: int,
+    period: int,
+) -> int:
+    """The number of layers of a period, from a segment on, that have a segment with weights in common."""
+    common = {place for place in range(period) if weights[start + place]}
     count = 0
     while start + (count + 1) * period <= len(signs):
         first = start + count * period
         common = {place for place in common if signs[first + place] == signs[start + place]}
-        if not common or any(taken[first : first + period]):
-            break
-        if [node.op_type for node in _ends(stream, first, period)] != ends or not _keeps_stream(stream, first, period):
+        alike = ends[first : first + period] == ends[start : start + period]
+        if not common or not alike or not all(free[first : first + period]):
             break
         count += 1
     return count
 
 
-def _ends(stream: Stream, first: int, period: int) -> list[ir.Node]:
-    """The last node of each segment of a layer."""
-    return [stream.nodes[stream.cuts[first + place + 1]] for place in range(period)]
+def _end(stream: Stream, segment: int) -> ir.Node:
+    """The last node of a segment."""
+    return stream.nodes[stream.cuts[segment + 1]]
 
 
 def _core(stream: Stream, first: int, period: int) -> tuple[ir.Node, ...]:
@@ -125,7 +139,7 @@ def _has_weights(stream: Stream, segment: int) -> bool:
 def _keeps_stream(stream: Stream, first: int, period: int) -> bool:
     """Whether sums lead from the beginning of a layer to its end."""
     inside = set(_core(stream, first, period))
-    pending, seen = [_ends(stream, first, period)[-1].outputs[0]], set[ir.Value]()
+    pending, seen = [_end(stream, first + period - 1).outputs[0]], set[ir.Value]()
     wanted = _enters(stream, first)
     while pending:
         value = pending.pop()
@@ -156,7 +170,7 @@ def _run(stream: Stream, flow: Flow, start: int, period: int, count: int) -> Mix
             _ordered(stored[number], alike_stored[number]),
             _ordered(inputs[number], alike_inputs[number]),
             _enters(stream, start + number * period),
-            _ends(stream, start + number * period, period)[-1].outputs[0],
+            _end(stream, start + (number + 1) * period - 1).outputs[0],
         )
         for number in range(count)
     )

@@ -2,13 +2,15 @@
 
 ONNX Runtime's SkipLayerNormalization ends one layer and begins the next: the sum belongs to the layer before it, the
 gain to the layer behind it. Apart, each layer has its own gain, and the first and the last layer are like the others.
+
+Exporters also store equal tensors once, and let some layers read them through an Identity. Such nodes are left out.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from hyperclone_onnx.graphs import MICROSOFT, FreshNames
+from hyperclone_onnx.graphs import MICROSOFT, FreshNames, is_initializer
 
 NORM_OF = {
     "SkipLayerNormalization": "LayerNormalization",
@@ -20,10 +22,22 @@ _SUM = 3
 
 def unfuse(graph: ir.Graph) -> None:
     """Replace every fused norm of the main graph by Adds and a norm. The graph is changed."""
+    _read_directly(graph)
     fresh = FreshNames(graph)
     for node in list(graph):
         if node.domain == MICROSOFT and node.op_type in NORM_OF and not _has_moments(node):
             _unfuse(graph, node, fresh)
+
+
+def _read_directly(graph: ir.Graph) -> None:
+    """Let nodes that read a stored tensor through an Identity read it directly."""
+    for node in list(graph):
+        if node.op_type != "Identity" or node.domain or node.inputs[0] is None or not is_initializer(node.inputs[0]):
+            continue
+        result = node.outputs[0]
+        if not result.is_graph_output():
+            result.replace_all_uses_with(node.inputs[0])
+            graph.remove(node, safe=True)
 
 
 def _has_moments(node: ir.Node) -> bool:
