@@ -181,7 +181,10 @@ def test_deeper_models_of_the_zoo_compute_the_same(name: str, zoo: Zoo, expected
                 assert np.abs(got[new] - want).max(initial=0) <= 1e-5 * np.abs(want).max(initial=1e-9)
 
 
-NOT_DEEPER = {"deberta.distinct": "changes the stream itself"}
+NOT_DEEPER = {
+    "deberta.distinct": "Mul .* changes the stream itself",
+    "olmoe.built": "Loop .* changes the stream itself",
+}
 """The graphs whose layers are found and have no identity copies, with a part of the message."""
 
 

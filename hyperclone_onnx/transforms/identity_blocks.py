@@ -98,8 +98,10 @@ class _Path:
     inside: frozenset[ir.Node]
     norms: list[ir.Node] = field(default_factory=list)
     """The norms on the stream, the last one first."""
-    moves: bool = False
-    """Whether the stream was given another shape on the way."""
+    values: list[ir.Value] = field(default_factory=list)
+    """The values on the way, the last one first."""
+    moves: list[ir.Node] = field(default_factory=list)
+    """The nodes that give the stream another shape, the last one first."""
 
 
 class _NotShown(Exception):
@@ -126,7 +128,7 @@ def identity_block(stack: Stack, number: int) -> Identity:
                 raise _NotShown("the layer has no single end")
             path = _Path(frozenset(unit.nodes))
             tensors |= _same(leaves, enters, path)
-            if path.moves and not _same_shape(enters, leaves):
+            if path.moves and not (_moved_back(path) or _same_shape(enters, leaves)):
                 raise _NotShown(f"{leaves.name!r} has the numbers of the stream, and perhaps another shape")
             if path.norms:
                 _check_norms(path.norms, leaves)
@@ -179,6 +181,46 @@ def _check_readers(stack: Stack, number: int, position: int) -> None:
         )
 
 
+def _moved_back(path: _Path) -> bool:
+    """Whether the last node that changes the stream's shape gives it that of a value in front of all such nodes.
+
+    One of the sizes may be any: with as many elements, it is right if all others are.
+    """
+    last = path.moves[0]
+    given = last.inputs[1] if last.op_type == "Reshape" else None
+    shape = None if given is None else given.producer()
+    if shape is None:
+        return False
+    place = path.values.index(path.moves[-1].outputs[0])
+    before = path.values[place + 1 :]
+    if shape.op_type == "Shape":
+        return _is_whole(shape) and shape.inputs[0] in before
+    sizes = list(shape.inputs) if shape.op_type == "Concat" else []
+    right = sum(_is_size_of(size, number, before) for number, size in enumerate(sizes))
+    rank = before[-1].shape
+    return bool(sizes) and right >= len(sizes) - 1 and (rank is None or len(rank) == len(sizes))
+
+
+def _is_whole(shape: ir.Node) -> bool:
+    """Whether a Shape gives all sizes."""
+    return all(name == "start" and attribute.as_int() == 0 for name, attribute in shape.attributes.items())
+
+
+def _is_size_of(size: ir.Value | None, axis: int, values: list[ir.Value]) -> bool:
+    """Whether a size is that of one of some values along an axis: Gather(Shape(value), axis), unsqueezed."""
+    node = None if size is None else size.producer()
+    while node is not None and node.op_type in ("Cast", "Identity", "Squeeze", "Unsqueeze"):
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or node.op_type != "Gather" or None in node.inputs:
+        return False
+    shape, number = node.inputs[0], node.inputs[1]
+    assert shape is not None and number is not None
+    made = shape.producer()
+    if made is None or made.op_type != "Shape" or not _is_whole(made) or number.const_value is None:
+        return False
+    return number.const_value.size == 1 and int(number.const_value.numpy().item()) == axis and made.inputs[0] in values
+
+
 def _same_shape(one: ir.Value, other: ir.Value) -> bool:
     """Whether two values with as many elements have the same shape, as far as all sizes but one show it."""
     if one.shape is None or other.shape is None or len(one.shape) != len(other.shape):
@@ -204,6 +246,7 @@ def _epsilon(norm: ir.Node) -> float:
 def _same(value: ir.Value, stream: ir.Value, path: _Path) -> Zeroed:
     """Zeros with which a value is the stream as it entered."""
     inside = path.inside
+    path.values.append(value)
     if value is stream:
         return _NOTHING
     node = value.producer()
@@ -217,7 +260,7 @@ def _same(value: ir.Value, stream: ir.Value, path: _Path) -> Zeroed:
     if node.op_type in ("Identity", "Dropout") or (node.op_type == "Cast" and not narrower):
         return _same(_input(node, 0), stream, path)
     if node.op_type in MOVES_ELEMENTS - {"Transpose"} and not node.domain:
-        path.moves = True
+        path.moves.append(node)
         return _same(_input(node, 0), stream, path)
     if node.op_type in NORMS:
         path.norms.append(node)
@@ -232,7 +275,7 @@ def _either(node: ir.Node, ways: list[tuple[int, int]], stream: ir.Value, path: 
     problems: list[_NotShown] = []
     shown: list[tuple[Zeroed, _Path]] = []
     for kept, added in ways:
-        branch = _Path(path.inside, list(path.norms), path.moves)
+        branch = _Path(path.inside, list(path.norms), list(path.values), list(path.moves))
         try:
             tensors = _same(_input(node, kept), stream, branch) | _zero(_input(node, added), path.inside)
         except _NotShown as problem:
@@ -242,7 +285,7 @@ def _either(node: ir.Node, ways: list[tuple[int, int]], stream: ir.Value, path: 
     if not shown:
         raise max(problems, key=lambda problem: "stream itself" in str(problem))
     tensors, branch = min(shown, key=lambda pair: len(pair[1].norms))
-    path.norms, path.moves = branch.norms, branch.moves
+    path.norms, path.values, path.moves = branch.norms, branch.values, branch.moves
     return tensors
 
 
