@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import onnx_ir as ir
 
-from hyperclone_onnx.graphs import MOVES_OR_CASTS, is_initializer
+from hyperclone_onnx.graphs import MOVES_OR_CASTS, bodies_of, is_initializer
 from hyperclone_onnx.layers.streams import Flow, Stream, is_carried, reads
 
 KEEPS_STREAM = MOVES_OR_CASTS | {
@@ -185,7 +185,10 @@ def _owners(stream: Stream, flow: Flow, start: int, period: int, count: int) -> 
     """
     owner: dict[ir.Node, int | None] = dict.fromkeys(stream.nodes)
     for number in range(count):
-        owner.update(dict.fromkeys(_core(stream, start + number * period, period), number))
+        core = _core(stream, start + number * period, period)
+        owner.update(dict.fromkeys(core, number))
+        inner = (node for outer in core for body in bodies_of(outer) for node in body.all_nodes())
+        owner.update(dict.fromkeys(inner, number))
     fixed = _fixed(flow)
     for node in reversed(flow.nodes):
         if node in owner or node not in fixed:

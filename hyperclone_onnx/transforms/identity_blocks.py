@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.graphs import MOVES_ELEMENTS, describe, is_initializer
+from hyperclone_onnx.graphs import MOVES_ELEMENTS, bodies_of, describe, is_initializer
 from hyperclone_onnx.layers.stacks import Stack
 
 Zeroed = frozenset[ir.Value]
@@ -289,8 +289,10 @@ def _either(node: ir.Node, ways: list[tuple[int, int]], stream: ir.Value, path: 
     return tensors
 
 
-def _zero(value: ir.Value, inside: frozenset[ir.Node]) -> Zeroed:
-    """Zeros with which a value is zero."""
+def _zero(value: ir.Value, inside: frozenset[ir.Node], known: frozenset[ir.Value] = frozenset()) -> Zeroed:
+    """Zeros with which a value is zero, if some values are known to be zero."""
+    if value in known:
+        return _NOTHING
     if is_initializer(value):
         return _zero_stored(value)
     node = value.producer()
@@ -300,28 +302,41 @@ def _zero(value: ir.Value, inside: frozenset[ir.Node]) -> Zeroed:
         raise _NotShown(f"{value.name!r} is added to the stream, and comes from outside the layer")
     kind = node.op_type
     if kind in _FACTORS:
-        return _zero_factor(node, inside)
+        return _zero_factor(node, inside, known)
     if kind in _ZERO_AT_ZERO:
-        return _zero(_input(node, 0), inside)
+        return _zero(_input(node, 0), inside, known)
+    if kind == "Loop":
+        return _zero_in_loop(node, value.index() or 0, inside)
     if kind in _VARIADIC or kind in _ALL_OF:
         places = range(len(node.inputs)) if kind in _VARIADIC else _ALL_OF[kind]
         tensors = _NOTHING
         for place in places:
             if place < len(node.inputs) and node.inputs[place] is not None:
-                tensors |= _zero(_input(node, place), inside)
+                tensors |= _zero(_input(node, place), inside, known)
         return tensors
     raise _NotShown(f"{describe(node)} has no factor that could be zero")
 
 
-def _zero_factor(node: ir.Node, inside: frozenset[ir.Node]) -> Zeroed:
+def _zero_factor(node: ir.Node, inside: frozenset[ir.Node], known: frozenset[ir.Value] = frozenset()) -> Zeroed:
     """Zeros with which one of two factors is zero: a stored one, if there is one."""
     problem = _NotShown(f"{describe(node)} has no factor that could be zero")
     for value in sorted((_input(node, 0), _input(node, 1)), key=lambda value: not _is_weight(value)):
         try:
-            return _zero(value, inside)
+            return _zero(value, inside, known)
         except _NotShown as other:
             problem = other
     raise problem
+
+
+def _zero_in_loop(node: ir.Node, number: int, inside: frozenset[ir.Node]) -> Zeroed:
+    """Zeros with which a value that a Loop carries is zero: it begins so, and each iteration leaves it so."""
+    (body,) = bodies_of(node)
+    place = 2 + number
+    if place >= len(node.inputs):
+        raise _NotShown(f"{describe(node)} collects values over its iterations")
+    begins = _zero(_input(node, place), inside)
+    result = body.outputs[1 + number]
+    return begins | _zero(result, inside | frozenset(body), frozenset([body.inputs[place]]))
 
 
 def _is_weight(value: ir.Value) -> bool:
