@@ -304,9 +304,15 @@ def _grown_config(path: Path, models: Sequence[Expansion]) -> tuple[GrownConfigu
         return None, f"{CONFIG_WHY}, and has no fields"
     if any(model.plan.keep_interface for model in models):
         return GrownConfiguration(fields, {}), ""
+    depths = [tuple(deepened(model.plan.transforms).values()) for model in models]
+    layers = {("layers", before, after) for pairs in depths for before, after in pairs}
+    if layers and (len(layers) > 1 or not all(depths)):
+        return None, f"{CONFIG_WHY}: its stacks have other numbers of layers now"
+    if any(isinstance(value, list) and len(value) == before for value in fields.values() for _, before, _ in layers):
+        return None, f"{CONFIG_WHY}: it has a list with an entry for each layer"
     try:
         sizes = [(size.role, size.before, size.after) for model in models for size in model.sizes]
-        return grown_configuration(fields, sizes), ""
+        return grown_configuration(fields, [*sizes, *layers]), ""
     except NotSaid as reason:
         return None, f"{CONFIG_WHY}: {reason}"
 
