@@ -171,7 +171,7 @@ def _layers(
     """Find the lists of modules whose entries are made from one unit of a stack after the other."""
     placed = [place for place in places.values() if place.stack == name]
     unit_of = {place.source: place.source_unit for place in placed if not place.is_new}
-    units = max(unit_of.values()) + 1
+    units = max(unit_of.values(), default=-1) + 1
     period = next(
         stack["period"] for step in plan.transforms for stack in step.options.get("stacks", ()) if stack["name"] == name
     )
@@ -210,7 +210,7 @@ def _base(votes: Counter[tuple[int, int]], units: int, period: int) -> int | Non
         units: the number of units.
         period: the number of layers in a unit.
     """
-    if {unit for _, unit in votes} != set(range(units)):
+    if {unit for _, unit in votes} != set(range(units)) or not votes:
         return None
 
     def fitting(base: int) -> int:
