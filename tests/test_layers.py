@@ -71,7 +71,7 @@ def test_nearly_all_graphs_of_the_zoo_have_layers() -> None:
 
 def test_layers_of_other_nodes_have_a_part_in_common() -> None:
     """What all layers have comes first, in one order; the rest of a layer is its own."""
-    (stack,) = stacks_of(ir.load(zoo_store.path_of("deepseek_v3.cached")))
+    (stack,) = stacks_of(ir.load(zoo_store.path_of("deepseek_v3.built")))
     assert stack.aligned is not None
     nodes, stored, inputs = stack.aligned
     dense, experts = stack.units

@@ -162,8 +162,8 @@ def _run(stream: Stream, flow: Flow, start: int, period: int, count: int) -> Mix
     of_graph = set(filter(is_carried, flow.inputs))
     stored = [_private(unit, owner, number, is_initializer) for number, unit in enumerate(nodes)]
     inputs = [_private(unit, owner, number, of_graph.__contains__) for number, unit in enumerate(nodes)]
-    alike = _aligned(nodes, _node_names)
-    alike_stored, alike_inputs = _aligned(stored, _value_names), _aligned(inputs, _value_names)
+    alike = _aligned(nodes, _node_names, lambda node: (node.domain, node.op_type))
+    alike_stored, alike_inputs = (_aligned(values, _value_names, _form) for values in (stored, inputs))
     units = tuple(
         MixedUnit(
             _ordered(nodes[number], alike[number]),
@@ -241,21 +241,27 @@ def _is_size(value: ir.Value) -> bool:
 # -- what belongs together --------------------------------------------------------------------------------
 
 
-def _aligned(units: Sequence[Sequence[T]], names_of: Callable[[T], Iterable[str]]) -> list[list[T]]:
-    """For each layer what all layers have, in one order: names that differ in one number, which runs."""
+def _aligned(
+    units: Sequence[Sequence[T]], names_of: Callable[[T], Iterable[str]], form: Callable[[T], object]
+) -> list[list[T]]:
+    """For each layer what all layers have, in one order: of one form, with names that differ in one number."""
     tables = [{name: thing for thing in unit for name in names_of(thing)} for unit in units]
     rows: list[list[T]] = [[] for _ in units]
     seen: set[T] = set()
     for thing in units[0]:
         for names in (list(series) for name in names_of(thing) for series in _series(name, len(units))):
             row = [table.get(name) for table, name in zip(tables, names, strict=True)]
-            if all(other is not None and other not in seen for other in row):
+            if all(other is not None and other not in seen and form(other) == form(thing) for other in row):
                 for number, other in enumerate(row):
                     assert other is not None
                     rows[number].append(other)
                     seen.add(other)
                 break
     return rows
+
+
+def _form(value: ir.Value) -> object:
+    return value.dtype, None if value.shape is None else [str(size) for size in value.shape.dims if type(size) is int]
 
 
 def _series(name: str, count: int) -> Iterator[list[str]]:
