@@ -116,8 +116,10 @@ def _runs(stream: Stream, flow: Flow) -> Iterator[_Run]:
                 best = run
             if run is not None and len(run.units) * multiple >= repeats:
                 break
-        if best is None:  # layers of several kinds, in one group
-            best = _best_rotation(stream, start, length, period, 1, kinds=True)
+        if best is None or len(best.units) * best.period < repeats:  # layers of several kinds, in no whole groups
+            run = _best_rotation(stream, start, length, period, 1, kinds=True)
+            if run is not None and (best is None or len(run.nodes) > len(best.nodes)):
+                best = run
         if best is not None:
             taken[start : start + length] = [True] * length
             yield best
