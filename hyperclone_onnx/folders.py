@@ -82,6 +82,7 @@ def expand_folder(
     requests: Mapping[str, float] | None = None,
     *,
     sizes: Mapping[str, float] | None = None,
+    layers: LayersRequest | None = None,
     exclude: Sequence[str] = (),
     notify: Notify | None = None,
     **options: Any,
@@ -123,6 +124,7 @@ def expand_folder(
         work = _Work(FolderExpansion(str(folder), str(out)), source, partial, factor, notify or ignore_stage, options)
         work.requests = _by_model(source, models, whole_numbers(requests, "requests", "factor"))
         work.sizes = _by_model(source, models, whole_numbers(sizes, "sizes", "size"))
+        work.layers = layers_by_model(source, models, layers)
         work.data = {model: _data_of(source / model) for model in models}
         no_others = set[Path]().union(*work.data.values(), _data_of_models_left_out(source, left_out))
         others = [file for file in files if file not in models and (source / file).resolve() not in no_others]
