@@ -131,3 +131,53 @@ def test_branches_of_two_shapes_are_refused_under_jit(tmp_path: Path) -> None:
     assert jax.jit(lambda x: apply(params, x, True))(x).shape == (4, 4)
     with pytest.raises(Refused, match="the branches of an If make different shapes"):
         jax.jit(apply)(params, x, np.asarray(True))
+
+
+# -- half precision ---------------------------------------------------------------------------------------
+
+
+def product_types(function: Callable[..., Any], *arguments: Any) -> list[tuple[str, ...]]:
+    """The types of the operands of all products that JAX traces, also within inner functions."""
+    types: list[tuple[str, ...]] = []
+    waiting = [jax.make_jaxpr(function)(*arguments).jaxpr]
+    while waiting:
+        for equation in waiting.pop().eqns:
+            if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+                types.append(tuple(operand.aval.dtype.name for operand in equation.invars))
+            for value in equation.params.values():
+                waiting.extend(inner for inner in (getattr(value, "jaxpr", value),) if hasattr(inner, "eqns"))
+    return types
+
+
+@pytest.mark.parametrize("name", ["llama.distinct", "gpt2.fused", "convnext.distinct"])
+def test_products_run_in_the_type_that_load_is_given(name: str, zoo: Zoo, expected: Any) -> None:
+    apply, params = load(zoo(name))
+    half, same = load(zoo(name), dtype="bfloat16")
+    feeds, (want, *_) = expected(name)[0]
+
+    def loss_of(apply: Any) -> Any:
+        def loss(params: Any) -> Any:
+            output = apply(params, **feeds)
+            output = next(iter(output.values())) if isinstance(output, dict) else output
+            return (output.astype(np.float32) ** 2).mean()
+
+        return loss
+
+    types = product_types(jax.grad(loss_of(half)), same)
+    floating = [kinds for kinds in types if not any("int" in kind for kind in kinds)]
+    assert floating and set(floating) == {("bfloat16", "bfloat16")}
+    assert ("float32", "float32") in product_types(jax.grad(loss_of(apply)), params)
+    cast = jax.tree.map(lambda array: array.astype("bfloat16"), params)
+    assert any("float32" in kinds for kinds in product_types(loss_of(apply), cast))
+
+    output = half(same, **feeds)
+    output = next(iter(output.values())) if isinstance(output, dict) else output
+    assert output.dtype == np.float32
+    error = np.abs(np.asarray(output) - want).max() / np.abs(want).max()
+    assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["int32", "no type", 7])
+def test_a_type_that_is_not_floating_is_refused(dtype: Any, zoo: Zoo) -> None:
+    with pytest.raises(BadRequest, match="give a floating type"):
+        load(zoo("gpt2.distinct"), dtype=dtype)

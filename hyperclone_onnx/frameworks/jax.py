@@ -39,6 +39,7 @@ def load(
     shard: Placement | Any = None,
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
+    dtype: Any = None,
 ) -> tuple[Callable[..., Any], Params]:
     """Load a model file (or an onnx_ir model) as a function ``apply(params, *inputs, **inputs)`` and its ``params``.
 
@@ -56,12 +57,16 @@ def load(
         freeze: globs of initializer names; the matching tensors are not trained.
         train: globs of initializer names; the matching tensors are trained, even where the graph's structure says that
             they are constants.
+        dtype: the type in which products of matrices run, forward and backward: "bfloat16" or "float16". Parameters,
+            norms, softmaxes and sums keep their types. To cast the parameters alone would not do that: a product with
+            an activation in float32 runs in float32.
 
     Raises:
         BadModel: the file (or the plan) cannot be read, or is incomplete.
-        BadRequest: a glob matches no tensor, or the plan is for another model.
+        BadRequest: a glob matches no tensor, the plan is for another model, or `dtype` is no floating type.
         Refused: the model has an operator, or a form of an operator, that is not supported.
     """
+    products = None if dtype is None else _floating(dtype)
     compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train)
     place = _over(shard) if isinstance(shard, jax.sharding.Mesh) else shard
     params: dict[str, Any] = {}
@@ -75,8 +80,23 @@ def load(
             kind[weight.path] = read_whole(tensor)
         else:
             kind[weight.path] = _in_parts(tensor, place(weight.path, weight.shape), weight)
-    apply = Application(compiled_model.program, nested(constants), "jax", compiled_model.continuations)
+    apply = Application(compiled_model.program, nested(constants), "jax", compiled_model.continuations, products)
     return apply, nested(params)
+
+
+def _floating(dtype: Any) -> str:
+    """The name of a floating type.
+
+    Raises:
+        BadRequest: it is no floating type.
+    """
+    try:
+        found = jax.numpy.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jax.numpy.issubdtype(found, jax.numpy.floating):
+        raise BadRequest(f"dtype is {dtype!r}: give a floating type, such as 'bfloat16'")
+    return str(found.name)
 
 
 @dataclass(frozen=True)

@@ -20,20 +20,27 @@ class Application:
     """The function ``apply(params, *inputs, **inputs)`` in one framework. `code` is its source.
 
     `params` may lack stored tensors of the program; these are in `constants`. `continuations` says how each parameter
-    follows the source in training, by path.
+    follows the source in training, by path. `products` is the name of the type in which products run; None for the
+    types of their operands.
     """
 
     def __init__(
-        self, program: Program, constants: Tree, framework: str, continuations: Mapping[str, Continuation] | None = None
+        self,
+        program: Program,
+        constants: Tree,
+        framework: str,
+        continuations: Mapping[str, Continuation] | None = None,
+        products: str | None = None,
     ) -> None:
         self.program = program
         self.continuations = continuations or {}
         self.constants = constants
         self.code = function_source("apply", "weights", program.body, _item, _called(program))
         self._namespace = import_module(f"hyperclone_onnx.frameworks.compiling.namespaces.{framework}")
-        self._function = compiled(self.code, framework)
+        self._function = compiled(self.code, framework, products)
         self._blocks = tuple(
-            compiled(function_source("block", "weights", body, _item, _item), framework) for body in program.blocks
+            compiled(function_source("block", "weights", body, _item, _item), framework, products)
+            for body in program.blocks
         )
 
     def __call__(self, params: Tree, /, *inputs: Any, **named: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hyperclone_onnx.frameworks.compiling import ops as _table  # noqa: F401 - importing it fills the table
 from hyperclone_onnx.frameworks.compiling import registry
+from hyperclone_onnx.frameworks.compiling.namespaces.products import WithProductsIn
 from hyperclone_onnx.frameworks.compiling.ops.control import walk
 from hyperclone_onnx.frameworks.compiling.program import (
     BlockCall,
@@ -215,8 +216,9 @@ def function_name(domain: str, op_type: str) -> str:
 
 
 @cache
-def _globals(framework: str) -> dict[str, Any]:
-    xp = import_module(f"hyperclone_onnx.frameworks.compiling.namespaces.{framework}")
+def _globals(framework: str, products: str | None) -> dict[str, Any]:
+    xp: Any = import_module(f"hyperclone_onnx.frameworks.compiling.namespaces.{framework}")
+    xp = xp if products is None else WithProductsIn(xp, xp.dtype_named(products))
     table = {function_name(*key): registry.implementation(framework, *key) for key in registry.covered()}
     host = type("host", (), {name: staticmethod(op.function) for name, op in registry.host_operators().items()})
     return {
@@ -232,12 +234,18 @@ def _globals(framework: str) -> dict[str, Any]:
 
 
 @cache
-def compiled(source: str, framework: str) -> Callable[..., Any]:
-    """The function that the source defines, with a framework's arrays. A traceback shows the lines of the source."""
+def compiled(source: str, framework: str, products: str | None = None) -> Callable[..., Any]:
+    """The function that the source defines, with a framework's arrays. A traceback shows the lines of the source.
+
+    Args:
+        source: the source.
+        framework: the name of the framework's namespace.
+        products: the name of the type in which products run; None for the types of their operands.
+    """
     # A traceback takes its lines from this cache, because the source is in no file.
     name = f"<handoff {len(linecache.cache)} for {framework}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    scope = dict(_globals(framework))
+    scope = dict(_globals(framework, products))
     exec(compile(source, name, "exec"), scope)
     match = re.match(r"def (\w+)\(", source)
     assert match is not None

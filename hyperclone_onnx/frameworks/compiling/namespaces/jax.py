@@ -152,7 +152,14 @@ def scatter(flat: Any, places: Any, updates: Any, reduction: str) -> Any:
 
 
 def convolution(x: Any, w: Any, strides: Any, dilations: Any, around: Any, group: int) -> Any:
-    """The convolution of JAX."""
+    """The convolution of JAX. Operands of two types are promoted, as in products."""
+    kind = _standard.result_type(x, w)
     return jax.lax.conv_general_dilated(
-        x, w, strides, around, rhs_dilation=dilations, feature_group_count=group, precision=jax.lax.Precision.HIGHEST
+        x.astype(kind),
+        w.astype(kind),
+        strides,
+        around,
+        rhs_dilation=dilations,
+        feature_group_count=group,
+        precision=jax.lax.Precision.HIGHEST,
     )
