@@ -170,3 +170,18 @@ def test_each_layer_follows_the_one_before_it() -> None:
     (stack,) = stacks_of(blocks("aaaa"))
     for before, after in zip(stack.units, stack.units[1:], strict=False):
         assert before.leaves == after.enters
+
+
+@pytest.mark.parametrize(("stated", "epsilon"), [("", 1e-12), (" <epsilon = 0.001>", 1e-3)])
+def test_a_norm_that_is_taken_apart_keeps_its_epsilon(stated: str, epsilon: float) -> None:
+    """ONNX Runtime's fused norms add 1e-12 where they state nothing. A LayerNormalization would add 1e-5."""
+    text = f"""
+    <ir_version: 10, opset_import: ["": 20, "com.microsoft": 1]>
+    g (float[n, 4] x, float[n, 4] y) => (float[n, 4] z) <float[4] gain = {{1, 1, 1, 1}}> {{
+        z = com.microsoft.SkipLayerNormalization{stated}(x, y, gain)
+    }}
+    """
+    graph = ir.from_proto(onnx.parser.parse_model(text)).graph
+    unfuse(graph)
+    (norm,) = [node for node in graph if node.op_type == "LayerNormalization"]
+    assert norm.attributes["epsilon"].as_float() == pytest.approx(epsilon)

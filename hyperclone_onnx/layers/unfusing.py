@@ -16,6 +16,8 @@ NORM_OF = {
     "SkipLayerNormalization": "LayerNormalization",
     "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
 }
+EPSILON = ir.AttrFloat32("epsilon", 1e-12)
+"""What the fused norms of ONNX Runtime add where they do not state it. The plain norms would add 1e-5."""
 _INPUT, _SKIP, _GAIN = 0, 1, 2
 _SUM = 3
 
@@ -63,7 +65,7 @@ def _unfuse(graph: ir.Graph, node: ir.Node, fresh: FreshNames) -> None:
         "",
         NORM_OF[node.op_type],
         [total, inputs[_GAIN], *([] if beta is None else [beta])],
-        [ir.AttrInt64("axis", -1), *node.attributes.values()],
+        [ir.AttrInt64("axis", -1), *({"epsilon": EPSILON} | dict(node.attributes)).values()],
         num_outputs=1,
         name=node.name,
     )
