@@ -211,8 +211,8 @@ def test_one_feature_of_a_normalised_stream(tmp_path: Path, pick: str) -> None:
     assert grow(model, tmp_path) == {"hidden", "ffn"}
 
 
-def test_a_part_of_size_1_is_named(tmp_path: Path) -> None:
-    """A norm over parts of an axis: the message names the part of size 1, which cannot grow."""
+def test_a_norm_over_a_part_of_size_1(tmp_path: Path) -> None:
+    """A norm over parts of an axis, of which one keeps its size: its averages count each source index once."""
     body = (
         "a = Slice (h, zero, five, last) b = Slice (h, five, six, last) c = Slice (h, six, end, last) "
         "j = Concat <axis = -1> (a, b, c) n = LayerNormalization (j, gain) logits = MatMul (n, head)"
@@ -220,8 +220,8 @@ def test_a_part_of_size_1_is_named(tmp_path: Path) -> None:
     bounds = {name: np.array([n]) for name, n in (("zero", 0), ("five", 5), ("six", 6), ("end", 12), ("last", -1))}
     model = build_model(HEAD.format(body), normal(2, {n: SHAPES[n] for n in ("e", "gain", "head")}) | bounds)
     onnx.save(model, tmp_path / "small.onnx")
-    with pytest.raises(Refused, match="a part of size 1"):
-        expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, check=False)
+    done = expand(tmp_path / "small.onnx", tmp_path / "big.onnx", 2, device="cpu")
+    assert done.validation is not None and done.validation.equal and len(done.plan.weighed) == 1
 
 
 # -- rows replaced under a mask ---------------------------------------------------------------------------

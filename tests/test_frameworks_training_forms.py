@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
 pytest.importorskip("array_api_compat")
 
+from hyperclone_onnx.analysis import trainable  # noqa: E402
 from hyperclone_onnx.errors import BadRequest, Refused  # noqa: E402
-from hyperclone_onnx.frameworks.compiling import trainable  # noqa: E402
 from hyperclone_onnx.frameworks.compiling.preparation import prepare_model  # noqa: E402
 from tests import node_cases  # noqa: E402
 

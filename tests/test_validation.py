@@ -513,7 +513,7 @@ def test_a_wrong_scale_is_found_among_rounded_activations(
     model = tmp_path / "model.onnx"
     integer_model(model)
     monkeypatch.setattr(sharing._Divider, "_rescale", off_by_a_percent(sharing._Divider._rescale))
-    monkeypatch.setattr(validation, "check_tensors", lambda *_: TensorReport())
+    monkeypatch.setattr(validation, "check_tensors", lambda *_, **__: TensorReport())
     done = cli("expand", model, "--factor", "2", "-o", tmp_path / "big.onnx", "--device", "cpu")
     assert done.code == 1
     assert re.search(r"output logits in float32: relative error", done.error)
@@ -583,7 +583,7 @@ def test_the_provider_that_started_is_reported(
     for arguments in (("validate", *pair), ("expand", pair[0], "--factor", "2", "-o", out)):
         done = cli(*arguments, "--device", device)
         assert (done.code, done.stdout) == (2, "")
-        assert re.search(r"--device cuda: .*install hyperclone-onnx\[cuda\].*--device cpu", done.error)
+        assert re.search(r"--device cuda: .*install 'hyperclone-onnx\[cuda\]'.*--device cpu", done.error)
     assert names_in(out.parent) == {pair[1].name}
 
 

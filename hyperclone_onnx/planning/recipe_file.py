@@ -18,6 +18,8 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
 LONGEST_FILE = 10**6
 """A longer file is no recipe (bytes)."""
 
+_LINE_SEPARATORS = "\x85\u2028\u2029"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -264,7 +266,10 @@ def written_recipe(recipe: Mapping[str, Any], folder: Path) -> str:
     """
     import yaml
 
-    text = yaml.safe_dump(plain_recipe(recipe, folder), sort_keys=False, allow_unicode=True)
+    data = plain_recipe(recipe, folder)
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    if any(separator in text for separator in _LINE_SEPARATORS):  # YAML reads these as spaces unless they are escaped
+        text = yaml.safe_dump(data, sort_keys=False)
     return f"# hyperclone-onnx expand MODEL --recipe THIS_FILE -o OUT\n{text}"
 
 

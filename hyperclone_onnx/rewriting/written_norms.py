@@ -309,17 +309,24 @@ def _group_norm(w: NormWriter) -> None:
     The averaged axes are those of a value of the shape (batch, groups, channels of a group, places).
     """
     groups = w.node.attributes["num_groups"].as_int()
-    channels, x = w.sizes[-2], w.given(0)
+    x, channels, places = w.given(0), w.sizes.get(-2), w.sizes.get(-1)
+    whole = None if channels is None else groups * channels
+    inner = [0, groups, *_one_free(channels, places)]
     shape = w.step("Shape", x, dtype=ir.DataType.INT64)
-    grouped = w.step("Reshape", w.cast(x, w.wide), w.integers("groups", [0, groups, channels, -1]))
+    grouped = w.step("Reshape", w.cast(x, w.wide), w.integers("groups", inner))
     normal, _, _ = w.normalise(grouped, None, None, w.real("epsilon", 1e-5))
     by_group = w.opset < 21
-    flat = w.integers("channels", [0, groups, -1] if by_group else [0, groups * channels, -1])
+    flat = w.integers("channels", [0, groups, -1] if by_group else [0, *_one_free(whole, places)])
     result = w.step("Reshape", normal, flat, dtype=w.type)
     for op_type, slot in (("Mul", 1), ("Add", 2)):
         operand = w.step("Unsqueeze", w.given(slot), w.integers("last", [1]), dtype=w.type)
         result = w.step(op_type, result, operand, dtype=w.type)
     w.replace({0: w.step("Reshape", result, shape, dtype=w.type)})
+
+
+def _one_free(channels: int | None, places: int | None) -> tuple[int, int]:
+    """The last two sizes of a Reshape's result: at most one is left to the Reshape. One of the two is known."""
+    return (channels, -1) if channels is not None else (-1, -1 if places is None else places)
 
 
 @_form("Softmax")

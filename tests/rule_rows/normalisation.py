@@ -29,7 +29,8 @@ def layer_norm(m: Model, op: str) -> None:
 
 @row("GroupNormalization", seeds=16)
 def group_norm(m: Model) -> None:
-    m.equal, m.opset, m.tolerance = True, m.pick(18, 21), 1e-4
+    # The operator averages float64 in float32 (its stash_type), and a norm that is written out in float64.
+    m.equal, m.opset, m.tolerance = True, m.pick(18, 21), 1e-3
     groups, c = m.size(1, 3), m.size(1, 3)
     length = groups * c if m.opset >= 21 else groups
     shape = (m.size(), groups * c, *m.shape(1, 2))
