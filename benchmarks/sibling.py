@@ -39,13 +39,6 @@ CONFIG = {
     "intermediate_size": 2560,
     "num_hidden_layers": LAYERS,
 }
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time, in a small village,",
-    "Water boils at a temperature of",
-    "The three most important things in life are",
-)
 NEW_TOKENS = 32
 TRAINED_TEXTS, TRAINED_TOKENS = 2, 16
 TOLERANCE = 1e-5
@@ -139,7 +132,7 @@ def prompts(folder: Path) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "hf" / "tokenizer.json"))
-    return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    return [tokenizer.encode(prompt).ids for prompt in build.PROMPTS]
 
 
 def train(folder: Path, texts: Sequence[Sequence[int]], steps: int) -> list[float]:

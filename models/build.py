@@ -76,6 +76,15 @@ class Source:
 
 
 TEXT = ("input_ids", "attention_mask")
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, in a small village,",
+    "Water boils at a temperature of",
+    "The three most important things in life are",
+)
+"""Texts that a language model continues, to compare it with its grown model."""
+
 SOURCES = {
     source.name: source
     for source in (

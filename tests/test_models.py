@@ -21,16 +21,9 @@ import pytest
 from hyperclone_onnx.validation.unrounded import unrounded
 from hyperclone_onnx.validation.wide import save_wide
 from models import dialects
-from models.build import SOURCES
+from models.build import PROMPTS, SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time, in a small village,",
-    "Water boils at a temperature of",
-    "The three most important things in life are",
-)
 
 # The kernel's own peak of this process. It does not contain the memory that a child inherits from its parent.
 MEASURED = """

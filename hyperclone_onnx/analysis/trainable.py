@@ -100,9 +100,9 @@ def overridden(reasons: Reasons, freeze: Sequence[str], train: Sequence[str]) ->
     reasons = dict(reasons)
     _must_match([*freeze, *train], reasons)
     for name in reasons:
-        if _matches(name, train):
+        if matches(name, train):
             reasons[name] = ("trainable", "matches a glob of `train`")
-        elif reasons[name][0] == "trainable" and _matches(name, freeze):
+        elif reasons[name][0] == "trainable" and matches(name, freeze):
             reasons[name] = ("frozen", "matches a glob of `freeze`")
     return reasons
 
@@ -112,7 +112,8 @@ def trainable(model: ir.Model, *, freeze: Sequence[str] = (), train: Sequence[st
     return [name for name, (role, _) in roles(model, freeze=freeze, train=train).items() if role == "trainable"]
 
 
-def _matches(name: str, globs: Iterable[str]) -> bool:
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether a name fits any of some globs."""
     return any(fnmatchcase(name, glob) for glob in globs)
 
 

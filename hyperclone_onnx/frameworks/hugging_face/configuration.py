@@ -118,16 +118,8 @@ class Search:
         """
         key = tuple(sorted(changes, key=lambda change: change.name))
         if key not in self.built:
-            self.built[key] = self._build(key)
+            self.built[key] = built_shapes(self.checkpoint, key)
         return self.built[key]
-
-    def _build(self, changes: Sequence[Change]) -> Shapes | None:
-        try:
-            with torch.device("meta"):
-                model = built(self.checkpoint, changes)
-        except Exception:  # a model whose sizes do not fit together may raise any exception
-            return None
-        return {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
 
     def wrong(self, changes: Sequence[Change]) -> int:
         """The number of tensors whose shape is not the wanted one; more than all where the model is no candidate."""
@@ -265,6 +257,16 @@ def built(checkpoint: Checkpoint, changes: Sequence[Change]) -> Any:
         model = checkpoint.model_class(changed_config(checkpoint, changes)).eval()
     model.tie_weights()
     return model
+
+
+def built_shapes(checkpoint: Checkpoint, changes: Sequence[Change]) -> Shapes | None:
+    """The shapes of a model's tensors with some changes of its configuration; None where it cannot be built."""
+    try:
+        with torch.device("meta"):
+            model = built(checkpoint, changes)
+    except Exception:  # a model whose sizes do not fit together may raise any exception
+        return None
+    return {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
 
 
 def changed_config(checkpoint: Checkpoint, changes: Sequence[Change]) -> Any:

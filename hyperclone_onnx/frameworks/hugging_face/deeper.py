@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hyperclone_onnx.errors import Refused
 from hyperclone_onnx.frameworks.hugging_face.assembly import Given
@@ -29,6 +28,7 @@ from hyperclone_onnx.frameworks.hugging_face.configuration import (
     Path,
     Shapes,
     built,
+    built_shapes,
     changed_config,
     changed_fields,
     integers,
@@ -400,19 +400,11 @@ class _Search:
         """The number of tensors that are missing, too many or of another shape."""
         key = tuple(sorted((change.path, repr(change.after)) for change in changes))
         if key not in self.built:
-            self.built[key] = self._shapes(changes)
+            self.built[key] = built_shapes(self.checkpoint, changes)
         shapes = self.built[key]
         if shapes is None:
             return len(self.wanted) + 1
         return sum(shapes.get(name) != self.wanted.get(name) for name in {**shapes, **self.wanted})
-
-    def _shapes(self, changes: Sequence[Change]) -> Shapes | None:
-        try:
-            with torch.device("meta"):
-                model = built(self.checkpoint, changes)
-        except Exception:  # a model whose settings do not fit together may raise any exception
-            return None
-        return {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
 
     def _fitting(self) -> list[Change]:
         """Changes with which the model has the wanted tensors: numbers of layers first, then lists beside them."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from hyperclone_onnx.analysis.trainable import matches
 from hyperclone_onnx.errors import BadRequest
-from hyperclone_onnx.frameworks.checkpoints.manifest import continuations_in
+from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE, NAME, continuations_in
 from hyperclone_onnx.frameworks.compiled_model import PathLike
 from hyperclone_onnx.frameworks.continuation import (
     Continuation,
@@ -125,7 +126,7 @@ def muon_groups(
         return {"lr": lr * factors.rate, "weight_decay": decay * factors.weight_decay}
 
     def is_matrix(name: str, parameter: Any) -> bool:
-        return parameter.ndim == 2 and any(fnmatchcase(name, glob) for glob in names)
+        return parameter.ndim == 2 and matches(name, names)
 
     return _groups(model, folder, weight_decay, (), settings, is_matrix)
 
@@ -215,7 +216,7 @@ def _groups(
     members: dict[tuple[tuple[str, Any], ...], list[tuple[str, Any]]] = defaultdict(list)
     for name, parameter, tensor in _trained(model, folder):
         if chosen(name, parameter):
-            decay = 0.0 if any(fnmatchcase(name, glob) for glob in no_decay) else weight_decay
+            decay = 0.0 if matches(name, no_decay) else weight_decay
             members[tuple(settings(tensor, decay).items())].append((name, parameter))
     return [{"params": parameters, **dict(values)} for values, parameters in members.items()]
 
@@ -237,7 +238,8 @@ def _named(model: Any) -> Iterable[tuple[str, Any]]:
 
 def _known(model: Any, folder: PathLike | None) -> Mapping[str, Continuation]:
     if folder is not None:
-        return continuations_in(Path(folder))
+        manifests = [Path(folder) / name for name in (HUGGING_FACE, NAME)]
+        return _read(Path(folder), tuple(path.stat().st_mtime_ns for path in manifests if path.is_file()))
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps the module
     known: Mapping[str, Continuation] | None = getattr(model, "continuations", None)
     if known is None:
@@ -246,3 +248,9 @@ def _known(model: Any, folder: PathLike | None) -> Mapping[str, Continuation]:
             "or give folder=, the folder that handoff wrote"
         )
     return known
+
+
+@lru_cache(maxsize=4)
+def _read(folder: Path, _modified: tuple[int, ...]) -> Mapping[str, Continuation]:
+    """What a folder's manifest says. `clip_grad_norm` asks in every step, so it is read once."""
+    return continuations_in(folder)

@@ -8,9 +8,9 @@ The settings are those of the *source's* training, as in `groups`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from hyperclone_onnx.analysis.trainable import matches
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.continuation import (
@@ -69,7 +69,7 @@ def adamw(
         return optax.adamw(rate, b1, b2, eps * factors.eps, weight_decay=decay)
 
     def settings(name: str, tensor: Continuation) -> tuple[AdamWFactors, bool]:
-        return adamw_factors(tensor, parametrisation), not any(fnmatchcase(name, glob) for glob in no_decay)
+        return adamw_factors(tensor, parametrisation), not matches(name, no_decay)
 
     return _partition(apply, params, settings, of)
 
