@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import hyperclone_onnx
-from hyperclone_onnx.commands import runtimes
+from hyperclone_onnx.system import runtimes
 from tests.conftest import ROOT, Command
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 import click
 
-from hyperclone_onnx.commands import runtimes
 from hyperclone_onnx.errors import INTERRUPTED, INTERRUPTED_EXIT_CODE, HypercloneError, printable
 from hyperclone_onnx.publishing import publication
+from hyperclone_onnx.system import runtimes
 from hyperclone_onnx.system.signals import STOPPING
 
 DEBUG = "HYPERCLONE_DEBUG"
