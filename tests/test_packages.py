@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hyperclone_onnx
+from tests.imported import imported
 
 ROOT = Path(hyperclone_onnx.__file__).parent
 
@@ -57,14 +58,11 @@ def package_of(module: str) -> str:
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
     """The imports of our package in a file, with line numbers; also those within functions, and those for types."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names if alias.name.startswith("hyperclone_onnx"))
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hyperclone_onnx"):
-            if node.module == "hyperclone_onnx":
-                yield from ((f"hyperclone_onnx.{alias.name}", node.lineno) for alias in node.names)
-            else:
-                yield node.module, node.lineno
+    for module, name, line in imported(path):
+        if module == "hyperclone_onnx" and name:
+            yield f"hyperclone_onnx.{name}", line
+        elif module.startswith("hyperclone_onnx"):
+            yield module, line
 
 
 def own_package(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 import tomllib
@@ -14,6 +13,7 @@ import yaml
 import hyperclone_onnx
 from hyperclone_onnx.system import runtimes
 from tests.conftest import ROOT, Command
+from tests.imported import imported
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGE = ROOT / "hyperclone_onnx"
@@ -41,13 +41,7 @@ def named(requirements: list[str]) -> set[str]:
 
 def third_party(path: Path) -> set[str]:
     """The packages that a file imports, also within functions."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-    tops = {name.partition(".")[0] for name in names}
+    tops = {module.partition(".")[0] for module, _, _ in imported(path)}
     return {DISTRIBUTIONS.get(top, top).replace("_", "-") for top in tops - sys.stdlib_module_names - {PACKAGE.name}}
 
 
