@@ -161,7 +161,12 @@ GROWTHS = {
 }
 
 
-@pytest.mark.parametrize("name", GROWTHS)
+QUICK = ("gpt2.distinct", "phi.distinct", "vit.distinct", "t5_decoder.cached")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow_zoo) for name in GROWTHS]
+)
 def test_deeper_models_of_the_zoo_compute_the_same(name: str, zoo: Zoo, expected: Expected, tmp_path: Path) -> None:
     out = tmp_path / "big.onnx"
     result = expand(zoo(name), out, layers=GROWTHS[name], device="cpu")

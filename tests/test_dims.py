@@ -115,7 +115,7 @@ def trees(draw: st.DrawFn, size: int, depth: int = 3) -> Tree:
 
 
 @given(st.sampled_from([6, 8, 12, 24]), st.data())
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=160, deadline=None, derandomize=True)
 def test_any_two_descriptions_grow_alike(size: int, data: st.DataObject) -> None:
     space = Space()
     many = [term(space, data.draw(trees(size))) for _ in range(3)]
@@ -126,7 +126,7 @@ def test_any_two_descriptions_grow_alike(size: int, data: st.DataObject) -> None
 
 
 @given(st.sampled_from([8, 12, 24]), st.data())
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_index_spaces_of_several_axes_grow_alike(size: int, data: st.DataObject) -> None:
     """Two sequences of axes that a Reshape relates, with random descriptions."""
     space = Space()
@@ -143,7 +143,7 @@ def test_index_spaces_of_several_axes_grow_alike(size: int, data: st.DataObject)
 
 
 @given(st.sampled_from([6, 8, 12]), st.data())
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_a_cut_is_a_cut_of_the_grown_axis(size: int, data: st.DataObject) -> None:
     space = Space()
     whole = term(space, data.draw(trees(size)))

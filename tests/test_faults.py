@@ -28,14 +28,14 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies
 faults = pytest.importorskip("fuzz.faults") if hasattr(os, "fork") else None
 
 SCENES = {
-    "a file": 7,
-    "a pair": 7,
-    "a pair over a pair": 7,
-    "a file and its plan": 7,
-    "a folder": 7,
-    "a pair by copies": 29,
+    "a file": 19,
+    "a pair": 19,
+    "a pair over a pair": 13,
+    "a file and its plan": 19,
+    "a folder": 17,
+    "a pair by copies": 89,
 }
-"""Before how many of the calls a fault is tried: every seventh, or fewer where a run is long (`make faults`: all)."""
+"""The distance between the calls before which a fault is tried: more where a run is long. `make faults` tries all."""
 
 
 def scene(folder: Path, name: str) -> faults.Scene:  # type: ignore[name-defined]

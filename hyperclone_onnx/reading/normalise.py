@@ -84,11 +84,12 @@ def _unshare_moved_weights(graph: ir.Graph) -> None:
     The users may contract different axes of it, or none.
     """
     fresh = FreshNames(graph)
+    moved = _moved_from_storage(graph)
     for node in reversed(list(graph)):
         if node.domain or node.op_type not in MOVES_OR_CASTS or not node.inputs or len(node.outputs) != 1:
             continue
         output = node.outputs[0]
-        if output.is_graph_output() or not _only_from_storage(node):
+        if output not in moved or output.is_graph_output():
             continue
         for number, use in enumerate(list(output.uses())[1:], 1):
             if use.node.graph is not graph:
@@ -107,14 +108,16 @@ def _unshare_moved_weights(graph: ir.Graph) -> None:
             use.node.replace_input_with(use.idx, copy.outputs[0])
 
 
-def _only_from_storage(node: ir.Node) -> bool:
-    value = node.inputs[0]
-    while value is not None and not is_initializer(value):
-        producer = value.producer()
-        if producer is None or producer.domain or producer.op_type not in MOVES_OR_CASTS or not producer.inputs:
-            return False
-        value = producer.inputs[0]
-    return value is not None
+def _moved_from_storage(graph: ir.Graph) -> set[ir.Value]:
+    """The values that Transposes and the like make of one stored tensor alone."""
+    moved: set[ir.Value] = set()
+    for node in graph:
+        if node.domain or node.op_type not in MOVES_OR_CASTS or not node.inputs:
+            continue
+        value = node.inputs[0]
+        if value is not None and (is_initializer(value) or value in moved):
+            moved.update(node.outputs)
+    return moved
 
 
 def _drop_unused(graph: ir.Graph) -> None:
