@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hyperclone_onnx.plan.recipes import Recipe
     from hyperclone_onnx.plan.strategies import Strategy
     from hyperclone_onnx.rewriting.rewriting import rewrite
+    from hyperclone_onnx.shrinking.shrinking import Shrinkage, shrink
     from hyperclone_onnx.tensors.grown_tensor import GrownTensor
     from hyperclone_onnx.validation.validating import Validation
 
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Refused",
+    "Shrinkage",
     "SourceMap",
     "Strategy",
     "Validation",
@@ -49,6 +51,7 @@ __all__ = [
     "hand_over",
     "plan_expansion",
     "rewrite",
+    "shrink",
     "validate",
     "validate_files",
 ]
@@ -67,6 +70,7 @@ _HOMES = {
     "plan.recipes": "Recipe",
     "plan.strategies": "Strategy",
     "rewriting.rewriting": "rewrite",
+    "shrinking.shrinking": "Shrinkage shrink",
     "tensors.grown_tensor": "GrownTensor",
     "validation.validating": "Validation",
 }

@@ -38,6 +38,8 @@ from hyperclone_onnx.publishing.publication import check_output, data_name, publ
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.in_memory import GivenModel
 from hyperclone_onnx.rewriting.rewriting import rewrite
+from hyperclone_onnx.rewriting.source_record import METADATA_KEY as SOURCE_KEY
+from hyperclone_onnx.rewriting.source_record import record_source, steps_kept
 from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.transforms.interface import notes_of
@@ -387,9 +389,19 @@ def _planned(
         likeness = replace(likeness, layers=(layers_before, likeness.layers[1]))
     growth, plan = _plan(analysis, request)
     big = rewrite(analysis.model, plan)
+    _record_source(analysis, plan, big)
     result = replace(_report(analysis, out, growth, plan, big), likeness=likeness)
     clock.lap("plan")
     return _Planned(analysis, plan, big, replace(result, seconds=clock.seconds))
+
+
+def _record_source(analysis: Analysis, plan: Plan, big: ir.Model) -> None:
+    """Let a grown model carry the graph of its source, from which `shrink` makes the small model again."""
+    kept = steps_kept(analysis.transforms)
+    base = analysis.model if kept == analysis.transforms else source_of(analysis.path, kept).model
+    record = record_source(base, analysis.model, plan, big)
+    if record is not None:
+        big.metadata_props[SOURCE_KEY] = record.dumps()
 
 
 def expand(
@@ -528,7 +540,7 @@ def _expanded(model: Path, out: Path, request: _Request, run: _Run) -> Expansion
     say, clock = run.say, _Clock()
     planned = _planned(model, out, request, run.plan_out, say, clock)
     analysis, plan, big = planned.analysis, planned.plan, planned.big
-    _check_room(out, analysis.model, big)
+    check_room(out, analysis.model, big)
     validation: Validation | None = None
     pair = Pair(
         analysis.dimensions,
@@ -572,7 +584,7 @@ def _expanded(model: Path, out: Path, request: _Request, run: _Run) -> Expansion
             if validation.problems:
                 raise ModelsDiffer(_differs(out, validation))
         loading.check_unchanged(analysis.stamps)
-        files = _sizes_of_files(written)
+        files = sizes_of_files(written)
         say("publishing")
     return replace(planned.result, validation=validation, seconds=clock.seconds, files=files)
 
@@ -581,7 +593,7 @@ MOST_TIMES, FREE_OF_LIMIT = 100, 10**9
 """A result that is larger than its source by more than this is a mistake of the user, unless it is small (bytes)."""
 
 
-def _check_room(out: Path, source: ir.Model, grown: ir.Model) -> None:
+def check_room(out: Path, source: ir.Model, grown: ir.Model) -> None:
     """Check the size of the result before anything is written.
 
     Raises:
@@ -599,7 +611,7 @@ def _check_room(out: Path, source: ir.Model, grown: ir.Model) -> None:
         raise CannotWrite(f"{out} would have {in_bytes(after)}, and its disk has {in_bytes(free)} free")
 
 
-def _sizes_of_files(written: Path) -> dict[str, int]:
+def sizes_of_files(written: Path) -> dict[str, int]:
     """The files of a written model, the model itself first."""
     names = data_files(written.name)
     data = sorted(path for path in written.parent.iterdir() if names.fullmatch(path.name))

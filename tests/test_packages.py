@@ -33,6 +33,7 @@ validation
 in_memory
 expansion
 folders
+shrinking
 diagnosis
 frameworks
 reports

@@ -127,7 +127,8 @@ def _byte_source(tensor: ir.TensorProtocol, forget: bool) -> ByteSource | None:
         return _JoinedBytes(tensor, forget)
     if isinstance(tensor, DrawnTensor):
         return _DrawnBytes(tensor)
-    return None
+    collapsed = getattr(tensor, "collapsed", None)  # its module imports this one
+    return collapsed if collapsed is not None and collapsed.averages else None
 
 
 class _FileBytes:

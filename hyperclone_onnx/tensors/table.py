@@ -67,7 +67,7 @@ class Table:
     ) -> None:
         self.recipe, self.strategy, self.dtype = recipe, strategy, dtype
         self.axes = recipe.index(maps)
-        self.split = min(_split([axis.grown for axis in self.axes]), _latest_split(recipe))
+        self.split = min(leading_axes([axis.grown for axis in self.axes]), _latest_split(recipe))
         self.rows = join_axes(self.axes[: self.split])
         self.columns = join_axes(self.axes[self.split :])
         self.source = SourceTable(source, recipe, self.axes, self.split)
@@ -245,7 +245,7 @@ def _latest_split(recipe: Recipe) -> int:
     return min((max(number, 1) for number in filled), default=len(recipe.axes))
 
 
-def _split(shape: Sequence[int]) -> int:
+def leading_axes(shape: Sequence[int]) -> int:
     """The number of leading axes that are rows: as few as keep a row within `WIDE` elements."""
     if len(shape) < 2:
         return 0

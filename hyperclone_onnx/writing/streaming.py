@@ -26,6 +26,7 @@ from hyperclone_onnx.progress import Progress
 from hyperclone_onnx.system.parallel import share_out, workers_for
 from hyperclone_onnx.system.positioned import BINARY, write_at
 from hyperclone_onnx.system.write_behind import WriteBehind
+from hyperclone_onnx.tensors.collapsed import LazyCollapsed
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor, LazyGrown
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.stored_rows import StoredRows
@@ -114,7 +115,7 @@ def _write_tensors(
 
 def _usable_after_fork(tensor: Streamed) -> bool:
     """Whether a forked process can read the tensor. A tensor of another library may need threads of that library."""
-    return isinstance(tensor, LazyGrown | ir.ExternalTensor) or (
+    return isinstance(tensor, LazyGrown | LazyCollapsed | ir.ExternalTensor) or (
         isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray)
     )
 
@@ -153,6 +154,8 @@ def _pieces(tensor: Streamed) -> Iterator[Piece]:
     if isinstance(tensor, LazyGrown):
         grown: GrownTensor = tensor.grown.fresh()
         return grown.pieces()
+    if isinstance(tensor, LazyCollapsed):
+        return tensor.collapsed.pieces()
     if isinstance(tensor, ir.ExternalTensor):
         return _copied(tensor)
     if isinstance(tensor, ir.TensorProtocol):

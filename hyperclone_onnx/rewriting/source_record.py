@@ -1,0 +1,192 @@
+"""The record of its source that a grown model carries: the source's graph without weights, and where its weights are.
+
+`shrinking` makes the small model again from it. The plan alone is not enough: an edit states the new attribute and
+not the old one, and a norm that was written out does not say what it was.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import bz2
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.plan.plans import Feed, Plan, TransformStep
+from hyperclone_onnx.reading.defaults import put_defaults_back
+from hyperclone_onnx.transforms.interface import name_in_file, places_of
+
+METADATA_KEY = "hyperclone_onnx.source"
+
+_ELSEWHERE = "hyperclone_onnx.elsewhere"
+"""The key in the recorded graph under which the places of its weights are written."""
+
+_PLACEHOLDER = "-"
+"""The file name in a recorded tensor whose numbers are in the grown model."""
+
+LARGEST_CARRIED = 1 << 20
+"""The most bytes of a tensor that the record contains because the grown model does not have it (sizes, mostly)."""
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The graph of a source, and the tensors of the grown model that were made of its own.
+
+    Args:
+        model: the source, normalised. A tensor that the grown model has is only declared: `is_declared` tells.
+        tensors: for each declared tensor, the names of the grown tensors that were made of it. The first one is read
+            where the source's tensor is read, unless `feeds` says otherwise.
+        feeds: the inputs of nodes of the source that read another one of these.
+    """
+
+    model: ir.Model
+    tensors: Mapping[str, tuple[str, ...]]
+    feeds: tuple[Feed, ...] = ()
+
+    def dumps(self) -> str:
+        """The record as text: a compressed protobuf message, in base 64.
+
+        bzip2 makes the same bytes on every machine, which zlib does not: a grown file is the same everywhere.
+        """
+        model = self.model.clone()
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            if name in self.tensors:
+                shape = ir.Shape(tensor.shape.numpy())
+                value.const_value = ir.ExternalTensor(
+                    _PLACEHOLDER, None, None, tensor.dtype, shape=shape, name=name, base_dir=""
+                )
+            elif isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
+                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+        elsewhere = {
+            "tensors": {name: list(names) for name, names in self.tensors.items() if names != (name,)},
+            "feeds": [[feed.node, feed.input, feed.tensor] for feed in self.feeds],
+        }
+        model.metadata_props[_ELSEWHERE] = json.dumps(elsewhere, separators=(",", ":"))
+        message: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+        return base64.b64encode(bz2.compress(message)).decode("ascii")
+
+    @staticmethod
+    def loads(text: str) -> SourceRecord:
+        """The inverse of `dumps`.
+
+        Raises:
+            BadModel: the text is no record.
+        """
+        try:
+            message = bz2.decompress(base64.b64decode(text, validate=True))
+            model = ir.from_proto(onnx.ModelProto.FromString(message))
+            elsewhere = json.loads(model.metadata_props.pop(_ELSEWHERE))
+            others = {str(name): tuple(map(str, names)) for name, names in elsewhere["tensors"].items()}
+            declared = [name for name, value in model.graph.initializers.items() if is_declared(value.const_value)]
+            tensors = {name: others.get(name, (name,)) for name in declared}
+            return SourceRecord(model, tensors, tuple(Feed(*feed) for feed in elsewhere["feeds"]))
+        except (binascii.Error, OSError, KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise BadModel(f"a malformed record of its source: {type(problem).__name__} {problem}") from problem
+        except Exception as problem:  # protobuf has an error class of its own
+            raise BadModel(f"a malformed record of its source: {problem}") from problem
+
+    @staticmethod
+    def carried_by(metadata: Mapping[str, str]) -> SourceRecord | None:
+        """The record in the `metadata_props` of a grown model; None where they have none.
+
+        Raises:
+            BadModel: the entry is no record.
+        """
+        text = metadata.get(METADATA_KEY)
+        return SourceRecord.loads(text) if text else None
+
+
+def is_declared(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether a tensor of a record is only declared: its numbers are in the grown model."""
+    return isinstance(tensor, ir.ExternalTensor) and tensor.location == _PLACEHOLDER
+
+
+UNDONE = ("layers",)
+"""The transforms that a growth back undoes. Others belong to the small model, such as tensors that were separated."""
+
+
+def steps_kept(steps: Iterable[TransformStep]) -> tuple[TransformStep, ...]:
+    """The transforms of a source that stay when a growth is undone: those in front of the first one that does not."""
+    kept: list[TransformStep] = []
+    for step in steps:
+        if step.name in UNDONE:
+            break
+        kept.append(step)
+    return tuple(kept)
+
+
+def steps_undone(steps: Iterable[TransformStep]) -> tuple[TransformStep, ...]:
+    """The transforms of a source that are undone with the growth."""
+    steps = tuple(steps)
+    return steps[len(steps_kept(steps)) :]
+
+
+def record_source(base: ir.Model, transformed: ir.Model, plan: Plan, grown: ir.Model) -> SourceRecord | None:
+    """The record of a source.
+
+    Args:
+        base: the source, normalised, after the transforms that stay. It is not changed.
+        transformed: the same after all transforms: what the plan grows.
+        plan: the plan.
+        grown: the grown model; its tensors are not read.
+
+    Returns:
+        The record. None if the grown model lacks a large tensor of the source.
+    """
+    copy = base.clone()
+    put_defaults_back(copy)
+    made_of = _made_of(transformed, plan, grown)
+    names: dict[str, tuple[str, ...]] = {}
+    places = places_of(transformed.graph)
+    for tensor in transformed.graph.initializers:
+        placed = places.get(tensor)
+        if placed is None or not placed.is_new:
+            source = tensor if placed is None else placed.source
+            if made_of.get(tensor):
+                names.setdefault(source, made_of[tensor])
+    names = {name: names[name] for name in base.graph.initializers if name in names}
+    for name, value in copy.graph.initializers.items():
+        if name not in names and value.const_value is not None and value.const_value.nbytes > LARGEST_CARRIED:
+            return None
+    return SourceRecord(copy, names, tuple(_feeds_in(base, transformed, plan.feeds)))
+
+
+def _made_of(transformed: ir.Model, plan: Plan, grown: ir.Model) -> dict[str, tuple[str, ...]]:
+    """For each tensor of the transformed source, the tensors of the grown model that were made of it."""
+    present = grown.graph.initializers
+    own: dict[str, list[str]] = {}
+    joined: dict[str, list[str]] = {}
+    for name in transformed.graph.initializers:
+        if name not in plan.tensors and name in present:
+            own[name] = [name]
+    for name, recipe in plan.tensors.items():
+        for number, source in enumerate(recipe.sources):
+            whole = isinstance(recipe.origin, str) or name == source or number == 0
+            names = (own if whole else joined).setdefault(source, [])
+            names.insert(0, name) if name == source else names.append(name)
+    return {name: tuple(own.get(name) or joined[name][:1]) for name in {**own, **joined}}
+
+
+def _feeds_in(base: ir.Model, transformed: ir.Model, feeds: Iterable[Feed]) -> Iterable[Feed]:
+    """The feeds of a plan at the nodes of the source's file, for those nodes that it has."""
+    feeds = list(feeds)
+    if not feeds:
+        return
+    if base is transformed:
+        yield from feeds
+        return
+    made_by = {value.name: node for node in base.graph.all_nodes() for value in node.outputs}
+    nodes = {node.name: node for node in transformed.graph.all_nodes()}
+    for feed in feeds:
+        node = nodes[feed.node]
+        known = [made_by[name] for name in map(name_in_file, node.outputs) if name in made_by]
+        if known:
+            yield Feed(known[0].name or "", feed.input, feed.tensor)

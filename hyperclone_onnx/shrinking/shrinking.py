@@ -1,0 +1,334 @@
+"""Makes a small model file out of a large one: reads, computes, writes, compares, publishes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from hyperclone_onnx import in_memory
+from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters
+from hyperclone_onnx.analysis.quantities import quantities
+from hyperclone_onnx.errors import ModelsDiffer, Refused
+from hyperclone_onnx.expansion import SizeChange, check_room, sizes_of_files
+from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.progress import Notify, Progress, ignore_stage
+from hyperclone_onnx.publishing.publication import check_output, publication
+from hyperclone_onnx.reading import loading
+from hyperclone_onnx.reading.in_memory import GivenModel
+from hyperclone_onnx.rewriting.source_record import steps_undone
+from hyperclone_onnx.shrinking.collapse import Collapsed, collapse, plan_of, record_of
+from hyperclone_onnx.shrinking.residue import Residue, overall, residues
+from hyperclone_onnx.summaries import Summarised, Summary
+from hyperclone_onnx.transforms.interface import places_of
+from hyperclone_onnx.transforms.layers import deepened
+from hyperclone_onnx.transforms.registry import changing
+from hyperclone_onnx.transforms.source import source_of
+from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
+from hyperclone_onnx.validation.outputs import OutputReport
+from hyperclone_onnx.validation.running import Pair, run_grown, start_file
+from hyperclone_onnx.validation.sessions import Device
+from hyperclone_onnx.validation.validating import Mode, Validation, prepare
+from hyperclone_onnx.validation.validating import validate as validate_pair
+from hyperclone_onnx.writing import onnx_files as writer
+from hyperclone_onnx.writing.onnx_files import needs_data_file
+
+Method = Literal["collapse", "selection", "importance"]
+METHODS: tuple[Method, ...] = ("collapse", "selection", "importance")
+
+
+@dataclass(frozen=True, repr=False)
+class Shrinkage(Summarised):
+    """The report of a model that was made smaller."""
+
+    method: Method
+    source: str
+    output: str | None
+    parameters_before: int
+    parameters_after: int
+    plan: Plan
+    """The plan of the growth that was undone, or of the selection."""
+    sizes: tuple[SizeChange, ...] = ()
+    """Every size that people have a name for, in the large and in the small model."""
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """The number of layers before and after, for each stack that became less deep."""
+    residues: tuple[Residue, ...] = ()
+    """How far the clones of each tensor have parted, for a growth that was undone."""
+    apart: tuple[str, ...] = ()
+    """Tensors that were one in the source of the growth, and that training made different: they stay several."""
+    moved: tuple[OutputReport, ...] = ()
+    """How far each output moved on the inputs that both models ran on."""
+    cases: tuple[str, ...] = ()
+    """The inputs that both models ran on."""
+    validation: Validation | None = None
+    """The comparison with the large model, where the small one must compute the same: its clones are tied."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """The names of the written files, the model first and then its data files, with their sizes in bytes."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    model: Any = None
+    """The small model, where `shrink` got no output path."""
+
+    @property
+    def residue(self) -> float:
+        """The root mean square of all residues, each tensor counted by its elements."""
+        return overall(self.residues)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether all clones of the grown model are still as growth made them."""
+        return all(residue.is_tied for residue in self.residues) and not self.apart
+
+    @property
+    def verdict(self) -> str:
+        """The result in a few words."""
+        if self.validation is not None:
+            return f"the clones are tied, and the outputs are {self.validation.verdict}"
+        if not self.moved:
+            return "the outputs were not compared"
+        return f"outputs moved by up to {max(report.max_relative for report in self.moved):.1e} (relative)"
+
+    def summary(self) -> Summary:
+        """The sizes, and how far the outputs moved."""
+        where = self.output or ("in memory" if self.model is not None else "not written")
+        line = (
+            f"{self.source} -> {where} by {self.method}, {self.parameters_before:,} -> {self.parameters_after:,} "
+            f"parameters, {self.verdict}"
+        )
+        rows = [(change.name, change.before, change.after) for change in self.sizes if change.before != change.after]
+        return Summary(line, ("dimension", "from", "to"), rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data, without the recipes of the tensors."""
+        return {
+            "method": self.method,
+            "source": self.source,
+            "output": self.output,
+            "parameters": {"before": self.parameters_before, "after": self.parameters_after},
+            "sizes": [
+                {"role": size.role, "name": size.name, "from": size.before, "to": size.after} for size in self.sizes
+            ],
+            **({"layers": dict(self.layers)} if self.layers else {}),
+            **(
+                {
+                    "tied": self.is_tied,
+                    "residue": self.residue,
+                    "residues": [asdict(residue) for residue in self.residues],
+                    "apart": list(self.apart),
+                }
+                if self.method == "collapse"
+                else {}
+            ),
+            "moved": [report.to_json() for report in self.moved],
+            "cases": list(self.cases),
+            "validation": None if self.validation is None else self.validation.to_json(),
+            "files": dict(self.files),
+            "seconds": dict(self.seconds),
+            **({"notes": list(self.notes)} if self.notes else {}),
+        }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How a small model is written and compared. The fields are arguments of `shrink`."""
+
+    check: bool | Mode
+    device: Device
+    max_shard_size: int | None
+    workers: int | None
+    inputs: Inputs | None
+    dims: Mapping[str, int] | None
+    progress: Progress | None
+    say: Notify
+
+
+def shrink(
+    model: GivenModel,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    method: Method = "collapse",
+    plan: str | os.PathLike[str] | Plan | None = None,
+    source: str | os.PathLike[str] | None = None,
+    check: bool | Mode = True,
+    device: Device = "auto",
+    max_shard_size: int | None = None,
+    workers: int | None = None,
+    inputs: Inputs | None = None,
+    dims: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+) -> Shrinkage:
+    """Make a model smaller. The new file appears only when it is complete.
+
+    Args:
+        model: the path of the large model, an ``onnx.ModelProto`` or an ``onnx_ir.Model``. It is not changed.
+        output: the file to write. Without it, the report has the small model as ``report.model``.
+        method: how: "collapse" undoes a growth.
+        plan: for "collapse", the plan of the growth if the model does not carry it: a plan, or the file that
+            ``expand --plan-out`` wrote.
+        source: for "collapse", a file with the graph of the small model if the grown one does not carry it. Its weights
+            are not used.
+        check: how the result of "collapse" is validated while the clones are tied: "full", "algebraic", "auto" (or
+            True). False compares nothing.
+        device: the device on which both models run.
+        max_shard_size: the most bytes of one data file. Larger models get several data files.
+        workers: the number of processes that compute and write. The written files do not depend on it.
+        inputs: inputs on which both models run: a path (see `validation.inputs.given`), or arrays by input. By default
+            they are random.
+        dims: numbers for the symbolic sizes of random inputs, by name.
+        progress: called after each written tensor, with the number of written tensors and the number of all tensors.
+        notify: called with the name of each stage when it begins.
+
+    Returns:
+        The report.
+
+    Raises:
+        BadModel: a file is not a readable, complete ONNX model, or was changed meanwhile.
+        BadRequest: an argument is wrong, or does not fit the model.
+        Refused: the model cannot be made smaller in this way.
+        CannotWrite: an output file cannot be written.
+        ModelsDiffer: the clones are tied, and the small model does not compute the same. No file is published.
+    """
+    in_memory.check_output(output)
+    run = _Run(check, device, max_shard_size, workers, inputs, dims, progress, notify or ignore_stage)
+    with in_memory.files(model, output) as files:
+        given = plan if plan is None or isinstance(plan, Plan) else Path(plan)
+        result = _collapsed(files.source, files.output, given, None if source is None else Path(source), run)
+        if output is None:
+            result = replace(result, output=None, files={}, model=files.grown())
+        return replace(result, source=files.source_name)
+
+
+class _Clock:
+    """The seconds that each stage took."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Record the end of a stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self.last, 3)
+        self.last = now
+
+
+def _collapsed(model: Path, out: Path, given: Path | Plan | None, source: Path | None, run: _Run) -> Shrinkage:
+    """Undo the growth of a file."""
+    clock = _Clock()
+    run.say("reading")
+    grown = loading.load(model)
+    stamps = loading.stamps(loading.source_files(model, grown))
+    plan = plan_of(model, grown, given)
+    record = record_of(model, grown, plan, source)
+    check_output(out, set(stamps))
+    small = collapse(model, grown, plan, record)
+    check_room(out, grown, small.model)
+    clock.lap("plan")
+    with publication(out) as written:
+        run.say("writing")
+        writer.save(
+            small.model,
+            written,
+            external=needs_data_file(small.model) or len(stamps) > 1 or run.max_shard_size is not None,
+            max_shard_size=run.max_shard_size,
+            workers=run.workers,
+            progress=run.progress,
+        )
+        clock.lap("write")
+        run.say("comparing the clones")
+        result = Shrinkage(
+            "collapse",
+            str(model),
+            str(out),
+            count_parameters(grown),
+            count_parameters(small.model),
+            plan,
+            layers={name: (after, before) for name, (before, after) in deepened(plan.transforms).items()},
+            residues=tuple(residues(grown, plan, run.workers)),
+            apart=small.apart,
+        )
+        clock.lap("residue")
+        try:
+            analysis = analyse(written, steps_undone(plan.transforms))
+            result = replace(result, sizes=_sizes(analysis, plan))
+            if run.check is not False:
+                run.say("running both models")
+                result = _compared(result, model, grown, small, analysis, run)
+        except Refused as problem:  # it names the file by its temporary place
+            raise Refused(str(problem).replace(str(written), str(out))) from problem
+        clock.lap("compare")
+        loading.check_unchanged(stamps)
+        files = sizes_of_files(written)
+        run.say("publishing")
+    return replace(result, files=files, seconds=clock.seconds)
+
+
+def _sizes(analysis: Analysis, plan: Plan) -> tuple[SizeChange, ...]:
+    """Every size that people have a name for, in the grown model and in the small one."""
+    named = analysis.named
+    names = {dimension.dim: dimension.name for dimension in named}
+    grown = {dim: plan.dims[name].map.grown for dim, name in names.items() if name in plan.dims}
+    return tuple(
+        SizeChange(
+            quantity.role,
+            quantity.name,
+            quantity.size_with(grown),
+            quantity.size,
+            dims=tuple(names[dim] for dim in quantity.dims),
+        )
+        for quantity in quantities(analysis.dimensions, named)
+    )
+
+
+def _compared(
+    result: Shrinkage, big: Path, grown: ir.Model, small: Collapsed, analysis: Analysis, run: _Run
+) -> Shrinkage:
+    """The result with a comparison of the outputs. Tied clones must give an equal model, others are measured.
+
+    Raises:
+        ModelsDiffer: the clones are tied, and the outputs differ.
+    """
+    plan, mode = result.plan, "auto" if run.check is True else run.check
+    assert mode is not False
+    untransformed = source_of(analysis.path).model if analysis.transforms else None
+    wishes = wishes_of(analysis.model, run.inputs, run.dims)
+    pair = Pair(analysis.dimensions, grown, plan, run.device, wishes, untransformed)
+    must_be_equal = result.is_tied and plan.preserves and not changing(plan.transforms)
+    prepared = prepare(analysis.path, pair, mode if must_be_equal else "auto")
+    if must_be_equal:
+        validation = validate_pair(prepared, pair, big, run.workers)
+        trained = _trained_layers(validation, analysis)
+        if not validation.problems:
+            return replace(result, validation=validation)
+        if not trained:
+            raise ModelsDiffer(
+                f"{result.output} was not written: the clones of {big} are tied, and the small model differs from it: "
+                f"{validation.problems[0]}"
+            )
+        result = replace(result, notes=(*result.notes, "the new layers were trained: without them the outputs move"))
+    if prepared.expected is None or prepared.mode != "full":
+        why = f"the outputs were not compared: {prepared.scope}"
+        return replace(result, notes=(*result.notes, why))
+    ran = run_grown(pair, prepared.expected, start_file(big, run.device, grown))
+    broken = next((report for report in ran.outputs if report.problem), None)
+    if broken is not None and broken.problem.startswith("the grown model does not run"):
+        raise Refused(f"{big}: {broken.problem}")
+    return replace(result, moved=ran.outputs, cases=prepared.expected.labels)
+
+
+def _trained_layers(validation: Validation, analysis: Analysis) -> bool:
+    """Whether only tensors of layers that growth added differ from what growth made of them."""
+    wrong = () if validation.tensors is None else validation.tensors.wrong
+    new = [name for name, placed in places_of(analysis.model.graph).items() if placed.is_new]
+    return bool(wrong) and all(any(text.startswith(f"{name}: ") for name in new) for text in wrong)
+
+
+def moved_most(reports: Sequence[OutputReport]) -> OutputReport | None:
+    """The output that moved most; None where none was compared."""
+    return max(reports, key=lambda report: report.max_relative, default=None)
