@@ -91,12 +91,10 @@ def test_collapse_undoes_depth(growth: dict[str, Any]) -> None:
     assert_same(source, small, 4e-7)
 
 
-@pytest.mark.parametrize("name", ["gpt2.distinct", "llama.distinct", "bert.distinct", "t5.distinct"])
+@pytest.mark.parametrize("name", ["gpt2.distinct", "phi3.fused", "bert.distinct", "t5_encoder.torchscript"])
 @pytest.mark.parametrize("factor", [2, 1.5])
 def test_collapse_undoes_edits_of_whole_families(name: str, factor: float) -> None:
     """Sizes in attributes and inputs, inserted products, norms that are written out: all of it is undone."""
-    if name not in zoo_store.names():
-        name = next(one for one in zoo_store.names() if one.startswith(name.split(".")[0] + "."))
     source, big, small = collapsed(zoo_store.load(name), factor=factor)
     assert provenance(big, {})["graph"] != provenance(source, {})["graph"]
     assert_same(source, small, 1e-6)
