@@ -346,7 +346,7 @@ def _with_separate(model: str | os.PathLike[str], request: _Request) -> tuple[Tr
 
 
 @dataclass(frozen=True)
-class _Planned:
+class Planned:
     """A model that was read, and the plan of its growth."""
 
     analysis: Analysis
@@ -362,8 +362,8 @@ def _planned(
     request: _Request,
     plan_out: str | os.PathLike[str] | None,
     say: Notify,
-    clock: _Clock,
-) -> _Planned:
+    clock: Clock,
+) -> Planned:
     """Read a model, check the paths of the result and of the plan, and make the plan."""
     say("reading")
     if request.separate:
@@ -390,9 +390,9 @@ def _planned(
     growth, plan = _plan(analysis, request)
     big = rewrite(analysis.model, plan)
     _record_source(analysis, plan, big)
-    result = replace(_report(analysis, out, growth, plan, big), likeness=likeness)
+    result = replace(report_of(analysis, out, growth, plan, big), likeness=likeness)
     clock.lap("plan")
-    return _Planned(analysis, plan, big, replace(result, seconds=clock.seconds))
+    return Planned(analysis, plan, big, replace(result, seconds=clock.seconds))
 
 
 def _record_source(analysis: Analysis, plan: Plan, big: ir.Model) -> None:
@@ -500,7 +500,7 @@ def expand(
         layers_at=layers_at,
         separate=separate,
     )
-    run = _Run(
+    run = Run(
         _mode(check, precision),
         precision,
         device,
@@ -520,7 +520,7 @@ def expand(
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """How a growth is written and validated. The fields are arguments of `expand`."""
 
     mode: Mode | None
@@ -535,10 +535,20 @@ class _Run:
     say: Notify
 
 
-def _expanded(model: Path, out: Path, request: _Request, run: _Run) -> Expansion:
+def _expanded(model: Path, out: Path, request: _Request, run: Run) -> Expansion:
     """Grow a model file into another file."""
-    say, clock = run.say, _Clock()
-    planned = _planned(model, out, request, run.plan_out, say, clock)
+    clock = Clock()
+    return make(_planned(model, out, request, run.plan_out, run.say, clock), out, run, clock)
+
+
+def make(planned: Planned, out: Path, run: Run, clock: Clock) -> Expansion:
+    """Write, validate and publish a planned model.
+
+    Raises:
+        CannotWrite: an output file cannot be written.
+        ModelsDiffer: the written model is not what was planned. No file is published.
+    """
+    say = run.say
     analysis, plan, big = planned.analysis, planned.plan, planned.big
     check_room(out, analysis.model, big)
     validation: Validation | None = None
@@ -660,7 +670,7 @@ def plan_file(
         layers_at=layers_at,
         separate=separate,
     )
-    planned = _planned(model, None, request, plan_out, notify or ignore_stage, _Clock())
+    planned = _planned(model, None, request, plan_out, notify or ignore_stage, Clock())
     if plan_out is not None:
         write_text(Path(plan_out), _text(planned.plan))
     return planned.result
@@ -708,7 +718,8 @@ def _differs(out: Path, validation: Validation) -> str:
     return f"{out} was not written: the grown model differs from its source: {first}{more}"
 
 
-def _report(analysis: Analysis, out: Path | None, growth: Growth, plan: Plan, big: ir.Model) -> Expansion:
+def report_of(analysis: Analysis, out: Path | None, growth: Growth, plan: Plan, big: ir.Model) -> Expansion:
+    """The report of what a plan does to a model, before anything is written."""
     kept = [
         Kept(named.name, named.role, named.size, _why_kept(growth, named.dim))
         for named in growth.named
@@ -763,7 +774,7 @@ def _why_kept(growth: Growth, dim: Dim) -> str:
     return explain(growth.dimensions, dim) if dim.pin is not None else "not asked to grow"
 
 
-class _Clock:
+class Clock:
     """The seconds that each stage took."""
 
     def __init__(self) -> None:

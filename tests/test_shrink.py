@@ -15,6 +15,7 @@ from conftest import Outcome, build_model, names_in, normal, perceptron, with_ad
 from test_layers import blocks
 
 from hyperclone_onnx import BadRequest, ModelsDiffer, Plan, Refused, analyse, expand, plan_expansion, rewrite, shrink
+from hyperclone_onnx.diagnosis import diagnose
 from hyperclone_onnx.plan.plans import METADATA_KEY, TransformStep
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.rewriting.source_record import METADATA_KEY as SOURCE_KEY
@@ -175,6 +176,9 @@ def test_training_shows_as_a_residue(grown: Path, tmp_path: Path, cli: Callable[
     assert 0.05 < of["up.0"] < 0.15
     assert result.moved and result.moved[0].max_relative > 1e-4
     assert "equal" not in result.verdict
+    seen = diagnose(big, activations=False, ranks=False)
+    assert seen.residue == pytest.approx(result.residue)
+    assert {tensor.name: tensor.residue for tensor in seen.tensors}["up.0"] == of["up.0"]
     outcome = cli("shrink", big, "-o", tmp_path / "again.onnx", "--device", "cpu")
     assert outcome.code == 0 and "parted" in outcome.stdout and "equal" not in outcome.stdout
 

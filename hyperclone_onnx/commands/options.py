@@ -158,9 +158,12 @@ def parse_layers_at(_context: click.Context, _option: click.Parameter, text: str
 
 
 class Factor(click.ParamType[float]):
-    """A factor from 1 on: an int where it is whole, else a float."""
+    """A factor from 1 on, or from above 0 up to `most`: an int where it is whole, else a float."""
 
     name = "number"
+
+    def __init__(self, most: float | None = None) -> None:
+        self.most = most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Read a factor."""
@@ -168,7 +171,9 @@ class Factor(click.ParamType[float]):
             number = float(value)
         except ValueError:
             self.fail(f"{value!r} is not a valid number: give one such as 2 or 1.5", param, ctx)
-        if not math.isfinite(number) or number < 1:
+        if self.most is not None and not 0 < number <= self.most:
+            self.fail(f"{value} is not in the range 0<x<={self.most:g}: to grow, use expand.", param, ctx)
+        if self.most is None and (not math.isfinite(number) or number < 1):
             self.fail(f"{value} is not in the range x>=1.", param, ctx)
         return int(number) if number.is_integer() else number
 

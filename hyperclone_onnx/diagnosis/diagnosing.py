@@ -22,6 +22,7 @@ from hyperclone_onnx.planning.activations import activations as activations_of
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.reading import loading
+from hyperclone_onnx.shrinking.residue import overall, residues
 from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.validation.sessions import Device
 
@@ -78,6 +79,9 @@ def diagnose(
         notes.append(f"{source} has other weights than the source that was grown: its own ranks are compared")
     say("comparing weights")
     tensors = compare_tensors(path, grown, plan_used, layers)
+    left = residues(grown, plan_used)
+    of_tensor = {one.name: one.residue for one in left}
+    tensors = [replace(tensor, residue=of_tensor.get(tensor.name)) for tensor in tensors]
     if ranks:
         say("computing ranks")
         tensors = with_ranks(tensors, grown, plan_used, None if small is None else small.model)
@@ -115,6 +119,7 @@ def diagnose(
         tolerance=measured.tolerance,
         ran_on=measured.ran_on,
         notes=(*notes, *measured.notes),
+        residue=overall(left) if left else None,
     )
 
 

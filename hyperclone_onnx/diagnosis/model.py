@@ -57,6 +57,8 @@ class TensorDiagnosis:
     tolerance: float
     """The largest distance of weights that rounding can explain."""
     rank: Rank | None = None
+    residue: float | None = None
+    """What is left of the tensor when it is collapsed and grown again, divided by it (see `shrinking.residue`)."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -127,6 +129,8 @@ class Diagnosis(Summarised):
     ran_on: str
     """The provider that ran the model, and the inputs."""
     notes: tuple[str, ...]
+    residue: float | None = None
+    """The residue of all tensors together: what a small model would lose into which this one is collapsed."""
 
     def summary(self) -> Summary:
         """The conclusion, and the verdict on each layer."""

@@ -26,19 +26,23 @@ Fill = Literal["mean", "zero"]
 
 @dataclass(frozen=True)
 class SourceMap:
-    """A map m from grown indices [0, grown) to source indices [0, size). Every source index is used at least once.
+    """A map m from new indices [0, grown) to source indices [0, size).
 
-    Exactly one of four is set: `tile` (``[0 1 2 0 1 2]``), `repeat` (``[0 0 1 1 2 2]``), `cycle` (the grown size, which
-    may be any: ``[0 1 2 0 1]``) or `index` (any map, as the list of its source indices).
+    Exactly one is set. Of the maps that grow, every source index is used at least once: `tile` (``[0 1 2 0 1 2]``),
+    `repeat` (``[0 0 1 1 2 2]``), `cycle` (the grown size, which may be any: ``[0 1 2 0 1]``) or `index` (any map, as
+    the list of its source indices). The maps that shrink pick some source indices, each once: `even` (the new size; the
+    indices are evenly spaced: ``[0 2 4]``), `first` (the new size: ``[0 1 2]``) or `pick` (the list of indices).
 
     Raises:
-        ValueError: not exactly one is set, a number is not whole, a source index is not used, or `tile` or `repeat` is
-            below 1.
+        ValueError: not exactly one is set, a number is not whole, a source index is not used by a map that grows, or is
+            used twice by one that shrinks, or `tile` or `repeat` is below 1.
 
     >>> SourceMap(3, tile=2).indices.tolist(), SourceMap(3, repeat=2).numbers.tolist()
     ([0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 0, 1])
     >>> SourceMap(3, cycle=5).indices.tolist(), SourceMap(3, cycle=5).counts.tolist()
     ([0, 1, 2, 0, 1], [2, 2, 1, 2, 2])
+    >>> SourceMap(6, even=3).indices.tolist(), SourceMap(7, even=3).indices.tolist()
+    ([0, 2, 4], [0, 3, 6])
     """
 
     size: int
@@ -46,14 +50,26 @@ class SourceMap:
     repeat: int | None = None
     index: tuple[int, ...] | None = None
     cycle: int | None = None
+    even: int | None = None
+    first: int | None = None
+    pick: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("size", "tile", "repeat", "cycle"):
+        for name in ("size", "tile", "repeat", "cycle", "even", "first"):
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
-        if self.index is not None:
-            object.__setattr__(self, "index", tuple(_whole("an index", number) for number in self.index))
-        if sum(kind is not None for kind in (self.tile, self.repeat, self.index, self.cycle)) != 1:
+        for name in ("index", "pick"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(_whole("an index", number) for number in given))
+        grows = (self.tile, self.repeat, self.index, self.cycle)
+        if sum(kind is not None for kind in (*grows, self.even, self.first, self.pick)) != 1:
             raise ValueError("a source map is either a tile, a repeat, a cycle or an index")
+        for picked in (self.even, self.first):
+            if picked is not None and not 1 <= picked <= self.size:
+                raise ValueError(f"{picked} of {self.size} indices cannot be picked")
+        if self.pick is not None and (
+            not self.pick or len(set(self.pick)) < len(self.pick) or not set(self.pick) <= set(range(self.size))
+        ):
+            raise ValueError(f"a map that picks has some indices in [0, {self.size}), each once")
         if self.cycle is not None and self.cycle < self.size:
             raise ValueError(f"a cycle of {self.cycle} does not use every source index in [0, {self.size})")
         times = self.tile if self.tile is not None else self.repeat
@@ -69,7 +85,14 @@ class SourceMap:
             return len(self.index)
         if self.cycle is not None:
             return self.cycle
+        if self.picks:
+            return len(self.pick) if self.pick is not None else self.even or self.first or 0
         return self.size * (self.tile or self.repeat or 1)
+
+    @property
+    def picks(self) -> bool:
+        """Whether the map picks some of the source's indices, each once."""
+        return self.even is not None or self.first is not None or self.pick is not None
 
     @staticmethod
     def to_size(size: int, grown: int) -> SourceMap:
@@ -123,11 +146,18 @@ class SourceMap:
         return math.sqrt(self.grown / (self.grown // self.size * self.size))
 
     def to_json(self) -> dict[str, Any]:
-        """The map as plain data: ``{"tile": 2}``, ``{"repeat": 2}``, ``{"cycle": 5}`` or ``{"index": [...]}``."""
+        """The map as plain data: ``{"tile": 2}``, ``{"repeat": 2}``, ``{"cycle": 5}`` or ``{"index": [...]}``.
+
+        A map that picks is ``{"even": 3}``, ``{"first": 3}`` or ``{"pick": [...]}``.
+        """
         if self.index is not None:
             return {"index": list(self.index)}
         if self.cycle is not None:
             return {"cycle": self.cycle}
+        if self.pick is not None:
+            return {"pick": list(self.pick)}
+        if self.picks:
+            return {"even": self.even} if self.even is not None else {"first": self.first}
         return {"tile": self.tile} if self.tile is not None else {"repeat": self.repeat}
 
     @staticmethod
@@ -137,9 +167,9 @@ class SourceMap:
         Raises:
             ValueError: see `SourceMap`.
         """
-        index = data.get("index")
-        indices = None if index is None else tuple(index)
-        return SourceMap(size, data.get("tile"), data.get("repeat"), indices, data.get("cycle"))
+        index, pick = (None if data.get(name) is None else tuple(data[name]) for name in ("index", "pick"))
+        kinds = (data.get(name) for name in ("cycle", "even", "first"))
+        return SourceMap(size, data.get("tile"), data.get("repeat"), index, *kinds, pick)
 
 
 def _whole(name: str, number: Any) -> int | None:
@@ -167,12 +197,28 @@ def _vectors(source_map: SourceMap) -> tuple[Indices, Indices, Indices]:
         indices = grown % size
         counts = np.bincount(indices, minlength=size)
         return indices, grown // size, counts[indices]
+    if source_map.picks:
+        indices = _picked(source_map)
+        return indices, _constant(0, len(indices)), _constant(1, len(indices))
     indices = np.asarray(source_map.index, dtype=np.int64)
     order = np.argsort(indices, kind="stable")
     ordered = indices[order]
     numbers = np.empty(len(indices), dtype=np.int64)
     numbers[order] = np.arange(len(indices), dtype=np.int64) - np.searchsorted(ordered, ordered, side="left")
     return indices, numbers, np.bincount(indices, minlength=size)[indices]
+
+
+def _picked(source_map: SourceMap) -> Indices:
+    """The indices that a map picks. Evenly spaced ones have a stride where the size is a multiple of their number."""
+    if source_map.pick is not None:
+        return np.asarray(source_map.pick, dtype=np.int64)
+    size, number = source_map.size, source_map.grown
+    picked = np.arange(number, dtype=np.int64)
+    if source_map.first is not None or number == 1:
+        return picked
+    if size % number == 0:
+        return picked * (size // number)
+    return (2 * picked * (size - 1) + number - 1) // (2 * (number - 1))  # numpy.linspace, rounded, in whole numbers
 
 
 def _constant(number: int, length: int) -> Indices:

@@ -40,6 +40,8 @@ class Law:
     """Whether the extra copies of a tensor's outputs come from the next layer's tensor of the same kind."""
     draws_the_rest: ClassVar[bool] = False
     """Whether a weight is there once, and all numbers beside it are drawn. Nothing is then shared or divided."""
+    divides: ClassVar[bool] = True
+    """Whether sums over grown axes are divided, by shares or by numbers."""
     shares_equally: ClassVar[bool]
     """Whether each of n repeats takes 1 / n of the weight. Otherwise `takes_whole` says which one takes all of it."""
 
@@ -158,7 +160,22 @@ class CopyFresh(Law):
     name = "copy-fresh"
     preserves = False
     draws_the_rest = True
+    divides = False
     shares_equally = False
+
+    @property
+    def adds_up(self) -> bool:
+        """There are no shares, so that every number of the file can be compared."""
+        return True
+
+
+class Selection(Law):
+    """Some rows and columns of each weight, as they are (arXiv 2311.18823): for models that shrink."""
+
+    name = "selection"
+    preserves = False
+    divides = False
+    shares_equally = True
 
     @property
     def adds_up(self) -> bool:
@@ -181,7 +198,7 @@ def register(law: Law) -> Law:
     return law
 
 
-for _law in (Symmetric(), Diagonal(), NoisySymmetric(), NoisyDiagonal(), Fpi(), Aki(), CopyFresh()):
+for _law in (Symmetric(), Diagonal(), NoisySymmetric(), NoisyDiagonal(), Fpi(), Aki(), CopyFresh(), Selection()):
     register(_law)
 
 StrategyName = Literal["symmetric", "diagonal", "noisy-symmetric", "noisy-diagonal"]

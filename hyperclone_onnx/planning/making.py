@@ -45,7 +45,7 @@ def make_plan(
     """
     dimensions, terms = growth.dimensions, growth.terms
     chosen = strategy or Strategy()
-    division = Division() if chosen.law.draws_the_rest else divide_sums(growth, untie)
+    division = divide_sums(growth, untie) if chosen.law.divides else Division()
     tensors, feeds = _tensors(growth, division, chosen)
     edits = [*division.edits, *_node_edits(growth, terms)]
     roles = {dim.name: dim.role for dim in growth.named}

@@ -81,7 +81,7 @@ def size(
     _check_request(named, times_all, factors, explicit_maps)
     _check_sizes(dimensions, named, wanted, factors)
     growth = Growth(dimensions, named)
-    kept = _kept_beside_others(dimensions, named, factors.keys() | explicit_maps.keys())
+    kept = kept_beside_others(dimensions, named, factors.keys() | explicit_maps.keys())
     targets = solve_sizes(dimensions, named, wanted, factors, kept) if wanted else {}
     for dimension in named:
         requested = factors.get(dimension.name, factors.get(dimension.role))
@@ -188,7 +188,7 @@ def _repeat_tied(growth: Growth) -> None:
         growth.beside.discard(dimension.dim)
 
 
-def _kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested: Set[str]) -> set[Dim]:
+def kept_beside_others(dimensions: Dimensions, named: list[NamedDim], requested: Set[str]) -> set[Dim]:
     """The dimensions that keep their size because another factor of the same axis grows.
 
     A width may be reshaped into several factors (groups of channels, windows). It is still one width: a request for its
@@ -233,7 +233,7 @@ def _check_request(
     names = {dimension.name for dimension in named if dimension.role != "other"} | set(roles)
     for name in (*requests, *maps):
         if name not in names:
-            raise _unknown(name, names, roles)
+            raise unknown_name(name, names, roles)
     for name, times in requests.items():
         if times < 1:
             raise BadRequest(f"the factor of {name} is {times}: give a whole number, 1 to keep its size")
@@ -262,7 +262,7 @@ def _check_is_no_size(named: list[NamedDim], name: str, times: int) -> None:
         )
 
 
-def _unknown(name: str, names: Set[str], roles: list[str]) -> BadRequest:
+def unknown_name(name: str, names: Set[str], roles: list[str]) -> BadRequest:
     """The error for a name that the model does not have."""
     if name == "layers":
         return BadRequest("layers are no dimension of a tensor: --layers N gives the number of layers")
@@ -289,7 +289,7 @@ def _check_sizes(
     roles = [role for role in SIZE_ROLES if role in names]
     for name, wanted in sizes.items():
         if name not in names:
-            raise _unknown(name, names, roles)
+            raise unknown_name(name, names, roles)
         if isinstance(wanted, bool) or not isinstance(wanted, numbers.Integral) or wanted < 1:
             raise BadRequest(f"the size of {name} is {wanted}: give a whole number above 0")
         if name in requests:

@@ -37,6 +37,24 @@ class _Solution:
     kept: AbstractSet[Dim]
     """Dimensions that keep their size because another factor of the same width grows, wherever there is a choice."""
     targets: dict[Dim, Target] = field(default_factory=dict)
+    shrinks: bool = False
+    """Whether sizes become smaller, and none becomes larger; otherwise none becomes smaller."""
+
+    def fits(self, old: int, new: int) -> bool:
+        """Whether a size changes in the right direction, or stays."""
+        return 0 < new <= old if self.shrinks else new >= old
+
+    def check(self, request: str, old: int, new: int) -> None:
+        """Check that a requested size changes in the right direction, or stays.
+
+        Raises:
+            BadRequest: it does not.
+        """
+        if self.fits(old, new):
+            return
+        if self.shrinks:
+            raise BadRequest(f"{request} is above the source's {old}: shrink makes sizes smaller, use expand to grow")
+        raise BadRequest(f"{request} is below the source's {old}: sizes only grow, use shrink to make a model smaller")
 
     def put(self, dim: Dim, size: int, because: str) -> None:
         """Give a dimension a size.
@@ -59,6 +77,7 @@ def solve_sizes(
     sizes: Mapping[str, int],
     factors: Mapping[str, int],
     kept: AbstractSet[Dim],
+    shrinks: bool = False,
 ) -> dict[Dim, Target]:
     """The size of every dimension that the requested sizes change or keep.
 
@@ -68,26 +87,28 @@ def solve_sizes(
         sizes: the size wanted, by role, by the name of a quantity ("heads.1") or by that of a dimension ("ffn.3").
         factors: the factors that are requested beside them, by role or dimension.
         kept: the dimensions that keep their size where another factor of the same width can grow.
+        shrinks: whether the sizes become smaller and not larger.
 
     Raises:
-        BadRequest: a size is below the source's, fits no choice of dimensions, or contradicts another one; or a role
-            has several sizes in the model, so that the request does not say which of them is meant.
+        BadRequest: a size is below the source's (with `shrinks`: above it), fits no choice of dimensions, contradicts
+            another one; or a role has several sizes in the model, so that the request does not say which of them is
+            meant.
     """
-    solution = _Solution({dimension.dim: dimension for dimension in named}, kept)
+    solution = _Solution({dimension.dim: dimension for dimension in named}, kept, shrinks=shrinks)
     known = quantities(dimensions, named)
     whole = {quantity.name for quantity in known if quantity.role == "heads"}
     for name, size in sizes.items():
         if name not in SIZE_ROLES and name not in whole:
             for dimension in named:
                 if name in (dimension.called, dimension.name, dimension.role):
-                    _check_no_shrink(f"{name}={size}", dimension.size, size)
+                    solution.check(f"{name}={size}", dimension.size, size)
                     solution.put(dimension.dim, size, f"{name}={size}")
     for heads in attentions(dimensions, named):
         _solve_heads(solution, heads, known, sizes, factors)
     for role, size in sizes.items():
         if role in SIZE_ROLES and role not in HEAD_ROLES:
             for quantity in _of_one_size(solution, known, role):
-                _check_no_shrink(f"{role}={size}", quantity.size, size)
+                solution.check(f"{role}={size}", quantity.size, size)
                 _solve(solution, quantity.segments, size, f"{role}={size}")
     return solution.targets
 
@@ -148,14 +169,15 @@ def _solve_heads(
             "share one): give the size of heads alone"
         )
     if "heads" in asked:
-        _check_no_shrink(because, old_kv * old_group, asked["heads"])
+        solution.check(because, old_kv * old_group, asked["heads"])
         for role, factor_of, old in (("kv_heads", "heads", old_kv), ("group", "group", old_group)):
             if factor_of in factors:
                 asked.setdefault(role, old * factors[factor_of])
     new_kv, new_group = heads_and_group(asked, old_kv, old_group)
     for role, old, new in (("kv_heads", old_kv, new_kv), ("group", old_group, new_group)):
-        if new < old:
-            raise BadRequest(f"{because}: {role} would be {new}, below the source's {old}, and sizes only grow")
+        if not solution.fits(old, new):
+            side, way = ("above", "shrink") if solution.shrinks else ("below", "grow")
+            raise BadRequest(f"{because}: {role} would be {new}, {side} the source's {old}, and sizes only {way}")
     if "heads" in asked or "kv_heads" in asked:
         _solve(solution, (heads.kv_heads,), new_kv, because)
     if heads.group and ("heads" in asked or "group" in asked):
@@ -224,7 +246,7 @@ def _solve(solution: _Solution, segments: tuple[Width, ...], size: int, because:
     free.sort(key=lambda dim: (not dim.growable, dim in solution.kept, largest_first * solution.named[dim].size))
     for dim in free:
         new = _size_of(current, dim, decided, size)
-        if new is not None and new >= solution.named[dim].size:
+        if new is not None and solution.fits(solution.named[dim].size, new):
             solution.put(dim, new, because)
             for other in free:
                 if other is not dim:
@@ -236,7 +258,9 @@ def _solve(solution: _Solution, segments: tuple[Width, ...], size: int, because:
             f"{because} and {causes} contradict each other: {causes} makes it {current.size_with(decided)}"
         )
     steps = sorted({_step(current, dim, decided) for dim in free})
-    fits = sorted({near for step in steps for near in _near(step, size, current.size_with(decided))})
+    base = current.size_with(decided)
+    least = 1 if solution.shrinks else base
+    fits = sorted({near for step in steps for near in _near(step, size, base, least)})
     written = _written(solution, segments)
     raise BadRequest(f"{because} does not fit {written}, which is {current.size} now: {_listed(fits)} would fit")
 
@@ -254,10 +278,10 @@ def _size_of(quantity: Quantity, dim: Dim, decided: Mapping[Dim, int], size: int
     return None if rest else old + more
 
 
-def _near(step: int, size: int, least: int) -> list[int]:
-    """The sizes next to the one that was asked for, which lie whole steps above the least one."""
-    below = least + (size - least) // step * step
-    return [near for near in (below, below + step) if near >= least]
+def _near(step: int, size: int, base: int, least: int | None = None) -> list[int]:
+    """The sizes next to the one that was asked for, which lie whole steps from a base, and not below the least one."""
+    below = base + (size - base) // step * step
+    return [near for near in (below, below + step) if near >= (base if least is None else least)]
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -271,8 +295,3 @@ def _product(width: Width) -> int:
 def _written(solution: _Solution, segments: tuple[Width, ...]) -> str:
     """A quantity as `inspect` writes axes."""
     return " + ".join(" ".join(solution.named[dim].called for dim in segment) for segment in segments)
-
-
-def _check_no_shrink(request: str, old: int, new: int) -> None:
-    if new < old:
-        raise BadRequest(f"{request} is below the source's {old}: sizes only grow, a model cannot shrink yet")

@@ -265,7 +265,7 @@ def layers_like(model: ir.Model, target: Target) -> int | None:
     if own is None or wanted is None or own == wanted:
         return None
     if wanted < own:
-        raise BadRequest(f"layers={wanted} is below the source's {own}: sizes only grow, a model cannot shrink yet")
+        raise BadRequest(f"layers={wanted} is below the source's {own}: layers are only added, shrink takes them away")
     return wanted
 
 

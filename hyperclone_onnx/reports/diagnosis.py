@@ -20,6 +20,12 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
         "best matching; forward: in what they compute; backward: in how they are read; activations: on sample inputs",
         soft_wrap=True,
     )
+    if diagnosis.residue is not None:
+        console.print(
+            f"residue {written(diagnosis.residue)}: the part of the weights that `shrink` leaves out when it collapses "
+            "the model; growth begins with rounding",
+            soft_wrap=True,
+        )
     if diagnosis.ran_on:
         console.print(
             f"ran on {diagnosis.ran_on}; distances up to {diagnosis.tolerance:.1e} are rounding",

@@ -26,6 +26,7 @@ def print_shrinkage(console: Console, result: Shrinkage) -> None:
     console.print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,} (x{ratio:.2f})")
     if result.method == "collapse":
         _print_residues(console, result)
+    _print_kept(console, result)
     for note in result.notes:
         print_line(console, f"note: {note}")
     if result.validation is not None:
@@ -52,6 +53,19 @@ def _print_sizes(console: Console, result: Shrinkage) -> None:
     for (role, before, after), names in rows.items():
         label = names[0] if len(names) == 1 and "+" not in names[0] else counted(role, len(names))
         table.add_row(label, str(before), str(after))
+    console.print(table)
+
+
+def _print_kept(console: Console, result: Shrinkage) -> None:
+    """A row for each role, size and reason of what a selection left whole."""
+    rows: dict[tuple[str, int, str], int] = defaultdict(int)
+    for dimension in result.kept:
+        rows[dimension.role, dimension.size, dimension.reason.replace("not asked to grow", "not asked to shrink")] += 1
+    if not rows:
+        return
+    table = plain_table("kept", "size", "why")
+    for (role, size, reason), count in rows.items():
+        table.add_row(counted(role, count), str(size), reason)
     console.print(table)
 
 

@@ -89,6 +89,8 @@ def _has_residue(grown: ir.Model, plan: Plan, name: str) -> bool:
     tensor = value.const_value
     if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8 or tensor.size == 0:
         return False
+    if tuple(tensor.shape.numpy()) != tuple(index.grown for index in recipe.index(plan.maps)):
+        return False
     return plan.strategy_of(name).law.adds_up and not (isinstance(recipe.origin, Joined) and recipe.origin.stacked)
 
 

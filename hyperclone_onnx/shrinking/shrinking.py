@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,12 @@ import onnx_ir as ir
 from hyperclone_onnx import in_memory
 from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters
 from hyperclone_onnx.analysis.quantities import quantities
-from hyperclone_onnx.errors import ModelsDiffer, Refused
-from hyperclone_onnx.expansion import SizeChange, check_room, sizes_of_files
+from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
+from hyperclone_onnx.expansion import Clock, Kept, Run, SizeChange, check_room, make, sizes_of_files
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.asked import whole_numbers
+from hyperclone_onnx.planning.picking import Select
+from hyperclone_onnx.planning.request import whole_or_fraction
 from hyperclone_onnx.progress import Notify, Progress, ignore_stage
 from hyperclone_onnx.publishing.publication import check_output, publication
 from hyperclone_onnx.reading import loading
@@ -24,9 +27,10 @@ from hyperclone_onnx.reading.in_memory import GivenModel
 from hyperclone_onnx.rewriting.source_record import steps_undone
 from hyperclone_onnx.shrinking.collapse import Collapsed, collapse, plan_of, record_of
 from hyperclone_onnx.shrinking.residue import Residue, overall, residues
+from hyperclone_onnx.shrinking.selection import Wish, lost_inputs, plan_selection, read_chosen
 from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.transforms.interface import places_of
-from hyperclone_onnx.transforms.layers import deepened
+from hyperclone_onnx.transforms.layers import LayersRequest, deepened
 from hyperclone_onnx.transforms.registry import changing
 from hyperclone_onnx.transforms.source import source_of
 from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
@@ -67,6 +71,8 @@ class Shrinkage(Summarised):
     """The inputs that both models ran on."""
     validation: Validation | None = None
     """The comparison with the large model, where the small one must compute the same: its clones are tied."""
+    kept: tuple[Kept, ...] = ()
+    """The dimensions of which nothing was left out, and why, for a selection."""
     files: Mapping[str, int] = field(default_factory=dict)
     """The names of the written files, the model first and then its data files, with their sizes in bytes."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -133,31 +139,23 @@ class Shrinkage(Summarised):
         }
 
 
-@dataclass(frozen=True)
-class _Run:
-    """How a small model is written and compared. The fields are arguments of `shrink`."""
-
-    check: bool | Mode
-    device: Device
-    max_shard_size: int | None
-    workers: int | None
-    inputs: Inputs | None
-    dims: Mapping[str, int] | None
-    progress: Progress | None
-    say: Notify
-
-
 def shrink(
     model: GivenModel,
     output: str | os.PathLike[str] | None = None,
     *,
-    method: Method = "collapse",
+    method: Method | None = None,
+    factor: float | None = None,
+    sizes: Mapping[str, float] | None = None,
+    like: str | os.PathLike[str] | None = None,
+    layers: LayersRequest | None = None,
+    select: Select | str | os.PathLike[str] | Mapping[str, Sequence[int]] = "even",
     plan: str | os.PathLike[str] | Plan | None = None,
     source: str | os.PathLike[str] | None = None,
     check: bool | Mode = True,
     device: Device = "auto",
     max_shard_size: int | None = None,
     workers: int | None = None,
+    plan_out: str | os.PathLike[str] | None = None,
     inputs: Inputs | None = None,
     dims: Mapping[str, int] | None = None,
     progress: Progress | None = None,
@@ -168,7 +166,16 @@ def shrink(
     Args:
         model: the path of the large model, an ``onnx.ModelProto`` or an ``onnx_ir.Model``. It is not changed.
         output: the file to write. Without it, the report has the small model as ``report.model``.
-        method: how: "collapse" undoes a growth.
+        method: how: "collapse" undoes a growth, "selection" keeps some of the rows, columns and layers. By default
+            it is "selection" if sizes are asked for, else "collapse".
+        factor: for a selection, the factor of hidden, ffn, heads and other widths, below 1. It gives the nearest whole
+            sizes.
+        sizes: for a selection, a size by role or by dimension, e.g. ``{"ffn": 1024}``. It replaces the factor.
+        like: for a selection, a Hugging Face folder, its config.json, or an ONNX file: the sizes are those of that
+            model.
+        layers: for a selection, the number of layers, or one for each stack. The first layers stay.
+        select: which indices a selection keeps: "even" (evenly spaced), "first", or lists of indices by dimension, role
+            or ``"layers"``: as a mapping, or as the path of a JSON file.
         plan: for "collapse", the plan of the growth if the model does not carry it: a plan, or the file that
             ``expand --plan-out`` wrote.
         source: for "collapse", a file with the graph of the small model if the grown one does not carry it. Its weights
@@ -178,6 +185,7 @@ def shrink(
         device: the device on which both models run.
         max_shard_size: the most bytes of one data file. Larger models get several data files.
         workers: the number of processes that compute and write. The written files do not depend on it.
+        plan_out: for a selection, a file to which the plan is written too, as JSON.
         inputs: inputs on which both models run: a path (see `validation.inputs.given`), or arrays by input. By default
             they are random.
         dims: numbers for the symbolic sizes of random inputs, by name.
@@ -195,32 +203,112 @@ def shrink(
         ModelsDiffer: the clones are tied, and the small model does not compute the same. No file is published.
     """
     in_memory.check_output(output)
-    run = _Run(check, device, max_shard_size, workers, inputs, dims, progress, notify or ignore_stage)
+    wish = _wish(factor, sizes, like, layers, select)
+    chosen_method = _method(method, wish, plan, source)
+    run = Run(
+        None if check is False else "auto" if check is True else check,
+        "stored",
+        device,
+        max_shard_size,
+        workers,
+        plan_out,
+        inputs,
+        dims,
+        progress,
+        notify or ignore_stage,
+    )
     with in_memory.files(model, output) as files:
-        given = plan if plan is None or isinstance(plan, Plan) else Path(plan)
-        result = _collapsed(files.source, files.output, given, None if source is None else Path(source), run)
+        if chosen_method == "collapse":
+            given = plan if plan is None or isinstance(plan, Plan) else Path(plan)
+            result = _collapsed(files.source, files.output, given, None if source is None else Path(source), run)
+        else:
+            result = _selected(files.source, files.output, wish, run)
         if output is None:
             result = replace(result, output=None, files={}, model=files.grown())
         return replace(result, source=files.source_name)
 
 
-class _Clock:
-    """The seconds that each stage took."""
+def _wish(
+    factor: float | None,
+    sizes: Mapping[str, float] | None,
+    like: str | os.PathLike[str] | None,
+    layers: LayersRequest | None,
+    select: Select | str | os.PathLike[str] | Mapping[str, Sequence[int]],
+) -> Wish:
+    """The wish that is meant by arguments as people write them."""
+    rule: Select = "even"
+    chosen: Mapping[str, Sequence[int]] = {}
+    if isinstance(select, Mapping):
+        chosen = select
+    elif select == "even" or select == "first":
+        rule = select
+    else:
+        chosen = read_chosen(Path(select))
+    return Wish(
+        Fraction(1 if factor is None else whole_or_fraction(factor)),
+        whole_numbers(sizes, "sizes", "size"),
+        layers,
+        rule,
+        chosen,
+        None if like is None else Path(like),
+    )
 
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
 
-    def lap(self, stage: str) -> None:
-        """Record the end of a stage."""
-        now = time.perf_counter()
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self.last, 3)
-        self.last = now
+def _method(method: Method | None, wish: Wish, plan: object, source: object) -> Method:
+    """The method, and a check that the other arguments belong to it.
+
+    Raises:
+        BadRequest: they do not.
+    """
+    if method is not None and method not in METHODS:
+        raise BadRequest(f"no method {method!r}: it is one of {', '.join(METHODS)}")
+    chosen: Method = method or ("collapse" if wish.is_empty else "selection")
+    if chosen == "collapse" and not wish.is_empty:
+        raise BadRequest("collapse gives the sizes of the source back: leave out sizes, or choose the method selection")
+    if chosen != "collapse" and wish.is_empty:
+        raise BadRequest("say how small: factor=0.5, sizes={'ffn': 1024}, like=TARGET, layers=6, or lists of indices")
+    if chosen != "collapse" and (plan is not None or source is not None):
+        raise BadRequest(f"a plan and a source belong to the method collapse, and not to {chosen}")
+    return chosen
 
 
-def _collapsed(model: Path, out: Path, given: Path | Plan | None, source: Path | None, run: _Run) -> Shrinkage:
+def _selected(model: Path, out: Path, wish: Wish, run: Run) -> Shrinkage:
+    """Keep some of the rows, columns and layers of a file."""
+    clock = Clock()
+    planned, _ = plan_selection(model, out, wish, run, clock)
+    notes = list(planned.result.notes)
+    if planned.analysis.transforms and run.mode is not None:
+        lost = lost_inputs(planned.analysis, source_of(model).model)
+        if lost:
+            run = replace(run, mode=None)
+            notes.append(
+                f"the outputs were not compared: the layers that were left out have inputs such as {lost[0]!r}"
+            )
+    made = make(planned, out, run, clock)
+    validation = made.validation
+    if validation is not None and not validation.outputs:
+        notes.append(f"the outputs were not compared: {validation.scope}")
+    return Shrinkage(
+        "selection",
+        str(model),
+        str(out),
+        made.parameters_before,
+        made.parameters_after,
+        made.plan,
+        sizes=made.sizes,
+        layers=deepened(made.plan.transforms),
+        moved=() if validation is None else validation.outputs,
+        cases=() if validation is None else validation.cases,
+        kept=tuple(made.kept),
+        files=made.files,
+        seconds=made.seconds,
+        notes=tuple(notes),
+    )
+
+
+def _collapsed(model: Path, out: Path, given: Path | Plan | None, source: Path | None, run: Run) -> Shrinkage:
     """Undo the growth of a file."""
-    clock = _Clock()
+    clock = Clock()
     run.say("reading")
     grown = loading.load(model)
     stamps = loading.stamps(loading.source_files(model, grown))
@@ -257,7 +345,7 @@ def _collapsed(model: Path, out: Path, given: Path | Plan | None, source: Path |
         try:
             analysis = analyse(written, steps_undone(plan.transforms))
             result = replace(result, sizes=_sizes(analysis, plan))
-            if run.check is not False:
+            if run.mode is not None:
                 run.say("running both models")
                 result = _compared(result, model, grown, small, analysis, run)
         except Refused as problem:  # it names the file by its temporary place
@@ -287,15 +375,14 @@ def _sizes(analysis: Analysis, plan: Plan) -> tuple[SizeChange, ...]:
 
 
 def _compared(
-    result: Shrinkage, big: Path, grown: ir.Model, small: Collapsed, analysis: Analysis, run: _Run
+    result: Shrinkage, big: Path, grown: ir.Model, small: Collapsed, analysis: Analysis, run: Run
 ) -> Shrinkage:
     """The result with a comparison of the outputs. Tied clones must give an equal model, others are measured.
 
     Raises:
         ModelsDiffer: the clones are tied, and the outputs differ.
     """
-    plan, mode = result.plan, "auto" if run.check is True else run.check
-    assert mode is not False
+    plan, mode = result.plan, run.mode or "auto"
     untransformed = source_of(analysis.path).model if analysis.transforms else None
     wishes = wishes_of(analysis.model, run.inputs, run.dims)
     pair = Pair(analysis.dimensions, grown, plan, run.device, wishes, untransformed)
@@ -327,8 +414,3 @@ def _trained_layers(validation: Validation, analysis: Analysis) -> bool:
     wrong = () if validation.tensors is None else validation.tensors.wrong
     new = [name for name, placed in places_of(analysis.model.graph).items() if placed.is_new]
     return bool(wrong) and all(any(text.startswith(f"{name}: ") for name in new) for text in wrong)
-
-
-def moved_most(reports: Sequence[OutputReport]) -> OutputReport | None:
-    """The output that moved most; None where none was compared."""
-    return max(reports, key=lambda report: report.max_relative, default=None)

@@ -51,7 +51,8 @@ def deepen(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
     Args:
         graph: the graph, which is changed.
         stack: one of its stacks.
-        places: the layers from the first to the last. Each unit of the stack occurs; first occurrences are in order.
+        places: the layers from the first to the last. First occurrences of units are in order. A unit that does not
+            occur is removed.
     """
     remember(graph)
     names, outputs = _Names(stack), _outputs_of_layers(stack)
@@ -82,6 +83,7 @@ def deepen(graph: ir.Graph, stack: Stack, places: Sequence[Place]) -> None:
     kept = {value for value in graph.outputs if value not in of_layers}
     _add_inputs(graph, stack, layers, places)
     _add_outputs(graph, stack, layers, places, outputs)
+    _remove(graph, [unit for number, unit in enumerate(stack.units) if number not in seen])
     names.apply(graph, layers, places, kept)
     _remember_places(stack, layers, places)
     graph.sort()
@@ -296,6 +298,19 @@ def _leave(
             new.meta[ORIGINAL] = old.meta.pop(ORIGINAL)
             new.name, old.name = old.name, None
             new.shape, new.type = old.shape, old.type
+
+
+def _remove(graph: ir.Graph, units: Sequence[Unit]) -> None:
+    """Remove layers that nothing reads any more, with their tensors, inputs and outputs."""
+    nodes = {node for unit in units for node in unit.nodes}
+    own = {value for node in nodes for value in node.outputs}
+    graph.outputs[:] = [value for value in graph.outputs if value not in own]
+    graph.remove(list(nodes), safe=True)
+    for unit in units:
+        for value in unit.stored:
+            if not value.uses() and _is_registered(graph, value):
+                graph.initializers.pop(value.name or "")
+        graph.inputs[:] = [value for value in graph.inputs if value not in unit.inputs or value.uses()]
 
 
 def _outputs_of_layers(stack: Stack) -> list[tuple[int, int]]:

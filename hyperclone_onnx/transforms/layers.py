@@ -25,9 +25,11 @@ LayersAt = Literal["even", "end"] | Sequence[int]
 
 
 def _preserves(options: Mapping[str, Any]) -> bool:
-    """Whether every copy adds nothing."""
+    """Whether every copy adds nothing, and no layer is left out."""
     return all(
-        len(stack["sources"]) == len(set(stack["sources"])) + len(stack["identity"]) for stack in options["stacks"]
+        len(stack["sources"]) == stack["units"] + len(stack["identity"])
+        and len(set(stack["sources"])) == stack["units"]
+        for stack in options["stacks"]
     )
 
 
@@ -40,7 +42,8 @@ def layers(model: ir.Model, *, stacks: Sequence[Mapping[str, Any]]) -> ir.Model:
         stacks: for each stack that becomes deeper its name; the number of its `units` in the source; the number of
             layers in a unit, its `period`; `sources`, the unit
             in the source of each unit in the deeper model; and `identity`, the positions of the copies that add
-            nothing. A unit is one layer, or one period of layers that are not all alike.
+            nothing. A unit is one layer, or one period of layers that are not all alike. Units that `sources` does not
+            name are left out.
 
     Raises:
         BadModel: the graph does not have these stacks.
@@ -111,6 +114,27 @@ def step_for(
     entries = [_entry(stacks[name], number, depth, at) for name, number in wanted.items()]
     changed = [entry for entry in entries if len(entry["sources"]) > entry["units"]]
     return TransformStep("layers", {"stacks": changed}) if changed else None
+
+
+def step_without(model: ir.Model, kept: Mapping[str, Sequence[int]]) -> TransformStep:
+    """The step that leaves layers out.
+
+    Args:
+        model: the normalised graph. Its fused norms are taken apart.
+        kept: the units that stay, in order, for each stack that becomes less deep.
+    """
+    stacks = {stack.name: stack for stack in stacks_of(model)}
+    entries = [
+        {
+            "name": name,
+            "units": len(stacks[name].units),
+            "period": stacks[name].period,
+            "sources": list(units),
+            "identity": [],
+        }
+        for name, units in kept.items()
+    ]
+    return TransformStep("layers", {"stacks": entries})
 
 
 def _entry(stack: Stack, wanted: int, depth: Depth, at: LayersAt) -> dict[str, Any]:
