@@ -168,8 +168,8 @@ class SourceMap:
             ValueError: see `SourceMap`.
         """
         index, pick = (None if data.get(name) is None else tuple(data[name]) for name in ("index", "pick"))
-        kinds = (data.get(name) for name in ("cycle", "even", "first"))
-        return SourceMap(size, data.get("tile"), data.get("repeat"), index, *kinds, pick)
+        numbers = {name: data.get(name) for name in ("tile", "repeat", "cycle", "even", "first")}
+        return SourceMap(size, index=index, pick=pick, **numbers)
 
 
 def _whole(name: str, number: Any) -> int | None:

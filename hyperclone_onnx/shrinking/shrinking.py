@@ -240,8 +240,8 @@ def _wish(
     chosen: Mapping[str, Sequence[int]] = {}
     if isinstance(select, Mapping):
         chosen = select
-    elif select == "even" or select == "first":
-        rule = select
+    elif select in ("even", "first"):
+        rule = "first" if select == "first" else "even"
     else:
         chosen = read_chosen(Path(select))
     return Wish(
