@@ -182,6 +182,61 @@ def test_shards_stay_what_they_are(large: Path, tmp_path: Path) -> None:
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+# -- importance -------------------------------------------------------------------------------------------
+
+
+def test_units_with_the_largest_activations_stay(tmp_path: Path) -> None:
+    weights = normal(7, {"a": (6, 8), "b": (8, 4)})
+    large = np.array([1, 4, 6])
+    weights["a"][:, large] *= 10.0
+    graph = "g (float[n, 6] x) => (float[n, 4] y) {\nh = MatMul (x, a)\nr = Relu (h)\ny = MatMul (r, b)\n}"
+    onnx.save(build_model(graph, weights), tmp_path / "large.onnx")
+    scores = tmp_path / "scores.json"
+    result = shrink(
+        tmp_path / "large.onnx", tmp_path / "small.onnx", method="importance", sizes={"ffn": 3}, scores=scores,
+        data={"x": np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)}, device="cpu",
+    )  # fmt: skip
+    assert result.method == "importance" and result.plan.maps["ffn"].indices.tolist() == large.tolist()
+    measured = json.loads(scores.read_text())["dimensions"]["ffn"]
+    assert sorted(np.argsort(measured)[-3:].tolist()) == large.tolist()
+    assert np.array_equal(stored(tmp_path / "small.onnx")["b"], weights["b"][large])
+
+
+def test_scores_follow_the_data(tmp_path: Path) -> None:
+    """Other inputs wake other units: each unit reads one feature, and the data have only some of the features."""
+    weights = {"a": np.eye(6, dtype=np.float32), **normal(7, {"b": (6, 4)})}
+    graph = "g (float[n, 6] x) => (float[n, 4] y) {\nh = MatMul (x, a)\nr = Relu (h)\ny = MatMul (r, b)\n}"
+    onnx.save(build_model(graph, weights), tmp_path / "large.onnx")
+    for features in ([0, 5], [2, 3]):
+        x = np.zeros((4, 6), np.float32)
+        x[:, features] = 1.0
+        result = shrink(
+            tmp_path / "large.onnx", tmp_path / "small.onnx", method="importance", sizes={"ffn": 2}, data={"x": x},
+            device="cpu",
+        )  # fmt: skip
+        assert result.plan.maps["ffn"].indices.tolist() == features
+        assert result.moved[0].max_relative == 0.0  # nothing that these inputs use was left out
+
+
+def test_the_layer_that_changes_least_is_left_out(stack: Path, tmp_path: Path) -> None:
+    model = onnx.load(stack)
+    names = [tensor.name for tensor in model.graph.initializer]
+    step = {name for name in names if "2" in name}
+    assert step
+    for tensor in model.graph.initializer:
+        if tensor.name in step:
+            array = onnx.numpy_helper.to_array(tensor) * np.float32(1e-3)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float32), tensor.name))
+    onnx.save(model, tmp_path / "large.onnx")
+    scores = tmp_path / "scores.json"
+    shrink(tmp_path / "large.onnx", tmp_path / "small.onnx", method="importance", layers=3, scores=scores, device="cpu")
+    (measured,) = json.loads(scores.read_text())["layers"].values()
+    assert int(np.argmin(measured)) == 2 and len(measured) == 4
+    shrink(tmp_path / "large.onnx", tmp_path / "same.onnx", select={"layers": [0, 1, 3]}, check=False)
+    one, other = stored(tmp_path / "small.onnx"), stored(tmp_path / "same.onnx")
+    assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
 BAD = [
     ("--size hidden=24", 2, "hidden=24 is above the source's 12: shrink makes sizes smaller, use expand to grow"),
     ("--factor 2", 2, "use expand"),
@@ -193,7 +248,21 @@ BAD = [
     ("--select none.json", 2, "no readable JSON file"),
     ("--factor 0.999", 2, "nothing would become smaller"),
     ("--size heads=2", 2, "no dimension 'heads'"),
+    ("--factor 0.5 --scores s.json", 2, "what the method importance finds"),
+    ("--factor 0.5 --method importance --data none.npz", 2, "--data none.npz: does not exist"),
+    ("--data none.npz", 2, "and not to collapse"),
 ]
+
+
+def test_data_of_another_model_are_refused(large: Path, tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    np.savez(tmp_path / "data.npz", other=np.zeros((2, 3)))
+    before = names_in(tmp_path)
+    outcome = cli(
+        "shrink", large, "-o", tmp_path / "small.onnx", "--method", "importance", "--factor", "0.5",
+        "--data", tmp_path / "data.npz",
+    )  # fmt: skip
+    assert outcome.code == 2 and "--data" in outcome.error and "'ids'" in outcome.error
+    assert names_in(tmp_path) == before
 
 
 @pytest.mark.parametrize(("arguments", "code", "why"), BAD)

@@ -29,9 +29,10 @@ from hyperclone_onnx.commands.printing import console, print_json, printing, pro
 @click.option("-o", "--output", required=True, type=model_path, help="The file to write, e.g. small.onnx.")
 @click.option(
     "--method",
-    type=click.Choice(["collapse", "selection"]),
+    type=click.Choice(["collapse", "selection", "importance"]),
     help="collapse: undo the growth by which MODEL was made; the small model has the mean of what the clones became. "
-    "selection: keep some of the rows, columns and layers. By default selection if sizes are asked for, else collapse.",
+    "selection: keep some of the rows, columns and layers. importance: keep those that matter most on --data. By "
+    "default selection if sizes are asked for, else collapse.",
 )
 @click.option(
     "--factor",
@@ -66,6 +67,14 @@ from hyperclone_onnx.commands.printing import console, print_json, printing, pro
     help="Which indices a selection keeps: even (evenly spaced), first, or a JSON file with lists of indices by "
     "dimension or role, and of layers.",
 )
+@click.option(
+    "--data",
+    type=model_path,
+    metavar="INPUTS",
+    help="For importance and selection: measure activations on these inputs of MODEL (the forms of --inputs) instead "
+    "of random ones.",
+)
+@click.option("--scores", type=model_path, help="For importance: also write the scores of all parts, as JSON.")
 @click.option(
     "--plan",
     type=model_path,

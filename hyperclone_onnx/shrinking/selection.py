@@ -27,9 +27,11 @@ from hyperclone_onnx.publishing.publication import check_output
 from hyperclone_onnx.rewriting.rewriting import rewrite
 from hyperclone_onnx.rewriting.source_record import METADATA_KEY as SOURCE_KEY
 from hyperclone_onnx.shrinking.gains import gain_scales, norms_of, with_scales
+from hyperclone_onnx.shrinking.importance import Scores, best, dimension_scores, layer_scores, with_best
 from hyperclone_onnx.transforms.layers import LayersRequest, stacks_of, step_without
 from hyperclone_onnx.transforms.source import source_of
-from hyperclone_onnx.validation.inputs.given import wishes_of
+from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
+from hyperclone_onnx.validation.inputs.search import Wishes
 
 SELECTED_KEY = "hyperclone_onnx.selected"
 """The entry of a small model's metadata that says which indices it has kept."""
@@ -46,6 +48,10 @@ class Wish:
     chosen: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """The indices that single dimensions keep, and under ``layers`` the layers that stay."""
     like: Path | None = None
+    by_importance: bool = False
+    """Whether the parts with the highest scores are kept, in the place of those that `select` gives."""
+    data: Inputs | None = None
+    """The inputs on which parts are scored and norms are measured; random ones by default."""
 
     @property
     def is_empty(self) -> bool:
@@ -60,6 +66,7 @@ class Wish:
             "layers": self.layers if isinstance(self.layers, int) else dict(self.layers or {}),
             "select": self.select,
             "chosen": {name: list(indices) for name, indices in self.chosen.items()},
+            "by_importance": self.by_importance,
         }
 
 
@@ -80,8 +87,11 @@ def read_chosen(path: Path) -> dict[str, list[int]]:
     return data
 
 
-def plan_selection(model: Path, out: Path, wish: Wish, run: Run, clock: Clock) -> tuple[Planned, Growth]:
+def plan_selection(model: Path, out: Path, wish: Wish, run: Run, clock: Clock) -> tuple[Planned, Scores]:
     """Read a model and plan which of its parts are kept.
+
+    Returns:
+        The planned model, and the scores of its parts if they were asked for.
 
     Raises:
         BadRequest: the wish does not fit the model.
@@ -89,7 +99,7 @@ def plan_selection(model: Path, out: Path, wish: Wish, run: Run, clock: Clock) -
     """
     run.say("reading")
     wish = _like(model, wish)
-    steps = _layer_steps(model, wish)
+    steps, scores = _layer_steps(model, wish, run)
     analysis = analyse(model, steps)
     check_output(out, set(analysis.files))
     run.say("planning")
@@ -97,10 +107,20 @@ def plan_selection(model: Path, out: Path, wish: Wish, run: Run, clock: Clock) -
     growth = pick(analysis.dimensions, wish.factor, wish.sizes, wish.select, chosen)
     if not growth.maps and not steps:
         raise BadRequest(f"{model}: nothing would become smaller: every size stays as it is")
-    plan = make_plan(growth, Strategy("selection"))
     notes: list[str] = []
+    if growth.maps and wish.by_importance:
+        run.say("scoring dimensions")
+        wishes = _wishes(analysis, wish, run)
+        scores = replace(scores, dims=dimension_scores(analysis, growth, wishes, run.device))
+        without = with_best(growth, scores.dims)
+        if without:
+            notes.append(
+                f"no weight reads {', '.join(without)} in a place that can be measured: evenly spaced indices stay"
+            )
+    plan = make_plan(growth, Strategy("selection"))
     if growth.maps:
-        plan, notes = _with_gains(analysis, growth, plan, run)
+        plan, more = _with_gains(analysis, growth, plan, wish, run)
+        notes += more
     plan = replace(plan, source=provenance(analysis.model, wish.to_json()), transforms=steps)
     small = rewrite(analysis.model, plan)
     small.metadata_props[SELECTED_KEY] = small.metadata_props.pop(METADATA_KEY)
@@ -108,10 +128,10 @@ def plan_selection(model: Path, out: Path, wish: Wish, run: Run, clock: Clock) -
     result = report_of(analysis, out, growth, plan, small)
     clock.lap("plan")
     result = replace(result, notes=(*result.notes, *notes), seconds=clock.seconds)
-    return Planned(analysis, plan, small, result), growth
+    return Planned(analysis, plan, small, result), scores
 
 
-def _with_gains(analysis: Analysis, growth: Growth, plan: Plan, run: Run) -> tuple[Plan, list[str]]:
+def _with_gains(analysis: Analysis, growth: Growth, plan: Plan, wish: Wish, run: Run) -> tuple[Plan, list[str]]:
     """The plan with the gains of norms scaled by what the norms lose, and notes where that is not possible."""
     norms, without = norms_of(growth)
     notes = (
@@ -120,14 +140,24 @@ def _with_gains(analysis: Analysis, growth: Growth, plan: Plan, run: Run) -> tup
     if not norms:
         return plan, notes
     run.say("measuring norms")
-    wishes = wishes_of(analysis.model, run.inputs, run.dims)
+    wishes = _wishes(analysis, wish, run)
     try:
         scales = gain_scales(analysis, growth, norms, wishes, run.device)
     except (Refused, RuntimeError) as problem:
-        if run.inputs is not None:
+        if wishes.given:
             raise
         return plan, [*notes, f"the gains of norms were not scaled, because the model did not run: {problem}"]
     return with_scales(plan, scales), notes
+
+
+def _wishes(analysis: Analysis, wish: Wish, run: Run) -> Wishes:
+    """What the user says of the inputs on which activations are measured."""
+    if wish.data is None:
+        return wishes_of(analysis.model, run.inputs, run.dims)
+    try:
+        return wishes_of(analysis.model, wish.data, run.dims)
+    except BadRequest as problem:  # it speaks of the inputs on which models are compared
+        raise BadRequest(str(problem).replace("--inputs", "--data", 1)) from problem
 
 
 def _like(model: Path, wish: Wish) -> Wish:
@@ -145,15 +175,15 @@ def _like(model: Path, wish: Wish) -> Wish:
 # -- layers -----------------------------------------------------------------------------------------------
 
 
-def _layer_steps(model: Path, wish: Wish) -> tuple[TransformStep, ...]:
-    """The step that leaves layers out; none where all of them stay.
+def _layer_steps(model: Path, wish: Wish, run: Run) -> tuple[tuple[TransformStep, ...], Scores]:
+    """The step that leaves layers out, if any, and the scores of the layers if they were asked for.
 
     Raises:
         BadRequest: the graph has no such stack, or not more layers than are asked for.
     """
     listed = wish.chosen.get("layers")
     if wish.layers is None and listed is None:
-        return ()
+        return (), Scores()
     source = source_of(model).model
     stacks = {stack.name: stack for stack in stacks_of(source.clone())}
     if not stacks:
@@ -166,13 +196,21 @@ def _layer_steps(model: Path, wish: Wish) -> tuple[TransformStep, ...]:
         (name,) = stacks
         wanted = {name: wanted if isinstance(wanted, int) else len(listed or ())}
     kept: dict[str, list[int]] = {}
+    scored: dict[str, tuple[float, ...]] = {}
     for name, number in (wanted or {}).items():
         if name not in stacks:
             raise BadRequest(f"{model}: the graph has no stack of layers {name!r}. It has {', '.join(stacks)}")
         units = _units(model, stacks[name], number, listed)
-        if len(units) < len(stacks[name].units):
-            kept[name] = units
-    return (step_without(source, kept),) if kept else ()
+        if len(units) == len(stacks[name].units):
+            continue
+        if wish.by_importance and listed is None:
+            run.say("scoring layers")
+            analysis = analyse(model)
+            wishes = _wishes(analysis, wish, run)
+            scored[name] = layer_scores(model, analysis, stacks[name], wishes, run.device)
+            units = best(scored[name], len(units))
+        kept[name] = units
+    return (step_without(source, kept),) if kept else (), Scores(layers=scored)
 
 
 def _units(model: Path, stack: Stack, wanted: int, listed: Sequence[int] | None) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,7 @@ from hyperclone_onnx.planning.asked import whole_numbers
 from hyperclone_onnx.planning.picking import Select
 from hyperclone_onnx.planning.request import whole_or_fraction
 from hyperclone_onnx.progress import Notify, Progress, ignore_stage
-from hyperclone_onnx.publishing.publication import check_output, publication
+from hyperclone_onnx.publishing.publication import check_output, publication, write_text
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.in_memory import GivenModel
 from hyperclone_onnx.rewriting.source_record import steps_undone
@@ -149,6 +150,8 @@ def shrink(
     like: str | os.PathLike[str] | None = None,
     layers: LayersRequest | None = None,
     select: Select | str | os.PathLike[str] | Mapping[str, Sequence[int]] = "even",
+    data: Inputs | None = None,
+    scores: str | os.PathLike[str] | None = None,
     plan: str | os.PathLike[str] | Plan | None = None,
     source: str | os.PathLike[str] | None = None,
     check: bool | Mode = True,
@@ -166,8 +169,9 @@ def shrink(
     Args:
         model: the path of the large model, an ``onnx.ModelProto`` or an ``onnx_ir.Model``. It is not changed.
         output: the file to write. Without it, the report has the small model as ``report.model``.
-        method: how: "collapse" undoes a growth, "selection" keeps some of the rows, columns and layers. By default
-            it is "selection" if sizes are asked for, else "collapse".
+        method: how: "collapse" undoes a growth, "selection" keeps some of the rows, columns and layers, and
+            "importance" those with the largest activations. By default it is "selection" if sizes are asked for, else
+            "collapse".
         factor: for a selection, the factor of hidden, ffn, heads and other widths, below 1. It gives the nearest whole
             sizes.
         sizes: for a selection, a size by role or by dimension, e.g. ``{"ffn": 1024}``. It replaces the factor.
@@ -176,6 +180,8 @@ def shrink(
         layers: for a selection, the number of layers, or one for each stack. The first layers stay.
         select: which indices a selection keeps: "even" (evenly spaced), "first", or lists of indices by dimension, role
             or ``"layers"``: as a mapping, or as the path of a JSON file.
+        data: inputs on which parts are scored and norms are measured (the forms of `inputs`); by default random ones.
+        scores: for "importance", a file to which the scores are written, as JSON.
         plan: for "collapse", the plan of the growth if the model does not carry it: a plan, or the file that
             ``expand --plan-out`` wrote.
         source: for "collapse", a file with the graph of the small model if the grown one does not carry it. Its weights
@@ -205,6 +211,11 @@ def shrink(
     in_memory.check_output(output)
     wish = _wish(factor, sizes, like, layers, select)
     chosen_method = _method(method, wish, plan, source)
+    if chosen_method != "importance" and scores is not None:
+        raise BadRequest(f"scores are what the method importance finds, and the method is {chosen_method}")
+    if chosen_method == "collapse" and data is not None:
+        raise BadRequest("calibration data belong to the methods selection and importance, and not to collapse")
+    wish = replace(wish, by_importance=chosen_method == "importance", data=data)
     run = Run(
         None if check is False else "auto" if check is True else check,
         "stored",
@@ -222,7 +233,7 @@ def shrink(
             given = plan if plan is None or isinstance(plan, Plan) else Path(plan)
             result = _collapsed(files.source, files.output, given, None if source is None else Path(source), run)
         else:
-            result = _selected(files.source, files.output, wish, run)
+            result = _selected(files.source, files.output, wish, run, scores)
         if output is None:
             result = replace(result, output=None, files={}, model=files.grown())
         return replace(result, source=files.source_name)
@@ -272,10 +283,12 @@ def _method(method: Method | None, wish: Wish, plan: object, source: object) -> 
     return chosen
 
 
-def _selected(model: Path, out: Path, wish: Wish, run: Run) -> Shrinkage:
+def _selected(model: Path, out: Path, wish: Wish, run: Run, scores: str | os.PathLike[str] | None = None) -> Shrinkage:
     """Keep some of the rows, columns and layers of a file."""
     clock = Clock()
-    planned, _ = plan_selection(model, out, wish, run, clock)
+    if scores is not None:
+        check_output(Path(scores), {model.resolve(), out.resolve()})
+    planned, measured = plan_selection(model, out, wish, run, clock)
     notes = list(planned.result.notes)
     if planned.analysis.transforms and run.mode is not None:
         lost = lost_inputs(planned.analysis, source_of(model).model)
@@ -284,12 +297,16 @@ def _selected(model: Path, out: Path, wish: Wish, run: Run) -> Shrinkage:
             notes.append(
                 f"the outputs were not compared: the layers that were left out have inputs such as {lost[0]!r}"
             )
+    if run.inputs is None and wish.data is not None and run.mode is not None:
+        run = replace(run, inputs=wish.data)
     made = make(planned, out, run, clock)
+    if scores is not None:
+        write_text(Path(scores), json.dumps(measured.to_json(), indent=1) + "\n")
     validation = made.validation
     if validation is not None and not validation.outputs:
         notes.append(f"the outputs were not compared: {validation.scope}")
     return Shrinkage(
-        "selection",
+        "importance" if wish.by_importance else "selection",
         str(model),
         str(out),
         made.parameters_before,
