@@ -21,6 +21,7 @@ from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.system.page_cache import BATCH, Stretches, forget
 from hyperclone_onnx.system.positioned import BINARY, read_at
 from hyperclone_onnx.tensors.assembled import DrawnTensor, JoinedTensor
+from hyperclone_onnx.tensors.expert_parts import PartTensor, scaled
 from hyperclone_onnx.tensors.scratch import Scratch
 
 Array = npt.NDArray[Any]
@@ -127,6 +128,8 @@ def _byte_source(tensor: ir.TensorProtocol, forget: bool) -> ByteSource | None:
         return _JoinedBytes(tensor, forget)
     if isinstance(tensor, DrawnTensor):
         return _DrawnBytes(tensor)
+    if isinstance(tensor, PartTensor) and tensor.dtype.bitwidth >= 8:
+        return _PartBytes(tensor, forget)
     collapsed = getattr(tensor, "collapsed", None)  # its module imports this one
     return collapsed if collapsed is not None and collapsed.averages else None
 
@@ -203,3 +206,39 @@ class _DrawnBytes:
 
     def close(self) -> None:
         pass
+
+
+class _PartBytes:
+    """The bytes of a part of another tensor."""
+
+    def __init__(self, tensor: PartTensor, forget: bool) -> None:
+        part = tensor.part
+        self._item = tensor.dtype.bitwidth // 8
+        self._width = part.run * self._item
+        """The bytes of the part in a row."""
+        self._first, self._scale = part.number * self._width, part.scale
+        self._kind = np.dtype(tensor.dtype.numpy())
+        self._rows = StoredRows(tensor.source, tensor.rows, part.of * self._width, forget=forget)
+        self._scratch = threading.local()
+
+    def fill(self, start: int, into: Array) -> None:
+        if not into.size:
+            return
+        if not hasattr(self._scratch, "arrays"):
+            self._scratch.arrays = Scratch()
+        begin = start - start % self._item
+        end = start + into.size + -(start + into.size) % self._item
+        row, last = begin // self._width, -(-end // self._width)
+        if last - row == 1:
+            offset = begin - row * self._width
+            content = self._rows.read_part(row, 1, self._first + offset, end - begin, self._scratch.arrays)
+        else:
+            content = self._rows.read_part(row, last - row, self._first, self._width, self._scratch.arrays)
+        flat = np.ascontiguousarray(content).reshape(-1)
+        if last - row > 1:
+            flat = flat[begin - row * self._width :][: end - begin]
+        numbers = scaled(flat.view(self._kind), self._scale)
+        into.reshape(-1)[...] = numbers.view(np.uint8)[start - begin :][: into.size]
+
+    def close(self) -> None:
+        self._rows.close()

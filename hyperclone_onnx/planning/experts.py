@@ -1,0 +1,114 @@
+"""Turns a request for experts into the step of a plan that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hyperclone_onnx.analysis.analysing import Analysis
+from hyperclone_onnx.analysis.feed_forward import Blocks, find_feed_forward
+from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.plan.plans import TransformStep
+from hyperclone_onnx.transforms.feed_forward import FeedForward
+
+STEP = "experts"
+"""The name of the transform."""
+
+ExpertsIn = Literal["all"] | int | Sequence[int]
+"""Which blocks become experts: all; every second, third, ... one; or those of a list, counted from 0."""
+
+
+@dataclass(frozen=True)
+class ExpertsRequest:
+    """The request for a mixture of experts.
+
+    Args:
+        experts: the number of experts of each block.
+        top_k: how many of them are chosen for a token.
+        where: which blocks become experts.
+        granularity: the number of parts that each expert is cut into.
+        shared: also keep the block as an expert that always runs.
+        seed: the seed of the routers.
+
+    Raises:
+        BadRequest: the numbers do not fit together.
+    """
+
+    experts: int
+    top_k: int
+    where: ExpertsIn = "all"
+    granularity: int = 1
+    shared: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, number in (("experts", self.experts), ("top_k", self.top_k), ("granularity", self.granularity)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise BadRequest(f"{name} is {number!r}: give a whole number from 1 on")
+        if self.top_k > self.experts:
+            raise BadRequest(
+                f"--top-k {self.top_k} chooses more experts than the {self.experts} of --experts: give at most "
+                f"{self.experts}"
+            )
+
+    def step(self, analysis: Analysis) -> TransformStep:
+        """The step that makes the experts.
+
+        Args:
+            analysis: the graph whose blocks become experts.
+
+        Raises:
+            BadRequest: the request does not fit the graph.
+            Refused: a block is of a form that cannot be taken apart.
+        """
+        blocks = self._chosen(find_feed_forward(analysis))
+        for block in blocks:
+            if block.ffn % self.granularity:
+                raise BadRequest(
+                    f"--granularity {self.granularity} does not divide the {block.ffn} hidden units of {block.name} "
+                    f"(it ends at {block.gives!r}): give a number that divides {block.ffn}"
+                )
+        options: dict[str, Any] = {"experts": self.experts, "top_k": self.top_k}
+        if self.granularity > 1:
+            options["granularity"] = self.granularity
+        if self.shared:
+            options["shared"] = True
+        return TransformStep(
+            STEP, {**options, "seed": self.seed, "blocks": [block.to_json() for block in blocks]}
+        )
+
+    def _chosen(self, blocks: Blocks) -> tuple[FeedForward, ...]:
+        count = len(blocks.blocks)
+        if not count:
+            reasons = [f"{node}: {why}" for node, why in blocks.refused.items()]
+            if reasons:
+                more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+                raise Refused(f"no feed-forward block of this graph can become experts: {reasons[0]}{more}")
+            raise BadRequest(
+                "experts were asked for, but this graph has no feed-forward block: no weights make hidden units that "
+                "other weights sum over. Leave out --experts"
+            )
+        if isinstance(self.where, int):
+            return blocks.blocks[self.where - 1 :: self.where]
+        if isinstance(self.where, str):
+            return blocks.blocks
+        beyond = [number for number in self.where if not 0 <= number < count]
+        if beyond:
+            raise BadRequest(
+                f"--experts-in names block {beyond[0]}; the feed-forward blocks of this graph are 0 to {count - 1}"
+            )
+        return tuple(blocks.blocks[number] for number in sorted(set(self.where)))
+
+
+def mixtures(steps: Iterable[TransformStep]) -> list[dict[str, int]]:
+    """What the steps of a plan make of feed-forward blocks: the numbers of blocks, of experts and of chosen ones."""
+    return [
+        {
+            "blocks": len(step.options["blocks"]),
+            "experts": step.options["experts"] * step.options.get("granularity", 1),
+            "chosen": step.options["top_k"] * step.options.get("granularity", 1),
+        }
+        for step in steps
+        if step.name == STEP
+    ]
