@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hyperclone_onnx.plan.plans import Plan
     from hyperclone_onnx.plan.recipes import Recipe
     from hyperclone_onnx.plan.strategies import Strategy
+    from hyperclone_onnx.planning.experts import Experts
     from hyperclone_onnx.rewriting.rewriting import rewrite
     from hyperclone_onnx.shrinking.shrinking import Shrinkage, shrink
     from hyperclone_onnx.tensors.grown_tensor import GrownTensor
@@ -32,6 +33,7 @@ __all__ = [
     "BadRequest",
     "CannotWrite",
     "Expansion",
+    "Experts",
     "FolderExpansion",
     "GrownTensor",
     "HandedOver",
@@ -69,6 +71,7 @@ _HOMES = {
     "plan.plans": "Plan",
     "plan.recipes": "Recipe",
     "plan.strategies": "Strategy",
+    "planning.experts": "Experts",
     "rewriting.rewriting": "rewrite",
     "shrinking.shrinking": "Shrinkage shrink",
     "tensors.grown_tensor": "GrownTensor",

@@ -25,6 +25,7 @@ from hyperclone_onnx.plan.plans import Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy, StrategyRule
 from hyperclone_onnx.planning.asked import rules_of, strategy_of, whole_numbers
 from hyperclone_onnx.planning.drawing import with_drawn_tensors
+from hyperclone_onnx.planning.experts import Experts, mixtures
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.next_layers import with_next_layers
 from hyperclone_onnx.planning.provenance import provenance
@@ -155,6 +156,7 @@ class Expansion(Summarised):
                 for name, dim in self.plan.dims.items()
             },
             **({"layers": layers} if (layers := deepened(self.plan.transforms)) else {}),
+            **({"experts": experts} if (experts := mixtures(self.plan.transforms)) else {}),
             "kept": [asdict(dimension) for dimension in self.kept],
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "separated": self.separated,
@@ -236,6 +238,7 @@ class _Request:
     layers: LayersRequest | None = None
     depth: Depth = "identity"
     layers_at: LayersAt = "even"
+    experts: Experts | None = None
     separate: bool = False
 
     @staticmethod
@@ -254,10 +257,11 @@ class _Request:
         Raises:
             BadRequest: an argument is wrong, or all are missing that say how much to grow.
         """
-        parts = (requests, maps, sizes, others.get("like"), others.get("layers"), others.get("transforms"))
+        parts = (requests, maps, sizes, *map(others.get, ("like", "layers", "experts", "transforms")))
         if factor is None and not any(part is not None and part != () for part in parts):
             raise BadRequest(
-                'say how much to grow: factor=2, requests={"ffn": 2}, sizes={"hidden": 960}, like=TARGET or layers=32'
+                'say how much to grow: factor=2, requests={"ffn": 2}, sizes={"hidden": 960}, like=TARGET, layers=32 or '
+                "experts=Experts(8, 2)"
             )
         return _Request(
             1 if factor is None else factor,
@@ -339,6 +343,16 @@ def _with_layers(model: str | os.PathLike[str], request: _Request) -> tuple[Tran
     return (*request.transforms, *([] if step is None else [step]))
 
 
+def _with_experts(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
+    """The transforms, and the one that makes the experts that were asked for."""
+    assert request.experts is not None
+    analysis = analyse(model, request.transforms)
+    try:
+        return (*request.transforms, request.experts.step(analysis))
+    except (BadRequest, Refused) as problem:
+        raise type(problem)(f"{analysis.path}: {problem}") from problem
+
+
 def _with_separate(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
     """The transforms, and the one that gives each use of a merged tensor its own."""
     names = merged(source_of(model, request.transforms).model)
@@ -376,6 +390,8 @@ def _planned(
             request = replace(request, layers=layers_like(source, read_target(request.like)))
     if request.layers is not None:
         request = replace(request, transforms=_with_layers(model, request), layers=None)
+    if request.experts is not None:
+        request = replace(request, transforms=_with_experts(model, request), experts=None)
     analysis = analyse(model, request.transforms)
     used_files = set(analysis.files)
     if out is not None:
@@ -422,6 +438,7 @@ def expand(
     layers: LayersRequest | None = None,
     depth: Depth = "identity",
     layers_at: LayersAt = "even",
+    experts: Experts | None = None,
     allow_change: bool = False,
     device: Device = "auto",
     check: bool | Mode = True,
@@ -457,6 +474,7 @@ def expand(
         depth: how new layers are made: "identity" blocks, which add nothing at first; "stack" or "interpose", which
             change what the model computes (see `transforms.layers`).
         layers_at: where identity blocks stand: "even", "end", or the layers behind which there is a new one.
+        experts: makes a mixture of experts of each feed-forward block (see `planning.experts`).
         allow_change: allow a strategy that changes what the model computes. The differences of outputs are reported.
         device: the device on which both models run for validation.
         check: how to validate: "full", "algebraic", "auto" (or True), or False for no validation (see `validation`).
@@ -498,6 +516,7 @@ def expand(
         layers=layers,
         depth=depth,
         layers_at=layers_at,
+        experts=experts,
         separate=separate,
     )
     run = Run(
@@ -644,6 +663,7 @@ def plan_file(
     layers: LayersRequest | None = None,
     depth: Depth = "identity",
     layers_at: LayersAt = "even",
+    experts: Experts | None = None,
     allow_change: bool = False,
     plan_out: str | os.PathLike[str] | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -668,6 +688,7 @@ def plan_file(
         layers=layers,
         depth=depth,
         layers_at=layers_at,
+        experts=experts,
         separate=separate,
     )
     planned = _planned(model, None, request, plan_out, notify or ignore_stage, Clock())

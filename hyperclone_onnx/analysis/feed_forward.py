@@ -344,9 +344,7 @@ class _Search:
 
     # -- both ends ------------------------------------------------------------------------------------------
 
-    def _ends(
-        self, region: _Region, exit_node: ir.Node, down: Projection
-    ) -> tuple[ir.Value, ir.Value, Projection]:
+    def _ends(self, region: _Region, exit_node: ir.Node, down: Projection) -> tuple[ir.Value, ir.Value, Projection]:
         """The value that a block reads and the one that it gives: of one layout, and nothing else reads the inside."""
         ways = [list(self._before(node, region.unit)) for node in self._ups(region)]
         common = [value for value in ways[0] if all(value in way for way in ways[1:])]
@@ -424,10 +422,7 @@ class _Search:
         for node in ups:
             value, _ = self.projection(node, unit, into=True)
             axes = self._axes(value)
-            if node.op_type == "Conv":
-                summed = 1
-            else:
-                summed = len(axes) - (1 if value is node.inputs[0] else 2)
+            summed = 1 if node.op_type == "Conv" else len(axes) - (1 if value is node.inputs[0] else 2)
             term = self.space.resolve(axes[summed])
             same = [number for number, axis in enumerate(self._axes(reads)) if self.space.resolve(axis) == term]
             places.update(same if len(same) == 1 else (-1,))
@@ -476,9 +471,7 @@ class _Search:
         while changed:
             changed = False
             for node in nodes - needless:
-                uses = [
-                    use.node for value in node.outputs if value is not gives for use in value.uses()
-                ]
+                uses = [use.node for value in node.outputs if value is not gives for use in value.uses()]
                 is_output = any(value.is_graph_output() and value is not gives for value in node.outputs)
                 if not is_output and all(reader in needless for reader in uses):
                     needless.add(node)
@@ -565,11 +558,9 @@ def _is_pointwise(node: ir.Node) -> bool:
     weight = node.inputs[1]
     if weight is None or weight.shape is None or any(size != 1 for size in weight.shape.dims[2:]):
         return False
-    attributes = {name: attribute for name, attribute in node.attributes.items()}
     if _integer(node, "group", 1) != 1:
         return False
-    pads = attributes["pads"].as_ints() if "pads" in attributes else ()
-    strides = attributes["strides"].as_ints() if "strides" in attributes else ()
+    pads, strides = (node.attributes[name].as_ints() if name in node.attributes else () for name in ("pads", "strides"))
     return not any(pads) and all(stride == 1 for stride in strides)
 
 

@@ -16,6 +16,7 @@ from hyperclone_onnx.commands.options import (
     inputs_option,
     json_option,
     model_path,
+    parse_experts_in,
     parse_layers,
     parse_layers_at,
     parse_requests,
@@ -84,6 +85,31 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
     callback=parse_layers_at,
     help="Where identity layers stand: even, end, or behind the layers of a list such as 3,7 (counted from 0).",
 )
+@click.option(
+    "--experts",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Make N experts and a router of each feed-forward block. They compute the same as the block at first.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="How many experts are chosen for each token.")
+@click.option(
+    "--experts-in",
+    metavar="BLOCKS",
+    default="all",
+    show_default=True,
+    callback=parse_experts_in,
+    help="Which feed-forward blocks become experts: all, 'every 2' (the last of every two), or a list such as 1,3 "
+    "(counted from 0).",
+)
+@click.option(
+    "--granularity",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="G",
+    help="Cut each expert into G smaller ones, of which G times as many are chosen.",
+)
+@click.option("--shared-expert", is_flag=True, help="Also keep the block as an expert that always runs.")
 @click.option(
     "--strategy",
     type=click.Choice(OFFERED),
@@ -180,9 +206,11 @@ def expand(
     options = dict(request.options)
     factor, validation, exclude = options["factor"], options["validation"], options["exclude"]
     deeper = {name: options[name] for name in ("layers", "depth", "layers_at")}
-    if factor is None and not any(options[name] for name in ("requests", "sizes", "like", "layers")):
+    experts = _experts(options)
+    if factor is None and not any(options[name] for name in ("requests", "sizes", "like", "layers", "experts")):
         raise click.UsageError(
-            "say how much to grow: --factor 2, or --set ffn=2, --size hidden=960, --like TARGET, --layers 32"
+            "say how much to grow: --factor 2, or --set ffn=2, --size hidden=960, --like TARGET, --layers 32, "
+            "--experts 8 --top-k 2"
         )
     if deeper["layers"] is None and (deeper["depth"], deeper["layers_at"]) != ("identity", "even"):
         raise click.UsageError("--depth and --layers-at say how --layers adds layers: give --layers too")
@@ -195,6 +223,10 @@ def expand(
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
     checkpoint = is_checkpoint(model)
+    if checkpoint and experts:
+        raise click.UsageError(
+            "--experts is for ONNX files: export the checkpoint first (export FOLDER), then expand the file"
+        )
     if checkpoint and exclude:
         raise click.UsageError("--exclude leaves out files of a folder with ONNX files; MODEL has none")
     if not checkpoint and (keep_onnx or dtype is not None):
@@ -217,6 +249,7 @@ def expand(
         "untie": options["untie"],
         "separate": options["separate"],
         "keep_interface": options["interface"] == "keep",
+        **experts,
         "allow_change": options["allow_change"],
     }
     if recipe is not None or write_recipe is not None:
@@ -245,6 +278,31 @@ def expand(
         from hyperclone_onnx.publishing.publication import write_text
 
         write_text(write_recipe, text)
+
+
+def _experts(options: dict[str, Any]) -> dict[str, Any]:
+    """The argument of `expand` for experts, none if none were asked for."""
+    if options["experts"] is None:
+        names = {"top_k": None, "experts_in": "all", "granularity": 1, "shared_expert": False}
+        given = [name for name, usual in names.items() if options[name] != usual]
+        if given:
+            option = "--" + given[0].replace("_", "-")
+            raise click.UsageError(f"{option} says how --experts makes experts: give --experts too")
+        return {}
+    if options["top_k"] is None:
+        raise click.UsageError("--experts needs --top-k: the number of experts that are chosen for a token, such as 2")
+    from hyperclone_onnx.planning.experts import Experts
+
+    return {
+        "experts": Experts(
+            options["experts"],
+            options["top_k"],
+            options["experts_in"],
+            options["granularity"],
+            options["shared_expert"],
+            options["seed"],
+        )
+    }
 
 
 def _recipe_text(request: Request, path: Path, model: Path) -> str:

@@ -147,6 +147,19 @@ def parse_layers(_context: click.Context, _option: click.Parameter, text: str | 
     return layers
 
 
+def parse_experts_in(_context: click.Context, _option: click.Parameter, text: str) -> str | int | list[int]:
+    """A callback that makes a number of ``every 2``, a list of numbers of ``1,3``, and leaves ``all``."""
+    if text == "all":
+        return text
+    word, _, number = text.partition(" ")
+    if word == "every" and number.isascii() and number.isdigit() and int(number) > 0:
+        return int(number)
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise click.BadParameter(f"{text!r}: write all, 'every 2', or numbers of feed-forward blocks such as 1,3")
+    return [int(part) for part in parts]
+
+
 def parse_layers_at(_context: click.Context, _option: click.Parameter, text: str) -> str | list[int]:
     """A callback that makes a list of numbers of ``3,7``, and leaves ``even`` and ``end``."""
     if text in ("even", "end"):

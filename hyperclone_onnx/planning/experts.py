@@ -20,11 +20,11 @@ ExpertsIn = Literal["all"] | int | Sequence[int]
 
 
 @dataclass(frozen=True)
-class ExpertsRequest:
+class Experts:
     """The request for a mixture of experts.
 
     Args:
-        experts: the number of experts of each block.
+        number: the number of experts of each block.
         top_k: how many of them are chosen for a token.
         where: which blocks become experts.
         granularity: the number of parts that each expert is cut into.
@@ -35,7 +35,7 @@ class ExpertsRequest:
         BadRequest: the numbers do not fit together.
     """
 
-    experts: int
+    number: int
     top_k: int
     where: ExpertsIn = "all"
     granularity: int = 1
@@ -43,13 +43,13 @@ class ExpertsRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, number in (("experts", self.experts), ("top_k", self.top_k), ("granularity", self.granularity)):
+        for name, number in (("experts", self.number), ("top_k", self.top_k), ("granularity", self.granularity)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise BadRequest(f"{name} is {number!r}: give a whole number from 1 on")
-        if self.top_k > self.experts:
+        if self.top_k > self.number:
             raise BadRequest(
-                f"--top-k {self.top_k} chooses more experts than the {self.experts} of --experts: give at most "
-                f"{self.experts}"
+                f"--top-k {self.top_k} chooses more experts than the {self.number} of --experts: give at most "
+                f"{self.number}"
             )
 
     def step(self, analysis: Analysis) -> TransformStep:
@@ -69,14 +69,12 @@ class ExpertsRequest:
                     f"--granularity {self.granularity} does not divide the {block.ffn} hidden units of {block.name} "
                     f"(it ends at {block.gives!r}): give a number that divides {block.ffn}"
                 )
-        options: dict[str, Any] = {"experts": self.experts, "top_k": self.top_k}
+        options: dict[str, Any] = {"experts": self.number, "top_k": self.top_k}
         if self.granularity > 1:
             options["granularity"] = self.granularity
         if self.shared:
             options["shared"] = True
-        return TransformStep(
-            STEP, {**options, "seed": self.seed, "blocks": [block.to_json() for block in blocks]}
-        )
+        return TransformStep(STEP, {**options, "seed": self.seed, "blocks": [block.to_json() for block in blocks]})
 
     def _chosen(self, blocks: Blocks) -> tuple[FeedForward, ...]:
         count = len(blocks.blocks)

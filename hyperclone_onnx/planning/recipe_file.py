@@ -46,14 +46,20 @@ def _whole(least: int) -> Kind:
 
 
 def _are_places(value: Any) -> bool:
-    return value in ("even", "end") or (
-        isinstance(value, list) and bool(value) and all(_is_whole(place) and place >= 0 for place in value)
-    )
+    return value in ("even", "end") or _are_numbers(value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_whole(number) and number >= 0 for number in value)
 
 
 LAYERS = Kind(
     "a number of layers, or one for each stack, such as {encoder: 8, decoder: 12}",
     lambda value: _is_whole(value) and value >= 1,
+)
+EXPERTS_IN = Kind(
+    "all, a number such as 2 for every second block, or a list of blocks such as [1, 3]",
+    lambda value: value == "all" or (_is_whole(value) and value >= 1) or _are_numbers(value),
 )
 LAYERS_AT = Kind("even, end or a list of layers such as [3, 7]", _are_places)
 FACTOR = Kind("a number from 1 on, such as 2 or 1.5", lambda value: _is_number(value) and value >= 1)
@@ -76,6 +82,11 @@ GROWTH_KEYS: Mapping[str, Kind] = {
     "layers": LAYERS,
     "depth": _choice("identity", "stack", "interpose"),
     "layers_at": LAYERS_AT,
+    "experts": _whole(1),
+    "top_k": _whole(1),
+    "experts_in": EXPERTS_IN,
+    "granularity": _whole(1),
+    "shared_expert": FLAG,
     "strategy": _choice(*OFFERED),
     "snr_db": SNR_DB,
     "seed": _whole(0),

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from hyperclone_onnx.errors import in_bytes
 from hyperclone_onnx.expansion import Expansion, SizeChange
+from hyperclone_onnx.planning.experts import mixtures
 from hyperclone_onnx.planning.next_layers import from_next_layer
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.reports.tables import counted, plain_table, print_line
@@ -38,6 +39,12 @@ def print_growth(console: Console, result: Expansion) -> None:
     for name, (before, after) in deepened(result.plan.transforms).items():
         print_line(
             console, f"{name} {before} -> {after}" if name == "layers" else f"{name}: layers {before} -> {after}"
+        )
+    for mixture in mixtures(result.plan.transforms):
+        print_line(
+            console,
+            f"experts: {counted('feed-forward block', mixture['blocks'])} with {mixture['experts']} experts, "
+            f"{mixture['chosen']} chosen for a token",
         )
     for note in result.notes:
         print_line(console, f"note: {note}")
@@ -115,7 +122,7 @@ def _print_grown(console: Console, result: Expansion) -> None:
         if name not in told:
             rows[dim.role, dim.map.size, dim.map.grown, None].append(name)
     nearest = any(wanted is not None for _, _, _, wanted in rows)
-    if not rows and deepened(result.plan.transforms):
+    if not rows and (deepened(result.plan.transforms) or mixtures(result.plan.transforms)):
         return
     if not rows:
         print_line(console, "nothing grows: every size stays, and the result computes the same with the same weights")

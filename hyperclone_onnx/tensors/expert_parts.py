@@ -53,7 +53,7 @@ class PartTensor(ir.LazyTensor):
         self.rows = math.prod(part.shape) // max(part.run, 1)
         super().__init__(self._whole, dtype=source.dtype, shape=ir.Shape(part.shape), name=source.name)
 
-    def _whole(self) -> ir.Tensor:
+    def _whole(self) -> ir.TensorProtocol:
         part = self.part
         table = self.source.numpy().reshape(self.rows, part.of, part.run)
         taken = np.ascontiguousarray(table[:, part.number]).reshape(part.shape)

@@ -252,7 +252,6 @@ class _Builder:
 
     def _again(self, node: ir.Node, inputs: list[ir.Value | None]) -> ir.Value:
         """The same function of new values."""
-        attributes = {name: attribute for name, attribute in node.attributes.items()}
         if node.domain == MICROSOFT and node.op_type in ("BiasGelu", "FastGelu") and len(inputs) > 1:
             given, bias = inputs[0], inputs[1]
             assert given is not None
@@ -264,7 +263,7 @@ class _Builder:
             node.domain,
             node.op_type,
             inputs,
-            list(attributes.values()),
+            list(node.attributes.values()),
             num_outputs=len(node.outputs),
             name=self.fresh.node(f"{self.stem}.experts.{node.op_type}"),
         )
