@@ -218,6 +218,13 @@ def plan_expansion(
     return _plan(analysis, _with_target(analysis, request)[0])[1]
 
 
+_CHANGES = {
+    "layers": "copies of layers that are not identity blocks change",
+    "experts": "experts that part from the beginning (--expert-noise, --drop-upcycle) change",
+}
+"""The beginning of a message about a transform that changes what a model computes."""
+
+
 @dataclass(frozen=True)
 class _Request:
     """The request of a growth. Its fields are arguments of `expand`."""
@@ -285,10 +292,12 @@ class _Request:
                     f"the strategy {law.name!r} changes what the model computes: --allow-change, or allow_change=True "
                     "in Python, says that you want that"
                 )
-        if changing(self.transforms) and not self.allow_change:
+        changed = changing(self.transforms)
+        if changed and not self.allow_change:
+            what = _CHANGES.get(changed[0], f"the transform {changed[0]!r} changes")
             raise BadRequest(
-                "copies of layers that are not identity blocks change what the model computes: --allow-change, or "
-                "allow_change=True in Python, says that you want that"
+                f"{what} what the model computes: --allow-change, or allow_change=True in Python, says that you want "
+                "that"
             )
 
     def to_json(self) -> dict[str, Any]:

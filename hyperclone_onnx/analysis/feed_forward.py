@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
+from hyperclone_onnx.algebra import shape_values
 from hyperclone_onnx.algebra.dims import Concat, Dim
 from hyperclone_onnx.analysis.analysing import Analysis
 from hyperclone_onnx.graphs import MICROSOFT, MOVES_OR_CASTS, bodies_of, describe, is_initializer
@@ -271,16 +271,20 @@ class _Search:
 
     def _slice_starts(self, node: ir.Node, place: tuple[int, int], unit: Dim) -> int:
         """The number of the part that a Slice takes."""
-        numbers = [None if value is None else _integers(value) for value in node.inputs[1:]]
+        numbers = [None if value is None else self._integers(value) for value in node.inputs[1:]]
         given = [numbers[i] if i < len(numbers) and node.inputs[i + 1] is not None else [i - 2] for i in range(4)]
         starts, _, axes, steps = ((some or [0]) if some is None or len(some) == 1 else [0] for some in given)
         if any(some is None or len(some) != 1 for some in given):
-            raise _Not(f"{describe(node)} takes a part whose place is not stored")
+            raise _Not(f"{describe(node)} takes a part whose place is not known")
         width = unit.size.static or 1
         start = starts[0] + place[1] * width if starts[0] < 0 else starts[0]
         if axes[0] % len(self._axes(node.inputs[0])) != place[0] or steps[0] != 1 or start % width:
             raise _Not(f"{describe(node)} takes a part of the hidden units that is no whole width")
         return start // width
+
+    def _integers(self, value: ir.Value) -> list[int] | None:
+        """The elements of a small tensor of integers, stored or known from the sizes of the graph."""
+        return shape_values.static_values(self.dimensions.known.get(value))
 
     # -- products -------------------------------------------------------------------------------------------
 
@@ -570,11 +574,3 @@ def _integer(node: ir.Node, name: str, default: int = 0) -> int:
 
 def _number(node: ir.Node, name: str) -> float:
     return float(node.attributes[name].as_float()) if name in node.attributes else 1.0
-
-
-def _integers(value: ir.Value) -> list[int] | None:
-    """The elements of a small stored tensor of integers."""
-    tensor = value.const_value
-    if tensor is None or tensor.size > 8 or not tensor.dtype.is_integer():
-        return None
-    return [int(number) for number in np.asarray(tensor.numpy()).ravel()]

@@ -109,6 +109,22 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
     metavar="G",
     help="Cut each expert into G smaller ones, of which G times as many are chosen.",
 )
+@click.option(
+    "--expert-noise",
+    type=click.FloatRange(min=0.0),
+    callback=finite,
+    default=0.0,
+    metavar="LEVEL",
+    help="Add noise to the weights of each expert, LEVEL times as large as their deviation (--allow-change).",
+)
+@click.option(
+    "--drop-upcycle",
+    type=click.FloatRange(0.0, 1.0),
+    callback=finite,
+    default=0.0,
+    metavar="RATIO",
+    help="Draw this ratio of the hidden units of each expert anew, such as 0.5 (--allow-change).",
+)
 @click.option("--shared-expert", is_flag=True, help="Also keep the block as an expert that always runs.")
 @click.option(
     "--strategy",
@@ -283,7 +299,8 @@ def expand(
 def _experts(options: dict[str, Any]) -> dict[str, Any]:
     """The argument of `expand` for experts, none if none were asked for."""
     if options["experts"] is None:
-        names = {"top_k": None, "experts_in": "all", "granularity": 1, "shared_expert": False}
+        names: dict[str, Any] = {"top_k": None, "experts_in": "all", "granularity": 1, "shared_expert": False}
+        names |= {"expert_noise": 0.0, "drop_upcycle": 0.0}
         given = [name for name, usual in names.items() if options[name] != usual]
         if given:
             option = "--" + given[0].replace("_", "-")
@@ -301,6 +318,8 @@ def _experts(options: dict[str, Any]) -> dict[str, Any]:
             options["granularity"],
             options["shared_expert"],
             options["seed"],
+            options["expert_noise"],
+            options["drop_upcycle"],
         )
     }
 

@@ -23,6 +23,8 @@ PARAMETERS: Mapping[str, str] = {
     "experts_in": "experts_in",
     "granularity": "granularity",
     "shared_expert": "shared_expert",
+    "expert_noise": "expert_noise",
+    "drop_upcycle": "drop_upcycle",
     "strategy": "strategy",
     "snr_db": "snr_db",
     "seed": "seed",

@@ -25,6 +25,7 @@ import numpy as np
 from hyperclone_onnx.plan.maps import fills_of
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.recipes import Recipe
+from hyperclone_onnx.planning.experts import mixtures
 from hyperclone_onnx.planning.training_recipe import fan_in_growth
 from hyperclone_onnx.transforms.layers import deepened
 
@@ -181,6 +182,7 @@ def continuations(plan: Plan | None, names: Iterable[str]) -> dict[str, Continua
         return {name: Continuation() for name in names}
     parts = separated(plan)
     deeper = "the model has more layers than its source" if deepened(plan.transforms) else ""
+    deeper = "the model has experts, which its source has not" if mixtures(plan.transforms) else deeper
     result = {}
     for name in names:
         recipe = plan.tensors.get(name)

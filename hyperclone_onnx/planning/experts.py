@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +30,10 @@ class Experts:
         where: which blocks become experts.
         granularity: the number of parts that each expert is cut into.
         shared: also keep the block as an expert that always runs.
-        seed: the seed of the routers.
+        seed: the seed of the routers, and of what parts the experts.
+        noise: the standard deviation of the noise on the weights of each routed expert, as a part of that of the
+            weight. It changes what the model computes.
+        redraw: the ratio of the hidden units of each routed expert that are drawn anew. It changes that too.
 
     Raises:
         BadRequest: the numbers do not fit together.
@@ -41,11 +45,17 @@ class Experts:
     granularity: int = 1
     shared: bool = False
     seed: int = 0
+    noise: float = 0.0
+    redraw: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, number in (("experts", self.number), ("top_k", self.top_k), ("granularity", self.granularity)):
+        for name, number in (("number", self.number), ("top_k", self.top_k), ("granularity", self.granularity)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise BadRequest(f"{name} is {number!r}: give a whole number from 1 on")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise BadRequest(f"--expert-noise {self.noise} is no level: give a number from 0 on, such as 0.1")
+        if not 0 <= self.redraw <= 1:
+            raise BadRequest(f"--drop-upcycle {self.redraw} is no ratio: give a number from 0 to 1, such as 0.5")
         if self.top_k > self.number:
             raise BadRequest(
                 f"--top-k {self.top_k} chooses more experts than the {self.number} of --experts: give at most "
@@ -74,6 +84,10 @@ class Experts:
             options["granularity"] = self.granularity
         if self.shared:
             options["shared"] = True
+        if self.noise:
+            options["noise"] = self.noise
+        if self.redraw:
+            options["redraw"] = self.redraw
         return TransformStep(STEP, {**options, "seed": self.seed, "blocks": [block.to_json() for block in blocks]})
 
     def _chosen(self, blocks: Blocks) -> tuple[FeedForward, ...]:
@@ -88,6 +102,10 @@ class Experts:
                 "other weights sum over. Leave out --experts"
             )
         if isinstance(self.where, int):
+            if self.where > count:
+                raise BadRequest(
+                    f"--experts-in takes every {self.where} blocks, and this graph has {count} feed-forward blocks"
+                )
             return blocks.blocks[self.where - 1 :: self.where]
         if isinstance(self.where, str):
             return blocks.blocks

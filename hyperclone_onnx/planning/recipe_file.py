@@ -67,6 +67,8 @@ SNR_DB = Kind(
     f"a number from {LOWEST_SNR_DB:g} to {HIGHEST_SNR_DB:g}",
     lambda value: _is_number(value) and LOWEST_SNR_DB <= value <= HIGHEST_SNR_DB,
 )
+LEVEL = Kind("a number from 0 on, such as 0.1", lambda value: _is_number(value) and value >= 0)
+RATIO = Kind("a number from 0 to 1, such as 0.5", lambda value: _is_number(value) and 0 <= value <= 1)
 GIGABYTES = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a text", lambda value: isinstance(value, str) and bool(value))
@@ -87,6 +89,8 @@ GROWTH_KEYS: Mapping[str, Kind] = {
     "experts_in": EXPERTS_IN,
     "granularity": _whole(1),
     "shared_expert": FLAG,
+    "expert_noise": LEVEL,
+    "drop_upcycle": RATIO,
     "strategy": _choice(*OFFERED),
     "snr_db": SNR_DB,
     "seed": _whole(0),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.source_table import SourceTable
+from hyperclone_onnx.tensors.stored_rows import StoredRows
 
 BLOCK = 1 << 16
 """The number of squares that are summed at a time."""
@@ -58,8 +60,23 @@ class NoiseLevel:
 
 def mean_and_deviation(source: SourceTable) -> tuple[float, float]:
     """The mean and the standard deviation of all finite numbers of a tensor. The whole tensor is read."""
+    return _mean_and_deviation(_blocks(source, Scratch()))
+
+
+def mean_and_deviation_of(tensor: ir.TensorProtocol) -> tuple[float, float]:
+    """The same of a stored tensor, of a type of at least 8 bits."""
+    kind = np.dtype(tensor.dtype.numpy())
+    rows, scratch = StoredRows(tensor, 1, tensor.nbytes), Scratch()
+    step = BLOCK * kind.itemsize
+    return _mean_and_deviation(
+        rows.read_bytes(start, min(step, tensor.nbytes - start), scratch).view(kind)
+        for start in range(0, tensor.nbytes, step)
+    )
+
+
+def _mean_and_deviation(blocks: Iterable[npt.NDArray[Any]]) -> tuple[float, float]:
     total, squares, counted = 0.0, 0.0, 0
-    for rows in _blocks(source, Scratch()):
+    for rows in blocks:
         numbers = rows[np.isfinite(rows)].astype(np.float64)
         total, squares, counted = (
             total + float(numbers.sum()),

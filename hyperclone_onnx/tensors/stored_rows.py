@@ -22,6 +22,7 @@ from hyperclone_onnx.system.page_cache import BATCH, Stretches, forget
 from hyperclone_onnx.system.positioned import BINARY, read_at
 from hyperclone_onnx.tensors.assembled import DrawnTensor, JoinedTensor
 from hyperclone_onnx.tensors.expert_parts import PartTensor, scaled
+from hyperclone_onnx.tensors.parted import PartedTensor
 from hyperclone_onnx.tensors.scratch import Scratch
 
 Array = npt.NDArray[Any]
@@ -130,6 +131,8 @@ def _byte_source(tensor: ir.TensorProtocol, forget: bool) -> ByteSource | None:
         return _DrawnBytes(tensor)
     if isinstance(tensor, PartTensor) and tensor.dtype.bitwidth >= 8:
         return _PartBytes(tensor, forget)
+    if isinstance(tensor, PartedTensor) and tensor.dtype.bitwidth >= 8:
+        return _PartedBytes(tensor, forget)
     collapsed = getattr(tensor, "collapsed", None)  # its module imports this one
     return collapsed if collapsed is not None and collapsed.averages else None
 
@@ -242,3 +245,22 @@ class _PartBytes:
 
     def close(self) -> None:
         self._rows.close()
+
+
+class _PartedBytes:
+    """The bytes of a part of a tensor whose numbers are changed."""
+
+    def __init__(self, tensor: PartedTensor, forget: bool) -> None:
+        self._tensor, self._item = tensor, tensor.kind.itemsize
+        self._part = _PartBytes(tensor.part, forget)
+
+    def fill(self, start: int, into: Array) -> None:
+        begin = start - start % self._item
+        end = start + into.size + -(start + into.size) % self._item
+        content = np.empty(end - begin, dtype=np.uint8)
+        self._part.fill(begin, content)
+        numbers = self._tensor.changed(begin // self._item, content.view(self._tensor.kind), Scratch())
+        into.reshape(-1)[...] = np.ascontiguousarray(numbers).view(np.uint8)[start - begin :][: into.size]
+
+    def close(self) -> None:
+        self._part.close()

@@ -28,6 +28,8 @@ from hyperclone_onnx.graphs import MICROSOFT, MOVES_OR_CASTS, FreshNames, is_ini
 from hyperclone_onnx.plan.origins import Drawn, Joined
 from hyperclone_onnx.tensors.assembled import DrawnTensor, JoinedTensor
 from hyperclone_onnx.tensors.expert_parts import Part, PartTensor
+from hyperclone_onnx.tensors.noise_level import mean_and_deviation_of
+from hyperclone_onnx.tensors.parted import PartedTensor, Parting, redrawn_units
 from hyperclone_onnx.transforms.feed_forward import FeedForward, Projection
 from hyperclone_onnx.transforms.interface import ORIGINAL, remember
 from hyperclone_onnx.transforms.registry import transform
@@ -38,7 +40,12 @@ ROUTER_DEVIATION = 0.02
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-@transform("experts")
+def _preserves(options: Mapping[str, Any]) -> bool:
+    """Whether the experts are equal at first."""
+    return not options.get("noise") and not options.get("redraw")
+
+
+@transform("experts", preserves=_preserves)
 def experts(
     model: ir.Model,
     *,
@@ -48,6 +55,8 @@ def experts(
     granularity: int = 1,
     shared: bool = False,
     seed: int = 0,
+    noise: float = 0.0,
+    redraw: float = 0.0,
 ) -> ir.Model:
     """Make experts of feed-forward blocks of a graph.
 
@@ -58,13 +67,17 @@ def experts(
         blocks: the blocks (see `transforms.feed_forward`).
         granularity: the number of parts that each expert is cut into.
         shared: also keep the block as an expert that always runs. It gives one half of the sum.
-        seed: the seed of the routers.
+        seed: the seed of the routers, and of what parts the experts.
+        noise: the standard deviation of the noise on the weights of each routed expert, as a part of that of the
+            weight.
+        redraw: the ratio of the hidden units of each routed expert that are drawn anew (Drop-Upcycling, arXiv
+            2502.19261), from the mean and the standard deviation of each weight.
 
     Raises:
         BadModel: the graph does not have one of the blocks.
     """
     remember(model.graph)
-    mixture = _Mixture(experts, top_k, granularity, shared, seed)
+    mixture = _Mixture(experts, top_k, granularity, shared, seed, noise, redraw)
     builder = _Builder(model, mixture)
     for data in blocks:
         try:
@@ -85,6 +98,13 @@ class _Mixture:
     granularity: int
     shared: bool
     seed: int
+    noise: float = 0.0
+    redraw: float = 0.0
+
+    @property
+    def parts_experts(self) -> bool:
+        """Whether the experts differ from the beginning."""
+        return bool(self.noise or self.redraw)
 
     @property
     def number(self) -> int:
@@ -95,6 +115,11 @@ class _Mixture:
     def chosen(self) -> int:
         """How many of them are chosen for a token."""
         return self.top_k * self.granularity
+
+
+def scale_of_down(mixture: _Mixture) -> float:
+    """What multiplies the second weight of each part of an expert: each part gets that much less of the gate."""
+    return float(mixture.granularity)
 
 
 @dataclass(frozen=True)
@@ -135,7 +160,7 @@ class _Builder:
         tokens, shape, order = self._tokens(block, reads)
         gates = self._gates(block, tokens)
         half = 0.5 if self.mixture.shared else 1.0
-        routed = self._network(block, tokens, _Form(True, half * self.mixture.granularity))
+        routed = self._network(block, tokens, _Form(True, half * scale_of_down(self.mixture)))
         summed = self._node("ReduceSum", [self._node("Mul", [routed, gates]), self._integers("axis", [0])], keepdims=0)
         if self.mixture.shared:
             summed = self._node("Add", [self._network(block, tokens, _Form(False, half)), summed])
@@ -310,7 +335,8 @@ class _Builder:
         wide = block.ffn * projection.parts
         axis = 0 if projection.transposed == into else 1
         shape = (wide, block.hidden) if axis == 0 else (block.hidden, wide)
-        stored = self._stack(value, shape, axis, projection.parts, 1.0 if into else form.scale, form)
+        scale = 1.0 if into else form.scale
+        stored = self._stack(value, shape, axis, projection.parts, scale, form, block.down.weight)
         stored = self._as(stored, self._kind(projection))
         if not projection.transposed:
             return stored
@@ -324,7 +350,7 @@ class _Builder:
             bias = self._stack(value, (wide,), 0, parts, projection.bias_scale, form)
         else:
             # The gates of the parts of an expert add up to the gate of the whole, so each part has the whole bias.
-            share = form.scale / (self.mixture.granularity if form.stacked else 1)
+            share = form.scale / (scale_of_down(self.mixture) if form.stacked else 1)
             bias = self._stack(value, (block.hidden,), None, 1, projection.bias_scale * share, form)
         return self._as(bias, self._kind(projection))
 
@@ -340,6 +366,7 @@ class _Builder:
         parts: int,
         scale: float,
         form: _Form,
+        parted_as: str | None = None,
     ) -> ir.Value:
         """A stored tensor for all experts: (experts, ...) for a matrix, (experts, 1, ...) for a vector.
 
@@ -350,6 +377,7 @@ class _Builder:
             parts: how many widths lie side by side on it.
             scale: multiplies the tensor.
             form: whether there are several experts.
+            parted_as: the name of the block whose experts part in this tensor; None if they all keep it.
         """
         granularity = self.mixture.granularity if form.stacked and axis is not None else 1
         key = (value, shape, axis, parts, scale, form.stacked)
@@ -366,11 +394,23 @@ class _Builder:
         pieces = [PartTensor(tensor, Part(cut, number, granularity, run, scale)) for number in range(granularity)]
         if not form.stacked:
             return self._remembered(key, f"{value.name}.shared", pieces[0], value)
+        many: list[ir.TensorProtocol] = [*pieces] * self.mixture.experts
         if len(shape) == 1:
-            pieces = [PartTensor(piece, Part((1, *cut), run=math.prod(cut))) for piece in pieces]
-        many = pieces * self.mixture.experts
+            many = [PartTensor(piece, Part((1, *cut), run=math.prod(cut))) for piece in many]
+        elif parted_as is not None and axis is not None and self.mixture.parts_experts:
+            law, inner = _Law(tensor), math.prod(cut[axis + 1 :])
+            units = cut[axis] // parts
+            many = [
+                PartedTensor(pieces[number % granularity], self._parting(value, parted_as, number, inner, units), law)
+                for number in range(len(many))
+            ]
         joined = JoinedTensor(Joined((value.name or "",) * len(many), 0, stacked=True), many)
         return self._remembered(key, f"{value.name}.experts", joined, value)
+
+    def _parting(self, value: ir.Value, block: str, expert: int, inner: int, units: int) -> Parting:
+        mixture = self.mixture
+        redrawn = redrawn_units(block, mixture.seed, expert, units, mixture.redraw) if mixture.redraw else ()
+        return Parting(value.name or "", mixture.seed, expert, mixture.noise, redrawn, inner, units)
 
     def _remembered(self, key: tuple[Any, ...], hint: str, tensor: ir.TensorProtocol, like: ir.Value) -> ir.Value:
         self.stacks[key] = self._stored(self.fresh.value(hint), tensor, like)
@@ -429,7 +469,7 @@ class _Builder:
         **attributes: Any,
     ) -> ir.Value:
         (value,) = self._nodes(kind, inputs, 1, domain=domain, hint=hint, **attributes)
-        known = dtype or inputs[0].dtype
+        known = dtype or next((given.dtype for given in inputs if given.dtype is not None), None)
         value.type = None if known is None else ir.TensorType(known)
         return value
 
@@ -487,6 +527,19 @@ class _Builder:
         return value
 
 
+class _Law:
+    """The mean and the standard deviation of a tensor, which is read when they are first asked for."""
+
+    def __init__(self, tensor: ir.TensorProtocol) -> None:
+        self._tensor = tensor
+        self._known: tuple[float, float] | None = None
+
+    def __call__(self) -> tuple[float, float]:
+        if self._known is None:
+            self._known = mean_and_deviation_of(self._tensor)
+        return self._known
+
+
 def _first(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     assert value is not None
@@ -502,9 +555,3 @@ def _stem(block: FeedForward) -> str:
         same += 1
     common = first[:same] if len(names) > 1 else ""
     return common.rsplit(".", 1)[0] if "." in common else block.gives
-
-
-def changed_counts(options: Mapping[str, Any]) -> tuple[int, int]:
-    """The number of experts and of chosen ones in the graph, from the options of a step."""
-    granularity = options.get("granularity", 1)
-    return options["experts"] * granularity, options["top_k"] * granularity

@@ -21,6 +21,7 @@ from hyperclone_onnx.frameworks.optimizer.moments import GrownMoments, Moments, 
 from hyperclone_onnx.frameworks.optimizer.saved_state import FIRST, SECOND, STEP, Group, State, read_state
 from hyperclone_onnx.plan.maps import Kept, fills_of
 from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.planning.experts import mixtures
 from hyperclone_onnx.transforms.interface import Placed
 from hyperclone_onnx.transforms.registry import changing
 from hyperclone_onnx.writing.safetensors_files import Tensor, write_safetensors
@@ -98,6 +99,11 @@ def write_optimizer(
     plan = compiled.plan
     if plan is None:
         raise BadRequest(f"{big}: it carries no plan of its growth, which we need to grow an optimizer's state")
+    if mixtures(plan.transforms):
+        raise BadRequest(
+            f"{big}: it has experts, and the small model's state has no moments of experts and routers: leave the "
+            "state out, and train on with a new one"
+        )
     places = source_places(big, plan, source)
     weights = [weight for weight in compiled.program.weights if weight.role in ("trainable", "frozen")]
     saved = read_state(state)

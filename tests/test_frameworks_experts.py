@@ -1,0 +1,118 @@
+"""A mixture of experts in trainers: ONNX Runtime, PyTorch and JAX agree on outputs and on every gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from test_experts import FORMS, block
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+pytest.importorskip("array_api_compat")
+torch = pytest.importorskip("torch")
+jax = pytest.importorskip("jax")
+
+from hyperclone_onnx import Experts, expand  # noqa: E402
+from hyperclone_onnx.frameworks.absorb import absorb  # noqa: E402
+from hyperclone_onnx.frameworks.jax import load as load_jax  # noqa: E402
+from hyperclone_onnx.frameworks.torch import load  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+IDS = np.random.default_rng(3).integers(0, 11, (2, 5))
+
+
+def parted(path: Path, out: Path) -> Path:
+    """A mixture whose experts have parted, in float64: equal experts give the router no gradient."""
+    model = onnx.load(path)
+    rng = np.random.default_rng(7)
+    for tensor in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if tensor.name.endswith((".experts", ".router")):
+            array = array + 0.3 * rng.standard_normal(array.shape).astype(array.dtype)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, out)
+    return out
+
+
+@pytest.fixture(scope="module", params=["gated", "biases", "fused, sliced", "flattened, Gemm"])
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    onnx.save(block(FORMS[request.param], 2, np.float64), folder / "dense.onnx")
+    how: dict[str, Any] = {"granularity": 2, "shared": True} if request.param == "gated" else {}
+    expand(folder / "dense.onnx", folder / "moe.onnx", experts=Experts(4, 2, **how))
+    return parted(folder / "moe.onnx", folder / "parted.onnx")
+
+
+def run(path: Path) -> Array:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"ids": IDS})[0])
+
+
+def gradients_of_torch(path: Path) -> dict[str, Array]:
+    model = load(path)
+    (model(torch.as_tensor(IDS)) ** 2).sum().backward()
+    named = dict(model.named_parameters())
+    return {model.initializers[name]: parameter.grad.numpy() for name, parameter in named.items()}
+
+
+def test_outputs_and_gradients_agree(mixture: Path) -> None:
+    wanted = run(mixture)
+    model = load(mixture)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(torch.as_tensor(IDS)).numpy(), wanted, rtol=1e-11, atol=1e-11)
+    ours = gradients_of_torch(mixture)
+    with jax.enable_x64(True):
+        apply, params = load_jax(mixture)
+        function = jax.jit(jax.value_and_grad(lambda params: (apply(params, IDS) ** 2).sum()))
+        value, gradients = function(params)
+        np.testing.assert_allclose(value, (wanted**2).sum(), rtol=1e-11)
+        flat, _ = jax.tree_util.tree_flatten_with_path(gradients)
+        others = {".".join(entry.key for entry in path): np.asarray(array) for path, array in flat}
+    assert len(others) == len(ours) and any(name.endswith(".router") for name in ours)
+    for path, name in model.initializers.items():
+        assert np.abs(ours[name]).max() > 1e-4, name
+        np.testing.assert_allclose(others[path], ours[name], rtol=1e-9, atol=1e-10, err_msg=name)
+
+
+def test_the_gradients_are_those_of_onnx_runtime(mixture: Path, tmp_path: Path) -> None:
+    """A small step along a tensor's gradient changes what ONNX Runtime computes as the gradient says."""
+    proto = onnx.load(mixture)
+    gradients = gradients_of_torch(mixture)
+    for tensor in proto.graph.initializer:
+        if not tensor.name.endswith((".experts", ".router")):
+            continue
+        array, gradient = onnx.numpy_helper.to_array(tensor), gradients[tensor.name]
+        step = 1e-5 / np.linalg.norm(gradient)
+        values = []
+        for sign in (1, -1):
+            changed = onnx.numpy_helper.from_array(array + sign * step * gradient, tensor.name)
+            model = onnx.ModelProto()
+            model.CopyFrom(proto)
+            place = [other.name for other in model.graph.initializer].index(tensor.name)
+            model.graph.initializer[place].CopyFrom(changed)
+            onnx.save(model, tmp_path / "moved.onnx")
+            values.append((run(tmp_path / "moved.onnx") ** 2).sum())
+        measured = (values[0] - values[1]) / (2 * step)
+        np.testing.assert_allclose(measured, np.sum(gradient**2), rtol=1e-5, err_msg=tensor.name)
+
+
+def test_trained_experts_come_back(mixture: Path, tmp_path: Path) -> None:
+    model = load(mixture)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (model(torch.as_tensor(IDS)) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    absorb(mixture, model.state_dict(), tmp_path / "trained.onnx")
+    with torch.no_grad():
+        wanted = model(torch.as_tensor(IDS)).numpy()
+    np.testing.assert_allclose(run(tmp_path / "trained.onnx"), wanted, rtol=1e-11, atol=1e-11)
