@@ -394,7 +394,7 @@ class _Builder:
         pieces = [PartTensor(tensor, Part(cut, number, granularity, run, scale)) for number in range(granularity)]
         if not form.stacked:
             return self._remembered(key, f"{value.name}.shared", pieces[0], value)
-        many: list[ir.TensorProtocol] = [*pieces] * self.mixture.experts
+        many: list[ir.TensorProtocol] = [*pieces] * (self.mixture.number // granularity)
         if len(shape) == 1:
             many = [PartTensor(piece, Part((1, *cut), run=math.prod(cut))) for piece in many]
         elif parted_as is not None and axis is not None and self.mixture.parts_experts:
