@@ -57,6 +57,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_mixture_of_experts_is_made_trained_and_taken_back(tmp_path: Path) -> None:
+    run("moe_torch", "--output", tmp_path, "--steps", 3, "--batch", 2, "--length", 24)
+    assert len(losses(tmp_path / "moe_torch_losses.csv")) == 3
+    assert apart(logits(tmp_path / "moe_torch_trained.onnx"), logits(tmp_path / "tiny_gpt_moe.onnx")) > 1e-3
+
+
 @pytest.mark.parametrize("example", ["torch", "jax", "fsdp"])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(example: str, whole: Path, tmp_path: Path) -> None:
     for steps in (5, 8):

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from test_experts import FORMS, block
+from test_experts import FORMS, block, stored
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -17,7 +17,7 @@ pytest.importorskip("array_api_compat")
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
-from hyperclone_onnx import Experts, expand  # noqa: E402
+from hyperclone_onnx import BadRequest, Experts, expand  # noqa: E402
 from hyperclone_onnx.frameworks.absorb import absorb  # noqa: E402
 from hyperclone_onnx.frameworks.jax import load as load_jax  # noqa: E402
 from hyperclone_onnx.frameworks.torch import load  # noqa: E402
@@ -99,6 +99,30 @@ def test_the_gradients_are_those_of_onnx_runtime(mixture: Path, tmp_path: Path) 
             values.append((run(tmp_path / "moved.onnx") ** 2).sum())
         measured = (values[0] - values[1]) / (2 * step)
         np.testing.assert_allclose(measured, np.sum(gradient**2), rtol=1e-5, err_msg=tensor.name)
+
+
+def test_the_scores_of_the_routers_are_given_on_request(mixture: Path) -> None:
+    model = load(mixture, router_logits=True)
+    assert model.program.outputs[0] == "y" and len(model.program.outputs) == 3
+    result = model(torch.as_tensor(IDS))
+    np.testing.assert_allclose(result["y"].detach().numpy(), run(mixture), rtol=1e-11, atol=1e-11)
+    experts = {name: array.shape[1] for name, array in stored(mixture).items() if name.endswith(".router")}
+    for scores, count in zip(list(result.values())[1:], experts.values(), strict=True):
+        assert scores.shape == (IDS.size, count)
+        scores.logsumexp(dim=-1).sum().backward(retain_graph=True)
+    routers = [parameter for name, parameter in model.named_parameters() if model.initializers[name] in experts]
+    assert all(router.grad is not None and router.grad.abs().max() > 0 for router in routers)
+    with jax.enable_x64(True):
+        apply, params = load_jax(mixture, router_logits=True)
+        others = jax.jit(apply)(params, IDS)
+    for name, scores in result.items():
+        np.testing.assert_allclose(np.asarray(others[name]), scores.detach().numpy(), rtol=1e-10, atol=1e-11)
+
+
+def test_a_model_without_routers_has_no_scores(tmp_path: Path) -> None:
+    onnx.save(block(FORMS["plain"]), tmp_path / "dense.onnx")
+    with pytest.raises(BadRequest, match="this model has no router"):
+        load(tmp_path / "dense.onnx", router_logits=True)
 
 
 def test_trained_experts_come_back(mixture: Path, tmp_path: Path) -> None:

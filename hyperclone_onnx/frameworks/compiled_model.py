@@ -48,6 +48,7 @@ def compile_model(
     plan: Plan | PathLike | None = None,
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
+    router_logits: bool = False,
 ) -> CompiledModel:
     """Compile a model file, or a model in memory. A model in memory is changed in place.
 
@@ -57,27 +58,37 @@ def compile_model(
         freeze: globs of initializer names; the matching tensors are not trained.
         train: globs of initializer names; the matching tensors are trained, even where the graph's structure says that
             they are constants.
+        router_logits: also give the scores of the routers of mixtures of experts as outputs.
 
     Raises:
         BadModel: the file (or the plan) cannot be read, or is incomplete.
-        BadRequest: a glob matches no tensor, the plan is for another model, or a plan is given with a model in memory.
+        BadRequest: a glob matches no tensor, the plan is for another model, a plan is given with a model in memory, or
+            the model has no router whose scores were asked for.
         Refused: the model has an operator, or a form of an operator, that is not supported.
         MissingExtra: neither the extra for PyTorch nor the one for JAX is installed.
     """
     try:
-        return _compile(model, plan, freeze, train)
+        return _compile(model, plan, freeze, train, router_logits)
     except ModuleNotFoundError as problem:
         raise MissingExtra("torch", problem) from problem
 
 
 def _compile(
-    model: PathLike | ir.Model, plan: Plan | PathLike | None, freeze: Sequence[str], train: Sequence[str]
+    model: PathLike | ir.Model,
+    plan: Plan | PathLike | None,
+    freeze: Sequence[str],
+    train: Sequence[str],
+    router_logits: bool,
 ) -> CompiledModel:
     if plan is not None:
         if isinstance(model, ir.Model):
             raise BadRequest("a plan grows a model file, not a model in memory: give the path of the small model")
         model = _grown(model, plan)
-    prepared = prepare_model(model) if isinstance(model, ir.Model) else prepare(model)
+    prepared = (
+        prepare_model(model, router_logits=router_logits)
+        if isinstance(model, ir.Model)
+        else prepare(model, router_logits=router_logits)
+    )
     carried = Plan.carried_by(prepared.metadata_props)
     structural = structural_roles(prepared, train)
     structural |= _divisors(structural, carried)

@@ -40,6 +40,7 @@ def load(
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
     dtype: Any = None,
+    router_logits: bool = False,
 ) -> tuple[Callable[..., Any], Params]:
     """Load a model file (or an onnx_ir model) as a function ``apply(params, *inputs, **inputs)`` and its ``params``.
 
@@ -60,6 +61,7 @@ def load(
         dtype: the type in which products of matrices run, forward and backward: "bfloat16" or "float16". Parameters,
             norms, softmaxes and sums keep their types. To cast the parameters alone would not do that: a product with
             an activation in float32 runs in float32.
+        router_logits: also return the scores of the routers of mixtures of experts, for a loss that balances the load.
 
     Raises:
         BadModel: the file (or the plan) cannot be read, or is incomplete.
@@ -67,7 +69,7 @@ def load(
         Refused: the model has an operator, or a form of an operator, that is not supported.
     """
     products = None if dtype is None else _floating(dtype)
-    compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train)
+    compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train, router_logits=router_logits)
     place = _over(shard) if isinstance(shard, jax.sharding.Mesh) else shard
     params: dict[str, Any] = {}
     constants: dict[str, Any] = {}

@@ -37,6 +37,7 @@ def load(
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
     device: Any = None,
+    router_logits: bool = False,
 ) -> OnnxModule:
     """Load a model file (or an onnx_ir model) as an ordinary module.
 
@@ -56,6 +57,7 @@ def load(
             they are constants.
         device: where to put parameters and buffers. The default is the CPU or, with a mesh, a device of the mesh's
             type. On "meta" no tensor is read until `OnnxModule.materialize` is called.
+        router_logits: also return the scores of the routers of mixtures of experts, for a loss that balances the load.
 
     Raises:
         BadModel: the file (or the plan) cannot be read, or is incomplete.
@@ -64,7 +66,7 @@ def load(
         Refused: the model has an operator, or a form of an operator, that is not supported; or a parameter is sharded
             with a placement that is neither Shard nor Replicate.
     """
-    compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train)
+    compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train, router_logits=router_logits)
     if shard is None:
         module = OnnxModule(compiled_model)
         return module if _is_meta(device) else module.materialize(device)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +38,31 @@ ROUTER_DEVIATION = 0.02
 """The standard deviation of the router's weights, as in the published mixtures."""
 
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+_MADE = "hyperclone_onnx.experts"
+"""The key under which a stored tensor that experts brought in remembers what it was made of."""
+
+Kind = Literal["routed", "shared", "router"]
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """What a stored tensor of a mixture is: that of the routed experts, of the shared one, or a router.
+
+    Args:
+        kind: which of the three.
+        sources: the dense tensor that it was made of; for a router, the weights of its block, the last one last.
+    """
+
+    kind: Kind
+    sources: tuple[str, ...]
+
+
+def expert_tensors(graph: ir.Graph) -> dict[str, ExpertTensor]:
+    """The stored tensors that experts brought into a transformed graph, by name. Constants are left out."""
+    made = {name: value.meta.get(_MADE) for name, value in graph.initializers.items()}
+    return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
 def _preserves(options: Mapping[str, Any]) -> bool:
@@ -211,7 +236,6 @@ class _Builder:
         weights = tuple(projection.weight for projection in (*block.ups, block.down))
         key = ("router", weights)
         if key not in self.stacks:
-            first = self._value(block.ups[0].weight)
             kind = self._kind(block.ups[0])
             name = self.fresh.value(f"{self.stem}.router")
             shape = (block.hidden, self.mixture.experts)
@@ -220,7 +244,8 @@ class _Builder:
             if self.mixture.granularity > 1:
                 drawn = np.repeat(tensor.numpy(), self.mixture.granularity, axis=1)
                 tensor = ir.Tensor(np.ascontiguousarray(drawn), dtype=kind, name=name)
-            self.stacks[key] = self._stored(name, tensor, first)
+            self.stacks[key] = self._stored(name, tensor)
+            self.stacks[key].meta[_MADE] = ExpertTensor("router", weights)
         return self.stacks[key]
 
     def _network(self, block: FeedForward, tokens: ir.Value, form: _Form) -> ir.Value:
@@ -393,7 +418,7 @@ class _Builder:
         run = math.prod(cut) if axis is None else math.prod(cut[axis:]) // parts
         pieces = [PartTensor(tensor, Part(cut, number, granularity, run, scale)) for number in range(granularity)]
         if not form.stacked:
-            return self._remembered(key, f"{value.name}.shared", pieces[0], value)
+            return self._remembered(key, f"{value.name}.shared", pieces[0], "shared")
         many: list[ir.TensorProtocol] = [*pieces] * (self.mixture.number // granularity)
         if len(shape) == 1:
             many = [PartTensor(piece, Part((1, *cut), run=math.prod(cut))) for piece in many]
@@ -405,18 +430,19 @@ class _Builder:
                 for number in range(len(many))
             ]
         joined = JoinedTensor(Joined((value.name or "",) * len(many), 0, stacked=True), many)
-        return self._remembered(key, f"{value.name}.experts", joined, value)
+        return self._remembered(key, f"{value.name}.experts", joined, "routed")
 
     def _parting(self, value: ir.Value, block: str, expert: int, inner: int, units: int) -> Parting:
         mixture = self.mixture
         redrawn = redrawn_units(block, mixture.seed, expert, units, mixture.redraw) if mixture.redraw else ()
         return Parting(value.name or "", mixture.seed, expert, mixture.noise, redrawn, inner, units)
 
-    def _remembered(self, key: tuple[Any, ...], hint: str, tensor: ir.TensorProtocol, like: ir.Value) -> ir.Value:
-        self.stacks[key] = self._stored(self.fresh.value(hint), tensor, like)
+    def _remembered(self, key: tuple[Any, ...], hint: str, tensor: ir.TensorProtocol, kind: Kind) -> ir.Value:
+        self.stacks[key] = self._stored(self.fresh.value(hint), tensor)
+        self.stacks[key].meta[_MADE] = ExpertTensor(kind, (key[0].name or "",))
         return self.stacks[key]
 
-    def _stored(self, name: str, tensor: ir.TensorProtocol, like: ir.Value) -> ir.Value:
+    def _stored(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
             name=name,
             type=ir.TensorType(tensor.dtype),
@@ -447,7 +473,7 @@ class _Builder:
         key = ("number", number, kind)
         if key not in self.stacks:
             tensor = ir.Tensor(np.array(number, dtype=kind.numpy()), dtype=kind)
-            self.stacks[key] = self._stored(self.fresh.value("experts.factor"), tensor, ir.Value())
+            self.stacks[key] = self._stored(self.fresh.value("experts.factor"), tensor)
         return self.stacks[key]
 
     def _integers(self, hint: str, numbers: Iterable[int]) -> ir.Value:
@@ -455,7 +481,7 @@ class _Builder:
         key = (hint, listed)
         if key not in self.stacks:
             tensor = ir.Tensor(np.array(listed, dtype=np.int64))
-            self.stacks[key] = self._stored(self.fresh.value(f"experts.{hint}"), tensor, ir.Value())
+            self.stacks[key] = self._stored(self.fresh.value(f"experts.{hint}"), tensor)
         return self.stacks[key]
 
     def _node(

@@ -20,6 +20,7 @@ from hyperclone_onnx.frameworks.compiling.compiler import bound_attributes, regi
 from hyperclone_onnx.frameworks.compiling.fusions import fuse, put_in_place
 from hyperclone_onnx.frameworks.compiling.fusions.quantisation import train_codes
 from hyperclone_onnx.frameworks.compiling.host_values import LARGEST
+from hyperclone_onnx.frameworks.compiling.routers import give_router_logits
 from hyperclone_onnx.graphs import FreshNames, is_initializer, opset_of
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.checker import refuse_if_malformed
@@ -34,17 +35,22 @@ DEEPEST = 8
 """How many levels of function bodies we inline."""
 
 
-def prepare(path: str | os.PathLike[str]) -> ir.Model:
+def prepare(path: str | os.PathLike[str], *, router_logits: bool = False) -> ir.Model:
     """Read a model and bring it into the form that `compiler.compile_program` takes.
+
+    Args:
+        path: the file.
+        router_logits: also give the scores of the routers of mixtures of experts as outputs.
 
     Raises:
         BadModel: the file is not a readable, complete ONNX model.
+        BadRequest: the scores of routers were asked for, and there is none.
         Refused: its opset is too old, or an operator is not covered.
     """
     file = Path(path)
     model = loading.load(file)
     try:
-        return prepare_model(model, str(file))
+        return prepare_model(model, str(file), router_logits=router_logits)
     except (HypercloneError, MemoryError, OSError):
         raise
     except Exception as problem:
@@ -52,7 +58,7 @@ def prepare(path: str | os.PathLike[str]) -> ir.Model:
         raise
 
 
-def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
+def prepare_model(model: ir.Model, name: str = "model", *, router_logits: bool = False) -> ir.Model:
     """Prepare a model in memory. The model is changed in place and returned."""
     try:
         settle_opsets(model)
@@ -66,6 +72,8 @@ def prepare_model(model: ir.Model, name: str = "model") -> ir.Model:
     except (BadModel, Refused) as problem:
         raise type(problem)(f"{name}: {problem}") from problem
     check(model, name)
+    if router_logits:
+        give_router_logits(model, name)
     try:
         train_codes(model)
     except Refused as problem:

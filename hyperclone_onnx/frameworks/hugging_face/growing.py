@@ -35,11 +35,13 @@ from hyperclone_onnx.frameworks.hugging_face.deeper import deeper
 from hyperclone_onnx.frameworks.hugging_face.layout import squeezed
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, match
 from hyperclone_onnx.frameworks.hugging_face.measuring import Compared, DoesNotRun, Runs, effective, expected, measured
+from hyperclone_onnx.frameworks.hugging_face.mixtures import grow_mixture
 from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
 from hyperclone_onnx.frameworks.hugging_face.shortening import for_all_layers, shortened
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown, small_initializers
 from hyperclone_onnx.frameworks.hugging_face.writing import Writer
+from hyperclone_onnx.planning.experts import mixtures
 from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.writing.safetensors_files import LARGEST_FILE
@@ -94,6 +96,9 @@ def grow_checkpoint(
             f"{big}: the strategy {grown.plan.strategy.name!r} drew most of its numbers, so the tensors of the "
             "checkpoint cannot be found in it. Hand the file to PyTorch, JAX or safetensors instead"
         )
+    if mixtures(grown.plan.transforms):
+        how: dict[str, Any] = {"dtype": dtype, "largest_file": largest_file, "inputs": inputs, "dims": dims}
+        return grow_mixture(grown, checkpoint, folder, source, **how, say=say)
     given = Given.read(checkpoint)
     say("matching")
     places = source_places(big, grown.plan, source)
