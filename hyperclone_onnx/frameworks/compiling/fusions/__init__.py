@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.frameworks.compiling.fusions.activations import fuse_gelu, fuse_silu
 from hyperclone_onnx.frameworks.compiling.fusions.attention import fuse_attention
+from hyperclone_onnx.frameworks.compiling.fusions.experts import fuse_experts
 from hyperclone_onnx.frameworks.compiling.fusions.graphs import put_in_place
 from hyperclone_onnx.frameworks.compiling.fusions.linear import fuse_linear
 from hyperclone_onnx.frameworks.compiling.fusions.norms import fuse_norm
@@ -29,4 +30,6 @@ def fuse(model: ir.Model) -> None:
             fuse_norm(node) or fuse_gelu(node) or fuse_silu(node)
         elif node.op_type == "Add":
             fuse_linear(node)
+        elif node.op_type == "ReduceSum":
+            fuse_experts(node)
     model.graph.opset_imports.setdefault(INTERNAL, 1)

@@ -138,6 +138,13 @@ def _while(turn: Any, trips: Any, condition: Any, states: Any) -> Any:
     return jax.lax.while_loop(goes_on, step, (_standard.zeros((), dtype_of(7)), condition, tuple(states)))[2]
 
 
+def grouped_matmul(rows: Any, weight: Any, sizes: Any) -> Any:
+    """Products of rows, sorted by group, with the matrix of their group. Sizes may depend on data under jit."""
+    return jax.lax.ragged_dot(
+        rows, weight, _standard.astype(sizes, _standard.int32), precision=jax.lax.Precision.HIGHEST
+    )
+
+
 def attend(*operands: Any, **options: Any) -> Any:
     """Attention by the table's equation, which XLA fuses."""
     import hyperclone_onnx.frameworks.compiling.namespaces.jax as xp

@@ -59,6 +59,12 @@ def fixed(x: Any) -> Any:
     return x
 
 
+def grouped_matmul(rows: Any, weight: Any, sizes: Any) -> Any:
+    """Products of rows, sorted by group, with the matrix of their group."""
+    ends = np.cumsum(sizes)
+    return np.concatenate([rows[end - size : end] @ w for w, size, end in zip(weight, sizes, ends, strict=True)])
+
+
 def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """The results of one of two branches."""
     return yes() if condition else no()

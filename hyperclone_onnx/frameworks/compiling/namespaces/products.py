@@ -32,6 +32,10 @@ class WithProductsIn:
         """The sum that an equation writes."""
         return self._product(lambda *cast: self._namespace.einsum(equation, *cast), *operands)
 
+    def grouped_matmul(self, rows: Any, weight: Any, sizes: Any) -> Any:
+        """The products of groups of rows."""
+        return self._product(lambda *cast: self._namespace.grouped_matmul(*cast, sizes), rows, weight)
+
     def convolution(self, x: Any, w: Any, *options: Any) -> Any:
         """The convolution."""
         return self._product(lambda *cast: self._namespace.convolution(*cast, *options), x, w)

@@ -64,6 +64,36 @@ def fixed(x: Any) -> Any:
     return x.detach()
 
 
+def grouped_matmul(rows: Any, weight: Any, sizes: Any) -> Any:
+    """Products of rows, sorted by group, with the matrix of their group.
+
+    torch.compile cannot have sizes that depend on data. PyTorch's own kernel takes them as a tensor, but not all types
+    and widths; for others, each group is multiplied with all rows.
+    """
+    counts = None if torch.compiler.is_compiling() else _counts(sizes)
+    if counts is not None:
+        parts = torch.split(rows, counts)
+        return torch.cat([part @ matrix for part, matrix in zip(parts, torch.unbind(weight), strict=True)])
+    ends = torch.cumsum(sizes, 0)
+    aligned = builtins.all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
+    if aligned and rows.dtype in (torch.bfloat16, torch.float16) and rows.dtype == weight.dtype:
+        return F.grouped_mm(rows, weight, offs=ends.to(torch.int32))
+    places = torch.arange(rows.shape[0], device=rows.device)
+    groups = torch.searchsorted(ends, places, right=True)
+    total = rows.new_zeros((rows.shape[0], weight.shape[2]))
+    for number, matrix in enumerate(torch.unbind(weight)):
+        total = total + torch.where((groups == number)[:, None], rows @ matrix, torch.zeros_like(total))
+    return total
+
+
+def _counts(sizes: Any) -> Any:
+    """The elements of a tensor as a list; None where it has no values, as under torch.func.vmap."""
+    try:
+        return sizes.tolist()
+    except RuntimeError:
+        return None
+
+
 def branch(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """The results of one of two branches."""
     return yes() if condition else no()
