@@ -25,7 +25,7 @@ from hyperclone_onnx.plan.plans import Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy, StrategyRule
 from hyperclone_onnx.planning.asked import rules_of, strategy_of, whole_numbers
 from hyperclone_onnx.planning.drawing import with_drawn_tensors
-from hyperclone_onnx.planning.experts import Experts, mixtures
+from hyperclone_onnx.planning.experts import Experts, mixtures, more_experts_step
 from hyperclone_onnx.planning.making import make_plan
 from hyperclone_onnx.planning.next_layers import with_next_layers
 from hyperclone_onnx.planning.provenance import provenance
@@ -246,6 +246,7 @@ class _Request:
     depth: Depth = "identity"
     layers_at: LayersAt = "even"
     experts: Experts | None = None
+    more_experts: int | None = None
     separate: bool = False
 
     @staticmethod
@@ -264,7 +265,7 @@ class _Request:
         Raises:
             BadRequest: an argument is wrong, or all are missing that say how much to grow.
         """
-        parts = (requests, maps, sizes, *map(others.get, ("like", "layers", "experts", "transforms")))
+        parts = (requests, maps, sizes, *map(others.get, ("like", "layers", "experts", "more_experts", "transforms")))
         if factor is None and not any(part is not None and part != () for part in parts):
             raise BadRequest(
                 'say how much to grow: factor=2, requests={"ffn": 2}, sizes={"hidden": 960}, like=TARGET, layers=32 or '
@@ -362,6 +363,17 @@ def _with_experts(model: str | os.PathLike[str], request: _Request) -> tuple[Tra
         raise type(problem)(f"{analysis.path}: {problem}") from problem
 
 
+def _with_more_experts(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
+    """The transforms, and the one that multiplies the experts of mixtures."""
+    assert request.more_experts is not None
+    analysis = analyse(model, request.transforms)
+    try:
+        step = more_experts_step(analysis, request.more_experts)
+    except (BadRequest, Refused) as problem:
+        raise type(problem)(f"{analysis.path}: {problem}") from problem
+    return (*request.transforms, *([] if step is None else [step]))
+
+
 def _with_separate(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
     """The transforms, and the one that gives each use of a merged tensor its own."""
     names = merged(source_of(model, request.transforms).model)
@@ -401,6 +413,8 @@ def _planned(
         request = replace(request, transforms=_with_layers(model, request), layers=None)
     if request.experts is not None:
         request = replace(request, transforms=_with_experts(model, request), experts=None)
+    if request.more_experts is not None:
+        request = replace(request, transforms=_with_more_experts(model, request), more_experts=None)
     analysis = analyse(model, request.transforms)
     used_files = set(analysis.files)
     if out is not None:
@@ -448,6 +462,7 @@ def expand(
     depth: Depth = "identity",
     layers_at: LayersAt = "even",
     experts: Experts | None = None,
+    more_experts: int | None = None,
     allow_change: bool = False,
     device: Device = "auto",
     check: bool | Mode = True,
@@ -484,6 +499,7 @@ def expand(
             change what the model computes (see `transforms.layers`).
         layers_at: where identity blocks stand: "even", "end", or the layers behind which there is a new one.
         experts: makes a mixture of experts of each feed-forward block (see `planning.experts`).
+        more_experts: multiplies the experts of mixtures, and how many of them are chosen, by this number.
         allow_change: allow a strategy that changes what the model computes. The differences of outputs are reported.
         device: the device on which both models run for validation.
         check: how to validate: "full", "algebraic", "auto" (or True), or False for no validation (see `validation`).
@@ -526,6 +542,7 @@ def expand(
         depth=depth,
         layers_at=layers_at,
         experts=experts,
+        more_experts=more_experts,
         separate=separate,
     )
     run = Run(
@@ -673,6 +690,7 @@ def plan_file(
     depth: Depth = "identity",
     layers_at: LayersAt = "even",
     experts: Experts | None = None,
+    more_experts: int | None = None,
     allow_change: bool = False,
     plan_out: str | os.PathLike[str] | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -698,6 +716,7 @@ def plan_file(
         depth=depth,
         layers_at=layers_at,
         experts=experts,
+        more_experts=more_experts,
         separate=separate,
     )
     planned = _planned(model, None, request, plan_out, notify or ignore_stage, Clock())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -335,6 +335,41 @@ def test_the_same_hidden_units_are_drawn_anew_in_all_weights(dense: Path, tmp_pa
     assert len(chosen) > 1
     np.testing.assert_array_equal(after["up0"], before["up0"])
     np.testing.assert_array_equal(after["down0.shared"], before["down0"] / 2)
+
+
+# -- more experts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"granularity": 2, "shared": True}], ids=str)
+def test_a_mixture_gets_more_experts(how: Mapping[str, Any], dense: Path, tmp_path: Path) -> None:
+    """Experts that have parted: the right ones must be chosen, with the right gates."""
+    first, out = tmp_path / "moe.onnx", tmp_path / "more.onnx"
+    expand(dense, first, experts=Experts(4, 2, noise=0.5, **how), allow_change=True, check=False)
+    model = onnx.load(first)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(".router"):  # scores so far apart that the choice matters
+            array = 30 * onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    del model.metadata_props[:]
+    onnx.save(model, first)
+    result = expand(first, out, 2, more_experts=2, precision="float64")
+    assert result.validation is not None and result.validation.equal and result.validation.double
+    assert max(output.max_relative for output in result.validation.double) <= 1e-12
+    parts = how.get("granularity", 1)
+    assert result.to_json()["experts"] == [{"blocks": 2, "experts": 8 * parts, "chosen": 4 * parts}]
+    assert stored(out)["up0.experts"].shape[0] == 8 * parts
+
+
+def test_experts_of_the_runtimes_operator(zoo: Callable[[str], Path], tmp_path: Path) -> None:
+    for name in ("mixtral.built",):
+        report = expand(zoo(name), tmp_path / "more.onnx", more_experts=2).validation
+        assert report is not None and report.equal
+
+
+def test_more_experts_of_a_dense_model(dense: Path, tmp_path: Path, cli: Command) -> None:
+    result = cli("expand", dense, "--more-experts", "2", "-o", tmp_path / "more.onnx")
+    assert result.code == 2 and "this graph has no mixture of experts" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 # -- parts of tensors -------------------------------------------------------------------------------------

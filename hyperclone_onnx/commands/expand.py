@@ -125,6 +125,12 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
     metavar="RATIO",
     help="Draw this ratio of the hidden units of each expert anew, such as 0.5 (--allow-change).",
 )
+@click.option(
+    "--more-experts",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="For a mixture of experts: N times as many experts, of which N times as many are chosen. Exact.",
+)
 @click.option("--shared-expert", is_flag=True, help="Also keep the block as an expert that always runs.")
 @click.option(
     "--strategy",
@@ -223,7 +229,9 @@ def expand(
     factor, validation, exclude = options["factor"], options["validation"], options["exclude"]
     deeper = {name: options[name] for name in ("layers", "depth", "layers_at")}
     experts = _experts(options)
-    if factor is None and not any(options[name] for name in ("requests", "sizes", "like", "layers", "experts")):
+    if factor is None and not any(
+        options[name] for name in ("requests", "sizes", "like", "layers", "experts", "more_experts")
+    ):
         raise click.UsageError(
             "say how much to grow: --factor 2, or --set ffn=2, --size hidden=960, --like TARGET, --layers 32, "
             "--experts 8 --top-k 2"
@@ -239,9 +247,9 @@ def expand(
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
     checkpoint = is_checkpoint(model)
-    if checkpoint and experts:
+    if checkpoint and (experts or options["more_experts"] is not None):
         raise click.UsageError(
-            "--experts is for ONNX files: export the checkpoint first (export FOLDER), then expand the file"
+            f"{'--experts' if experts else '--more-experts'} is for ONNX files: export the checkpoint first (export FOLDER), then expand the file"
         )
     if checkpoint and exclude:
         raise click.UsageError("--exclude leaves out files of a folder with ONNX files; MODEL has none")
@@ -266,6 +274,7 @@ def expand(
         "separate": options["separate"],
         "keep_interface": options["interface"] == "keep",
         **experts,
+        **({} if options["more_experts"] is None else {"more_experts": options["more_experts"]}),
         "allow_change": options["allow_change"],
     }
     if recipe is not None or write_recipe is not None:

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from hyperclone_onnx.analysis.analysing import Analysis
 from hyperclone_onnx.analysis.feed_forward import Blocks, find_feed_forward
+from hyperclone_onnx.analysis.mixtures import find_mixtures
 from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.plan.plans import TransformStep
 from hyperclone_onnx.transforms.feed_forward import FeedForward
 
-STEP = "experts"
-"""The name of the transform."""
+STEP, MORE = "experts", "more_experts"
+"""The names of the transforms: one makes experts of feed-forward blocks, the other multiplies those of mixtures."""
 
 ExpertsIn = Literal["all"] | int | Sequence[int]
 """Which blocks become experts: all; every second, third, ... one; or those of a list, counted from 0."""
@@ -117,6 +118,34 @@ class Experts:
         return tuple(blocks.blocks[number] for number in sorted(set(self.where)))
 
 
+def more_experts_step(analysis: Analysis, factor: int) -> TransformStep | None:
+    """The step that multiplies the experts of a graph's mixtures, and how many are chosen; None for the factor 1.
+
+    Args:
+        analysis: the graph.
+        factor: how often each expert is there afterwards.
+
+    Raises:
+        BadRequest: the factor is no whole number from 1 on, or the graph has no mixture.
+        Refused: none of its mixtures is of a form whose experts can be multiplied.
+    """
+    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+        raise BadRequest(f"--more-experts {factor!r}: give a whole number from 1 on, such as 2")
+    found = find_mixtures(analysis)
+    if found.refused:
+        (node, why), more = next(iter(found.refused.items())), len(found.refused) - 1
+        others = f" (and {more} more)" if more else ""
+        raise Refused(f"the experts that {node} chooses cannot be multiplied: {why}{others}")
+    if not found.mixtures:
+        raise BadRequest(
+            "--more-experts multiplies experts, and this graph has no mixture of experts. "
+            "--experts 8 --top-k 2 makes experts of its feed-forward blocks"
+        )
+    if factor == 1:
+        return None
+    return TransformStep(MORE, {"factor": factor, "mixtures": [mixture.to_json() for mixture in found.mixtures]})
+
+
 def mixtures(steps: Iterable[TransformStep]) -> list[dict[str, int]]:
     """What the steps of a plan make of feed-forward blocks: the numbers of blocks, of experts and of chosen ones."""
     return [
@@ -127,4 +156,12 @@ def mixtures(steps: Iterable[TransformStep]) -> list[dict[str, int]]:
         }
         for step in steps
         if step.name == STEP
+    ] + [
+        {
+            "blocks": len(step.options["mixtures"]),
+            "experts": step.options["factor"] * step.options["mixtures"][0]["experts"],
+            "chosen": step.options["factor"] * step.options["mixtures"][0]["chosen"],
+        }
+        for step in steps
+        if step.name == MORE
     ]

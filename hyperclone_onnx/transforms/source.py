@@ -15,7 +15,7 @@ from hyperclone_onnx.reading.checker import refuse_if_malformed
 from hyperclone_onnx.reading.in_memory import IN_MEMORY, NAME, GivenModel, path_of, taken
 from hyperclone_onnx.reading.normalise import normalise
 from hyperclone_onnx.system.stamps import Stamp
-from hyperclone_onnx.transforms import experts, identity, layers, separate  # noqa: F401  (registers them)
+from hyperclone_onnx.transforms import experts, identity, layers, more_experts, separate  # noqa: F401  (registers them)
 from hyperclone_onnx.transforms.registry import transformed
 
 
