@@ -361,9 +361,15 @@ def test_a_mixture_gets_more_experts(how: Mapping[str, Any], dense: Path, tmp_pa
 
 
 def test_experts_of_the_runtimes_operator(zoo: Callable[[str], Path], tmp_path: Path) -> None:
-    for name in ("mixtral.built",):
-        report = expand(zoo(name), tmp_path / "more.onnx", more_experts=2).validation
-        assert report is not None and report.equal
+    result = expand(zoo("gpt_oss_runtime.built"), tmp_path / "more.onnx", more_experts=2)
+    assert result.validation is not None and result.validation.equal
+    assert result.to_json()["experts"] == [{"blocks": 2, "experts": 10, "chosen": 6}]
+
+
+def test_experts_that_are_nodes_of_their_own_are_refused(zoo: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"experts that TopK .* chooses cannot be multiplied: the weights of its experts"):
+        expand(zoo("mixtral.built"), tmp_path / "more.onnx", more_experts=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_experts_of_a_dense_model(dense: Path, tmp_path: Path, cli: Command) -> None:

@@ -123,6 +123,9 @@ class _Search:
         after = [use.node for use in node.outputs[0].uses()]
         if not normalised and not any(reader.op_type == "Softmax" for reader in after):
             raise _Not("no softmax makes the gates, so copies of an expert would add up to more than it")
+        graph = self.dimensions.model.graph
+        if not any(len(graph.initializers[name].shape or ()) > 2 for name in tensors if name in graph.initializers):
+            raise _Not("the weights of its experts are not stacked in one tensor")
         self._check_uses(tensors)
         return Mixture(node.outputs[0].name or "", expert.size.static, chosen, tuple(tensors.items()))
 

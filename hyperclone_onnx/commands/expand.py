@@ -249,7 +249,8 @@ def expand(
     checkpoint = is_checkpoint(model)
     if checkpoint and (experts or options["more_experts"] is not None):
         raise click.UsageError(
-            f"{'--experts' if experts else '--more-experts'} is for ONNX files: export the checkpoint first (export FOLDER), then expand the file"
+            f"{'--experts' if experts else '--more-experts'} is for ONNX files: export the checkpoint first (export "
+            "FOLDER), then expand the file"
         )
     if checkpoint and exclude:
         raise click.UsageError("--exclude leaves out files of a folder with ONNX files; MODEL has none")

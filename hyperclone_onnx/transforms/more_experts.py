@@ -70,8 +70,8 @@ def _choose(graph: ir.Graph, node: ir.Node, chosen: int, fresh: FreshNames) -> N
     value.meta[ORIGINAL] = None
     graph.register_initializer(value)
     node.replace_input_with(1, value)
-    if not before.uses() and before.name in graph.initializers:
-        graph.initializers.pop(before.name)
+    if not before.uses():
+        graph.initializers.pop(before.name or "", None)
 
 
 def _repeat(graph: ir.Graph, name: str, axis: int, factor: int, experts: int) -> None:
