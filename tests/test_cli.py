@@ -301,7 +301,8 @@ def test_an_error_of_the_system_is_no_defect(cli: Command, place: Path, monkeypa
 # -- JSON -------------------------------------------------------------------------------------------------
 
 INSPECTION_KEYS = (
-    "model parameters nodes opset layers dimensions inputs outputs tensors operators_without_rule sizes".split()
+    "model parameters nodes opset layers dimensions inputs outputs tensors operators_without_rule sizes "
+    "feed_forward_blocks".split()
 )
 EXPANSION_KEYS = (
     "source output strategy interface grown kept parameters separated quantised validation seconds sizes files".split()

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hyperclone_onnx.algebra.dims import Dim, Product, Space, Term
 from hyperclone_onnx.analysis.analysing import Analysis, count_parameters
+from hyperclone_onnx.analysis.feed_forward import find_feed_forward
 from hyperclone_onnx.analysis.quantities import Quantity, quantities
 from hyperclone_onnx.analysis.roles import NamedDim, explain
 from hyperclone_onnx.reports.tables import Table, counted, plain_table, print_line
@@ -97,6 +98,7 @@ def inspection(analysis: Analysis) -> dict[str, Any]:
             {"role": quantity.role, "name": quantity.name, "size": quantity.size}
             for quantity in quantities(dimensions, analysis.named)
         ],
+        "feed_forward_blocks": len(find_feed_forward(analysis).blocks),
     }
 
 
@@ -106,6 +108,8 @@ def print_inspection(console: Console, analysis: Analysis) -> None:
     console.print(f"{data['model']}: {data['parameters']:,} parameters, {data['nodes']} nodes, opset {data['opset']}")
     if data["layers"]:
         console.print(", ".join(f"{name}: {count}" for name, count in data["layers"].items()), markup=False)
+    if data["feed_forward_blocks"]:
+        console.print(f"feed-forward blocks that can become experts: {data['feed_forward_blocks']}", markup=False)
     console.print(_dimension_table(analysis.dimensions, analysis.named))
     for side in ("inputs", "outputs"):
         for name, axes in data[side].items():
