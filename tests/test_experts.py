@@ -145,7 +145,15 @@ def stored(path: Path) -> dict[str, Array]:
 # -- every form -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, {"granularity": 2}, {"granularity": 4, "shared": True}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"granularity": 2},
+        pytest.param({}, marks=pytest.mark.slow_zoo),
+        pytest.param({"granularity": 4, "shared": True}, marks=pytest.mark.slow_zoo),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", FORMS)
 def test_experts_compute_the_block(name: str, how: Mapping[str, Any], tmp_path: Path) -> None:
     """The grown width has unequal repeats, so that mistakes about the order of hidden units show."""

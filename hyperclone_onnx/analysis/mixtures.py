@@ -110,16 +110,17 @@ class _Search:
         expert = self.space.resolve(axes[-1]) if axes else None
         if not isinstance(expert, Dim) or expert.size.static is None or chosen is None:
             raise _Not("the numbers of experts and of chosen ones are not stored")
+        experts = frozenset([expert, *self._scattered(node)])
         normalised = False
         tensors: dict[str, int] = {}
         for reader in self.dimensions.walked:
-            if not self._meets(reader, expert):
+            if not self._meets(reader, experts):
                 continue
             known = reader.op_type in (_OF_RUNTIME if reader.domain == MICROSOFT else _ALIKE)
             if reader.domain not in ("", MICROSOFT) or not known:
                 raise _Not(f"{describe(reader)} does not treat all experts alike")
             normalised |= reader.op_type == "Softmax"
-            self._collect(reader, expert, tensors)
+            self._collect(reader, experts, tensors)
         after = [use.node for use in node.outputs[0].uses()]
         if not normalised and not any(reader.op_type == "Softmax" for reader in after):
             raise _Not("no softmax makes the gates, so copies of an expert would add up to more than it")
@@ -155,27 +156,39 @@ class _Search:
             node.outputs[0].name or "", int(first.const_value.shape.numpy()[0]), chosen, tuple(tensors.items())
         )
 
-    def _has(self, axes: Axes | None, expert: Dim) -> list[int]:
+    def _scattered(self, choice: ir.Node) -> list[Dim]:
+        """The axes along which the gates of the chosen experts are put among zeros: these number the experts too."""
+        experts = []
+        for use in choice.outputs[1].uses():
+            node = use.node
+            if node.op_type == "ScatterElements" and use.idx == 1 and "axis" in node.attributes:
+                axes = self.dimensions.axes.get(node.outputs[0])
+                term = self.space.resolve(axes[node.attributes["axis"].as_int()]) if axes else None
+                if isinstance(term, Dim):
+                    experts.append(term)
+        return experts
+
+    def _has(self, axes: Axes | None, experts: frozenset[Dim]) -> list[int]:
         """The axes that number the experts."""
         places = []
         for place, axis in enumerate(axes or ()):
-            if expert in set(self.space.atoms(axis)):
-                if self.space.resolve(axis) is not expert:
+            if not experts.isdisjoint(self.space.atoms(axis)):
+                if self.space.resolve(axis) not in experts:
                     raise _Not("the experts are numbered together with something else, such as groups of them")
                 places.append(place)
         return places
 
-    def _meets(self, node: ir.Node, expert: Dim) -> bool:
+    def _meets(self, node: ir.Node, experts: frozenset[Dim]) -> bool:
         inputs = (self.dimensions.axes_of(node, place) for place in range(len(node.inputs)))
         outputs = (self.dimensions.axes.get(value) for value in node.outputs)
-        return any(self._has(axes, expert) for axes in (*inputs, *outputs))
+        return any(self._has(axes, experts) for axes in (*inputs, *outputs))
 
-    def _collect(self, node: ir.Node, expert: Dim, tensors: dict[str, int]) -> None:
+    def _collect(self, node: ir.Node, experts: frozenset[Dim], tensors: dict[str, int]) -> None:
         """Note the stored tensors that a node reads along the experts."""
         for place, value in enumerate(node.inputs):
             if value is None or not is_initializer(value):
                 continue
-            places = self._has(self.dimensions.axes_of(node, place), expert)
+            places = self._has(self.dimensions.axes_of(node, place), experts)
             if places and tensors.setdefault(value.name or "", places[0]) != places[0]:
                 raise _Not(f"{value.name!r} has two axes of experts")
 
