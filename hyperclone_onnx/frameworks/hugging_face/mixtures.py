@@ -8,6 +8,7 @@ hidden units, or those that sum over them.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,6 +147,7 @@ def grow_mixture(
         raise BadModel(f"{checkpoint.folder} is not the checkpoint that {source} comes from: {lost[0]!r} is not in it")
     fed = feeding(grown.path, given.model, inputs, dims)
     expected = [(case, outputs(given.model.float(), case)) for case in fed.cases]
+    given.release()
     say("configuring")
     model, changes = _built(grown, checkpoint, pair, _dense_layers(layouts, file))
     made = _Tensors(given, layouts, file, model)
@@ -172,8 +174,11 @@ def grow_mixture(
         )
     say("writing")
     _write(model, checkpoint, folder, dtype, largest_file, changes, report)
+    kind = type(model)
+    del made, model  # a large mixture fits in memory once, and not twice
+    gc.collect()
     say("validating")
-    _check(folder, model, expected, runner, report, changed=bool(changing(grown.plan.transforms)))
+    _check(folder, kind, expected, runner, report, changed=bool(changing(grown.plan.transforms)))
     return report
 
 
@@ -428,7 +433,7 @@ def _write(
 
 def _check(
     folder: Path,
-    model: Any,
+    kind: Any,
     expected: Sequence[tuple[Any, Outputs]],
     runner: FileRunner,
     report: Report,
@@ -440,7 +445,7 @@ def _check(
     Raises:
         ModelsDiffer: the outputs differ by more than the tolerance.
     """
-    loaded = load(folder, type(model)).model.float()
+    loaded = load(folder, kind).model.float()
     if report.dtype in ("float16", "bfloat16"):
         report.notes.append(f"the weights are rounded to {report.dtype}, so the outputs are not compared in float32")
         return
