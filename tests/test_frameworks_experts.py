@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,25 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from test_experts import FORMS, block, stored
+from test_experts import FORMS, WITHOUT_BLOCKS, block, stored
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
 pytest.importorskip("array_api_compat")
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
+
+from test_frameworks_zoo import (  # noqa: E402
+    FAMILIES,
+    GRADIENTS,
+    as_torch,
+    assert_same_outputs,
+    difference,
+    double_gradients,
+    gradients,
+    outputs,
+)
+from zoo_harness import make_feeds, session  # noqa: E402
 
 from hyperclone_onnx import BadRequest, Experts, expand  # noqa: E402
 from hyperclone_onnx.frameworks.absorb import absorb  # noqa: E402
@@ -163,3 +176,27 @@ def test_trained_experts_come_back(mixture: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = model(torch.as_tensor(IDS)).numpy()
     np.testing.assert_allclose(run(tmp_path / "trained.onnx"), wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.slow_frameworks
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WITHOUT_BLOCKS])
+def test_mixtures_of_the_zoo_compute_and_learn_alike(family: str, zoo: Callable[[str], Path], tmp_path: Path) -> None:
+    """Experts that have parted, in each family: outputs equal ONNX Runtime's, and all gradients agree."""
+    path = tmp_path / "moe.onnx"
+    expand(zoo(f"{family}.distinct"), path, experts=Experts(8, 2, noise=1.0), allow_change=True, check=False)
+    model, (apply, params) = load(path), load_jax(path)
+    runner = session(path)
+    for feeds in make_feeds(path):
+        expected = runner.run(None, feeds)
+        with torch.no_grad():
+            actual = (outputs(model(**as_torch(feeds))), outputs(apply(params, **feeds)))
+        for name, *arrays in zip(runner.get_outputs(), expected, *actual, strict=True):
+            assert_same_outputs(path, feeds, name.name, *arrays)
+    weights = [np.random.default_rng(0).standard_normal(want.shape).astype(np.float32) for want in expected]
+    one, other = gradients(model, apply, params, feeds, weights)
+    assert set(one) == set(other)
+    if any(difference(one, other, name) >= GRADIENTS for name in one):
+        one, other = double_gradients(path, feeds, weights)
+        assert all(difference(one, other, name) < GRADIENTS / 1e4 for name in one)
+    routers = [name for name in one if model.initializers[name].endswith(".router")]
+    assert routers and all(np.abs(one[name]).max() > 0 for name in routers)
