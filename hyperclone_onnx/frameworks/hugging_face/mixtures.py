@@ -34,6 +34,7 @@ from hyperclone_onnx.frameworks.hugging_face.checking import (
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, load, quiet, stored_tensors
 from hyperclone_onnx.frameworks.hugging_face.layout import Layout, laid_out
 from hyperclone_onnx.frameworks.hugging_face.matching import match
+from hyperclone_onnx.frameworks.hugging_face.measuring import expected
 from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, small_initializers
 from hyperclone_onnx.plan.maps import Indices
@@ -146,7 +147,7 @@ def grow_mixture(
     if lost:
         raise BadModel(f"{checkpoint.folder} is not the checkpoint that {source} comes from: {lost[0]!r} is not in it")
     fed = feeding(grown.path, given.model, inputs, dims)
-    expected = [(case, outputs(given.model.float(), case)) for case in fed.cases]
+    compared = expected(given, fed, checkpoint)
     given.release()
     say("configuring")
     model, changes = _built(grown, checkpoint, pair, _dense_layers(layouts, file))
@@ -159,7 +160,7 @@ def grow_mixture(
     worst: Error | None = None
     for swapped in (False, True):
         made.fill(swapped=swapped)
-        errors = _compared(model, runner, [case for case, _ in expected])
+        errors = _compared(model, runner, [case for case, _ in compared])
         found = Error.worst([error for _, some in errors for error in some])
         if worst is None or found.relative < worst.relative:
             worst = found
@@ -178,7 +179,7 @@ def grow_mixture(
     del made, model  # a large mixture fits in memory once, and not twice
     gc.collect()
     say("validating")
-    _check(folder, kind, expected, runner, report, changed=bool(changing(grown.plan.transforms)))
+    _check(folder, kind, compared, runner, report, changed=bool(changing(grown.plan.transforms)))
     return report
 
 
@@ -434,7 +435,7 @@ def _write(
 def _check(
     folder: Path,
     kind: Any,
-    expected: Sequence[tuple[Any, Outputs]],
+    compared: Sequence[tuple[Any, Outputs]],
     runner: FileRunner,
     report: Report,
     *,
@@ -449,7 +450,7 @@ def _check(
     if report.dtype in ("float16", "bfloat16"):
         report.notes.append(f"the weights are rounded to {report.dtype}, so the outputs are not compared in float32")
         return
-    computed = [(case, outputs(loaded, case), want) for case, want in expected]
+    computed = [(case, outputs(loaded, case), want) for case, want in compared]
     errors: list[Error] = []
     for case, got, _ in computed:
         try:
