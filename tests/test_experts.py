@@ -368,6 +368,18 @@ def test_a_mixture_gets_more_experts(how: Mapping[str, Any], dense: Path, tmp_pa
     assert stored(out)["up0.experts"].shape[0] == 8 * parts
 
 
+def test_a_mixture_becomes_deeper_and_wider(dense: Path, tmp_path: Path) -> None:
+    """A new layer adds nothing if the second weights of its experts, the shared one included, are zero."""
+    expand(dense, tmp_path / "moe.onnx", experts=Experts(4, 2, noise=0.3, shared=True), allow_change=True, check=False)
+    model = onnx.load(tmp_path / "moe.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "source.onnx")
+    report = expand(tmp_path / "source.onnx", tmp_path / "big.onnx", 2, layers=3).validation
+    assert report is not None and report.equal
+    after = stored(tmp_path / "big.onnx")
+    assert not after["down2.experts"].any() and after["up2.experts"].any()
+
+
 def test_experts_of_the_runtimes_operator(zoo: Callable[[str], Path], tmp_path: Path) -> None:
     result = expand(zoo("gpt_oss_runtime.built"), tmp_path / "more.onnx", more_experts=2)
     assert result.validation is not None and result.validation.equal
