@@ -511,7 +511,7 @@ def expand(
             arrays by input. By default they are random.
         dims: numbers for the symbolic sizes of random inputs, by name.
         recipe: a recipe file as plain data. The plan records it; it changes nothing else.
-        progress: called after each written tensor, with the number of written tensors and the number of all tensors.
+        progress: called after each written tensor, with the bytes of all written tensors and those of all tensors.
         notify: called with the name of each stage when it begins.
 
     Returns:

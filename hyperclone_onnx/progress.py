@@ -8,7 +8,7 @@ Notify = Callable[[str], None]
 """Called with the name of each stage as it begins."""
 
 Progress = Callable[[int, int], None]
-"""Called with the number of tensors that are done, and the number of all tensors."""
+"""Called with the number of bytes that are written, and the number of all bytes."""
 
 
 def ignore_stage(_stage: str) -> None:

@@ -555,10 +555,23 @@ def test_a_source_with_other_weights_is_told(small: Path, tmp_path: Path) -> Non
     assert "other weights" in diagnose(big, other, activations=False).notes[0]
 
 
-def test_a_picture(cli: Command, small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("SVG", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_picture(cli: Command, small: Path, tmp_path: Path, suffix: str, start: bytes) -> None:
     pytest.importorskip("matplotlib")
-    done = cli("diagnose", grown(small, tmp_path / "big.onnx"), "--plot", tmp_path / "p.png")
-    assert done.code == 0 and (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    picture = tmp_path / f"p.{suffix}"
+    done = cli("diagnose", grown(small, tmp_path / "big.onnx"), "--no-activations", "--plot", picture)
+    content = picture.read_bytes()
+    assert done.code == 0 and content.startswith(start)
+    if suffix == "SVG":
+        assert b"<!-- clones parted -->" in content and b"<!-- nothing in common -->" in content
+
+
+@pytest.mark.parametrize("name", ["p", "p.onnx", "p."])
+def test_an_unknown_suffix_of_a_picture_is_refused_before_any_work(cli: Command, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    done = cli("diagnose", tmp_path / "none.onnx", "--plot", tmp_path / name)
+    assert done.code == 2 and "the suffix says the format" in done.error and ".svg" in done.error
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_plan_from_elsewhere(cli: Command, small: Path, tmp_path: Path) -> None:

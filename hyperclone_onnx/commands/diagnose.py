@@ -18,6 +18,7 @@ from hyperclone_onnx.commands.options import (
     model_path,
     seed_option,
 )
+from hyperclone_onnx.commands.pages import check_page, html_option, write_page
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress
 
 
@@ -35,8 +36,14 @@ from hyperclone_onnx.commands.printing import console, print_json, printing, pro
 @click.option("--no-activations", is_flag=True, help="Do not run MODEL: judge by its weights alone.")
 @click.option("--no-ranks", is_flag=True, help="Leave out effective ranks, which take most of the time.")
 @device_option
-@click.option("--plot", type=model_path, metavar="FILE.png", help="Draw a picture (needs the extra plot).")
+@click.option(
+    "--plot",
+    type=model_path,
+    metavar="FILE.png",
+    help="Draw a picture (needs the extra plot); FILE.svg, FILE.pdf and others that matplotlib writes are possible.",
+)
 @click.option("--json-out", type=model_path, metavar="FILE.json", help="Also write the result as JSON.")
+@html_option
 @json_option
 @guarded
 @click.pass_context
@@ -55,6 +62,7 @@ def diagnose(
     device: Any,
     plot: Path | None,
     json_out: Path | None,
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Tell how far the clones of MODEL, grown and perhaps trained since, have parted, layer by layer.
@@ -62,7 +70,7 @@ def diagnose(
     Stuck or not, the exit code is 0: it is a diagnosis.
     """
     from hyperclone_onnx.diagnosis import diagnose as run
-    from hyperclone_onnx.diagnosis.plot import require_matplotlib, save_plot
+    from hyperclone_onnx.diagnosis.plot import check_plot, save_plot
     from hyperclone_onnx.publishing.publication import check_output, write_text
     from hyperclone_onnx.reports.diagnosis import print_diagnosis
 
@@ -71,8 +79,9 @@ def diagnose(
     outputs = [path for path in (plot, json_out) if path is not None]
     for path in outputs:
         check_output(path, [*taken, *(other for other in outputs if other != path)])
+    check_page(page, [model, source, plan, inputs], outputs)
     if plot is not None:
-        require_matplotlib()
+        check_plot(plot)
     with progress() as (notify, _):
         diagnosis = run(
             model,
@@ -91,5 +100,9 @@ def diagnose(
         write_text(json_out, json.dumps(diagnosis.to_json(), indent=1) + "\n")
     if plot is not None:
         save_plot(diagnosis, plot)
+    if page is not None:
+        from hyperclone_onnx.reports.html.diagnosis import diagnosis_page
+
+        write_page(page, diagnosis_page(diagnosis))
     with printing():
         print_json(diagnosis.to_json()) if as_json else print_diagnosis(console(), diagnosis)

@@ -26,6 +26,7 @@ from hyperclone_onnx.commands.options import (
     validate_option,
     workers_option,
 )
+from hyperclone_onnx.commands.pages import check_page, html_option, write_page
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress, say
 from hyperclone_onnx.commands.recipe_options import Request, with_recipe
 from hyperclone_onnx.frameworks.targets import DTYPES, is_checkpoint
@@ -202,6 +203,7 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="For a Hugging Face folder: the type of the weights; else as is."
 )
+@html_option
 @json_option
 @guarded
 @click.pass_context
@@ -216,6 +218,7 @@ def expand(
     write_recipe: Path | None,
     keep_onnx: bool,
     dtype: str | None,
+    page: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -264,6 +267,7 @@ def expand(
     if plan_only and (several or output is not None):
         raise click.UsageError("--plan-only plans one model and writes no other: give a file, and no -o")
 
+    check_page(page, [model, options["inputs"], options["like"], recipe], [output, plan_out, write_recipe])
     text = None if write_recipe is None else _recipe_text(request, write_recipe, model)
     growth: dict[str, Any] = {
         "factor": factor or 1,
@@ -292,14 +296,14 @@ def expand(
         "dims": options["dims"],
     }
     if output is None:
-        _plan(model, growth | deeper | {"plan_out": plan_out}, checkpoint, as_json)
+        _plan(model, growth | deeper | {"plan_out": plan_out}, checkpoint, page, as_json)
     elif checkpoint:
         chosen = {"plan_out": plan_out, "keep_onnx": keep_onnx, "dtype": dtype}
-        _expand_checkpoint(model, output, growth | deeper | how | chosen, as_json)
+        _expand_checkpoint(model, output, growth | deeper | how | chosen, page, as_json)
     elif model.is_dir():
-        _expand_folder(model, output, exclude, growth | deeper | how, as_json)
+        _expand_folder(model, output, exclude, growth | deeper | how, page, as_json)
     else:
-        _expand_file(model, output, growth | deeper | how | {"plan_out": plan_out}, as_json)
+        _expand_file(model, output, growth | deeper | how | {"plan_out": plan_out}, page, as_json)
     if text is not None and write_recipe is not None:
         from hyperclone_onnx.publishing.publication import write_text
 
@@ -347,17 +351,22 @@ def _recipe_text(request: Request, path: Path, model: Path) -> str:
     return written_recipe(request.recipe, path.parent)
 
 
-def _expand_checkpoint(model: Path, output: Path, options: dict[str, Any], as_json: bool) -> None:
+def _expand_checkpoint(model: Path, output: Path, options: dict[str, Any], page: Path | None, as_json: bool) -> None:
     from hyperclone_onnx.frameworks.hugging_face import expand_checkpoint
     from hyperclone_onnx.reports.checkpoint import print_checkpoint
 
     with progress() as (notify, tensors_done):
         result = expand_checkpoint(model, output, **options, notify=notify, progress=tensors_done)
+    if page is not None:
+        from hyperclone_onnx.reports.html.checkpoint import checkpoint_page
+        from hyperclone_onnx.system.memory import peak_memory
+
+        write_page(page, checkpoint_page(result, peak_memory()))
     with printing():
         print_json(result.to_json()) if as_json else print_checkpoint(console(), result)
 
 
-def _plan(model: Path, growth: dict[str, Any], checkpoint: bool, as_json: bool) -> None:
+def _plan(model: Path, growth: dict[str, Any], checkpoint: bool, page: Path | None, as_json: bool) -> None:
     from hyperclone_onnx.reports.expansion import print_expansion
 
     if checkpoint:
@@ -368,25 +377,42 @@ def _plan(model: Path, growth: dict[str, Any], checkpoint: bool, as_json: bool) 
         from hyperclone_onnx.expansion import plan_file
 
         result = plan_file(model, **growth, notify=say)
+    if page is not None:
+        from hyperclone_onnx.reports.html.expansion import expansion_page
+        from hyperclone_onnx.system.memory import peak_memory
+
+        write_page(page, expansion_page(result, peak_memory()))
     with printing():
         print_json(result.to_json()) if as_json else print_expansion(console(), result)
 
 
-def _expand_file(model: Path, output: Path, options: dict[str, Any], as_json: bool) -> None:
+def _expand_file(model: Path, output: Path, options: dict[str, Any], page: Path | None, as_json: bool) -> None:
     from hyperclone_onnx.expansion import expand as run
     from hyperclone_onnx.reports.expansion import print_expansion
 
     with progress() as (notify, tensors_done):
         result = run(model, output, **options, notify=notify, progress=tensors_done)
+    if page is not None:
+        from hyperclone_onnx.reports.html.expansion import expansion_page
+        from hyperclone_onnx.system.memory import peak_memory
+
+        write_page(page, expansion_page(result, peak_memory()))
     with printing():
         print_json(result.to_json()) if as_json else print_expansion(console(), result)
 
 
-def _expand_folder(model: Path, output: Path, exclude: tuple[str, ...], options: dict[str, Any], as_json: bool) -> None:
+def _expand_folder(
+    model: Path, output: Path, exclude: tuple[str, ...], options: dict[str, Any], page: Path | None, as_json: bool
+) -> None:
     from hyperclone_onnx.folders import expand_folder
     from hyperclone_onnx.reports.folder import print_folder
 
     with progress() as (notify, tensors_done):
         result = expand_folder(model, output, exclude=exclude, **options, notify=notify, progress=tensors_done)
+    if page is not None:
+        from hyperclone_onnx.reports.html.expansion import folder_page
+        from hyperclone_onnx.system.memory import peak_memory
+
+        write_page(page, folder_page(result, peak_memory()))
     with printing():
         print_json(result.to_json()) if as_json else print_folder(console(), result)

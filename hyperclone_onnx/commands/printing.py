@@ -83,10 +83,32 @@ def warn(text: str | None) -> None:
 
 @contextmanager
 def progress() -> Iterator[tuple[Notify, Progress | None]]:
-    """Progress on stderr: a bar where that is a terminal, otherwise a line for each stage."""
+    """Progress on stderr: a bar where that is a terminal, otherwise a line for each stage.
+
+    While a file is written, the bar counts bytes and says how long it takes yet.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Bytes(DownloadColumn):
+        def render(self, task: Any) -> Text:
+            """The written bytes and all bytes, in a stage that writes."""
+            return Text() if task.total is None else super().render(task)
+
+    class Remaining(TimeRemainingColumn):
+        def render(self, task: Any) -> Text:
+            """How long it takes yet, where that is known."""
+            known = task.total is not None and task.time_remaining is not None
+            return Text.assemble(super().render(task), " to go") if known else Text()
 
     terminal = Console(stderr=True)
     if not terminal.is_terminal:
@@ -96,12 +118,16 @@ def progress() -> Iterator[tuple[Notify, Progress | None]]:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        Bytes(),
+        Remaining(),
         TimeElapsedColumn(),
     )
     with Bars(*columns, console=terminal, transient=True) as bars:
         task = bars.add_task("reading", total=None)
-        yield (
-            lambda stage: bars.update(task, description=printable(stage)),
-            lambda done, total: bars.update(task, completed=done, total=total),
-        )
+
+        def begin(stage: str) -> None:
+            nonlocal task
+            bars.remove_task(task)  # rich keeps the total of a task; a stage that does not write has none
+            task = bars.add_task(printable(stage), total=None)
+
+        yield begin, lambda done, total: bars.update(task, completed=done, total=total)

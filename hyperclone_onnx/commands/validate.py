@@ -18,6 +18,7 @@ from hyperclone_onnx.commands.options import (
     validate_option,
     workers_option,
 )
+from hyperclone_onnx.commands.pages import check_page, html_option, write_page
 from hyperclone_onnx.commands.printing import console, print_json, printing
 
 
@@ -30,6 +31,7 @@ from hyperclone_onnx.commands.printing import console, print_json, printing
 @inputs_option("SMALL")
 @dim_option
 @workers_option
+@html_option
 @json_option
 @guarded
 def validate(
@@ -41,13 +43,19 @@ def validate(
     inputs: Path | None,
     dims: dict[str, int],
     workers: int | None,
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Check that BIG, as it is stored, computes what SMALL computes (exit 1 when it does not)."""
     from hyperclone_onnx.expansion import validate_files
     from hyperclone_onnx.reports.validation import print_validation
 
+    check_page(page, [small, big, inputs])
     result = validate_files(small, big, device, seed, mode or "auto", workers, inputs=inputs, dims=dims)
+    if page is not None:
+        from hyperclone_onnx.reports.html.validation import validation_page
+
+        write_page(page, validation_page(small, big, result))
     with printing():
         print_json(result.to_json()) if as_json else print_validation(console(), result)
     if not result.equal:

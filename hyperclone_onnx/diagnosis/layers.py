@@ -126,6 +126,15 @@ def _by_names(tensors: Iterable[str], merged: bool) -> dict[str, _Label]:
     return {name: label for name, label in labels.items() if label[0] in complete}
 
 
+def numbered_names(tensors: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """The prefix and the number of the layer in each name, for prefixes whose names have all numbers from 0.
+
+    >>> numbered_names(["h.0.up", "h.1.up", "head"])
+    {'h.0.up': ('h', 0), 'h.1.up': ('h', 1)}
+    """
+    return _by_names(tensors, True)
+
+
 def _by_dimensions(plan: Plan) -> dict[str, _Label]:
     """Labels by the numbered dimensions of tensors, where every layer has a dimension of its own."""
     labels: dict[str, _Label] = {}

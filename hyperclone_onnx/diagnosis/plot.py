@@ -8,38 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis
+from hyperclone_onnx.diagnosis.scale import LINES, LOWEST, NOTHING_IN_COMMON, TICKS
+from hyperclone_onnx.diagnosis.verdict import PARTED
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.publishing.publication import publication
 
-LOWEST = 1e-9
-"""Where a distance of exactly 0 is drawn on the logarithmic axis."""
 
-_LINES = (
-    ("weights", "weights (best matching)", "o", "#4c72b0"),
-    ("forward", "forward", "^", "#55a868"),
-    ("backward", "backward", "v", "#8172b3"),
-    ("activations", "activations", "s", "#c44e52"),
-)
-
-
-def require_matplotlib() -> None:
-    """Check that matplotlib is installed, before the diagnosis is computed.
+def check_plot(path: Path) -> None:
+    """Check that matplotlib is installed and writes files of this kind, before the diagnosis is computed.
 
     Raises:
-        BadRequest: matplotlib is not installed.
+        BadRequest: matplotlib is not installed, or the suffix of the file is no format that it writes.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise BadRequest("--plot needs matplotlib: pip install 'hyperclone-onnx[plot]', or leave it out")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in formats:
+        ending = repr(path.suffix) if path.suffix else "no suffix"
+        raise BadRequest(f"--plot {path}: {ending}, and the suffix says the format; it may be .{', .'.join(formats)}")
 
 
 def save_plot(diagnosis: Diagnosis, path: Path) -> None:
-    """Draw the distances and the effective ranks of each layer, as a PNG file.
+    """Draw the distances and the effective ranks of each layer. The suffix of the path says the format.
 
     Raises:
-        BadRequest: matplotlib is not installed.
+        BadRequest: matplotlib is not installed, or does not write this format.
         CannotWrite: the file cannot be written.
     """
-    require_matplotlib()
+    check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,7 +52,7 @@ def save_plot(diagnosis: Diagnosis, path: Path) -> None:
         _draw_ranks(axes[1], diagnosis, height)
     figure.suptitle(f"{Path(diagnosis.model).name}: {_headline(diagnosis)}", fontsize=11)
     with publication(path) as written:
-        figure.savefig(written, format="png", dpi=120)
+        figure.savefig(written, format=path.suffix[1:].lower(), dpi=120)
 
 
 def _headline(diagnosis: Diagnosis) -> str:
@@ -64,15 +62,14 @@ def _headline(diagnosis: Diagnosis) -> str:
 
 def _draw_distances(axes: Any, diagnosis: Diagnosis, height: float) -> None:
     places = range(len(diagnosis.layers))
-    for name, label, marker, colour in _LINES:
+    for name, label, marker, colour in LINES:
         points = [(_position(getattr(part, name)), place) for place, part in zip(places, diagnosis.layers, strict=True)]
         known = [(x, y) for x, y in points if x is not None]
         if known:
             axes.plot(*zip(*known, strict=True), marker=marker, color=colour, label=label, linewidth=0.8, markersize=5)
     axes.set_xscale("log")
     axes.set_xlim(LOWEST / 3, 3.0)
-    ticks = [LOWEST, 1e-7, 1e-5, 1e-3, 0.1, 1.0]
-    axes.set_xticks(ticks, ["0", "1e-7", "1e-5", "1e-3", "0.1", "1"])
+    axes.set_xticks([place for place, _ in TICKS], [text for _, text in TICKS])
     axes.set_yticks(list(places), [_short(part) for part in diagnosis.layers], fontsize=8)
     axes.set_ylim(len(diagnosis.layers) - 0.5, -0.5)
     axes.set_xlabel("distance of clones")
@@ -80,6 +77,19 @@ def _draw_distances(axes: Any, diagnosis: Diagnosis, height: float) -> None:
     axes.grid(axis="x", linewidth=0.3)
     if math.isfinite(diagnosis.tolerance):
         axes.axvspan(LOWEST / 3, diagnosis.tolerance, color="0.92", zorder=0, label="rounding, of activations")
+    for place, text in ((PARTED, "clones parted"), (NOTHING_IN_COMMON, "nothing in common")):
+        axes.axvline(place, color="black", linewidth=0.9, linestyle="--", zorder=1)
+        axes.annotate(
+            text,
+            (place, 1.0),
+            (-3, -2),
+            ("data", "axes fraction"),
+            "offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=7,
+        )
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=3, frameon=False)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis
-from hyperclone_onnx.reports.tables import Table
+from hyperclone_onnx.reports.tables import Table, print_line
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
@@ -15,10 +15,10 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     against = "source" if diagnosis.source is not None else "largest"
     console.print(_table("layer", diagnosis.layers, against))
     console.print(_table("clones of", diagnosis.roles, against))
-    console.print(
+    print_line(
+        console,
         "distances of clones: 0 means equal, 0.71 means that two clones have nothing in common. weights: under the "
         "best matching; forward: in what they compute; backward: in how they are read; activations: on sample inputs",
-        soft_wrap=True,
     )
     if diagnosis.residue is not None:
         console.print(
@@ -27,14 +27,11 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
             soft_wrap=True,
         )
     if diagnosis.ran_on:
-        console.print(
-            f"ran on {diagnosis.ran_on}; distances up to {diagnosis.tolerance:.1e} are rounding",
-            markup=False,
-            soft_wrap=True,
-        )
+        limit = f"{diagnosis.tolerance:.1e}"
+        print_line(console, f"ran on {diagnosis.ran_on}; distances up to {limit} are rounding")
     for note in diagnosis.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
-    console.print(diagnosis.conclusion, markup=False, soft_wrap=True)
+        print_line(console, f"note: {note}")
+    print_line(console, diagnosis.conclusion)
 
 
 def _table(what: str, parts: Sequence[PartDiagnosis], against: str) -> Table:

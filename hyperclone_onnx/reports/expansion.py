@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -49,42 +51,47 @@ def print_growth(console: Console, result: Expansion) -> None:
     for note in result.notes:
         print_line(console, f"note: {note}")
     _print_kept(console, result)
-    if result.quantised and not result.plan.is_even:
-        print_line(
-            console,
-            f"{result.quantised} quantised tensors: their codes are repeated and their scales divided, so their shares "
-            "are equal and have no noise",
-        )
-    _print_weighed(console, result)
-    borrowed = from_next_layer(result.plan)
-    if borrowed:
-        print_line(
-            console,
-            f"{borrowed} of {len(result.plan.tensors)} grown tensors take their extra outputs from the next layer; the "
-            "others, those of the last layer included, repeat their own",
-        )
-    for name, copies in result.separated.items():
-        console.print(f"{name} is one tensor in the source and several here: {', '.join(copies)}", markup=False)
+    for line in growth_notes(result):
+        print_line(console, line)
     ratio = result.parameters_after / max(result.parameters_before, 1)
     console.print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,} (x{ratio:.2f})")
 
 
-def _print_weighed(console: Console, result: Expansion) -> None:
+def growth_notes(result: Expansion) -> list[str]:
+    """Lines about what is special in this growth; most growths have none."""
+    lines = []
+    if result.quantised and not result.plan.is_even:
+        lines.append(
+            f"{result.quantised} quantised tensors: their codes are repeated and their scales divided, so their shares "
+            "are equal and have no noise"
+        )
+    lines += _weighed(result)
+    borrowed = from_next_layer(result.plan)
+    if borrowed:
+        lines.append(
+            f"{borrowed} of {len(result.plan.tensors)} grown tensors take their extra outputs from the next layer; the "
+            "others, those of the last layer included, repeat their own"
+        )
+    for name, copies in result.separated.items():
+        lines.append(f"{name} is one tensor in the source and several here: {', '.join(copies)}")
+    return lines
+
+
+def _weighed(result: Expansion) -> list[str]:
     """One line about the norms that are written out with weights."""
     norms = result.plan.weighed
     if not norms:
-        return
+        return []
     dims = ", ".join(dict.fromkeys(name for names in norms.values() for name in names))
     first = next(iter(norms))
     listed = repr(first) if len(norms) == 1 else f"{first!r} and {len(norms) - 1} more"
     counts = (
         "norm is written out, so that it counts" if len(norms) == 1 else "norms are written out, so that they count"
     )
-    print_line(
-        console,
+    return [
         f"{len(norms)} {counts} each source channel once ({listed}): the indices of {dims} are repeated unequally, and "
-        "no scale of them keeps what is averaged. A Hugging Face configuration cannot say this",
-    )
+        "no scale of them keeps what is averaged. A Hugging Face configuration cannot say this"
+    ]
 
 
 def _files(result: Expansion) -> str:
@@ -113,6 +120,48 @@ def _print_compared(console: Console, result: Expansion) -> None:
 
 def _print_grown(console: Console, result: Expansion) -> None:
     """A row for each role and sizes of what grew, as people call it; then what is not the size that was asked for."""
+    rows = grown_rows(result)
+    nearest = any(row.wanted is not None for row in rows)
+    if not rows and (deepened(result.plan.transforms) or mixtures(result.plan.transforms)):
+        return
+    if not rows:
+        print_line(console, "nothing grows: every size stays, and the result computes the same with the same weights")
+        return
+    table = plain_table("grew", "from", "to", *(["nearest to"] if nearest else []))
+    for row in rows:
+        cells = [row.label, str(row.before), str(row.after)]
+        table.add_row(*cells, *([f"{row.wanted:g}" if row.wanted is not None else ""] if nearest else []))
+    console.print(table)
+
+
+def _print_kept(console: Console, result: Expansion) -> None:
+    """A row for each role, size and reason of the dimensions that kept their size."""
+    rows = kept_rows(result)
+    if not rows:
+        return
+    table = plain_table("kept", "size", "why")
+    for row in rows:
+        table.add_row(row.label, str(row.before), row.why)
+    console.print(table)
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """Sizes that agree in everything: a row of a report."""
+
+    role: str
+    label: str
+    """The name of the size, or its role with the number of sizes."""
+    before: int
+    after: int
+    wanted: float | None = None
+    """The size that was asked for, where the graph cannot have it."""
+    why: str = ""
+    """Why the size stayed."""
+
+
+def grown_rows(result: Expansion) -> list[SizeRow]:
+    """A row for each role and sizes of what grew, as people call it."""
     rows: dict[tuple[str, int, int, float | None], list[str]] = defaultdict(list)
     for size in result.sizes:
         if size.after != size.before:
@@ -121,25 +170,18 @@ def _print_grown(console: Console, result: Expansion) -> None:
     for name, dim in result.plan.dims.items():
         if name not in told:
             rows[dim.role, dim.map.size, dim.map.grown, None].append(name)
-    nearest = any(wanted is not None for _, _, _, wanted in rows)
-    if not rows and (deepened(result.plan.transforms) or mixtures(result.plan.transforms)):
-        return
-    if not rows:
-        print_line(console, "nothing grows: every size stays, and the result computes the same with the same weights")
-        return
-    table = plain_table("grew", "from", "to", *(["nearest to"] if nearest else []))
-    for (role, before, after, wanted), names in rows.items():
-        cells = [_label(role, names), str(before), str(after)]
-        table.add_row(*cells, *([f"{wanted:g}" if wanted is not None else ""] if nearest else []))
-    console.print(table)
+    return [
+        SizeRow(role, size_label(role, names), before, after, wanted)
+        for (role, before, after, wanted), names in rows.items()
+    ]
 
 
-def _label(role: str, names: list[str]) -> str:
+def size_label(role: str, names: Sequence[str]) -> str:
     """The name of what is alone in its row; the role of a head's size, whose name lists its parts."""
     return names[0] if len(names) == 1 and "+" not in names[0] else counted(role, len(names))
 
 
-def _print_kept(console: Console, result: Expansion) -> None:
+def kept_rows(result: Expansion) -> list[SizeRow]:
     """A row for each role, size and reason of the dimensions that kept their size."""
     sizes_of: dict[str, list[SizeChange]] = defaultdict(list)
     for change in result.sizes:
@@ -154,9 +196,4 @@ def _print_kept(console: Console, result: Expansion) -> None:
             if change.after == change.before and change not in told:
                 rows[change.role, change.before, dimension.reason] += 1
             told.add(change)
-    if not rows:
-        return
-    table = plain_table("kept", "size", "why")
-    for (role, size, reason), count in rows.items():
-        table.add_row(counted(role, count), str(size), reason)
-    console.print(table)
+    return [SizeRow(role, counted(role, count), size, size, why=why) for (role, size, why), count in rows.items()]

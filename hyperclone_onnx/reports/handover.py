@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperclone_onnx.frameworks.exports import CHECKPOINT, HandedOver
+from hyperclone_onnx.reports.tables import print_line
 
 
 def print_handover(console: Any, model: Path, result: HandedOver) -> None:
@@ -25,7 +26,7 @@ def print_handover(console: Any, model: Path, result: HandedOver) -> None:
     for line in go_on(model, result):
         console.print(f"    {line}")
     for line in () if result.training is None else result.training.lines():
-        console.print(line, soft_wrap=True)
+        print_line(console, line)
 
 
 def _print_hugging_face(console: Any, report: dict[str, Any]) -> None:

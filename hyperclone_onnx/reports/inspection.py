@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from hyperclone_onnx.analysis.analysing import Analysis, count_parameters
 from hyperclone_onnx.analysis.feed_forward import find_feed_forward
 from hyperclone_onnx.analysis.quantities import Quantity, quantities
 from hyperclone_onnx.analysis.roles import NamedDim, explain
+from hyperclone_onnx.reports.roles import ROLES
 from hyperclone_onnx.reports.tables import Table, counted, plain_table, print_line
 from hyperclone_onnx.rules.dimensions import Dimensions
 from hyperclone_onnx.transforms.layers import stacks_of
@@ -110,10 +112,14 @@ def print_inspection(console: Console, analysis: Analysis) -> None:
         console.print(", ".join(f"{name}: {count}" for name, count in data["layers"].items()), markup=False)
     if data["feed_forward_blocks"]:
         console.print(f"feed-forward blocks that can become experts: {data['feed_forward_blocks']}", markup=False)
-    console.print(_dimension_table(analysis.dimensions, analysis.named))
+    rows = dimension_rows(analysis.dimensions, analysis.named)
+    console.print(_dimension_table(rows))
+    console.print()
+    console.print(_legend(rows))
+    console.print()
     for side in ("inputs", "outputs"):
-        for name, axes in data[side].items():
-            console.print(f"{side[:-1]} {name}: {axes if axes is not None else 'of unknown rank'}", markup=False)
+        for line in collapsed_values(data[side]):
+            print_line(console, f"{side[:-1]} {line}")
     console.print("\ntensors:")
     for line in grouped_tensors(data["tensors"]):
         print_line(console, f"  {line}")
@@ -131,12 +137,62 @@ def grouped_tensors(tensors: dict[str, list[str]]) -> list[str]:
     return [f"{counted(kind, count)}: {' and '.join(ways)}" for (kind, ways), count in groups.items()]
 
 
-def _dimension_table(dimensions: Dimensions, named: Sequence[NamedDim]) -> Table:
+def collapsed_values(values: Mapping[str, str | None]) -> list[str]:
+    """One line for each input or output. Those that differ only in numbers, such as a layer's caches, share a line.
+
+    >>> collapsed_values({"ids": "batch", "past.0.key": "batch heads.0", "past.1.key": "batch heads.1"})
+    ['ids: batch', 'past.*.key x2: batch heads']
+    """
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, axes in values.items():
+        text = "of unknown rank" if axes is None else axes
+        groups[re.sub(r"\d+", "*", name), re.sub(r"([a-z_]+)\.\d+", r"\1", text)].append(f"{name}: {text}")
+    return [
+        lines[0] if len(lines) == 1 else f"{counted(kind, len(lines))}: {axes}"
+        for (kind, axes), lines in groups.items()
+    ]
+
+
+def _legend(rows: Sequence[DimensionRow]) -> Table:
+    """The roles that the model has, in plain words."""
+    table = plain_table("role", "what it is")
+    for role in dict.fromkeys(row.role for row in rows):
+        if role in ROLES:
+            name, what = ROLES[role]
+            table.add_row(role, f"{name}: {what}")
+    return table
+
+
+def _dimension_table(rows: Sequence[DimensionRow]) -> Table:
+    """The rows of dimensions as a table."""
+    table = plain_table("dimension", "size", "grows", "why not")
+    for row in rows:
+        table.add_row(row.label, str(row.size), "no" if row.why else "yes", row.why)
+    return table
+
+
+@dataclass(frozen=True)
+class DimensionRow:
+    """Dimensions that agree in role, size and reason: a row of the report."""
+
+    role: str
+    names: tuple[str, ...]
+    size: int
+    why: str
+    """Why the size cannot grow; empty where it can."""
+
+    @property
+    def label(self) -> str:
+        """The name of a single dimension; else the role, the count, and the first and the last name."""
+        first, *others = self.names
+        return first if not others else f"{self.role} x{len(self.names)} ({first} .. {others[-1]})"
+
+
+def dimension_rows(dimensions: Dimensions, named: Sequence[NamedDim]) -> list[DimensionRow]:
     """A row for each role, size and reason; dimensions that agree in all three share a row.
 
     Query heads that are in groups are no dimension of their own. They have a row before those of their factors.
     """
-    table = plain_table("dimension", "size", "grows", "why not")
     rows: dict[tuple[str, int, str], list[str]] = defaultdict(list)
     grouped: dict[Dim, list[Quantity]] = defaultdict(list)
     for quantity in quantities(dimensions, named):
@@ -149,7 +205,21 @@ def _dimension_table(dimensions: Dimensions, named: Sequence[NamedDim]) -> Table
                 rows["heads", quantity.size, why].append(quantity.name)
             role = "kv_heads" if dimension.label else dimension.role
             rows[role, dimension.size, why].append(dimension.called)
-    for (role, size, why), names in rows.items():
-        label = names[0] if len(names) == 1 else f"{role} x{len(names)} ({names[0]} .. {names[-1]})"
-        table.add_row(label, str(size), "no" if why else "yes", why)
-    return table
+    return [DimensionRow(role, tuple(names), size, why) for (role, size, why), names in rows.items()]
+
+
+def size_rows(analysis: Analysis) -> list[DimensionRow]:
+    """The sizes as people count them, whole heads for example: a row for each role, size and reason."""
+    dimensions, named = analysis.dimensions, analysis.named
+    counted_dims = quantities(dimensions, named)
+    told = {dim for quantity in counted_dims for dim in quantity.dims}
+    rows: dict[tuple[str, int, str], list[str]] = defaultdict(list)
+    for dimension in named:
+        if dimension.role != "other" and dimension.dim not in told:
+            why = "" if dimension.dim.pin is None else explain(dimensions, dimension.dim)
+            rows[dimension.role, dimension.size, why].append(dimension.called)
+    for quantity in counted_dims:
+        pinned = next((dim for dim in quantity.dims if dim.pin is not None), None)
+        why = "" if pinned is None else explain(dimensions, pinned)
+        rows[quantity.role, quantity.size, why].append(quantity.name)
+    return [DimensionRow(role, tuple(names), size, why) for (role, size, why), names in rows.items()]

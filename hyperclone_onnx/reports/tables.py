@@ -24,8 +24,8 @@ def plain_table(*headings: str) -> Table:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print one line unchanged: brackets are not read as markup, and a long line is not wrapped."""
-    console.print(text, markup=False, soft_wrap=True)
+    """Print a text: brackets are not read as markup. A terminal wraps a long line at words; a file gets it whole."""
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)
 
 
 def counted(name: str, count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,3 +58,13 @@ def _room(group: Path, limit: str, used: str, cache: str) -> int | None:
         return max(0, most - now + int(entries.get(cache, 0)))
     except (OSError, ValueError):
         return None
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process has held so far, mapped files included; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -62,7 +62,7 @@ def save(
             (``big.onnx-00001-of-00003.data``). A larger tensor gets a file for itself.
         workers: the number of processes that compute and write (see `parallel.workers_for`). The files do not depend
             on it.
-        progress: called after each tensor, with the number of written tensors and the number of all tensors.
+        progress: called after each tensor, with the bytes of all written tensors and those of all tensors.
         keep: whether the files stay in the page cache, because they are read next.
 
     Raises:

@@ -83,7 +83,7 @@ def write_safetensors(
         metadata: texts for the header, such as ``{"format": "pt"}``.
         workers: the number of processes that compute and write (see `parallel.workers_for`). The files do not depend
             on it.
-        progress: called after each tensor, with the number of written tensors and the number of all tensors.
+        progress: called after each tensor, with the bytes of all written tensors and those of all tensors.
 
     Returns:
         The written files, the index last.

@@ -7,7 +7,6 @@ written with `pwrite`. The files are the same for any number of processes, which
 from __future__ import annotations
 
 import errno
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +67,7 @@ def write(layout: Layout, workers: int | None = None, progress: Progress | None 
     Args:
         layout: the content of the files.
         workers: the number of processes that compute and write (see `parallel.workers_for`).
-        progress: called after each tensor, with the number of written tensors and the number of all tensors.
+        progress: called after each tensor, with the bytes of all written tensors and those of all tensors.
         keep: whether the files stay in the page cache, because they are read next.
 
     Raises:
@@ -95,15 +94,17 @@ def _write_tensors(
     layout: Layout, files: dict[Path, int], workers: int | None, progress: Progress | None, keep: bool
 ) -> None:
     tensors, size = layout.tensors, sum(layout.sizes.values())
-    count = itertools.count(1)
+    total, written = sum(_bytes(placed.tensor) for placed in tensors), 0
 
-    def tensor_written(_: None) -> None:
+    def tensor_written(count: int) -> None:
+        nonlocal written
+        written += count
         if progress is not None:
-            progress(next(count), len(tensors))
+            progress(written, total)
 
     with ExitStack() as stack:
 
-        def writer() -> Callable[[int], None]:
+        def writer() -> Callable[[int], int]:
             # In a worker process, `stack` is a copy: the worker's WriteBehind ends when the worker does.
             behind, scratch = stack.enter_context(WriteBehind(size, keep=keep)), Scratch()
             return lambda index: _write_tensor(tensors[index], files, behind, scratch)
@@ -127,7 +128,8 @@ def _bytes(tensor: Streamed) -> int:
     return size
 
 
-def _write_tensor(placed: Placed, files: dict[Path, int], behind: WriteBehind, scratch: Scratch) -> None:
+def _write_tensor(placed: Placed, files: dict[Path, int], behind: WriteBehind, scratch: Scratch) -> int:
+    """Write a tensor. Return the number of its bytes."""
     descriptor = files[placed.file]
     for piece in _pieces(placed.tensor):
         for array, offsets in piece(scratch):
@@ -135,6 +137,7 @@ def _write_tensor(placed: Placed, files: dict[Path, int], behind: WriteBehind, s
             for offset in offsets:
                 write_at(descriptor, data, placed.offset + offset)
                 behind.wrote(descriptor, placed.offset + offset, len(data))
+    return _bytes(placed.tensor)
 
 
 def _reserve(descriptor: int, size: int) -> None:
