@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test test-long lint zoo zoo-optimum models-check frameworks-check frameworks-long growth-quick growth gpu-check fuzz fuzz-quick faults docs clean
+.PHONY: demo test test-long lint zoo zoo-optimum models-check frameworks-check frameworks-long growth-quick growth gpu-check fuzz fuzz-quick faults docs docs-site clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -98,5 +98,16 @@ faults: $(VENV)/.test  ## strike before every call to the file system, kill at r
 docs: $(VENV)/.package  ## write the generated pages of docs/
 	$(BIN)/python docs/generate.py
 
+# The site reads the package's docstrings and imports nothing, so its environment has only the tools of the extra.
+$(VENV)-docs/.done: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)-docs
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)-docs/requirements.txt
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -r $(VENV)-docs/requirements.txt
+	@touch $@
+
+docs-site: $(VENV)-docs/.done  ## build the site into out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=true $(VENV)-docs/bin/mkdocs build --strict --quiet
+	@echo "out/site/index.html"
+
 clean:
-	rm -rf $(VENV) $(VENV)-optimum out
+	rm -rf $(VENV) $(VENV)-optimum $(VENV)-docs out

@@ -20,7 +20,7 @@ from models.dialects import DIALECTS
 from tests.conftest import ROOT, Command
 
 PACKAGE = ROOT / "hyperclone_onnx"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PARTS = {
     "handoff.md": PACKAGE / "frameworks",
     "absorb.md": PACKAGE / "frameworks",
