@@ -66,8 +66,8 @@ def test_the_bar_counts_bytes_and_says_how_long_yet(monkeypatch: pytest.MonkeyPa
         notify("writing")
         for megabytes in (4, 8, 12):
             written(megabytes * 10**6, 16 * 10**6)
-    last = out.getvalue().splitlines()[-1]
-    assert "writing" in last and "12.0/16.0 MB" in last and "to go" in last
+    last = [line for line in out.getvalue().splitlines() if "writing" in line][-1]
+    assert "12.0/16.0 MB" in last and "to go" in last
 
 
 def test_a_stage_that_writes_nothing_has_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +78,8 @@ def test_a_stage_that_writes_nothing_has_no_count(monkeypatch: pytest.MonkeyPatc
         assert written is not None
         written(8, 16)
         notify("validating")
-    last = out.getvalue().splitlines()[-1]
-    assert "validating" in last and "/" not in last and "to go" not in last
+    last = [line for line in out.getvalue().splitlines() if "validating" in line][-1]
+    assert "/" not in last and "to go" not in last
 
 
 def test_progress_is_told_in_bytes() -> None:

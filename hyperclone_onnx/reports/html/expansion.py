@@ -39,7 +39,8 @@ def expansion_page(result: Expansion, memory: int | None = None) -> Page:
         )
         sections.append(next_steps([again]))
     else:
-        sections.append(after_growth(result.source, result.output, result.parameters_after))
+        unchecked = result.validation is None
+        sections.append(after_growth(result.source, result.output, result.parameters_after, validate=unchecked))
     sections.append(tensor_section(result.plan))
     return Page("expand", f"{Path(result.source).name}{target}", _verdict(result), _figures(result), sections)
 
@@ -106,7 +107,11 @@ def _verdict(result: Expansion) -> Verdict:
         return verdict_of(result.validation)
     if result.output is None:
         return Verdict("note", "Planned: nothing is written yet", "The sizes below are what the growth would give.")
-    return Verdict("note", "Not validated", "The growth was asked for without validation; `validate` can do it now.")
+    return Verdict(
+        "note",
+        "Not validated",
+        "The growth was asked for without validation. The section “Go on” has the command that does it.",
+    )
 
 
 def _figures(result: Expansion) -> list[tuple[str, str]]:
