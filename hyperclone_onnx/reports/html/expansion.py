@@ -110,7 +110,7 @@ def _verdict(result: Expansion) -> Verdict:
     return Verdict(
         "note",
         "Not validated",
-        "The growth was asked for without validation. The section “Go on” has the command that does it.",
+        "That was asked for. The section “Go on” has the command that does it.",
     )
 
 
