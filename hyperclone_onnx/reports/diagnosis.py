@@ -21,10 +21,10 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
         "best matching; forward: in what they compute; backward: in how they are read; activations: on sample inputs",
     )
     if diagnosis.residue is not None:
-        console.print(
+        print_line(
+            console,
             f"residue {written(diagnosis.residue)}: the part of the weights that `shrink` leaves out when it collapses "
             "the model; growth begins with rounding",
-            soft_wrap=True,
         )
     if diagnosis.ran_on:
         limit = f"{diagnosis.tolerance:.1e}"

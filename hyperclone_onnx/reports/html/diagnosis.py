@@ -41,6 +41,8 @@ def diagnosis_page(diagnosis: Diagnosis) -> Page:
         _parts("layer", diagnosis.layers, diagnosis),
         key,
     ]
+    if diagnosis.residue is not None:
+        figures.append(("Residue, left out by a collapse", written(diagnosis.residue)))
     notes = [f"Ran on {diagnosis.ran_on}."] if diagnosis.ran_on else []
     notes += [f"Note: {note}" for note in diagnosis.notes]
     sections = [
