@@ -42,12 +42,8 @@ def print_growth(console: Console, result: Expansion) -> None:
         print_line(
             console, f"{name} {before} -> {after}" if name == "layers" else f"{name}: layers {before} -> {after}"
         )
-    for mixture in mixtures(result.plan.transforms):
-        print_line(
-            console,
-            f"experts: {counted('feed-forward block', mixture['blocks'])} with {mixture['experts']} experts, "
-            f"{mixture['chosen']} chosen for a token",
-        )
+    for line in mixture_lines(result):
+        print_line(console, line)
     for note in result.notes:
         print_line(console, f"note: {note}")
     _print_kept(console, result)
@@ -55,6 +51,15 @@ def print_growth(console: Console, result: Expansion) -> None:
         print_line(console, line)
     ratio = result.parameters_after / max(result.parameters_before, 1)
     console.print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,} (x{ratio:.2f})")
+
+
+def mixture_lines(result: Expansion) -> list[str]:
+    """Lines about feed-forward blocks that became experts."""
+    return [
+        f"experts: {counted('feed-forward block', mixture['blocks'])} with {mixture['experts']} experts, "
+        f"{mixture['chosen']} chosen for a token"
+        for mixture in mixtures(result.plan.transforms)
+    ]
 
 
 def growth_notes(result: Expansion) -> list[str]:

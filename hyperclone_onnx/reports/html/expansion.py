@@ -13,7 +13,7 @@ from hyperclone_onnx.expansion import Expansion
 from hyperclone_onnx.folders import FolderExpansion
 from hyperclone_onnx.plan.maps import Axis, ConcatOf, FirstAndFurther, Kept, Named, ProductOf, grown_size
 from hyperclone_onnx.plan.plans import Plan
-from hyperclone_onnx.reports.expansion import grown_rows, growth_notes, kept_rows
+from hyperclone_onnx.reports.expansion import grown_rows, growth_notes, kept_rows, mixture_lines
 from hyperclone_onnx.reports.html.diagram import Bar, Layers, diagram
 from hyperclone_onnx.reports.html.elements import Markup, element, joined
 from hyperclone_onnx.reports.html.next_steps import after_growth, command, next_steps
@@ -133,7 +133,12 @@ def _sizes(result: Expansion, anchor: str, heading: str) -> Section:
         *(Bar(row.role, row.label, row.before, row.after, row.why) for row in kept_rows(result)),
     ]
     unlike = [] if result.likeness is None else result.likeness.differences
-    notes = [*result.notes, *growth_notes(result), *(f"not like the target: {difference}" for difference in unlike)]
+    notes = [
+        *mixture_lines(result),
+        *result.notes,
+        *growth_notes(result),
+        *(f"not like the target: {difference}" for difference in unlike),
+    ]
     body = [
         diagram(bars, _stacks(result.plan), grown=True),
         _compared(result),

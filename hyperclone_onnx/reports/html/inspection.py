@@ -24,6 +24,7 @@ def inspection_page(analysis: Analysis) -> Page:
     figures = [
         ("Parameters", f"{data['parameters']:,}"),
         ("Layers", _layers_text(data["layers"])),
+        *([("Blocks that can become experts", str(blocks))] if (blocks := data["feed_forward_blocks"]) else []),
         ("Nodes", f"{data['nodes']:,}"),
         ("Opset", str(data["opset"])),
     ]
