@@ -51,6 +51,7 @@ from hyperclone_onnx.validation.inputs.given import Inputs, wishes_of
 from hyperclone_onnx.validation.not_finite import named_not_finite
 from hyperclone_onnx.validation.running import Pair
 from hyperclone_onnx.validation.sessions import Device
+from hyperclone_onnx.validation.tensor_check import CheckOfWritten
 from hyperclone_onnx.validation.validating import Mode, Validation, prepare, validate_double
 from hyperclone_onnx.validation.validating import validate as validate_pair
 from hyperclone_onnx.writing import onnx_files as writer
@@ -614,7 +615,8 @@ def make(planned: Planned, out: Path, run: Run, clock: Clock) -> Expansion:
     texts = {} if run.plan_out is None else {Path(run.plan_out): _text(plan)}
     with publication(out, beside=texts) as written:
         say("writing")
-        writer.save(
+        check = None if prepared is None else CheckOfWritten(analysis.model, plan, written)
+        answers = writer.save(
             big,
             written,
             external=external,
@@ -622,13 +624,14 @@ def make(planned: Planned, out: Path, run: Run, clock: Clock) -> Expansion:
             workers=run.workers,
             progress=run.progress,
             keep=prepared is not None and prepared.stays_cached,
+            check=None if check is None else check.begin,
         )
         clock.lap("write")
-        if prepared is not None:
+        if prepared is not None and check is not None:
             say("validating")
-            pair = replace(pair, grown=loading.load(written))
+            pair = replace(pair, grown=check.grown)
             try:
-                validation = validate_pair(prepared, pair, written, run.workers)
+                validation = validate_pair(prepared, pair, written, run.workers, check.report(answers))
             except Refused as problem:  # it names the file by its temporary place
                 raise Refused(str(problem).replace(str(written), str(out))) from problem
             if run.precision == "float64":

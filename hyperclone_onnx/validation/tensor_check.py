@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.plan.strategies import Strategy
+from hyperclone_onnx.reading.loading import load
 from hyperclone_onnx.system.parallel import share_out, workers_for
 from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
@@ -29,7 +31,7 @@ from hyperclone_onnx.tensors.shares import PRECISION, Columns
 from hyperclone_onnx.tensors.stored_rows import StoredRows
 from hyperclone_onnx.tensors.stretches import Run, runs_of
 from hyperclone_onnx.tensors.table import BLOCK, Table
-from hyperclone_onnx.writing.streaming import CHUNK
+from hyperclone_onnx.writing.streaming import CHUNK, Placed
 
 Array = npt.NDArray[Any]
 Compare = Callable[[Scratch], "_Sums"]
@@ -78,7 +80,7 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Checked:
+class Checked:
     """A tensor, and the differences in all its blocks."""
 
     name: str
@@ -121,6 +123,43 @@ class _Checked:
         return self.sums.error / self.sums.power if self.sums.power else 0.0
 
 
+class TensorCheck:
+    """Compares the tensors of a grown file with those of the source, one by one, in any order and in any process.
+
+    Args:
+        source: the source.
+        grown: the grown model.
+        plan: the plan. Tensors that it does not name must be unchanged.
+        forget: remove the grown file from the page cache while it is read. It is kept if the model is run next.
+
+    Raises:
+        BadModel: a tensor that the plan names is missing.
+    """
+
+    def __init__(self, source: ir.Model, grown: ir.Model, plan: Plan, *, forget: bool) -> None:
+        self._source, self.grown, self._plan, self._forget = source, grown, plan, forget
+        unplanned = [
+            name
+            for name, value in source.graph.initializers.items()
+            if name not in plan.tensors and name in grown.graph.initializers and value.const_value is not None
+        ]
+        self.sizes = {name: _stored(grown, name).nbytes for name in (*plan.tensors, *unplanned)}
+        """The bytes of each tensor to compare."""
+
+    def checked(self, name: str, scratch: Scratch) -> Checked:
+        """Compare one tensor.
+
+        Raises:
+            BadModel: a tensor of the source is missing, or a file cannot be read.
+        """
+        return _check(self._source, self.grown, self._plan, name, scratch, self._forget)
+
+    def report(self, checked: Iterable[Checked]) -> TensorReport:
+        """The report of all tensors."""
+        place = {name: index for index, name in enumerate(self.sizes)}
+        return _report(sorted(checked, key=lambda tensor: place[tensor.name]))
+
+
 def check_tensors(
     source: ir.Model, grown: ir.Model, plan: Plan, workers: int | None = None, *, forget: bool = True
 ) -> TensorReport:
@@ -131,31 +170,96 @@ def check_tensors(
         grown: the grown model.
         plan: the plan.
         workers: the number of processes (see `parallel.workers_for`).
-        forget: remove the grown file from the page cache while it is read. It is kept if the model is run next.
+        forget: see `TensorCheck`.
 
     Raises:
         BadModel: a tensor that the plan names is missing, or a file cannot be read.
     """
-    unplanned = [
-        name
-        for name, value in source.graph.initializers.items()
-        if name not in plan.tensors and name in grown.graph.initializers and value.const_value is not None
-    ]
-    names = [*plan.tensors, *unplanned]
-    place = {name: index for index, name in enumerate(names)}
-    sizes = {name: _stored(grown, name).nbytes for name in names}
-    checked: list[_Checked] = []
+    check = TensorCheck(source, grown, plan, forget=forget)
+    checked: list[Checked] = []
 
-    def checker() -> Callable[[str], _Checked]:
+    def checker() -> Callable[[str], Checked]:
         scratch = Scratch()
-        return lambda name: _check(source, grown, plan, name, scratch, forget)
+        return lambda name: check.checked(name, scratch)
 
-    largest_first = sorted(names, key=lambda name: -sizes[name])
-    share_out(checker, largest_first, workers_for(sum(sizes.values()), workers), checked.append)
-    return _report(sorted(checked, key=lambda tensor: place[tensor.name]))
+    largest_first = sorted(check.sizes, key=lambda name: -check.sizes[name])
+    share_out(checker, largest_first, workers_for(sum(check.sizes.values()), workers), checked.append)
+    return check.report(checked)
 
 
-def _report(checked: list[_Checked]) -> TensorReport:
+class CheckOfWritten:
+    """Compares each tensor of a file with the source as soon as it is written.
+
+    Its bytes are then still in the cache, and the disk goes on writing meanwhile. They are read from the file, at the
+    place that the written model states.
+
+    Args:
+        source: the source.
+        plan: the plan.
+        path: the model file. Its tensors must lie in files beside it.
+    """
+
+    def __init__(self, source: ir.Model, plan: Plan, path: Path) -> None:
+        self._source, self._plan, self._path = source, plan, path
+        self._check: TensorCheck | None = None
+
+    @property
+    def grown(self) -> ir.Model:
+        """The model in the file."""
+        return load(self._path) if self._check is None else self._check.grown
+
+    def begin(self) -> Callable[[Placed, Scratch], Checked | None]:
+        """Read the model file. Returns a function that compares a written tensor, if there is one to compare.
+
+        Raises:
+            BadModel: see `TensorCheck`.
+        """
+        check = self._check = TensorCheck(self._source, load(self._path), self._plan, forget=False)
+        names = _names_by_place(check)
+
+        def written(placed: Placed, scratch: Scratch) -> Checked | None:
+            name = names.get((placed.file.name, placed.offset))
+            return None if name is None else check.checked(name, scratch)
+
+        return written
+
+    def report(self, answers: Iterable[Checked | None]) -> TensorReport | None:
+        """The report of all tensors, from the answers of the function. None if it was not asked for.
+
+        Raises:
+            BadModel: see `TensorCheck.checked`.
+        """
+        if self._check is None:
+            return None
+        checked = {tensor.name: tensor for tensor in answers if tensor is not None}
+        scratch = Scratch()
+        rest = [self._check.checked(name, scratch) for name in self._check.sizes if name not in checked]
+        return self._check.report((*checked.values(), *rest))
+
+
+def _names_by_place(check: TensorCheck) -> dict[tuple[str, int], str]:
+    """The tensors to compare by (file, offset), without those that share bytes with others.
+
+    A tensor that is written later could change their bytes again. They are compared at the end.
+    """
+    places = sorted(
+        (Path(tensor.path).name, tensor.offset or 0, tensor.nbytes, name)
+        for name, value in check.grown.graph.initializers.items()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
+    )
+    alone: dict[tuple[str, int], str] = {}
+    last, end = ("", 0), 0
+    for file, offset, size, name in places:
+        end = end if file == last[0] else 0
+        if offset < end:
+            alone.pop(last, None)
+        elif name in check.sizes:
+            alone[file, offset] = name
+        last, end = (file, offset), max(end, offset + size)
+    return alone
+
+
+def _report(checked: list[Checked]) -> TensorReport:
     planned = [tensor for tensor in checked if tensor.planned]
     residues = [tensor.residue for tensor in planned if tensor.shared]
     worst = max(planned, key=lambda tensor: tensor.excess, default=None)
@@ -168,18 +272,18 @@ def _report(checked: list[_Checked]) -> TensorReport:
     )
 
 
-def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Scratch, forget: bool) -> _Checked:
+def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Scratch, forget: bool) -> Checked:
     stored, recipe = _stored(grown, name), plan.tensors.get(name)
     if recipe is None:
         compared = _identical(_stored(source, name), stored)
-        return _Checked(name, 0.0, shared=False, planned=False, sums=_added_up(compared, scratch))
+        return Checked(name, 0.0, shared=False, planned=False, sums=_added_up(compared, scratch))
     for needed in recipe.sources:
         _stored(source, needed)
     made = GrownTensor(assemble(recipe.origin, source), recipe, plan.maps, plan.strategy_of(name))
     if tuple(stored.shape.numpy()) != made.stored_shape or stored.dtype != made.dtype:
-        return _Checked(name, 0.0, made.is_shared, planned=True, sums=_Sums(worst=math.inf))
+        return Checked(name, 0.0, made.is_shared, planned=True, sums=_Sums(worst=math.inf))
     if not made.is_shared and not recipe.is_stretched:
-        return _Checked(name, 0.0, shared=False, planned=True, sums=_added_up(_copies(made, stored, forget), scratch))
+        return Checked(name, 0.0, shared=False, planned=True, sums=_added_up(_copies(made, stored, forget), scratch))
     table = _exact_table(made)
     most = [int(axis.count.max()) if axis.grown else 1 for axis in table.axes]
     # A stretch is rounded to the type, and so are its product with the weight and that with the recipe's scale.
@@ -187,7 +291,7 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
     bound = (max(math.prod(most), 1) + 2 * stretched) * eps_of(made.dtype)
     compared = _sums_of_repeats(table, stored, made.dtype, forget)
     sums = _added_up(compared, scratch)
-    return _Checked(name, bound, shared=True, planned=True, sums=sums, adds_up=made.dtype in PRECISION)
+    return Checked(name, bound, shared=True, planned=True, sums=sums, adds_up=made.dtype in PRECISION)
 
 
 def _added_up(compared: Iterator[Compare], scratch: Scratch) -> _Sums:

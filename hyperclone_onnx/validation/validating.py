@@ -342,7 +342,13 @@ def _values_in_file(pair: Pair, plan: Plan) -> set[str] | None:
     return {value.name for node in pair.untransformed.graph for value in node.outputs if value.name}
 
 
-def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], workers: int | None = None) -> Validation:
+def validate(
+    prepared: Prepared,
+    pair: Pair,
+    big: str | os.PathLike[str],
+    workers: int | None = None,
+    tensors: TensorReport | None = None,
+) -> Validation:
     """Compare a grown model, as it is stored, with its source.
 
     Args:
@@ -350,13 +356,14 @@ def validate(prepared: Prepared, pair: Pair, big: str | os.PathLike[str], worker
         pair: both models, the grown one as read from `big`.
         big: the grown model's file.
         workers: processes that compare tensors; see `parallel.workers_for`.
+        tensors: the report of the tensors, if they were compared while they were written.
 
     Raises:
         Refused: ONNX Runtime cannot run the grown model, or nothing could be compared.
     """
     plan, source = pair.plan, pair.source
-    forget = not prepared.stays_cached
-    tensors = check_tensors(source, pair.grown, plan, workers, forget=forget) if plan is not None else None
+    if tensors is None and plan is not None:
+        tensors = check_tensors(source, pair.grown, plan, workers, forget=not prepared.stays_cached)
     tolerance, reason = tolerance_of(pair.dimensions, plan, tensors)
     result = Validation(
         "",

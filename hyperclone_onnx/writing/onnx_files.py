@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from hyperclone_onnx.errors import BadRequest, CannotWrite
 from hyperclone_onnx.progress import Progress
 from hyperclone_onnx.publishing.publication import data_name
 from hyperclone_onnx.reading.loading import tensors
-from hyperclone_onnx.writing.streaming import Layout, Placed, write
+from hyperclone_onnx.writing.streaming import Check, Layout, Placed, write
 
 SMALL = 256
 """Tensors with at most this number of bytes stay in the model file, as in onnx_ir."""
@@ -51,7 +52,8 @@ def save(
     workers: int | None = None,
     progress: Progress | None = None,
     keep: bool = False,
-) -> None:
+    check: Check | None = None,
+) -> list[Any]:
     """Write a model file. Its tensors are streamed block by block.
 
     Args:
@@ -64,6 +66,10 @@ def save(
             on it.
         progress: called after each tensor, with the bytes of all written tensors and those of all tensors.
         keep: whether the files stay in the page cache, because they are read next.
+        check: see `streaming.write`. It can read the model file as soon as the graph is in it, so only with `external`.
+
+    Returns:
+        The answers of `check`.
 
     Raises:
         BadRequest: `max_shard_size` is below 1.
@@ -73,7 +79,7 @@ def save(
     if max_shard_size is not None and max_shard_size < 1:
         raise BadRequest(f"max_shard_size is {max_shard_size}: a data file needs at least 1 byte")
     layout = _external(model, path, max_shard_size) if external else _inline(model, path)
-    write(layout, workers, progress, keep=keep)
+    return write(layout, workers, progress, keep=keep, check=check if external else None)
 
 
 def data_files(path: Path, sizes: Iterable[int], max_shard_size: int | None) -> list[tuple[str, int]]:

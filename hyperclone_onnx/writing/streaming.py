@@ -61,7 +61,22 @@ class Layout:
     """The tensors and their places."""
 
 
-def write(layout: Layout, workers: int | None = None, progress: Progress | None = None, *, keep: bool = False) -> None:
+Check = Callable[[], Callable[[Placed, Scratch], Any]]
+"""Makes a function that is called with each tensor as soon as it is written, in the process that wrote it.
+
+It is called once, when the files have their sizes and contain everything but the tensors. The function's answers are
+pickled.
+"""
+
+
+def write(
+    layout: Layout,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    *,
+    keep: bool = False,
+    check: Check | None = None,
+) -> list[Any]:
     """Write the files of a layout. Their space is reserved first, so that a full disk is reported at once.
 
     Args:
@@ -69,10 +84,15 @@ def write(layout: Layout, workers: int | None = None, progress: Progress | None 
         workers: the number of processes that compute and write (see `parallel.workers_for`).
         progress: called after each tensor, with the bytes of all written tensors and those of all tensors.
         keep: whether the files stay in the page cache, because they are read next.
+        check: makes a function that looks at each written tensor.
+
+    Returns:
+        The answers of that function, in any order. Without it, nothing.
 
     Raises:
         CannotWrite: a file cannot be created, or the space is too small.
         BadModel: a source file cannot be read any more.
+        Exception: whatever `check`, or the function that it makes, raises.
     """
     files: dict[Path, int] = {}
     try:
@@ -81,7 +101,7 @@ def write(layout: Layout, workers: int | None = None, progress: Progress | None 
             _reserve(files[path], size)
         for path, offset, data in layout.fixed:
             write_at(files[path], memoryview(data), offset)
-        _write_tensors(layout, files, workers, progress, keep)
+        return _write_tensors(layout, files, workers, progress, keep, check)
     except OSError as problem:
         first = next(iter(layout.sizes), Path())
         raise CannotWrite(f"{first}: cannot be written ({problem.strerror or problem})") from problem
@@ -91,27 +111,43 @@ def write(layout: Layout, workers: int | None = None, progress: Progress | None 
 
 
 def _write_tensors(
-    layout: Layout, files: dict[Path, int], workers: int | None, progress: Progress | None, keep: bool
-) -> None:
+    layout: Layout,
+    files: dict[Path, int],
+    workers: int | None,
+    progress: Progress | None,
+    keep: bool,
+    check: Check | None,
+) -> list[Any]:
     tensors, size = layout.tensors, sum(layout.sizes.values())
     total, written = sum(_bytes(placed.tensor) for placed in tensors), 0
+    checked = None if check is None else check()
+    answers: list[Any] = []
 
-    def tensor_written(count: int) -> None:
+    def tensor_written(done: tuple[int, Any]) -> None:
         nonlocal written
+        count, answer = done
         written += count
+        if checked is not None:
+            answers.append(answer)
         if progress is not None:
             progress(written, total)
 
     with ExitStack() as stack:
 
-        def writer() -> Callable[[int], int]:
+        def writer() -> Callable[[int], tuple[int, Any]]:
             # In a worker process, `stack` is a copy: the worker's WriteBehind ends when the worker does.
             behind, scratch = stack.enter_context(WriteBehind(size, keep=keep)), Scratch()
-            return lambda index: _write_tensor(tensors[index], files, behind, scratch)
+
+            def write_one(index: int) -> tuple[int, Any]:
+                count = _write_tensor(tensors[index], files, behind, scratch)
+                return count, None if checked is None else checked(tensors[index], scratch)
+
+            return write_one
 
         largest_first = sorted(range(len(tensors)), key=lambda index: -_bytes(tensors[index].tensor))
         one_process = not all(_usable_after_fork(placed.tensor) for placed in tensors)
         share_out(writer, largest_first, 1 if one_process else workers_for(size, workers), tensor_written)
+    return answers
 
 
 def _usable_after_fork(tensor: Streamed) -> bool:
