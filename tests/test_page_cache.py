@@ -18,6 +18,8 @@ from hyperclone_onnx.system.write_behind import WriteBehind
 from hyperclone_onnx.tensors import stored_rows
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.stored_rows import StoredRows
+from hyperclone_onnx.writing import streaming
+from hyperclone_onnx.writing.streaming import Layout, Placed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no such advice")
 
@@ -70,6 +72,41 @@ def test_written_pages_that_are_read_next_are_sent_and_stay(advised: list[tuple[
             behind.wrote(7, start, 500)
         until(lambda: len(advised) == 8)
     assert advised == [(7, start, 1000) for start in range(0, 8000, 1000)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "held"),
+    [({"dirty_bytes": "0", "dirty_ratio": "20"}, 2000), ({"dirty_bytes": "77", "dirty_ratio": "0"}, 77), ({}, 0)],
+)
+def test_the_system_says_how_much_it_holds(
+    settings: dict[str, str], held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in settings.items():
+        (tmp_path / name).write_text(f"{text}\n", encoding="utf-8")
+    monkeypatch.setattr(write_behind, "_SETTINGS", tmp_path)
+    monkeypatch.setattr(write_behind, "free_memory", lambda: 10_000)
+    assert write_behind.most_unwritten() == held
+
+
+@pytest.mark.parametrize(("held", "sent"), [(15_999, True), (16_000, False)])
+def test_a_file_is_sent_if_the_system_does_not_hold_it(
+    held: int, sent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has 16,000 bytes."""
+    sizes: list[int] = []
+    behind = streaming.WriteBehind
+
+    def noted(size: int, *, keep: bool) -> WriteBehind:
+        sizes.append(size)
+        return behind(size, keep=keep)
+
+    monkeypatch.setattr(streaming, "WriteBehind", noted)
+    monkeypatch.setattr(streaming, "most_unwritten", lambda: held)
+    tensor = ir.tensor(np.ones(4000, dtype=np.float32), name="a")
+    layout = Layout({tmp_path / "a": 16_000}, [], [Placed(tensor, tmp_path / "a", 0)])
+    streaming.write(layout, workers=1)
+    assert sizes == [16_000 if sent else 0]
+    assert (tmp_path / "a").read_bytes() == np.ones(4000, dtype=np.float32).tobytes()
 
 
 def test_little_is_left_to_the_system(advised: list[tuple[int, int, int]]) -> None:

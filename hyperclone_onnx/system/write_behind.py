@@ -4,6 +4,8 @@ Without this the system collects gigabytes of written pages before it begins to 
 from other programs, or has to clear it first, and then makes every writer wait. So a thread asks the system to write
 each stretch soon after it was made, and to drop its pages from memory some time later. Pages that are not on the disk
 by then stay. Whether this is faster depends on the disk and on the memory: docs/benchmarks.md has figures for both.
+
+Where the system holds all that is written, nobody has to wait, and sending it only costs time: see `most_unwritten`.
 """
 
 from __future__ import annotations
@@ -11,11 +13,27 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from contextlib import suppress
+from pathlib import Path
 
+from hyperclone_onnx.system.memory import free_memory
 from hyperclone_onnx.system.page_cache import BATCH, Stretch, Stretches, forget
 
 WINDOW = 256 << 20
 """A stretch is forgotten when this many bytes were sent to the disk after it."""
+
+_SETTINGS = Path("/proc/sys/vm")
+
+
+def most_unwritten() -> int:
+    """The bytes of written pages that the system holds before writers have to wait for the disk; 0 if it does not say.
+
+    See dirty_bytes and dirty_ratio in the documentation of Linux (admin-guide/sysctl/vm).
+    """
+    with suppress(OSError, ValueError):
+        in_bytes, percent = (int((_SETTINGS / name).read_text()) for name in ("dirty_bytes", "dirty_ratio"))
+        return in_bytes or (free_memory() or 0) * percent // 100
+    return 0
 
 
 class WriteBehind:

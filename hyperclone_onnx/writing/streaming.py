@@ -24,7 +24,7 @@ from hyperclone_onnx.errors import CannotWrite
 from hyperclone_onnx.progress import Progress
 from hyperclone_onnx.system.parallel import share_out, workers_for
 from hyperclone_onnx.system.positioned import BINARY, write_at
-from hyperclone_onnx.system.write_behind import WriteBehind
+from hyperclone_onnx.system.write_behind import WriteBehind, most_unwritten
 from hyperclone_onnx.tensors.collapsed import LazyCollapsed
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor, LazyGrown
 from hyperclone_onnx.tensors.scratch import Scratch
@@ -119,6 +119,7 @@ def _write_tensors(
     check: Check | None,
 ) -> list[Any]:
     tensors, size = layout.tensors, sum(layout.sizes.values())
+    sent = size if size > most_unwritten() else 0
     total, written = sum(_bytes(placed.tensor) for placed in tensors), 0
     checked = None if check is None else check()
     answers: list[Any] = []
@@ -136,7 +137,7 @@ def _write_tensors(
 
         def writer() -> Callable[[int], tuple[int, Any]]:
             # In a worker process, `stack` is a copy: the worker's WriteBehind ends when the worker does.
-            behind, scratch = stack.enter_context(WriteBehind(size, keep=keep)), Scratch()
+            behind, scratch = stack.enter_context(WriteBehind(sent, keep=keep)), Scratch()
 
             def write_one(index: int) -> tuple[int, Any]:
                 count = _write_tensor(tensors[index], files, behind, scratch)
