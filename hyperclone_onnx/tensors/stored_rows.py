@@ -149,14 +149,16 @@ class _FileBytes:
     def fill(self, start: int, into: Array) -> None:
         if not into.size:
             return
-        path, offset = self._tensor.path, (self._tensor.offset or 0) + start
+        offset = (self._tensor.offset or 0) + start
         try:
             descriptor = self._descriptor()
             size = read_at(descriptor, memoryview(into.reshape(-1).data), offset)
         except OSError as problem:
-            raise BadModel(f"{path}: cannot be read ({problem.strerror or problem})") from problem
+            raise BadModel(f"{self._tensor.path}: cannot be read ({problem.strerror or problem})") from problem
         if size < into.size:
-            raise BadModel(f"{path}: ends within tensor {self._tensor.name!r}: it was changed while being read")
+            raise BadModel(
+                f"{self._tensor.path}: ends within tensor {self._tensor.name!r}: it was changed while being read"
+            )
         if self._read is not None:
             forget(self._read.add(descriptor, offset, size))
 

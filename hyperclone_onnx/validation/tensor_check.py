@@ -377,58 +377,99 @@ def _sums_of_repeats(table: Table, stored: ir.TensorProtocol, dtype: ir.DataType
         for part in run.cut(step, run.collapsed):
             repeats[part.collapsed // step].append(part)
     for block, runs in sorted(repeats.items()):
-        yield partial(_add_up, table, columns, file, kind, bits, block * step, runs)
+        yield _Block(table, columns, file, kind, bits, block * step, runs).compared
 
 
-def _add_up(
-    table: Table,
-    columns: Columns,
-    file: StoredRows,
-    kind: Any,
-    bits: tuple[int, int, float] | None,
-    low: int,
-    runs: list[Run],
-    scratch: Scratch,
-) -> _Sums:
-    high = max(run.collapsed + run.length for run in runs)
-    shape = (high - low, columns.size)
-    total, want, error = (scratch.array(name, shape, np.float64) for name in ("total", "want", "error"))
-    largest = 0.0
-    known: set[tuple[int, int]] = set()
-    # Mostly, every run and every repeat in it fills the whole block. Then nothing must be set to zero first.
-    whole = bool(columns.parts) and all(run.length == high - low for run in runs)
-    whole = whole and all(part.taken.whole and len(part.taken.index) == columns.size for part in columns.parts)
-    if not whole:
-        total[...] = 0.0
-    for run in runs:
-        got = file.read(run.start, run.length, scratch, "got").view(kind)
-        largest = max(largest, _peak(got))
-        rows = slice(run.collapsed - low, run.collapsed - low + run.length)
-        parts = list(columns.parts)
-        if whole and not known:
-            first, *parts = parts
-            np.copyto(total, got[:, first.columns])
-        for part in parts:
-            taken = part.taken.index
-            if part.taken.whole:
-                where = total[rows, int(taken[0]) : int(taken[-1]) + 1]
-                np.add(where, got[:, part.columns], out=where)
-            else:
-                total[rows, taken] += got[:, part.columns]
-        if (run.collapsed, run.length) not in known:
-            known.add((run.collapsed, run.length))
-            want[rows] = table.values(run, columns, scratch)
-    with np.errstate(invalid="ignore"):
-        np.subtract(total, want, out=error)
-    worst = max(float(error.max(initial=0.0)), -float(error.min(initial=0.0)))
-    if not math.isfinite(worst):
-        finite = np.isfinite(total) & np.isfinite(want)
-        same = (total == want) | (np.isnan(total) & np.isnan(want))
-        worst = math.inf if not (finite | same).all() else float(np.abs(error[finite]).max(initial=0.0))
-        error, want = error[finite], want[finite]
-    units = _in_units(error, want, bits) if bits is not None and worst else 0.0
-    error_power, power = (float(np.einsum("i,i->", side, side)) for side in (error.reshape(-1), want.reshape(-1)))
-    return _Sums(worst, largest, error_power, power, units)
+@dataclass(frozen=True)
+class _Block:
+    """Rows of the source with all their repeats in the file."""
+
+    table: Table
+    columns: Columns
+    file: StoredRows
+    kind: Any
+    """The type of the numbers in the file."""
+    bits: tuple[int, int, float] | None
+    """See `PRECISION`."""
+    low: int
+    """The first collapsed row."""
+    runs: list[Run]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of collapsed rows and columns."""
+        return max(run.collapsed + run.length for run in self.runs) - self.low, self.columns.size
+
+    @property
+    def _fills(self) -> bool:
+        """Whether every run of rows fills all of the block, as it mostly does."""
+        return all(run.length == self.shape[0] for run in self.runs)
+
+    def compared(self, scratch: Scratch) -> _Sums:
+        """Compare the rows with the sums of their repeats."""
+        total, largest = self._total(scratch)
+        want = self._want(scratch)
+        with np.errstate(invalid="ignore"):
+            error = np.subtract(total, want, out=total)  # in place: less must go through the cache
+        worst = max(float(error.max(initial=0.0)), -float(error.min(initial=0.0)))
+        if not math.isfinite(worst):
+            total, _ = self._total(scratch)
+            finite = np.isfinite(total) & np.isfinite(want)
+            same = (total == want) | (np.isnan(total) & np.isnan(want))
+            error, want = total[finite] - want[finite], want[finite]
+            worst = float(np.abs(error).max(initial=0.0)) if (finite | same).all() else math.inf
+        units = _in_units(error, want, self.bits) if self.bits is not None and worst else 0.0
+        return _Sums(worst, largest, _power(error) if worst else 0.0, _power(want), units)
+
+    def _total(self, scratch: Scratch) -> tuple[Array, float]:
+        """The sums of the repeats, float64, and the largest finite magnitude in the file."""
+        columns = self.columns
+        total, largest = scratch.array("total", self.shape, np.float64), 0.0
+        # Then nothing must be set to zero first.
+        whole = bool(columns.parts) and self._fills
+        whole = whole and all(part.taken.whole and len(part.taken.index) == columns.size for part in columns.parts)
+        if not whole:
+            total[...] = 0.0
+        for number, run in enumerate(self.runs):
+            got = self.file.read(run.start, run.length, scratch, "got").view(self.kind)
+            largest = max(largest, _peak(got))
+            rows = slice(run.collapsed - self.low, run.collapsed - self.low + run.length)
+            parts = list(columns.parts)
+            if whole and not number:
+                first, *parts = parts
+                np.copyto(total, got[:, first.columns])
+            for part in parts:
+                taken = part.taken.index
+                if part.taken.whole:
+                    where = total[rows, int(taken[0]) : int(taken[-1]) + 1]
+                    np.add(where, got[:, part.columns], out=where)
+                else:
+                    total[rows, taken] += got[:, part.columns]
+        return total, largest
+
+    def _want(self, scratch: Scratch) -> Array:
+        """The source's values, float64. They must not be changed."""
+        if self._fills:
+            return self.table.values(self.runs[0], self.columns, scratch)
+        want = scratch.array("want", self.shape, np.float64)
+        known: set[tuple[int, int]] = set()
+        for run in self.runs:
+            if (run.collapsed, run.length) not in known:
+                known.add((run.collapsed, run.length))
+                rows = slice(run.collapsed - self.low, run.collapsed - self.low + run.length)
+                want[rows] = self.table.values(run, self.columns, scratch)
+        return want
+
+
+SUMMED = 1 << 13
+"""The numbers whose squares are summed at a time: so few that no library of linear algebra starts threads for them."""
+
+
+def _power(numbers: Array) -> float:
+    """The sum of the squares."""
+    flat = numbers.reshape(-1)
+    parts = (flat[start : start + SUMMED] for start in range(0, len(flat), SUMMED))
+    return float(sum(float(np.dot(part, part)) for part in parts))
 
 
 def _in_units(error: Array, want: Array, bits: tuple[int, int, float]) -> float:
