@@ -27,10 +27,11 @@ def test_a_tensor_that_is_written_wrong_is_found(
     """The last two bytes of the tensor's third number are changed in the file, right after it was written."""
     write = streaming._write_tensor
 
-    def wrong(placed: Any, files: Any, behind: Any, scratch: Any) -> None:
-        write(placed, files, behind, scratch)
+    def wrong(placed: Any, files: Any, behind: Any, scratch: Any) -> int:
+        count = write(placed, files, behind, scratch)
         if placed.tensor.name == name:
             os.pwrite(files[placed.file], b"\x12\x42", placed.offset + 10)
+        return count
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the tensors are read again")
