@@ -77,19 +77,10 @@ def _draw_distances(axes: Any, diagnosis: Diagnosis, height: float) -> None:
     axes.grid(axis="x", linewidth=0.3)
     if math.isfinite(diagnosis.tolerance):
         axes.axvspan(LOWEST / 3, diagnosis.tolerance, color="0.92", zorder=0, label="rounding, of activations")
-    for place, text in ((PARTED, "clones parted"), (NOTHING_IN_COMMON, "nothing in common")):
+    for place, text, side in ((PARTED, "clones parted", "right"), (NOTHING_IN_COMMON, "nothing in common", "left")):
         axes.axvline(place, color="black", linewidth=0.9, linestyle="--", zorder=1)
-        axes.annotate(
-            text,
-            (place, 1.0),
-            (-3, -2),
-            ("data", "axes fraction"),
-            "offset points",
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=7,
-        )
+        shift = 4 if side == "right" else -8
+        axes.annotate(text, (place, 1.0), (shift, 3), ("data", "axes fraction"), "offset points", ha=side, fontsize=7)
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=3, frameon=False)
 
 
