@@ -191,6 +191,13 @@ def test_a_name_that_does_not_exist_shows(text: str, mistake: str) -> None:
     assert mistake in shown
 
 
+def test_every_page_is_in_the_menu_of_the_site() -> None:
+    """`make docs-site` refuses a page that the menu in mkdocs.yml does not lead to."""
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    assert pages == set(re.findall(r": (\S+\.md)$", menu, flags=re.M))
+
+
 # -- what the first screen shows --------------------------------------------------------------------------
 
 
