@@ -99,7 +99,7 @@ def test_only_the_chosen_experts_are_computed(mixture: Path) -> None:
     """A product of the rows of each expert, and none with all tokens of all experts."""
     model = load(mixture)
     code = "\n".join(part.code for part in model.modules() if hasattr(part, "code"))
-    assert "grouped_matmul" in code and "combine" in code and "scatter" not in code
+    assert "GroupedMatMul" in code and "Combine" in code and "ScatterElements" not in code
 
 
 def test_a_compiled_module_computes_the_same(mixture: Path) -> None:
