@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from conftest import Command, build_model, normal
 
@@ -54,6 +55,11 @@ FORMS: dict[str, Form] = {
     ),
     "biases": Form(
         "u0 = MatMul (n, up)\n u = Add (up_bias, u0)\n r = Gelu (u)\n d0 = MatMul (r, down)\n d = Add (d0, down_bias)",
+        BIASED,
+    ),
+    "biases, tanh": Form(
+        'u0 = MatMul (n, up)\n u = Add (up_bias, u0)\n r = Gelu <approximate = "tanh"> (u)\n'
+        " d0 = MatMul (r, down)\n d = Add (d0, down_bias)",
         BIASED,
     ),
     "written-out activation": Form(
@@ -343,6 +349,48 @@ def test_the_same_hidden_units_are_drawn_anew_in_all_weights(dense: Path, tmp_pa
     assert len(chosen) > 1
     np.testing.assert_array_equal(after["up0"], before["up0"])
     np.testing.assert_array_equal(after["down0.shared"], before["down0"] / 2)
+
+
+# -- ONNX Runtime's operator ---------------------------------------------------------------------------
+
+MICROSOFT = {
+    "plain": "relu",
+    "gated": "swiglu",
+    "transposed": "relu",
+    "fused, split": None,
+    "written-out activation": None,
+    "convolutions": "relu",
+    "biases": None,
+    "biases, tanh": "gelu",
+}
+"""What the operator calls the function of some forms; None where it does not know the function."""
+
+
+@pytest.mark.parametrize("name", MICROSOFT)
+def test_a_mixture_in_one_node(name: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "dense.onnx", tmp_path / "moe.onnx"
+    onnx.save(block(FORMS[name]), source)
+    wanted = Experts(4, 2, granularity=2, shared=True, operator="microsoft")
+    if MICROSOFT[name] is None:
+        with pytest.raises(Refused, match=r"--moe-operator microsoft: block 0 .* computes another function"):
+            expand(source, out, experts=wanted)
+        return
+    report = expand(source, out, experts=wanted, sizes={"hidden": 12}).validation
+    assert report is not None and report.equal
+    (node,) = (node for node in onnx.load(out).graph.node if node.op_type == "MoE")
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    assert attributes["activation_type"].decode() == MICROSOFT[name] and attributes["k"] == 4
+
+
+def test_one_node_chooses_as_the_standard_operators_do(dense: Path, tmp_path: Path) -> None:
+    """Experts that have parted, in both ways to write a mixture."""
+    results = []
+    for operator in ("standard", "microsoft"):
+        wanted = Experts(4, 2, noise=0.5, operator=operator)  # type: ignore[arg-type]
+        expand(dense, tmp_path / f"{operator}.onnx", experts=wanted, allow_change=True, check=False)
+        session = ort.InferenceSession(str(tmp_path / f"{operator}.onnx"), providers=["CPUExecutionProvider"])
+        results.append(session.run(None, {"ids": np.arange(10).reshape(2, 5)})[0])
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)
 
 
 # -- more experts -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Nothing here depends on names, nor on the way in which an exporter writes a bloc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -87,6 +87,8 @@ class _Region:
 
     unit: Dim
     nodes: set[ir.Node] = field(default_factory=set)
+    products: list[ir.Node] = field(default_factory=list)
+    """The nodes that make the hidden units."""
     ups: list[Projection] = field(default_factory=list)
     vectors: dict[str, int] = field(default_factory=dict)
     split: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -157,7 +159,7 @@ class _Search:
             raise _Not("two weights with nothing between them that is not linear: a weight of low rank, and no block")
         reads, gives, down = self._ends(region, node, down)
         axes, results = self._axes(reads), self._axes(gives)
-        axis = self._features(reads, self._ups(region), unit)
+        axis = self._features(reads, region.products, unit)
         hidden, width = self.space.static(axes[axis]), unit.size.static
         if hidden is None or width is None:
             raise _Not("its widths are known only when the model runs")
@@ -212,6 +214,7 @@ class _Search:
             inside = [value for value in node.inputs if region.unit in self.units_of(value)]
             if not inside:
                 region.ups.append(self.projection(node, region.unit, into=True)[1])
+                region.products.append(node)
             elif not node.domain and node.op_type in ("Split", "Slice"):
                 self._part(node, value, region)
                 push(node.inputs[0])
@@ -226,7 +229,23 @@ class _Search:
                         region.vectors.update(self._vector(node, place, region.unit))
             else:
                 raise _Not(f"{describe(node)} stands among the hidden units, and does not act on each by itself")
-        region.ups.reverse()
+        region.ups = [self._with_bias(up, region) for up in reversed(region.ups)]
+
+    def _with_bias(self, up: Projection, region: _Region) -> Projection:
+        """A product with the bias that an Add behind it has, if nothing else reads the product."""
+        node = next(node for node in region.nodes if node.outputs[0].name == up.gives)
+        uses = list(node.outputs[0].uses())
+        add = uses[0].node if len(uses) == 1 and up.bias is None else None
+        if add is None or add not in region.nodes or add.op_type != "Add" or add.domain:
+            return up
+        stored = self.stored(add, 1 - uses[0].idx)
+        if stored is None or len(stored.value.uses()) != 1:
+            return up
+        name = stored.value.name or ""
+        if region.vectors.get(name) != up.parts:
+            return up
+        del region.vectors[name]
+        return replace(up, bias=name, gives=add.outputs[0].name or "")
 
     def _is_elementwise(self, node: ir.Node) -> bool:
         if node.domain == MICROSOFT:
@@ -350,7 +369,7 @@ class _Search:
 
     def _ends(self, region: _Region, exit_node: ir.Node, down: Projection) -> tuple[ir.Value, ir.Value, Projection]:
         """The value that a block reads and the one that it gives: of one layout, and nothing else reads the inside."""
-        ways = [list(self._before(node, region.unit)) for node in self._ups(region)]
+        ways = [list(self._before(node, region.unit)) for node in region.products]
         common = [value for value in ways[0] if all(value in way for way in ways[1:])]
         if not common:
             raise _Not("its products read several values")
@@ -366,11 +385,6 @@ class _Search:
                 return reads, gives, projection
             problem = f"{outside} reads a value inside it"
         raise _Not(problem)
-
-    def _ups(self, region: _Region) -> list[ir.Node]:
-        """The nodes that make the hidden units."""
-        given = {up.gives for up in region.ups}
-        return [node for node in region.nodes if node.outputs[0].name in given]
 
     def _before(self, node: ir.Node, unit: Dim) -> Iterator[ir.Value]:
         """The value that a product reads, and those that it is only another shape of."""

@@ -127,6 +127,14 @@ from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFER
     help="Draw this ratio of the hidden units of each expert anew, such as 0.5 (--allow-change).",
 )
 @click.option(
+    "--moe-operator",
+    type=click.Choice(["standard", "microsoft"]),
+    default="standard",
+    show_default=True,
+    help="How the mixture is written: with ONNX's own operators, or with ONNX Runtime's operator MoE, which computes "
+    "only the chosen experts and knows few activation functions.",
+)
+@click.option(
     "--more-experts",
     type=click.IntRange(min=1),
     metavar="N",
@@ -314,7 +322,7 @@ def _experts(options: dict[str, Any]) -> dict[str, Any]:
     """The argument of `expand` for experts, none if none were asked for."""
     if options["experts"] is None:
         names: dict[str, Any] = {"top_k": None, "experts_in": "all", "granularity": 1, "shared_expert": False}
-        names |= {"expert_noise": 0.0, "drop_upcycle": 0.0}
+        names |= {"expert_noise": 0.0, "drop_upcycle": 0.0, "moe_operator": "standard"}
         given = [name for name, usual in names.items() if options[name] != usual]
         if given:
             option = "--" + given[0].replace("_", "-")
@@ -334,6 +342,7 @@ def _experts(options: dict[str, Any]) -> dict[str, Any]:
             options["seed"],
             options["expert_noise"],
             options["drop_upcycle"],
+            options["moe_operator"],
         )
     }
 

@@ -25,6 +25,7 @@ PARAMETERS: Mapping[str, str] = {
     "shared_expert": "shared_expert",
     "expert_noise": "expert_noise",
     "drop_upcycle": "drop_upcycle",
+    "moe_operator": "moe_operator",
     "more_experts": "more_experts",
     "strategy": "strategy",
     "snr_db": "snr_db",

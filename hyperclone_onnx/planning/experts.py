@@ -12,10 +12,14 @@ from hyperclone_onnx.analysis.feed_forward import Blocks, find_feed_forward
 from hyperclone_onnx.analysis.mixtures import find_mixtures
 from hyperclone_onnx.errors import BadRequest, Refused
 from hyperclone_onnx.plan.plans import TransformStep
+from hyperclone_onnx.planning.activations_of_experts import with_activation
 from hyperclone_onnx.transforms.feed_forward import FeedForward
 
 STEP, MORE = "experts", "more_experts"
 """The names of the transforms: one makes experts of feed-forward blocks, the other multiplies those of mixtures."""
+
+Operator = Literal["standard", "microsoft"]
+OPERATORS: tuple[Operator, ...] = ("standard", "microsoft")
 
 ExpertsIn = Literal["all"] | int | Sequence[int]
 """Which blocks become experts: all; every second, third, ... one; or those of a list, counted from 0."""
@@ -35,6 +39,7 @@ class Experts:
         noise: the standard deviation of the noise on the weights of each routed expert, as a part of that of the
             weight. It changes what the model computes.
         redraw: the ratio of the hidden units of each routed expert that are drawn anew. It changes that too.
+        operator: "standard" for ONNX's own operators, or "microsoft" for ONNX Runtime's operator MoE.
 
     Raises:
         BadRequest: the numbers do not fit together.
@@ -48,6 +53,7 @@ class Experts:
     seed: int = 0
     noise: float = 0.0
     redraw: float = 0.0
+    operator: Operator = "standard"
 
     def __post_init__(self) -> None:
         for name, number in (("number", self.number), ("top_k", self.top_k), ("granularity", self.granularity)):
@@ -57,6 +63,8 @@ class Experts:
             raise BadRequest(f"--expert-noise {self.noise} is no level: give a number from 0 on, such as 0.1")
         if not 0 <= self.redraw <= 1:
             raise BadRequest(f"--drop-upcycle {self.redraw} is no ratio: give a number from 0 to 1, such as 0.5")
+        if self.operator not in OPERATORS:
+            raise BadRequest(f"no operator {self.operator!r} for a mixture: it is {' or '.join(OPERATORS)}")
         if self.top_k > self.number:
             raise BadRequest(
                 f"--top-k {self.top_k} chooses more experts than the {self.number} of --experts: give at most "
@@ -80,6 +88,8 @@ class Experts:
                     f"--granularity {self.granularity} does not divide the {block.ffn} hidden units of {block.name} "
                     f"(it ends at {block.gives!r}): give a number that divides {block.ffn}"
                 )
+        if self.operator == "microsoft":
+            blocks = tuple(with_activation(analysis.model, block) for block in blocks)
         options: dict[str, Any] = {"experts": self.number, "top_k": self.top_k}
         if self.granularity > 1:
             options["granularity"] = self.granularity
@@ -89,6 +99,8 @@ class Experts:
             options["noise"] = self.noise
         if self.redraw:
             options["redraw"] = self.redraw
+        if self.operator != "standard":
+            options["operator"] = self.operator
         return TransformStep(STEP, {**options, "seed": self.seed, "blocks": [block.to_json() for block in blocks]})
 
     def _chosen(self, blocks: Blocks) -> tuple[FeedForward, ...]:

@@ -91,6 +91,7 @@ GROWTH_KEYS: Mapping[str, Kind] = {
     "shared_expert": FLAG,
     "expert_noise": LEVEL,
     "drop_upcycle": RATIO,
+    "moe_operator": _choice("standard", "microsoft"),
     "more_experts": _whole(1),
     "strategy": _choice(*OFFERED),
     "snr_db": SNR_DB,

@@ -82,6 +82,7 @@ def experts(
     seed: int = 0,
     noise: float = 0.0,
     redraw: float = 0.0,
+    operator: str = "standard",
 ) -> ir.Model:
     """Make experts of feed-forward blocks of a graph.
 
@@ -97,6 +98,7 @@ def experts(
             weight.
         redraw: the ratio of the hidden units of each routed expert that are drawn anew (Drop-Upcycling, arXiv
             2502.19261), from the mean and the standard deviation of each weight.
+        operator: "standard" for ONNX's own operators, or "microsoft" for ONNX Runtime's operator MoE.
 
     Raises:
         BadModel: the graph does not have one of the blocks.
@@ -109,7 +111,7 @@ def experts(
             block = FeedForward.from_json(data)
         except (KeyError, TypeError, ValueError) as problem:
             raise BadModel(f"the plan describes a feed-forward block wrongly: {problem}") from problem
-        builder.replace(block)
+        builder.replace(block, operator)
     builder.drop_unused()
     return model
 
@@ -173,7 +175,7 @@ class _Builder:
         self.stem = ""
         self.replaced: list[ir.Node] = []
 
-    def replace(self, block: FeedForward) -> None:
+    def replace(self, block: FeedForward, operator: str = "standard") -> None:
         """Put experts and a router in the place of a block."""
         reads, gives = self._value(block.reads), self._value(block.gives)
         end = gives.producer()
@@ -183,10 +185,14 @@ class _Builder:
         assert isinstance(graph, ir.Graph)
         self.nodes, self.stem = [], _stem(block)
         tokens, shape, order = self._tokens(block, reads)
-        gates = self._gates(block, tokens)
         half = 0.5 if self.mixture.shared else 1.0
-        routed = self._network(block, tokens, _Form(True, half * scale_of_down(self.mixture)))
-        summed = self._node("ReduceSum", [self._node("Mul", [routed, gates]), self._integers("axis", [0])], keepdims=0)
+        form = _Form(True, half * scale_of_down(self.mixture))
+        if operator == "microsoft":
+            summed = self._in_one_node(block, tokens, form)
+        else:
+            gates = self._gates(block, tokens)
+            weighed = self._node("Mul", [self._network(block, tokens, form), gates])
+            summed = self._node("ReduceSum", [weighed, self._integers("axis", [0])], keepdims=0)
         if self.mixture.shared:
             summed = self._node("Add", [self._network(block, tokens, _Form(False, half)), summed])
         if shape is not None:
@@ -230,6 +236,70 @@ class _Builder:
             gates = self._node("Cast", [gates], dtype=kind, to=kind.value)
         gates = self._node("Transpose", [gates], perm=[1, 0])
         return self._node("Unsqueeze", [gates, self._integers("last", [-1])])
+
+    def _in_one_node(self, block: FeedForward, tokens: ir.Value, form: _Form) -> ir.Value:
+        """The sum of the chosen experts times their gates, by ONNX Runtime's operator, shape (tokens, features)."""
+        logits = self._node("MatMul", [tokens, self._router(block)], hint="router_logits")
+        parts = self._parts(block, form)
+        first, first_bias = parts[0]
+        if block.activation == "swiglu":
+            gate, other = parts if block.gate == 0 else parts[::-1]
+            first = self._in_turns(gate[0], other[0], 2, [0, -1, block.hidden])
+            if gate[1] is not None and other[1] is not None:
+                first_bias = self._in_turns(gate[1], other[1], 3, [0, 0, -1])
+        second = self._weight(block, block.down, form, into=False)
+        second = self._node("Transpose", [second], perm=[0, 2, 1])
+        second_bias = None if block.down.bias is None else self._bias(block, block.down, form, into=False)
+        inputs = [tokens, logits, first, self._flat(first_bias), second, self._flat(second_bias)]
+        attributes: dict[str, Any] = {"k": self.mixture.chosen, "activation_type": block.activation}
+        if block.activation == "swiglu":
+            attributes |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+        node = ir.node(
+            "MoE",
+            inputs if block.down.bias is not None else inputs[:5],
+            {**attributes, "normalize_routing_weights": 1},
+            domain=MICROSOFT,
+            name=self.fresh.node(f"{self.stem}.experts.MoE"),
+        )
+        node.outputs[0].name = self.fresh.value(f"{node.name}.out")
+        node.outputs[0].type, node.outputs[0].meta[ORIGINAL] = logits.type, None
+        self.nodes.append(node)
+        self.model.graph.opset_imports.setdefault(MICROSOFT, 1)
+        return node.outputs[0]
+
+    def _parts(self, block: FeedForward, form: _Form) -> list[tuple[ir.Value, ir.Value | None]]:
+        """For each value of the width of the block a weight, (experts, units, features), and a bias.
+
+        The bias has the shape (experts, 1, units).
+        """
+        parts: list[tuple[ir.Value, ir.Value | None]] = []
+        for up in block.ups:
+            weight = self._node("Transpose", [self._weight(block, up, form, into=True)], perm=[0, 2, 1])
+            bias = None if up.bias is None else self._bias(block, up, form, into=True)
+            weights = self._equal_parts(block, weight, up.parts, 1)
+            biases = [None] * up.parts if bias is None else self._equal_parts(block, bias, up.parts, 2)
+            parts += zip(weights, biases, strict=True)
+        return parts
+
+    def _equal_parts(self, block: FeedForward, value: ir.Value, parts: int, axis: int) -> list[ir.Value]:
+        """A stored tensor of several widths, cut into them."""
+        if parts == 1:
+            return [value]
+        widths = self._integers("widths", [block.ffn // self.mixture.granularity] * parts)
+        cut = self._nodes("Split", [value, widths], parts, axis=axis)
+        for part in cut:
+            part.type = value.type
+        return list(cut)
+
+    def _in_turns(self, one: ir.Value, other: ir.Value, axis: int, shape: list[int]) -> ir.Value:
+        """The hidden units of two tensors in turns: one of the first, one of the second, and so on."""
+        both = [self._node("Unsqueeze", [value, self._integers("turns", [axis])]) for value in (one, other)]
+        joined = self._node("Concat", both, axis=axis)
+        return self._node("Reshape", [joined, self._integers("rows", shape)])
+
+    def _flat(self, bias: ir.Value | None) -> ir.Value | None:
+        """A bias without the axis of tokens."""
+        return None if bias is None else self._node("Squeeze", [bias, self._integers("tokens", [1])])
 
     def _router(self, block: FeedForward) -> ir.Value:
         """The weights of a router, shape (features, experts). Blocks that share all weights share the router too."""
@@ -551,6 +621,47 @@ class _Builder:
         if value is None:
             raise BadModel(f"the plan makes experts of a block with {name!r}; this graph has no such value")
         return value
+
+
+def hidden_function(model: ir.Model, block: FeedForward) -> ir.Model:
+    """The function of the hidden units of a block as a model of its own, in float32.
+
+    Its inputs are the values that the block's products give, in the order of `block.ups`, with the shape (1, units).
+
+    Args:
+        model: the graph, which is not changed.
+        block: one of its blocks.
+    """
+    builder = _Builder(model.clone(), _Mixture(1, 1, 1, False, 0))
+    form = _Form(False)
+    inputs = []
+    for number, up in enumerate(block.ups):
+        shape = ir.Shape([1, block.ffn * up.parts])
+        inputs.append(ir.Value(name=f"part{number}", type=ir.TensorType(ir.DataType.FLOAT), shape=shape))
+        form.made[up.gives] = inputs[-1]
+    result = builder._inside(block, builder._value(block.down.reads), form)
+    nodes = builder.nodes
+    used = {value for node in nodes for value in node.inputs if value is not None}
+    stored = [_in_single(value) for value in used if is_initializer(value)]
+    graph = ir.Graph(inputs, [result], nodes=nodes, opset_imports=dict(model.graph.opset_imports), name="function")
+    for value in stored:
+        graph.register_initializer(value)
+    result.shape, result.type = None, ir.TensorType(ir.DataType.FLOAT)
+    return ir.Model(graph, ir_version=10)
+
+
+def _in_single(value: ir.Value) -> ir.Value:
+    """A copy of a stored tensor for another graph, in the place of the original for all who read it there."""
+    tensor = value.const_value
+    assert tensor is not None
+    array = tensor.numpy()
+    single = array.astype(np.float32) if tensor.dtype.is_floating_point() else array
+    kind = ir.DataType.FLOAT if tensor.dtype.is_floating_point() else tensor.dtype
+    copy = ir.Value(name=value.name, type=ir.TensorType(kind), const_value=ir.Tensor(np.asarray(single), dtype=kind))
+    for use in list(value.uses()):
+        if use.node.graph is None:
+            use.node.replace_input_with(use.idx, copy)
+    return copy
 
 
 class _Law:

@@ -53,6 +53,9 @@ class FeedForward:
         down: the product out of them.
         vectors: the stored tensors that have a number for each hidden unit, with their `parts`.
         split: the values that are one of several parts of a value, each with (number of the part, number of parts).
+        activation: the name that ONNX Runtime's operator MoE has for the function of the hidden units; empty where
+            nobody asked for it.
+        gate: which of two parts is the gate of a gated function.
     """
 
     name: str
@@ -66,6 +69,8 @@ class FeedForward:
     down: Projection
     vectors: Mapping[str, int] = field(default_factory=dict)
     split: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    activation: str = ""
+    gate: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The description as plain data."""
@@ -73,7 +78,8 @@ class FeedForward:
         data["ups"], data["down"] = [_plain(up) for up in self.ups], _plain(self.down)
         data["vectors"] = dict(self.vectors)
         data["split"] = {name: list(part) for name, part in self.split.items()}
-        return {key: value for key, value in data.items() if value != {}}
+        unused = {"activation", "gate"} if not self.activation else set()
+        return {key: value for key, value in data.items() if value != {} and key not in unused}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> FeedForward:
@@ -89,6 +95,8 @@ class FeedForward:
             down=Projection(**data["down"]),
             vectors=dict(data.get("vectors", {})),
             split={name: (part, parts) for name, (part, parts) in data.get("split", {}).items()},
+            activation=data.get("activation", ""),
+            gate=data.get("gate", 0),
         )
 
 
