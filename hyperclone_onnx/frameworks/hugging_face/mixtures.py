@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, ModelsDiffer, Refused, first_line
-from hyperclone_onnx.frameworks.hugging_face.assembly import Given
+from hyperclone_onnx.frameworks.hugging_face.assembly import Given, zero
 from hyperclone_onnx.frameworks.hugging_face.checking import (
     Error,
     FileRunner,
@@ -63,6 +63,8 @@ class Pair:
         settings: fields that decide how the mixture computes, with the only values that are right here: the gates of
             the chosen experts add up to 1.
         dense_layers: the field that lists the layers without experts; None where all layers have some.
+        idle: the ending of tensors that have no effect with these settings, such as the gate of a shared expert without
+            hidden units. They become zero.
     """
 
     dense: str
@@ -70,6 +72,7 @@ class Pair:
     fields: Mapping[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
     dense_layers: str | None = None
+    idle: str | None = None
 
 
 _MIXTRAL = {"num_local_experts": "experts", "num_experts_per_tok": "chosen", "intermediate_size": "units"}
@@ -85,6 +88,7 @@ PAIRS = (
         _QWEN,
         {"norm_topk_prob": True, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 0},
         "mlp_only_layers",
+        "shared_expert_gate.weight",
     ),
     Pair("granite", "granitemoe", _MIXTRAL),
 )
@@ -151,7 +155,7 @@ def grow_mixture(
     given.release()
     say("configuring")
     model, changes = _built(grown, checkpoint, pair, _dense_layers(layouts, file))
-    made = _Tensors(given, layouts, file, model)
+    made = _Tensors(given, layouts, file, model, pair.idle)
     say("measuring")
     runner = FileRunner(grown.path, grown.plan)
     tolerance, reason = fed.tolerance()
@@ -306,12 +310,13 @@ class _Tensors:
         layouts: how its tensors are made from the dense file's initializers.
         file: the mixture's file.
         model: the mixture's model, which gets the tensors.
+        idle: the ending of tensors without effect, which become zero.
 
     Raises:
         Refused: a tensor has no place in the model, or the model has one for which there is nothing.
     """
 
-    def __init__(self, given: Given, layouts: Mapping[str, Layout], file: _File, model: Any) -> None:
+    def __init__(self, given: Given, layouts: Mapping[str, Layout], file: _File, model: Any, idle: str | None) -> None:
         self.layouts, self.file = layouts, file
         self.targets = stored_tensors(model)
         self.plain: dict[str, Array] = {}
@@ -330,7 +335,9 @@ class _Tensors:
                 )
         self.new: dict[str, list[str]] = {}
         for name in self.targets:
-            if name not in self.plain and name not in given.others and self.targets[name].numel():
+            if idle is not None and name.endswith(idle):
+                zero(model, name)
+            elif name not in self.plain and name not in given.others and self.targets[name].numel():
                 self.new.setdefault(_layer(name) or name, []).append(name)
         if set(self.new) != set(self.routed):
             odd = sorted(set(self.new) ^ set(self.routed))[0]
