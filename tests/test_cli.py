@@ -532,8 +532,8 @@ def test_the_public_names() -> None:
     assert (
         sorted(hyperclone_onnx.__all__)
         == (
-            "Absorption Analysis BadModel BadRequest CannotWrite Expansion FolderExpansion GrownTensor HandedOver "
-            "HypercloneError ModelsDiffer Plan Recipe Refused Shrinkage SourceMap Strategy Validation absorb analyse "
+            "Absorption Analysis BadModel BadRequest CannotWrite Expansion Experts FolderExpansion GrownTensor "
+            "HandedOver HypercloneError ModelsDiffer Plan Recipe Refused Shrinkage SourceMap Strategy Validation absorb analyse "
             "expand expand_folder hand_over plan_expansion rewrite shrink validate validate_files"
         ).split()
     )

@@ -435,7 +435,9 @@ def test_experts_of_the_runtimes_operator(zoo: Callable[[str], Path], tmp_path: 
 
 
 def test_experts_that_are_nodes_of_their_own_are_refused(zoo: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"experts that TopK .* chooses cannot be multiplied: the weights of its experts"):
+    with pytest.raises(
+        Refused, match=r"experts that TopK .* chooses cannot be multiplied: .* does not treat all experts"
+    ):
         expand(zoo("mixtral.built"), tmp_path / "more.onnx", more_experts=2)
     assert not list(tmp_path.iterdir())
 
