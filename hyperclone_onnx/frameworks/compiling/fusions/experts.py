@@ -225,7 +225,8 @@ def _make(node: ir.Node, inside: list[ir.Value], rows: _Rows) -> None:
         operands: list[ir.Value | None] = [rows.made[inside[0]], node.inputs[1], rows.sizes]
         new = ir.Node(INTERNAL, "GroupedMatMul", operands)
     else:
-        operands = [_operand(value, rows) for value in node.inputs]
+        cuts = node.op_type in _LAST_AXIS  # the sizes of a Split are no operand with an axis of experts
+        operands = [value if cuts and place else _operand(value, rows) for place, value in enumerate(node.inputs)]
         attributes = [
             ir.AttrInt64("axis", -1) if name == "axis" and node.op_type in _LAST_AXIS else attribute
             for name, attribute in node.attributes.items()
