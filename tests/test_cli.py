@@ -533,8 +533,8 @@ def test_the_public_names() -> None:
         sorted(hyperclone_onnx.__all__)
         == (
             "Absorption Analysis BadModel BadRequest CannotWrite Expansion Experts FolderExpansion GrownTensor "
-            "HandedOver HypercloneError ModelsDiffer Plan Recipe Refused Shrinkage SourceMap Strategy Validation absorb "
-            "analyse expand expand_folder hand_over plan_expansion rewrite shrink validate validate_files"
+            "HandedOver HypercloneError ModelsDiffer Plan Recipe Refused Shrinkage SourceMap Strategy Validation "
+            "absorb analyse expand expand_folder hand_over plan_expansion rewrite shrink validate validate_files"
         ).split()
     )
     assert all(hasattr(hyperclone_onnx, name) for name in hyperclone_onnx.__all__)
