@@ -405,7 +405,7 @@ def test_the_plan_that_is_written_is_the_plan_of_the_model(cli: Command, place: 
 
 def test_the_commands() -> None:
     """Each file of the package defines a command, except those that several commands share."""
-    shared = {"__init__", "guard", "main", "options", "printing", "recipe_options"}
+    shared = {"__init__", "guard", "main", "options", "pages", "printing", "recipe_options"}
     files = {path.stem for path in (ROOT / "hyperclone_onnx" / "commands").glob("*.py")}
     assert {name.replace("-", "_") for name in COMMANDS} == files - shared == set(LISTED)
 
