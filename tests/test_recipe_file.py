@@ -214,7 +214,7 @@ RECIPES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=RECIPES)
 def test_a_written_recipe_reads_as_it_was(tmp_path_factory: pytest.TempPathFactory, data: dict[str, object]) -> None:
     folder = tmp_path_factory.mktemp("recipe")
