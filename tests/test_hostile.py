@@ -373,7 +373,13 @@ BOMBS: dict[str, Callable[[], Iterator[bytes]]] = {
 }
 
 
-@pytest.mark.parametrize("bomb", BOMBS)
+LARGE = ("many sizes", "many opsets", "many metadata")
+"""`make test` reads one large file of this kind, `make test-long` all."""
+
+
+@pytest.mark.parametrize(
+    "bomb", [pytest.param(bomb, marks=pytest.mark.slow_zoo if bomb in LARGE else []) for bomb in BOMBS]
+)
 def test_protobuf_bombs(tmp_path: Path, bomb: str) -> None:
     with (tmp_path / "model.onnx").open("wb") as file:
         for part in BOMBS[bomb]():
@@ -413,7 +419,12 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("bomb", BODIES)
+QUICK = ("ConstantOfShape", "Range", "Split", "squares", "maxima")
+
+
+@pytest.mark.parametrize(
+    "bomb", [pytest.param(bomb, marks=[] if bomb in QUICK else pytest.mark.slow_zoo) for bomb in BODIES]
+)
 def test_graphs_that_ask_for_terabytes(tmp_path: Path, bomb: str) -> None:
     """The analysis does not compute the large tensors that a graph would compute when it runs."""
     stored = {

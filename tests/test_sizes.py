@@ -251,8 +251,16 @@ GROWN: list[tuple[str, dict[str, int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "sizes"), GROWN, ids=[family for family, _ in GROWN])
-@pytest.mark.parametrize("strategy", ["noisy-diagonal", "noisy-symmetric"])
+@pytest.mark.parametrize(
+    ("family", "sizes", "strategy"),
+    [
+        pytest.param(
+            family, sizes, strategy, id=f"{strategy}-{family}", marks=pytest.mark.slow_zoo if (row + column) % 2 else []
+        )
+        for row, (family, sizes) in enumerate(GROWN)
+        for column, strategy in enumerate(["noisy-diagonal", "noisy-symmetric"])
+    ],
+)
 def test_models_grow_to_sizes(zoo: Zoo, tmp_path: Path, family: str, sizes: dict[str, int], strategy: str) -> None:
     wide = "stored" if family.endswith(".fused") else "float64"  # nothing runs fused operators in float64
     law, out = Strategy(strategy), tmp_path / "big.onnx"

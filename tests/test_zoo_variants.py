@@ -1,4 +1,7 @@
-"""The zoo's graphs from other exporters, fused ones, and hand-built ones: each grows once, in its own way."""
+"""The zoo's graphs from other exporters, fused ones, and hand-built ones: each grows once, in its own way.
+
+`make test` grows half of them, `make test-long` all.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,13 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("index", "name"), list(enumerate(NAMES)))
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        pytest.param(index, name, marks=pytest.mark.slow_zoo if (index // len(STRATEGIES)) % 2 else [])
+        for index, name in enumerate(NAMES)
+    ],
+)
 def test_grown_variants_compute_the_same(index: int, name: str, zoo: Zoo, expected: Expected, tmp_path: Path) -> None:
     source, out, factor = zoo(name), tmp_path / "big.onnx", 2 + index % 2
     assert all(0.1 < float(outputs[0].std()) < 10 for _, outputs in expected(name)), "not of order one"
