@@ -110,16 +110,14 @@ def is_declared(tensor: ir.TensorProtocol | None) -> bool:
 
 
 UNDONE = ("layers",)
-"""The transforms that a growth back undoes. Others belong to the small model, such as tensors that were separated."""
+"""The transforms that the way back undoes. Others belong to the small model: separated tensors, experts."""
 
 
 def steps_kept(steps: Iterable[TransformStep]) -> tuple[TransformStep, ...]:
-    """The transforms of a source that stay when a growth is undone: those in front of the first one that does not."""
-    kept: list[TransformStep] = []
-    for step in steps:
-        if step.name in UNDONE:
-            break
-        kept.append(step)
+    """The transforms of a source that stay when a growth is undone: all up to the last one that is not undone."""
+    kept = list(steps)
+    while kept and kept[-1].name in UNDONE:
+        kept.pop()
     return tuple(kept)
 
 
