@@ -182,6 +182,35 @@ def test_shards_stay_what_they_are(large: Path, tmp_path: Path) -> None:
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of 30 words. Skips where the package is not installed."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{number}": number for number in range(30)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_text_and_a_tokenizer_are_data(large: Path, tokenizer: Path, tmp_path: Path) -> None:
+    from hyperclone_onnx.shrinking.text import inputs_from_text
+
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number % 7 + 3}" for number in range(2000)))
+    feeds = inputs_from_text(analyse(large), tmp_path / "text.txt", tokenizer, "cpu")
+    assert feeds["ids"].ravel()[:8].tolist() == [3, 4, 5, 6, 7, 8, 9, 3] and feeds["ids"].shape == (8, 128)
+
+
+def test_texts_that_do_not_fit(large: Path, tokenizer: Path, tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    (tmp_path / "text.txt").write_text("w1 w2")
+    start = ("shrink", large, "-o", tmp_path / "s.onnx", "--factor", "0.5", "--data", tmp_path / "text.txt")
+    outcome = cli(*start, "--tokenizer", tokenizer)
+    assert outcome.code == 2 and "give a longer text" in outcome.error
+    outcome = cli(*start)
+    assert outcome.code == 2 and "no tokenizer" in outcome.error
+
+
 # -- importance -------------------------------------------------------------------------------------------
 
 

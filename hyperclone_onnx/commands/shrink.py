@@ -71,8 +71,13 @@ from hyperclone_onnx.commands.printing import console, print_json, printing, pro
     "--data",
     type=model_path,
     metavar="INPUTS",
-    help="For importance and selection: measure activations on these inputs of MODEL (the forms of --inputs) instead "
-    "of random ones.",
+    help="For importance and selection: measure activations on these inputs of MODEL (the forms of --inputs, or a text "
+    "file) instead of random ones.",
+)
+@click.option(
+    "--tokenizer",
+    type=model_path,
+    help="For a text as --data: the tokenizer.json, or its folder. By default it is looked for beside MODEL.",
 )
 @click.option("--scores", type=model_path, help="For importance: also write the scores of all parts, as JSON.")
 @click.option(

@@ -29,6 +29,7 @@ from hyperclone_onnx.rewriting.source_record import steps_undone
 from hyperclone_onnx.shrinking.collapse import Collapsed, collapse, plan_of, record_of
 from hyperclone_onnx.shrinking.residue import Residue, overall, residues
 from hyperclone_onnx.shrinking.selection import Wish, lost_inputs, plan_selection, read_chosen
+from hyperclone_onnx.shrinking.text import inputs_from_text, is_text
 from hyperclone_onnx.summaries import Summarised, Summary
 from hyperclone_onnx.transforms.interface import places_of
 from hyperclone_onnx.transforms.layers import LayersRequest, deepened
@@ -151,6 +152,7 @@ def shrink(
     layers: LayersRequest | None = None,
     select: Select | str | os.PathLike[str] | Mapping[str, Sequence[int]] = "even",
     data: Inputs | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     scores: str | os.PathLike[str] | None = None,
     plan: str | os.PathLike[str] | Plan | None = None,
     source: str | os.PathLike[str] | None = None,
@@ -180,7 +182,9 @@ def shrink(
         layers: for a selection, the number of layers, or one for each stack. The first layers stay.
         select: which indices a selection keeps: "even" (evenly spaced), "first", or lists of indices by dimension, role
             or ``"layers"``: as a mapping, or as the path of a JSON file.
-        data: inputs on which parts are scored and norms are measured (the forms of `inputs`); by default random ones.
+        data: inputs on which parts are scored and norms are measured (the forms of `inputs`, or the path of a
+            text); by default random ones.
+        tokenizer: for a text, a ``tokenizer.json``, or a folder that has one; by default the folder of the model.
         scores: for "importance", a file to which the scores are written, as JSON.
         plan: for "collapse", the plan of the growth if the model does not carry it: a plan, or the file that
             ``expand --plan-out`` wrote.
@@ -233,7 +237,8 @@ def shrink(
             given = plan if plan is None or isinstance(plan, Plan) else Path(plan)
             result = _collapsed(files.source, files.output, given, None if source is None else Path(source), run)
         else:
-            result = _selected(files.source, files.output, wish, run, scores)
+            words = None if tokenizer is None else Path(tokenizer)
+            result = _selected(files.source, files.output, wish, run, scores, words)
         if output is None:
             result = replace(result, output=None, files={}, model=files.grown())
         return replace(result, source=files.source_name)
@@ -283,11 +288,17 @@ def _method(method: Method | None, wish: Wish, plan: object, source: object) -> 
     return chosen
 
 
-def _selected(model: Path, out: Path, wish: Wish, run: Run, scores: str | os.PathLike[str] | None = None) -> Shrinkage:
+def _selected(
+    model: Path, out: Path, wish: Wish, run: Run, scores: str | os.PathLike[str] | None, tokenizer: Path | None
+) -> Shrinkage:
     """Keep some of the rows, columns and layers of a file."""
     clock = Clock()
     if scores is not None:
         check_output(Path(scores), {model.resolve(), out.resolve()})
+    if is_text(wish.data):
+        run.say("reading the text")
+        text = Path(wish.data)  # type: ignore[arg-type]
+        wish = replace(wish, data=inputs_from_text(analyse(model), text, tokenizer, run.device, run.dims))
     planned, measured = plan_selection(model, out, wish, run, clock)
     notes = list(planned.result.notes)
     if planned.analysis.transforms and run.mode is not None:
