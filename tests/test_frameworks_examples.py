@@ -27,7 +27,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 def run(example: str, *arguments: str | Path | int) -> None:
     start = TORCHRUN if example == "fsdp" else [sys.executable]
-    command = [*start, f"examples/train_{example}.py", *map(str, arguments)]
+    script = "distill_torch" if example == "distill" else f"train_{example}"
+    command = [*start, f"examples/{script}.py", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -76,6 +77,16 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(example: str, whole: P
     assert apart(logits(whole / "torch_trained.onnx"), logits(whole / "tiny_gpt_big.onnx")) > 1e-2
     if find_spec("matplotlib") is not None:
         assert (tmp_path / f"{example}_losses.png").stat().st_size > 5000
+
+
+def test_a_small_model_learns_from_a_large_one(tmp_path: Path) -> None:
+    size = ("--batch", 4, "--length", 32, "--rate", "3e-3")
+    run("distill", "--output", tmp_path, "--steps", 20, *size)
+    learned = losses(tmp_path / "distill_losses.csv")
+    assert len(learned) == 20 and learned[-5:].mean() < 0.8 * learned[:5].mean()
+    assert apart(logits(tmp_path / "distill_trained.onnx"), logits(tmp_path / "student.onnx")) > 1e-2
+    run("distill", "--output", tmp_path, "--steps", 22, *size, "--resume")
+    assert len(losses(tmp_path / "distill_losses.csv")) == 22
 
 
 FIFTY = ("--steps", 50, "--batch", 4, "--length", 48, "--rate", "1e-3")
