@@ -35,6 +35,7 @@ expansion
 folders
 shrinking
 diagnosis
+forecasting
 frameworks
 reports
 commands

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import click
 
-COMMANDS = ("inspect", "expand", "shrink", "validate", "export", "handoff", "absorb", "diagnose")
+COMMANDS = ("inspect", "expand", "shrink", "validate", "export", "handoff", "absorb", "diagnose", "forecast")
 """For each command, a module of this name in this package holds a function of this name."""
 
 
