@@ -343,7 +343,26 @@ def _plan(analysis: Analysis, request: _Request) -> tuple[Growth, Plan]:
     return growth, replace(plan, source=provenance(analysis.model, options), transforms=analysis.transforms)
 
 
-def _with_layers(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
+def _with_transforms(model: GivenModel, request: _Request) -> tuple[_Request, int | None]:
+    """The request with its transforms made, and the layers of the source if the request has a target."""
+    if request.separate:
+        request = replace(request, transforms=_with_separate(model, request), separate=False)
+    layers_before: int | None = None
+    if request.like is not None:
+        source = source_of(model, request.transforms).model
+        layers_before = layers_of(source)
+        if request.layers is None:
+            request = replace(request, layers=layers_like(source, read_target(request.like)))
+    if request.layers is not None:
+        request = replace(request, transforms=_with_layers(model, request), layers=None)
+    if request.experts is not None:
+        request = replace(request, transforms=_with_experts(model, request), experts=None)
+    if request.more_experts is not None:
+        request = replace(request, transforms=_with_more_experts(model, request), more_experts=None)
+    return request, layers_before
+
+
+def _with_layers(model: GivenModel, request: _Request) -> tuple[TransformStep, ...]:
     """The transforms, and the one that makes the layers that were asked for."""
     assert request.layers is not None
     source = source_of(model, request.transforms)
@@ -354,7 +373,7 @@ def _with_layers(model: str | os.PathLike[str], request: _Request) -> tuple[Tran
     return (*request.transforms, *([] if step is None else [step]))
 
 
-def _with_experts(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
+def _with_experts(model: GivenModel, request: _Request) -> tuple[TransformStep, ...]:
     """The transforms, and the one that makes the experts that were asked for."""
     assert request.experts is not None
     analysis = analyse(model, request.transforms)
@@ -364,7 +383,7 @@ def _with_experts(model: str | os.PathLike[str], request: _Request) -> tuple[Tra
         raise type(problem)(f"{analysis.path}: {problem}") from problem
 
 
-def _with_more_experts(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
+def _with_more_experts(model: GivenModel, request: _Request) -> tuple[TransformStep, ...]:
     """The transforms, and the one that multiplies the experts of mixtures."""
     assert request.more_experts is not None
     analysis = analyse(model, request.transforms)
@@ -375,7 +394,7 @@ def _with_more_experts(model: str | os.PathLike[str], request: _Request) -> tupl
     return (*request.transforms, *([] if step is None else [step]))
 
 
-def _with_separate(model: str | os.PathLike[str], request: _Request) -> tuple[TransformStep, ...]:
+def _with_separate(model: GivenModel, request: _Request) -> tuple[TransformStep, ...]:
     """The transforms, and the one that gives each use of a merged tensor its own."""
     names = merged(source_of(model, request.transforms).model)
     return (*request.transforms, *([TransformStep("separate", {"tensors": names})] if names else []))
@@ -402,20 +421,7 @@ def _planned(
 ) -> Planned:
     """Read a model, check the paths of the result and of the plan, and make the plan."""
     say("reading")
-    if request.separate:
-        request = replace(request, transforms=_with_separate(model, request), separate=False)
-    layers_before: int | None = None
-    if request.like is not None:
-        source = source_of(model, request.transforms).model
-        layers_before = layers_of(source)
-        if request.layers is None:
-            request = replace(request, layers=layers_like(source, read_target(request.like)))
-    if request.layers is not None:
-        request = replace(request, transforms=_with_layers(model, request), layers=None)
-    if request.experts is not None:
-        request = replace(request, transforms=_with_experts(model, request), experts=None)
-    if request.more_experts is not None:
-        request = replace(request, transforms=_with_more_experts(model, request), more_experts=None)
+    request, layers_before = _with_transforms(model, request)
     analysis = analyse(model, request.transforms)
     used_files = set(analysis.files)
     if out is not None:
@@ -726,6 +732,53 @@ def plan_file(
     if plan_out is not None:
         write_text(Path(plan_out), _text(planned.plan))
     return planned.result
+
+
+def grown_model(
+    model: GivenModel,
+    factor: float | None = None,
+    requests: Mapping[str, float] | None = None,
+    *,
+    sizes: Mapping[str, float] | None = None,
+    like: str | os.PathLike[str] | None = None,
+    maps: Mapping[str, SourceMap] | None = None,
+    strategy: Strategy | str | None = None,
+    strategies: Sequence[StrategyRule] = (),
+    untie: bool = False,
+    separate: bool = False,
+    keep_interface: bool = False,
+    layers: LayersRequest | None = None,
+    depth: Depth = "identity",
+    layers_at: LayersAt = "even",
+    allow_change: bool = False,
+) -> tuple[Plan, ir.Model]:
+    """Grow a model without writing or validating it. Each grown tensor is computed when it is read.
+
+    The arguments and errors are those of `expand`.
+
+    Returns:
+        The plan, and the grown model, which contains the plan.
+    """
+    request = _Request.of(
+        factor,
+        requests,
+        maps,
+        strategy,
+        untie=untie,
+        keep_interface=keep_interface,
+        allow_change=allow_change,
+        sizes=sizes,
+        like=like,
+        strategies=strategies,
+        layers=layers,
+        depth=depth,
+        layers_at=layers_at,
+        separate=separate,
+    )
+    request, _ = _with_transforms(model, request)
+    analysis = analyse(model, request.transforms)
+    _, plan = _plan(analysis, _with_target(analysis, request)[0])
+    return plan, rewrite(analysis.model, plan)
 
 
 def _untransformed(analysis: Analysis) -> ir.Model | None:

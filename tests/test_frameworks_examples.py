@@ -25,6 +25,18 @@ Array = np.ndarray[Any, Any]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
+def test_a_model_grows_while_it_trains(tmp_path: Path) -> None:
+    arguments = "--steps 8 --batch 2 --length 24 --wider 0.25 --deeper 0.75 --output".split()
+    command = [sys.executable, "examples/grow_while_training.py", *arguments, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 2: grown to 3," in done.stdout and "step 6: grown to" in done.stdout
+    curve = losses(tmp_path / "grow_while_training_losses.csv")
+    assert len(curve) == 8 and np.abs(np.diff(curve)).max() < 1.0
+    assert np.isfinite(logits(tmp_path / "grow_while_training.onnx")).all()
+
+
 def run(example: str, *arguments: str | Path | int) -> None:
     start = TORCHRUN if example == "fsdp" else [sys.executable]
     script = "distill_torch" if example == "distill" else f"train_{example}"

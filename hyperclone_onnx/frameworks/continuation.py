@@ -81,6 +81,21 @@ class Continuation:
         return Continuation(**{**data, "shapes": pair})
 
 
+def composed(first: Continuation, then: Continuation) -> Continuation:
+    """How a tensor follows its first source, if it followed another one, `first`, until its latest growth, `then`."""
+    shapes = then.shapes
+    if first.shapes is not None:
+        shapes = (first.shapes[0], first.shapes[1] if then.shapes is None else then.shapes[1])
+    return Continuation(
+        first.weight * then.weight,
+        first.gradient * then.gradient,
+        first.fan_in * then.fan_in,
+        first.tensors * then.tensors,
+        shapes,
+        first.reason or then.reason,
+    )
+
+
 _SAME = Continuation()
 """A tensor that growth does not change."""
 

@@ -109,7 +109,7 @@ def write_optimizer(
     saved = read_state(state)
     known = _names(plan, weights, source, is_deeper=bool(places))
     moments, names = _moments(saved, known, str(state), translate)
-    grown = grow_moments(plan, _deepened(moments, places, counts_each=kind != "jax"))
+    grown = grow_moments(plan, deepened_moments(moments, places, counts_each=kind != "jax"))
     _check_shapes(weights, grown)
     trained = [weight for weight in weights if weight.role == "trainable"]
     missing = [weight.initializer for weight in trained if weight.initializer not in grown]
@@ -141,7 +141,7 @@ def _begins_at_zero(name: str, places: Mapping[str, Placed]) -> bool:
     return name in places and places[name].is_new and places[name].adds_nothing
 
 
-def _deepened(
+def deepened_moments(
     moments: Mapping[str, Moments], places: Mapping[str, Placed], *, counts_each: bool
 ) -> Mapping[str, Moments]:
     """The moments of a model with more layers: of each layer its own, or those of the layer that it is a copy of.
