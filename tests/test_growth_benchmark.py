@@ -15,13 +15,15 @@ torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from growing import checks, training_torch  # noqa: E402
-from growing.findings import report  # noqa: E402
+from growing.findings import report, write_random  # noqa: E402
 from growing.network import Network, export, shape  # noqa: E402
 from growing.results import read_curve  # noqa: E402
 from growing.runs import Grown, Lab, Outcome, Random, Run, Settings  # noqa: E402
-from growing.study import Findings, Size, Study, reached  # noqa: E402
+from growing.study import LARGE, Findings, Size, Study, reached  # noqa: E402
 from growing.tasks import Point, Recipe, Task  # noqa: E402
 from growing.training import train  # noqa: E402
+
+from hyperclone_onnx.forecasting.reading import Given, read_curves  # noqa: E402
 
 SHAPE = shape(32, layers=2, length=16)
 
@@ -130,6 +132,26 @@ def test_a_study_in_miniature(studied: tuple[Findings, Lab]) -> None:
     assert by_statement["symmetric: stuck"].holds
     kept = {row.variant: row.runs[0] for row in findings.tables["sharing"]}
     assert checks.start_error(kept["uneven"], lab) < checks.LARGEST_ERROR
+
+
+@pytest.mark.slow_frameworks
+def test_the_large_study_in_miniature(tmp_path: Path) -> None:
+    """Its questions go through the product: settings of each tensor, AKI, any size, depth, stages; over BPE tokens."""
+    pytest.importorskip("tokenizers")
+    size = Size(
+        "tiny", 32, 8, layers=2, length=16, batch=2, evaluations=2, examined=16, vocabulary=300, rates=(1e-2,),
+        source_rates=(1e-2,), grown_rates=(1e-2,), seeds=1, series=(32,),
+        questions=tuple(question for question in LARGE if question not in ("recipe", "small")),
+    )  # fmt: skip
+    lab = Lab(tmp_path, Settings(size.batch, size.evaluations, size.examined), 1, lambda *progress: None)
+    *_, findings = Study(lab, size).answers()
+    assert set(findings.tables) == {"baseline", "sources", "rates", *size.questions}
+    assert "the tokens of a BPE of 300" in report(findings, lab)
+    for name in ("any_size", "depth", "stages"):
+        for row in findings.tables[name]:
+            assert row.runs[0].run.shape == size.shape(64), row
+    write_random(lab.outcomes.values(), lab, tmp_path / "random.csv")
+    assert {curve.kind for curve in read_curves(str(tmp_path / "random.csv"), Given())} == {"decayed", "constant"}
 
 
 def test_checks_can_fail(studied: tuple[Findings, Lab], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,8 @@ def start_error(outcome: Outcome, lab: Lab) -> float:
     """
     start = outcome.run.start
     assert isinstance(start, Grown)
-    windows = torch.from_numpy(corpus().examination(16, outcome.run.shape.length)[:, :-1])
+    shape = outcome.run.shape
+    windows = torch.from_numpy(corpus(lab.tokens_file(shape)).examination(16, shape.length)[:, :-1])
     with torch.inference_mode():
         small, big = (load(model)(windows).numpy() for model in (lab.outcomes[start.run].model, lab.model(outcome.run)))
     return float(np.abs(small - big).max() / np.abs(small).max())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from growing.runs import Lab, Outcome
+from growing.runs import Lab, Outcome, Random
 from growing.study import Findings, Row
 
 TITLES = {
@@ -33,6 +33,12 @@ TITLES = {
     "what": "What grows",
     "dropout": "Dropout",
     "framework": "PyTorch and JAX",
+    "exact": "One rate for all tensors, and the settings of each tensor",
+    "aki": "AKI, which changes the function",
+    "any_size": "Any size",
+    "depth": "Depth",
+    "stages": "In stages",
+    "series": "Other sizes, each against its own baseline",
 }
 HEADER = (
     "variant",
@@ -73,11 +79,13 @@ def report(findings: Findings, lab: Lab) -> str:
     small, big = size.shape(size.width), size.shape(2 * size.width)
     first = findings.baseline[0]
     losses = [outcome.loss for outcome in findings.baseline]
+    over = "bytes" if size.unit == "byte" else f"the tokens of a BPE of {size.vocabulary}"
     text = (
-        f"A Llama over bytes, {size.layers} layers, width {size.width} ({small.multiplied():,} weights in "
-        f"matrix products) grown to {2 * size.width} ({big.multiplied():,}); {size.length} bytes of context, "
+        f"A Llama over {over}, {size.layers} layers, width {size.width} ({small.multiplied():,} weights in "
+        f"matrix products) grown to {2 * size.width} ({big.multiplied():,}); {size.length} {size.unit}s of context, "
         f"{size.batch} windows a step. Random weights are trained for {size.steps} steps = "
-        f"{lab.tokens(first.run, size.steps):,.0f} bytes and reach {findings.target:.4f} nats per byte (seeds: "
+        f"{lab.tokens(first.run, size.steps):,.0f} {size.unit}s and reach "
+        f"{findings.target:.4f} nats per {size.unit} (seeds: "
         f"{', '.join(f'{loss:.4f}' for loss in losses)}), measured on {size.examined} windows of files that no model "
         f"saw. A gain is the cost of random weights, divided by the cost of the variant, to reach that loss. "
         f"{_machine()}\n"
@@ -105,6 +113,19 @@ def write_curves(outcomes: Iterable[Outcome], lab: Lab, path: Path) -> None:
                     f"{flops + outcome.flops_before:.4g}",
                 )
                 writer.writerow((outcome.run.key, point.step, *row, f"{point.loss:.6f}"))
+
+
+def write_random(outcomes: Iterable[Outcome], lab: Lab, path: Path) -> None:
+    """Write the curves of the runs from random weights, as `hyperclone-onnx forecast` reads them."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("run", "parameters", "tokens", "learning_rate", "loss"))
+        for outcome in outcomes:
+            run = outcome.run
+            for point in outcome.curve if isinstance(run.start, Random) else ():
+                rate = run.recipe.rate * run.recipe.share(point.step / run.steps)
+                tokens = f"{lab.tokens(run, point.step):.0f}"
+                writer.writerow((run.key, run.shape.multiplied(), tokens, f"{rate:.6g}", f"{point.loss:.6f}"))
 
 
 def write_json(findings: Findings, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The trained model: a Llama over bytes, small enough for a CPU."""
+"""The trained model: a Llama over bytes or over the tokens of a small vocabulary, small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-VOCABULARY = 256
+BYTES = 256
 HEAD = 16
 OPSET = 20
 
@@ -29,11 +29,12 @@ class Shape:
     ffn: int
     layers: int = 3
     length: int = 128
-    """Bytes of context."""
+    """Bytes (or tokens) of context."""
+    vocabulary: int = BYTES
 
     def multiplied(self) -> int:
         """The number of weights in matrix products: all matrices except the embedding."""
-        return VOCABULARY * self.width + self.layers * self.width * (4 * self.attention + 3 * self.ffn)
+        return self.vocabulary * self.width + self.layers * self.width * (4 * self.attention + 3 * self.ffn)
 
     def flops(self) -> int:
         """The FLOPs of training on one byte: 6 for each weight, and 12 for each attention channel and byte of context.
@@ -86,14 +87,14 @@ def _rotated(x: Any, cos: Any, sin: Any) -> Any:
 
 
 class Network(nn.Module):
-    """Predicts the logits of the next byte: (batch, length) -> (batch, length, 256)."""
+    """Predicts the logits of the next byte or token: (batch, length) -> (batch, length, vocabulary)."""
 
     def __init__(self, shape: Shape, seed: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, shape.width)
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.layers = nn.ModuleList(Layer(shape.width, shape.attention, shape.ffn) for _ in range(shape.layers))
         self.norm = Norm(shape.width)
-        self.head = nn.Linear(shape.width, VOCABULARY, bias=False)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self.register_buffer("frequencies", 10000.0 ** (-torch.arange(0, HEAD, 2) / HEAD), persistent=False)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():

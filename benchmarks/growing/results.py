@@ -19,7 +19,8 @@ def finish(task: Task, folder: Path, curve: list[Point], weights: Mapping[str, A
     absorb(task.model, weights, folder / "model.onnx", check=False)
     with (folder / "curve.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("step", "loss"), *((point.step, f"{point.loss:.6f}") for point in curve)])
-    described = asdict(task) | {"model": task.model.name, "optimizer": task.optimizer and task.optimizer.name}
+    files = {"model": task.model, "optimizer": task.optimizer, "tokens": task.tokens}
+    described = asdict(task) | {name: path and path.name for name, path in files.items()}
     result = {"task": described, "seconds": round(seconds, 1), "loss": curve[-1].loss}
     partial = folder / "result.partial"
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 import torch
 
-from growing.network import Shape, export
+from growing.corpus import write_tokens
+from growing.network import BYTES, HEAD, Shape, export
 from growing.results import read_curve
 from growing.tasks import Point, Recipe, Task
 from growing.training import train
@@ -49,11 +50,13 @@ class Grown:
     """Starts from the trained model of another run, grown."""
 
     run: Run
-    strategy: StrategyName | Literal["uneven"] = "noisy-symmetric"
+    strategy: StrategyName | Literal["uneven", "aki"] = "noisy-symmetric"
     """`uneven` is symmetric, but with a random share between a quarter and three quarters of each weight."""
     snr_db: float = 10.0
     factor: int = 2
     only: Literal["", "heads", "ffn"] = ""
+    to: Shape | None = None
+    """The shape to grow to: of any size and depth. None for the factor."""
     state: Literal["reset", "carried", "half"] = "reset"
     """The part of the optimizer's state that the run keeps: nothing, all, or all except the state of later clones."""
     seed: int = 0
@@ -61,6 +64,8 @@ class Grown:
     @property
     def shape(self) -> Shape:
         small = self.run.shape
+        if self.to is not None:
+            return self.to
         hidden, heads, ffn = (1 if self.only not in ("", role) else self.factor for role in ("hidden", "heads", "ffn"))
         return replace(small, width=small.width * hidden, attention=small.attention * heads, ffn=small.ffn * ffn)
 
@@ -204,7 +209,12 @@ class Lab:
             optimizer=optimizer,
             framework=run.framework,
             device=settings.device,
+            tokens=self.tokens_file(run.shape),
         )
+
+    def tokens_file(self, shape: Shape) -> Path | None:
+        """The file with the tokens that a model of this shape reads; None for bytes."""
+        return None if shape.vocabulary == BYTES else write_tokens(shape.vocabulary, self.folder)
 
     def _start(self, run: Run) -> tuple[Path, Path | None]:
         start = run.start
@@ -222,12 +232,10 @@ class Lab:
         weights = replace(start, state="reset")
         model = folder / f"grown-{_digest(weights)}.onnx"
         if not model.exists():
-            growth: dict[str, Any] = (
-                {"requests": {start.only: start.factor}} if start.only else {"factor": start.factor}
-            )
             name = "symmetric" if start.strategy == "uneven" else start.strategy
             partial = model.with_suffix(".partial.onnx")
-            expand(parent / "model.onnx", partial, **growth, strategy=Strategy(name, start.snr_db, start.seed))
+            strategy = Strategy(name, start.snr_db, start.seed)
+            expand(parent / "model.onnx", partial, **_growth(start), strategy=strategy, allow_change=name == "aki")
             if start.strategy == "uneven":
                 _share_unevenly(partial, start.seed)
                 validation = validate_files(parent / "model.onnx", partial, mode="full")
@@ -235,22 +243,37 @@ class Lab:
             partial.replace(model)
         if start.state == "reset":
             return model, None
-        return model, _grown_state(model, parent / "optimizer.pt", start.state)
+        return model, _grown_state(model, parent, start.state)
+
+
+def _growth(start: Grown) -> dict[str, Any]:
+    """The arguments of `expand` that say what grows."""
+    if start.to is None:
+        return {"requests": {start.only: start.factor}} if start.only else {"factor": start.factor}
+    small, big = start.run.shape, start.to
+    wanted = {"hidden": big.width, "heads": big.attention // HEAD, "ffn": big.ffn}
+    before = {"hidden": small.width, "heads": small.attention // HEAD, "ffn": small.ffn}
+    sizes = {role: size for role, size in wanted.items() if size != before[role]}
+    return {"sizes": sizes or None, "layers": big.layers if big.layers != small.layers else None}
 
 
 def _digest(described: Run | Random | Grown) -> str:
     return hashlib.sha256(repr(described).encode()).hexdigest()[:10]
 
 
-def _grown_state(model: Path, state: Path, kind: Literal["carried", "half"]) -> Path:
-    """The grown optimizer state of the source. With "half", only the first clone of each unit keeps its state."""
+def _grown_state(model: Path, parent: Path, kind: Literal["carried", "half"]) -> Path:
+    """The grown optimizer state of the source, whose run has the folder `parent`.
+
+    With "half", only the first clone of each unit keeps its state.
+    """
     folder = model.with_suffix(f".{kind}")
     if folder.exists():
         return folder / "optimizer.pt"
     partial = folder.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     compiled = compile_model(model)
-    write_optimizer(model, state, partial, "pytorch", compiled=compiled)
+    state, source = parent / "optimizer.pt", parent / "model.onnx"
+    write_optimizer(model, state, partial, "pytorch", source=source, compiled=compiled)
     if kind == "half":
         plan = compiled.plan
         assert plan is not None

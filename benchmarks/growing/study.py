@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from growing.network import Shape, shape
+from growing.network import BYTES, HEAD, Shape, shape
 from growing.runs import Continued, Grown, Lab, Outcome, Random, Run
 from growing.tasks import Recipe
 from hyperclone_onnx.plan.strategies import STRATEGIES, StrategyName
@@ -35,10 +35,18 @@ class Size:
     seeds: int = 2
     questions: tuple[str, ...] = ("strategy",)
     device: str = "cpu"
+    vocabulary: int = BYTES
+    series: tuple[int, ...] = ()
+    """Widths of grown models for which the gain is measured too, besides twice `width`."""
+
+    @property
+    def unit(self) -> str:
+        """What the models read: bytes, or tokens of a BPE."""
+        return "byte" if self.vocabulary == BYTES else "token"
 
     def shape(self, width: int) -> Shape:
         """The shape of a model of this width."""
-        return shape(width, layers=self.layers, length=self.length)
+        return shape(width, layers=self.layers, length=self.length, vocabulary=self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -136,14 +144,19 @@ class Study:
         """The run of a grown model, for a part of the baseline's bytes."""
         return Run(start, recipe, round(budget * self.steps), 7 + seed)
 
-    def row(self, variant: str, outcomes: Sequence[Outcome]) -> Row:
-        """The row of a variant, from its run that reached the target first, or that has the lowest loss."""
-        steps = {outcome: reached(outcome, self.target) for outcome in outcomes}
+    def row(self, variant: str, outcomes: Sequence[Outcome], baseline: Sequence[Outcome] = ()) -> Row:
+        """The row of a variant, from its run that reached the target first, or that has the lowest loss.
+
+        The target is the mean loss of `baseline`, by default that of the study.
+        """
+        baseline = baseline or self.baseline
+        target = sum(outcome.loss for outcome in baseline) / len(baseline)
+        steps = {outcome: reached(outcome, target) for outcome in outcomes}
         best = min(outcomes, key=lambda outcome: (steps[outcome] or float("inf"), outcome.loss))
         run, took = best.run, steps[best]
         gains: list[float | None] = [None, None, None]
         if took is not None:
-            reference = self.baseline[0].run
+            reference = baseline[0].run
             tokens, flops = self.lab.tokens(reference, self.steps), self.lab.flops(reference, self.steps)
             own = self.lab.flops(run, took)
             gains = [tokens / self.lab.tokens(run, took), flops / own] if took else [math.inf, math.inf]
@@ -339,6 +352,104 @@ class Study:
             },
         )
 
+    def ask_exact(self) -> Iterator[Row]:
+        """One rate for all tensors, or for each tensor the settings of its source (`adamw_groups`), after a source
+        that decayed and after one that did not."""
+        peak = self.source_run.recipe.rate
+        variants: dict[str, Run] = {}
+        for annealed in (True, False):
+            source = self.source(0.0 if annealed else 1.0, annealed=annealed)
+            start = replace(self.winner, run=source, state="carried")
+            for exact in (False, True):
+                for part in (0.1, 0.2, 0.5, 1.0):
+                    recipe = replace(self.recipe, rate=part * peak, warm_up=0.0, exact=exact)
+                    settings = "each tensor's settings" if exact else "one rate"
+                    decay = "decayed" if annealed else "not decayed"
+                    variants[f"source {decay}, {settings}, {part:g} of its peak rate"] = self.grown(start, recipe)
+        yield from self.compare("settings", variants)
+
+    def ask_aki(self) -> Iterator[Row]:
+        """AKI of bert2BERT, which takes the copies from the next layer and changes the function."""
+        start = replace(self.winner, strategy="aki", state="reset")
+        variants = {
+            f"{name}, rate {rate:g}": self.grown(one, replace(self.recipe, rate=rate))
+            for name, one in (("aki", start), (self.winner.strategy, replace(self.winner, state="reset")))
+            for rate in self.size.grown_rates
+        }
+        yield from self.compare("AKI", variants)
+
+    def ask_any_size(self) -> Iterator[Row]:
+        """Growth by two, and growth to the same size from a source of about two thirds of its width."""
+        big = self.size.shape(2 * self.size.width)
+        width = HEAD * round(big.width / 1.5 / HEAD)
+        start = replace(self.winner, run=self.source(width=width), to=big)
+        yield from self.compare(
+            "any size",
+            {
+                f"{self.size.width} to {big.width}": self.grown(self.winner, self.recipe),
+                f"{width} to {big.width}": self.grown(start, self.recipe),
+            },
+        )
+
+    def ask_depth(self) -> Iterator[Row]:
+        """Growth from fewer layers, at full width."""
+        big = self.size.shape(2 * self.size.width)
+        small = replace(big, layers=max(1, big.layers // 2))
+        recipe = replace(self.source_run.recipe, rate=self.source_run.recipe.rate / 2)
+        run = Run(Random(small, 100), recipe, round(self.size.source_part * self.steps), 100)
+        start = Grown(run, to=big)
+        yield from self.compare(
+            "depth",
+            {
+                f"{small.layers} to {big.layers} layers, rate {rate:g}": self.grown(
+                    start, replace(self.recipe, rate=rate)
+                )
+                for rate in self.size.grown_rates
+            },
+        )
+
+    def ask_stages(self) -> Iterator[Row]:
+        """A quarter of the width, then half, then the whole. The rate is high in each stage and decays in the last.
+
+        Each stage has the settings of its source (`exact`) and its grown moments, so that the training goes on.
+        """
+        width = self.size.width // 2
+        peak = self.source_run.recipe.rate / 2
+        going_on = replace(self.recipe, rate=peak, warm_up=0.0, decay="none", exact=True)
+        variants: dict[str, Run] = {}
+        for first, second, last in ((0.5, 0.5, 0.5), (1.0, 0.5, 0.5), (0.5, 1.0, 0.5), (1.0, 1.0, 0.5)):
+            small = self.source(first, width=width, annealed=False)
+            middle = self.grown(replace(self.winner, run=small, state="carried"), going_on, second)
+            start = replace(self.winner, run=middle, state="carried")
+            for part in (0.5, 1.0):
+                recipe = replace(going_on, rate=part * peak, decay="linear")
+                name = f"{first:g}, {second:g} and {last:g} of the baseline's {self.size.unit}s, last rate {part:g}"
+                variants[name] = self.grown(start, recipe, last)
+        yield from self.compare("stages", variants)
+
+    def ask_series(self) -> Iterator[Row]:
+        """How the gain moves with the size: the best recipe at other widths, each against its own baseline.
+
+        The rates of other widths are those of this one, times the ratio of the widths.
+        """
+        whole = 2 * self.size.width
+        best = self.baseline[0].run.recipe
+        for width in self.size.series:
+            ratio = whole / width
+            big, seeds = self.size.shape(width), range(self.size.seeds)
+            recipe = replace(best, rate=best.rate * ratio)
+            baseline = self.lab.do(
+                [Run(Random(big, seed), recipe, self.steps, seed) for seed in seeds], f"width {width}"
+            )
+            source = replace(self.source_run.recipe, rate=self.source_run.recipe.rate * ratio)
+            steps = round(self.size.source_part * self.steps)
+            for seed in seeds:
+                small = Run(Random(self.size.shape(width // 2), 100 + seed), source, steps, 100 + seed)
+                start = replace(self.winner, run=small, seed=seed)
+                grown = self.grown(start, replace(self.recipe, rate=self.recipe.rate * ratio), 0.5, seed)
+                name = f"{big.multiplied():,} weights, seed {seed}"
+                yield self.row(name, self.lab.do([grown], f"width {width}, grown"), baseline)
+
     def ask_framework(self) -> Iterator[Row]:
         """The same run in PyTorch and in JAX, both with a fresh optimizer."""
         run = self.grown(replace(self.winner, state="reset"), self.recipe)
@@ -362,3 +473,6 @@ ALL = (
     "strategy", "recipe", "small", "unannealed", "source", "state", "snr", "schedule", "factor", "sharing", "what",
     "dropout", "framework", "strategy_whole",
 )  # fmt: skip
+
+LARGE = ("strategy", "recipe", "exact", "small", "aki", "any_size", "depth", "stages", "series")
+"""The questions of the large study."""

@@ -26,6 +26,9 @@ class Recipe:
     """The share of elements that are dropped behind each layer."""
     by_fan_in: bool = False
     """Whether the rate of a grown matrix is divided by the growth of its fan-in (muP, arXiv 2203.03466)."""
+    exact: bool = False
+    """Whether each tensor has the settings with which it goes on as its source would (`adamw_groups`), and gradients
+    are clipped by the norm of the source's gradient."""
 
     def share(self, done: float) -> float:
         """The rate after a share `done` of the steps, divided by its peak."""
@@ -56,6 +59,8 @@ class Task:
     """The initial state of the optimizer."""
     framework: str = "torch"
     device: str = "cpu"
+    tokens: Path | None = None
+    """The file with the tokens of the corpus; None for bytes."""
 
     def times(self) -> set[int]:
         """The steps before which the model is evaluated, and the end."""

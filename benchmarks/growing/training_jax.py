@@ -20,7 +20,7 @@ jax.config.update("jax_platforms", "cpu")
 
 def train_jax(task: Task, folder: Path, tell: Tell) -> None:
     """See `training.train`. There are no dropout and no rates by fan-in here."""
-    recipe, data = task.recipe, corpus()
+    recipe, data = task.recipe, corpus(task.tokens)
     apply, params = load(task.model)
     decayed = jax.tree.map(lambda parameter: parameter.ndim > 1, params)
     rates = jax.numpy.asarray([recipe.rate * recipe.share((step + 1) / task.steps) for step in range(task.steps)])

@@ -13,6 +13,7 @@ from growing.corpus import corpus
 from growing.results import finish
 from growing.tasks import Point, Task, Tell
 from hyperclone_onnx.frameworks.continuation import adamw_factors
+from hyperclone_onnx.frameworks.optimizer.groups import adamw_groups, clip_grad_norm
 from hyperclone_onnx.frameworks.optimizer.resume import resume_torch
 from hyperclone_onnx.frameworks.torch import Block, OnnxModule, load
 
@@ -38,7 +39,7 @@ def train_torch(task: Task, folder: Path, tell: Tell) -> None:
         torch.set_rng_state(saved["random"].cpu())
         curve, first, seconds = [Point(*numbers) for numbers in saved["curve"]], saved["step"], saved["seconds"]
     tell(first)
-    data = corpus()
+    data = corpus(task.tokens)
     last_saved = started = time.monotonic()
     times = task.times()
     for step in range(first, task.steps + 1):
@@ -58,7 +59,10 @@ def train_torch(task: Task, folder: Path, tell: Tell) -> None:
         with torch.autocast(task.device, torch.bfloat16, enabled=task.device != "cpu"):
             logits = module(window[:, :-1])
         functional.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        if task.recipe.exact:
+            clip_grad_norm(module, 1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         tell(1)
@@ -69,6 +73,10 @@ def train_torch(task: Task, folder: Path, tell: Tell) -> None:
 
 def _groups(module: OnnxModule, task: Task) -> list[dict[str, Any]]:
     """The parameter groups: only matrices decay. With rates by fan-in, each growth of the fan-in is a group."""
+    if task.recipe.exact:
+        vectors = [name for name, parameter in module.named_parameters() if parameter.ndim < 2]
+        decay = task.recipe.weight_decay
+        return adamw_groups(module, lr=task.recipe.rate, weight_decay=decay, no_decay=vectors)
     groups: dict[tuple[float, float], list[Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -98,7 +106,7 @@ def _dropped(training: bool, outputs: Any, share: float) -> Any:
 def examine(module: Any, task: Task) -> float:
     """The mean loss over the evaluation windows."""
     module.eval()
-    windows = torch.from_numpy(corpus().examination(task.examined, task.length)).to(task.device)
+    windows = torch.from_numpy(corpus(task.tokens).examination(task.examined, task.length)).to(task.device)
     total = 0.0
     with torch.inference_mode():
         for part in windows.split(16):
