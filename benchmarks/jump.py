@@ -67,6 +67,8 @@ VARIANTS = (
     Variant("noise at 20 dB", snr_db=20.0),
     Variant("one rate for all, grown moments", settings="one"),
     Variant("one rate for all, new moments", settings="one", moments="new"),
+    Variant("one rate for all, half of it, grown moments", settings="one", part=0.5),
+    Variant("one rate for all, half of it, new moments", settings="one", moments="new", part=0.5),
     Variant("one rate for all, a fifth of it, grown moments", settings="one", part=0.2),
     Variant("one rate for all, a fifth of it, new moments", settings="one", moments="new", part=0.2),
 )
@@ -92,8 +94,9 @@ def main() -> int:
     columns = list(next(iter(results.values())))
     print(f"| variant | {' | '.join(f'after {column}' for column in columns)} |")
     print(f"|---|{'---:|' * len(columns)}")
-    for name, losses in results.items():
-        print(f"| {name} | {' | '.join(f'{loss:.4f}' for loss in losses.values())} |")
+    for variant in VARIANTS:
+        losses = results[variant.name].values()
+        print(f"| {variant.name} | {' | '.join(f'{loss:.4f}' for loss in losses)} |")
     return 0
 
 

@@ -139,7 +139,7 @@ def test_the_large_study_in_miniature(tmp_path: Path) -> None:
     """Its questions go through the product: settings of each tensor, AKI, any size, depth, stages; over BPE tokens."""
     pytest.importorskip("tokenizers")
     size = Size(
-        "tiny", 32, 8, layers=2, length=16, batch=2, evaluations=2, examined=16, vocabulary=300, rates=(1e-2,),
+        "tiny", 32, 8, layers=3, length=16, batch=2, evaluations=2, examined=16, vocabulary=300, rates=(1e-2,),
         source_rates=(1e-2,), grown_rates=(1e-2,), seeds=1, series=(32,),
         questions=tuple(question for question in LARGE if question not in ("recipe", "small")),
     )  # fmt: skip

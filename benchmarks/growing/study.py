@@ -394,7 +394,7 @@ class Study:
     def ask_depth(self) -> Iterator[Row]:
         """Growth from fewer layers, at full width."""
         big = self.size.shape(2 * self.size.width)
-        small = replace(big, layers=max(1, big.layers // 2))
+        small = replace(big, layers=max(2, big.layers // 2))  # one layer alone is no stack
         recipe = replace(self.source_run.recipe, rate=self.source_run.recipe.rate / 2)
         run = Run(Random(small, 100), recipe, round(self.size.source_part * self.steps), 100)
         start = Grown(run, to=big)

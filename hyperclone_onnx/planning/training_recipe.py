@@ -25,6 +25,8 @@ class TrainingRecipe:
     """The share of all steps in which the learning rate rises, from 0 to 1."""
     decay: str
     """The form in which the learning rate falls to 0 at the end."""
+    rate_of_each_tensor: float = 0.5
+    """The learning rate for `adamw_groups`, divided by the source's last rate, if the source's rate never fell."""
     evidence: str = "docs/growth.md"
     """The page with the measurements."""
     exact_evidence: str = "docs/optimizer_state.md"
@@ -39,8 +41,8 @@ class TrainingRecipe:
             f"{self.decay} decay to 0",
             "also try half and twice this rate; the optimizer's state may be new, or grown from the source's; "
             f"evidence: {self.evidence}",
-            "or go on exactly where the source stopped, without a jump of the loss: its own settings, for each tensor "
-            f"by adamw_groups, with its grown state; evidence: {self.exact_evidence}",
+            f"better, if the source's rate never fell: {self.rate_of_each_tensor:g} of it, for each tensor by "
+            f"adamw_groups, with the grown state: the loss does not jump; evidence: {self.exact_evidence}",
         )
 
     def to_json(self) -> dict[str, Any]:
