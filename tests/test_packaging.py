@@ -64,7 +64,14 @@ def test_the_extra_hf_suffices_for_hugging_face() -> None:
 
 
 def test_the_extras_suffice_for_the_package() -> None:
-    every = given("torch", "jax", "hf", "plot", "tensorboard") | {"onnxruntime", "protobuf", "optax", "sympy", "jaxlib"}
+    every = given("torch", "jax", "hf", "plot", "tensorboard") | {
+        "onnxruntime",
+        "protobuf",
+        "optax",
+        "sympy",
+        "jaxlib",
+        "tokenizers",
+    }
     assert {name for path in PACKAGE.rglob("*.py") for name in third_party(path)} <= every
 
 
