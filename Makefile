@@ -36,8 +36,8 @@ demo: $(VENV)/.package  ## install the package alone, grow the committed model, 
 test: lint  ## check the style and the types, run the quick tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-test-long: $(VENV)/.test  ## the goldens and the growths of the zoo that `make test` leaves out: minutes
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'slow_goldens or slow_zoo' tests/test_goldens.py tests/test_zoo.py tests/test_zoo_any_size.py tests/test_depth.py tests/test_docs.py tests/test_snippets.py
+test-long: $(VENV)/.test  ## what `make test` leaves out: most growths of the zoo, and its goldens
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'slow and not frameworks and not models'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -165,7 +165,7 @@ QUICK = ("gpt2.distinct", "phi.distinct", "vit.distinct", "t5_decoder.cached")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow_zoo) for name in GROWTHS]
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in GROWTHS]
 )
 def test_deeper_models_of_the_zoo_compute_the_same(name: str, zoo: Zoo, expected: Expected, tmp_path: Path) -> None:
     out = tmp_path / "big.onnx"
@@ -193,7 +193,7 @@ NOT_DEEPER = {
 """The graphs whose layers are found and have no identity copies, with a part of the message."""
 
 
-@pytest.mark.slow_zoo
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in zoo_store.names() if n not in WITHOUT and n.split(".")[0] not in WITHOUT])
 def test_every_graph_with_layers_grows_by_one(name: str, zoo: Zoo, tmp_path: Path) -> None:
     stacks = {stack.name: stack.layers + stack.period for stack in stacks_of(source_of(zoo(name)).model)}

@@ -33,7 +33,7 @@ ABOUT_THE_CODE = ("CONTRIBUTING.md", "design.md")
 """The folders in these pages belong to the repository. In other pages they may belong to a user."""
 
 
-@pytest.mark.slow_zoo
+@pytest.mark.slow
 def test_generated_pages_are_up_to_date() -> None:
     done = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

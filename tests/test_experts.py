@@ -155,8 +155,8 @@ def stored(path: Path) -> dict[str, Array]:
     "how",
     [
         {"granularity": 2},
-        pytest.param({}, marks=pytest.mark.slow_zoo),
-        pytest.param({"granularity": 4, "shared": True}, marks=pytest.mark.slow_zoo),
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"granularity": 4, "shared": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -543,7 +543,7 @@ WITHOUT_BLOCKS = {
 """The zoo graphs without blocks that become experts, and why: by name, or by family."""
 
 
-@pytest.mark.slow_zoo
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", [1, 4])
 @pytest.mark.parametrize("name", zoo_store.names())
 def test_experts_of_the_zoo(name: str, granularity: int, tmp_path: Path) -> None:

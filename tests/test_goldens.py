@@ -598,7 +598,7 @@ def test_plans(index: int, name: str, tmp_path: Path) -> None:
         assert_golden("graphs", graph_entries(name, analysis, other_ways=False))
 
 
-@pytest.mark.slow_goldens
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo_store.names())
 def test_every_plan_and_graph(name: str, tmp_path: Path) -> None:
     analysis = analysis_of(name, tmp_path)

@@ -378,7 +378,7 @@ LARGE = ("many sizes", "many opsets", "many metadata")
 
 
 @pytest.mark.parametrize(
-    "bomb", [pytest.param(bomb, marks=pytest.mark.slow_zoo if bomb in LARGE else []) for bomb in BOMBS]
+    "bomb", [pytest.param(bomb, marks=pytest.mark.slow if bomb in LARGE else []) for bomb in BOMBS]
 )
 def test_protobuf_bombs(tmp_path: Path, bomb: str) -> None:
     with (tmp_path / "model.onnx").open("wb") as file:
@@ -423,7 +423,7 @@ QUICK = ("ConstantOfShape", "Range", "Split", "squares", "maxima")
 
 
 @pytest.mark.parametrize(
-    "bomb", [pytest.param(bomb, marks=[] if bomb in QUICK else pytest.mark.slow_zoo) for bomb in BODIES]
+    "bomb", [pytest.param(bomb, marks=[] if bomb in QUICK else pytest.mark.slow) for bomb in BODIES]
 )
 def test_graphs_that_ask_for_terabytes(tmp_path: Path, bomb: str) -> None:
     """The analysis does not compute the large tensors that a graph would compute when it runs."""

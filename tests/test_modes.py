@@ -172,7 +172,7 @@ FAMILIES = ("llama", "gpt2", "gemma2", "bert", "bloom")
 @pytest.mark.parametrize(
     ("budget", "strategy"),
     [
-        pytest.param(budget, strategy, marks=[] if (row + column) % 3 == 0 else pytest.mark.slow_zoo)
+        pytest.param(budget, strategy, marks=[] if (row + column) % 3 == 0 else pytest.mark.slow)
         for row, budget in enumerate([0, 20_000, 1 << 30])
         for column, strategy in enumerate(STRATEGIES)
     ],

@@ -326,7 +326,7 @@ def test_a_graph_without_layers(large: Path, tmp_path: Path) -> None:
         shrink(tmp_path / "m.onnx", tmp_path / "small.onnx", layers=1)
 
 
-@pytest.mark.slow_zoo
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo_store.names())
 def test_every_graph_of_the_zoo_shrinks_and_runs(name: str, tmp_path: Path) -> None:
     """The small model runs, with the sizes that its graph states."""

@@ -367,7 +367,7 @@ ZOO: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow_zoo
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ZOO)
 @pytest.mark.parametrize("name", zoo_store.names())
 def test_collapse_undoes_growth_in_the_zoo(name: str, how: str) -> None:

@@ -21,8 +21,8 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["p
 
 # Each page, the marker of the tests that run it, and the files that it makes.
 PAGES = [
-    pytest.param("start/onnx.md", "big.onnx wide.onnx any.onnx deep.onnx model.html", marks=pytest.mark.slow_goldens),
-    pytest.param("reports.md", "model.html big.html equal.html clones.html", marks=pytest.mark.slow_goldens),
+    pytest.param("start/onnx.md", "big.onnx wide.onnx any.onnx deep.onnx model.html", marks=pytest.mark.slow),
+    pytest.param("reports.md", "model.html big.html equal.html clones.html", marks=pytest.mark.slow),
     pytest.param("start/torch.md", "big.onnx trained.onnx trained.html", marks=pytest.mark.frameworks),
     pytest.param("start/jax.md", "big.onnx trained.onnx trained.html", marks=pytest.mark.frameworks),
     pytest.param("start/hugging_face.md", "big/config.json big.html", marks=pytest.mark.frameworks),

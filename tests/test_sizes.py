@@ -255,7 +255,7 @@ GROWN: list[tuple[str, dict[str, int]]] = [
     ("family", "sizes", "strategy"),
     [
         pytest.param(
-            family, sizes, strategy, id=f"{strategy}-{family}", marks=pytest.mark.slow_zoo if (row + column) % 2 else []
+            family, sizes, strategy, id=f"{strategy}-{family}", marks=pytest.mark.slow if (row + column) % 2 else []
         )
         for row, (family, sizes) in enumerate(GROWN)
         for column, strategy in enumerate(["noisy-diagonal", "noisy-symmetric"])

@@ -65,7 +65,7 @@ def check(folder: Path, texts: dict[str, str]) -> str:
     return done.stdout
 
 
-@pytest.mark.slow_goldens
+@pytest.mark.slow
 def test_mypy_accepts_every_snippet(tmp_path: Path) -> None:
     texts = {f"{page.stem}_{number}": snippet for page in PAGES for number, snippet in enumerate(snippets(page))}
     texts["wrong"] = 'from hyperclone_onnx import expand\n\nexpand("model.onnx", faktor=2).modell\n'

@@ -96,7 +96,7 @@ def is_quick(family: str, growth: Growth) -> bool:
 
 CASES = [
     pytest.param(
-        name, growth, id=f"{name}-{growth}", marks=[] if is_quick(name.split(".")[0], growth) else pytest.mark.slow_zoo
+        name, growth, id=f"{name}-{growth}", marks=[] if is_quick(name.split(".")[0], growth) else pytest.mark.slow
     )
     for name in zoo_store.names()
     for growth in GROWTHS.get(name.split(".")[1], ())
@@ -105,7 +105,7 @@ CASES = [
 
 
 EVERY_SECOND = [
-    pytest.param(family, marks=pytest.mark.slow_zoo if index % 2 else []) for index, family in enumerate(FAMILIES)
+    pytest.param(family, marks=pytest.mark.slow if index % 2 else []) for index, family in enumerate(FAMILIES)
 ]
 """All families, of which `make test` tries every second one."""
 

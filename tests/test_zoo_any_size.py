@@ -10,7 +10,7 @@ import pytest
 from hyperclone_onnx import SourceMap, Strategy, analyse, expand
 from models import zoo_store
 
-pytestmark = pytest.mark.slow_zoo
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", zoo_store.names())
