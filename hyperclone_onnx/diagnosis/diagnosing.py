@@ -8,16 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir as ir
-
 from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.diagnosis.layers import find_layers
 from hyperclone_onnx.diagnosis.model import Diagnosis, PartDiagnosis, TensorDiagnosis, ValueDiagnosis
 from hyperclone_onnx.diagnosis.tensors import compare_tensors, load_source, with_ranks
 from hyperclone_onnx.diagnosis.values import Measured, Sampling, compare_values
 from hyperclone_onnx.diagnosis.verdict import conclude, lasting, over_elements, over_values, part
-from hyperclone_onnx.errors import BadModel, BadRequest
-from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.plan.plans import Plan, plan_of
 from hyperclone_onnx.planning.activations import activations as activations_of
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.progress import Notify, ignore_stage
@@ -68,7 +65,7 @@ def diagnose(
     say("reading")
     path = Path(model)
     grown = loading.load(path)
-    plan_used = _plan_of(path, grown, plan)
+    plan_used = plan_of(path, grown.metadata_props, plan, lack="its clones are not known")
     analysis = analyse(path) if activations else None
     small = None if source is None else load_source(Path(source), plan_used)
     planned = None if small is None or not activations else activations_of(small.dimensions, plan_used)
@@ -121,29 +118,6 @@ def diagnose(
         notes=(*notes, *measured.notes),
         residue=overall(left) if left else None,
     )
-
-
-def _plan_of(path: Path, grown: ir.Model, given: PathLike | Plan | None) -> Plan:
-    """The given plan, or else the plan that the grown model carries.
-
-    Raises:
-        BadRequest: there is neither.
-        BadModel: the plan cannot be read.
-    """
-    if isinstance(given, Plan):
-        return given
-    if given is not None:
-        return Plan.read(given)
-    try:
-        carried = Plan.carried_by(grown.metadata_props)
-    except BadModel as problem:
-        raise BadModel(f"{path}: its metadata holds {problem}") from problem
-    if carried is None:
-        raise BadRequest(
-            f"{path}: it carries no plan, so that its clones are not known: it was not grown by "
-            "hyperclone-onnx, or a tool dropped its metadata; give the plan that expand --plan-out wrote with --plan"
-        )
-    return carried
 
 
 def _by_layer(

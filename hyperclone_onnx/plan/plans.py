@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.plan.edits import Edit, WeighAverage, edit_from_json
 from hyperclone_onnx.plan.maps import Axis, Fill, SourceMap, axis_from_json, axis_to_json, grown_size, names_in
 from hyperclone_onnx.plan.recipes import Recipe
@@ -276,3 +276,40 @@ class Plan:
         """
         text = metadata.get(METADATA_KEY)
         return Plan.loads(text) if text else None
+
+
+def plan_of(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    given: str | os.PathLike[str] | Plan | None,
+    *,
+    lack: str,
+    otherwise: str = "",
+) -> Plan:
+    """The plan by which a file was grown: the one that the caller gives, or else the one that the file carries.
+
+    Args:
+        path: the grown file.
+        metadata: the `metadata_props` of the model in it.
+        given: a plan, or a file that contains one.
+        lack: what cannot be done without a plan, for the error.
+        otherwise: what a user can do besides giving a plan, for the error.
+
+    Raises:
+        BadRequest: there is neither.
+        BadModel: the plan cannot be read.
+    """
+    if isinstance(given, Plan):
+        return given
+    if given is not None:
+        return Plan.read(given)
+    try:
+        carried = Plan.carried_by(metadata)
+    except BadModel as problem:
+        raise BadModel(f"{path}: its metadata holds {problem}") from problem
+    if carried is None:
+        raise BadRequest(
+            f"{path}: it carries no plan, so that {lack}: it was not grown by hyperclone-onnx, or a tool dropped its "
+            f"metadata; give the plan that expand --plan-out wrote with --plan{otherwise}"
+        )
+    return carried

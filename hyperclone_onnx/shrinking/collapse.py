@@ -30,30 +30,6 @@ class Collapsed:
     """Tensors that were one in the source, and that training made different: they stay several."""
 
 
-def plan_of(path: Path, grown: ir.Model, given: Path | Plan | None) -> Plan:
-    """The plan by which a file was grown.
-
-    Raises:
-        BadRequest: there is none.
-        BadModel: it cannot be read.
-    """
-    if isinstance(given, Plan):
-        return given
-    if given is not None:
-        return Plan.read(given)
-    try:
-        carried = Plan.carried_by(grown.metadata_props)
-    except BadModel as problem:
-        raise BadModel(f"{path}: its metadata holds {problem}") from problem
-    if carried is None:
-        raise BadRequest(
-            f"{path}: it carries no plan, so that there is no growth to undo: it was not grown by hyperclone-onnx, or "
-            "a tool dropped its metadata; give the plan that expand --plan-out wrote with --plan, or choose another "
-            "--method"
-        )
-    return carried
-
-
 def record_of(path: Path, grown: ir.Model, plan: Plan, source: Path | None) -> SourceRecord:
     """The graph of the source of a grown file: the one that the file carries, or that of another file.
 

@@ -17,7 +17,7 @@ from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_paramete
 from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
 from hyperclone_onnx.expansion import Clock, Kept, Run, SizeChange, check_room, make, sizes_of_files
-from hyperclone_onnx.plan.plans import Plan
+from hyperclone_onnx.plan.plans import Plan, plan_of
 from hyperclone_onnx.planning.asked import whole_numbers
 from hyperclone_onnx.planning.picking import Select
 from hyperclone_onnx.planning.request import whole_or_fraction
@@ -26,7 +26,7 @@ from hyperclone_onnx.publishing.publication import check_output, publication, wr
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.in_memory import GivenModel
 from hyperclone_onnx.rewriting.source_record import steps_undone
-from hyperclone_onnx.shrinking.collapse import Collapsed, collapse, plan_of, record_of
+from hyperclone_onnx.shrinking.collapse import Collapsed, collapse, record_of
 from hyperclone_onnx.shrinking.residue import Residue, overall, residues
 from hyperclone_onnx.shrinking.selection import Wish, lost_inputs, plan_selection, read_chosen
 from hyperclone_onnx.shrinking.text import inputs_from_text, is_text
@@ -340,7 +340,13 @@ def _collapsed(model: Path, out: Path, given: Path | Plan | None, source: Path |
     run.say("reading")
     grown = loading.load(model)
     stamps = loading.stamps(loading.source_files(model, grown))
-    plan = plan_of(model, grown, given)
+    plan = plan_of(
+        model,
+        grown.metadata_props,
+        given,
+        lack="there is no growth to undo",
+        otherwise=", or choose another --method",
+    )
     record = record_of(model, grown, plan, source)
     check_output(out, set(stamps))
     small = collapse(model, grown, plan, record)
