@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["hyperclone_onnx"]):
     import hyperclone_onnx.rules  # noqa: F401
     from hyperclone_onnx.analysis.analysing import analyse
     from hyperclone_onnx.errors import HypercloneError
-    from hyperclone_onnx.expansion import plan_expansion
+    from hyperclone_onnx.expansion.expanding import plan_expansion
     from hyperclone_onnx.reports.inspection import inspection
     from hyperclone_onnx.rewriting.rewriting import rewrite
 

@@ -29,7 +29,7 @@ from fuzz.mutations import mutate, pick
 from fuzz.oracle import TOLERANCE, Unrun, compare, run_source, sensitivity
 from fuzz.seeds import write_beginnings, write_zoo
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, Refused
-from hyperclone_onnx.expansion import expand
+from hyperclone_onnx.expansion.expanding import expand
 from hyperclone_onnx.plan.strategies import Strategy
 
 LIMIT = 40.0

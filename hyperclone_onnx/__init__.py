@@ -10,7 +10,9 @@ TYPE_CHECKING = False  # not from `typing`, whose import takes longer than the s
 if TYPE_CHECKING:
     from hyperclone_onnx.analysis.analysing import Analysis, analyse
     from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, HypercloneError, ModelsDiffer, Refused
-    from hyperclone_onnx.expansion import Expansion, expand, plan_expansion, validate, validate_files
+    from hyperclone_onnx.expansion.expanding import expand, plan_expansion
+    from hyperclone_onnx.expansion.report import Expansion
+    from hyperclone_onnx.expansion.validating import validate, validate_files
     from hyperclone_onnx.folders import FolderExpansion, expand_folder
     from hyperclone_onnx.frameworks.absorb import Absorption, absorb
     from hyperclone_onnx.frameworks.exports import HandedOver, hand_over
@@ -63,7 +65,9 @@ __all__ = [
 _HOMES = {
     "analysis.analysing": "Analysis analyse",
     "errors": "BadModel BadRequest CannotWrite HypercloneError ModelsDiffer Refused",
-    "expansion": "Expansion expand plan_expansion validate validate_files",
+    "expansion.expanding": "expand plan_expansion",
+    "expansion.report": "Expansion",
+    "expansion.validating": "validate validate_files",
     "folders": "FolderExpansion expand_folder",
     "frameworks.absorb": "Absorption absorb",
     "frameworks.exports": "HandedOver hand_over",

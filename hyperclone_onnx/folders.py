@@ -25,7 +25,8 @@ import onnx_ir as ir
 from hyperclone_onnx.analysis.analysing import analyse
 from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.errors import BadModel, BadRequest, HypercloneError, NothingGrows, Refused
-from hyperclone_onnx.expansion import Expansion, expand, plan_file
+from hyperclone_onnx.expansion.expanding import expand, plan_file
+from hyperclone_onnx.expansion.report import Expansion
 from hyperclone_onnx.layers.stacks import Stack
 from hyperclone_onnx.planning.asked import whole_numbers
 from hyperclone_onnx.planning.configuration import GrownConfiguration, NotSaid, grown_configuration

@@ -174,7 +174,7 @@ def a_mistake(*_: Any, **__: Any) -> None:
 
 
 def in_planning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperclone_onnx.expansion.make_plan", a_mistake)
+    monkeypatch.setattr("hyperclone_onnx.expansion.request.make_plan", a_mistake)
 
 
 def in_a_rule_s_edit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_an_error_of_the_system_is_no_defect(cli: Command, place: Path, monkeypa
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "some/file")
 
-    monkeypatch.setattr("hyperclone_onnx.expansion.make_plan", refuse)
+    monkeypatch.setattr("hyperclone_onnx.expansion.request.make_plan", refuse)
     outcome = cli(*GROW.split(), "--factor", "2")
     assert (outcome.code, outcome.stdout) == (2, "")
     assert outcome.error == "error: some/file: the system reports an error (Too many open files)"

@@ -18,7 +18,7 @@ from zoo_harness import Expected, Zoo, session
 from hyperclone_onnx import BadModel, BadRequest, ModelsDiffer, Plan, Refused, Strategy, expand, validate_files
 from hyperclone_onnx.commands.expand import expand as command
 from hyperclone_onnx.diagnosis import diagnose
-from hyperclone_onnx.expansion import plan_file
+from hyperclone_onnx.expansion.expanding import plan_file
 from hyperclone_onnx.plan.plans import TransformStep
 from hyperclone_onnx.transforms import layers as layers_transform
 from hyperclone_onnx.transforms.identity_blocks import Identity

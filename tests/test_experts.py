@@ -18,7 +18,7 @@ from conftest import Command, build_model, normal
 from hyperclone_onnx import BadModel, BadRequest, Experts, ModelsDiffer, Plan, Refused, Strategy, analyse, expand
 from hyperclone_onnx.analysis.feed_forward import find_feed_forward
 from hyperclone_onnx.diagnosis import diagnose
-from hyperclone_onnx.expansion import validate_files
+from hyperclone_onnx.expansion.validating import validate_files
 from hyperclone_onnx.tensors import stored_rows
 from hyperclone_onnx.tensors.expert_parts import Part, PartTensor
 from hyperclone_onnx.tensors.scratch import Scratch

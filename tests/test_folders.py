@@ -16,7 +16,7 @@ import pytest
 from conftest import Command, build_model, names_in, normal, perceptron
 
 from hyperclone_onnx import BadRequest
-from hyperclone_onnx.expansion import plan_file
+from hyperclone_onnx.expansion.expanding import plan_file
 from hyperclone_onnx.folders import layers_by_model
 from hyperclone_onnx.planning.configuration import NotSaid, grown_configuration
 

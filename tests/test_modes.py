@@ -15,7 +15,9 @@ from conftest import Command, names_in, perceptron
 from onnx import numpy_helper
 from test_validation import CHANGES, edit, set_plan
 
-from hyperclone_onnx import BadRequest, ModelsDiffer, Plan, Strategy, expand, expansion, validate_files
+from hyperclone_onnx import BadRequest, ModelsDiffer, Plan, Strategy, expand, validate_files
+from hyperclone_onnx.expansion import request
+from hyperclone_onnx.expansion.expanding import plan_file
 from hyperclone_onnx.plan.strategies import STRATEGIES
 from hyperclone_onnx.planning import completeness
 from hyperclone_onnx.planning.making import make_plan
@@ -143,7 +145,7 @@ def forgetful(request: pytest.FixtureRequest) -> Callable[..., Plan]:
 def test_every_mode_notices_an_edit_that_a_plan_lacks(
     check: str, forgetful: Callable[..., Plan], zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expansion, "make_plan", forgetful)
+    monkeypatch.setattr(request, "make_plan", forgetful)
     if check == "first layers":
         monkeypatch.setattr(validation, "free_memory", lambda: 0)
     mode: Any = "auto" if check == "first layers" else check
@@ -156,7 +158,7 @@ def test_only_a_run_notices_that_planning_forgets_an_edit(
     forgetful: Callable[..., Plan], zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The algebraic mode says that nothing was run."""
-    monkeypatch.setattr(expansion, "make_plan", forgetful)
+    monkeypatch.setattr(request, "make_plan", forgetful)
     monkeypatch.setattr(completeness, "make_plan", forgetful)
     source = zoo("llama.distinct")
     report = expand(source, tmp_path / "a.onnx", 2, check="algebraic").validation
@@ -244,7 +246,7 @@ def test_a_plan_alone(small: Path, tmp_path: Path, cli: Command) -> None:
 
 def test_a_plan_tells_sources_and_options_apart(small: Path, tmp_path: Path) -> None:
     def source_of(path: Path, **options: Any) -> Any:
-        return expansion.plan_file(path, 2, **options).plan.source
+        return plan_file(path, 2, **options).plan.source
 
     first = source_of(small)
     assert first == source_of(small)

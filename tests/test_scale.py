@@ -13,7 +13,7 @@ import pytest
 
 import hyperclone_onnx
 from hyperclone_onnx import analyse, plan_expansion, rewrite
-from hyperclone_onnx.expansion import plan_file
+from hyperclone_onnx.expansion.expanding import plan_file
 from hyperclone_onnx.planning import sharing
 from hyperclone_onnx.reports.inspection import inspection
 from hyperclone_onnx.rules.dimensions import Use

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from hyperclone_onnx import Analysis, BadRequest, Refused, SourceMap, Strategy, analyse, expand, plan_expansion
 from hyperclone_onnx.analysis.quantities import quantities
-from hyperclone_onnx.expansion import Expansion, plan_file
+from hyperclone_onnx.expansion.expanding import plan_file
+from hyperclone_onnx.expansion.report import Expansion
 from hyperclone_onnx.planning.sizes import heads_and_group
 
 Zoo = Callable[[str], Path]
@@ -332,7 +333,7 @@ def test_a_result_beyond_the_disk_stops_before_writing(
 def test_a_result_of_a_hundred_times_its_source_stops_before_writing(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
-    monkeypatch.setattr("hyperclone_onnx.expansion.FREE_OF_LIMIT", 0)
+    monkeypatch.setattr("hyperclone_onnx.expansion.making.FREE_OF_LIMIT", 0)
     assert cli("expand", small, "--factor", "8", "-o", tmp_path / "fits.onnx", "--no-validate").code == 0
     outcome = cli("expand", small, "--size", "ffn=20000", "-o", tmp_path / "big.onnx")
     assert outcome.code == 2

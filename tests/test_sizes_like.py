@@ -14,7 +14,7 @@ from conftest import Command, names_in
 
 from hyperclone_onnx import BadModel, BadRequest, HypercloneError, Refused, expand, plan_expansion
 from hyperclone_onnx.analysis.analysing import Analysis, analyse
-from hyperclone_onnx.expansion import plan_file
+from hyperclone_onnx.expansion.expanding import plan_file
 
 Zoo = Callable[[str], Path]
 

@@ -310,7 +310,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
     def validate(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hyperclone_onnx.expansion.validate_pair", validate)
+    monkeypatch.setattr("hyperclone_onnx.expansion.making.validate_pair", validate)
     return [], 130
 
 
@@ -318,7 +318,7 @@ def a_defect(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
     def validate(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a defect\nwith two lines")
 
-    monkeypatch.setattr("hyperclone_onnx.expansion.validate_pair", validate)
+    monkeypatch.setattr("hyperclone_onnx.expansion.making.validate_pair", validate)
     return [], 3
 
 

@@ -454,7 +454,7 @@ def blur_the_scales(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
         assert edits != plan.edits
         return replace(plan, edits=edits)
 
-    monkeypatch.setattr("hyperclone_onnx.expansion.make_plan", make_plan)
+    monkeypatch.setattr("hyperclone_onnx.expansion.request.make_plan", make_plan)
 
 
 @pytest.mark.parametrize(

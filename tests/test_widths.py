@@ -411,10 +411,10 @@ def test_the_plan_tells_the_stretch_of_every_activation(model: Callable[[], onnx
 @pytest.mark.parametrize("spoiled", ["writer", "gain", "reader"])
 def test_a_missing_stretch_shows(spoiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan that forgets the stretch of one tensor makes another model, and validation says so."""
-    from hyperclone_onnx import expansion
+    from hyperclone_onnx.expansion import request
 
     name = {"writer": "down0", "gain": "gain1", "reader": "head"}[spoiled]
-    made = expansion.make_plan
+    made = request.make_plan
 
     def forgetful(*arguments: Any, **options: Any) -> Plan:
         plan = made(*arguments, **options)
@@ -427,7 +427,7 @@ def test_a_missing_stretch_shows(spoiled: str, tmp_path: Path, monkeypatch: pyte
         assert axes != recipe.axes
         return replace(plan, tensors={**plan.tensors, name: replace(recipe, axes=axes)})
 
-    monkeypatch.setattr(expansion, "make_plan", forgetful)
+    monkeypatch.setattr(request, "make_plan", forgetful)
     onnx.save(stream("fused"), tmp_path / "model.onnx")
     with pytest.raises(ModelsDiffer):
         expand(

@@ -87,3 +87,8 @@ def stored_bytes(model: ir.Model) -> int:
 def is_code(dtype: ir.DataType) -> bool:
     """Whether quantised weights are stored in a type: integers of at most 8 bits."""
     return dtype.is_integer() and dtype.bitwidth <= 8
+
+
+def untransformed(analysis: Analysis) -> ir.Model | None:
+    """The source as its file has it, normalised; None if it was not transformed."""
+    return source_of(analysis.path).model if analysis.transforms else None

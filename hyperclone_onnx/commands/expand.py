@@ -383,7 +383,7 @@ def _plan(model: Path, growth: dict[str, Any], checkpoint: bool, page: Path | No
 
         result = plan_checkpoint(model, **growth, notify=say)
     else:
-        from hyperclone_onnx.expansion import plan_file
+        from hyperclone_onnx.expansion.expanding import plan_file
 
         result = plan_file(model, **growth, notify=say)
     if page is not None:
@@ -396,7 +396,7 @@ def _plan(model: Path, growth: dict[str, Any], checkpoint: bool, page: Path | No
 
 
 def _expand_file(model: Path, output: Path, options: dict[str, Any], page: Path | None, as_json: bool) -> None:
-    from hyperclone_onnx.expansion import expand as run
+    from hyperclone_onnx.expansion.expanding import expand as run
     from hyperclone_onnx.reports.expansion import print_expansion
 
     with progress() as (notify, tensors_done):

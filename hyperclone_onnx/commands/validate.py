@@ -47,7 +47,7 @@ def validate(
     as_json: bool,
 ) -> None:
     """Check that BIG, as it is stored, computes what SMALL computes (exit 1 when it does not)."""
-    from hyperclone_onnx.expansion import validate_files
+    from hyperclone_onnx.expansion.validating import validate_files
     from hyperclone_onnx.reports.validation import print_validation
 
     check_page(page, [small, big, inputs])

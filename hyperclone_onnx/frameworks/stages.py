@@ -26,7 +26,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from hyperclone_onnx.expansion import grown_model
+from hyperclone_onnx.expansion.expanding import grown_model
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import from_torch
 from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from hyperclone_onnx.errors import in_bytes
-from hyperclone_onnx.expansion import Expansion, SizeChange
+from hyperclone_onnx.expansion.report import Expansion, SizeChange
 from hyperclone_onnx.planning.experts import mixtures
 from hyperclone_onnx.planning.next_layers import from_next_layer
 from hyperclone_onnx.planning.training_recipe import RECIPE

@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from hyperclone_onnx.analysis.analysing import Analysis, analyse
 from hyperclone_onnx.errors import BadRequest, Refused
-from hyperclone_onnx.expansion import Clock, Planned, Run, report_of
+from hyperclone_onnx.expansion.making import Clock, Planned, Run
+from hyperclone_onnx.expansion.report import report_of
 from hyperclone_onnx.layers.stacks import Stack
 from hyperclone_onnx.plan.plans import METADATA_KEY, Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy

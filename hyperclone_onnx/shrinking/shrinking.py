@@ -16,7 +16,8 @@ from hyperclone_onnx import in_memory
 from hyperclone_onnx.analysis.analysing import Analysis, analyse, count_parameters
 from hyperclone_onnx.analysis.quantities import quantities
 from hyperclone_onnx.errors import BadRequest, ModelsDiffer, Refused
-from hyperclone_onnx.expansion import Clock, Kept, Run, SizeChange, check_room, make, sizes_of_files
+from hyperclone_onnx.expansion.making import Clock, Run, check_room, make, sizes_of_files
+from hyperclone_onnx.expansion.report import Kept, SizeChange
 from hyperclone_onnx.plan.plans import Plan, plan_of
 from hyperclone_onnx.planning.asked import whole_numbers
 from hyperclone_onnx.planning.picking import Select

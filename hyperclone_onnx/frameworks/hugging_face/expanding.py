@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hyperclone_onnx.errors import BadRequest
-from hyperclone_onnx.expansion import Expansion, expand, plan_file
+from hyperclone_onnx.expansion.expanding import expand, plan_file
+from hyperclone_onnx.expansion.report import Expansion
 from hyperclone_onnx.folders import check_fit
 from hyperclone_onnx.frameworks.exports import HandedOver
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, read_checkpoint

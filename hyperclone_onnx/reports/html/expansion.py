@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hyperclone_onnx.diagnosis.layers import numbered_names
 from hyperclone_onnx.errors import in_bytes
-from hyperclone_onnx.expansion import Expansion
+from hyperclone_onnx.expansion.report import Expansion
 from hyperclone_onnx.folders import FolderExpansion
 from hyperclone_onnx.plan.maps import Axis, ConcatOf, FirstAndFurther, Kept, Named, ProductOf, grown_size
 from hyperclone_onnx.plan.plans import Plan
