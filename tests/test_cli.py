@@ -27,6 +27,7 @@ import hyperclone_onnx
 from hyperclone_onnx import Plan, Refused
 from hyperclone_onnx.commands.main import COMMANDS as LISTED
 from hyperclone_onnx.commands.main import main
+from hyperclone_onnx.commands.sections import Sectioned
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.reading import checker
 from hyperclone_onnx.rules import registry
@@ -405,7 +406,7 @@ def test_the_plan_that_is_written_is_the_plan_of_the_model(cli: Command, place: 
 
 def test_the_commands() -> None:
     """Each file of the package defines a command, except those that several commands share."""
-    shared = {"__init__", "guard", "main", "options", "pages", "printing", "recipe_options"}
+    shared = {"__init__", "guard", "main", "options", "pages", "printing", "recipe_options", "sections"}
     files = {path.stem for path in (ROOT / "hyperclone_onnx" / "commands").glob("*.py")}
     assert {name.replace("-", "_") for name in COMMANDS} == files - shared == set(LISTED)
 
@@ -421,6 +422,13 @@ def test_help_mentions_every_option(cli: Command, name: str, flag: str) -> None:
             assert all(re.search(rf"(?<![\w-]){re.escape(name)}\b", outcome.stdout) for name in parameter.opts)
         else:
             assert parameter.name is not None and parameter.name.upper() in outcome.stdout
+
+
+def test_each_option_of_expand_has_a_section(cli: Command) -> None:
+    _, *others = cli("expand", "--help").stdout.split("\nOther options:\n")
+    assert [line.split()[:2] for line in others] == [["-h,", "--help"]]
+    with pytest.raises(ValueError, match="no option --colour"):
+        Sectioned("paint", params=[click.Option(["--color"])], sections={"Looks": ["--colour"]})
 
 
 def test_the_group_s_help_mentions_every_command(cli: Command) -> None:

@@ -12,7 +12,7 @@ from hyperclone_onnx.commands.options import dim_option, inputs_option, json_opt
 from hyperclone_onnx.commands.printing import print_json, printing
 
 
-@click.command()
+@click.command(short_help="Put trained weights back into ONNX.")
 @click.argument("model", type=model_path)
 @click.argument("weights", type=model_path)
 @click.option("-o", "--output", required=True, type=model_path, help="The file to write, e.g. trained.onnx.")

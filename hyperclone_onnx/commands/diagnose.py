@@ -22,7 +22,7 @@ from hyperclone_onnx.commands.pages import check_page, html_option, write_page
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress
 
 
-@click.command()
+@click.command(short_help="Measure how far the clones of a grown model have parted.")
 @click.argument("model", type=model_path)
 @click.option("--source", type=model_path, help="The small model's file: ranks are then compared with its own.")
 @click.option("--plan", type=model_path, help="The file of expand --plan-out, where MODEL carries no plan any more.")

@@ -29,11 +29,23 @@ from hyperclone_onnx.commands.options import (
 from hyperclone_onnx.commands.pages import check_page, html_option, write_page
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress, say
 from hyperclone_onnx.commands.recipe_options import Request, with_recipe
+from hyperclone_onnx.commands.sections import Sectioned
 from hyperclone_onnx.frameworks.targets import DTYPES, is_checkpoint
 from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFERED, Strategy
 
+SECTIONS = {
+    "How much to grow": "--factor --set --size --like --recipe --write-recipe".split(),
+    "More layers": "--layers --depth --layers-at".split(),
+    "Experts": "--experts --top-k --experts-in --granularity --shared-expert --more-experts --expert-noise "
+    "--drop-upcycle --moe-operator".split(),
+    "How the clones share a weight": "--strategy --snr-db --seed --untie --separate --interface --allow-change".split(),
+    "Validation": "--validate --no-validate --inputs --dim --precision --device".split(),
+    "Output": "--output --max-shard-size --plan-out --plan-only --html --json --workers".split(),
+    "Folders": "--exclude --keep-onnx --dtype".split(),
+}
 
-@click.command()
+
+@click.command(cls=Sectioned, sections=SECTIONS, short_help="Grow a model. The result computes the same.")
 @click.argument("model", type=model_path)
 @click.option("-o", "--output", type=model_path, help="The file to write, e.g. big.onnx.")
 @click.option(

@@ -11,7 +11,7 @@ from hyperclone_onnx.commands.options import json_option, model_path
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress
 
 
-@click.command()
+@click.command(short_help="Export a Hugging Face folder to ONNX.")
 @click.argument("folder", type=model_path)
 @click.option("-o", "--output", required=True, type=model_path, help="The folder to make.")
 @click.option("--cache", is_flag=True, help="Write a second file that takes and gives the cache of a text decoder.")

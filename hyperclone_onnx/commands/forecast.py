@@ -28,7 +28,7 @@ def _amount(_context: click.Context, _parameter: click.Parameter, text: str | No
     return value
 
 
-@click.command()
+@click.command(short_help="Forecast the loss and the cost of a larger model.")
 @click.argument("curves", nargs=-1, required=True)
 @click.option("--target", callback=_amount, required=True, metavar="SIZE", help="The weights of the large model.")
 @click.option(

@@ -20,7 +20,7 @@ from hyperclone_onnx.commands.printing import console, print_json, printing, pro
 from hyperclone_onnx.frameworks.targets import DTYPES, TARGETS
 
 
-@click.command()
+@click.command(short_help="Write a checkpoint for PyTorch, JAX or Hugging Face.")
 @click.argument("model", type=model_path)
 @click.option("--list", "listing", is_flag=True, help="Show each stored tensor: trained or not, and why.")
 @click.option(

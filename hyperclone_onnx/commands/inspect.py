@@ -12,7 +12,7 @@ from hyperclone_onnx.commands.pages import check_page, html_option, write_page
 from hyperclone_onnx.commands.printing import console, print_json, printing
 
 
-@click.command()
+@click.command(short_help="Show which dimensions of a model can grow.")
 @click.argument("model", type=model_path)
 @html_option
 @json_option

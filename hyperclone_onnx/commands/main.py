@@ -11,11 +11,13 @@ from importlib import import_module
 
 import click
 
+from hyperclone_onnx.commands.sections import InOrder
+
 COMMANDS = ("inspect", "expand", "shrink", "validate", "export", "handoff", "absorb", "diagnose", "forecast")
 """For each command, a module of this name in this package holds a function of this name."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hyperclone-onnx")
 def main() -> None:
     """Grow a pretrained ONNX transformer without changing what it computes.

@@ -24,7 +24,7 @@ from hyperclone_onnx.commands.options import (
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress
 
 
-@click.command()
+@click.command(short_help="Make a small model out of a large one.")
 @click.argument("model", type=model_path)
 @click.option("-o", "--output", required=True, type=model_path, help="The file to write, e.g. small.onnx.")
 @click.option(

@@ -22,7 +22,7 @@ from hyperclone_onnx.commands.pages import check_page, html_option, write_page
 from hyperclone_onnx.commands.printing import console, print_json, printing
 
 
-@click.command()
+@click.command(short_help="Compare a grown model with its source.")
 @click.argument("small", type=model_path)
 @click.argument("big", type=model_path)
 @device_option
