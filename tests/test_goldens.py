@@ -590,7 +590,13 @@ def analysis_of(name: str, folder: Path) -> Analysis:
     return analyse(path)
 
 
-@pytest.mark.parametrize(("index", "name"), list(enumerate(quick_names())))
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        pytest.param(index, name, marks=[] if name in QUICK_GRAPHS or index // 8 % 2 else pytest.mark.slow)
+        for index, name in enumerate(quick_names())
+    ],
+)
 def test_plans(index: int, name: str, tmp_path: Path) -> None:
     analysis = analysis_of(name, tmp_path)
     assert_golden("plans", plan_entries(name, analysis, [one_way(index)]))

@@ -51,7 +51,13 @@ WITHOUT = {
 """The graphs without layers that can be told, and why: by name, or by family."""
 
 
-@pytest.mark.parametrize("name", [name for name in zoo_store.names() if not name.endswith(".collide")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if index % 2 else [])
+        for index, name in enumerate(name for name in zoo_store.names() if not name.endswith(".collide"))
+    ],
+)
 def test_the_layers_of_the_zoo(name: str) -> None:
     family = name.split(".")[0]
     expected = {} if name in WITHOUT or family in WITHOUT else STACKS.get(family, TWO)

@@ -142,7 +142,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("reader", "says", "operator"), CASES)
+@pytest.mark.parametrize(
+    ("reader", "says", "operator"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if (index // len(OPERATORS) + index) % 2 else [])
+        for index, case in enumerate(CASES)
+    ],
+)
 def test_a_size_through_an_operator(reader: str, says: str, operator: str, tmp_path: Path) -> None:
     """For any operator on a vector of sizes, the model grows and computes the same, or the refusal names a node."""
     model = model_of(reader, says, operator, whole=False)

@@ -25,7 +25,7 @@ NAMES = [
 @pytest.mark.parametrize(
     ("index", "name"),
     [
-        pytest.param(index, name, marks=pytest.mark.slow if (index // len(STRATEGIES)) % 2 else [])
+        pytest.param(index, name, marks=pytest.mark.slow if (index // len(STRATEGIES)) % 3 else [])
         for index, name in enumerate(NAMES)
     ],
 )
