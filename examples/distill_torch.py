@@ -3,7 +3,8 @@
     python examples/distill_torch.py [TEACHER] [--student SMALL] [--steps 50] [--resume]
 
 By default the teacher is the committed model, and the student is made of it by `shrink`: half the widths, and the parts
-that matter most on some of the bytes. The loss is the KL divergence of the student from the teacher, at a temperature.
+that matter most on some of the bytes. The loss is the KL divergence of the student from the teacher at a temperature,
+and the distance of their hidden values (`--hidden`): the plan in the student's file says which channels these are.
 Writes into out/: the loss of each step as CSV and PNG, a checkpoint, and the trained student as ONNX.
 """
 
@@ -18,7 +19,7 @@ import torch
 
 from hyperclone_onnx import shrink
 from hyperclone_onnx.frameworks.absorb import absorb
-from hyperclone_onnx.frameworks.torch import load
+from hyperclone_onnx.frameworks.torch import load, load_teacher
 
 
 def main() -> None:
@@ -26,12 +27,14 @@ def main() -> None:
     parser.add_argument("teacher", nargs="?", type=Path, default=common.SMALL, help="an ONNX model over bytes")
     parser.add_argument("--student", type=Path, help="a smaller one (default: the teacher at half its widths)")
     parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--hidden", type=float, default=1.0, help="the weight of hidden values")
     parser.set_defaults(rate=1e-3)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student_path = options.student or student_of(options.teacher, options)
-    teacher, student = load(options.teacher, device=device).eval(), load(student_path, device=device)
+    teacher = load_teacher(options.teacher, student=student_path, device=device)
+    student = load(student_path, device=device, values=teacher.values)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.rate, weight_decay=0.0)
     losses: list[float] = []
     checkpoint = options.output / "distill.pt"
@@ -50,9 +53,8 @@ def main() -> None:
     for inputs, _ in common.progress(common.batches(options, len(losses)), steps):
         ids = torch.from_numpy(inputs).to(device)
         feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with torch.no_grad():
-            wanted = teacher(**feeds)
-        loss = distillation_loss(student(**feeds), wanted, options.temperature)
+        outputs, targets = student(**feeds), teacher(**feeds)
+        loss = teacher.loss(outputs, targets, temperature=options.temperature, hidden=options.hidden)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -72,12 +74,6 @@ def student_of(teacher: Path, options: argparse.Namespace) -> Path:
         data = {"input_ids": np.ascontiguousarray(inputs), "attention_mask": np.ones_like(inputs)}
         shrink(teacher, path, factor=0.5, method="importance", data=data, check=False)
     return path
-
-
-def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(teacher || student) of logits at a temperature, times its square, so that gradients keep their size."""
-    log_p, log_q = (torch.log_softmax(logits.flatten(0, 1) / temperature, -1) for logits in (teacher, student))
-    return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * temperature**2
 
 
 if __name__ == "__main__":

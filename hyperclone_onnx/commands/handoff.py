@@ -34,6 +34,12 @@ from hyperclone_onnx.frameworks.targets import DTYPES, TARGETS
 @click.option("--like", type=model_path, help="For hf: the Hugging Face checkpoint of the small model.")
 @click.option("--source", type=model_path, help="The small ONNX file, for names or tensors that MODEL does not hold.")
 @click.option("--optimizer", type=model_path, help="The small model's AdamW state, to grow beside the weights.")
+@click.option(
+    "--teacher",
+    type=model_path,
+    metavar="BIG",
+    help="A model that MODEL is to learn from: the manifest says which of its values belong to which of MODEL.",
+)
 @click.option("--freeze", multiple=True, metavar="GLOB", help="Tensors that are not to be trained, by name.")
 @click.option("--train", multiple=True, metavar="GLOB", help="Tensors that are to be trained; stronger than --freeze.")
 @click.option(
@@ -57,6 +63,7 @@ def handoff(
     like: Path | None,
     source: Path | None,
     optimizer: Path | None,
+    teacher: Path | None,
     freeze: tuple[str, ...],
     train: tuple[str, ...],
     dtype: str | None,
@@ -88,6 +95,7 @@ def handoff(
             like=like,
             source=source,
             optimizer=optimizer,
+            teacher=teacher,
             freeze=freeze,
             train=train,
             dtype=dtype,

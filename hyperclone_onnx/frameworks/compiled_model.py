@@ -49,6 +49,7 @@ def compile_model(
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
     router_logits: bool = False,
+    values: Sequence[str] = (),
 ) -> CompiledModel:
     """Compile a model file, or a model in memory. A model in memory is changed in place.
 
@@ -59,16 +60,17 @@ def compile_model(
         train: globs of initializer names; the matching tensors are trained, even where the graph's structure says that
             they are constants.
         router_logits: also give the scores of the routers of mixtures of experts as outputs.
+        values: names of values inside the graph that are also given as outputs.
 
     Raises:
         BadModel: the file (or the plan) cannot be read, or is incomplete.
         BadRequest: a glob matches no tensor, the plan is for another model, a plan is given with a model in memory, or
-            the model has no router whose scores were asked for.
+            the model has no router, or no value, that was asked for.
         Refused: the model has an operator, or a form of an operator, that is not supported.
         MissingExtra: neither the extra for PyTorch nor the one for JAX is installed.
     """
     try:
-        return _compile(model, plan, freeze, train, router_logits)
+        return _compile(model, plan, freeze, train, router_logits, values)
     except ModuleNotFoundError as problem:
         raise MissingExtra("torch", problem) from problem
 
@@ -79,15 +81,16 @@ def _compile(
     freeze: Sequence[str],
     train: Sequence[str],
     router_logits: bool,
+    values: Sequence[str],
 ) -> CompiledModel:
     if plan is not None:
         if isinstance(model, ir.Model):
             raise BadRequest("a plan grows a model file, not a model in memory: give the path of the small model")
         model = _grown(model, plan)
     prepared = (
-        prepare_model(model, router_logits=router_logits)
+        prepare_model(model, router_logits=router_logits, values=values)
         if isinstance(model, ir.Model)
-        else prepare(model, router_logits=router_logits)
+        else prepare(model, router_logits=router_logits, values=values)
     )
     carried = Plan.carried_by(prepared.metadata_props)
     structural = structural_roles(prepared, train)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
 from hyperclone_onnx.frameworks.compiling.application import Application
 from hyperclone_onnx.frameworks.compiling.naming import nested
 from hyperclone_onnx.frameworks.compiling.program import Weight
+from hyperclone_onnx.frameworks.distillation import distillation_loss, find_teacher
+from hyperclone_onnx.frameworks.pairing import Pairing
 from hyperclone_onnx.frameworks.slices import read_slice, read_whole
 from hyperclone_onnx.frameworks.sub_models import compile_sub_models
 from hyperclone_onnx.plan.plans import Plan
@@ -21,7 +23,7 @@ from hyperclone_onnx.plan.plans import Plan
 try:
     import jax
 
-    from hyperclone_onnx.frameworks.compiling.namespaces import jax as _namespace  # noqa: F401 - fails if a package is missing
+    from hyperclone_onnx.frameworks.compiling.namespaces import jax as _namespace
 except ImportError as problem:
     raise MissingExtra("jax", problem) from problem
 
@@ -41,7 +43,8 @@ def load(
     train: Sequence[str] = (),
     dtype: Any = None,
     router_logits: bool = False,
-) -> tuple[Callable[..., Any], Params]:
+    values: Sequence[str] = (),
+) -> tuple[Application, Params]:
     """Load a model file (or an onnx_ir model) as a function ``apply(params, *inputs, **inputs)`` and its ``params``.
 
     `params` is a nested dict of the trainable tensors. Their names are the initializers' names, split into levels at
@@ -62,6 +65,7 @@ def load(
             norms, softmaxes and sums keep their types. To cast the parameters alone would not do that: a product with
             an activation in float32 runs in float32.
         router_logits: also return the scores of the routers of mixtures of experts, for a loss that balances the load.
+        values: also return these values inside the graph, by name, for a loss on hidden values (see `load_teacher`).
 
     Raises:
         BadModel: the file (or the plan) cannot be read, or is incomplete.
@@ -69,7 +73,9 @@ def load(
         Refused: the model has an operator, or a form of an operator, that is not supported.
     """
     products = None if dtype is None else _floating(dtype)
-    compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train, router_logits=router_logits)
+    compiled_model = compile_model(
+        model, plan=plan, freeze=freeze, train=train, router_logits=router_logits, values=values
+    )
     place = _over(shard) if isinstance(shard, jax.sharding.Mesh) else shard
     params: dict[str, Any] = {}
     constants: dict[str, Any] = {}
@@ -155,6 +161,89 @@ def sub_models(
         apply = Application(part.compiled.program, nested(constants), "jax")
         result.append(SubModel(part.layers, apply, frozenset(updated)))
     return result
+
+
+class Teacher:
+    """A large model that gives a student its targets. Its parameters are not trained. `load_teacher` makes one.
+
+    Args:
+        apply: the function of the teacher. It also gives the hidden values that are compared.
+        params: its parameters.
+        pairing: what is compared.
+    """
+
+    def __init__(self, apply: Application, params: Params, pairing: Pairing) -> None:
+        self.params = params
+        self.pairing = pairing
+        self._outputs = apply.program.outputs
+        self._apply = jax.jit(apply)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The names of the student's hidden values that are compared: for ``load(student, values=...)``."""
+        return self.pairing.names("student")
+
+    def __call__(self, *inputs: Any, **named: Any) -> dict[str, Any]:
+        """Run the teacher under jit. Return what the student is compared with, by name.
+
+        Call it outside of the student's jit, and pass the targets in: the teacher's parameters are then no constants of
+        the student's step.
+        """
+        given = self._apply(self.params, *inputs, **named)
+        return given if isinstance(given, dict) else {self._outputs[0]: given}
+
+    def loss(
+        self,
+        outputs: Any,
+        targets: Mapping[str, Any],
+        *,
+        temperature: float = 2.0,
+        hidden: float = 0.0,
+        mask: Any = None,
+    ) -> Any:
+        """The distance of a student from this teacher, as a pure function.
+
+        For logits it is KL(teacher || student) at a temperature, times its square. For hidden values it is the squared
+        distance divided by the square of the teacher's, as the mean over all pairs.
+
+        Args:
+            outputs: what the student gives.
+            targets: what the teacher gives on the same inputs.
+            temperature: divides the logits of both.
+            hidden: the weight of hidden values. They need a student that was loaded with ``values=teacher.values``.
+            mask: weights of positions, such as an attention mask. They stand in the first axes of what is compared.
+
+        Raises:
+            BadRequest: the student gives no such output, or the mask has another shape.
+        """
+        how = {"temperature": temperature, "hidden": hidden, "mask": mask}
+        return distillation_loss(_namespace, outputs, targets, self.pairing, **how)
+
+
+def load_teacher(teacher: PathLike | None = None, *, student: PathLike, shard: Any = None) -> Teacher:
+    """Load a model as the teacher of a smaller (or larger) one.
+
+    One step of distillation::
+
+        targets = teacher(ids, mask)
+        loss = lambda params: teacher.loss(apply(params, ids, mask), targets, hidden=1.0)
+
+    Hidden values are compared if one of the two was made of the other by `shrink` or `expand`: the plan that one of
+    them carries says which channels belong together.
+
+    Args:
+        teacher: path of the teacher's ONNX file. It may be left out if `student` is a folder that names it.
+        student: path of the student's ONNX file, or the folder that ``handoff --teacher`` wrote for it.
+        shard: as in `load`.
+
+    Raises:
+        BadModel: a file cannot be read, or is incomplete.
+        BadRequest: the two models have nothing in common that could be compared, or the folder names no teacher.
+        Refused: the teacher has an operator, or a form of an operator, that is not supported.
+    """
+    file, pairing = find_teacher(teacher, student)
+    apply, params = load(file, shard=shard, values=pairing.names("teacher"))
+    return Teacher(apply, params, pairing)
 
 
 def _masked(params: Params, updated: frozenset[str], path: str) -> Params:

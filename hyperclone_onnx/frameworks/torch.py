@@ -16,6 +16,8 @@ from hyperclone_onnx.frameworks.compiling.application import bind
 from hyperclone_onnx.frameworks.compiling.blocks import block_paths
 from hyperclone_onnx.frameworks.compiling.program import Body, Program, Weight
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
+from hyperclone_onnx.frameworks.distillation import distillation_loss, find_teacher
+from hyperclone_onnx.frameworks.pairing import Pairing
 from hyperclone_onnx.frameworks.slices import blocks, read_slice, shifted
 from hyperclone_onnx.frameworks.sub_models import compile_sub_models
 from hyperclone_onnx.plan.plans import Plan
@@ -38,6 +40,7 @@ def load(
     train: Sequence[str] = (),
     device: Any = None,
     router_logits: bool = False,
+    values: Sequence[str] = (),
 ) -> OnnxModule:
     """Load a model file (or an onnx_ir model) as an ordinary module.
 
@@ -58,6 +61,7 @@ def load(
         device: where to put parameters and buffers. The default is the CPU or, with a mesh, a device of the mesh's
             type. On "meta" no tensor is read until `OnnxModule.materialize` is called.
         router_logits: also return the scores of the routers of mixtures of experts, for a loss that balances the load.
+        values: also return these values inside the graph, by name, for a loss on hidden values (see `load_teacher`).
 
     Raises:
         BadModel: the file (or the plan) cannot be read, or is incomplete.
@@ -66,7 +70,9 @@ def load(
         Refused: the model has an operator, or a form of an operator, that is not supported; or a parameter is sharded
             with a placement that is neither Shard nor Replicate.
     """
-    compiled_model = compile_model(model, plan=plan, freeze=freeze, train=train, router_logits=router_logits)
+    compiled_model = compile_model(
+        model, plan=plan, freeze=freeze, train=train, router_logits=router_logits, values=values
+    )
     if shard is None:
         module = OnnxModule(compiled_model)
         return module if _is_meta(device) else module.materialize(device)
@@ -148,6 +154,87 @@ def sub_models(
         }
         result.append(SubModel(part.layers, module, updated))
     return result
+
+
+class Teacher:
+    """A large model that gives a student its targets. Its parameters are not trained. `load_teacher` makes one.
+
+    Args:
+        module: the module. It also gives the hidden values that are compared.
+        pairing: what is compared.
+    """
+
+    def __init__(self, module: OnnxModule, pairing: Pairing) -> None:
+        self.module = module
+        self.pairing = pairing
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The names of the student's hidden values that are compared: for ``load(student, values=...)``."""
+        return self.pairing.names("student")
+
+    def __call__(self, *inputs: Any, **named: Any) -> dict[str, torch.Tensor]:
+        """Run the teacher. Return what the student is compared with, by name, without a gradient."""
+        with torch.no_grad():
+            given = self.module(*inputs, **named)
+        return given if isinstance(given, dict) else {self.module.program.outputs[0]: given}
+
+    def loss(
+        self,
+        outputs: Any,
+        targets: Mapping[str, Any],
+        *,
+        temperature: float = 2.0,
+        hidden: float = 0.0,
+        mask: Any = None,
+    ) -> torch.Tensor:
+        """The distance of a student from this teacher.
+
+        For logits it is KL(teacher || student) at a temperature, times its square. For hidden values it is the squared
+        distance divided by the square of the teacher's, as the mean over all pairs.
+
+        Args:
+            outputs: what the student gives.
+            targets: what the teacher gives on the same inputs.
+            temperature: divides the logits of both.
+            hidden: the weight of hidden values. They need a student that was loaded with ``values=teacher.values``.
+            mask: weights of positions, such as an attention mask. They stand in the first axes of what is compared.
+
+        Raises:
+            BadRequest: the student gives no such output, or the mask has another shape.
+        """
+        how = {"temperature": temperature, "hidden": hidden, "mask": mask}
+        loss: torch.Tensor = distillation_loss(namespace, outputs, targets, self.pairing, **how)
+        return loss
+
+
+def load_teacher(
+    teacher: PathLike | None = None, *, student: PathLike, shard: Any = None, device: Any = None
+) -> Teacher:
+    """Load a model as the teacher of a smaller (or larger) one.
+
+    One step of distillation::
+
+        targets = teacher(ids, mask)
+        loss = teacher.loss(student(ids, mask), targets, hidden=1.0)
+
+    Hidden values are compared if one of the two was made of the other by `shrink` or `expand`: the plan that one of
+    them carries says which channels belong together.
+
+    Args:
+        teacher: path of the teacher's ONNX file. It may be left out if `student` is a folder that names it.
+        student: path of the student's ONNX file, or the folder that ``handoff --teacher`` wrote for it.
+        shard: as in `load`.
+        device: as in `load`.
+
+    Raises:
+        BadModel: a file cannot be read, or is incomplete.
+        BadRequest: the two models have nothing in common that could be compared, or the folder names no teacher.
+        Refused: the teacher has an operator, or a form of an operator, that is not supported.
+    """
+    file, pairing = find_teacher(teacher, student)
+    module = load(file, freeze=["*"], shard=shard, device=device, values=pairing.names("teacher"))
+    return Teacher(module.eval(), pairing)
 
 
 def fully_shard_blocks(module: OnnxModule, mesh: Any, **options: Any) -> OnnxModule:

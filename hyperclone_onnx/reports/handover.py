@@ -22,6 +22,8 @@ def print_handover(console: Any, model: Path, result: HandedOver) -> None:
         console.print("not validated")
     if result.optimizer:
         _print_optimizer(console, result.optimizer)
+    if result.teacher:
+        _print_teacher(console, result.teacher)
     console.print("load it with")
     for line in go_on(model, result):
         console.print(f"    {line}")
@@ -52,6 +54,13 @@ def _print_optimizer(console: Any, state: dict[str, Any]) -> None:
     console.print(f"{state['file']}: moments of {state['tensors']} tensors after {state['steps']:g} steps, {how}{new}")
 
 
+def _print_teacher(console: Any, teacher: dict[str, Any]) -> None:
+    compared = [f"{len(teacher[kind])} {name}" for kind, name in (("logits", "logits"), ("hidden", "hidden values"))]
+    console.print(f"teacher: {teacher['model']}: {' and '.join(compared)} are compared")
+    for note in teacher["notes"]:
+        print_line(console, f"note: {note}")
+
+
 def go_on(model: Path, result: HandedOver) -> Iterator[str]:
     """The Python lines that load what was written, for the framework it was written for."""
     folder = Path(result.folder)
@@ -64,7 +73,12 @@ def go_on(model: Path, result: HandedOver) -> Iterator[str]:
     framework = "jax" if result.target == "jax" else "torch"
     yield f"from hyperclone_onnx.frameworks.{framework} import load"
     targets = "apply, params" if framework == "jax" else "model"
-    yield f"{targets} = load({str(model)!r})  # with shard=mesh each process loads only its own part"
+    values = ""
+    if result.teacher:
+        yield f"from hyperclone_onnx.frameworks.{framework} import load_teacher"
+        yield f"teacher = load_teacher(student={str(folder)!r})"
+        values = ", values=teacher.values"
+    yield f"{targets} = load({str(model)!r}{values})  # with shard=mesh each process loads only its own part"
     if result.target == "pytorch":
         yield f"torch.distributed.checkpoint.load({{'model': model.state_dict()}}, checkpoint_id={checkpoint!r})"
     elif result.target == "jax":

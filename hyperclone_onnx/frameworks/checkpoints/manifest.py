@@ -57,6 +57,9 @@ class Manifest:
     training: dict[str, Any] | None = None
     """Advice for training a grown model further; see `training_recipe.TrainingRecipe`. None for other models."""
 
+    teacher: dict[str, Any] | None = None
+    """The teacher's file as `model`, and what of the two is compared; see `pairing.Pairing`. None without a teacher."""
+
     def write(self, folder: Path) -> None:
         """Write this manifest into a folder."""
         data = {"version": VERSION, **asdict(self)}

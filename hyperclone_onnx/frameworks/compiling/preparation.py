@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hyperclone_onnx.errors import BadModel, HypercloneError, Refused
+from hyperclone_onnx.errors import BadModel, BadRequest, HypercloneError, Refused
 from hyperclone_onnx.frameworks.compiling import ops as _table  # noqa: F401 - importing it fills the table
 from hyperclone_onnx.frameworks.compiling import registry
 from hyperclone_onnx.frameworks.compiling.compiler import bound_attributes, registry_name
@@ -35,22 +36,23 @@ DEEPEST = 8
 """How many levels of function bodies we inline."""
 
 
-def prepare(path: str | os.PathLike[str], *, router_logits: bool = False) -> ir.Model:
+def prepare(path: str | os.PathLike[str], *, router_logits: bool = False, values: Sequence[str] = ()) -> ir.Model:
     """Read a model and bring it into the form that `compiler.compile_program` takes.
 
     Args:
         path: the file.
         router_logits: also give the scores of the routers of mixtures of experts as outputs.
+        values: names of values inside the graph that are also given as outputs.
 
     Raises:
         BadModel: the file is not a readable, complete ONNX model.
-        BadRequest: the scores of routers were asked for, and there is none.
+        BadRequest: the scores of routers were asked for, and there is none; or there is no such value.
         Refused: its opset is too old, or an operator is not covered.
     """
     file = Path(path)
     model = loading.load(file)
     try:
-        return prepare_model(model, str(file), router_logits=router_logits)
+        return prepare_model(model, str(file), router_logits=router_logits, values=values)
     except (HypercloneError, MemoryError, OSError):
         raise
     except Exception as problem:
@@ -58,7 +60,9 @@ def prepare(path: str | os.PathLike[str], *, router_logits: bool = False) -> ir.
         raise
 
 
-def prepare_model(model: ir.Model, name: str = "model", *, router_logits: bool = False) -> ir.Model:
+def prepare_model(
+    model: ir.Model, name: str = "model", *, router_logits: bool = False, values: Sequence[str] = ()
+) -> ir.Model:
     """Prepare a model in memory. The model is changed in place and returned."""
     try:
         settle_opsets(model)
@@ -74,6 +78,7 @@ def prepare_model(model: ir.Model, name: str = "model", *, router_logits: bool =
     check(model, name)
     if router_logits:
         give_router_logits(model, name)
+    _give(model, values, name)
     try:
         train_codes(model)
     except Refused as problem:
@@ -82,6 +87,20 @@ def prepare_model(model: ir.Model, name: str = "model", *, router_logits: bool =
     fuse(model)
     passes.RemoveUnusedNodesPass()(model)
     return model
+
+
+def _give(model: ir.Model, names: Sequence[str], file: str) -> None:
+    """Add computed values to the outputs of a model. Outputs that have them already stay.
+
+    Raises:
+        BadRequest: there is no such value.
+    """
+    known = {value.name: value for node in model.graph for value in node.outputs}
+    for name in dict.fromkeys(names):
+        if name not in known:
+            raise BadRequest(f"{file}: the graph computes no value {name!r}, which values= asks for")
+        if not known[name].is_graph_output():
+            model.graph.outputs.append(known[name])
 
 
 def _store_constant_outputs(model: ir.Model) -> None:

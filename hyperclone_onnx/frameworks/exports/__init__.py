@@ -17,6 +17,7 @@ from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
 from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
 from hyperclone_onnx.frameworks.listing import little_trained
 from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
+from hyperclone_onnx.frameworks.pairing import pair
 from hyperclone_onnx.frameworks.targets import Target
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.training_recipe import RECIPE, TrainingRecipe
@@ -49,6 +50,8 @@ class HandedOver(Summarised):
     """For ``hf``: how the checkpoint's tensors were matched with initializers, and the changes in its configuration."""
     training: TrainingRecipe | None = None
     """Advice for training the grown model further; None if the model was not grown."""
+    teacher: dict[str, Any] | None = None
+    """The teacher's file, and what of the two is compared; None without a teacher."""
     warning: str | None = None
     """A warning if little of the model is trained; else None."""
 
@@ -73,6 +76,7 @@ def hand_over(
     like: PathLike | None = None,
     source: PathLike | None = None,
     optimizer: PathLike | None = None,
+    teacher: PathLike | None = None,
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
     dtype: str | None = None,
@@ -92,6 +96,8 @@ def hand_over(
         like: for ``hf`` only: the checkpoint that the small model was exported from.
         source: the small ONNX file. Give it only if tensors or names cannot be recovered from the grown file.
         optimizer: the small model's AdamW state; it is grown and written with the weights.
+        teacher: a model that this one is to learn from by distillation. The manifest then says where it is, and which
+            of its values belong to which of this model.
         freeze: globs of initializer names; the matching tensors are not trained.
         train: globs of initializer names; the matching tensors are trained.
         dtype: for ``hf`` only: the type of the weights; by default each keeps the type that it has in `like`.
@@ -118,7 +124,7 @@ def hand_over(
     with publication_folder(Path(output)) as folder:
         if target == "hf":
             assert like is not None
-            excess = _given(freeze=freeze, train=train, optimizer=optimizer)
+            excess = _given(freeze=freeze, train=train, optimizer=optimizer, teacher=teacher)
             if excess:
                 raise BadRequest(f"--to hf takes no {excess}: a Hugging Face checkpoint holds all weights, and no more")
             how = {"dtype": dtype, "largest_file": largest_file, "inputs": inputs, "dims": dims}
@@ -136,6 +142,10 @@ def hand_over(
             kind = OPTIMIZER_KINDS.get(target, "safetensors")
             written = write_optimizer(model, optimizer, folder, kind, source=source, compiled=compiled)
             state = {**asdict(written), "file": Path(written.file).name}
+        noted: dict[str, Any] | None = None
+        if teacher is not None:
+            say("pairing with the teacher")
+            noted = {"model": os.fspath(Path(teacher).resolve()), **pair(model, teacher).to_json()}
         say("writing")
         weights = WRITERS[target](tensors, folder, largest_file or LARGEST_FILE)
         warning = little_trained(compiled.program.weights)
@@ -143,11 +153,19 @@ def hand_over(
         state_file = None if state is None else str(state["file"])
         training = None if compiled.plan is None else RECIPE
         advice = None if training is None else training.to_json()
-        Manifest(Path(model).name, target, weights, state_file, growth, parameters, advice).write(folder)
+        Manifest(Path(model).name, target, weights, state_file, growth, parameters, advice, noted).write(folder)
         framework = _checked(model, folder, say, inputs, dims) if check else None
     size = sum(math.prod(entry.shape) for entry in parameters)
     return HandedOver(
-        target, os.fspath(output), len(parameters), size, state, framework, training=training, warning=warning
+        target,
+        os.fspath(output),
+        len(parameters),
+        size,
+        state,
+        framework,
+        training=training,
+        teacher=noted,
+        warning=warning,
     )
 
 
