@@ -31,6 +31,9 @@ from hyperclone_onnx.frameworks.targets import DTYPES, TARGETS
     "Hugging Face checkpoint.",
 )
 @click.option("-o", "--output", type=model_path, help="The folder to make.")
+@click.option(
+    "--plan", type=model_path, help="MODEL is the small file: grow it on the way, by this plan (expand --plan-out)."
+)
 @click.option("--like", type=model_path, help="For hf: the Hugging Face checkpoint of the small model.")
 @click.option("--source", type=model_path, help="The small ONNX file, for names or tensors that MODEL does not hold.")
 @click.option("--optimizer", type=model_path, help="The small model's AdamW state, to grow beside the weights.")
@@ -60,6 +63,7 @@ def handoff(
     listing: bool,
     target: Any,
     output: Path | None,
+    plan: Path | None,
     like: Path | None,
     source: Path | None,
     optimizer: Path | None,
@@ -75,6 +79,8 @@ def handoff(
 ) -> None:
     """Hand MODEL over to a trainer: list what it would train, or write a checkpoint (--to TARGET -o FOLDER).
 
+    With --plan, all processes of `torchrun -m hyperclone_onnx handoff ...` write one checkpoint together.
+
     In Python, `hyperclone_onnx.frameworks.torch.load` and `hyperclone_onnx.frameworks.jax.load` take the file itself.
     """
     if listing == (target is not None):
@@ -85,6 +91,7 @@ def handoff(
     if output is None:
         raise click.UsageError("name the folder to make: -o FOLDER")
     from hyperclone_onnx.frameworks.exports import hand_over
+    from hyperclone_onnx.frameworks.processes import place
     from hyperclone_onnx.reports.handover import print_handover
 
     with progress() as (notify, _):
@@ -92,6 +99,7 @@ def handoff(
             model,
             target,
             output,
+            plan=plan,
             like=like,
             source=source,
             optimizer=optimizer,
@@ -105,6 +113,8 @@ def handoff(
             dims=dims,
             notify=notify,
         )
+    if result.processes > 1 and place()[0] > 0:
+        return  # process 0 reports
     warn(result.warning)
     with printing():
         print_json(result.to_json()) if as_json else print_handover(console(), model, result)

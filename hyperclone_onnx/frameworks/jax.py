@@ -76,7 +76,7 @@ def load(
     compiled_model = compile_model(
         model, plan=plan, freeze=freeze, train=train, router_logits=router_logits, values=values
     )
-    place = _over(shard) if isinstance(shard, jax.sharding.Mesh) else shard
+    place = over(shard) if isinstance(shard, jax.sharding.Mesh) else shard
     params: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     for weight in compiled_model.program.weights:
@@ -267,7 +267,9 @@ def _in_parts(tensor: ir.TensorProtocol, sharding: Any, weight: Weight) -> Any:
     return jax.make_array_from_callback(weight.shape, sharding, part)
 
 
-def _over(mesh: Any) -> Placement:
+def over(mesh: Any) -> Placement:
+    """Shard each parameter along its longest axis that the mesh divides."""
+
     def place(_path: str, shape: tuple[int, ...]) -> Any:
         divisible = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
         longest = max(divisible, key=lambda axis: shape[axis], default=None)

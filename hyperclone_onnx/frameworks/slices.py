@@ -60,8 +60,8 @@ def _read_rows(tensor: ir.ExternalTensor, rows: slice) -> Array:
         stored.close()
 
 
-def blocks(shape: Sequence[int], itemsize: int) -> Iterator[Windows]:
-    """Yield windows of whole rows, of about `BLOCK` bytes each, that together cover a tensor of this shape.
+def blocks(shape: Sequence[int], itemsize: int, size: int = BLOCK) -> Iterator[Windows]:
+    """Yield windows of whole rows, of about `size` bytes each, that together cover a tensor of this shape.
 
     A scalar gives the one window (). A tensor without elements gives none.
 
@@ -74,7 +74,7 @@ def blocks(shape: Sequence[int], itemsize: int) -> Iterator[Windows]:
     if 0 in shape:
         return
     rest = tuple(slice(0, size) for size in shape[1:])
-    rows = max(1, BLOCK // (math.prod(shape[1:]) * itemsize))
+    rows = max(1, size // (math.prod(shape[1:]) * itemsize))
     for start in range(0, shape[0], rows):
         yield (slice(start, min(start + rows, shape[0])), *rest)
 

@@ -316,11 +316,12 @@ class OnnxModule(torch.nn.Module):
                 parent.register_parameter(leaf, torch.nn.Parameter(data, requires_grad=weight.role == "trainable"))
         self._compile()
 
-    def materialize(self, device: Any = None) -> OnnxModule:
+    def materialize(self, device: Any = None, *, parameters: bool = True) -> OnnxModule:
         """Allocate parameters and buffers and read their values. For a sharded parameter, read only this rank's part.
 
         Args:
             device: where to allocate them; the CPU by default.
+            parameters: whether to read the parameters too. A checkpoint may fill them instead.
 
         Returns:
             This module.
@@ -335,6 +336,8 @@ class OnnxModule(torch.nn.Module):
             _check_placements(name, parameter)
         self.to_empty(device=device or "cpu")
         for weight in self.program.weights:
+            if weight.role != "constant" and not parameters:
+                continue
             with torch.no_grad():
                 _fill(self._tensor(weight), self._stored[weight.initializer])
         self._stored = None

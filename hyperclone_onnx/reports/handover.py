@@ -13,13 +13,16 @@ from hyperclone_onnx.reports.tables import print_line
 
 def print_handover(console: Any, model: Path, result: HandedOver) -> None:
     """Print what was written, how it was validated, and how to load and train it."""
-    console.print(f"{result.folder}: {result.tensors} tensors, {result.parameters:,} parameters")
+    by = f", written by {result.processes} processes" if result.processes > 1 else ""
+    console.print(f"{result.folder}: {result.tensors} tensors, {result.parameters:,} parameters{by}")
     if result.hugging_face:
         _print_hugging_face(console, result.hugging_face)
     elif result.validated_by:
         console.print(f"validated: in {result.validated_by} it computes the same as {model} in ONNX Runtime")
-    else:
+    elif not any(note.startswith("not validated") for note in result.notes):
         console.print("not validated")
+    for note in result.notes:
+        print_line(console, note)
     if result.optimizer:
         _print_optimizer(console, result.optimizer)
     if result.teacher:
@@ -78,7 +81,8 @@ def go_on(model: Path, result: HandedOver) -> Iterator[str]:
         yield f"from hyperclone_onnx.frameworks.{framework} import load_teacher"
         yield f"teacher = load_teacher(student={str(folder)!r})"
         values = ", values=teacher.values"
-    yield f"{targets} = load({str(model)!r}{values})  # with shard=mesh each process loads only its own part"
+    grown = f", plan={result.plan!r}" if result.plan else ""
+    yield f"{targets} = load({str(model)!r}{grown}{values})  # with shard=mesh each process loads only its own part"
     if result.target == "pytorch":
         yield f"torch.distributed.checkpoint.load({{'model': model.state_dict()}}, checkpoint_id={checkpoint!r})"
     elif result.target == "jax":

@@ -50,6 +50,15 @@ def read_dcp(path: Path) -> dict[str, StoredArray]:
     return tensors
 
 
+def read_description(path: Path) -> Any:
+    """Read the metadata of a checkpoint's folder: which tensors it has, and where in its files they are.
+
+    Raises:
+        BadModel: the metadata cannot be read, or contains something that no checkpoint contains.
+    """
+    return _Reader(path).described
+
+
 def _read(reader: _Reader, name: str, shape: tuple[int, ...], kind: Any) -> Any:
     tensor = torch.empty(shape, dtype=kind)
     with warnings.catch_warnings():

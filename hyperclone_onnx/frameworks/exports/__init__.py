@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest
-from hyperclone_onnx.frameworks.checkpoints.manifest import Manifest, entries
-from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
+from hyperclone_onnx.frameworks.checkpoints.manifest import Entry, Manifest, entries
+from hyperclone_onnx.frameworks.compiled_model import CompiledModel, PathLike, compile_model
 from hyperclone_onnx.frameworks.listing import little_trained
 from hyperclone_onnx.frameworks.optimizer.growing import Kind, write_optimizer
 from hyperclone_onnx.frameworks.pairing import pair
@@ -54,6 +55,11 @@ class HandedOver(Summarised):
     """The teacher's file, and what of the two is compared; None without a teacher."""
     warning: str | None = None
     """A warning if little of the model is trained; else None."""
+    plan: str | None = None
+    """The plan by which the model was grown on the way; None if the model's file is the grown one."""
+    processes: int = 1
+    """The number of processes that wrote together."""
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> Summary:
         """What was written, and how it was validated."""
@@ -73,6 +79,7 @@ def hand_over(
     target: Target,
     output: PathLike,
     *,
+    plan: Plan | PathLike | None = None,
     like: PathLike | None = None,
     source: PathLike | None = None,
     optimizer: PathLike | None = None,
@@ -93,6 +100,8 @@ def hand_over(
         target: ``pytorch`` (torch.distributed.checkpoint), ``jax`` (Orbax), ``safetensors``, or ``hf`` (a Hugging Face
             checkpoint).
         output: the folder to create.
+        plan: grow `model`, the small file, on the way: the grown one exists nowhere. For ``pytorch`` and ``jax``. All
+            processes that torchrun started may call this together; each then writes its own part.
         like: for ``hf`` only: the checkpoint that the small model was exported from.
         source: the small ONNX file. Give it only if tensors or names cannot be recovered from the grown file.
         optimizer: the small model's AdamW state; it is grown and written with the weights.
@@ -121,6 +130,12 @@ def hand_over(
     if dtype is not None and target != "hf":
         raise BadRequest(f"--dtype is for --to hf; the weights for {target} have the types of the ONNX file")
     say = notify or ignore_stage
+    if plan is not None:
+        excess = _given(like=like, source=source, optimizer=optimizer, teacher=teacher)
+        if excess:
+            raise BadRequest(f"--plan grows MODEL on the way: with it there is no {excess}")
+        how_checked: dict[str, Any] = {"check": check, "inputs": inputs, "dims": dims}
+        return _from_plan(model, plan, target, output, freeze, train, largest_file, how_checked, say)
     with publication_folder(Path(output)) as folder:
         if target == "hf":
             assert like is not None
@@ -149,11 +164,9 @@ def hand_over(
         say("writing")
         weights = WRITERS[target](tensors, folder, largest_file or LARGEST_FILE)
         warning = little_trained(compiled.program.weights)
-        growth = None if compiled.plan is None else _growth(compiled.plan)
         state_file = None if state is None else str(state["file"])
         training = None if compiled.plan is None else RECIPE
-        advice = None if training is None else training.to_json()
-        Manifest(Path(model).name, target, weights, state_file, growth, parameters, advice, noted).write(folder)
+        _manifest(model, target, compiled, parameters, weights, state_file, noted).write(folder)
         framework = _checked(model, folder, say, inputs, dims) if check else None
     size = sum(math.prod(entry.shape) for entry in parameters)
     return HandedOver(
@@ -166,6 +179,64 @@ def hand_over(
         training=training,
         teacher=noted,
         warning=warning,
+    )
+
+
+def _manifest(
+    model: PathLike,
+    target: Target,
+    compiled: CompiledModel,
+    parameters: tuple[Entry, ...],
+    weights: str,
+    state_file: str | None = None,
+    teacher: dict[str, Any] | None = None,
+) -> Manifest:
+    growth, advice = None, None
+    if compiled.plan is not None:
+        growth, advice = _growth(compiled.plan), RECIPE.to_json()
+    return Manifest(Path(model).name, target, weights, state_file, growth, parameters, advice, teacher)
+
+
+def _from_plan(
+    model: PathLike,
+    plan: Plan | PathLike,
+    target: Target,
+    output: PathLike,
+    freeze: Sequence[str],
+    train: Sequence[str],
+    largest_file: int | None,
+    how_checked: Mapping[str, Any],
+    say: Notify,
+) -> HandedOver:
+    """Write a checkpoint of the model that a plan makes of a small one, in this process or in many."""
+    if target not in ("pytorch", "jax"):
+        raise BadRequest(f"--plan is for --to pytorch and --to jax; for {target} grow the file first, with expand")
+    _require(target)
+    from hyperclone_onnx.frameworks.exports.from_plan import write_from_plan
+
+    shared = write_from_plan(
+        Path(model),
+        plan,
+        target,
+        Path(output),
+        freeze=freeze,
+        train=train,
+        largest_file=largest_file or LARGEST_FILE,
+        manifest=partial(_manifest, model, target),
+        notify=say,
+        **how_checked,
+    )
+    return HandedOver(
+        target,
+        os.fspath(output),
+        len(shared.parameters),
+        sum(math.prod(entry.shape) for entry in shared.parameters),
+        validated_by=shared.validated_by,
+        training=RECIPE,
+        warning=little_trained(shared.compiled.program.weights),
+        plan="plan" if isinstance(plan, Plan) else os.fspath(plan),
+        processes=shared.processes,
+        notes=shared.notes,
     )
 
 
