@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import onnx_ir as ir
 
@@ -15,7 +15,13 @@ from hyperclone_onnx.analysis.analysing import Analysis, analyse
 from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.expansion.making import Clock, Planned, Precision, Run, make, text_of
 from hyperclone_onnx.expansion.report import Expansion, report_of
-from hyperclone_onnx.expansion.request import GrowthRequest, growth_and_plan, with_target, with_transforms
+from hyperclone_onnx.expansion.request import (
+    GrowthOptions,
+    GrowthRequest,
+    growth_and_plan,
+    with_target,
+    with_transforms,
+)
 from hyperclone_onnx.plan.maps import SourceMap
 from hyperclone_onnx.plan.plans import Plan, TransformStep
 from hyperclone_onnx.plan.strategies import Strategy, StrategyRule
@@ -118,8 +124,8 @@ def expand(
     request = GrowthRequest.of(
         factor,
         requests,
-        maps,
-        strategy,
+        maps=maps,
+        strategy=strategy,
         untie=untie,
         keep_interface=keep_interface,
         transforms=transforms,
@@ -165,47 +171,15 @@ def plan_file(
     factor: float | None = None,
     requests: Mapping[str, float] | None = None,
     *,
-    sizes: Mapping[str, float] | None = None,
-    like: str | os.PathLike[str] | None = None,
-    maps: Mapping[str, SourceMap] | None = None,
-    strategy: Strategy | str | None = None,
-    strategies: Sequence[StrategyRule] = (),
-    untie: bool = False,
-    separate: bool = False,
-    keep_interface: bool = False,
-    layers: LayersRequest | None = None,
-    depth: Depth = "identity",
-    layers_at: LayersAt = "even",
-    experts: Experts | None = None,
-    more_experts: int | None = None,
-    allow_change: bool = False,
     plan_out: str | os.PathLike[str] | None = None,
-    recipe: Mapping[str, Any] | None = None,
     notify: Notify | None = None,
+    **options: Unpack[GrowthOptions],
 ) -> Expansion:
     """Plan the growth of a model file and report what it would do. No model is written.
 
     The arguments and errors are those of `expand`. The plan is written to `plan_out` if that is given.
     """
-    request = GrowthRequest.of(
-        factor,
-        requests,
-        maps,
-        strategy,
-        untie=untie,
-        keep_interface=keep_interface,
-        allow_change=allow_change,
-        sizes=sizes,
-        like=like,
-        strategies=strategies,
-        recipe=recipe,
-        layers=layers,
-        depth=depth,
-        layers_at=layers_at,
-        experts=experts,
-        more_experts=more_experts,
-        separate=separate,
-    )
+    request = GrowthRequest.of(factor, requests, **options)
     planned = _planned(model, None, request, plan_out, notify or ignore_stage, Clock())
     if plan_out is not None:
         write_text(Path(plan_out), text_of(planned.plan))
@@ -216,19 +190,7 @@ def grown_model(
     model: GivenModel,
     factor: float | None = None,
     requests: Mapping[str, float] | None = None,
-    *,
-    sizes: Mapping[str, float] | None = None,
-    like: str | os.PathLike[str] | None = None,
-    maps: Mapping[str, SourceMap] | None = None,
-    strategy: Strategy | str | None = None,
-    strategies: Sequence[StrategyRule] = (),
-    untie: bool = False,
-    separate: bool = False,
-    keep_interface: bool = False,
-    layers: LayersRequest | None = None,
-    depth: Depth = "identity",
-    layers_at: LayersAt = "even",
-    allow_change: bool = False,
+    **options: Unpack[GrowthOptions],
 ) -> tuple[Plan, ir.Model]:
     """Grow a model without writing or validating it. Each grown tensor is computed when it is read.
 
@@ -237,22 +199,7 @@ def grown_model(
     Returns:
         The plan, and the grown model, which contains the plan.
     """
-    request = GrowthRequest.of(
-        factor,
-        requests,
-        maps,
-        strategy,
-        untie=untie,
-        keep_interface=keep_interface,
-        allow_change=allow_change,
-        sizes=sizes,
-        like=like,
-        strategies=strategies,
-        layers=layers,
-        depth=depth,
-        layers_at=layers_at,
-        separate=separate,
-    )
+    request = GrowthRequest.of(factor, requests, **options)
     request, _ = with_transforms(model, request)
     analysis = analyse(model, request.transforms)
     _, plan = growth_and_plan(analysis, with_target(analysis, request)[0])
@@ -282,8 +229,8 @@ def plan_expansion(
     request = GrowthRequest.of(
         factor,
         requests,
-        maps,
-        strategy,
+        maps=maps,
+        strategy=strategy,
         untie=untie,
         keep_interface=keep_interface,
         allow_change=allow_change,

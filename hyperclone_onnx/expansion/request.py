@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from hyperclone_onnx.analysis.analysing import Analysis, analyse
 from hyperclone_onnx.analysis.trainable import merged
@@ -35,16 +35,37 @@ _CHANGES = {
 """The beginning of a message about a transform that changes what a model computes."""
 
 
+class GrowthOptions(TypedDict, total=False):
+    """The arguments of `expand` that say what the grown model is, without the factors."""
+
+    sizes: Mapping[str, float] | None
+    like: str | os.PathLike[str] | None
+    maps: Mapping[str, SourceMap] | None
+    strategy: Strategy | str | None
+    strategies: Sequence[StrategyRule]
+    untie: bool
+    separate: bool
+    keep_interface: bool
+    transforms: Sequence[TransformStep]
+    layers: LayersRequest | None
+    depth: Depth
+    layers_at: LayersAt
+    experts: Experts | None
+    more_experts: int | None
+    allow_change: bool
+    recipe: Mapping[str, Any] | None
+
+
 @dataclass(frozen=True)
 class GrowthRequest:
     """The request of a growth. Its fields are arguments of `expand`."""
 
     factor: float
     requests: Mapping[str, int]
-    maps: Mapping[str, SourceMap] | None
-    strategy: Strategy | None
-    untie: bool
-    keep_interface: bool
+    maps: Mapping[str, SourceMap] | None = None
+    strategy: Strategy | None = None
+    untie: bool = False
+    keep_interface: bool = False
     transforms: Sequence[TransformStep] = ()
     allow_change: bool = False
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -61,35 +82,27 @@ class GrowthRequest:
 
     @staticmethod
     def of(
-        factor: float | None,
-        requests: Mapping[str, float] | None,
-        maps: Mapping[str, SourceMap] | None,
-        strategy: Strategy | str | None,
-        *,
-        sizes: Mapping[str, float] | None,
-        strategies: Sequence[StrategyRule],
-        **others: Any,
+        factor: float | None, requests: Mapping[str, float] | None, **options: Unpack[GrowthOptions]
     ) -> GrowthRequest:
         """The request that is meant by arguments as people write them.
 
         Raises:
             BadRequest: an argument is wrong, or all are missing that say how much to grow.
         """
-        parts = (requests, maps, sizes, *map(others.get, ("like", "layers", "experts", "more_experts", "transforms")))
-        if factor is None and not any(part is not None and part != () for part in parts):
+        parts = (requests, *map(options.get, ("maps", "sizes", "like", "layers", "experts", "more_experts")))
+        if factor is None and not any(part is not None for part in parts) and not options.get("transforms"):
             raise BadRequest(
                 'say how much to grow: factor=2, requests={"ffn": 2}, sizes={"hidden": 960}, like=TARGET, layers=32 or '
                 "experts=Experts(8, 2)"
             )
-        return GrowthRequest(
-            1 if factor is None else factor,
-            whole_numbers(requests, "requests", "factor"),
-            maps,
-            strategy_of(strategy),
-            sizes=whole_numbers(sizes, "sizes", "size"),
-            strategies=rules_of(strategies),
-            **others,
-        )
+        fields: dict[str, Any] = {
+            **options,
+            "requests": whole_numbers(requests, "requests", "factor"),
+            "sizes": whole_numbers(options.get("sizes"), "sizes", "size"),
+            "strategy": strategy_of(options.get("strategy")),
+            "strategies": rules_of(options.get("strategies", ())),
+        }
+        return GrowthRequest(1 if factor is None else factor, **fields)
 
     def __post_init__(self) -> None:
         default = self.strategy or Strategy()
