@@ -605,12 +605,17 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / name).unlink()
 
 
+ATTEMPTS = 3
+"""How often a signal may come too late."""
+
+
 def stop(
     folder: Path, arguments: list[str], stage: str, number: signal.Signals, wait: Callable[[], bool], **actions: str
-) -> str:
+) -> str | None:
     """Send a signal once the stage has begun and `wait` is over; returns stderr's last line.
 
-    The command starts with the default actions of signals, or with other `actions`.
+    The command starts with the default actions of signals, or with other `actions`. On a busy machine it may end before
+    the signal reaches it; then the result is None.
     """
     command = with_signals(command_line(*arguments), **actions)
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -627,6 +632,8 @@ def stop(
         process.send_signal(number)
         rest, output = process.stderr.read(), process.stdout.read()
         process.wait(timeout=60)
+    if process.returncode == 0:
+        return None
     assert process.returncode == 130, rest
     assert "Traceback" not in rest and output == ""
     return rest.strip().splitlines()[-1]
@@ -647,7 +654,13 @@ def assert_stops(folder: Path, source: str, stage: str, number: signal.Signals, 
     (folder / "big.onnx").write_text("what was there before")
     before = names_in(folder)
     arguments = ["expand", source, "--factor", "4", "-o", "big.onnx"]
-    last = stop(folder, arguments, stage, number, written_in(folder, source, stage), **actions)
+    for _ in range(ATTEMPTS):
+        last = stop(folder, arguments, stage, number, written_in(folder, source, stage), **actions)
+        if last is not None:
+            break
+        for name in names_in(folder) - before:
+            (folder / name).unlink()
+        (folder / "big.onnx").write_text("what was there before")
     assert last == "error: interrupted; nothing was written"
     assert names_in(folder) == before
     assert (folder / "big.onnx").read_text() == "what was there before"
