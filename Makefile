@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 WORKERS ?= 2
+# Python compiles a module when it is first imported. To compile all of them takes half of the installation's time.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(BIN)/python $(PIP)
 
 .PHONY: demo test test-long lint zoo zoo-optimum models-check frameworks-check frameworks-long growth-quick growth gpu-check fuzz fuzz-quick faults docs docs-site clean
 
@@ -10,24 +13,24 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.package: $(BIN)/python pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	$(INSTALL) -c $(CONSTRAINTS) -e .
 	@touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@ $(VENV)/.package
 
 # torch comes first and alone, at the pinned version: whatever needs it must find it there.
 $(VENV)/.models: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -r models/requirements.txt
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -c $(CONSTRAINTS) -r models/requirements.txt
 # Alone: it asks for onnxruntime, whose files are those of onnxruntime-gpu.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps onnxruntime-genai==0.18.0
+	$(INSTALL) --no-deps onnxruntime-genai==0.18.0
 	@touch $@
 
 $(VENV)/.frameworks: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,examples]'
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[test,examples]'
 	@touch $@
 
 demo: $(VENV)/.package  ## install the package alone, grow the committed model, show that it is equal
@@ -52,8 +55,8 @@ zoo: $(VENV)/.models  ## export the zoo's graphs afresh and say what changed
 # optimum's exporter needs an older transformers, hence an environment of its own.
 $(VENV)-optimum/.done: models/requirements-optimum.txt
 	$(PYTHON) -m venv $(VENV)-optimum
-	$(VENV)-optimum/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)-optimum/bin/python -m pip install --quiet --disable-pip-version-check -r models/requirements-optimum.txt
+	$(VENV)-optimum/bin/python $(PIP) torch==2.13.0
+	$(VENV)-optimum/bin/python $(PIP) -r models/requirements-optimum.txt
 	@touch $@
 
 zoo-optimum: $(VENV)-optimum/.done  ## the same for the graphs of optimum's exporter; `make zoo` then fuses some
@@ -79,17 +82,17 @@ growth: $(VENV)/.frameworks  ## all questions of docs/growth.md: hours
 	$(BIN)/python benchmarks/growth.py --full --output out/growth-full --workers $(WORKERS)
 
 gpu-check: $(VENV)/.test  ## the tests that need an NVIDIA GPU
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[cuda]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[cuda]'
 	$(BIN)/python -m pytest -m gpu
 
 fuzz-quick: $(VENV)/.test  ## a minute of each fuzzer
 	$(BIN)/python -m fuzz.mutate --cases 300
-	$(BIN)/python -m pip install --quiet atheris
+	$(INSTALL) atheris
 	$(BIN)/python -m fuzz.coverage --minutes 1
 
 fuzz: $(VENV)/.test  ## 10,000 changed graphs, and 15 minutes guided by coverage: an hour
 	$(BIN)/python -m fuzz.mutate --cases 10000 --workers $(WORKERS)
-	$(BIN)/python -m pip install --quiet atheris
+	$(INSTALL) atheris
 	$(BIN)/python -m fuzz.coverage --minutes 15
 
 faults: $(VENV)/.test  ## strike before every call to the file system, kill at random moments, fill disks
@@ -102,7 +105,7 @@ docs: $(VENV)/.package  ## write the generated pages of docs/
 $(VENV)-docs/.done: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)-docs
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)-docs/requirements.txt
-	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -r $(VENV)-docs/requirements.txt
+	$(VENV)-docs/bin/python $(PIP) -c $(CONSTRAINTS) -r $(VENV)-docs/requirements.txt
 	@touch $@
 
 docs-site: $(VENV)-docs/.done  ## build the site into out/site; a warning is an error
