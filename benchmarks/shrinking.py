@@ -4,7 +4,8 @@
 
 The small models have the same sizes. One of them begins with random weights. All read the same windows in the same
 order, with each of the learning rates, and the table has the lower loss of the two. Importance is measured on windows
-of the training text. `--write` puts the table into docs/shrink.md. It takes a few minutes on one core. Needs torch.
+of the training text. With a teacher, which is the large model, the loss has no label: see `load_teacher`. `--write`
+puts the table into docs/shrink.md. It takes a few minutes on one core. Needs torch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from corpus import read_corpus  # noqa: E402
 from pages import put  # noqa: E402
 
 from hyperclone_onnx import shrink  # noqa: E402
-from hyperclone_onnx.frameworks.torch import load  # noqa: E402
+from hyperclone_onnx.frameworks.torch import load, load_teacher  # noqa: E402
 
 SOURCE = ROOT / "models" / "tiny_gpt" / "tiny_gpt.onnx"
 RATES = (1e-3, 3e-3)
@@ -60,6 +61,18 @@ def random_again(path: Path, out: Path) -> None:
     onnx.save(model, out)
 
 
+class Logits(torch.nn.Module):
+    """A model that gives its logits alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **feeds: Any) -> Any:
+        """Return the logits."""
+        return self.model(**feeds)["logits"]
+
+
 def loss_of(model: Any, window: Array) -> Any:
     """The mean loss of a model on windows, in nats per byte."""
     ids, labels = torch.from_numpy(window[:, :-1]), torch.from_numpy(window[:, 1:])
@@ -73,17 +86,36 @@ def measured(model: Any, held_out: Array) -> float:
         return float(np.mean([loss_of(model, part).item() for part in np.array_split(held_out, 4)]))
 
 
-def trained(path: Path, batches: Array, held_out: Array, rate: float) -> tuple[float, float]:
-    """The loss before and after training."""
+def trained(
+    path: Path, batches: Array, held_out: Array, rate: float, hidden: float | None = None
+) -> tuple[float, float]:
+    """The loss before and after training.
+
+    Args:
+        path: the small model.
+        batches: the windows of each step.
+        held_out: the windows on which the loss is measured.
+        rate: the learning rate.
+        hidden: the weight of hidden values beside those of the large model, where that is the teacher; None to learn
+            from the bytes alone.
+    """
     torch.manual_seed(0)
+    teacher = None if hidden is None else load_teacher(SOURCE, student=path)
     model = load(path)
+    learner = model if not hidden or teacher is None else load(path, values=teacher.values)
+    model = model if learner is model else Logits(learner)
     before, steps = measured(model, held_out), len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.98))
     for step, batch in enumerate(batches):
         warm = min(1.0, (step + 1) / (0.1 * steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        loss_of(model, batch).backward()
+        if teacher is None:
+            loss_of(model, batch).backward()
+        else:
+            ids = torch.from_numpy(batch[:, :-1])
+            feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            teacher.loss(learner(**feeds), teacher(**feeds), temperature=1.0, hidden=hidden or 0.0).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -122,8 +154,11 @@ def main() -> None:
         "| begins as | loss before training | loss after |",
         "|---|---|---|",
     ]
-    for name, path in paths.items():
-        losses = [trained(path, batches, held_out, rate) for rate in RATES]
+    runs: dict[str, tuple[Path, float | None]] = {name: (path, None) for name, path in paths.items()}
+    runs["importance, with a teacher: logits"] = paths["importance"], 0.0
+    runs["importance, with a teacher: logits and hidden values"] = paths["importance"], 1.0
+    for name, (path, hidden) in runs.items():
+        losses = [trained(path, batches, held_out, rate, hidden) for rate in RATES]
         rows.append(f"| {name} | {losses[0][0]:.3f} | {min(after for _, after in losses):.3f} |")
         print(rows[-1], [round(after, 4) for _, after in losses], flush=True)
     table = "\n".join(rows)

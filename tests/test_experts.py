@@ -15,14 +15,27 @@ import onnxruntime as ort
 import pytest
 from conftest import Command, build_model, normal
 
-from hyperclone_onnx import BadModel, BadRequest, Experts, ModelsDiffer, Plan, Refused, Strategy, analyse, expand
+from hyperclone_onnx import (
+    BadModel,
+    BadRequest,
+    Experts,
+    ModelsDiffer,
+    Plan,
+    Refused,
+    Strategy,
+    analyse,
+    expand,
+    shrink,
+)
 from hyperclone_onnx.analysis.feed_forward import find_feed_forward
 from hyperclone_onnx.diagnosis import diagnose
 from hyperclone_onnx.expansion.validating import validate_files
+from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.tensors import stored_rows
 from hyperclone_onnx.tensors.expert_parts import Part, PartTensor
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.transforms import experts as transform
+from hyperclone_onnx.transforms.source import source_of
 from models import zoo_store
 
 Array = np.ndarray[Any, Any]
@@ -283,6 +296,40 @@ def test_deep_and_wide_and_experts_at_once(dense: Path, tmp_path: Path) -> None:
     assert validate_files(dense, out).equal and validate_files(dense, out, mode="algebraic").equal
     expand(dense, again, 1.5, layers=3, experts=Experts(4, 2, granularity=2), strategy=Strategy("noisy-symmetric"))
     assert out.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_collapse_makes_the_block_of_its_experts(name: str, tmp_path: Path) -> None:
+    """Node by node and number by number the dense model comes back: parts in their order, factors divided out."""
+    source, big, small = (tmp_path / file for file in ("dense.onnx", "moe.onnx", "small.onnx"))
+    onnx.save(block(FORMS[name]), source)
+    expand(source, big, experts=Experts(3, 2, granularity=2, shared=True), sizes={"hidden": 12}, check=False)
+    result = shrink(big, small, check=False)
+    assert result.method == "collapse" and result.is_tied
+    graphs = {provenance(source_of(file).model, {})["graph"] for file in (source, small)}
+    assert len(graphs) == 1
+    before, after = stored(source), stored(small)
+    assert before.keys() == after.keys()
+    for tensor, array in before.items():
+        np.testing.assert_allclose(after[tensor], array, rtol=3e-7, atol=3e-7, err_msg=tensor)
+
+
+def test_collapse_after_training_gives_the_mean_expert(dense: Path, tmp_path: Path) -> None:
+    expand(dense, tmp_path / "moe.onnx", experts=Experts(4, 2), layers=3, check=False)
+    before, trained = stored(dense), onnx.load(tmp_path / "moe.onnx")
+    (tensor,) = [one for one in trained.graph.initializer if one.name == "down0.experts"]
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array[1] += 1.0
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(trained, tmp_path / "trained.onnx")
+    result = shrink(tmp_path / "trained.onnx", tmp_path / "small.onnx")
+    after = stored(tmp_path / "small.onnx")
+    np.testing.assert_allclose(after["down0"], before["down0"] + 0.25, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(after["up0"], before["up0"])
+    untied = {residue.name: residue.residue for residue in result.residues if not residue.is_tied}
+    wanted = np.linalg.norm(array - after["down0"]) / np.linalg.norm(array)
+    assert untied == {"down0.experts": pytest.approx(wanted, rel=1e-5)}
+    assert not result.is_tied and result.validation is None and result.moved
 
 
 def test_diagnosis_reads_a_mixture(dense: Path, tmp_path: Path) -> None:

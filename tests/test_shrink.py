@@ -14,7 +14,18 @@ import pytest
 from conftest import Outcome, build_model, names_in, normal, perceptron, with_adapter
 from test_layers import blocks
 
-from hyperclone_onnx import BadRequest, ModelsDiffer, Plan, Refused, analyse, expand, plan_expansion, rewrite, shrink
+from hyperclone_onnx import (
+    BadRequest,
+    Experts,
+    ModelsDiffer,
+    Plan,
+    Refused,
+    analyse,
+    expand,
+    plan_expansion,
+    rewrite,
+    shrink,
+)
 from hyperclone_onnx.diagnosis import diagnose
 from hyperclone_onnx.plan.plans import METADATA_KEY, TransformStep
 from hyperclone_onnx.planning.provenance import provenance
@@ -41,11 +52,15 @@ GROWTHS: dict[str, dict[str, Any]] = {
 }
 
 
-def collapsed(model: onnx.ModelProto, layers: int | None = None, **growth: Any) -> tuple[ir.Model, ir.Model, ir.Model]:
+def collapsed(
+    model: onnx.ModelProto, layers: int | None = None, experts: Experts | None = None, **growth: Any
+) -> tuple[ir.Model, ir.Model, ir.Model]:
     """A source, what it grows into, and what that collapses into. No file is written, and nothing is run."""
     source = source_of(model).model
     step = None if layers is None else step_for(source_of(model).model, layers)
     steps: list[TransformStep] = [] if step is None else [step]
+    if experts is not None:
+        steps.append(experts.step(analyse(model, steps)))
     analysis = analyse(model, steps)
     plan = plan_expansion(analysis, **growth)
     big = rewrite(analysis.model, plan)
@@ -364,6 +379,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "x1.5": {"factor": 1.5, "strategy": "noisy-symmetric"},
     "x2 diagonal": {"factor": 2, "strategy": "diagonal"},
     "deep": {"factor": 2, "layers": "x2"},
+    "experts": {"factor": 2, "experts": Experts(4, 2)},
 }
 
 

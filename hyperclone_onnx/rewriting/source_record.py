@@ -10,8 +10,9 @@ import base64
 import binascii
 import bz2
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -19,6 +20,8 @@ import onnx_ir as ir
 from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.plan.plans import Feed, Plan, TransformStep
 from hyperclone_onnx.reading.defaults import put_defaults_back
+from hyperclone_onnx.tensors.expert_parts import Stacking
+from hyperclone_onnx.transforms.experts import expert_tensors
 from hyperclone_onnx.transforms.interface import name_in_file, places_of
 
 METADATA_KEY = "hyperclone_onnx.source"
@@ -34,6 +37,25 @@ LARGEST_CARRIED = 1 << 20
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A tensor of experts that was made of a dense one: its name before growth, its name after, and how it was made."""
+
+    tensor: str
+    grown: str
+    stacking: Stacking
+
+    def to_json(self) -> list[Any]:
+        """The stack as plain data."""
+        how = self.stacking
+        return [self.tensor, self.grown, how.copies, how.parts, how.run, how.scale]
+
+    @staticmethod
+    def from_json(data: Sequence[Any]) -> Stack:
+        """The inverse of `to_json`."""
+        return Stack(str(data[0]), str(data[1]), Stacking(*data[2:]))
+
+
+@dataclass(frozen=True)
 class SourceRecord:
     """The graph of a source, and the tensors of the grown model that were made of its own.
 
@@ -42,11 +64,13 @@ class SourceRecord:
         tensors: for each declared tensor, the names of the grown tensors that were made of it. The first one is read
             where the source's tensor is read, unless `feeds` says otherwise.
         feeds: the inputs of nodes of the source that read another one of these.
+        stacks: for each declared tensor that became experts, the tensors of these.
     """
 
     model: ir.Model
     tensors: Mapping[str, tuple[str, ...]]
     feeds: tuple[Feed, ...] = ()
+    stacks: Mapping[str, tuple[Stack, ...]] = field(default_factory=dict)
 
     def dumps(self) -> str:
         """The record as text: a compressed protobuf message, in base 64.
@@ -58,17 +82,20 @@ class SourceRecord:
             tensor = value.const_value
             if tensor is None:
                 continue
-            if name in self.tensors:
+            if name in self.tensors or name in self.stacks:
                 shape = ir.Shape(tensor.shape.numpy())
                 value.const_value = ir.ExternalTensor(
                     _PLACEHOLDER, None, None, tensor.dtype, shape=shape, name=name, base_dir=""
                 )
             elif isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
                 value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
-        elsewhere = {
+        elsewhere: dict[str, Any] = {
             "tensors": {name: list(names) for name, names in self.tensors.items() if names != (name,)},
             "feeds": [[feed.node, feed.input, feed.tensor] for feed in self.feeds],
         }
+        if self.stacks:
+            elsewhere["stacks"] = {name: [one.to_json() for one in stacks] for name, stacks in self.stacks.items()}
+            elsewhere["gone"] = [name for name in self.stacks if name not in self.tensors]
         model.metadata_props[_ELSEWHERE] = json.dumps(elsewhere, separators=(",", ":"))
         message: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
         return base64.b64encode(bz2.compress(message)).decode("ascii")
@@ -86,8 +113,12 @@ class SourceRecord:
             elsewhere = json.loads(model.metadata_props.pop(_ELSEWHERE))
             others = {str(name): tuple(map(str, names)) for name, names in elsewhere["tensors"].items()}
             declared = [name for name, value in model.graph.initializers.items() if is_declared(value.const_value)]
-            tensors = {name: others.get(name, (name,)) for name in declared}
-            return SourceRecord(model, tensors, tuple(Feed(*feed) for feed in elsewhere["feeds"]))
+            gone = set(elsewhere.get("gone", ()))
+            tensors = {name: others.get(name, (name,)) for name in declared if name not in gone}
+            stacks = {
+                str(name): tuple(map(Stack.from_json, entries)) for name, entries in elsewhere.get("stacks", {}).items()
+            }
+            return SourceRecord(model, tensors, tuple(Feed(*feed) for feed in elsewhere["feeds"]), stacks)
         except (binascii.Error, OSError, KeyError, TypeError, ValueError, AttributeError) as problem:
             raise BadModel(f"a malformed record of its source: {type(problem).__name__} {problem}") from problem
         except Exception as problem:  # protobuf has an error class of its own
@@ -109,8 +140,8 @@ def is_declared(tensor: ir.TensorProtocol | None) -> bool:
     return isinstance(tensor, ir.ExternalTensor) and tensor.location == _PLACEHOLDER
 
 
-UNDONE = ("layers",)
-"""The transforms that the way back undoes. Others belong to the small model: separated tensors, experts."""
+UNDONE = ("layers", "experts")
+"""The transforms that the way back undoes. Others belong to the small model, such as separated tensors."""
 
 
 def steps_kept(steps: Iterable[TransformStep]) -> tuple[TransformStep, ...]:
@@ -151,10 +182,27 @@ def record_source(base: ir.Model, transformed: ir.Model, plan: Plan, grown: ir.M
             if made_of.get(tensor):
                 names.setdefault(source, made_of[tensor])
     names = {name: names[name] for name in base.graph.initializers if name in names}
+    stacks = _stacks(transformed, made_of)
     for name, value in copy.graph.initializers.items():
-        if name not in names and value.const_value is not None and value.const_value.nbytes > LARGEST_CARRIED:
+        if (
+            name not in names
+            and name not in stacks
+            and value.const_value is not None
+            and value.const_value.nbytes > LARGEST_CARRIED
+        ):
             return None
-    return SourceRecord(copy, names, tuple(_feeds_in(base, transformed, plan.feeds)))
+    return SourceRecord(copy, names, tuple(_feeds_in(base, transformed, plan.feeds)), stacks)
+
+
+def _stacks(transformed: ir.Model, made_of: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[Stack, ...]]:
+    """For each tensor of the source that became experts, the tensors of these. New layers are left out."""
+    stacks: dict[str, list[Stack]] = {}
+    for name, made in expert_tensors(transformed.graph).items():
+        if made.stacking is None or not made_of.get(name) or (made.place is not None and made.place.is_new):
+            continue
+        source = made.sources[0] if made.place is None else made.place.source
+        stacks.setdefault(source, []).append(Stack(name, made_of[name][0], made.stacking))
+    return {name: tuple(found) for name, found in stacks.items()}
 
 
 def _made_of(transformed: ir.Model, plan: Plan, grown: ir.Model) -> dict[str, tuple[str, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +11,15 @@ import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel, BadRequest, Refused
+from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.origins import Joined
 from hyperclone_onnx.plan.plans import Feed, Plan
 from hyperclone_onnx.planning.provenance import provenance
 from hyperclone_onnx.rewriting.rewriting import check_fits
 from hyperclone_onnx.rewriting.source_record import SourceRecord, is_declared, record_source, steps_kept
+from hyperclone_onnx.shrinking.residue import ROUNDING, Residue
 from hyperclone_onnx.tensors.collapsed import CollapsedTensor, part_of
+from hyperclone_onnx.tensors.expert_parts import Stacking
 from hyperclone_onnx.transforms.source import source_of
 
 CLOSE = 1e-6
@@ -89,6 +94,9 @@ def collapse(path: Path, grown: ir.Model, plan: Plan, record: SourceRecord) -> C
     model = record.model.clone()
     apart: dict[str, ir.TensorProtocol] = {}
     for name, value in list(model.graph.initializers.items()):
+        if name in record.stacks:
+            value.const_value = MergedTensor(name, value.const_value, _ways_back(path, grown, plan, record, name))
+            continue
         if name not in record.tensors:
             if is_declared(value.const_value):
                 raise BadModel(f"{path}: its record of the source names {name!r}, and no tensor that it is made of")
@@ -106,6 +114,72 @@ def collapse(path: Path, grown: ir.Model, plan: Plan, record: SourceRecord) -> C
                 apart[made] = other
     _keep_apart(model.graph, record.feeds, apart)
     return Collapsed(model, tuple(apart))
+
+
+class MergedTensor(ir.LazyTensor):
+    """A dense tensor that became experts: the mean of what each of its stacks, and each copy in a stack, is.
+
+    Args:
+        name: its name.
+        declared: its type and shape.
+        ways: the tensors that were made of it, as in the source's widths, and how; None for one that is as it was.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        declared: ir.TensorProtocol | None,
+        ways: Sequence[tuple[str, ir.TensorProtocol, Stacking | None]],
+    ) -> None:
+        assert declared is not None
+        self.ways = tuple(ways)
+        self.dims = tuple(map(int, declared.shape.numpy()))
+        super().__init__(self._mean, dtype=declared.dtype, shape=ir.Shape(self.dims), name=name)
+
+    def _mean(self) -> ir.TensorProtocol:
+        total = np.zeros(math.prod(self.dims))
+        for _, tensor, stacking in self.ways:
+            array = tensor.numpy()
+            total += array.astype(np.float64).reshape(-1) if stacking is None else stacking.undone(array)
+        mean = (total / len(self.ways)).reshape(self.dims)
+        return ir.Tensor(mean.astype(self.dtype.numpy()), dtype=self.dtype, name=self.name)
+
+    def residues(self) -> Iterator[Residue]:
+        """How far the experts of each stack have parted."""
+        dense = self.numpy()
+        for name, tensor, stacking in self.ways:
+            array = np.asarray(tensor.numpy()).astype(np.float64).reshape(-1)
+            again = dense.astype(np.float64).reshape(-1) if stacking is None else stacking.done(dense)
+            power, apart = float(array @ array), float((array - again) @ (array - again))
+            residue = math.sqrt(apart / power) if power else (math.inf if apart else 0.0)
+            yield Residue(name, array.size, residue, ROUNDING * eps_of(self.dtype))
+
+
+def _ways_back(
+    path: Path, grown: ir.Model, plan: Plan, record: SourceRecord, name: str
+) -> list[tuple[str, ir.TensorProtocol, Stacking | None]]:
+    """The tensors that were made of a dense tensor of experts, as in the source's widths, and how each was made."""
+    ways: list[tuple[str, ir.TensorProtocol, Stacking | None]] = []
+    declared = record.model.graph.initializers[name].const_value
+    assert declared is not None
+    size = declared.size
+    for stack in record.stacks[name]:
+        tensor = _tensor_back(path, grown, plan, stack.tensor, stack.grown)
+        if tensor.size != size * stack.stacking.copies:
+            raise BadModel(f"{path}: {stack.grown!r} has {tensor.size} elements, which do not fit those of {name!r}")
+        ways.append((stack.grown, tensor, stack.stacking))
+    for made in record.tensors.get(name, ()):
+        tensor = _tensor_back(path, grown, plan, name, made)
+        if tensor.size != size:
+            raise BadModel(f"{path}: {made!r} has {tensor.size} elements, and {name!r} has {size} in the source")
+        ways.append((made, tensor, None))
+    return ways
+
+
+def expert_residues(model: ir.Model) -> list[Residue]:
+    """How far the experts of a growth have parted, for a collapsed model: a residue for each tensor of experts."""
+    merged = [value.const_value for value in model.graph.initializers.values()]
+    return [residue for tensor in merged if isinstance(tensor, MergedTensor) for residue in tensor.residues()]
 
 
 def _tensor_back(path: Path, grown: ir.Model, plan: Plan, source: str, made: str) -> ir.TensorProtocol:

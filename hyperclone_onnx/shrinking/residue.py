@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -66,6 +66,17 @@ def residues(grown: ir.Model, plan: Plan, workers: int | None = None) -> list[Re
     largest_first = sorted(names, key=lambda name: -sizes[name])
     share_out(measurer, largest_first, workers_for(sum(sizes.values()), workers), done)
     return [measured[name] for name in names]
+
+
+def together(found: Iterable[Residue]) -> tuple[Residue, ...]:
+    """The residues with one for each tensor: of a tensor that has two, the root of the sum of their squares."""
+    by_name: dict[str, Residue] = {}
+    for residue in found:
+        known = by_name.get(residue.name)
+        if known is not None:
+            residue = replace(residue, residue=math.hypot(known.residue, residue.residue))
+        by_name[residue.name] = residue
+    return tuple(by_name.values())
 
 
 def overall(found: Iterable[Residue]) -> float:

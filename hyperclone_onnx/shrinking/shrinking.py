@@ -27,8 +27,8 @@ from hyperclone_onnx.publishing.publication import check_output, publication, wr
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.in_memory import GivenModel
 from hyperclone_onnx.rewriting.source_record import steps_undone
-from hyperclone_onnx.shrinking.collapse import Collapsed, collapse, record_of
-from hyperclone_onnx.shrinking.residue import Residue, overall, residues
+from hyperclone_onnx.shrinking.collapse import Collapsed, collapse, expert_residues, record_of
+from hyperclone_onnx.shrinking.residue import Residue, overall, residues, together
 from hyperclone_onnx.shrinking.selection import Wish, lost_inputs, plan_selection, read_chosen
 from hyperclone_onnx.shrinking.text import inputs_from_text, is_text
 from hyperclone_onnx.summaries import Summarised, Summary
@@ -373,7 +373,7 @@ def _collapsed(model: Path, out: Path, given: Path | Plan | None, source: Path |
             count_parameters(small.model),
             plan,
             layers={name: (after, before) for name, (before, after) in deepened(plan.transforms).items()},
-            residues=tuple(residues(grown, plan, run.workers)),
+            residues=together([*residues(grown, plan, run.workers), *expert_residues(small.model)]),
             apart=small.apart,
         )
         clock.lap("residue")

@@ -35,6 +35,34 @@ class Part:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class Stacking:
+    """How the tensor of all experts was stacked from parts of a dense tensor.
+
+    Args:
+        copies: how often each part stands in the stack.
+        parts: the number of parts that the dense tensor was cut into. They stand side by side in the stack.
+        run: the number of elements in a column of a part; see `Part`.
+        scale: multiplies each element.
+    """
+
+    copies: int = 1
+    parts: int = 1
+    run: int = 1
+    scale: float = 1.0
+
+    def undone(self, stack: Array) -> Array:
+        """The dense tensor's numbers, flat and in float64: the mean over the copies."""
+        table = stack.astype(np.float64).reshape(self.copies, self.parts, -1, self.run).mean(axis=0)
+        return np.ascontiguousarray(np.swapaxes(table, 0, 1)).reshape(-1) / self.scale
+
+    def done(self, dense: Array) -> Array:
+        """The stack's numbers of a dense tensor, flat and in float64."""
+        table = dense.astype(np.float64).reshape(-1, self.parts, self.run)
+        one = np.ascontiguousarray(np.swapaxes(table, 0, 1)).reshape(-1) * self.scale
+        return np.tile(one, self.copies)
+
+
 class PartTensor(ir.LazyTensor):
     """A part of a tensor. See `Part`.
 

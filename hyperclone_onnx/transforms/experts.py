@@ -27,11 +27,11 @@ from hyperclone_onnx.errors import BadModel
 from hyperclone_onnx.graphs import MICROSOFT, MOVES_OR_CASTS, FreshNames, is_initializer
 from hyperclone_onnx.plan.origins import Drawn, Joined
 from hyperclone_onnx.tensors.assembled import DrawnTensor, JoinedTensor
-from hyperclone_onnx.tensors.expert_parts import Part, PartTensor
+from hyperclone_onnx.tensors.expert_parts import Part, PartTensor, Stacking
 from hyperclone_onnx.tensors.noise_level import mean_and_deviation_of
 from hyperclone_onnx.tensors.parted import PartedTensor, Parting, redrawn_units
 from hyperclone_onnx.transforms.feed_forward import FeedForward, Projection
-from hyperclone_onnx.transforms.interface import ORIGINAL, remember
+from hyperclone_onnx.transforms.interface import ORIGINAL, Placed, place_of, remember
 from hyperclone_onnx.transforms.registry import transform
 
 ROUTER_DEVIATION = 0.02
@@ -53,10 +53,14 @@ class ExpertTensor:
     Args:
         kind: which of the three.
         sources: the dense tensor that it was made of; for a router, the weights of its block, the last one last.
+        stacking: how it was made of that tensor; None for a router.
+        place: the place of that tensor, where the graph became deeper first.
     """
 
     kind: Kind
     sources: tuple[str, ...]
+    stacking: Stacking | None = None
+    place: Placed | None = None
 
 
 def expert_tensors(graph: ir.Graph) -> dict[str, ExpertTensor]:
@@ -488,7 +492,8 @@ class _Builder:
         run = math.prod(cut) if axis is None else math.prod(cut[axis:]) // parts
         pieces = [PartTensor(tensor, Part(cut, number, granularity, run, scale)) for number in range(granularity)]
         if not form.stacked:
-            return self._remembered(key, f"{value.name}.shared", pieces[0], "shared")
+            stacking = Stacking(1, 1, run, scale)
+            return self._remembered(key, f"{value.name}.shared", pieces[0], "shared", stacking)
         many: list[ir.TensorProtocol] = [*pieces] * (self.mixture.number // granularity)
         if len(shape) == 1:
             many = [PartTensor(piece, Part((1, *cut), run=math.prod(cut))) for piece in many]
@@ -500,16 +505,19 @@ class _Builder:
                 for number in range(len(many))
             ]
         joined = JoinedTensor(Joined((value.name or "",) * len(many), 0, stacked=True), many)
-        return self._remembered(key, f"{value.name}.experts", joined, "routed")
+        stacking = Stacking(len(many) // granularity, granularity, run, scale)
+        return self._remembered(key, f"{value.name}.experts", joined, "routed", stacking)
 
     def _parting(self, value: ir.Value, block: str, expert: int, inner: int, units: int) -> Parting:
         mixture = self.mixture
         redrawn = redrawn_units(block, mixture.seed, expert, units, mixture.redraw) if mixture.redraw else ()
         return Parting(value.name or "", mixture.seed, expert, mixture.noise, redrawn, inner, units)
 
-    def _remembered(self, key: tuple[Any, ...], hint: str, tensor: ir.TensorProtocol, kind: Kind) -> ir.Value:
+    def _remembered(
+        self, key: tuple[Any, ...], hint: str, tensor: ir.TensorProtocol, kind: Kind, stacking: Stacking
+    ) -> ir.Value:
         self.stacks[key] = self._stored(self.fresh.value(hint), tensor)
-        self.stacks[key].meta[_MADE] = ExpertTensor(kind, (key[0].name or "",))
+        self.stacks[key].meta[_MADE] = ExpertTensor(kind, (key[0].name or "",), stacking, place_of(key[0]))
         return self.stacks[key]
 
     def _stored(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:

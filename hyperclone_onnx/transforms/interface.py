@@ -53,9 +53,15 @@ def remember_place(value: ir.Value, source: ir.Value, placed: Placed) -> None:
     value.meta[_PLACE] = placed
 
 
+def place_of(value: ir.Value) -> Placed | None:
+    """The place of a stored tensor of a layer; None where the graph is as deep as its file."""
+    placed: Placed | None = value.meta.get(_PLACE)
+    return placed
+
+
 def places_of(graph: ir.Graph) -> dict[str, Placed]:
     """The places of the stored tensors of a graph's layers, by name; none where the graph is as deep as its file."""
-    places = {name: value.meta.get(_PLACE) for name, value in graph.initializers.items()}
+    places = {name: place_of(value) for name, value in graph.initializers.items()}
     return {name: placed for name, placed in places.items() if placed is not None}
 
 
