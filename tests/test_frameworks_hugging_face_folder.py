@@ -188,3 +188,58 @@ def test_wrong_requests_are_one_line(tmp_path: Path, cli: Command) -> None:
         done = cli(*words)
         assert done.code in (2, 3) and text in done.stderr, (text, done.stderr)
         assert names_in(tmp_path) == {"small"}
+
+
+def deep(inverse: bool = False, **sizes: Any) -> Any:
+    """A decoder of four layers. Its gains differ from layer to layer, so that no layer can stand for another."""
+    if inverse:
+        config = transformers.GPT2Config(
+            vocab_size=90, n_positions=64, n_embd=48, n_layer=4, n_head=6, scale_attn_by_inverse_layer_idx=True
+        )
+        return transformers.GPT2LMHeadModel(config)
+    fields = {**TEXT, **WIDTHS, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, **sizes}
+    model = (
+        transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**fields))
+        if "layer_types" in sizes
+        else transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields, tie_word_embeddings=True))
+    )
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            layer.input_layernorm.weight.fill_(1.0 + number)
+    return model
+
+
+UNLIKE = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 16}
+"""A window that an input of a few tokens does not show."""
+
+
+@pytest.mark.parametrize(
+    ("build", "traced"),
+    [(deep, [2]), (lambda: deep(**UNLIKE), [2, 4]), (lambda: deep(inverse=True), [2, 4])],
+    ids=["alike", "one layer sees more", "a number in each layer"],
+)
+def test_only_layers_that_are_alike_are_exported_once(
+    build: Callable[[], Any], traced: list[int], tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime as ort
+
+    from hyperclone_onnx.frameworks.hugging_face import exporting
+
+    seen: list[int] = []
+
+    def counted(checkpoint: Any, module: Any, *rest: Any, real: Any = exporting._traced) -> Any:
+        seen.append(module.model.config.num_hidden_layers)
+        return real(checkpoint, module, *rest)
+
+    monkeypatch.setattr(exporting, "_traced", counted)
+    small = checkpoint(build, tmp_path / "small")
+    done = cli("export", small, "-o", tmp_path / "out")
+    assert done.code == 0, done.stderr
+    assert seen == traced
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    ids = tokens(40)
+    got = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 40), np.int64)})[0]
+    want = logits(small, {"input_ids": ids})
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+    stored = set(ir.load(tmp_path / "out" / "model.onnx").graph.initializers)
+    assert stored >= {name for name in read_weights(small) if "layers" in name}

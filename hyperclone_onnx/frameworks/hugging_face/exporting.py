@@ -20,8 +20,13 @@ import onnx_ir as ir
 import torch
 
 from hyperclone_onnx.errors import Refused, first_line
-from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, quiet
+from hyperclone_onnx.frameworks.hugging_face.checking import relative_error
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, quiet, stored_tensors
+from hyperclone_onnx.frameworks.hugging_face.configuration import built
 from hyperclone_onnx.frameworks.hugging_face.recording import floating_outputs, run_model
+from hyperclone_onnx.frameworks.hugging_face.repeating import with_all_layers
+from hyperclone_onnx.frameworks.hugging_face.shortening import shortened
+from hyperclone_onnx.validation.sessions import Runner
 from hyperclone_onnx.writing import onnx_files
 
 BATCH, LENGTH, TARGET, PAST = 2, 6, 5, 3
@@ -29,6 +34,12 @@ BATCH, LENGTH, TARGET, PAST = 2, 6, 5, 3
 
 FOLDED = 128
 """The most elements of a constant that is computed at export. Weights are larger, and keep their names."""
+
+STACKS = "do_not_emit_stack_traces"
+"""The setting of torch.fx, in releases that have it, with which it records no tracebacks."""
+
+AGREED = 1e-3
+"""The largest difference of a file that was made from few layers, relative to the largest element of an output."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,49 @@ def export_model(checkpoint: Checkpoint, model: Any, path: Path, cache: bool = F
         Refused: PyTorch cannot export the model, or it has no cache of keys and values.
         CannotWrite: the file cannot be written.
     """
+    proto = _from_few_layers(checkpoint, model, path, cache)
+    if proto is None:
+        inputs, outputs = _interface(checkpoint, model, cache)
+        flat = _Flat(model, [item.name for item in inputs], outputs)
+        proto = _traced(checkpoint, flat, inputs, outputs)
+        onnx_files.save(proto, path, external=True)
+    return Exported(path.name, _shapes(proto.graph.inputs), _shapes(proto.graph.outputs), cache)
+
+
+def _from_few_layers(checkpoint: Checkpoint, model: Any, path: Path, cache: bool) -> ir.Model | None:
+    """Write the same file, but trace two layers only. None where that does not give the model's outputs."""
+    short = shortened(checkpoint, {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()})
+    if short is None:
+        return None
+    small = built(short, ()).to(model.dtype)
+    try:
+        inputs, outputs = _interface(short, small, cache)
+        proto = _traced(short, _Flat(small, [item.name for item in inputs], outputs), inputs, outputs)
+    except (Refused, RuntimeError, ValueError, IndexError):  # a few layers may not run where the whole model does
+        return None
+    if not with_all_layers(proto, model):
+        return None
+    onnx_files.save(proto, path, external=True)
+    inputs, outputs = _interface(checkpoint, model, cache)
+    same = [item.name for item in inputs] == [value.name for value in proto.graph.inputs]
+    if same and outputs == [value.name for value in proto.graph.outputs] and _agrees(path, model, inputs, outputs):
+        return proto
+    return None
+
+
+def _agrees(path: Path, model: Any, inputs: Sequence[Input], outputs: Sequence[str]) -> bool:
+    """Whether a file computes in ONNX Runtime what the model computes."""
+    with torch.no_grad():
+        want = _Flat(model, [item.name for item in inputs], outputs)(*(item.example for item in inputs))
+    try:
+        got = Runner(path, "cpu").run({item.name: item.example.numpy() for item in inputs})
+    except (Refused, RuntimeError):
+        return False
+    return all(relative_error(got[name], tensor.numpy()) <= AGREED for name, tensor in zip(outputs, want, strict=True))
+
+
+def _interface(checkpoint: Checkpoint, model: Any, cache: bool) -> tuple[list[Input], list[str]]:
+    """The inputs of the graph of a model, and the names of its outputs."""
     inputs = _inputs(model)
     outputs = list(floating_outputs(run_model(model, {item.name: item.example for item in inputs})))
     if cache:
@@ -76,9 +130,7 @@ def export_model(checkpoint: Checkpoint, model: Any, path: Path, cache: bool = F
                     item.name, torch.ones(BATCH, LENGTH + PAST, dtype=torch.int64), {0: "batch", 1: "total_sequence"}
                 )
         outputs = [outputs[0], *(item.name.replace("past_key_values", "present") for item in kept)]
-    proto = _traced(checkpoint, _Flat(model, [item.name for item in inputs], outputs), inputs, outputs)
-    onnx_files.save(proto, path, external=True)
-    return Exported(path.name, _shapes(proto.graph.inputs), _shapes(proto.graph.outputs), cache)
+    return inputs, outputs
 
 
 def _shapes(values: Sequence[ir.Value]) -> dict[str, list[int | str]]:
@@ -207,7 +259,7 @@ def _traced(checkpoint: Checkpoint, module: _Flat, inputs: Sequence[Input], outp
     from onnxscript.optimizer import optimize_ir
 
     try:
-        with quiet(), _silent():
+        with quiet(), _silent(), _untraced():
             program = torch.onnx.export(
                 module,
                 tuple(item.example for item in inputs),
@@ -249,6 +301,21 @@ def _without_values(model: ir.Model, parameters: set[str]) -> Iterator[None]:
     finally:
         for value, tensor in hidden.items():
             value.const_value = tensor
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Let PyTorch record no traceback for each node: that takes as long as everything else."""
+    config = getattr(torch.fx, "config", None)
+    before = getattr(config, STACKS, None)
+    if before is None:
+        yield
+        return
+    setattr(config, STACKS, True)
+    try:
+        yield
+    finally:
+        setattr(config, STACKS, before)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, stored_tensors
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, quiet, stored_tensors
 from hyperclone_onnx.frameworks.hugging_face.configuration import (
     Change,
     Path,
@@ -41,6 +41,11 @@ def shortened(checkpoint: Checkpoint, shapes: Shapes) -> Checkpoint | None:
         checkpoint: the checkpoint. Its weights are not read.
         shapes: the shapes of all stored tensors of its model.
     """
+    with quiet():
+        return _shortened(checkpoint, shapes)
+
+
+def _shortened(checkpoint: Checkpoint, shapes: Shapes) -> Checkpoint | None:
     short, left = checkpoint, shapes
     for path, value in integers(checkpoint.config.to_dict()):
         if value <= LAYERS:
@@ -94,21 +99,22 @@ def for_all_layers(
     own = set(measured)
     alike: dict[str, set[Compensation | None]] = defaultdict(set)
     for name in own:
-        alike[_without_numbers(name)].add(_rounded(folded.get(name)))
+        alike[without_numbers(name)].add(_rounded(folded.get(name)))
     factors = dict(folded)
     for name in names:
         if name in own:
             continue
-        choices = alike[_without_numbers(name)]
+        choices = alike[without_numbers(name)]
         if len(choices) != 1:
             return None
         (factor,) = choices
         if factor is not None:
-            factors[name] = next(folded[other] for other in own if _without_numbers(other) == _without_numbers(name))
+            factors[name] = next(folded[other] for other in own if without_numbers(other) == without_numbers(name))
     return factors
 
 
-def _without_numbers(name: str) -> str:
+def without_numbers(name: str) -> str:
+    """A tensor's name with a sign in the place of each number that stands alone between dots."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
 
 
