@@ -332,6 +332,22 @@ def test_an_onnx_model_with_the_suffix_of_another_format(tmp_path: Path) -> None
     assert (tmp_path / "big.onnx").exists()
 
 
+def test_a_map_as_an_output_is_named_with_the_way_around(tmp_path: Path) -> None:
+    model = perceptron()
+    kind = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(onnx.TensorProto.INT64, helper.make_tensor_type_proto(1, []))
+    )
+    zipped = helper.make_node(
+        "ZipMap", [model.graph.output[0].name], ["maps"], domain="ai.onnx.ml", classlabels_int64s=[0, 1]
+    )
+    model.graph.node.append(zipped)
+    model.graph.output.append(helper.make_value_info("maps", kind))
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(Refused, match=r"'maps' is a map.*zipmap"):
+        expand(tmp_path / "model.onnx", tmp_path / "big.onnx", 2)
+
+
 # -- functions --------------------------------------------------------------------------------------------
 
 

@@ -174,6 +174,11 @@ MODELS: dict[str, Model] = {
         lambda feeds: feeds["ids"].min() >= 0 and feeds["ids"].max() <= 5,
         weights={"table": np.ones((8, 4), np.float32)},
     ),
+    "fields that share one table": Model(
+        "g (int64[b, 3] fields) => (float[b, 3, 4] z) { rows = Add (fields, first) z = Gather (table, rows) }",
+        lambda feeds: feeds["fields"].min() >= 0 and feeds["fields"].max() < 10,
+        weights={"first": ints(0, 4, 20), "table": np.ones((30, 4), np.float32)},
+    ),
     "positions behind a cache": Model(
         """g (float[b, s, 4] x, float[b, past, 4] k, float[b, past, 4] v, int64[b, s] position_ids)
              => (float[b, n, 4] z) {

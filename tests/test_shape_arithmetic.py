@@ -215,3 +215,28 @@ def test_sums_with_an_unknown_element_are_unknown() -> None:
     assert known.folded("ReduceProd", known.known([batch, None]), [0]) == known.known(None)
     assert known.folded("ReduceMax", known.known(np.zeros((0, 2))), [0]) is None
     assert list(known.accumulated(known.known([1, None, 2]), 0, True, False)) == [Size.of(0), Size.of(1), None]
+
+
+def test_a_shape_of_which_one_size_is_replaced(tmp_path: Path) -> None:
+    """The exporter of ``index_copy`` computes the shape of its indices so."""
+    graph = """g (float[batch, 3, 16, 4] cache, float[5] rows) => (int64[4] shape) {
+        whole = Shape (cache)
+        count = Shape (rows)
+        shape = ScatterElements <axis = 0> (whole, place, count)
+    }"""
+    onnx.save(build_model(graph, {"place": np.asarray([2])}), tmp_path / "model.onnx")
+    dimensions = analyse(tmp_path / "model.onnx").dimensions
+    shape = dimensions.known[dimensions.model.graph.outputs[0]]
+    assert list(map(str, shape)) == ["batch", "3", "5", "4"]
+
+
+def test_the_last_of_an_axis_that_may_be_shorter(tmp_path: Path) -> None:
+    """A memory of at most 512 tokens is the last 512, or all if there are fewer."""
+    graph = """g (float[batch, length, 4] x) => (float[n, m, 4] y) {
+        minus = Constant <value_ints = [-512]> () far = Constant <value_ints = [9223372036854775807]> ()
+        one = Constant <value_ints = [1]> () y = Slice (x, minus, far, one)
+    }"""
+    onnx.save(build_model(graph, {}), tmp_path / "model.onnx")
+    dimensions = analyse(tmp_path / "model.onnx").dimensions
+    axes = dimensions.axes[dimensions.model.graph.outputs[0]]
+    assert axes is not None and [dimensions.space.static(axis) for axis in axes] == [None, None, 4]

@@ -178,3 +178,42 @@ def test_a_width_beside_a_batch_of_fixed_size_is_no_head(tmp_path: Path) -> None
     assert {tensor.name: list(tensor.dims) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer}["up"][
         1
     ] == 80
+
+
+def test_one_name_for_axes_of_two_lengths(tmp_path: Path) -> None:
+    """Queries and documents are both declared as long as `s`. Nodes show that they are 5 and 7 long."""
+    weights = normal(0, {"five": (5, 4), "seven": (7, 4), "up": (4, 6), "down": (6, 4)})
+    weights |= {"end": np.asarray([2, 3]), "flat": np.asarray([0, 0, 6])}
+    branch = """
+        {0}a = Concat <axis = 0> ({0}, {1}) {0}u = MatMul ({0}a, up) {0}s = Shape <start = 0, end = 2> ({0}u)
+        {0}t = Concat <axis = 0> ({0}s, end) {0}r = Reshape ({0}u, {0}t) {0}g = Relu ({0}r)
+        {0}f = Reshape ({0}g, flat) {0}d = MatMul ({0}f, down) {0}z = ReduceSum <keepdims = 0> ({0}d)"""
+    nodes = branch.format("x", "five") + branch.format("y", "seven")
+    graph = f"g (float[b, s, 4] x, float[b, s, 4] y) => (float z) {{ {nodes} z = Add (xz, yz) }}"
+    weights["five"], weights["seven"] = weights["five"][None], weights["seven"][None]
+    onnx.save(build_model(graph, weights), tmp_path / "model.onnx")
+    result = expand(tmp_path / "model.onnx", tmp_path / "big.onnx", 2, device="cpu")
+    assert result.validation is not None and result.validation.equal
+    big = onnx.load(tmp_path / "big.onnx").graph
+    assert {tuple(tensor.dims) for tensor in big.initializer} >= {(8, 12)}
+    assert len({value.type.tensor_type.shape.dim[1].dim_param for value in big.input}) == 2
+
+
+def test_the_pixels_of_a_patch_are_no_hidden_width(tmp_path: Path) -> None:
+    """A norm over the features of an input does not make them a width of the model."""
+    weights = normal(0, {"gain": (48,), "up": (48, 20), "down": (20, 5)})
+    weights |= {"patches": np.asarray([0, 3, 2, 4, 2, 4]), "flat": np.asarray([0, 4, 48])}
+    graph = """g (float[batch, 3, 8, 8] image) => (float[batch, 4, 5] y) {
+        r = Reshape (image, patches)
+        t = Transpose <perm = [0, 2, 4, 3, 5, 1]> (r)
+        p = Reshape (t, flat)
+        n = LayerNormalization (p, gain)
+        u = MatMul (n, up)
+        a = Relu (u)
+        y = MatMul (a, down)
+    }"""
+    onnx.save(build_model(graph, weights), tmp_path / "model.onnx")
+    assert "hidden" not in {dimension.role for dimension in analyse(tmp_path / "model.onnx").named}
+    expand(tmp_path / "model.onnx", tmp_path / "big.onnx", 2, device="cpu", precision="float64")
+    grown = {tensor.name: tuple(tensor.dims) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    assert grown["up"] == (48, 40)

@@ -150,11 +150,16 @@ def _role(atom: Dim, facts: frozenset[Fact], groups: set[Dim], vocabulary: set[D
         if not facts.isdisjoint({Fact.CONTRACTED_WITH_ACTIVATION, Fact.VALUE_AXIS}):
             return "head_dim"
     if Fact.CONTRACTED_WITH_WEIGHT in facts:
+        if atom.pin is not None and not atom.pin.gap and facts.isdisjoint(_MADE_BY_WEIGHTS):
+            return "width"  # The features of an input, which may be normalised: the pixels of a patch.
         if not facts.isdisjoint({Fact.NORMALISED, Fact.EMBEDDING, Fact.STATE}):
             return "hidden"
         return "ffn" if Fact.WEIGHT_OUTPUT in facts else "width"
     lost = Fact.WEIGHT_OUTPUT in facts and atom.pin is not None and atom.pin.gap
     return "width" if lost else "other"
+
+
+_MADE_BY_WEIGHTS = frozenset([Fact.WEIGHT_OUTPUT, Fact.EMBEDDING, Fact.STATE])
 
 
 def _is_a_count(facts: frozenset[Fact]) -> bool:

@@ -7,8 +7,8 @@ axes of a node, we pin all axes of the node.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -29,6 +29,10 @@ def infer(model: ir.Model) -> Dimensions:
         Refused: a node does not fit the specification of its operator.
     """
     dimensions = _with_all_learnt(model)
+    ambiguous = _names_of_two_lengths(model, dimensions)
+    if ambiguous:
+        _separate_axes(model, ambiguous)
+        dimensions = _with_all_learnt(model)
     if any(_contradicts_file(dimensions, value) for value in dimensions.axes if value.producer() is not None):
         # If one shape is wrong, we believe none: a tool has changed the graph, but not the shapes.
         for value in (value for node in model.graph.all_nodes() for value in node.outputs):
@@ -107,6 +111,49 @@ def _related(model: ir.Model, learnt: _Learnt) -> Dimensions:
     dimensions.space.settle_ties()
     dimensions.space.place = ""
     return dimensions
+
+
+def _names_of_two_lengths(model: ir.Model, dimensions: Dimensions) -> frozenset[str]:
+    """The names that inputs declare for axes that nodes prove to differ: queries and documents, both ``seq``."""
+    uses = Counter(name for _, _, name in _named_axes(model))
+    proven = {name for name, count in uses.items() if count > 1 and dimensions.space.proven(name) is not None}
+    if not proven:
+        return frozenset()
+    copy = model.clone()
+    separate = _separate_axes(copy, proven)
+    space = _with_all_learnt(copy).space
+    lengths: dict[str, set[int | None]] = defaultdict(set)
+    for name, own in separate:
+        length = space.proven(own)
+        if length is not None:
+            lengths[name].add(length.static)
+    return frozenset(name for name, found in lengths.items() if len(found) > 1)
+
+
+def _named_axes(model: ir.Model) -> Iterator[tuple[ir.Value, int, str]]:
+    """The axes of inputs whose length is declared by a name: the input, the axis, and the name."""
+    for value in model.graph.inputs:
+        for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                yield value, axis, str(dim.value)
+
+
+def _separate_axes(model: ir.Model, names: Collection[str]) -> list[tuple[str, str]]:
+    """Give each axis with one of these names a name of its own. Returns the old and the new names.
+
+    The shapes of all other values are forgotten, since they may have the old names.
+    """
+    renamed: list[tuple[str, str]] = []
+    for value, axis, name in list(_named_axes(model)):
+        if name in names and value.shape is not None:
+            own = f"{name}_of_{value.name}_{axis}"
+            dims = list(value.shape.dims)
+            dims[axis] = ir.SymbolicDim(own)
+            value.shape = ir.Shape(dims)
+            renamed.append((name, own))
+    for value in (value for node in model.graph.all_nodes() for value in node.outputs):
+        value.shape = None
+    return renamed
 
 
 def _contradicts_file(dimensions: Dimensions, value: ir.Value) -> bool:

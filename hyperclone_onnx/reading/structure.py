@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.errors import BadModel, Refused
 from hyperclone_onnx.graphs import canonical_domain
 
 MOST_NODES = 500_000
@@ -31,12 +31,24 @@ def check_structure(file: str, model: onnx.ModelProto) -> None:
     Raises:
         BadModel: a name is defined twice or not at all, nodes form a cycle, a size is impossible, a function calls
             itself.
+        Refused: an output is a map.
     """
     _check_amount(file, model)
+    _refuse_maps(file, model.graph)
     _check_functions(file, model)
     _Scope(file, model.graph, "the graph").check()
     for function in model.functions:
         _Scope(file, function, f"function {function.name!r}").check()
+
+
+def _refuse_maps(file: str, graph: onnx.GraphProto) -> None:
+    """A classifier of scikit-learn gives probabilities as a sequence of maps, unless the converter is told not to."""
+    for value in (*graph.input, *graph.output):
+        if value.type.HasField("map_type") or value.type.sequence_type.elem_type.HasField("map_type"):
+            raise Refused(
+                f"{file}: {value.name!r} is a map, and only tensors are compared: convert the model again without "
+                "ZipMap (skl2onnx: options={'zipmap': False})"
+            )
 
 
 # -- how much ---------------------------------------------------------------------------------------------

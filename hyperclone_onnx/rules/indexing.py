@@ -149,7 +149,22 @@ def scatter_elements(op: Op) -> None:
     _same_or_pinned(op, axes, where, skip=axis)
     op.unify_axes(where, op.axes(2))
     _pin_accumulated(op, where[axis : axis + 1])
-    op.out(axes)
+    op.out(axes, _scattered(op, axis))
+
+
+def _scattered(op: Op, axis: int) -> Known | None:
+    """The known elements of a shape of which some are replaced (exporters of ``index_copy`` compute shapes so)."""
+    elements, indices, updates, where = op.known(0), op.known(1), op.known(2), op.ints(1)
+    if elements is None or indices is None or updates is None or where is None:
+        return None
+    length = elements.shape[axis]
+    fits = indices.shape == updates.shape and all(-length <= index < length for index in where)
+    if elements.ndim != 1 or not fits or op.text("reduction", "none") != "none":
+        return None
+    result = elements.copy()
+    for index, update in zip(where, updates, strict=True):
+        result[index] = update
+    return result
 
 
 def _pin_accumulated(op: Op, numbering: Axes) -> None:

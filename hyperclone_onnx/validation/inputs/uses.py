@@ -51,11 +51,12 @@ HIDING = 1e3
 
 @dataclass(frozen=True)
 class Table:
-    """An axis of this size is indexed by the elements times `scale` plus `offset`."""
+    """An axis of this size is indexed by the elements times `scale`, plus `offset` to `offset + spread`."""
 
     size: Size
     scale: float
     offset: float
+    spread: float = 0.0
     exact: bool = True
     """Whether nothing else changes the elements on the way."""
 
@@ -111,11 +112,15 @@ class Uses:
 
 @dataclass(frozen=True)
 class _Step:
-    """A value that contains elements of an input, times `scale` plus `offset`."""
+    """A value that contains elements of an input, times `scale`, plus numbers from `offset` to `offset + spread`.
+
+    The numbers differ where fields share one table, and each has an offset of its own.
+    """
 
     value: ir.Value
     scale: float = 1.0
     offset: float = 0.0
+    spread: float = 0.0
     exact: bool = True
     """Whether `scale` and `offset` describe all changes of the elements."""
     tested: float | None = None
@@ -151,7 +156,8 @@ class _Tracer:
         while open_steps and len(seen) < MOST:
             step = open_steps.pop(0)
             for term in self.tables.get(step.value, ()) if step.tested is None else ():
-                uses.tables.append(Table(self.dimensions.space.size(term), step.scale, step.offset, step.exact))
+                size = self.dimensions.space.size(term)
+                uses.tables.append(Table(size, step.scale, step.offset, step.spread, step.exact))
             for use in step.value.uses():
                 for following in self._through(step, use.node, use.idx, uses):
                     key = (following.value, following.tested)
@@ -180,7 +186,7 @@ class _Tracer:
             yield from self._arithmetic(following, node, index, uses)
         elif kind == "Equal":
             constant = self._constant(node.inputs[1 - index])
-            if constant is not None and step.exact and step.scale:
+            if constant is not None and step.exact and step.scale and not step.spread:
                 number = (constant - step.offset) / step.scale
                 uses.equals.append(number)
                 yield replace(following, value=node.outputs[0], tested=number)
@@ -216,10 +222,15 @@ class _Tracer:
     def _arithmetic(self, step: _Step, node: ir.Node, index: int, uses: Uses) -> Iterator[_Step]:
         output = node.outputs[0]
         if node.op_type == "Neg":
-            yield replace(step, value=output, scale=-step.scale, offset=-step.offset)
+            yield replace(step, value=output, scale=-step.scale, offset=-step.offset - step.spread)
             return
         other = node.inputs[1 - index]
         constant = self._constant(other)
+        bounds = self._bounds(other) if node.op_type == "Add" and constant is None else None
+        if bounds is not None:
+            more = bounds[1] - bounds[0]
+            yield replace(step, value=output, offset=step.offset + bounds[0], spread=step.spread + more)
+            return
         if node.op_type == "Div" and index == 1:
             uses.positive = True
             yield replace(step, value=output, exact=False)
@@ -231,28 +242,28 @@ class _Tracer:
                 uses.scored = True
             yield replace(step, value=output, exact=False)
             return
-        scale, offset = step.scale, step.offset
+        scale, offset, spread = step.scale, step.offset, step.spread
         match node.op_type, index:
             case "Add", _:
                 offset += constant
             case "Sub", 0:
                 offset -= constant
             case "Sub", _:
-                scale, offset = -scale, constant - offset
+                scale, offset = -scale, constant - offset - spread
             case "Mul", _:
-                scale, offset = scale * constant, offset * constant
+                scale, offset, spread = _scaled(step, constant)
             case "Div", _ if constant:
-                scale, offset = scale / constant, offset / constant
+                scale, offset, spread = _scaled(step, 1.0 / constant)
         if abs(scale) >= HIDING:
             uses.hides = True
-        yield replace(step, value=output, scale=scale, offset=offset)
+        yield replace(step, value=output, scale=scale, offset=offset, spread=spread)
 
     def _compared(self, step: _Step, node: ir.Node, index: int, uses: Uses) -> None:
         """Note a comparison with a constant or with positions."""
         other = node.inputs[1 - index]
         constant = self._constant(other)
         if constant is not None:
-            if step.exact and step.scale:
+            if step.exact and step.scale and not step.spread:
                 uses.limits.append((constant - step.offset) / step.scale)
             return
         axes = self.dimensions.axes.get(other) if other is not None else None
@@ -292,9 +303,23 @@ class _Tracer:
         elements = static_values(self.dimensions.known.get(value))
         return float(elements[0]) if elements is not None and len(set(elements)) == 1 else None
 
+    def _bounds(self, value: ir.Value | None) -> tuple[float, float] | None:
+        """The smallest and the largest element of a stored tensor of integers. None if it is no such tensor."""
+        tensor = value.const_value if value is not None else None
+        if tensor is None or not tensor.size or tensor.dtype not in (ir.DataType.INT32, ir.DataType.INT64):
+            return None
+        elements = np.asarray(tensor.numpy())
+        return float(elements.min()), float(elements.max())
+
     def _is_integer(self, value: ir.Value | None) -> bool:
         constant = self._constant(value)
         return constant is not None and constant.is_integer() and constant >= 0
+
+
+def _scaled(step: _Step, factor: float) -> tuple[float, float, float]:
+    """Scale, offset and spread of a step whose elements are multiplied by a number."""
+    ends = sorted((step.offset * factor, (step.offset + step.spread) * factor))
+    return step.scale * factor, ends[0], ends[1] - ends[0]
 
 
 _OF_STEPS = {4: ("input", 0, 0, 0)}

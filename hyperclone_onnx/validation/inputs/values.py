@@ -202,9 +202,10 @@ class Values:
             size = evaluate(table.size, sizes)
             if size is None or not table.scale:
                 continue
-            ends = sorted((end - table.offset) / table.scale for end in (0, int(size) - 1))
-            low = max(low, math.ceil(ends[0]))
-            high = min(math.floor(ends[1]) + 1, math.inf if high is None else high)  # type: ignore[assignment]
+            for offset in {table.offset, table.offset + table.spread}:
+                ends = sorted((end - offset) / table.scale for end in (0, int(size) - 1))
+                low = max(low, math.ceil(ends[0]))
+                high = min(math.floor(ends[1]) + 1, math.inf if high is None else high)  # type: ignore[assignment]
         return low, None if high is None else max(high, low + 1)
 
     def _length(self, uses: Uses, sizes: Sizes) -> int | None:
