@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import normal, perceptron, with_adapter
+from conftest import build_model, normal, perceptron, with_adapter
 from onnx import helper
 
 from fuzz.oracle import compare, run_source, session
@@ -363,3 +363,30 @@ def test_overloads_of_a_function_are_different_functions(tmp_path: Path) -> None
         call.op_type, call.domain, call.overload = "F", "own", overload
     [node for node in plain.graph.node if node.op_type == "Relu"][1].op_type = "Sigmoid"
     assert grow(model, tmp_path, plain) == {"hidden", "ffn"}
+
+
+# -- loops ------------------------------------------------------------------------------------------------
+
+LOOPS = {
+    "Loop": """last, again = Loop <body = turn (int64 i, bool c, float[n, 8] h, float[8, 8] w)
+            => (bool going, float[n, 8] next, float[8, 8] same) {
+        going = Identity (c) same = Identity (w) m = MatMul (h, w) next = Tanh (m) }> (three, yes, s, recurrent)""",
+    "Scan": """last, again = Scan <num_scan_inputs = 1, body = turn (float[n, 8] h, float[8, 8] w, float[n, 6] u)
+            => (float[n, 8] next, float[8, 8] same) {
+        same = Identity (w) t = MatMul (u, up) m = MatMul (h, w) next = Add (m, t) }> (s, recurrent, x)""",
+}
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_weight_that_a_loop_carries_unchanged(tmp_path: Path, kind: str) -> None:
+    """TensorFlow's loops carry their weights as variables."""
+    graph = f"""g (float[4, batch, 6] x) => (float[batch, 3] y) {{
+        three = Constant <value = int64 {{3}}> () yes = Constant <value = bool {{1}}> ()
+        zero = Constant <value = int64 {{0}}> () first = Gather <axis = 0> (x, zero)
+        s = MatMul (first, up) {LOOPS[kind]} y = MatMul (last, down)
+    }}"""
+    weights = normal(0, {"up": (6, 8), "recurrent": (8, 8), "down": (8, 3)})
+    onnx.save(build_model(graph, weights), tmp_path / "model.onnx")
+    expand(tmp_path / "model.onnx", tmp_path / "big.onnx", 2, device="cpu", precision="float64")
+    grown = {tensor.name: tuple(tensor.dims) for tensor in onnx.load(tmp_path / "big.onnx").graph.initializer}
+    assert grown["recurrent"] == (16, 16)

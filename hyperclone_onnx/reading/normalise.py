@@ -7,6 +7,7 @@ import onnx_ir.passes.common as passes
 
 from hyperclone_onnx.graphs import MOVES_OR_CASTS, FreshNames, bodies_of, is_initializer
 from hyperclone_onnx.reading.defaults import FIRST_WITH_DEFAULTS, set_defaults_aside
+from hyperclone_onnx.reading.invariants import read_invariants_directly
 from hyperclone_onnx.reading.opsets import settle_opsets
 from hyperclone_onnx.reading.reblock import reblock
 from hyperclone_onnx.reading.shadowing import rename_shadowing
@@ -36,6 +37,7 @@ def normalise(model: ir.Model) -> ir.Model:
     )(model)
     # Older versions demand that each weight is an input too, and now none is.
     model.ir_version = max(model.ir_version, FIRST_WITH_DEFAULTS)
+    read_invariants_directly(model.graph)
     reblock(model.graph)
     _drop_unused(model.graph)
     passes.TopologicalSortPass()(model)

@@ -356,7 +356,7 @@ def _sliced(op: Op, term: Term, start: Size | None, end: Size | None, step: int 
         return Product((op.dim(rows), *op.space.factors(term)[1:]))
     op.pin(term, "it is sliced at bounds that are not known before running")
     length = None if low is None or high is None or step != 1 else high - low
-    if length is not None and high == size:
+    if length is not None and low is not None and high == size and dict(low.terms).get((), 0) < 0:
         length = _no_further(length, size)  # the last 512 of an axis that may be shorter
     return op.pinned_dim(length, "a slice of an axis that keeps its size")
 
