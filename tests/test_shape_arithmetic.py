@@ -230,13 +230,31 @@ def test_a_shape_of_which_one_size_is_replaced(tmp_path: Path) -> None:
     assert list(map(str, shape)) == ["batch", "3", "5", "4"]
 
 
-def test_the_last_of_an_axis_that_may_be_shorter(tmp_path: Path) -> None:
-    """A memory of at most 512 tokens is the last 512, or all if there are fewer."""
-    graph = """g (float[batch, length, 4] x) => (float[n, m, 4] y) {
-        minus = Constant <value_ints = [-512]> () far = Constant <value_ints = [9223372036854775807]> ()
-        one = Constant <value_ints = [1]> () y = Slice (x, minus, far, one)
-    }"""
-    onnx.save(build_model(graph, {}), tmp_path / "model.onnx")
+LENGTHS = {
+    "the last of an axis that may be shorter": ("x = Slice (v, last, far, unit)", [None, None, 8]),
+    "backwards": ("x = Slice (v, minus, before, two, minus)", [None, None, 8]),
+    "every second, backwards": ("x = Slice (v, minus, before, two, twice)", [None, None, 4]),
+    "resized to known sizes": ("f = Resize (i, , , sizes) x = Squeeze (f, zero)", [1, 7, 9]),
+    "resized by known scales": ("f = Resize (i, , scales) x = Squeeze (f, zero)", [None, None, 12]),
+    "a stored fraction that is rounded": (
+        "c = Ceil (half) w = Mul (c, five) n = Cast <to = 7> (w) u = Unsqueeze (n, zero)"
+        " t = Concat <axis = 0> (unit, unit, u) x = Expand (narrow, t)",
+        [1, 1, 5],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_lengths_that_follow_from_constants(case: str, tmp_path: Path) -> None:
+    nodes, expected = LENGTHS[case]
+    graph = f"""g (float[batch, length, 8] v) => (float[n, m, k] x) {{ i = Unsqueeze (v, zero)
+        narrow = ReduceMax (v) {nodes} }}"""
+    stored = {name: np.asarray(STORED[name]) for name in ("before", "minus", "unit", "zero")}
+    stored |= {"unit": np.asarray([1]), "far": np.asarray([2**62]), "last": np.asarray([-512]), "two": np.asarray([2])}
+    stored |= {"twice": np.asarray([-2]), "sizes": np.asarray([1, 1, 7, 9]), "half": np.asarray(0.5, np.float32)}
+    stored |= {"five": np.asarray(5, np.float32), "scales": np.asarray([1, 1, 1.5, 1.5], np.float32)}
+    onnx.save(build_model(graph, stored), tmp_path / "model.onnx")
     dimensions = analyse(tmp_path / "model.onnx").dimensions
     axes = dimensions.axes[dimensions.model.graph.outputs[0]]
-    assert axes is not None and [dimensions.space.static(axis) for axis in axes] == [None, None, 4]
+    assert axes is not None
+    assert [dimensions.space.static(axis) for axis in axes] == expected

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from hyperclone_onnx.algebra import shape_values as known
 from hyperclone_onnx.algebra.dims import ONE, Term, product
@@ -295,14 +298,33 @@ def resize(op: Op) -> None:
         moved |= set(range(min(len(x), 2)))
     for axis in moved:
         op.pin(x[axis], "resized")
-    op.out(
-        [
-            op.pinned_dim(declared[i] if declared is not None and len(declared) == len(x) else None, "resized")
-            if i in moved
-            else term
-            for i, term in enumerate(x)
-        ]
-    )
+    lengths = _resized_lengths(op, list(range(len(x))) if listed is None else [op.axis(i, len(x)) for i in listed])
+    if declared is not None and len(declared) == len(x):
+        for i, size in enumerate(declared):
+            if i not in lengths or (size is not None and size.static is not None):
+                lengths[i] = size
+    op.out([op.pinned_dim(lengths.get(i), "resized") if i in moved else term for i, term in enumerate(x)])
+
+
+def _resized_lengths(op: Op, axes: Sequence[int]) -> dict[int, Size | None]:
+    """The lengths of axes that are resized, from the sizes or the scales, where these are known."""
+    if op.text("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        return {}
+    sizes = op.known(3)
+    if sizes is not None and sizes.size == len(axes):
+        stretched = op.text("keep_aspect_ratio_policy", "stretch") == "stretch"
+        return {axis: size for axis, size in zip(axes, sizes.ravel(), strict=True) if stretched and size is not None}
+    scales = op.value(2).const_value if op.has(2) else None
+    if scales is None or scales.size != len(axes):
+        return {}
+    lengths: dict[int, Size | None] = {}
+    for axis, scale in zip(axes, scales.numpy().ravel().astype(np.float32), strict=True):
+        size = op.size(op.axes(0)[axis])
+        if size.static is not None:
+            lengths[axis] = Size.of(math.floor(np.float32(size.static) * scale))  # runtimes multiply in float32
+        elif float(scale).is_integer():
+            lengths[axis] = size * int(scale)
+    return lengths
 
 
 def _unscaled(op: Op, index: int) -> bool:

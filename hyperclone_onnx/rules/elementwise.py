@@ -5,6 +5,7 @@ Repeated inputs give repeated outputs, so the rules need only the names of the o
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.algebra import shape_values as known
@@ -37,11 +38,25 @@ def unary(op: Op) -> None:
 
 def _unary_known(op: Op) -> Known | None:
     elements = op.known(0)
+    if elements is None and op.node.op_type in _ROUNDING:
+        return _rounded_known(op)
     if elements is None or op.node.op_type == "Identity":
         return elements
     if op.node.op_type == "Cast":
         return _cast_known(elements, op.integer("to"))
     return known.unary(op.node.op_type, elements) if op.node.op_type in known.UNARY else None
+
+
+_ROUNDING = {"Ceil": np.ceil, "Floor": np.floor, "Round": np.rint}
+
+
+def _rounded_known(op: Op) -> Known | None:
+    """The known elements of a stored fraction that is rounded: exporters compute sizes so."""
+    tensor = op.value(0).const_value
+    if tensor is None or tensor.size != 1 or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+        return None
+    rounded = _ROUNDING[op.node.op_type](np.asarray(tensor.numpy(), dtype=np.float64))
+    return known.known(rounded) if np.isfinite(rounded).all() else None
 
 
 def _cast_known(elements: Known, to: int) -> Known | None:

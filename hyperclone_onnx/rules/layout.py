@@ -350,6 +350,9 @@ def _sliced(op: Op, term: Term, start: Size | None, end: Size | None, step: int 
     if total is not None and step is not None and low is not None and high is not None:
         first, last = low.static, high.static
         if first is not None and last is not None:
+            if step < 0 and start is not None and end is not None and start.static is not None:
+                op.pin(term, "it is sliced backwards")
+                return op.pinned_dim(_backwards(total, start.static, end.static_or(0), step), "a backwards slice")
             return _statically_sliced(op, term, total, first, last, step)
     rows = _leading_rows(op, term, low, high, step)
     if rows is not None:
@@ -359,6 +362,11 @@ def _sliced(op: Op, term: Term, start: Size | None, end: Size | None, step: int 
     if length is not None and low is not None and high == size and dict(low.terms).get((), 0) < 0:
         length = _no_further(length, size)  # the last 512 of an axis that may be shorter
     return op.pinned_dim(length, "a slice of an axis that keeps its size")
+
+
+def _backwards(total: int, start: int, end: int, step: int) -> int:
+    """The length of a slice with a negative step. An end that is far below 0 lies before the first element."""
+    return len(range(total)[start : None if end <= -FAR else end : step])
 
 
 def _no_further(end: Size | None, size: Size) -> Size | None:
