@@ -11,6 +11,14 @@ import threading
 BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 """Flags with which every file is opened."""
 
+PIECE = 1 << 15
+"""The most bytes that are written with one call; pieces end at multiples of it.
+
+Linux fills its page cache with blocks of memory as large as a call's bytes. Up to this size it has free blocks at hand
+that were used before. Larger ones it cuts from memory that was free for long, which a virtual machine may first have
+to get from its host: then writing takes up to five times as long (docs/benchmarks.md).
+"""
+
 _one_at_a_time = threading.Lock()
 
 
@@ -27,9 +35,10 @@ def read_at(descriptor: int, into: memoryview, offset: int) -> int:
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of the bytes at an offset."""
-    while len(data):
-        done = _write_some(descriptor, data, offset)
-        data, offset = data[done:], offset + done
+    done, size = 0, len(data)
+    while done < size:
+        place = offset + done
+        done += _write_some(descriptor, data[done : done + PIECE - place % PIECE], place)
 
 
 def _read_some(descriptor: int, into: memoryview, offset: int) -> int:
