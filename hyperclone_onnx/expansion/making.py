@@ -125,7 +125,7 @@ def make(planned: Planned, out: Path, run: Run, clock: Clock) -> Expansion:
             if run.precision == "float64":
                 say("validating in float64")
                 validation = _with_float64(validation, pair, analysis.model, written.parent)
-            validation = _with_not_finite(validation, analysis)
+            validation = _with_not_finite(validation, analysis, check.finite)
             clock.lap("validate")
             if validation.problems:
                 raise ModelsDiffer(_differs(out, validation))
@@ -164,9 +164,9 @@ def sizes_of_files(written: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in (written, *data)}
 
 
-def _with_not_finite(validation: Validation, analysis: Analysis) -> Validation:
-    """The validation, with a note of the weights that are infinite or not a number."""
-    named = named_not_finite(analysis.model)
+def _with_not_finite(validation: Validation, analysis: Analysis, finite: frozenset[str]) -> Validation:
+    """The validation, with a note of the weights that are infinite or not a number; some are known to be `finite`."""
+    named = named_not_finite(analysis.model, finite=finite)
     if not named:
         return validation
     return validation.with_notes(f"weights that are infinite or not a number grow as they are: {named}")

@@ -35,10 +35,10 @@ def read_at(descriptor: int, into: memoryview, offset: int) -> int:
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of the bytes at an offset."""
-    done, size = 0, len(data)
+    done, size, write = 0, len(data), getattr(os, "pwrite", _write_some)
     while done < size:
         place = offset + done
-        done += _write_some(descriptor, data[done : done + PIECE - place % PIECE], place)
+        done += write(descriptor, data[done : done + PIECE - place % PIECE], place)
 
 
 def _read_some(descriptor: int, into: memoryview, offset: int) -> int:
@@ -52,8 +52,6 @@ def _read_some(descriptor: int, into: memoryview, offset: int) -> int:
 
 
 def _write_some(descriptor: int, data: memoryview, offset: int) -> int:
-    if hasattr(os, "pwrite"):
-        return os.pwrite(descriptor, data, offset)
     with _one_at_a_time:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.write(descriptor, data)

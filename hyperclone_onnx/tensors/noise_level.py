@@ -16,7 +16,10 @@ from hyperclone_onnx.tensors.source_table import SourceTable
 from hyperclone_onnx.tensors.stored_rows import StoredRows
 
 BLOCK = 1 << 16
-"""The number of squares that are summed at a time."""
+"""The number of weights that are read at a time."""
+
+SUMMED = 1 << 13
+"""The numbers whose squares are summed at a time: so few that no library of linear algebra starts threads for them."""
 
 STEPS = 1 << 13
 """The mantissa of the level is rounded to this number of steps.
@@ -42,11 +45,12 @@ class NoiseLevel:
         """The sum of the squares of all finite weights, and the number of these weights."""
         scratch, total, counted = Scratch(), 0.0, 0
         for rows in _blocks(self.source, scratch):
-            squares = np.square(rows, out=scratch.array("squares", rows.shape, np.float64), dtype=np.float64)
-            if not math.isfinite(summed := float(squares.sum())):
-                squares = squares[np.isfinite(squares)]
-                summed = float(squares.sum())
-            total, counted = total + summed, counted + squares.size
+            numbers = scratch.array("numbers", (rows.size,), np.float64)
+            np.copyto(numbers.reshape(rows.shape), rows, casting="unsafe")
+            if not math.isfinite(summed := power(numbers)):
+                numbers = numbers[np.isfinite(numbers)]
+                summed = power(numbers)
+            total, counted = total + summed, counted + numbers.size
         return total, counted
 
     @cached_property
@@ -97,6 +101,13 @@ def _blocks(source: SourceTable, scratch: Scratch) -> Iterator[npt.NDArray[Any]]
     step = max(1, BLOCK // max(1, source.width))
     for first in range(0, source.height if source.width else 0, step):
         yield source.read(first, min(step, source.height - first), 0, source.width, scratch)
+
+
+def power(numbers: npt.NDArray[Any]) -> float:
+    """The sum of the squares of float64 numbers."""
+    flat = numbers.reshape(-1)
+    parts = (flat[start : start + SUMMED] for start in range(0, len(flat), SUMMED))
+    return float(sum(float(np.dot(part, part)) for part in parts))
 
 
 def _rounded(number: float) -> float:

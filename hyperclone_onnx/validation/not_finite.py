@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,15 @@ MASK = 1 << 26
 """The most elements of the constant of a mask."""
 
 
-def not_finite(model: ir.Model, workers: int | None = None) -> dict[str, int]:
+def not_finite(model: ir.Model, workers: int | None = None, finite: Collection[str] = ()) -> dict[str, int]:
     """The number of infinite elements and elements that are not a number, for each stored tensor that has some.
 
-    The tensors are read block by block, with a fixed amount of memory.
+    The tensors are read block by block, with a fixed amount of memory. Those that are known to be `finite` are not.
     """
     tensors = {
         name: value.const_value
         for name, value in model.graph.initializers.items()
-        if value.const_value is not None and _is_of_numbers(value.const_value.dtype)
+        if value.const_value is not None and _is_of_numbers(value.const_value.dtype) and name not in finite
     }
     counts: dict[str, int] = {}
 
@@ -47,9 +47,9 @@ def _is_mask(tensor: ir.TensorProtocol) -> bool:
     return tensor.size == 1 or bool(np.isin(numbers, [0.0, -np.inf]).all())
 
 
-def named_not_finite(model: ir.Model, workers: int | None = None) -> str:
+def named_not_finite(model: ir.Model, workers: int | None = None, finite: Collection[str] = ()) -> str:
     """A text that names the weights that are infinite or not a number. Empty if there are none."""
-    counts = not_finite(model, workers)
+    counts = not_finite(model, workers, finite)
     if not counts:
         return ""
     first, *rest = [f"{name} ({count} elements)" for name, count in counts.items()]

@@ -187,6 +187,9 @@ def _session(
     options.log_severity_level = 4
     # Otherwise ONNX Runtime copies the weights into another layout. Without copies, a session starts at once.
     options.add_session_config_entry("session.disable_prepacking", "1")
+    # The search for a freed buffer of the right size takes time quadratic in the number of nodes: for thousands of them
+    # most of the time of starting a session. Without it every buffer is freed after its last use all the same.
+    options.enable_mem_reuse = False
     ort.set_default_logger_severity(4)
     if graph is not None:
         folder = os.fspath(Path(path).resolve().parent)

@@ -26,6 +26,7 @@ from hyperclone_onnx.reading.loading import load
 from hyperclone_onnx.system.parallel import share_out, workers_for
 from hyperclone_onnx.tensors.assembled import assemble
 from hyperclone_onnx.tensors.grown_tensor import GrownTensor
+from hyperclone_onnx.tensors.noise_level import power
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.tensors.shares import PRECISION, Columns
 from hyperclone_onnx.tensors.stored_rows import StoredRows
@@ -67,6 +68,8 @@ class _Sums:
     """The sum of squared source weights."""
     units: float = 0.0
     """The largest error of a sum of repeats in units of the weight's last place, in types whose shares add up."""
+    finite: bool = False
+    """Whether all source weights are known to be finite."""
 
     def joined(self, other: _Sums) -> _Sums:
         """Merge the differences of both."""
@@ -76,6 +79,7 @@ class _Sums:
             self.error + other.error,
             self.power + other.power,
             max(self.units, other.units),
+            self.finite and other.finite,
         )
 
 
@@ -91,6 +95,8 @@ class Checked:
     sums: _Sums
     adds_up: bool = False
     """Whether the shares of a weight add up to it in its own type: the sum is the weight, rounded once."""
+    source: str | None = None
+    """The source tensor, if all of it was read."""
 
     @property
     def bound(self) -> float:
@@ -202,6 +208,8 @@ class CheckOfWritten:
     def __init__(self, source: ir.Model, plan: Plan, path: Path) -> None:
         self._source, self._plan, self._path = source, plan, path
         self._check: TensorCheck | None = None
+        self.finite: frozenset[str] = frozenset()
+        """The tensors of the source that are known to have finite numbers only, once there is a report."""
 
     @property
     def grown(self) -> ir.Model:
@@ -234,7 +242,9 @@ class CheckOfWritten:
         checked = {tensor.name: tensor for tensor in answers if tensor is not None}
         scratch = Scratch()
         rest = [self._check.checked(name, scratch) for name in self._check.sizes if name not in checked]
-        return self._check.report((*checked.values(), *rest))
+        every = (*checked.values(), *rest)
+        self.finite = frozenset(tensor.source for tensor in every if tensor.source is not None and tensor.sums.finite)
+        return self._check.report(every)
 
 
 def _names_by_place(check: TensorCheck) -> dict[tuple[str, int], str]:
@@ -291,11 +301,13 @@ def _check(source: ir.Model, grown: ir.Model, plan: Plan, name: str, scratch: Sc
     bound = (max(math.prod(most), 1) + 2 * stretched) * eps_of(made.dtype)
     compared = _sums_of_repeats(table, stored, made.dtype, forget)
     sums = _added_up(compared, scratch)
-    return Checked(name, bound, shared=True, planned=True, sums=sums, adds_up=made.dtype in PRECISION)
+    whole = isinstance(recipe.origin, str) and not any(source_map.picks for source_map in plan.maps.values())
+    source_name = str(recipe.origin) if whole else None
+    return Checked(name, bound, True, True, sums, adds_up=made.dtype in PRECISION, source=source_name)
 
 
 def _added_up(compared: Iterator[Compare], scratch: Scratch) -> _Sums:
-    total = _Sums()
+    total = _Sums(finite=True)
     for compare in compared:
         total = total.joined(compare(scratch))
     return total
@@ -412,14 +424,15 @@ class _Block:
         with np.errstate(invalid="ignore"):
             error = np.subtract(total, want, out=total)  # in place: less must go through the cache
         worst = max(float(error.max(initial=0.0)), -float(error.min(initial=0.0)))
-        if not math.isfinite(worst):
+        all_finite = math.isfinite(worst)
+        if not all_finite:
             total, _ = self._total(scratch)
             finite = np.isfinite(total) & np.isfinite(want)
             same = (total == want) | (np.isnan(total) & np.isnan(want))
             error, want = total[finite] - want[finite], want[finite]
             worst = float(np.abs(error).max(initial=0.0)) if (finite | same).all() else math.inf
         units = _in_units(error, want, self.bits) if self.bits is not None and worst else 0.0
-        return _Sums(worst, largest, _power(error) if worst else 0.0, _power(want), units)
+        return _Sums(worst, largest, power(error) if worst else 0.0, power(want), units, all_finite)
 
     def _total(self, scratch: Scratch) -> tuple[Array, float]:
         """The sums of the repeats, float64, and the largest finite magnitude in the file."""
@@ -459,17 +472,6 @@ class _Block:
                 rows = slice(run.collapsed - self.low, run.collapsed - self.low + run.length)
                 want[rows] = self.table.values(run, self.columns, scratch)
         return want
-
-
-SUMMED = 1 << 13
-"""The numbers whose squares are summed at a time: so few that no library of linear algebra starts threads for them."""
-
-
-def _power(numbers: Array) -> float:
-    """The sum of the squares."""
-    flat = numbers.reshape(-1)
-    parts = (flat[start : start + SUMMED] for start in range(0, len(flat), SUMMED))
-    return float(sum(float(np.dot(part, part)) for part in parts))
 
 
 def _in_units(error: Array, want: Array, bits: tuple[int, int, float]) -> float:
