@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -59,6 +60,24 @@ def test_the_report_is_that_of_a_later_check(written: Any, small: Path) -> None:
     report = check.report(answers)
     assert report == check.report([]) == check_tensors(analyse(small).model, check.grown, plan_of(small), 1)
     assert report.checked == len(check.grown.graph.initializers) and not report.wrong
+
+
+def test_what_was_compared_is_known_to_be_finite(written: Any, small: Path, tmp_path: Path) -> None:
+    """A copied tensor is not known to be, and neither is one that holds a number which is not finite."""
+    check, answers = written
+    check.report(answers)
+    assert check.finite == {"up.0", "up.1", "down.0", "down.1", "head"}
+    analysis = analyse(small)
+    for name, value in (("up.0", np.inf), ("down.1", np.nan)):
+        tensor = analysis.model.graph.initializers[name]
+        array = tensor.const_value.numpy().copy()
+        array[3, 4] = value
+        tensor.const_value = ir.Tensor(array, name=name)
+    plan = plan_of(small)
+    check = CheckOfWritten(analysis.model, plan, tmp_path / "spoilt.onnx")
+    grown = rewrite(analysis.model, plan)
+    check.report(onnx_files.save(grown, tmp_path / "spoilt.onnx", external=True, check=check.begin))
+    assert check.finite == {"up.1", "down.0", "head"}
 
 
 def test_tensors_that_share_bytes_are_compared_at_the_end(written: Any) -> None:

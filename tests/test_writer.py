@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from hyperclone_onnx import CannotWrite, GrownTensor, Recipe, SourceMap, Strategy, expand
 from hyperclone_onnx.plan.maps import Axis, ConcatOf, Kept, Named
 from hyperclone_onnx.plan.strategies import STRATEGIES, StrategyName
+from hyperclone_onnx.system.positioned import write_at
 from hyperclone_onnx.tensors import table as grown_table
 from hyperclone_onnx.tensors.scratch import Scratch
 from hyperclone_onnx.writing import streaming
@@ -334,6 +335,18 @@ def test_numbers_that_are_not_finite_stay_where_they_are(kind: str, strategy: St
     with np.errstate(invalid="ignore"):
         total = grown.numpy().astype(np.float64).reshape(3, 6, 16).sum(axis=0)
     np.testing.assert_allclose(total, np.tile(source, 2).astype(np.float64), atol=1e-5)
+
+
+def test_one_call_writes_one_piece_of_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces end at multiples of their size in the file, wherever the bytes begin."""
+    calls: list[tuple[int, int]] = []
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: calls.append((at, len(data))) or write(file, data, at))
+    data = np.random.default_rng(0).bytes(100_001)
+    with (tmp_path / "file").open("wb") as file:
+        write_at(file.fileno(), memoryview(data), 5000)
+    assert (tmp_path / "file").read_bytes() == bytes(5000) + data
+    assert [at for at, _ in calls] == [5000, 32768, 65536, 98304] and sum(size for _, size in calls) == len(data)
 
 
 def test_files_are_the_same_where_the_system_reads_and_writes_at_no_place(
