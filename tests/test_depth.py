@@ -188,20 +188,25 @@ def test_deeper_models_of_the_zoo_compute_the_same(name: str, zoo: Zoo, expected
 
 NOT_DEEPER = {
     "deberta.distinct": "Mul .* changes the stream itself",
-    "olmoe.built": "Loop .* changes the stream itself",
 }
 """The graphs whose layers are found and have no identity copies, with a part of the message."""
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("how", "factor"), [("one more", None), ("twice", None), ("one more", 1.5)])
 @pytest.mark.parametrize("name", [n for n in zoo_store.names() if n not in WITHOUT and n.split(".")[0] not in WITHOUT])
-def test_every_graph_with_layers_grows_by_one(name: str, zoo: Zoo, tmp_path: Path) -> None:
-    stacks = {stack.name: stack.layers + stack.period for stack in stacks_of(source_of(zoo(name)).model)}
+def test_every_graph_with_layers_grows_deeper(
+    name: str, how: str, factor: float | None, zoo: Zoo, tmp_path: Path
+) -> None:
+    stacks = {
+        stack.name: stack.layers + (stack.period if how == "one more" else stack.layers)
+        for stack in stacks_of(source_of(zoo(name)).model)
+    }
     if name in NOT_DEEPER:
         with pytest.raises(Refused, match=NOT_DEEPER[name]):
-            expand(zoo(name), tmp_path / "big.onnx", layers=stacks, device="cpu")
+            expand(zoo(name), tmp_path / "big.onnx", factor, layers=stacks, device="cpu")
         return
-    result = expand(zoo(name), tmp_path / "big.onnx", layers=stacks, device="cpu", check="full")
+    result = expand(zoo(name), tmp_path / "big.onnx", factor, layers=stacks, device="cpu", check="full")
     assert result.validation is not None and result.validation.equal
 
 
