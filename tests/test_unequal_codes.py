@@ -75,3 +75,25 @@ def test_codes_that_something_else_reads_are_refused(tmp_path: Path) -> None:
     (name,) = [dimension.name for dimension in analysis.named if dimension.size == FFN]
     with pytest.raises(Refused, match=r"MatMulInteger '.*' sums quantised values over an axis whose parts"):
         plan_expansion(analysis, maps={name: SourceMap(FFN, cycle=25)})
+
+
+def test_integer_sums_are_scaled_behind_their_conversion(tmp_path: Path) -> None:
+    """An RMSNorm scales the channels of its stream, which comes from an integer product here."""
+    rng = np.random.default_rng(0)
+    weights: dict[str, Any] = normal(1, {"gain": (HIDDEN,), "out": (HIDDEN, 7)})
+    weights |= {
+        "w": rng.integers(0, 255, (5, HIDDEN)).astype(np.uint8),
+        "zero": np.uint8(128),
+        "scale": np.float32(0.01),
+    }
+    text = """g (float[batch, 5] x) => (float[batch, 7] y) {
+        q, s, z = DynamicQuantizeLinear (x)  i = MatMulInteger (q, w, z, zero)  f = Cast <to = 1> (i)
+        t = Mul (f, s)  h = Mul (t, scale)  n = RMSNormalization (h, gain)  y = MatMul (n, out) }"""
+    model = build_model(text, {name: np.asarray(array) for name, array in weights.items()}, opset=23)
+    onnx.save(model, tmp_path / "model.onnx")
+    analysis = analyse(tmp_path / "model.onnx")
+    name = next(dimension.name for dimension in analysis.named if dimension.size == HIDDEN)
+    plan = plan_expansion(analysis, maps={name: SourceMap(HIDDEN, cycle=18)})
+    x = rng.standard_normal((4, 5)).astype(np.float32)
+    small, big = computed(analysis.model, x), computed(rewrite(analysis.model, plan), x)
+    np.testing.assert_allclose(big, small, rtol=0, atol=1e-5 * np.abs(small).max())

@@ -375,8 +375,18 @@ def added(s: Stretching, slots: Sequence[int], outputs: Sequence[int] = (0,)) ->
     return True
 
 
-@_law("Identity", "Cast", "Neg", "Abs", "Relu", "LeakyRelu", "Dropout", "CastLike", "Trilu")
+@_law("Identity", "Neg", "Abs", "Relu", "LeakyRelu", "Dropout", "Trilu")
 def _homogeneous(s: Stretching) -> bool:
+    return added(s, [0])
+
+
+@_law("Cast", "CastLike")
+def _cast(s: Stretching) -> bool:
+    """Integers cannot be scaled by a fraction: the sum of a quantised product is scaled behind its conversion."""
+    read = s.node.inputs[0]
+    types = [value.dtype for value in (read, s.node.outputs[0]) if value is not None]
+    if any(dtype is None or not dtype.is_floating_point() for dtype in types):
+        return False
     return added(s, [0])
 
 
