@@ -37,6 +37,7 @@ FAMILIES = {
     "Mistral": ("Mixtral", {"tie_word_embeddings": False, "sliding_window": None}),
     "Qwen3": ("Qwen3Moe", {"head_dim": 8, "tie_word_embeddings": True}),
     "Qwen2": ("Qwen2Moe", {"tie_word_embeddings": False}),
+    "Granite": ("GraniteMoe", {"tie_word_embeddings": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.4}),
 }
 """For each dense family the mixture's, and fields of its configuration."""
 
@@ -106,6 +107,26 @@ def test_experts_that_have_parted_go_along(tmp_path: Path, cli: Command) -> None
     assert report.hugging_face["error_to_file"] < 1e-5
 
 
+def test_a_checkpoint_becomes_a_mixture_that_is_wider_and_deeper(tmp_path: Path, cli: Command) -> None:
+    """The widths and layers grow first, and the experts are made of that checkpoint. Bad requests come before all."""
+    source, _ = dense("Llama", tmp_path, cli)
+    folder, out = tmp_path / "Llama", tmp_path / "moe"
+    how = ["--experts", 4, "--top-k", 2, "--factor", 2, "--layers", 3]
+    before = names_in(tmp_path)
+    for wrong, why in (("--shared-expert", "has none without a gate"), (("--plan-out", tmp_path / "p"), "leave out")):
+        outcome = cli("expand", folder, *how, *([wrong] if isinstance(wrong, str) else wrong), "-o", out)
+        assert outcome.code in (2, 3) and why in outcome.error, outcome.stderr
+        assert names_in(tmp_path) == before
+    outcome = cli("expand", folder, *how, "--keep-onnx", "-o", out)
+    assert outcome.code == 0, outcome.stderr
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert isinstance(model, transformers.MixtralForCausalLM)
+    sizes = {"hidden_size": 96, "intermediate_size": 112, "num_hidden_layers": 3, "num_local_experts": 4}
+    assert {name: getattr(model.config, name) for name in sizes} == sizes
+    torch.testing.assert_close(logits(model), logits(source), rtol=1e-4, atol=1e-5)
+    assert names_in(out / "onnx")
+
+
 def test_some_layers_stay_dense_where_the_class_has_such(tmp_path: Path, cli: Command) -> None:
     _, small = dense("Qwen3", tmp_path, cli)
     expand(small, tmp_path / "moe.onnx", experts=Experts(4, 2, where=2))
@@ -122,7 +143,7 @@ def test_some_layers_stay_dense_where_the_class_has_such(tmp_path: Path, cli: Co
 @pytest.mark.parametrize(
     ("how", "experts", "message"),
     [
-        ({"factor": 2}, Experts(4, 2), "Grow them first, hand that model to transformers"),
+        ({"factor": 2}, Experts(4, 2), "with the same options grows them first and then makes the experts"),
         ({}, Experts(4, 2, shared=True), "has none without a gate. Leave out --shared-expert"),
     ],
 )

@@ -270,10 +270,9 @@ def expand(
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
     checkpoint = is_checkpoint(model)
-    if checkpoint and (experts or options["more_experts"] is not None):
+    if checkpoint and options["more_experts"] is not None:
         raise click.UsageError(
-            f"{'--experts' if experts else '--more-experts'} is for ONNX files: export the checkpoint first (export "
-            "FOLDER), then expand the file"
+            "--more-experts is for ONNX files: export the checkpoint first (export FOLDER), then expand the file"
         )
     if checkpoint and exclude:
         raise click.UsageError("--exclude leaves out files of a folder with ONNX files; MODEL has none")

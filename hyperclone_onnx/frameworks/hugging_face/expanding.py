@@ -24,6 +24,7 @@ from hyperclone_onnx.frameworks.exports import HandedOver
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, read_checkpoint
 from hyperclone_onnx.frameworks.hugging_face.exporting import Exported, export_model, has_cache
 from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
+from hyperclone_onnx.planning.experts import Experts
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.publishing.publication import publication_folder, write_text
@@ -31,6 +32,9 @@ from hyperclone_onnx.summaries import Summarised, Summary
 
 MODEL, WITH_CACHE = "model.onnx", "model_with_past.onnx"
 """The names of the exported files. The second takes and gives the keys and values of earlier tokens."""
+
+FOR_BOTH = ("strategy", "allow_change", "device", "check", "precision", "workers", "inputs", "dims")
+"""The options of `expansion.expand` that also hold where experts are made in a second growth."""
 
 FOLDER = "onnx"
 """The folder within the grown checkpoint in which the grown ONNX files are kept."""
@@ -134,9 +138,13 @@ def expand_checkpoint(
     max_shard_size: int | None = None,
     plan_out: str | os.PathLike[str] | None = None,
     notify: Notify | None = None,
+    experts: Experts | None = None,
     **options: Any,
 ) -> CheckpointExpansion:
     """Grow a checkpoint into a new folder. The folder appears only after all checks have passed.
+
+    With experts, the widths and layers grow first, if they are to. The experts are made of that checkpoint, and the
+    folder has the class of a mixture (see `mixtures`).
 
     Args:
         folder: the checkpoint.
@@ -149,6 +157,7 @@ def expand_checkpoint(
         max_shard_size: the most bytes of weights in one file; by default as in the source.
         plan_out: a file to which the plan is written too, as JSON.
         notify: called with the name of each stage when it begins.
+        experts: the experts to make of each feed-forward block.
         options: passed on to `expansion.expand`.
 
     Raises:
@@ -162,16 +171,36 @@ def expand_checkpoint(
         say("reading")
         checkpoint = read_checkpoint(source)
         with _work_beside(partial) as work:
+            before: dict[str, Expansion] = {}
+            if experts is not None:
+                from hyperclone_onnx.frameworks.hugging_face.mixtures import mixture_class
+
+                mixture_class(checkpoint, shared=experts.shared)
+                if factor != 1 or requests or any(options.get(name) for name in ("sizes", "like", "layers")):
+                    if plan_out is not None:
+                        raise BadRequest(
+                            "--plan-out is for one growth, and experts beside other sizes are made in a second one: "
+                            "leave out --plan-out, or grow the checkpoint first and make experts of the result"
+                        )
+                    first = expand_checkpoint(
+                        source, work / "dense", factor, requests, notify=notify, dtype="float32", **options
+                    )
+                    before = {f"{name}, before the experts": one for name, one in first.models.items()}
+                    source, factor, requests = work / "dense", 1, None
+                    options = {name: value for name, value in options.items() if name in FOR_BOTH}
+                    dtype = dtype or checkpoint.main_type.name
+                    checkpoint = read_checkpoint(source)
+                options["experts"] = experts
             small, big = work / "small", work / FOLDER
             small.mkdir()
             big.mkdir()
             cache = keep_onnx and _keeps_cache(checkpoint)
             names = [file.file for file in _exported(checkpoint, small, cache, say)]
-            models: dict[str, Expansion] = {}
+            models: dict[str, Expansion] = before
             for name in names:
                 grown = expand(small / name, big / name, factor, requests, notify=_named(say, name, names), **options)
                 shown = str(out / FOLDER / name) if keep_onnx else None
-                models[name] = replace(grown, source=str(source), output=shown)
+                models[name] = replace(grown, source=os.fspath(folder), output=shown)
             check_fit(small, big, [Path(name) for name in names])
             report = grow_checkpoint(
                 big / MODEL,

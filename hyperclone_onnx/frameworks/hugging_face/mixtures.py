@@ -193,12 +193,26 @@ def _pair(grown: Grown, checkpoint: Checkpoint) -> Pair:
     Raises:
         Refused: transformers has no class for it, or its widths or layers grew besides.
     """
-    plan, kind = grown.plan, checkpoint.config.model_type
+    plan = grown.plan
     if plan.dims or any(step.name != STEP for step in plan.transforms) or len(plan.transforms) != 1:
         raise Refused(
-            f"{grown.path}: its widths or layers grew together with the experts. Grow them first, hand that model to "
-            "transformers, and make experts of it in a second step"
+            f"{grown.path}: its widths or layers grew together with the experts. `expand {checkpoint.folder}` with the "
+            "same options grows them first and then makes the experts, and gives the checkpoint of the mixture"
         )
+    return mixture_class(checkpoint, shared=bool(plan.transforms[0].options.get("shared")))
+
+
+def mixture_class(checkpoint: Checkpoint, *, shared: bool) -> Pair:
+    """The classes of a mixture that is made of a checkpoint.
+
+    Args:
+        checkpoint: the dense checkpoint.
+        shared: whether an expert always runs.
+
+    Raises:
+        Refused: transformers has no class for it.
+    """
+    kind = checkpoint.config.model_type
     pair = next((pair for pair in PAIRS if pair.dense == kind), None)
     if pair is None:
         known = ", ".join(f"{pair.dense} ({pair.mixture})" for pair in PAIRS)
@@ -206,10 +220,10 @@ def _pair(grown: Grown, checkpoint: Checkpoint) -> Pair:
             f"{checkpoint.folder}: transformers has no class for a mixture of {kind!r} that routes so. The families "
             f"are {known}. Hand the file to PyTorch, JAX or safetensors instead"
         )
-    if plan.transforms[0].options.get("shared"):
+    if shared:
         raise Refused(
-            f"{grown.path}: it has an expert that always runs, and the class {pair.mixture!r} has none without a gate. "
-            "Leave out --shared-expert, or hand the file to PyTorch, JAX or safetensors"
+            f"{checkpoint.folder}: an expert that always runs was asked for, and the class {pair.mixture!r} has none "
+            "without a gate. Leave out --shared-expert, or hand the file to PyTorch, JAX or safetensors"
         )
     return pair
 
