@@ -111,7 +111,7 @@ def test_a_checkpoint_becomes_a_mixture_that_is_wider_and_deeper(tmp_path: Path,
     """The widths and layers grow first, and the experts are made of that checkpoint. Bad requests come before all."""
     source, _ = dense("Llama", tmp_path, cli)
     folder, out = tmp_path / "Llama", tmp_path / "moe"
-    how = ["--experts", 4, "--top-k", 2, "--factor", 2, "--layers", 3]
+    how = ["--experts", "4", "--top-k", "2", "--factor", "2", "--layers", "3"]
     before = names_in(tmp_path)
     for wrong, why in (("--shared-expert", "has none without a gate"), (("--plan-out", tmp_path / "p"), "leave out")):
         outcome = cli("expand", folder, *how, *([wrong] if isinstance(wrong, str) else wrong), "-o", out)
