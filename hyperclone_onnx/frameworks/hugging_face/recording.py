@@ -158,12 +158,15 @@ def operator_name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
 
 
-def record(model: Any, feeds: dict[str, Any]) -> tuple[list[Step], dict[str, Any]]:
+def record(
+    model: Any, feeds: dict[str, Any], sign: Callable[[Any], Signature | None] = signature
+) -> tuple[list[Step], dict[str, Any]]:
     """Run a model and record it.
 
     Args:
         model: the model in PyTorch.
         feeds: its inputs by name.
+        sign: gives the signature of a tensor; a function that gives None saves the time where only shapes are wanted.
 
     Returns:
         The steps in the order in which they ran, and the floating outputs by name.
@@ -181,7 +184,7 @@ def record(model: Any, feeds: dict[str, Any]) -> tuple[list[Step], dict[str, Any
             return result
         for position, tensor in enumerate(tensors_of(args, kwargs)):
             if id(tensor) not in seen:
-                leaves[position] = signature(tensor)
+                leaves[position] = sign(tensor)
                 seen.add(id(tensor))
                 alive.append(tensor)
         result = func(*args, **kwargs)
@@ -192,7 +195,7 @@ def record(model: Any, feeds: dict[str, Any]) -> tuple[list[Step], dict[str, Any
             Step(
                 operator_name(func),
                 tuple(tuple(output.shape) for output in outputs),
-                [signature(output) for output in outputs],
+                [sign(output) for output in outputs],
                 leaves,
             )
         )
