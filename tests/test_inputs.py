@@ -385,6 +385,21 @@ def test_equations_are_solved_and_contradicted(tmp_path: Path) -> None:
         equations.solved({"all": 3, "past": 4})
 
 
+def test_a_cache_that_slides_holds_a_window(tmp_path: Path) -> None:
+    model = build_model(
+        """g (float[b, s, 32] q, float[b, 1, past, 16] k, float[b, 1, past, 16] v, int32[b] last, int32[1] all)
+             => (float[b, s, 16] y, float[b, 1, p, 16] nk, float[b, 1, p, 16] nv) {
+            y, nk, nv = com.microsoft.GroupQueryAttention <num_heads = 1, kv_num_heads = 1,
+                sliding_window_cache = 1, local_window_size = 640> (q, , , k, v, last, all)
+        }""",
+        {},
+    )
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, tmp_path / "model.onnx")
+    least = {str(bound.size): bound.least for bound in equations_of(analyse(tmp_path / "model.onnx").dimensions).least}
+    assert least == {"past": 640}
+
+
 def test_the_uses_of_inputs(tmp_path: Path) -> None:
     uses = uses_of(analyse(saved(MODELS["a logarithm"], tmp_path / "a.onnx")).dimensions)
     assert uses["x"].positive and not uses["x"].masks

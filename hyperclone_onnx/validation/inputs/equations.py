@@ -18,7 +18,7 @@ from hyperclone_onnx.algebra.dims import Equation
 from hyperclone_onnx.algebra.evaluation import divisors, evaluate, parse, value_of, variables_of
 from hyperclone_onnx.algebra.shape_values import static_values
 from hyperclone_onnx.algebra.sizes import Size
-from hyperclone_onnx.graphs import describe
+from hyperclone_onnx.graphs import MICROSOFT, describe
 from hyperclone_onnx.rules.dimensions import Dimensions, Fact
 from hyperclone_onnx.rules.op import declared_shape
 
@@ -276,12 +276,24 @@ def _least_lengths(dimensions: Dimensions) -> Iterator[AtLeast]:
         if size.static is None:
             yield AtLeast(size, 1, describe(node))
     for node in dimensions.walked:
+        if (node.domain, node.op_type) == (MICROSOFT, "GroupQueryAttention"):
+            yield from _sliding_cache(dimensions, node)
         if node.domain or node.op_type not in _LEAST:
             continue
         for axis, least in _LEAST[node.op_type](dimensions, node):
             axes = dimensions.axes_of(node, 0) or ()
             if axis < len(axes) and space.static(axes[axis]) is None:
                 yield AtLeast(space.size(axes[axis]), least, describe(node))
+
+
+def _sliding_cache(dimensions: Dimensions, node: ir.Node) -> Iterator[AtLeast]:
+    """A cache of fixed size that slides must hold a whole window."""
+    flag, window = (node.attributes.get(name) for name in ("sliding_window_cache", "local_window_size"))
+    axes = dimensions.axes_of(node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    if flag is not None and flag.as_int() == 1 and window is not None and axes is not None and len(axes) == 4:
+        size = dimensions.space.size(axes[2])
+        if size.static is None:
+            yield AtLeast(size, window.as_int(), describe(node))
 
 
 def _reflecting_pad(dimensions: Dimensions, node: ir.Node) -> Iterator[tuple[int, int]]:
