@@ -465,8 +465,8 @@ def layers_by_model(source: Path, models: Sequence[Path], wanted: LayersRequest 
     stacks: dict[Path, dict[str, Stack]] = {}
     for model, graph in graphs.items():
         others = [pair for other, pair in links.items() if other != model]
-        found = stacks_of(graph)
-        stacks[model] = {_called(stack, len(found), links[model], others): stack for stack in found}
+        alike = stacks_of(graph)
+        stacks[model] = {_called(stack, len(alike), links[model], others): stack for stack in alike}
     called = dict.fromkeys(name for of_model in stacks.values() for name in of_model)
     listed = ", ".join(
         f"{name} in {model} ({stack.layers} layers)" for model in models for name, stack in stacks[model].items()

@@ -127,7 +127,7 @@ def _names_of_two_lengths(model: ir.Model, dimensions: Dimensions) -> frozenset[
         length = space.proven(own)
         if length is not None:
             lengths[name].add(length.static)
-    return frozenset(name for name, found in lengths.items() if len(found) > 1)
+    return frozenset(name for name, sizes in lengths.items() if len(sizes) > 1)
 
 
 def _named_axes(model: ir.Model) -> Iterator[tuple[ir.Value, int, str]]:

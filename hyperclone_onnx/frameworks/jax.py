@@ -99,12 +99,12 @@ def _floating(dtype: Any) -> str:
         BadRequest: it is no floating type.
     """
     try:
-        found = jax.numpy.dtype(dtype)
+        kind = jax.numpy.dtype(dtype)
     except TypeError:
-        found = None
-    if found is None or not jax.numpy.issubdtype(found, jax.numpy.floating):
+        kind = None
+    if kind is None or not jax.numpy.issubdtype(kind, jax.numpy.floating):
         raise BadRequest(f"dtype is {dtype!r}: give a floating type, such as 'bfloat16'")
-    return str(found.name)
+    return str(kind.name)
 
 
 @dataclass(frozen=True)

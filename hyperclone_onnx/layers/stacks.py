@@ -190,12 +190,12 @@ def _best_rotation(
         run = _longest(stream, start + offset, (length - offset) // step, step, multiple, kinds)
         if run is None or not _has_weights(run):
             continue
-        found = (
+        own_score = (
             len(run.units),
             count_numbered([[value.name or "" for value in unit.stored] for unit in run.units], multiple),
         )
-        if found > score:
-            best, score = run, found
+        if own_score > score:
+            best, score = run, own_score
     return best
 
 

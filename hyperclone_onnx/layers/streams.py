@@ -61,14 +61,14 @@ class Flow:
         The inputs come last: most of them are caches.
         """
         moving: set[ir.Value] = set(self.inputs)
-        found: list[ir.Value] = []
+        values: list[ir.Value] = []
         for node, carried in zip(self.nodes, self.carried, strict=True):
             if not any(value in moving for value in reads(node)):
                 continue
             moving.update(node.outputs)
             if not any(value in moving for value in carried):
-                found += [value for value in node.outputs if is_carried(value)]
-        return [*found, *filter(is_carried, self.inputs)]
+                values += [value for value in node.outputs if is_carried(value)]
+        return [*values, *filter(is_carried, self.inputs)]
 
     def stream(self, start: ir.Value) -> Stream | None:
         """The stream from a value to the last output of the graph that it reaches; None if it reaches none."""

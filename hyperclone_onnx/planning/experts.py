@@ -143,19 +143,19 @@ def more_experts_step(analysis: Analysis, factor: int) -> TransformStep | None:
     """
     if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
         raise BadRequest(f"--more-experts {factor!r}: give a whole number from 1 on, such as 2")
-    found = find_mixtures(analysis)
-    if found.refused:
-        (node, why), more = next(iter(found.refused.items())), len(found.refused) - 1
+    search = find_mixtures(analysis)
+    if search.refused:
+        (node, why), more = next(iter(search.refused.items())), len(search.refused) - 1
         others = f" (and {more} more)" if more else ""
         raise Refused(f"the experts that {node} chooses cannot be multiplied: {why}{others}")
-    if not found.mixtures:
+    if not search.mixtures:
         raise BadRequest(
             "--more-experts multiplies experts, and this graph has no mixture of experts. "
             "--experts 8 --top-k 2 makes experts of its feed-forward blocks"
         )
     if factor == 1:
         return None
-    return TransformStep(MORE, {"factor": factor, "mixtures": [mixture.to_json() for mixture in found.mixtures]})
+    return TransformStep(MORE, {"factor": factor, "mixtures": [mixture.to_json() for mixture in search.mixtures]})
 
 
 def mixtures(steps: Iterable[TransformStep]) -> list[dict[str, int]]:

@@ -99,9 +99,9 @@ class Stretching:
         leaves: Leaves = {}
         for axis, term in enumerate(axes or ()):
             atoms = self.terms.leaves(term)
-            found = [n for n, atom in enumerate(atoms) if atom in self.uneven]
-            if found:
-                leaves[axis] = [self._variable(holder, axis, n) for n in found]
+            uneven = [n for n, atom in enumerate(atoms) if atom in self.uneven]
+            if uneven:
+                leaves[axis] = [self._variable(holder, axis, n) for n in uneven]
         return leaves
 
     def _variable(self, holder: Holder, axis: int, position: int) -> int:

@@ -202,7 +202,7 @@ def _stacks(transformed: ir.Model, made_of: Mapping[str, tuple[str, ...]]) -> di
             continue
         source = made.sources[0] if made.place is None else made.place.source
         stacks.setdefault(source, []).append(Stack(name, made_of[name][0], made.stacking))
-    return {name: tuple(found) for name, found in stacks.items()}
+    return {name: tuple(members) for name, members in stacks.items()}
 
 
 def _made_of(transformed: ir.Model, plan: Plan, grown: ir.Model) -> dict[str, tuple[str, ...]]:

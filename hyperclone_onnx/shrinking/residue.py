@@ -68,10 +68,10 @@ def residues(grown: ir.Model, plan: Plan, workers: int | None = None) -> list[Re
     return [measured[name] for name in names]
 
 
-def together(found: Iterable[Residue]) -> tuple[Residue, ...]:
+def together(several: Iterable[Residue]) -> tuple[Residue, ...]:
     """The residues with one for each tensor: of a tensor that has two, the root of the sum of their squares."""
     by_name: dict[str, Residue] = {}
-    for residue in found:
+    for residue in several:
         known = by_name.get(residue.name)
         if known is not None:
             residue = replace(residue, residue=math.hypot(known.residue, residue.residue))
@@ -79,11 +79,11 @@ def together(found: Iterable[Residue]) -> tuple[Residue, ...]:
     return tuple(by_name.values())
 
 
-def overall(found: Iterable[Residue]) -> float:
+def overall(several: Iterable[Residue]) -> float:
     """The root mean square of residues, each tensor counted by its elements."""
-    found = list(found)
-    elements = sum(residue.elements for residue in found)
-    return math.sqrt(sum(residue.residue**2 * residue.elements for residue in found) / elements) if elements else 0.0
+    several = list(several)
+    elements = sum(residue.elements for residue in several)
+    return math.sqrt(sum(residue.residue**2 * residue.elements for residue in several) / elements) if elements else 0.0
 
 
 def _tensor(model: ir.Model, name: str) -> ir.TensorProtocol:

@@ -120,12 +120,12 @@ def join_parts(tensors: Tensors, parts: Sequence[Part], written: Sequence[Path],
     for number, (part, place) in enumerate(zip(parts, written, strict=True)):
         described = read_description(place)
         wanted = {(_name(piece), piece.offsets, piece.sizes) for piece in part}
-        found = {
+        pieces = {
             (name, tuple(chunk.offsets), tuple(chunk.sizes))
             for name, entry in described.state_dict_metadata.items()
             for chunk in entry.chunks
         }
-        if wanted != found:
+        if wanted != pieces:
             raise CannotWrite(f"{place}: does not have the tensors of part {number}: remove {place.parent} and repeat")
         name = f"__{number}_0.distcp"
         for key, entry in described.state_dict_metadata.items():

@@ -140,9 +140,9 @@ def deeper(
     """
     stacks = {name: _layers(checkpoint, name, plan, places, matches, given.shapes) for name in _stacks(places)}
     names = _deeper_names(stacks, given.shapes)
-    found = Matches({name: _layouts(source, unit, matches, places) for name, (source, unit) in names.items()})
-    found.layouts = {name: layouts for name, layouts in found.layouts.items() if layouts}
-    tensors = _Tensors(given, {name: source for name, (source, _) in names.items()}, found, places, stored)
+    matched = Matches({name: _layouts(source, unit, matches, places) for name, (source, unit) in names.items()})
+    matched.layouts = {name: layouts for name, layouts in matched.layouts.items() if layouts}
+    tensors = _Tensors(given, {name: source for name, (source, _) in names.items()}, matched, places, stored)
     wanted = {name: given.shapes[source] for name, (source, _) in names.items()}
     expected = None if changing(plan.transforms) else _outputs(given.model, fed)
     given.release()
@@ -155,7 +155,7 @@ def deeper(
         checkpoint.model_class,
         tensors.sources,
     )
-    return Deeper(made, tensors.given(checkpoint, changes), found, tuple(changes))
+    return Deeper(made, tensors.given(checkpoint, changes), matched, tuple(changes))
 
 
 def _stacks(places: Mapping[str, Placed]) -> list[str]:

@@ -146,7 +146,7 @@ def grow_mixture(
     given = Given.read(checkpoint)
     file = _read(grown, source)
     small, order = small_initializers(source)
-    layouts = {name: found[0] for name, found in match(small, given.floating, order).layouts.items()}
+    layouts = {name: several[0] for name, several in match(small, given.floating, order).layouts.items()}
     lost = [name for name in given.floating if name not in layouts and given.floating[name].ndim > 1]
     if lost:
         raise BadModel(f"{checkpoint.folder} is not the checkpoint that {source} comes from: {lost[0]!r} is not in it")
@@ -165,10 +165,10 @@ def grow_mixture(
     for swapped in (False, True):
         made.fill(swapped=swapped)
         errors = _compared(model, runner, [case for case, _ in compared])
-        found = Error.worst([error for _, some in errors for error in some])
-        if worst is None or found.relative < worst.relative:
-            worst = found
-        if found.relative <= tolerance:
+        error = Error.worst([error for _, some in errors for error in some])
+        if worst is None or error.relative < worst.relative:
+            worst = error
+        if error.relative <= tolerance:
             report.cases = [label for label, _ in errors]
             break
     assert worst is not None

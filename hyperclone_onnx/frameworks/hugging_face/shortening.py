@@ -52,9 +52,9 @@ def _shortened(checkpoint: Checkpoint, shapes: Shapes) -> Checkpoint | None:
             continue
         config = _with_fewer(short, path, value)
         candidate = None if config is None else replace(short, config=config)
-        found = None if candidate is None else _shapes(candidate)
-        if candidate is not None and found and len(found) < len(left) and found.items() <= left.items():
-            short, left = candidate, found
+        fewer = None if candidate is None else _shapes(candidate)
+        if candidate is not None and fewer and len(fewer) < len(left) and fewer.items() <= left.items():
+            short, left = candidate, fewer
     return None if short is checkpoint else short
 
 

@@ -174,8 +174,8 @@ def _stacks(plan: Plan) -> list[Layers]:
     if counts:
         return [Layers(name, before, after, _new_layers(plan, name)) for name, (before, after) in counts.items()]
     layers = set(numbered_names(plan.tensors).values())
-    found = Counter(prefix for prefix, _ in layers)
-    return [Layers(prefix, count, count) for prefix, count in found.items()]
+    by_prefix = Counter(prefix for prefix, _ in layers)
+    return [Layers(prefix, count, count) for prefix, count in by_prefix.items()]
 
 
 def _new_layers(plan: Plan, name: str) -> frozenset[int]:
