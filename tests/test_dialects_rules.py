@@ -137,10 +137,13 @@ def test_wrong_shapes_of_values_are_dropped(tmp_path: Path) -> None:
 def test_one_wrong_shape_takes_the_others_with_it() -> None:
     """Only the file has the sizes of a Resize. If another shape in the file is wrong, we do not believe these."""
     graph = (
-        "g (float[1, 3, 4, 4] x) => (float[1, 3, q, p] y) { s = Resize (x, , scales) t = Relu (x) u = MatMul (t, w) "
+        "g (float[1, 3, 4, 4] x) => (float[1, 3, q, p] y) { "
+        "s = Resize <coordinate_transformation_mode = 'tf_crop_and_resize'> (x, roi, scales) "
+        "t = Relu (x) u = MatMul (t, w) "
         "v = ReduceMean <keepdims = 1> (u) y = Add (s, v) }"
-    )
+    ).replace("'", '"')
     weights = {"scales": np.array([1, 1, 2, 2], np.float32), "w": np.ones((4, 5), np.float32)}
+    weights["roi"] = np.array([0, 0, 0, 0, 1, 1, 1, 1], np.float32)
     for declared, believed in ((5, True), (6, False)):
         model = build_model(graph, weights)
         for name, shape in (("s", [1, 3, 8, 8]), ("u", [1, 3, 4, declared])):

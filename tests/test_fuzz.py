@@ -167,16 +167,17 @@ def test_a_declared_shape_of_other_elements(cli: Command, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("gate", ["decay", "beta"])
 def test_a_gate_of_unknown_width(gate: str, cli: Command, tmp_path: Path) -> None:
-    """After slicing backwards, the analysis does not know whether the length is 1 or the number of heads."""
+    """Where a slice ends is computed, so the analysis does not know if the length is 1 or the number of heads."""
     weights = normal(5, {"e": (31, 12), "gain": (12,), "wq": (12, 12), "wk": (12, 12), "wv": (12, 12), "wa": (12, 3)})
     weights |= normal(6, {"wb": (12, 3), "wo": (12, 31)})
-    weights |= {"minus": np.array([-1]), "before": np.array([-(2**60)]), "last": np.array([-1])}
+    weights |= {"zero": np.array([0]), "three": np.array([3]), "last": np.array([-1])}
     other = {"decay": "beta", "beta": "decay"}[gate]
     graph = (
         "g (int64[batch, sequence] ids) => (float[batch, sequence, 31] logits) { "
         "h = Gather (e, ids) n = LayerNormalization (h, gain) q = MatMul (n, wq) k = MatMul (n, wk) v = MatMul (n, wv) "
         f"a = MatMul (n, wa) b = MatMul (n, wb) {gate}0 = Sigmoid (a) {other} = Sigmoid (b) "
-        f"{gate} = Slice ({gate}0, minus, before, last, minus) y, state = com.microsoft.LinearAttention "
+        "m = ReduceMax <keepdims = 0> (ids) nothing = Mul (m, zero) end = Add (nothing, three) "
+        f"{gate} = Slice ({gate}0, zero, end, last) y, state = com.microsoft.LinearAttention "
         "<q_num_heads = 3, kv_num_heads = 3, update_rule = 'gated_delta'> (q, k, v, , decay, beta) "
         "logits = MatMul (y, wo) }"
     ).replace("'", '"')
