@@ -256,10 +256,11 @@ def verify(model: torch.nn.Module, path: Path, output: str, batches: Sequence[Ma
     return worst
 
 
-PROMPTS = (
+BATCHES = (
     ["The capital of France is"],
     ["A transformer is a neural network that", "Once upon a time there was", "Why?"],
 )
+"""Batches of texts, on which an export is compared with its model."""
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], inputs: Sequence[str]) -> dict[str, np.ndarray]:
@@ -295,7 +296,7 @@ def build(source: Source, folder: Path, cache: Path) -> Path:
     path = folder / "model.onnx"
     export_onnx(model, source.inputs, source.output, path, model.config.max_position_embeddings)
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    error = verify(model, path, source.output, [encode(tokenizer, texts, source.inputs) for texts in PROMPTS])
+    error = verify(model, path, source.output, [encode(tokenizer, texts, source.inputs) for texts in BATCHES])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
     print(f"  parameters  {parameters:,}")
