@@ -51,6 +51,10 @@ MORE: dict[str, str] = {
 TOWERS = ("bart", "whisper")
 """Families with an encoder and a decoder."""
 
+BORDER = {"deberta_v2": 8}
+"""From this length on, a distance lies at the border of two buckets: log(3.5) / log(3.5) is rounded up. There the last
+bit of a runtime's logarithm decides, and in ONNX Runtime it depends on the processor."""
+
 ILL_CONDITIONED: dict[str, set[str]] = {}
 """Gradients with larger rounding errors in float32: they are compared in float64."""
 
@@ -188,7 +192,10 @@ def difference(got: dict[str, Array], want: dict[str, Array], name: str) -> floa
 def test_every_dialect_computes_the_same_as_onnx_runtime(name: str, zoo: Zoo) -> None:
     path = zoo(name)
     model, runner = in_torch.load(path), session(path)
-    for feeds in make_feeds(path):
+    border = BORDER.get(name.split(".")[0])
+    sets = [feeds for feeds in make_feeds(path) if border is None or feeds["input_ids"].shape[1] < border]
+    assert sets
+    for feeds in sets:
         with torch.no_grad():
             actual = outputs(model(**as_torch(feeds)))
         for output, want, got in zip(runner.get_outputs(), runner.run(None, feeds), actual, strict=True):
