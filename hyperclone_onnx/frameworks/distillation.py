@@ -12,7 +12,7 @@ from hyperclone_onnx.frameworks.pairing import Channels, Pairing, PathLike, pair
 
 
 def find_teacher(teacher: PathLike | None, student: PathLike) -> tuple[Path, Pairing]:
-    """The teacher's file, and what is compared.
+    """Find the teacher's file, and pair its values with those of the student.
 
     Args:
         teacher: the teacher's ONNX file. None: the one that the folder of the student names.
@@ -31,6 +31,51 @@ def find_teacher(teacher: PathLike | None, student: PathLike) -> tuple[Path, Pai
     if noted is None:
         raise BadRequest(f"{folder / NAME} names no teacher: write the folder with `handoff --teacher BIG`")
     return Path(noted["model"] if teacher is None else teacher), Pairing.from_json(noted)
+
+
+class AnyTeacher:
+    """What the teachers of all frameworks have in common.
+
+    Args:
+        pairing: what is compared.
+        xp: the array namespace of the framework.
+    """
+
+    def __init__(self, pairing: Pairing, xp: Any) -> None:
+        self.pairing = pairing
+        self._xp = xp
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The names of the student's hidden values that are compared: for ``load(student, values=...)``."""
+        return self.pairing.names("student")
+
+    def loss(
+        self,
+        outputs: Any,
+        targets: Mapping[str, Any],
+        *,
+        temperature: float = 2.0,
+        hidden: float = 0.0,
+        mask: Any = None,
+    ) -> Any:
+        """The distance of a student from this teacher, as a pure function.
+
+        For logits it is KL(teacher || student) at a temperature, times its square. For hidden values it is the squared
+        distance divided by the square of the teacher's, as the mean over all pairs.
+
+        Args:
+            outputs: what the student gives.
+            targets: what the teacher gives on the same inputs.
+            temperature: divides the logits of both.
+            hidden: the weight of hidden values. They need a student that was loaded with ``values=teacher.values``.
+            mask: weights of positions, such as an attention mask. They stand in the first axes of what is compared.
+
+        Raises:
+            BadRequest: the student gives no such output, or the mask has another shape.
+        """
+        how = {"temperature": temperature, "hidden": hidden, "mask": mask}
+        return distillation_loss(self._xp, outputs, targets, self.pairing, **how)
 
 
 def distillation_loss(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
 from hyperclone_onnx.frameworks.compiling.application import Application
 from hyperclone_onnx.frameworks.compiling.naming import nested
 from hyperclone_onnx.frameworks.compiling.program import Weight
-from hyperclone_onnx.frameworks.distillation import distillation_loss, find_teacher
+from hyperclone_onnx.frameworks.distillation import AnyTeacher, find_teacher
 from hyperclone_onnx.frameworks.pairing import Pairing
 from hyperclone_onnx.frameworks.slices import read_slice, read_whole
 from hyperclone_onnx.frameworks.sub_models import compile_sub_models
@@ -163,7 +163,7 @@ def sub_models(
     return result
 
 
-class Teacher:
+class Teacher(AnyTeacher):
     """A large model that gives a student its targets. Its parameters are not trained. `load_teacher` makes one.
 
     Args:
@@ -173,15 +173,10 @@ class Teacher:
     """
 
     def __init__(self, apply: Application, params: Params, pairing: Pairing) -> None:
+        super().__init__(pairing, _namespace)
         self.params = params
-        self.pairing = pairing
-        self._outputs = apply.program.outputs
+        self._program = apply.program
         self._apply = jax.jit(apply)
-
-    @property
-    def values(self) -> tuple[str, ...]:
-        """The names of the student's hidden values that are compared: for ``load(student, values=...)``."""
-        return self.pairing.names("student")
 
     def __call__(self, *inputs: Any, **named: Any) -> dict[str, Any]:
         """Run the teacher under jit. Return what the student is compared with, by name.
@@ -190,34 +185,7 @@ class Teacher:
         the student's step.
         """
         given = self._apply(self.params, *inputs, **named)
-        return given if isinstance(given, dict) else {self._outputs[0]: given}
-
-    def loss(
-        self,
-        outputs: Any,
-        targets: Mapping[str, Any],
-        *,
-        temperature: float = 2.0,
-        hidden: float = 0.0,
-        mask: Any = None,
-    ) -> Any:
-        """The distance of a student from this teacher, as a pure function.
-
-        For logits it is KL(teacher || student) at a temperature, times its square. For hidden values it is the squared
-        distance divided by the square of the teacher's, as the mean over all pairs.
-
-        Args:
-            outputs: what the student gives.
-            targets: what the teacher gives on the same inputs.
-            temperature: divides the logits of both.
-            hidden: the weight of hidden values. They need a student that was loaded with ``values=teacher.values``.
-            mask: weights of positions, such as an attention mask. They stand in the first axes of what is compared.
-
-        Raises:
-            BadRequest: the student gives no such output, or the mask has another shape.
-        """
-        how = {"temperature": temperature, "hidden": hidden, "mask": mask}
-        return distillation_loss(_namespace, outputs, targets, self.pairing, **how)
+        return self._program.by_name(given)
 
 
 def load_teacher(teacher: PathLike | None = None, *, student: PathLike, shard: Any = None) -> Teacher:

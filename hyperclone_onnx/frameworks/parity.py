@@ -103,5 +103,4 @@ def _framework_runner(
 
 
 def _named(program: Program, result: Any, convert: Callable[[Any], Array]) -> dict[str, Array]:
-    outputs = result if isinstance(result, dict) else {program.outputs[0]: result}
-    return {name: convert(value) for name, value in outputs.items()}
+    return {name: convert(value) for name, value in program.by_name(result).items()}

@@ -107,6 +107,31 @@ def place() -> tuple[int, int]:
 
 
 @contextmanager
+def _connected(
+    rank: int,
+    count: int,
+    gather: Callable[[str], list[str]],
+    connect: Callable[[], object] | None,
+    close: Callable[[], object],
+) -> Iterator[Processes]:
+    """Processes that a framework connects. None for `connect`: they are connected already, and stay so.
+
+    Raises:
+        CannotWrite: the processes cannot be connected.
+    """
+    if connect is not None:
+        try:
+            connect()
+        except (RuntimeError, ValueError) as problem:
+            raise CannotWrite(f"the {count} processes cannot be connected ({first_line(problem)})") from problem
+    try:
+        yield Processes(rank, count, gather)
+    finally:
+        if connect is not None:
+            close()
+
+
+@contextmanager
 def torch_processes() -> Iterator[Processes]:
     """The processes that torchrun started, connected by gloo. A process group that exists already is used.
 
@@ -120,23 +145,17 @@ def torch_processes() -> Iterator[Processes]:
         return
     import torch.distributed as dist
 
-    own = not dist.is_initialized()
-    if own:
-        try:
-            dist.init_process_group("gloo", timeout=LONGEST_WAIT)
-        except (RuntimeError, ValueError) as problem:
-            raise CannotWrite(f"the {count} processes cannot be connected ({first_line(problem)})") from problem
-
     def gather(text: str) -> list[str]:
         texts: list[str] = [""] * count
         dist.all_gather_object(texts, text)
         return texts
 
-    try:
-        yield Processes(rank, count, gather)
-    finally:
-        if own:
-            dist.destroy_process_group()
+    def connect() -> None:
+        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+
+    new = None if dist.is_initialized() else connect
+    with _connected(rank, count, gather, new, dist.destroy_process_group) as processes:
+        yield processes
 
 
 @contextmanager
@@ -158,16 +177,12 @@ def jax_processes() -> Iterator[Processes]:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    own = not jax.distributed.is_initialized()
-    if own:
+    def connect() -> None:
         taken = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         port = _number("MASTER_PORT", 29500) + taken
         address = os.environ.get("JAX_COORDINATOR_ADDRESS", f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{port}")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        try:
-            jax.distributed.initialize(address, count, rank, cluster_detection_method="deactivate")
-        except (RuntimeError, ValueError) as problem:
-            raise CannotWrite(f"the {count} processes cannot be connected ({first_line(problem)})") from problem
+        jax.distributed.initialize(address, count, rank, cluster_detection_method="deactivate")
 
     def gather(text: str) -> list[str]:
         given = np.zeros(MESSAGE, np.uint8)
@@ -176,8 +191,6 @@ def jax_processes() -> Iterator[Processes]:
         rows = np.asarray(multihost_utils.process_allgather(given)).reshape(count, MESSAGE)
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
-    try:
-        yield Processes(rank, count, gather)
-    finally:
-        if own:
-            jax.distributed.shutdown()
+    new = None if jax.distributed.is_initialized() else connect
+    with _connected(rank, count, gather, new, jax.distributed.shutdown) as processes:
+        yield processes

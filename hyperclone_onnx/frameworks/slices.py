@@ -73,7 +73,7 @@ def blocks(shape: Sequence[int], itemsize: int, size: int = BLOCK) -> Iterator[W
         return
     if 0 in shape:
         return
-    rest = tuple(slice(0, size) for size in shape[1:])
+    rest = tuple(slice(0, length) for length in shape[1:])
     rows = max(1, size // (math.prod(shape[1:]) * itemsize))
     for start in range(0, shape[0], rows):
         yield (slice(start, min(start + rows, shape[0])), *rest)

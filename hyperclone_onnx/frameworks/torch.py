@@ -16,7 +16,7 @@ from hyperclone_onnx.frameworks.compiling.application import bind
 from hyperclone_onnx.frameworks.compiling.blocks import block_paths
 from hyperclone_onnx.frameworks.compiling.program import Body, Program, Weight
 from hyperclone_onnx.frameworks.compiling.source import compiled, function_source
-from hyperclone_onnx.frameworks.distillation import distillation_loss, find_teacher
+from hyperclone_onnx.frameworks.distillation import AnyTeacher, find_teacher
 from hyperclone_onnx.frameworks.pairing import Pairing
 from hyperclone_onnx.frameworks.slices import blocks, read_slice, shifted
 from hyperclone_onnx.frameworks.sub_models import compile_sub_models
@@ -156,7 +156,7 @@ def sub_models(
     return result
 
 
-class Teacher:
+class Teacher(AnyTeacher):
     """A large model that gives a student its targets. Its parameters are not trained. `load_teacher` makes one.
 
     Args:
@@ -165,47 +165,14 @@ class Teacher:
     """
 
     def __init__(self, module: OnnxModule, pairing: Pairing) -> None:
+        super().__init__(pairing, namespace)
         self.module = module
-        self.pairing = pairing
-
-    @property
-    def values(self) -> tuple[str, ...]:
-        """The names of the student's hidden values that are compared: for ``load(student, values=...)``."""
-        return self.pairing.names("student")
 
     def __call__(self, *inputs: Any, **named: Any) -> dict[str, torch.Tensor]:
         """Run the teacher. Return what the student is compared with, by name, without a gradient."""
         with torch.no_grad():
             given = self.module(*inputs, **named)
-        return given if isinstance(given, dict) else {self.module.program.outputs[0]: given}
-
-    def loss(
-        self,
-        outputs: Any,
-        targets: Mapping[str, Any],
-        *,
-        temperature: float = 2.0,
-        hidden: float = 0.0,
-        mask: Any = None,
-    ) -> torch.Tensor:
-        """The distance of a student from this teacher.
-
-        For logits it is KL(teacher || student) at a temperature, times its square. For hidden values it is the squared
-        distance divided by the square of the teacher's, as the mean over all pairs.
-
-        Args:
-            outputs: what the student gives.
-            targets: what the teacher gives on the same inputs.
-            temperature: divides the logits of both.
-            hidden: the weight of hidden values. They need a student that was loaded with ``values=teacher.values``.
-            mask: weights of positions, such as an attention mask. They stand in the first axes of what is compared.
-
-        Raises:
-            BadRequest: the student gives no such output, or the mask has another shape.
-        """
-        how = {"temperature": temperature, "hidden": hidden, "mask": mask}
-        loss: torch.Tensor = distillation_loss(namespace, outputs, targets, self.pairing, **how)
-        return loss
+        return self.module.program.by_name(given)
 
 
 def load_teacher(

@@ -183,6 +183,10 @@ class Program:
     weights: tuple[Weight, ...]
     blocks: tuple[Body, ...] = ()
 
+    def by_name(self, result: Any) -> dict[str, Any]:
+        """The outputs of a run by name. A program with one output gives it alone."""
+        return result if isinstance(result, dict) else {self.outputs[0]: result}
+
     def by_path(self) -> dict[str, Weight]:
         """The stored tensors by path."""
         return {weight.path: weight for weight in self.weights}

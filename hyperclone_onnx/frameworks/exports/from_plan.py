@@ -244,6 +244,7 @@ def _run_pytorch(work: _Work, checkpoint: Path) -> Run:
     import torch
     import torch.distributed.checkpoint as dcp
 
+    from hyperclone_onnx.frameworks.exports.pytorch import KEY
     from hyperclone_onnx.frameworks.torch import OnnxModule, fully_shard_blocks
 
     shared = work.processes.count > 1
@@ -253,13 +254,12 @@ def _run_pytorch(work: _Work, checkpoint: Path) -> Run:
 
         fully_shard_blocks(module, init_device_mesh("cpu", (work.processes.count,)))
     module.materialize("cpu", parameters=False)
-    dcp.load({"model": module.state_dict()}, checkpoint_id=checkpoint, no_dist=not shared)
+    dcp.load({KEY: module.state_dict()}, checkpoint_id=checkpoint, no_dist=not shared)
 
     def run(feeds: Feeds) -> dict[str, Array]:
         with torch.no_grad():
             result = module(**{name: torch.from_numpy(array) for name, array in feeds.items()})
-        outputs = result if isinstance(result, dict) else {module.program.outputs[0]: result}
-        return {name: tensor.float().numpy() for name, tensor in outputs.items()}
+        return {name: tensor.float().numpy() for name, tensor in module.program.by_name(result).items()}
 
     return run
 
@@ -287,8 +287,8 @@ def _run_jax(work: _Work, checkpoint: Path) -> Run:
 
     def run(feeds: Feeds) -> dict[str, Array]:
         result = jax.jit(lambda params: apply(params, **feeds), out_shardings=everywhere)(params)
-        outputs = result if isinstance(result, dict) else {compiled.program.outputs[0]: result}
-        return {name: np.asarray(array.addressable_data(0)) for name, array in outputs.items()}
+        named = compiled.program.by_name(result)
+        return {name: np.asarray(array.addressable_data(0)) for name, array in named.items()}
 
     return run
 

@@ -27,18 +27,7 @@ def write_checkpoint(tensors: Mapping[str, ir.TensorProtocol], folder: Path) -> 
         MissingExtra: Orbax is not installed.
         CannotWrite: the folder cannot be written.
     """
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as problem:
-        raise MissingExtra("jax", problem) from problem
-
-    params: dict[str, Any] = nested({path: read_whole(tensor) for path, tensor in tensors.items()})
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder.resolve(), params)
-            checkpointer.wait_until_finished()
-    except OSError as problem:
-        raise CannotWrite(f"{folder}: cannot be written ({problem.strerror or problem})") from problem
+    _save(nested({path: read_whole(tensor) for path, tensor in tensors.items()}), folder)
 
 
 def over_all_devices() -> Any:
@@ -62,8 +51,8 @@ def abstract_arrays(tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, Any]:
     import jax
 
     return {
-        path: jax.ShapeDtypeStruct(shape_of(tensor), tensor.dtype.numpy(), sharding=sharding)
-        for (path, tensor), sharding in zip(tensors.items(), _shardings(tensors).values(), strict=True)
+        path: jax.ShapeDtypeStruct(shape_of(tensors[path]), tensors[path].dtype.numpy(), sharding=sharding)
+        for path, sharding in _shardings(tensors).items()
     }
 
 
@@ -80,7 +69,6 @@ def write_sharded(tensors: Mapping[str, ir.TensorProtocol], folder: Path) -> Non
     """
     try:
         import jax
-        import orbax.checkpoint as ocp
     except ImportError as problem:
         raise MissingExtra("jax", problem) from problem
 
@@ -93,7 +81,20 @@ def write_sharded(tensors: Mapping[str, ir.TensorProtocol], folder: Path) -> Non
 
         return jax.make_array_from_callback(shape, sharding, part)
 
-    params = nested({path: array(tensors[path], sharding) for path, sharding in _shardings(tensors).items()})
+    _save(nested({path: array(tensors[path], sharding) for path, sharding in _shardings(tensors).items()}), folder)
+
+
+def _save(params: dict[str, Any], folder: Path) -> None:
+    """Let Orbax write nested arrays, of which each process has its shards.
+
+    Raises:
+        MissingExtra: Orbax is not installed.
+        CannotWrite: the folder cannot be written.
+    """
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as problem:
+        raise MissingExtra("jax", problem) from problem
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.resolve(), params)
