@@ -175,7 +175,7 @@ def plan_file(
     notify: Notify | None = None,
     **options: Unpack[GrowthOptions],
 ) -> Expansion:
-    """Plan the growth of a model file and report what it would do. No model is written.
+    """Plan the growth of a model file, and report the plan. No model is written.
 
     The arguments and errors are those of `expand`. The plan is written to `plan_out` if that is given.
     """

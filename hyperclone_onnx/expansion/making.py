@@ -80,7 +80,7 @@ def make(planned: Planned, out: Path, run: Run, clock: Clock) -> Expansion:
 
     Raises:
         CannotWrite: an output file cannot be written.
-        ModelsDiffer: the written model is not what was planned. No file is published.
+        ModelsDiffer: the written model differs from the plan or from its source. No file is published.
     """
     say = run.say
     analysis, plan, big = planned.analysis, planned.plan, planned.big

@@ -102,7 +102,7 @@ def begin(folder: Path, wanted: str) -> str:
         wanted: the identity of this run.
 
     Returns:
-        What was done with an earlier run; empty if there was none.
+        A note for the user about the parts of an earlier run; empty if there are none.
     """
     known = folder / IDENTITY
     if folder.is_dir():

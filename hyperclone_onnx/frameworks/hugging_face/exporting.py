@@ -76,34 +76,34 @@ def export_model(checkpoint: Checkpoint, model: Any, path: Path, cache: bool = F
         Refused: PyTorch cannot export the model, or it has no cache of keys and values.
         CannotWrite: the file cannot be written.
     """
-    proto = _from_few_layers(checkpoint, model, path, cache)
+    inputs, outputs = _interface(checkpoint, model, cache)
+    proto = _from_few_layers(checkpoint, model, path, inputs, outputs, cache)
     if proto is None:
-        inputs, outputs = _interface(checkpoint, model, cache)
         flat = _Flat(model, [item.name for item in inputs], outputs)
         proto = _traced(checkpoint, flat, inputs, outputs)
         onnx_files.save(proto, path, external=True)
     return Exported(path.name, _shapes(proto.graph.inputs), _shapes(proto.graph.outputs), cache)
 
 
-def _from_few_layers(checkpoint: Checkpoint, model: Any, path: Path, cache: bool) -> ir.Model | None:
+def _from_few_layers(
+    checkpoint: Checkpoint, model: Any, path: Path, inputs: Sequence[Input], outputs: Sequence[str], cache: bool
+) -> ir.Model | None:
     """Write the same file, but trace two layers only. None where that does not give the model's outputs."""
     short = shortened(checkpoint, {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()})
     if short is None:
         return None
     small = built(short, ()).to(model.dtype)
     try:
-        inputs, outputs = _interface(short, small, cache)
-        proto = _traced(short, _Flat(small, [item.name for item in inputs], outputs), inputs, outputs)
+        own, given = _interface(short, small, cache)
+        proto = _traced(short, _Flat(small, [item.name for item in own], given), own, given)
     except (Refused, RuntimeError, ValueError, IndexError):  # a few layers may not run where the whole model does
         return None
     if not with_all_layers(proto, model):
         return None
     onnx_files.save(proto, path, external=True)
-    inputs, outputs = _interface(checkpoint, model, cache)
-    same = [item.name for item in inputs] == [value.name for value in proto.graph.inputs]
-    if same and outputs == [value.name for value in proto.graph.outputs] and _agrees(path, model, inputs, outputs):
-        return proto
-    return None
+    wanted = [item.name for item in inputs], list(outputs)
+    names = [value.name for value in proto.graph.inputs], [value.name for value in proto.graph.outputs]
+    return proto if names == wanted and _agrees(path, model, inputs, outputs) else None
 
 
 def _agrees(path: Path, model: Any, inputs: Sequence[Input], outputs: Sequence[str]) -> bool:
