@@ -28,8 +28,10 @@ from hyperclone_onnx.errors import BadModel, BadRequest, HypercloneError, Nothin
 from hyperclone_onnx.expansion.expanding import expand, plan_file
 from hyperclone_onnx.expansion.report import Expansion
 from hyperclone_onnx.layers.stacks import Stack
+from hyperclone_onnx.plan.maps import names_in
+from hyperclone_onnx.plan.plans import Interface
 from hyperclone_onnx.planning.asked import whole_numbers
-from hyperclone_onnx.planning.configuration import GrownConfiguration, NotSaid, grown_configuration
+from hyperclone_onnx.planning.configuration import GrownConfiguration, NotSaid, Size, grown_configuration
 from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import publication_folder
@@ -314,10 +316,35 @@ def _grown_config(path: Path, models: Sequence[Expansion]) -> tuple[GrownConfigu
     if any(isinstance(value, list) and len(value) == before for value in fields.values() for _, before, _ in layers):
         return None, f"{CONFIG_WHY}: it has a list with an entry for each layer"
     try:
-        sizes = [(size.role, size.before, size.after) for model in models for size in model.sizes]
-        return grown_configuration(fields, [*sizes, *layers]), ""
+        return grown_configuration(fields, [*_sizes_of(models), *layers]), ""
     except NotSaid as reason:
         return None, f"{CONFIG_WHY}: {reason}"
+
+
+def _sizes_of(models: Sequence[Expansion]) -> list[Size]:
+    """Every size of models that belong together.
+
+    What one of them makes and another one reads has the role that the first one gives it. The width of an encoder's
+    output is `hidden` there; a decoder alone cannot know that, and calls it `width`.
+    """
+    made: dict[tuple[str, int], str] = {}
+    for model in models:
+        roles = {size.dims: size.role for size in model.sizes}
+        made |= {place: roles[dims] for place, dims in _growing_axes(model.plan.outputs) if dims in roles}
+    sizes: list[Size] = []
+    for model in models:
+        read = {dims: made[place] for place, dims in _growing_axes(model.plan.inputs) if place in made}
+        for size in model.sizes:
+            role = read.get(size.dims, size.role) if size.role == "width" else size.role
+            sizes.append((role, size.before, size.after))
+    return sizes
+
+
+def _growing_axes(interfaces: Iterable[Interface]) -> Iterator[tuple[tuple[str, int], tuple[str, ...]]]:
+    """The axes of inputs or of outputs: the link and the number of the axis, and the names of its dimensions."""
+    for interface in interfaces:
+        for number, axis in enumerate(interface.axes):
+            yield (_link(interface.name), number), tuple(name for factor in axis or () for name in names_in(factor))
 
 
 def _grown_genai_config(

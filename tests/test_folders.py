@@ -187,6 +187,46 @@ def test_the_configuration_grows_or_is_left_out(name: str, zoo: Zoo, cli: Comman
     assert grown == {**fields, **{key: after for key, (_, after) in changed.items()}}
 
 
+T5_CONFIG = {
+    "d_model": 48,
+    "d_kv": 10,
+    "d_ff": 56,
+    "num_heads": 6,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "vocab_size": 101,
+}
+"""The configuration of the zoo's T5, as far as it says sizes."""
+
+T5_GROWN: dict[str, tuple[list[str], dict[str, int]]] = {
+    "all widths": (["--factor", "2"], {"d_model": 96, "d_ff": 112, "num_heads": 12}),
+    "layers": (["--layers", "encoder=3,decoder=3"], {"num_layers": 3, "num_decoder_layers": 3}),
+}
+
+
+@pytest.mark.parametrize("name", T5_GROWN)
+def test_the_configuration_of_an_encoder_and_its_decoder_grows(
+    name: str, parts: Path, cli: Command, tmp_path: Path
+) -> None:
+    words, changed = T5_GROWN[name]
+    (parts / "config.json").write_text(json.dumps(T5_CONFIG))
+    done = cli("expand", parts, "-o", tmp_path / "big", "--no-validate", "--json", *words)
+    assert done.code == 0, done.error
+    assert "config.json" not in json.loads(done.stdout)["left_out"]
+    assert json.loads((tmp_path / "big" / "config.json").read_text()) == {**T5_CONFIG, **changed}
+
+
+def test_without_its_encoder_nothing_says_what_a_width_of_a_decoder_is(
+    parts: Path, cli: Command, tmp_path: Path
+) -> None:
+    (parts / "config.json").write_text(json.dumps(T5_CONFIG))
+    (parts / "onnx" / "encoder_model.onnx").unlink()
+    done = cli("expand", parts, "-o", tmp_path / "big", "--no-validate", "--json", "--factor", "2")
+    assert done.code == 0, done.error
+    why = json.loads(done.stdout)["left_out"]["config.json"]
+    assert "width 48 becomes 96, and no field of it says so" in why
+
+
 def test_one_field_cannot_say_two_sizes() -> None:
     with pytest.raises(NotSaid, match="hidden 48 becomes 96 and 48, and one field says both"):
         grown_configuration({"hidden_size": 48}, [("hidden", 48, 96), ("hidden", 48, 48)])

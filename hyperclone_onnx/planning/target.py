@@ -39,7 +39,15 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     ),
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim", "d_kv", "kv_channels", "attention_head_size"),
-    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"),
+    "layers": (
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "num_decoder_layers",
+        "encoder_layers",
+        "decoder_layers",
+    ),
     "vocab": ("vocab_size",),
 }
 """The names of each size in the configurations of transformers. Of several fields, all must agree."""
