@@ -1,17 +1,23 @@
 """Grow a model while it trains: twice as wide after a part of the steps, then deeper, in one process.
 
-    python examples/grow_while_training.py [--steps 60] [--wider 0.4] [--deeper 0.7] [--layers 6]
+    python examples/grow_while_training.py [--steps 60] [--wider 0.4] [--deeper 0.7] [--layers 6] [--resume]
 
 The rate falls linearly to 0 over all steps; growth does not change it. Writes into out/: the loss of each step as CSV
-and PNG, and the trained model as ONNX. A growth at a part above 1 is left out.
+and PNG, checkpoints, and the trained model as ONNX. A growth at a part above 1 is left out.
 """
 
 from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
 
 import common
 import torch
 
 from hyperclone_onnx.frameworks.stages import Training
+
+DONE = "done.json"
 
 
 def main() -> None:
@@ -19,19 +25,28 @@ def main() -> None:
     parser.add_argument("--wider", type=float, default=0.4, help="the part of the steps after which all widths double")
     parser.add_argument("--deeper", type=float, default=0.7, help="the part of the steps after which layers are added")
     parser.add_argument("--layers", type=int, default=6, help="the number of layers from then on")
+    parser.add_argument("--save-every", type=int, default=20, help="the number of steps between two checkpoints")
     options = parser.parse_args()
-    if options.resume:
-        parser.error("--resume: this example does not write checkpoints")
     options.output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    training = Training.begin(common.SMALL, lr=options.rate, weight_decay=0.1, no_decay=["*bias*"], device=device)
+    folder = options.output / "grow_while_training"
+    losses: list[float] = []
+    flops = 0.0
+    if options.resume:
+        *_, newest = complete(folder)
+        training = Training.resume(newest / "training", device=device)
+        done = json.loads((newest / DONE).read_text())
+        losses, flops = done["losses"], done["flops"]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        training = Training.begin(common.SMALL, lr=options.rate, weight_decay=0.1, no_decay=["*bias*"], device=device)
     growths = {
         round(options.wider * options.steps): {"factor": 2},
         round(options.deeper * options.steps): {"layers": options.layers},
     }
-    losses: list[float] = []
-    flops = 0.0
-    for step, (inputs, targets) in enumerate(common.progress(common.batches(options), options.steps)):
+    first = len(losses)
+    batches = common.progress(common.batches(options, first), options.steps - first)
+    for step, (inputs, targets) in enumerate(batches, first):
         if step in growths:
             training = training.grow(**growths[step])
             print(f"step {step}: grown to {weights(training):,} weights")
@@ -45,10 +60,29 @@ def main() -> None:
         training.optimizer.zero_grad()
         losses.append(loss.item())
         flops += 6.0 * weights(training) * ids.numel()
+        if len(losses) % options.save_every == 0:
+            save(training, folder, losses, flops)
     common.draw_losses(losses, options.output / "grow_while_training_losses.csv")
     training.save(options.output / "grow_while_training.onnx")
     alone = 6.0 * weights(training) * options.steps * options.batch * options.length
     print(f"{flops:.3g} FLOPs in all; the last size alone would have taken {alone:.3g} for as many steps")
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end, the newest last."""
+    files = folder.glob(f"*/{DONE}")
+    return sorted((file.parent for file in files), key=lambda checkpoint: int(checkpoint.name))
+
+
+def save(training: Training, folder: Path, losses: list[float], flops: float) -> None:
+    """Write a checkpoint with the number of its steps as its name. The file DONE comes last; older checkpoints go."""
+    older = complete(folder)
+    checkpoint = folder / str(len(losses))
+    shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted run may have begun it
+    training.save_checkpoint(checkpoint / "training")
+    (checkpoint / DONE).write_text(json.dumps({"losses": losses, "flops": flops}))
+    for old in older:
+        shutil.rmtree(old)
 
 
 def weights(training: Training) -> int:

@@ -26,12 +26,19 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 
 def test_a_model_grows_while_it_trains(tmp_path: Path) -> None:
-    arguments = "--steps 8 --batch 2 --length 24 --wider 0.25 --deeper 0.75 --output".split()
+    arguments = "--steps 8 --batch 2 --length 24 --wider 0.25 --deeper 0.75 --save-every 3 --output".split()
     command = [sys.executable, "examples/grow_while_training.py", *arguments, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 2: grown to 3," in done.stdout and "step 6: grown to" in done.stdout
+    curves = []
+    for resume, said in ([], "step 2: grown to 3,"), (["--resume"], "step 6: grown to"):
+        done = subprocess.run(
+            [*command, *resume], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert said in done.stdout and ("step 2:" in done.stdout) == (not resume)
+        curves.append(losses(tmp_path / "grow_while_training_losses.csv"))
+        assert [path.name for path in (tmp_path / "grow_while_training").iterdir()] == ["6"]
+    assert (curves[0] == curves[1]).all()
     curve = losses(tmp_path / "grow_while_training_losses.csv")
     assert len(curve) == 8 and np.abs(np.diff(curve)).max() < 1.0
     assert np.isfinite(logits(tmp_path / "grow_while_training.onnx")).all()

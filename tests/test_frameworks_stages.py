@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,39 @@ def test_the_trained_model_is_saved_as_onnx(tmp_path: Path) -> None:
     (actual,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64)})
     expected = training.model(ids, torch.ones_like(ids)).detach().numpy()
     assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_training_that_grew_goes_on_from_a_checkpoint(wide: Path, tmp_path: Path) -> None:
+    """Two growths, a checkpoint, and further steps: the same losses as without the checkpoint, bit for bit."""
+    training = Training.begin(wide, **SETTINGS)
+    step(training, DATA[0])
+    training = training.grow(factor=2)
+    step(training, DATA[1], 0.5)
+    training = training.grow(layers=5)
+    step(training, DATA[2], 0.5)
+    training.save_checkpoint(tmp_path / "saved")
+    resumed = Training.resume(tmp_path / "saved")
+    assert resumed.rate == training.rate and resumed.settings == training.settings
+    assert [step(resumed, ids, 0.25) for ids in DATA[3:6]] == [step(training, ids, 0.25) for ids in DATA[3:6]]
+    again = (one.grow(factor=2, strategy="symmetric") for one in (resumed, training))
+    assert len({step(one, DATA[6]) for one in again}) == 1
+
+
+def test_a_checkpoint_that_lacks_the_state_or_is_another_models_is_refused(wide: Path, tmp_path: Path) -> None:
+    training = Training.begin(wide, **SETTINGS)
+    training.save_checkpoint(tmp_path / "small")
+    training.grow(factor=2, layers=5).save_checkpoint(tmp_path / "big")
+    with pytest.raises(BadRequest, match="exists already"):
+        training.save_checkpoint(tmp_path / "small")
+    shutil.copy(tmp_path / "small" / "training.pt", tmp_path / "big")
+    with pytest.raises(BadRequest, match="belong to different models"):
+        Training.resume(tmp_path / "big")
+    (tmp_path / "small" / "training.pt").unlink()
+    with pytest.raises(BadRequest, match="not a checkpoint of Training"):
+        Training.resume(tmp_path / "small")
+    torch.save({"rate": 1.0}, tmp_path / "small" / "training.pt")
+    with pytest.raises(BadRequest, match="not written by"):
+        Training.resume(tmp_path / "small")
 
 
 def test_what_cannot_grow_is_refused_and_the_training_goes_on(wide: Path) -> None:

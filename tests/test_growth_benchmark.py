@@ -15,11 +15,12 @@ torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from growing import checks, training_torch  # noqa: E402
+from growing.figures import headline, series_headline  # noqa: E402
 from growing.findings import report, write_random  # noqa: E402
 from growing.network import Network, export, shape  # noqa: E402
 from growing.results import read_curve  # noqa: E402
 from growing.runs import Grown, Lab, Outcome, Random, Run, Settings  # noqa: E402
-from growing.study import LARGE, Findings, Size, Study, reached  # noqa: E402
+from growing.study import LARGE, Findings, Row, Size, Study, reached  # noqa: E402
 from growing.tasks import Point, Recipe, Task  # noqa: E402
 from growing.training import train  # noqa: E402
 
@@ -69,6 +70,37 @@ def test_a_grown_shape_is_that_of_the_grown_file(only: Any, tmp_path: Path) -> N
 )
 def test_rates(recipe: Recipe, shares: tuple[float, ...]) -> None:
     assert [recipe.share(done) for done in (0.25, 0.5, 0.75, 1.0)] == pytest.approx(shares)
+
+
+def row(name: str, tokens: float | None, total: float | None, width: int = 32) -> Row:
+    run = Run(Random(shape(width, layers=2, length=16), 0), Recipe(1e-3), 20)
+    outcome = Outcome(run, (Point(0, 2.0), Point(20, 1.0)), Path(), 1.0)
+    return Row(name, run.recipe, 20, 2.0, 1.0, tokens, tokens, total, (outcome,))
+
+
+@pytest.mark.parametrize(
+    ("rows", "title"),
+    [
+        ([row("a", None, None)], "No variant reached the final loss of random weights"),
+        (
+            [row("a", 2.0, 0.8), row("b", None, None)],
+            "“a” reaches the loss of random weights after 2.0x fewer bytes and, with its source, 1.25x more FLOPs",
+        ),
+        (
+            [row("a", 2.0, 0.8), row("b", 1.5, 1.3)],
+            "“a” reaches the loss of random weights after 2.0x fewer bytes;\n"
+            "“b” takes, with its source, 1.30x fewer FLOPs",
+        ),
+        ([row("a", float("inf"), 0.8)], "“a” begins below the final loss of random weights"),
+    ],
+)
+def test_a_picture_says_its_finding(rows: list[Row], title: str) -> None:
+    assert headline(rows, "byte") == title
+
+
+def test_the_picture_of_sizes_says_the_smallest_and_the_largest() -> None:
+    rows = [row("a", 2.0, 0.8), row("b", 3.0, 0.8), row("c", 4.0, 1.0, width=64)]
+    assert series_headline(rows, "token") == "18.4 k weights: 2.5x fewer tokens; 69.6 k weights: 4.0x fewer tokens"
 
 
 class Interrupted(Exception):
@@ -148,8 +180,10 @@ def test_the_large_study_in_miniature(tmp_path: Path) -> None:
     assert set(findings.tables) == {"baseline", "sources", "rates", *size.questions}
     assert "the tokens of a BPE of 300" in report(findings, lab)
     for name in ("any_size", "depth", "stages"):
-        for row in findings.tables[name]:
-            assert row.runs[0].run.shape == size.shape(64), row
+        for answer in findings.tables[name]:
+            assert answer.runs[0].run.shape == size.shape(64), answer
+    for answer in findings.tables["experts"]:
+        assert answer.runs[0].run.shape == replace(size.shape(32), ffn=2 * size.shape(32).ffn)
     write_random(lab.outcomes.values(), lab, tmp_path / "random.csv")
     assert {curve.kind for curve in read_curves(str(tmp_path / "random.csv"), Given())} == {"decayed", "constant"}
 

@@ -1,9 +1,11 @@
-"""Draws the curves of runs."""
+"""Draws the curves of runs. A title says what they show, and each curve is named at its end."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -12,36 +14,133 @@ import matplotlib.pyplot as plt
 
 from growing.network import BYTES
 from growing.runs import Lab, Outcome
+from growing.study import Row
 from hyperclone_onnx.forecasting.numbers import written
 
+BELOW, ABOVE = 0.12, 0.45
+"""How far the picture goes below and above the final loss of random weights, in nats."""
+LABEL_HEIGHT = 0.028
+"""The least distance between two labels, in nats."""
 
-def draw(curves: Mapping[str, Outcome], baseline: Sequence[Outcome], target: float, lab: Lab, path: Path) -> None:
-    """Draw the loss over bytes, over FLOPs, and over FLOPs including the source's.
+
+def draw(rows: Sequence[Row], baseline: Sequence[Outcome], target: float, lab: Lab, path: Path) -> None:
+    """Draw the loss over what was read and over FLOPs including the source's, for the best run of each variant.
 
     The baseline is black, and its final loss is a dotted line.
     """
     word = "byte" if baseline[0].run.shape.vocabulary == BYTES else "token"
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     colours = plt.get_cmap("tab10")
-    for axes, unit in zip(panels, ("read", "FLOPs", "FLOPs, those of the source included"), strict=True):
+    curves = {row.variant: row.runs[0] for row in rows}
+    for axes, unit in zip(panels, ("read", "FLOPs"), strict=True):
+        ends: dict[str, tuple[float, float, Any]] = {}
         for number, outcome in enumerate(baseline):
-            axes.plot(
-                *_curve(outcome, lab, unit), color="black", linewidth=1.2, label="" if number else "random weights"
-            )
+            costs, losses = _curve(outcome, lab, unit)
+            axes.plot(costs, losses, color="black", linewidth=1.2)
+            if number == 0:
+                at = next(index for index, loss in enumerate(losses) if loss <= target + 0.8 * ABOVE)
+                axes.annotate(" random weights", (costs[at], losses[at]), fontsize=9, va="bottom")
         for number, (name, outcome) in enumerate(curves.items()):
-            axes.plot(*_curve(outcome, lab, unit), color=colours(number), linewidth=1.6, label=name)
+            costs, losses = _curve(outcome, lab, unit)
+            axes.plot(costs, losses, color=colours(number % 10), linewidth=1.6)
+            ends[name] = (costs[-1], losses[-1], colours(number % 10))
+        _label(axes, ends, target)
         axes.axhline(target, color="black", linewidth=0.8, linestyle=":")
         axes.set(
-            xlabel=f"{word}s read" if unit == "read" else unit, xlim=(0, None), ylim=(target - 0.12, target + 0.45)
+            xlabel=f"{word}s read" if unit == "read" else "FLOPs, those of the source included",
+            xlim=(0, 1.25 * axes.get_xlim()[1]),
+            ylim=(target - BELOW, target + ABOVE),
         )
         axes.xaxis.set_major_formatter(lambda value, _: written(value))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"nats per {word}, on files not seen")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    panels[0].set_ylabel(f"loss on files not seen, nats per {word}")
+    figure.suptitle(headline(rows, word), fontsize=12, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def headline(rows: Sequence[Row], word: str) -> str:
+    """The finding in one sentence: how much the best variant saves."""
+    reached = [row for row in rows if row.gain_tokens is not None]
+    if not reached:
+        return "No variant reached the final loss of random weights"
+    sooner = max(reached, key=lambda row: row.gain_tokens or 0.0)
+    cheaper = max(reached, key=lambda row: row.gain_total or 0.0)
+    assert sooner.gain_tokens is not None and cheaper.gain_total is not None
+    if math.isinf(sooner.gain_tokens):
+        return f"“{sooner.variant}” begins below the final loss of random weights"
+    text = f"“{sooner.variant}” reaches the loss of random weights after {sooner.gain_tokens:.1f}x fewer {word}s"
+    if cheaper is sooner:
+        return f"{text} and, with its source, {_cheaper(cheaper.gain_total)}"
+    return f"{text};\n“{cheaper.variant}” takes, with its source, {_cheaper(cheaper.gain_total)}"
+
+
+def _cheaper(gain: float) -> str:
+    return f"{gain:.2f}x fewer FLOPs" if gain >= 1.0 else f"{1.0 / gain:.2f}x more FLOPs"
+
+
+def draw_series(rows: Sequence[Row], word: str, path: Path) -> None:
+    """Draw the gain of each grown run over its number of weights."""
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    grown = [row for row in rows if row.runs[0].flops_before]
+    for name, colour, gain in (
+        (f"in {word}s, the source for nothing", "#c44e52", "gain_tokens"),
+        ("in FLOPs, the source's included", "#4c72b0", "gain_total"),
+    ):
+        points = [(row.runs[0].run.shape.multiplied(), getattr(row, gain)) for row in grown if getattr(row, gain)]
+        if points:
+            sizes = sorted({size for size, _ in points})
+            means = [_mean(value for at, value in points if at == size) for size in sizes]
+            axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=5)
+            axes.plot(sizes, means, color=colour, linewidth=1.4)
+            axes.annotate(f"  {name}", (sizes[-1], means[-1]), color=colour, fontsize=9, va="center")
+    axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: written(value))
+    axes.set_xlim(axes.get_xlim()[0], 12 * axes.get_xlim()[1])
+    axes.set_ylim(0.0, None)
+    axes.set(xlabel="weights of the grown model", ylabel="cost of random weights / cost of the grown model")
+    axes.set_title(series_headline(rows, word), fontsize=11, loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def series_headline(rows: Sequence[Row], word: str) -> str:
+    """The finding in one sentence: the gain of the smallest and of the largest model."""
+    gains: dict[int, list[float]] = {}
+    for row in rows:
+        if row.runs[0].flops_before:
+            gains.setdefault(row.runs[0].run.shape.multiplied(), [])
+            if row.gain_tokens is not None:
+                gains[row.runs[0].run.shape.multiplied()].append(row.gain_tokens)
+    ends = [(size, _mean(gains[size])) for size in (min(gains), max(gains)) if gains[size]]
+    return "; ".join(f"{written(size)} weights: {gain:.1f}x fewer {word}s" for size, gain in ends)
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _label(axes: Any, ends: Mapping[str, tuple[float, float, Any]], target: float) -> None:
+    """Name each curve at its end. Labels that would overlap are moved apart."""
+    height = math.inf
+    for name, (cost, loss, colour) in sorted(ends.items(), key=lambda item: -item[1][1]):
+        height = min(height - LABEL_HEIGHT, loss)
+        height = max(height, target - BELOW + 0.01)
+        axes.annotate(
+            name,
+            (cost, loss),
+            xytext=(max(end[0] for end in ends.values()) * 1.03, height),
+            textcoords="data",
+            fontsize=8.5,
+            color=colour,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
+        )
 
 
 def _curve(outcome: Outcome, lab: Lab, unit: str) -> tuple[list[float], list[float]]:
@@ -49,5 +148,4 @@ def _curve(outcome: Outcome, lab: Lab, unit: str) -> tuple[list[float], list[flo
     steps, losses = zip(*((point.step, point.loss) for point in outcome.curve), strict=True)
     if unit == "read":
         return [lab.tokens(run, step) for step in steps], list(losses)
-    before = outcome.flops_before if "source" in unit else 0.0
-    return [before + lab.flops(run, step) for step in steps], list(losses)
+    return [outcome.flops_before + lab.flops(run, step) for step in steps], list(losses)

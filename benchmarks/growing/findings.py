@@ -37,6 +37,7 @@ TITLES = {
     "aki": "AKI, which changes the function",
     "any_size": "Any size",
     "depth": "Depth",
+    "experts": "Experts instead of a wider model",
     "stages": "In stages",
     "series": "Other sizes, each against its own baseline",
 }

@@ -20,7 +20,7 @@ from growing.network import BYTES, HEAD, Shape, export
 from growing.results import read_curve
 from growing.tasks import Point, Recipe, Task
 from growing.training import train
-from hyperclone_onnx import Plan, Strategy, expand, validate_files
+from hyperclone_onnx import Experts, Plan, Strategy, expand, validate_files
 from hyperclone_onnx.frameworks.compiled_model import compile_model
 from hyperclone_onnx.frameworks.optimizer.growing import write_optimizer
 from hyperclone_onnx.plan.strategies import StrategyName
@@ -71,10 +71,27 @@ class Grown:
 
 
 @dataclass(frozen=True)
+class Upcycled:
+    """Starts from the trained model of another run, with experts instead of its feed-forward blocks."""
+
+    run: Run
+    experts: int
+    chosen: int
+    """The number of experts that compute for each token."""
+    seed: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of a dense model with as many FLOPs for each token."""
+        small = self.run.shape
+        return replace(small, ffn=small.ffn * self.chosen)
+
+
+@dataclass(frozen=True)
 class Run:
     """A training run: its initial model, its recipe and its number of steps."""
 
-    start: Random | Continued | Grown
+    start: Random | Continued | Grown | Upcycled
     recipe: Recipe
     steps: int
     seed: int = 0
@@ -229,6 +246,13 @@ class Lab:
         parent = self._folder(start.run)
         if isinstance(start, Continued):
             return parent / "model.onnx", None
+        if isinstance(start, Upcycled):
+            model = folder / f"experts-{_digest(start)}.onnx"
+            if not model.exists():
+                partial = model.with_suffix(".partial.onnx")
+                expand(parent / "model.onnx", partial, experts=Experts(start.experts, start.chosen, seed=start.seed))
+                partial.replace(model)
+            return model, None
         weights = replace(start, state="reset")
         model = folder / f"grown-{_digest(weights)}.onnx"
         if not model.exists():
@@ -257,7 +281,7 @@ def _growth(start: Grown) -> dict[str, Any]:
     return {"sizes": sizes or None, "layers": big.layers if big.layers != small.layers else None}
 
 
-def _digest(described: Run | Random | Grown) -> str:
+def _digest(described: Run | Random | Grown | Upcycled) -> str:
     return hashlib.sha256(repr(described).encode()).hexdigest()[:10]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from growing.network import BYTES, HEAD, Shape, shape
-from growing.runs import Continued, Grown, Lab, Outcome, Random, Run
+from growing.runs import Continued, Grown, Lab, Outcome, Random, Run, Upcycled
 from growing.tasks import Recipe
 from hyperclone_onnx.plan.strategies import STRATEGIES, StrategyName
 
@@ -140,7 +140,7 @@ class Study:
 
     # -- runs and rows ---------------------------------------------------------------------------------
 
-    def grown(self, start: Grown, recipe: Recipe, budget: float = 0.5, seed: int = 0) -> Run:
+    def grown(self, start: Grown | Upcycled, recipe: Recipe, budget: float = 0.5, seed: int = 0) -> Run:
         """The run of a grown model, for a part of the baseline's bytes."""
         return Run(start, recipe, round(budget * self.steps), 7 + seed)
 
@@ -408,6 +408,17 @@ class Study:
             },
         )
 
+    def ask_experts(self) -> Iterator[Row]:
+        """Experts of each feed-forward block of the source, two of them for each token, at the source's width."""
+        variants = {
+            f"{count} experts, rate {rate:g}": self.grown(
+                Upcycled(self.source(), count, 2), replace(self.recipe, rate=rate)
+            )
+            for count in (4, 8)
+            for rate in self.size.grown_rates
+        }
+        yield from self.compare("experts", variants)
+
     def ask_stages(self) -> Iterator[Row]:
         """A quarter of the width, then half, then the whole. The rate is high in each stage and decays in the last.
 
@@ -430,25 +441,34 @@ class Study:
     def ask_series(self) -> Iterator[Row]:
         """How the gain moves with the size: the best recipe at other widths, each against its own baseline.
 
-        The rates of other widths are those of this one, times the ratio of the widths.
+        A rate of this width is taken over times the ratio of the widths. The baseline is trained with twice this rate
+        as well, and the better one counts.
         """
         whole = 2 * self.size.width
         best = self.baseline[0].run.recipe
         for width in self.size.series:
             ratio = whole / width
             big, seeds = self.size.shape(width), range(self.size.seeds)
-            recipe = replace(best, rate=best.rate * ratio)
+            recipes = [replace(best, rate=best.rate * ratio * times) for times in (1, 2)]
+            swept = self.lab.do([Run(Random(big, 0), recipe, self.steps) for recipe in recipes], f"width {width}")
+            recipe = min(swept, key=lambda outcome: outcome.loss).run.recipe
             baseline = self.lab.do(
-                [Run(Random(big, seed), recipe, self.steps, seed) for seed in seeds], f"width {width}"
+                [Run(Random(big, seed), recipe, self.steps, seed) for seed in seeds], f"width {width}, seeds"
             )
+            for outcome in dict.fromkeys((*swept, *baseline)):
+                name = (
+                    f"{big.multiplied():,} weights, random, rate {outcome.run.recipe.rate:g}, seed {outcome.run.seed}"
+                )
+                yield self.row(name, [outcome], baseline)
             source = replace(self.source_run.recipe, rate=self.source_run.recipe.rate * ratio)
             steps = round(self.size.source_part * self.steps)
+            runs: list[Run] = []
             for seed in seeds:
                 small = Run(Random(self.size.shape(width // 2), 100 + seed), source, steps, 100 + seed)
                 start = replace(self.winner, run=small, seed=seed)
-                grown = self.grown(start, replace(self.recipe, rate=self.recipe.rate * ratio), 0.5, seed)
-                name = f"{big.multiplied():,} weights, seed {seed}"
-                yield self.row(name, self.lab.do([grown], f"width {width}, grown"), baseline)
+                runs.append(self.grown(start, replace(self.recipe, rate=self.recipe.rate * ratio), 0.5, seed))
+            for seed, outcome in zip(seeds, self.lab.do(runs, f"width {width}, grown"), strict=True):
+                yield self.row(f"{big.multiplied():,} weights, grown, seed {seed}", [outcome], baseline)
 
     def ask_framework(self) -> Iterator[Row]:
         """The same run in PyTorch and in JAX, both with a fresh optimizer."""
@@ -474,5 +494,8 @@ ALL = (
     "dropout", "framework", "strategy_whole",
 )  # fmt: skip
 
-LARGE = ("strategy", "recipe", "exact", "small", "aki", "any_size", "depth", "stages", "series")
+WAYS = ("strategy", "stages", "exact", "depth", "experts", "any_size", "aki")
+"""The questions about other ways to grow."""
+
+LARGE = ("strategy", "series", "recipe", *WAYS[1:], "small")
 """The questions of the large study."""

@@ -4,6 +4,7 @@
     ...                                    # train training.model with training.optimizer
     training = training.grow(factor=2)     # larger, at the same loss; the optimizer goes on
     ...
+    training.save_checkpoint("step-1000")  # Training.resume("step-1000") goes on from there, at the grown size
 
 The weights grow by a plan, AdamW's moments by the dual of that plan (`optimizer.moments`), and each tensor gets the
 settings with which it moves as its source did (`continuation`). So a symmetric growth to whole multiples changes
@@ -19,24 +20,26 @@ from the recipe; so a model may grow several times.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from hyperclone_onnx.errors import BadRequest
 from hyperclone_onnx.expansion.expanding import grown_model
 from hyperclone_onnx.frameworks import MissingExtra
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import from_torch
 from hyperclone_onnx.frameworks.compiled_model import PathLike, compile_model
-from hyperclone_onnx.frameworks.continuation import composed
+from hyperclone_onnx.frameworks.continuation import Continuation, composed
 from hyperclone_onnx.frameworks.optimizer.groups import adamw_groups, clip_grad_norm
 from hyperclone_onnx.frameworks.optimizer.growing import deepened_moments
 from hyperclone_onnx.frameworks.optimizer.moments import Moments, forget, grow_moments
+from hyperclone_onnx.frameworks.optimizer.saved_state import load_torch_file
 from hyperclone_onnx.frameworks.torch import OnnxModule, as_torch, load
 from hyperclone_onnx.plan.plans import Plan
-from hyperclone_onnx.publishing.publication import publication
+from hyperclone_onnx.publishing.publication import publication, publication_folder
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.reading.in_memory import IN_MEMORY, GivenModel, path_of, taken
 from hyperclone_onnx.transforms.interface import Placed, places_of
@@ -49,6 +52,10 @@ try:
     import torch
 except ImportError as problem:
     raise MissingExtra("torch", problem) from problem
+
+
+CHECKPOINT_MODEL, CHECKPOINT_STATE = "model.onnx", "training.pt"
+"""The files of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,62 @@ class Training:
         """
         with publication(Path(path)) as written:
             writer.save(self.graph, written, external=needs_data_file(self.graph))
+
+    def save_checkpoint(self, folder: PathLike) -> None:
+        """Write all that `resume` needs: the model as ONNX, AdamW's state, and the settings of each tensor.
+
+        The folder appears when it is complete.
+
+        Args:
+            folder: a folder that does not exist yet, or an empty one.
+
+        Raises:
+            BadRequest: the folder has something in it.
+            CannotWrite: it cannot be written.
+        """
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "settings": asdict(self.settings),
+            "rate": self.rate,
+            "continuations": {path: asdict(known) for path, known in self.model.continuations.items()},
+        }
+        with publication_folder(Path(folder)) as written:
+            writer.save(self.graph, written / CHECKPOINT_MODEL, external=needs_data_file(self.graph))
+            torch.save(state, written / CHECKPOINT_STATE)
+
+    @staticmethod
+    def resume(folder: PathLike, *, device: Any = None) -> Training:
+        """Go on from a checkpoint of `save_checkpoint`, at the size that the model had then.
+
+        Args:
+            folder: the checkpoint.
+            device: where to put the parameters; the CPU by default.
+
+        Raises:
+            BadRequest: the folder is no such checkpoint.
+            BadModel, Refused: its model cannot be loaded.
+        """
+        model, state = Path(folder) / CHECKPOINT_MODEL, Path(folder) / CHECKPOINT_STATE
+        if not (model.is_file() and state.is_file()):
+            raise BadRequest(
+                f"{folder}: not a checkpoint of Training.save_checkpoint: it lacks {CHECKPOINT_MODEL} or "
+                f"{CHECKPOINT_STATE}"
+            )
+        saved = load_torch_file(state)
+        try:
+            settings = Settings(**{**saved["settings"], "no_decay": tuple(saved["settings"]["no_decay"])})
+            known = {path: Continuation(**fields) for path, fields in saved["continuations"].items()}
+            optimizer, rate = saved["optimizer"], float(saved["rate"])
+        except (KeyError, TypeError, ValueError) as problem:
+            raise BadRequest(f"{state}: not written by Training.save_checkpoint: {problem!r}") from None
+        graph = loading.load(model)
+        module = load(graph.clone(), device=device)
+        if known.keys() != module.continuations.keys():
+            raise BadRequest(f"{folder}: {CHECKPOINT_MODEL} and {CHECKPOINT_STATE} belong to different models")
+        module.continuations = known
+        result = _with_optimizer(module, graph, settings, rate)
+        result.optimizer.load_state_dict(optimizer)
+        return result
 
     def grow(self, factor: float | None = None, **request: Any) -> Training:
         """Grow the model and go on: weights, moments, step counts, learning rates and weight decays.

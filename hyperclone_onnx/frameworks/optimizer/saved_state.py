@@ -60,7 +60,7 @@ def read_state(path: PathLike) -> State:
     file = Path(path)
     if file.is_dir() or file.suffix in (".safetensors", ".json", ".npz"):
         return _from_flat(read_weights(file), str(file))
-    return _from_torch(_load_torch(file), str(file))
+    return _from_torch(load_torch_file(file), str(file))
 
 
 def _from_flat(arrays: Mapping[str, StoredArray], where: str) -> State:
@@ -95,7 +95,13 @@ def _split(key: str) -> tuple[str, str]:
     return (parts[-1], ".".join(parts[:-1])) if parts[-1] in (*FIRST, *SECOND) and len(parts) > 1 else ("", key)
 
 
-def _load_torch(file: Path) -> Any:
+def load_torch_file(file: Path) -> Any:
+    """What ``torch.save`` wrote, if it is made of tensors and plain values alone. Tensors are mapped, not copied.
+
+    Raises:
+        BadModel: there is no such file, or it is none of torch, holds other objects, or is truncated.
+        MissingExtra: torch is not installed.
+    """
     try:
         import torch
     except ImportError as problem:
