@@ -34,7 +34,7 @@ def main() -> None:
     flops = 0.0
     if options.resume:
         *_, newest = complete(folder)
-        training = Training.resume(newest / "training", device=device)
+        training = Training.resume(newest, device=device)
         done = json.loads((newest / DONE).read_text())
         losses, flops = done["losses"], done["flops"]
     else:
@@ -78,8 +78,9 @@ def save(training: Training, folder: Path, losses: list[float], flops: float) ->
     """Write a checkpoint with the number of its steps as its name. The file DONE comes last; older checkpoints go."""
     older = complete(folder)
     checkpoint = folder / str(len(losses))
-    shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted run may have begun it
-    training.save_checkpoint(checkpoint / "training")
+    shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted run may have left it without DONE
+    folder.mkdir(exist_ok=True)
+    training.save_checkpoint(checkpoint)
     (checkpoint / DONE).write_text(json.dumps({"losses": losses, "flops": flops}))
     for old in older:
         shutil.rmtree(old)
