@@ -79,13 +79,14 @@ def draw(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.set(
         yscale="log",
         xlim=(0, last * 1.5),
+        xticks=range(0, last + 1, max(1, last // 5)),
         xlabel="steps of AdamW after growth",
         ylabel="difference of the logits, divided by the logits",
     )
-    symmetric = curves["symmetric"][-1]
     axes.set_title(
-        f"A symmetric model follows its source ({symmetric:.0e} apart after {last} steps); noise parts them",
-        fontsize=11,
+        f"Without noise the grown model follows its source ({curves['symmetric'][-1]:.0e} apart after {last} steps). "
+        "Noise parts them, and how far depends on its level.",
+        fontsize=10,
         loc="left",
     )
     axes.grid(alpha=0.25)
