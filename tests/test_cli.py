@@ -156,7 +156,8 @@ def test_expand_ends_with_0(cli: Command, place: Path) -> None:
     assert outcome.stderr.splitlines() == STAGES
     assert "equal" in outcome.stdout.splitlines()
     assert "parameters: 1,756 -> 5,432 (x3.09)" in outcome.stdout
-    assert outcome.stdout.splitlines()[-3:] == list(RECIPE.lines())
+    advice = list(RECIPE.lines())
+    assert outcome.stdout.splitlines()[-len(advice) :] == advice
     assert cli("validate", "small.onnx", "big.onnx").code == 0
 
 

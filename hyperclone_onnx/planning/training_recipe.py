@@ -29,6 +29,10 @@ class TrainingRecipe:
     """The learning rate for `adamw_groups`, divided by the source's last rate, if the source's rate never fell."""
     evidence: str = "docs/growth.md"
     """The page with the measurements."""
+    new_data_decay: str = "cosine"
+    """The form in which the learning rate falls from the source's last rate, if new or better data is read."""
+    new_data_evidence: str = "Parmar et al., arXiv 2407.07263"
+    """The paper about training with new data. It trained models that were not grown."""
     exact_evidence: str = "docs/optimizer_state.md"
     """The page about settings for each tensor, with which a grown model goes on as its source would."""
 
@@ -43,6 +47,9 @@ class TrainingRecipe:
             f"evidence: {self.evidence}",
             f"better, if the source's rate never fell: {self.rate_of_each_tensor:g} of it, for each tensor by "
             f"adamw_groups, with the grown state: the loss does not jump; evidence: {self.exact_evidence}",
+            "with new or better data: begin with data like the source's, then change to the better data; the rate "
+            f"falls from the source's last rate ({self.new_data_decay}); not measured on grown models; evidence: "
+            f"{self.new_data_evidence}",
         )
 
     def to_json(self) -> dict[str, Any]:
