@@ -91,7 +91,10 @@ def row(name: str, tokens: float | None, total: float | None, width: int = 32) -
             "“a” reaches the loss of random weights after 2.0x fewer bytes;\n"
             "“b” takes, with its source, 1.30x fewer FLOPs",
         ),
-        ([row("a", float("inf"), 0.8)], "“a” begins below the final loss of random weights"),
+        (
+            [row("a", float("inf"), 0.8)],
+            "Growth begins below the final loss of random weights; “a” ends lowest",
+        ),
     ],
 )
 def test_a_picture_says_its_finding(rows: list[Row], title: str) -> None:

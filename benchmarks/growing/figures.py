@@ -17,10 +17,10 @@ from growing.runs import Lab, Outcome
 from growing.study import Row
 from hyperclone_onnx.forecasting.numbers import written
 
-BELOW, ABOVE = 0.12, 0.45
-"""How far the picture goes below and above the final loss of random weights, in nats."""
-LABEL_HEIGHT = 0.028
-"""The least distance between two labels, in nats."""
+BELOW, ABOVE = 0.08, 0.45
+"""How far the picture goes below the lowest loss, and above the final loss of random weights, in nats."""
+LABEL_HEIGHT = 0.045
+"""The least distance between two labels, as a part of the picture's height."""
 
 
 def draw(rows: Sequence[Row], baseline: Sequence[Outcome], target: float, lab: Lab, path: Path) -> None:
@@ -32,6 +32,7 @@ def draw(rows: Sequence[Row], baseline: Sequence[Outcome], target: float, lab: L
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     colours = plt.get_cmap("tab10")
     curves = {row.variant: row.runs[0] for row in rows}
+    low, high = min(target, *(outcome.loss for outcome in curves.values())) - BELOW, target + ABOVE
     for axes, unit in zip(panels, ("read", "FLOPs"), strict=True):
         ends: dict[str, tuple[float, float, Any]] = {}
         for number, outcome in enumerate(baseline):
@@ -44,12 +45,12 @@ def draw(rows: Sequence[Row], baseline: Sequence[Outcome], target: float, lab: L
             costs, losses = _curve(outcome, lab, unit)
             axes.plot(costs, losses, color=colours(number % 10), linewidth=1.6)
             ends[name] = (costs[-1], losses[-1], colours(number % 10))
-        _label(axes, ends, target)
+        _label(axes, ends, low, high)
         axes.axhline(target, color="black", linewidth=0.8, linestyle=":")
         axes.set(
             xlabel=f"{word}s read" if unit == "read" else "FLOPs, those of the source included",
             xlim=(0, 1.25 * axes.get_xlim()[1]),
-            ylim=(target - BELOW, target + ABOVE),
+            ylim=(low, high),
         )
         axes.xaxis.set_major_formatter(lambda value, _: written(value))
         axes.grid(alpha=0.25)
@@ -69,7 +70,8 @@ def headline(rows: Sequence[Row], word: str) -> str:
     cheaper = max(reached, key=lambda row: row.gain_total or 0.0)
     assert sooner.gain_tokens is not None and cheaper.gain_total is not None
     if math.isinf(sooner.gain_tokens):
-        return f"“{sooner.variant}” begins below the final loss of random weights"
+        lowest = min(rows, key=lambda row: row.loss)
+        return f"Growth begins below the final loss of random weights; “{lowest.variant}” ends lowest"
     text = f"“{sooner.variant}” reaches the loss of random weights after {sooner.gain_tokens:.1f}x fewer {word}s"
     if cheaper is sooner:
         return f"{text} and, with its source, {_cheaper(cheaper.gain_total)}"
@@ -125,12 +127,13 @@ def _mean(values: Any) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _label(axes: Any, ends: Mapping[str, tuple[float, float, Any]], target: float) -> None:
-    """Name each curve at its end. Labels that would overlap are moved apart."""
+def _label(axes: Any, ends: Mapping[str, tuple[float, float, Any]], low: float, high: float) -> None:
+    """Name each curve at its end. Labels that would overlap are moved apart, and none goes below the picture."""
+    space = LABEL_HEIGHT * (high - low)
+    ordered = sorted(ends.items(), key=lambda item: -item[1][1])
     height = math.inf
-    for name, (cost, loss, colour) in sorted(ends.items(), key=lambda item: -item[1][1]):
-        height = min(height - LABEL_HEIGHT, loss)
-        height = max(height, target - BELOW + 0.01)
+    for number, (name, (cost, loss, colour)) in enumerate(ordered):
+        height = max(min(height - space, loss), low + space * (len(ordered) - number - 0.5))
         axes.annotate(
             name,
             (cost, loss),

@@ -33,6 +33,8 @@ class Size:
     source_part: float = 2.0
     """The bytes that the source is trained on, divided by those of the baseline."""
     seeds: int = 2
+    strategies: tuple[StrategyName, ...] = tuple(STRATEGIES)
+    """The strategies that are compared. The best one answers the other questions."""
     questions: tuple[str, ...] = ("strategy",)
     device: str = "cpu"
     vocabulary: int = BYTES
@@ -183,7 +185,7 @@ class Study:
                 self.grown(Grown(self.source(), name, state="carried"), Recipe(rate, 0.0))
                 for rate in self.size.grown_rates
             ]
-            for name in STRATEGIES
+            for name in self.size.strategies
         }
         best: dict[str, Outcome] = {}
         self.tables["rates"] = []
