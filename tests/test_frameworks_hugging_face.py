@@ -478,15 +478,25 @@ def _with_one_wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "write_safetensors", wrong)
 
 
-@pytest.mark.parametrize("harm", [_without_compensation, _with_one_wrong_weight])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (_without_compensation, "the grown checkpoint's output logits differs from its source's"),
+        (_with_one_wrong_weight, r"the grown checkpoint is wrong: model\.layers\.1\.mlp\.down_proj\.weight"),
+    ],
+)
 def test_a_wrong_checkpoint_is_noticed(
-    harm: Callable[[pytest.MonkeyPatch], None], exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harm: Callable[[pytest.MonkeyPatch], None],
+    message: str,
+    exported: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = exported("gemma.distinct")
     expand(folder / "small.onnx", tmp_path / "big.onnx", 2, check=False)
     harm(monkeypatch)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ModelsDiffer, match="the grown checkpoint's output logits differs from its source's"):
+    with pytest.raises(ModelsDiffer, match=message):
         grow_checkpoint(tmp_path / "big.onnx", folder / "hf", tmp_path / "out")
 
 

@@ -179,11 +179,27 @@ def plan_file(
 
     The arguments and errors are those of `expand`. The plan is written to `plan_out` if that is given.
     """
-    request = GrowthRequest.of(factor, requests, **options)
-    planned = _planned(model, None, request, plan_out, notify or ignore_stage, Clock())
+    planned = planned_model(model, factor, requests, plan_out=plan_out, notify=notify, **options)
     if plan_out is not None:
         write_text(Path(plan_out), text_of(planned.plan))
     return planned.result
+
+
+def planned_model(
+    model: str | os.PathLike[str],
+    factor: float | None = None,
+    requests: Mapping[str, float] | None = None,
+    *,
+    plan_out: str | os.PathLike[str] | None = None,
+    notify: Notify | None = None,
+    **options: Unpack[GrowthOptions],
+) -> Planned:
+    """Plan the growth of a model file. Nothing is written: each tensor of the result is computed when it is read.
+
+    The arguments and errors are those of `expand`. `plan_out` is only checked.
+    """
+    request = GrowthRequest.of(factor, requests, **options)
+    return _planned(model, None, request, plan_out, notify or ignore_stage, Clock())
 
 
 def grown_model(

@@ -30,7 +30,8 @@ def print_checkpoint(console: Any, result: CheckpointExpansion) -> None:
     for number, (name, expansion) in enumerate(result.models.items()):
         if not number:
             print_growth(console, expansion)
-        console.print(f"{name}: " + ("validated" if expansion.validation else "not validated (--validate none)"))
+        if expansion.validation or result.kept:
+            console.print(f"{name}: " + ("validated" if expansion.validation else "not validated (--validate none)"))
         if expansion.validation is not None:
             print_validation(console, expansion.validation)
     if result.kept:

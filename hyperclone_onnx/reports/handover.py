@@ -44,11 +44,17 @@ def _print_hugging_face(console: Any, report: dict[str, Any]) -> None:
     for note in report["notes"]:
         console.print(f"note: {note}")
     console.print(f"weights: {report['dtype']}, {', '.join(report['weights'])}")
-    errors = [f"{report['error_to_file']:.1e} from the ONNX file (tolerance {report['file_tolerance']:.1e})"]
+    if report["tensors_checked"]:
+        against = "the ONNX file's" if report["trained"] else "the source's; repeats were added up"
+        console.print(f"checked: {report['tensors_checked']} tensors, read back from the files, against {against}")
+    errors = []
     if report["error_to_source"] is not None:
         to_source = f"{report['error_to_source']:.1e} from the source checkpoint"
-        errors.insert(0, f"{to_source} (tolerance {report['tolerance']:.1e})")
-    console.print(f"validated: relative errors {', '.join(errors)}")
+        errors.append(f"{to_source} (tolerance {report['tolerance']:.1e})")
+    if report["error_to_file"] is not None:
+        errors.append(f"{report['error_to_file']:.1e} from the ONNX file (tolerance {report['file_tolerance']:.1e})")
+    on = f" on {'; '.join(report['cases'])}" if report["cases"] else ""
+    console.print(f"validated: relative errors {', '.join(errors)}{on}")
 
 
 def _print_optimizer(console: Any, state: dict[str, Any]) -> None:

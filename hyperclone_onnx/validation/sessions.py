@@ -66,6 +66,7 @@ class Runner:
             has `PATIENCE` seconds and that time, since a Loop may never end. If running changes the stored tensors
             (see `keeps_state`), each run has a new session.
         overrides: whether feeds take the place of defaults, where an input has one.
+        frugal: whether memory that a node has freed goes back to the system at once. Runs take a little longer.
 
     Raises:
         BadRequest: CUDA was requested and cannot start.
@@ -81,12 +82,13 @@ class Runner:
         isolated: bool = False,
         model: ir.Model | None = None,
         overrides: bool = False,
+        frugal: bool = False,
     ) -> None:
         import onnxruntime as ort
 
         wanted = providers(device, ort.get_available_providers())
         weights = 0 if model is None else weight_bytes(model)
-        start = functools.partial(_started, ort, path, wanted, graph, model is not None and keeps_state(model))
+        start = functools.partial(_started, ort, path, wanted, graph, model is not None and keeps_state(model), frugal)
         alone = isolated and isolation.POSSIBLE and (wanted == ["CPUExecutionProvider"] or not _has_cuda())
         try:
             self._ask: Callable[[_Feeds | None], Any] = (
@@ -158,18 +160,23 @@ def keeps_state(model: ir.Model) -> bool:
 
 
 def _started(
-    ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None, afresh: bool
+    ort: Any,
+    path: str | os.PathLike[str],
+    wanted: Sequence[Any],
+    graph: bytes | None,
+    afresh: bool,
+    frugal: bool,
 ) -> Callable[[_Feeds | None], Sequence[Any]]:
     """A session as a function: of feeds it returns outputs, of None its provider and the names.
 
     The names are those of the inputs, of the inputs that have a default, and of the outputs. With `afresh`, each run
     has a session of its own.
     """
-    session = _session(ort, path, wanted, graph)
+    session = _session(ort, path, wanted, graph, frugal)
 
     def ask(feeds: _Feeds | None) -> Sequence[Any]:
         if feeds is not None:
-            runs = _session(ort, path, wanted, graph) if afresh else session
+            runs = _session(ort, path, wanted, graph, frugal) if afresh else session
             outputs: Sequence[Any] = runs.run(None, feeds)
             return outputs
         sides = (session.get_inputs(), session.get_overridable_initializers(), session.get_outputs())
@@ -179,7 +186,7 @@ def _started(
 
 
 def _session(
-    ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None
+    ort: Any, path: str | os.PathLike[str], wanted: Sequence[Any], graph: bytes | None, frugal: bool
 ) -> onnxruntime.InferenceSession:
     options = ort.SessionOptions()
     # The runtime's own fusions have changed results before: compare the graphs as they are.
@@ -190,6 +197,7 @@ def _session(
     # The search for a freed buffer of the right size takes time quadratic in the number of nodes: for thousands of them
     # most of the time of starting a session. Without it every buffer is freed after its last use all the same.
     options.enable_mem_reuse = False
+    options.enable_cpu_mem_arena = not frugal
     ort.set_default_logger_severity(4)
     if graph is not None:
         folder = os.fspath(Path(path).resolve().parent)

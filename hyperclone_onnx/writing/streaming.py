@@ -230,3 +230,5 @@ def _by_rows(tensor: Any) -> Iterator[Piece]:
     step = max(1, CHUNK // max(1, math.prod(shape[1:]) * size))
     for start in range(0, rows, step):
         yield partial(piece, start, min(start + step, rows))
+    if hasattr(tensor, "release"):
+        tensor.release()  # otherwise all tensors of a file would be in memory at its end

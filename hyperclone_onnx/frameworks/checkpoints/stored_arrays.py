@@ -38,6 +38,21 @@ class StoredArray:
         """Read the array."""
         return self.read()
 
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+def values(array: Array | StoredArray) -> Array:
+    """The array in memory; a stored one is read."""
+    return array() if isinstance(array, StoredArray) else array
+
 
 def from_torch(tensor: Any) -> StoredArray:
     """Wrap a torch tensor as a stored array of the same type.

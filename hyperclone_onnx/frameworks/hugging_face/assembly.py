@@ -19,10 +19,12 @@ import onnx_ir as ir
 import torch
 
 from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, values
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, Loaded, stored_tensors, to_numpy
 from hyperclone_onnx.frameworks.hugging_face.layout import LaidOut, Layout, grown_shape, laid_out, put_back
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, constant
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source
+from hyperclone_onnx.frameworks.hugging_face.streaming import in_float, open_model
 from hyperclone_onnx.plan.maps import Indices
 from hyperclone_onnx.plan.strategies import Strategy
 
@@ -37,8 +39,8 @@ class Given:
     """The source checkpoint's model and its tensors by name. Tensors that the checkpoint lacks are not among them."""
 
     loaded: Loaded
-    floating: dict[str, Array]
-    """Floating tensors, in float32 or float64."""
+    floating: dict[str, Array | StoredArray]
+    """Floating tensors, in float32 or float64. A stored array is read, and widened, each time it is used."""
     others: dict[str, Array]
     """Tensors of integers or booleans. The grown checkpoint has them unchanged."""
     names: list[str]
@@ -51,15 +53,24 @@ class Given:
         Raises:
             BadModel: the weights cannot be read, or do not fit the configuration.
         """
-        loaded = checkpoint.load()
+        loaded = open_model(checkpoint)
         tensors = loaded.tensors()
+        if loaded.stored is not None:
+            stored = {name: loaded.stored[name] for name in tensors}
+            plain = {name for name, array in stored.items() if array.dtype.kind in "iub"}
+            return Given(
+                loaded,
+                {name: _widened(array) for name, array in stored.items() if name not in plain},
+                {name: stored[name]() for name in tensors if name in plain},
+                list(tensors),
+            )
         floating = {name: to_numpy(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
         others = {name: tensor.numpy() for name, tensor in tensors.items() if not tensor.is_floating_point()}
         # measuring.py overwrites constant tensors of the model with noise. The arrays here must not change with them.
-        floating = {name: array.copy() if constant(array) else array for name, array in floating.items()}
+        kept = {name: array.copy() if constant(array) else array for name, array in floating.items()}
         for name in loaded.missing:
             zero(loaded.model, name)
-        return Given(loaded, floating, others, list(tensors))
+        return Given(loaded, {**kept}, others, list(tensors))
 
     @property
     def model(self) -> Any:
@@ -70,6 +81,10 @@ class Given:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every stored tensor of the model, including those that the checkpoint lacks."""
         return {name: tuple(tensor.shape) for name, tensor in stored_tensors(self.model).items()}
+
+    def held(self) -> dict[str, Array]:
+        """The floating tensors in memory, all of them."""
+        return {name: values(array) for name, array in self.floating.items()}
 
     def release(self) -> None:
         """Free the model's memory. The arrays in `floating` and `others` stay."""
@@ -89,17 +104,24 @@ def zero(model: Any, name: str) -> None:
             tensor.zero_()
 
 
+def _widened(array: StoredArray) -> StoredArray:
+    """A stored array of floating numbers in float32, or in float64 if that is its type."""
+    if array.dtype in (np.float32, np.float64):
+        return array
+    return StoredArray(array.shape, np.dtype(np.float32), lambda: np.asarray(in_float(array()).numpy()))
+
+
 @dataclass(frozen=True)
 class Repeated:
     """A tensor that is not in the file: the source checkpoint's tensor, repeated along its axes."""
 
-    array: Array
+    array: Array | StoredArray
     orders: tuple[Indices | None, ...]
     """For each axis the source index of each new index; None where the axis keeps its size."""
 
     def made(self, factor: float = 1.0, offset: float = 0.0) -> Array:
         """``(tensor + offset) * factor - offset``, repeated."""
-        array = self.array
+        array = values(self.array)
         for axis, order in enumerate(self.orders):
             array = array if order is None else np.take(array, order, axis=axis)
         return array if factor == 1.0 else ((array + offset) * factor - offset).astype(array.dtype)
@@ -150,7 +172,9 @@ class Assembly:
                 makers.setdefault(piece.initializer, []).append((name, layout))
         return makers
 
-    def source(self, initializer: str, stored: Mapping[str, Source], tensors: Mapping[str, Array]) -> Array:
+    def source(
+        self, initializer: str, stored: Mapping[str, Source], tensors: Mapping[str, Array | StoredArray]
+    ) -> Array:
         """An initializer of the source, in float32 or float64, with the numbers that the checkpoint's tensors have.
 
         The file may have rounded these numbers, or their shares.
@@ -161,7 +185,7 @@ class Assembly:
 
         array = np.array(stored[initializer].array)
         for name, layout in self.makers[initializer]:
-            put_back(layout, tensors[name].astype(array.dtype, copy=False), initializer, array, whole)
+            put_back(layout, values(tensors[name]).astype(array.dtype, copy=False), initializer, array, whole)
         return array
 
     def written(self, layout: Layout, stored: Mapping[str, Source], dtype: np.dtype[Any], trained: bool) -> LaidOut:
@@ -180,7 +204,9 @@ class Assembly:
 
         return LaidOut(layout, read, self.grown.axis, dtype)
 
-    def fresh(self, stored: Mapping[str, Source], tensors: Mapping[str, Array]) -> dict[str, Callable[[], Array]]:
+    def fresh(
+        self, stored: Mapping[str, Source], tensors: Mapping[str, Array | StoredArray]
+    ) -> dict[str, Callable[[], Array]]:
         """Functions that make each tensor of the grown checkpoint afresh, without training and compensation.
 
         Args:

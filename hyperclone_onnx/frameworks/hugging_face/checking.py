@@ -33,6 +33,9 @@ from hyperclone_onnx.validation.wide import save_wide
 Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
 
+NATIVE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+"""The types of weights that ONNX Runtime takes as inputs of any graph."""
+
 RESIDUE = 64.0
 """The number of roundings by which the sum of a weight's shares may differ from the weight.
 
@@ -71,13 +74,15 @@ class Feeding:
         return rounding + residue + SAFETY / 2 * math.sqrt(sum(eps**2 for eps in rounded)), reason
 
 
-def feeding(big: Path, model: Any, inputs: Inputs | None = None, dims: Mapping[str, int] | None = None) -> Feeding:
+def feeding(
+    big: Path | ir.Model, model: Any, inputs: Inputs | None = None, dims: Mapping[str, int] | None = None
+) -> Feeding:
     """Input sets for a file's inputs that the model's ``forward`` accepts too.
 
     Sets with a filled cache are left out where the model has no argument for the cache.
 
     Args:
-        big: the grown ONNX file.
+        big: the grown ONNX file, or the grown model in memory.
         model: the source's model in PyTorch.
         inputs: inputs to compare on, the file's or its source's (see `validation.inputs.given`); random by default.
         dims: numbers for symbolic sizes of random inputs, by name.
@@ -88,7 +93,7 @@ def feeding(big: Path, model: Any, inputs: Inputs | None = None, dims: Mapping[s
     analysis = analyse(big)
     accepted = set(inspect.signature(model.forward).parameters)
     accepted_cases: list[Case] = []
-    plan = Plan.carried_by(loading.load(big).metadata_props)
+    plan = Plan.carried_by((big if isinstance(big, ir.Model) else loading.load(big)).metadata_props)
     wishes = wishes_of(analysis.model, inputs, dims, plan=plan)
     for case in wishes.given or cases(analysis.dimensions, dims=wishes.dims):
         empty = [name for name, array in case.feeds.items() if name not in accepted and not array.size]
@@ -97,7 +102,8 @@ def feeding(big: Path, model: Any, inputs: Inputs | None = None, dims: Mapping[s
             if any("past" in name or "cache" in name for name in unknown):
                 continue
             raise Refused(
-                f"{big}: its input {unknown[0]!r} is no argument of {type(model).__name__}, so they cannot be compared"
+                f"{analysis.path}: its input {unknown[0]!r} is no argument of {type(model).__name__}, "
+                "so they cannot be compared"
             )
         accepted_cases.append(case)
     return Feeding(analysis, tuple(accepted_cases))
@@ -172,7 +178,52 @@ def relative_error(got: Array, want: Array) -> float:
     return float(np.abs(a - b)[finite].max(initial=0.0)) / (float(np.abs(a[finite]).max(initial=0.0)) or 1.0)
 
 
-def _runner(big: Path) -> Runner:
+LARGE = 1 << 16
+"""Weights of more bytes than this are mapped from their file while ONNX Runtime uses them."""
+
+
+class MappedRunner:
+    """Runs a file in ONNX Runtime, with its weights mapped from the disk.
+
+    ONNX Runtime copies stored weights into memory. So the graph that it gets has them as inputs, and each run is fed
+    the pages of the file, which the system can take back. If the graph does not run so, the file is loaded as it is.
+
+    Args:
+        path: the file.
+
+    Raises:
+        Refused: ONNX Runtime cannot load the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        model = loading.load(path)
+        self.weights: dict[str, Array] = {}
+        for name, value in list(model.graph.initializers.items()):
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > LARGE and tensor.dtype in NATIVE:
+                place, shape = Path(tensor.path), tuple(int(size) for size in tensor.shape.numpy())
+                self.weights[name] = np.memmap(place, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
+                if not value.is_graph_input():
+                    model.graph.inputs.append(value)
+                del model.graph.initializers[name]
+                value.const_value, value.shape, value.type = None, tensor.shape, ir.TensorType(tensor.dtype)
+        try:
+            self.runner = Runner(path, "cpu", ir.to_proto(model).SerializeToString(), frugal=True)
+        except Refused:
+            self.weights = {}
+            self.runner = Runner(path, "cpu")
+        self.outputs = self.runner.outputs
+
+    def run(self, feeds: Mapping[str, Array]) -> Outputs:
+        """Run the model.
+
+        Raises:
+            RuntimeError: it does not run on these inputs.
+        """
+        return self.runner.run({**self.weights, **feeds})
+
+
+def _runner(big: Path) -> MappedRunner:
     """A session of ONNX Runtime for the file.
 
     If the file computes in half precision, the session runs a copy in float32 whose weights are widened exactly.
@@ -180,10 +231,10 @@ def _runner(big: Path) -> Runner:
     model = loading.load(big)
     stored = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     if not any(tensor.dtype in HALVES and tensor.size > 1 for tensor in stored):
-        return Runner(big, "cpu")
+        return MappedRunner(big)
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
         save_wide(model, Path(folder) / big.name, ir.DataType.FLOAT)
-        return Runner(Path(folder) / big.name, "cpu")
+        return MappedRunner(Path(folder) / big.name)
 
 
 def is_half(dtype: np.dtype[Any]) -> bool:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,8 +76,7 @@ class Checkpoint:
             BadModel: a file cannot be read, or is truncated.
         """
         try:
-            single = self.folder / "model.safetensors"
-            return read_weights(single if single.is_file() else self.folder / INDEX)
+            return read_weights(weights_of(self.folder))
         except BadModel as problem:
             raise BadModel(f"{self.folder}: its weights cannot be loaded ({problem})") from problem
 
@@ -121,10 +120,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory, and the names of the parameters that its checkpoint lacks."""
+    """A model that runs, and the names of the parameters that its checkpoint lacks."""
 
     model: Any
     missing: frozenset[str]
+    stored: Mapping[str, StoredArray] | None = None
+    """The tensors that the checkpoint has, where they stay in its files; None where the model is in memory."""
+    reads: Mapping[int, Callable[[], Array]] = field(default_factory=dict)
+    """By the ``id`` of a parameter, the function that reads it, where the tensors stay in the files."""
 
     def tensors(self) -> dict[str, Any]:
         """The tensors that the checkpoint has, in the model's order.
@@ -209,7 +212,13 @@ def _check_weights(folder: Path) -> None:
     raise BadModel(f"{folder}: no model.safetensors and no {INDEX}: there are no weights")
 
 
-def load(folder: Path, model_class: Any, double: bool = False) -> Loaded:
+def weights_of(folder: Path) -> Path:
+    """The file of a checkpoint's folder that has all weights, or that names those which have them."""
+    single = folder / "model.safetensors"
+    return single if single.is_file() else folder / INDEX
+
+
+def load(folder: Path, model_class: Any, double: bool = False, dtype: Any = None) -> Loaded:
     """Load the model of a checkpoint's folder.
 
     The model computes in float32 even where its weights are stored in half precision. Every such weight is a number of
@@ -220,6 +229,7 @@ def load(folder: Path, model_class: Any, double: bool = False) -> Loaded:
         folder: the checkpoint.
         model_class: the class of transformers to load it with.
         double: whether the model computes in float64.
+        dtype: the type of the model in place of both. Weights that are stored in it are not copied into memory.
 
     Raises:
         BadModel: the weights cannot be read, or do not fit the configuration.
@@ -230,7 +240,7 @@ def load(folder: Path, model_class: Any, double: bool = False) -> Loaded:
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
-                dtype=torch.float64 if double else torch.float32,
+                dtype=dtype or (torch.float64 if double else torch.float32),
                 attn_implementation="eager",
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,

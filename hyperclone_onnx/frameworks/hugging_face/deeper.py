@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hyperclone_onnx.errors import Refused
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, values
 from hyperclone_onnx.frameworks.hugging_face.assembly import Given
 from hyperclone_onnx.frameworks.hugging_face.checking import Feeding, Outputs, outputs, relative_error
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, Loaded, stored_tensors
@@ -279,15 +280,14 @@ class _Tensors:
         self.sources = sources
         """The source's tensor of each tensor."""
         self.missing = frozenset(name for name, source in sources.items() if source in given.loaded.missing)
-        self.floating: dict[str, Array] = {}
+        self.floating: dict[str, Array | StoredArray] = {}
         self.others: dict[str, Array] = {}
         for name, source in sources.items():
             if source in given.floating:
                 layout = next(iter(matches.layouts.get(name, ())), None)
                 is_new = layout is not None and any(_is_new(piece.initializer, places) for piece in layout.pieces)
-                self.floating[name] = (
-                    _made(layout, stored, given.floating[source]) if layout and is_new else given.floating[source]
-                )
+                array = given.floating[source]
+                self.floating[name] = _made(layout, stored, values(array)) if layout and is_new else array
             elif source in given.others:
                 self.others[name] = given.others[source]
         self.double = any(array.dtype == np.float64 for array in self.floating.values())
@@ -297,7 +297,7 @@ class _Tensors:
         model = built(checkpoint, changes)
         model = model.double() if self.double else model.float()
         arrays = {**self.floating, **self.others}
-        fill(model, {name: lambda array=array: array for name, array in arrays.items()})  # type: ignore[misc]
+        fill(model, {name: lambda array=array: values(array) for name, array in arrays.items()})  # type: ignore[misc]
         return model
 
     def compute(
@@ -336,7 +336,7 @@ def _made(layout: Layout, stored: Mapping[str, Source], like: Array) -> Array:
     """A tensor as the deeper graph's initializers make it. Where these are the source's own, it is the source's."""
 
     def whole(initializer: str, axis: int) -> Indices:
-        sizes = [size for size in stored[initializer].array.shape if size != 1]
+        sizes = [size for size in stored[initializer].shape if size != 1]
         return np.arange(sizes[axis], dtype=np.int64)
 
     made = laid_out(layout, lambda initializer: stored[initializer].array, whole).astype(like.dtype)

@@ -16,14 +16,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hyperclone_onnx.errors import BadRequest
-from hyperclone_onnx.expansion.expanding import expand, plan_file
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from hyperclone_onnx.errors import BadRequest, CannotWrite, in_bytes
+from hyperclone_onnx.expansion.expanding import expand, plan_file, planned_model
+from hyperclone_onnx.expansion.making import Planned
 from hyperclone_onnx.expansion.report import Expansion
+from hyperclone_onnx.expansion.request import GrowthOptions
 from hyperclone_onnx.folders import check_fit
 from hyperclone_onnx.frameworks.exports import HandedOver
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, read_checkpoint
 from hyperclone_onnx.frameworks.hugging_face.exporting import Exported, export_model, has_cache
 from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
+from hyperclone_onnx.frameworks.hugging_face.streaming import open_model
 from hyperclone_onnx.planning.experts import Experts
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.progress import Notify, ignore_stage
@@ -116,13 +123,13 @@ def export_checkpoint(
 
 def _exported(checkpoint: Checkpoint, folder: Path, cache: bool, say: Notify) -> list[Exported]:
     """Load a checkpoint's model and export it, without a cache and, if asked for, also with one."""
-    model = checkpoint.load().model
+    opened = open_model(checkpoint)
     say("exporting")
-    files = [export_model(checkpoint, model, folder / MODEL)]
+    files = [export_model(checkpoint, opened, folder / MODEL)]
     if cache:
         say("exporting with a cache")
-        files.append(export_model(checkpoint, model, folder / WITH_CACHE, cache=True))
-    del model
+        files.append(export_model(checkpoint, opened, folder / WITH_CACHE, cache=True))
+    del opened
     gc.collect()
     return files
 
@@ -197,13 +204,23 @@ def expand_checkpoint(
             cache = keep_onnx and _keeps_cache(checkpoint)
             names = [file.file for file in _exported(checkpoint, small, cache, say)]
             models: dict[str, Expansion] = before
-            for name in names:
-                grown = expand(small / name, big / name, factor, requests, notify=_named(say, name, names), **options)
-                shown = str(out / FOLDER / name) if keep_onnx else None
-                models[name] = replace(grown, source=os.fspath(folder), output=shown)
-            check_fit(small, big, [Path(name) for name in names])
+            grown: Path | ir.Model = big / MODEL
+            if keep_onnx or _needs_files(options):
+                for name in names:
+                    made = expand(
+                        small / name, big / name, factor, requests, notify=_named(say, name, names), **options
+                    )
+                    shown = str(out / FOLDER / name) if keep_onnx else None
+                    models[name] = replace(made, source=os.fspath(folder), output=shown)
+                check_fit(small, big, [Path(name) for name in names])
+            else:
+                growth: Any = {name: value for name, value in options.items() if name in GrowthOptions.__annotations__}
+                planned = planned_model(small / MODEL, factor, requests, notify=say, **growth)
+                _check_room(out, checkpoint, planned, dtype)
+                models[MODEL] = replace(planned.result, source=os.fspath(folder), output=None)
+                grown = planned.big
             report = grow_checkpoint(
-                big / MODEL,
+                grown,
                 source,
                 partial,
                 source=small / MODEL,
@@ -223,6 +240,33 @@ def expand_checkpoint(
                 write_text(Path(plan_out), models[MODEL].plan.dumps() + "\n")
     handover = HandedOver("hf", os.fspath(output), *report.parameters, hugging_face=report.to_json(), training=RECIPE)
     return CheckpointExpansion(os.fspath(folder), os.fspath(output), models, handover, kept)
+
+
+def _needs_files(options: Mapping[str, Any]) -> bool:
+    """Whether the grown ONNX file is written and validated, although it is not kept.
+
+    Otherwise the grown checkpoint is checked without it: every tensor, and all outputs. That shows whatever the file
+    would show. It is written if experts are made, if outputs may change, or if a validation of the file is asked for.
+    """
+    asked = options.get("check", True) not in (True, False, "auto") or options.get("precision", "stored") != "stored"
+    return bool(
+        asked or options.get("experts") or options.get("allow_change") or options.get("device", "auto") == "cuda"
+    )
+
+
+def _check_room(out: Path, checkpoint: Checkpoint, planned: Planned, dtype: str | None) -> None:
+    """Check that the disk has room for the grown checkpoint, before the long work.
+
+    Raises:
+        CannotWrite: it has not.
+    """
+    kind = checkpoint.main_type if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))
+    needed = planned.result.parameters_after * kind.itemsize
+    free = shutil.disk_usage(out.resolve().parent).free
+    if needed > free:
+        raise CannotWrite(
+            f"{out} would have {in_bytes(needed)}, and its disk has {in_bytes(free)} free beside the exported model"
+        )
 
 
 def plan_checkpoint(

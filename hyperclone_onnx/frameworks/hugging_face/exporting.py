@@ -12,21 +12,23 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 
 from hyperclone_onnx.errors import Refused, first_line
-from hyperclone_onnx.frameworks.hugging_face.checking import relative_error
-from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, quiet, stored_tensors
+from hyperclone_onnx.frameworks.hugging_face.checking import MappedRunner, relative_error
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, Loaded, quiet, stored_tensors
 from hyperclone_onnx.frameworks.hugging_face.configuration import built
 from hyperclone_onnx.frameworks.hugging_face.recording import floating_outputs, run_model
 from hyperclone_onnx.frameworks.hugging_face.repeating import with_all_layers
 from hyperclone_onnx.frameworks.hugging_face.shortening import shortened
-from hyperclone_onnx.validation.sessions import Runner
+from hyperclone_onnx.frameworks.hugging_face.streaming import float_bytes, in_float, need_memory
 from hyperclone_onnx.writing import onnx_files
 
 BATCH, LENGTH, TARGET, PAST = 2, 6, 5, 3
@@ -37,6 +39,9 @@ FOLDED = 128
 
 STACKS = "do_not_emit_stack_traces"
 """The setting of torch.fx, in releases that have it, with which it records no tracebacks."""
+
+FOR_TRACING = 2.5
+"""The memory that tracing a whole model takes, in units of its size in float32."""
 
 AGREED = 1e-3
 """The largest difference of a file that was made from few layers, relative to the largest element of an output."""
@@ -63,12 +68,15 @@ class Exported:
     """Whether the graph takes and gives the keys and values of earlier tokens."""
 
 
-def export_model(checkpoint: Checkpoint, model: Any, path: Path, cache: bool = False) -> Exported:
-    """Export a model that is in memory as an ONNX file, with its weights beside it.
+def export_model(checkpoint: Checkpoint, opened: Loaded, path: Path, cache: bool = False) -> Exported:
+    """Export a model as an ONNX file in float32, with its weights beside it.
+
+    If its layers are traced once and repeated, the weights go from file to file, one at a time. If all layers are
+    traced, the whole model is loaded into memory.
 
     Args:
-        checkpoint: the checkpoint that the model was loaded from.
-        model: the model in float32.
+        checkpoint: the checkpoint.
+        opened: its model in float32.
         path: the file to write.
         cache: whether the graph takes and gives a cache.
 
@@ -76,9 +84,12 @@ def export_model(checkpoint: Checkpoint, model: Any, path: Path, cache: bool = F
         Refused: PyTorch cannot export the model, or it has no cache of keys and values.
         CannotWrite: the file cannot be written.
     """
-    inputs, outputs = _interface(checkpoint, model, cache)
-    proto = _from_few_layers(checkpoint, model, path, inputs, outputs, cache)
+    inputs, outputs = _interface(checkpoint, opened.model, cache)
+    proto = _from_few_layers(checkpoint, opened, path, inputs, outputs, cache)
     if proto is None:
+        if opened.stored is not None:
+            need_memory(checkpoint, "PyTorch must trace all its layers", FOR_TRACING * float_bytes(opened.model))
+        model = opened.model if opened.stored is None else checkpoint.load().model
         flat = _Flat(model, [item.name for item in inputs], outputs)
         proto = _traced(checkpoint, flat, inputs, outputs)
         onnx_files.save(proto, path, external=True)
@@ -86,9 +97,10 @@ def export_model(checkpoint: Checkpoint, model: Any, path: Path, cache: bool = F
 
 
 def _from_few_layers(
-    checkpoint: Checkpoint, model: Any, path: Path, inputs: Sequence[Input], outputs: Sequence[str], cache: bool
+    checkpoint: Checkpoint, opened: Loaded, path: Path, inputs: Sequence[Input], outputs: Sequence[str], cache: bool
 ) -> ir.Model | None:
     """Write the same file, but trace two layers only. None where that does not give the model's outputs."""
+    model = opened.model
     short = shortened(checkpoint, {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()})
     if short is None:
         return None
@@ -98,7 +110,7 @@ def _from_few_layers(
         proto = _traced(short, _Flat(small, [item.name for item in own], given), own, given)
     except (Refused, RuntimeError, ValueError, IndexError):  # a few layers may not run where the whole model does
         return None
-    if not with_all_layers(proto, model):
+    if not with_all_layers(proto, model, partial(_tensor, opened)):
         return None
     onnx_files.save(proto, path, external=True)
     wanted = [item.name for item in inputs], list(outputs)
@@ -106,12 +118,24 @@ def _from_few_layers(
     return proto if names == wanted and _agrees(path, model, inputs, outputs) else None
 
 
+def _tensor(opened: Loaded, name: str, parameter: Any) -> ir.TensorProtocol:
+    """A parameter of a model as a tensor of a graph. If it stays in its file, it is read when it is written."""
+    if opened.stored is None:
+        return TorchTensor(parameter.detach(), name=name)
+    read = opened.reads[id(parameter)]
+
+    def made() -> ir.TensorProtocol:
+        return ir.Tensor(np.asarray(in_float(read()).numpy()), name=name)
+
+    return ir.LazyTensor(made, dtype=ir.DataType.FLOAT, shape=ir.Shape(parameter.shape), name=name)
+
+
 def _agrees(path: Path, model: Any, inputs: Sequence[Input], outputs: Sequence[str]) -> bool:
     """Whether a file computes in ONNX Runtime what the model computes."""
     with torch.no_grad():
         want = _Flat(model, [item.name for item in inputs], outputs)(*(item.example for item in inputs))
     try:
-        got = Runner(path, "cpu").run({item.name: item.example.numpy() for item in inputs})
+        got = MappedRunner(path).run({item.name: item.example.numpy() for item in inputs})
     except (Refused, RuntimeError):
         return False
     return all(relative_error(got[name], tensor.numpy()) <= AGREED for name, tensor in zip(outputs, want, strict=True))

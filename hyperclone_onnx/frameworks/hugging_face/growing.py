@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, ModelsDiffer, Refused
+from hyperclone_onnx.frameworks.checkpoints import read_weights
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import values
 from hyperclone_onnx.frameworks.depth import source_places
 from hyperclone_onnx.frameworks.hugging_face import sources
 from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly, Chooser, Given, zero
@@ -23,14 +27,13 @@ from hyperclone_onnx.frameworks.hugging_face.checking import (
     Error,
     Feeding,
     FileRunner,
-    Outputs,
-    Rounding,
     compare_with_source,
     feeding,
     outputs,
+    torch_feeds,
 )
-from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, load, read_checkpoint
-from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, read_checkpoint, weights_of
+from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, built_shapes
 from hyperclone_onnx.frameworks.hugging_face.deeper import deeper
 from hyperclone_onnx.frameworks.hugging_face.layout import squeezed
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, match
@@ -39,7 +42,14 @@ from hyperclone_onnx.frameworks.hugging_face.mixtures import grow_mixture
 from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
 from hyperclone_onnx.frameworks.hugging_face.shortening import for_all_layers, shortened
-from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, read_grown, small_initializers
+from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source, grown_from, read_grown, small_initializers
+from hyperclone_onnx.frameworks.hugging_face.streaming import TooLarge, need_memory, open_model
+from hyperclone_onnx.frameworks.hugging_face.verifying import (
+    WrongTensors,
+    check_loads,
+    check_tensors,
+    first_wrong_layer,
+)
 from hyperclone_onnx.frameworks.hugging_face.writing import Writer
 from hyperclone_onnx.planning.experts import mixtures
 from hyperclone_onnx.progress import Notify, ignore_stage
@@ -48,9 +58,15 @@ from hyperclone_onnx.writing.safetensors_files import LARGEST_FILE
 
 Array = npt.NDArray[Any]
 
+COPIES = 4
+"""The number of copies of the largest tensor, in float32, that are in memory at a time."""
+
+IN_MEMORY = Path("model.onnx")
+"""The name of a grown model that is no file."""
+
 
 def grow_checkpoint(
-    big: Path,
+    big: Path | ir.Model,
     like: Path,
     folder: Path,
     *,
@@ -65,7 +81,8 @@ def grow_checkpoint(
     """Grow the checkpoint `like` by the plan that grew the ONNX file `big`, and write it into `folder`.
 
     Args:
-        big: the grown ONNX file. Its weights may have been trained since.
+        big: the grown ONNX file, whose weights may have been trained since; or the grown model, whose tensors are
+            computed when they are read. Such a model is no file, so the result is compared with the source only.
         like: the checkpoint from which the source ONNX file was exported.
         folder: an empty folder to write into. Its contents are correct only if this function returns.
         source: the ONNX file from which `big` was grown. Needed only if `big` has been trained or has more layers.
@@ -87,22 +104,23 @@ def grow_checkpoint(
         CannotWrite: the folder cannot be written.
         MissingExtra: transformers is not installed.
     """
-    big, like, folder = Path(big), Path(like), Path(folder)
+    like, folder = Path(like), Path(folder)
     say = notify or ignore_stage
     say("reading")
-    grown, checkpoint = read_grown(big), read_checkpoint(like)
+    grown = grown_from(big, IN_MEMORY) if isinstance(big, ir.Model) else read_grown(Path(big))
+    checkpoint = read_checkpoint(like)
     if grown.plan.strategy.law.draws_the_rest:
         raise Refused(
-            f"{big}: the strategy {grown.plan.strategy.name!r} drew most of its numbers, so the tensors of the "
+            f"{grown.path}: the strategy {grown.plan.strategy.name!r} drew most of its numbers, so the tensors of the "
             "checkpoint cannot be found in it. Hand the file to PyTorch, JAX or safetensors instead"
         )
     if mixtures(grown.plan.transforms):
         how: dict[str, Any] = {"dtype": dtype, "largest_file": largest_file, "inputs": inputs, "dims": dims}
         return grow_mixture(grown, checkpoint, folder, source, **how, say=say)
-    given = Given.read(checkpoint)
+    as_given, given = checkpoint, Given.read(checkpoint)
     say("matching")
-    places = source_places(big, grown.plan, source)
-    stored, trained = _sources(grown, source, trained)
+    places = source_places(grown.path, grown.plan, source)
+    stored, trained = _sources(grown, source, folder.parent, trained)
     fed = feeding(big, given.model, inputs, dims)
     more_layers: Sequence[Change] = ()
     if places:
@@ -127,9 +145,23 @@ def grow_checkpoint(
     short = None if more_layers else shortened(checkpoint, given.shapes)
     given.release()
     work = _Work(
-        folder, checkpoint, grown, given, stored, chooser, search, changes, fed, compared, trained, more_layers
+        folder,
+        checkpoint,
+        grown,
+        given,
+        stored,
+        chooser,
+        search,
+        changes,
+        fed,
+        compared,
+        trained,
+        more_layers,
+        as_given,
+        not isinstance(big, ir.Model),
     )
     parts = [checkpoint] if short is None else [short, checkpoint]
+    before: Refused | ModelsDiffer | None = None
     for part in parts:
         try:
             settled = work.settled(part)
@@ -138,10 +170,17 @@ def grow_checkpoint(
             say("writing")
             writer, report = work.write(settled, dtype, largest_file)
             say("validating")
-            work.check(settled.assembly, writer.rounding(), report)
-        except (Refused, ModelsDiffer):
+            work.check(writer, report)
+        except WrongTensors:
+            raise
+        except TooLarge as problem:
+            if before is None:
+                raise
+            raise type(before)(f"{before} ({problem})") from problem
+        except (Refused, ModelsDiffer) as problem:
             if part is parts[-1]:
                 raise
+            before = problem
             say("measuring all layers")
             _empty(folder)
             continue
@@ -175,6 +214,10 @@ class _Work:
     trained: bool
     more_layers: Sequence[Change]
     """The changes of the configuration that say more layers."""
+    source_checkpoint: Checkpoint
+    """The checkpoint as it was given, without the layers that growth adds."""
+    has_file: bool
+    """Whether there is a grown file, with which the result is compared too."""
 
     def settled(self, part: Checkpoint) -> _Settled | None:
         """Measure the whole model or some of its layers. None if these layers do not say what the others need.
@@ -182,6 +225,7 @@ class _Work:
         Raises:
             Refused: no factors make the models equal, under no changes of the configuration.
         """
+        self._check_memory(part)
         runs = Runs.of(part, self.compared[0][0], self.given, self.chooser.doubtful)
         refusal: Refused | None = None
         for attempt in effective(part, self.search, self.changes, runs, self.given):
@@ -195,6 +239,18 @@ class _Work:
             return None if factors is None else _Settled(attempt, assembly, factors)
         assert refusal is not None
         raise refusal
+
+    def _check_memory(self, part: Checkpoint) -> None:
+        """Check that what is measured fits in free memory, before the long work.
+
+        Raises:
+            TooLarge: it does not fit.
+        """
+        before, after = built_shapes(part, ()) or {}, built_shapes(part, self.changes) or {}
+        largest = max(map(math.prod, after.values()), default=0)
+        layers = "all layers" if part is self.checkpoint else "its first layers"
+        size = 4 * (sum(map(math.prod, (*before.values(), *after.values()))) + COPIES * largest)
+        need_memory(self.checkpoint, f"the constants of {layers} must be measured", size)
 
     def write(self, settled: _Settled, dtype: str | None, largest_file: int | None) -> tuple[Writer, Report]:
         """Write the checkpoint.
@@ -213,23 +269,31 @@ class _Work:
             raise CannotWrite(f"{self.folder}: cannot be written ({problem.strerror or problem})") from problem
         return writer, report
 
-    def check(self, assembly: Assembly, rounding: Rounding, report: Report) -> None:
-        """Load the written checkpoint and compare its outputs with the source's and the file's.
+    def check(self, writer: Writer, report: Report) -> None:
+        """Check the written checkpoint: its tensors, and its outputs against the source's and the file's.
 
         Raises:
-            ModelsDiffer: the outputs differ by more than the tolerance, or a tensor is missing.
+            ModelsDiffer: the outputs differ by more than the tolerance, or a tensor is wrong or missing.
             Refused: the file runs on none of the inputs.
         """
+        assembly, rounding = writer.assembly, writer.rounding()
         report.tolerance, report.tolerance_reason = self.fed.tolerance(rounding.source)
-        report.file_tolerance = self.fed.tolerance(rounding.file)[0]
-        computed = self._computed(assembly)
+        report.file_tolerance = self.fed.tolerance(rounding.file)[0] if self.has_file else None
+        model = self._loaded(writer, report)
+        computed = [outputs(model, case) for case, _ in self.compared]
         if not report.trained:
             pairs = zip(computed, self.compared, strict=True)
             worst = Error.worst(
                 [error for got, (_, want) in pairs for error in compare_with_source(got, want, assembly.orders)]
             )
             report.error_to_source = worst.relative
-            _demand(worst, report.tolerance, "its source's")
+            if not worst.relative <= report.tolerance:
+                _demand(worst, report.tolerance, "its source's", self._where(model, assembly, report.tolerance))
+        del model
+        gc.collect()
+        if not self.has_file:
+            report.cases = [case.label for case, _ in self.compared]
+            return
         file = FileRunner(assembly.grown.path, assembly.grown.plan)
         to_file: list[Error] = []
         for got, (case, _) in zip(computed, self.compared, strict=True):
@@ -248,18 +312,33 @@ class _Work:
             if apart
             else ""
         )
+        assert report.file_tolerance is not None
         _demand(worst, report.file_tolerance, "the file's in ONNX Runtime", hint)
 
-    def _computed(self, assembly: Assembly) -> list[Outputs]:
-        """The outputs of the written checkpoint. Its model is freed before the file is loaded in ONNX Runtime."""
-        loaded = load(self.folder, self.checkpoint.model_class, self.checkpoint.main_type == np.float64)
-        extra = loaded.missing - assembly.given.loaded.missing
+    def _loaded(self, writer: Writer, report: Report) -> Any:
+        """The model of the written checkpoint, whose tensors have been checked."""
+        loaded = open_model(read_checkpoint(self.folder))
+        extra = loaded.missing - self.given.loaded.missing
         if extra:
-            raise ModelsDiffer(f"the grown checkpoint lacks {sorted(extra)[0]}")
-        for name in loaded.missing:
-            zero(loaded.model, name)
-        model = loaded.model.float()
-        return [outputs(model, case) for case, _ in self.compared]
+            raise WrongTensors(f"the grown checkpoint lacks {sorted(extra)[0]}")
+        check_loads(self.checkpoint, self.folder, loaded)
+        tensors = check_tensors(loaded.stored or read_weights(weights_of(self.folder)), writer)
+        report.tensors_checked = tensors.checked
+        if tensors.wrong:
+            more = f" (and {len(tensors.wrong) - 1} more)" if len(tensors.wrong) > 1 else ""
+            raise WrongTensors(f"the grown checkpoint is wrong: {tensors.wrong[0]}{more}")
+        if loaded.stored is None:
+            for name in loaded.missing:
+                zero(loaded.model, name)
+        return loaded.model.float()
+
+    def _where(self, model: Any, assembly: Assembly, tolerance: float) -> str:
+        """In which layer the outputs of the written checkpoint begin to differ from the source's, for a message."""
+        if self.more_layers:  # the layers have other numbers than in the source
+            return ""
+        source = open_model(self.source_checkpoint).model
+        name = first_wrong_layer(model, source, torch_feeds(self.compared[0][0], source), assembly.orders, tolerance)
+        return "; no layer of its own differs" if name is None else f"; the first layer that differs is {name}"
 
 
 def _empty(folder: Path) -> None:
@@ -268,10 +347,12 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _sources(grown: Grown, source: Path | None, known: bool | None = None) -> tuple[dict[str, Source], bool]:
-    """The source's initializers, and whether the grown file has been trained."""
+def _sources(
+    grown: Grown, source: Path | None, work: Path, known: bool | None = None
+) -> tuple[dict[str, Source], bool]:
+    """The source's initializers, and whether the grown file has been trained. `work` is a folder for large arrays."""
     if source is None:
-        stored, torn = sources.added_up(grown)
+        stored, torn = sources.added_up(grown, work)
         if torn:
             raise BadRequest(
                 f"{grown.path}: has been trained (the repeats of {torn[0]!r} differ): "
@@ -286,7 +367,7 @@ def _sources(grown: Grown, source: Path | None, known: bool | None = None) -> tu
             grown.remade(name, tensor.array, grown.tensors[name].dtype), grown.tensors[name].numpy(), equal_nan=True
         )
         for name, tensor in stored.items()
-        if tensor.array.size > 1
+        if tensor.size > 1
     )
     return stored, trained
 
@@ -309,9 +390,9 @@ def _check_matches(
             continue
         shape = sorted(sources.squeezed_shape(array))
         for initializer in matches.unused:
-            candidate = stored[initializer].array
+            candidate = stored[initializer].stored
             if array.size > 1 and sorted(sources.squeezed_shape(candidate)) == shape:
-                counts = (_differing(stored[initializer], array), array.size)
+                counts = (_differing(stored[initializer], values(array)), array.size)
                 raise BadModel(
                     f"{hint}: {counts[0]} of the {counts[1]} elements of {name} differ from {initializer!r} "
                     "(this is another checkpoint, or the exporter merged other tensors into this one)"

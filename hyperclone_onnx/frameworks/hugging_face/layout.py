@@ -150,6 +150,10 @@ class LaidOut:
         self.dtype = np.dtype(dtype)
         self.shape = grown_shape(layout, sources)
 
+    def release(self) -> None:
+        """Forget the elements. They are read again when they are needed."""
+        self.__dict__.pop("_view", None)
+
     @cached_property
     def _view(self) -> Array:
         """The whole tensor, for a single piece still without scale and offset.

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, values
 from hyperclone_onnx.frameworks.hugging_face.layout import Layout, Piece, squeezed
 from hyperclone_onnx.frameworks.hugging_face.sources import Source
 
@@ -59,8 +60,20 @@ class _Moments:
     size: int
     mean: float
     power: float
-    largest: float
-    """The largest absolute value."""
+    low: float
+    """The smallest element."""
+    high: float
+    """The largest element."""
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute value."""
+        return max(abs(self.low), abs(self.high))
+
+    @property
+    def constant(self) -> bool:
+        """Whether all elements are the same number."""
+        return self.low == self.high
 
     def slack_of_power(self, tolerance: float) -> float:
         """How far the power of a tensor may be from this one if each of its elements is off by `tolerance`."""
@@ -70,7 +83,7 @@ class _Moments:
 
 def match(
     sources: Mapping[str, Source],
-    tensors: Mapping[str, Array],
+    tensors: Mapping[str, Array | StoredArray],
     order: Sequence[str],
     shared: Callable[[str], int] = lambda _: 1,
 ) -> Matches:
@@ -84,17 +97,18 @@ def match(
             the one that growth only copies, because a table for lookups must not be divided.
     """
     matched: dict[str, list[_Fit]] = defaultdict(list)
-    _match_whole(sources, tensors, matched, ((1.0, 0.0),))
+    moments = _AllMoments(sources, tensors)
+    _match_whole(sources, tensors, moments, matched, ((1.0, 0.0),))
     used = {piece.initializer for fits in matched.values() for fit in fits for piece in fit.layout.pieces}
     rest = {name: array for name, array in tensors.items() if name not in matched}
     free = {name: source for name, source in sources.items() if name not in used}
-    _match_whole(free, rest, matched, tuple((1.0, offset) for offset in OFFSETS))
-    _match_scaled(free, rest, matched)
+    _match_whole(free, rest, moments, matched, tuple((1.0, offset) for offset in OFFSETS))
+    _match_scaled(free, rest, moments, matched)
     rest = {name: array for name, array in rest.items() if name not in matched}
-    _match_parts(sources, rest, matched)
+    _match_parts(sources, rest, moments, matched)
     rest = {name: array for name, array in rest.items() if name not in matched}
-    _match_joined(free, rest, matched)
-    chosen = _nearest(matched, tensors)
+    _match_joined(free, rest, moments, matched)
+    chosen = _nearest(matched, moments)
     result = Matches({name: _ordered(name, chosen[name], shared) for name in tensors if name in chosen})
     _in_order(result, order)
     used = {piece.initializer for layouts in result.layouts.values() for layout in layouts for piece in layout.pieces}
@@ -105,19 +119,43 @@ def match(
 # -- whole tensors ----------------------------------------------------------------------------------------------
 
 
+class _AllMoments:
+    """The moments of all initializers and of all tensors. Each of them is read once for its moments."""
+
+    def __init__(self, sources: Mapping[str, Source], tensors: Mapping[str, Array | StoredArray]) -> None:
+        self.sources = sources
+        self.tensors = tensors
+        self._of_sources: dict[str, _Moments] = {}
+        self._of_tensors: dict[str, _Moments] = {}
+
+    def source(self, name: str) -> _Moments:
+        """The moments of an initializer."""
+        if name not in self._of_sources:
+            self._of_sources[name] = _moments(self.sources[name].array)
+        return self._of_sources[name]
+
+    def tensor(self, name: str) -> _Moments:
+        """The moments of a checkpoint's tensor."""
+        if name not in self._of_tensors:
+            self._of_tensors[name] = _moments(values(self.tensors[name]))
+        return self._of_tensors[name]
+
+
 def _match_whole(
     sources: Mapping[str, Source],
-    tensors: Mapping[str, Array],
+    tensors: Mapping[str, Array | StoredArray],
+    moments_of: _AllMoments,
     fits_of: dict[str, list[_Fit]],
     affine: Sequence[tuple[float, float]],
 ) -> None:
     """Tensors that are a whole initializer, times a scale, plus an offset; `affine` lists the pairs to try."""
-    by_size: dict[int, list[tuple[str, _Moments]]] = defaultdict(list)
+    by_size: dict[int, list[str]] = defaultdict(list)
     for name, source in sources.items():
-        by_size[source.array.size].append((name, _moments(source.array)))
+        by_size[source.size].append(name)
     for name, array in tensors.items():
-        moments = _moments(array)
-        for initializer, source_moments in by_size.get(array.size, ()):
+        moments = moments_of.tensor(name)
+        for initializer in by_size.get(array.size, ()):
+            source_moments = moments_of.source(initializer)
             for scale, offset in affine:
                 source = sources[initializer]
                 slack = LOOSE * (moments.largest + abs(offset)) + source.tolerance * abs(scale)
@@ -131,16 +169,21 @@ def _match_whole(
                     break
 
 
-def _match_scaled(sources: Mapping[str, Source], tensors: Mapping[str, Array], fits_of: dict[str, list[_Fit]]) -> None:
+def _match_scaled(
+    sources: Mapping[str, Source],
+    tensors: Mapping[str, Array | StoredArray],
+    moments_of: _AllMoments,
+    fits_of: dict[str, list[_Fit]],
+) -> None:
     """Tensors that are a whole initializer times some scale, which the exporter folded into the weight."""
     for name, array in tensors.items():
         if name in fits_of or array.size < 2:
             continue
-        moments = _moments(array)
+        moments = moments_of.tensor(name)
         for initializer, source in sources.items():
-            if source.array.size != array.size or not moments.power:
+            if source.size != array.size or not moments.power:
                 continue
-            source_moments = _moments(source.array)
+            source_moments = moments_of.source(initializer)
             scale = float(np.sqrt(moments.power / source_moments.power)) if source_moments.power else 0.0
             slack = LOOSE * moments.largest + source.tolerance * scale
             if not scale or abs(source_moments.mean * scale - moments.mean) > slack:
@@ -153,10 +196,10 @@ def _match_scaled(sources: Mapping[str, Source], tensors: Mapping[str, Array], f
 def _moments(array: Array) -> _Moments:
     flat = array.reshape(-1)
     if not flat.size:
-        return _Moments(0, 0.0, 0.0, 0.0)
+        return _Moments(0, 0.0, 0.0, 0.0, 0.0)
     mean = float(flat.mean(dtype=np.float64))
     power = float(np.vdot(flat, flat)) if flat.dtype == np.float64 else _power(flat)
-    return _Moments(flat.size, mean, power, max(abs(float(flat.max())), abs(float(flat.min()))))
+    return _Moments(flat.size, mean, power, float(flat.min()), float(flat.max()))
 
 
 def _power(flat: Array) -> float:
@@ -168,12 +211,12 @@ def _power(flat: Array) -> float:
     return total
 
 
-def _whole(source: Source, initializer: str, array: Array, scale: float, offset: float) -> _Fit | None:
+def _whole(source: Source, initializer: str, array: Array | StoredArray, scale: float, offset: float) -> _Fit | None:
     """The layout that makes the checkpoint's tensor from the whole initializer; None where there is none.
 
     It permutes the initializer's axes, and may merge neighbours into one axis.
     """
-    from_file, wanted = squeezed(source.array), squeezed(array)
+    from_file, wanted = squeezed(source.array), squeezed(values(array))
     if not wanted.ndim <= from_file.ndim <= 5:
         return None
     for permutation in itertools.permutations(range(from_file.ndim)):
@@ -238,27 +281,41 @@ class _Part:
     """The largest absolute difference of the two."""
 
 
-def _match_parts(sources: Mapping[str, Source], tensors: Mapping[str, Array], fits_of: dict[str, list[_Fit]]) -> None:
+def _match_parts(
+    sources: Mapping[str, Source],
+    tensors: Mapping[str, Array | StoredArray],
+    moments: _AllMoments,
+    fits_of: dict[str, list[_Fit]],
+) -> None:
     """Checkpoint tensors that are a part of one initializer, such as queries, keys and values that were joined."""
-    bigger = _Lines({name: squeezed(source.array) for name, source in sources.items() if not constant(source.array)})
-    for name, array in tensors.items():
-        part_array = squeezed(array)
-        if constant(part_array):  # a constant tensor would match any other tensor with that number
-            continue
+    # A constant tensor would match any other tensor with that number.
+    varied = {name: array for name, array in tensors.items() if not moments.tensor(name).constant}
+    if not varied:
+        return
+    bigger = _Lines({name: source.stored for name, source in sources.items() if not moments.source(name).constant})
+    for name, array in varied.items():
+        part_array = squeezed(values(array))
         for initializer, part in bigger.holding(part_array, lambda big_name: sources[big_name].tolerance):
             inverse = tuple(int(axis) for axis in np.argsort(part.permutation))
             window = (part.axis, part.start, part.start + part_array.shape[part.permutation[part.axis]])
             fits_of[name].append(_Fit(Layout((Piece(initializer, inverse, window),), array.shape), part.error))
 
 
-def _match_joined(sources: Mapping[str, Source], tensors: Mapping[str, Array], fits_of: dict[str, list[_Fit]]) -> None:
+def _match_joined(
+    sources: Mapping[str, Source],
+    tensors: Mapping[str, Array | StoredArray],
+    moments: _AllMoments,
+    fits_of: dict[str, list[_Fit]],
+) -> None:
     """Checkpoint tensors that an exporter cut into several initializers."""
-    bigger = _Lines({name: squeezed(array) for name, array in tensors.items() if not constant(array)})
+    bigger = _Lines({name: array for name, array in tensors.items() if not moments.tensor(name).constant})
+    if not bigger.arrays:
+        return
     parts: dict[tuple[str, int], list[tuple[int, int, Piece]]] = defaultdict(list)
     for initializer, source in sources.items():
-        part_array = squeezed(source.array)
-        if constant(part_array):
+        if moments.source(initializer).constant:
             continue
+        part_array = squeezed(source.array)
         for name, part in bigger.holding(part_array, lambda _, source=source: source.tolerance):
             stop = part.start + part_array.shape[part.permutation[part.axis]]
             parts[name, part.axis].append((part.start, stop, Piece(initializer, part.permutation)))
@@ -268,7 +325,7 @@ def _match_joined(sources: Mapping[str, Source], tensors: Mapping[str, Array], f
             if start == reached:
                 chosen.append(piece)
                 reached = stop
-        if reached == squeezed(tensors[name]).shape[axis]:
+        if reached == squeezed(values(tensors[name])).shape[axis]:
             fits_of[name].append(_Fit(Layout(tuple(chosen), tensors[name].shape, axis), 0.0))
 
 
@@ -278,18 +335,19 @@ class _Lines:
     A line is the slice at one index of an axis. The norms of lines do not change when the other axes are permuted.
     """
 
-    def __init__(self, arrays: Mapping[str, Array]) -> None:
+    def __init__(self, arrays: Mapping[str, Array | StoredArray]) -> None:
         self.arrays = arrays
         self.norms: dict[tuple[str, int], Array] = {}
         self.by_shape: dict[tuple[int, ...], list[tuple[str, int]]] = defaultdict(list)
         for name, array in arrays.items():
-            for axis in range(array.ndim):
-                across = tuple(size for other, size in enumerate(array.shape) if other != axis)
+            shape = [size for size in array.shape if size != 1]
+            for axis in range(len(shape)):
+                across = tuple(size for other, size in enumerate(shape) if other != axis)
                 self.by_shape[tuple(sorted(across))].append((name, axis))
 
     def _norms(self, name: str, axis: int) -> Array:
         if (name, axis) not in self.norms:
-            self.norms[name, axis] = _norms(self.arrays[name], axis)
+            self.norms[name, axis] = _norms(squeezed(values(self.arrays[name])), axis)
         return self.norms[name, axis]
 
     def holding(self, small: Array, tolerance: Any) -> Iterable[tuple[str, _Part]]:
@@ -301,8 +359,8 @@ class _Lines:
             across = tuple(sorted(size for axis, size in enumerate(small.shape) if axis != cut))
             small_norms = _norms(small, cut)
             for name, axis in self.by_shape.get(across, ()):
-                big = self.arrays[name]
-                if big.shape[axis] <= small.shape[cut] or big.ndim != small.ndim:
+                shape = [size for size in self.arrays[name].shape if size != 1]
+                if shape[axis] <= small.shape[cut] or len(shape) != small.ndim:
                     continue
                 part = self._place(small, cut, small_norms, name, axis, tolerance(name))
                 if part is not None:
@@ -313,11 +371,14 @@ class _Lines:
 
         `own` holds the norms of the lines of `small`.
         """
-        big, norms = self.arrays[name], self._norms(name, axis)
+        norms = self._norms(name, axis)
         slack = LOOSE * (float(own.max(initial=0.0)) + 1e-30) + tolerance * float(
             np.sqrt(small.size / max(len(own), 1))
         )
         starts = np.flatnonzero(np.abs(norms[: len(norms) - len(own) + 1] - own[0]) <= slack)
+        if not len(starts):
+            return None
+        big = squeezed(values(self.arrays[name]))
         for start in starts.tolist():
             if not (np.abs(norms[start : start + len(own)] - own) <= slack).all():
                 continue
@@ -348,7 +409,7 @@ def constant(array: Array) -> bool:
 # -- choosing ---------------------------------------------------------------------------------------------------
 
 
-def _nearest(matched: Mapping[str, list[_Fit]], tensors: Mapping[str, Array]) -> dict[str, list[Layout]]:
+def _nearest(matched: Mapping[str, list[_Fit]], moments: _AllMoments) -> dict[str, list[Layout]]:
     """The layouts of each tensor, without those whose initializer is another tensor.
 
     In half precision rounding explains so much that two different gains may both fit one initializer. The initializer
@@ -357,7 +418,7 @@ def _nearest(matched: Mapping[str, list[_Fit]], tensors: Mapping[str, Array]) ->
     near: dict[str, list[bool]] = {}
     homes: dict[str, set[str]] = defaultdict(set)
     for name, fits in matched.items():
-        limit = 4 * min(fit.error for fit in fits) + CLOSE * float(np.abs(tensors[name]).max(initial=0.0))
+        limit = 4 * min(fit.error for fit in fits) + CLOSE * moments.tensor(name).largest
         near[name] = [fit.error <= limit for fit in fits]
         for fit in (fit for fit, close in zip(fits, near[name], strict=True) if close):
             for piece in fit.layout.pieces:

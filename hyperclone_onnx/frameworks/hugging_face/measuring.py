@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from hyperclone_onnx.errors import Refused, first_line
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, values
 from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly, Given
 from hyperclone_onnx.frameworks.hugging_face.checking import Feeding, Outputs, outputs, torch_feeds
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, in_torch, stored_tensors
@@ -67,8 +69,8 @@ class Runs:
     steps: list[Step]
     feeds: dict[str, Any]
     """The input set, as tensors of PyTorch."""
-    tensors: dict[str, Array]
-    """The tensors in the model while it was recorded: the checkpoint's, with noise added to constant ones."""
+    tensors: dict[str, Array | StoredArray]
+    """The checkpoint's tensors. Those that the recorded model has are as they were in it: with noise if constant."""
     names: frozenset[str]
     """The names of the tensors that the recorded model has."""
     result: Mapping[str, Any]
@@ -89,24 +91,29 @@ class Runs:
         feeds = torch_feeds(case, model)
         names = frozenset(stored_tensors(model))
         tensors = {
-            name: array if name in doubtful else _with_noise_if_constant(array)
+            name: array if name in doubtful or name not in names else _with_noise_if_constant(array)
             for name, array in given.floating.items()
         }
-        fill(model, {name: lambda array=array: array for name, array in {**tensors, **given.others}.items()})  # type: ignore[misc]
+        fill(model, readers(tensors, given.others))
         steps, result = record(model, feeds)
         return Runs(steps, feeds, tensors, names, result)
 
 
-def _with_noise_if_constant(array: Array) -> Array:
+def readers(*several: Mapping[str, Array | StoredArray]) -> dict[str, Callable[[], Array]]:
+    """Functions that give the arrays of mappings, by name."""
+    return {name: partial(values, array) for arrays in several for name, array in arrays.items()}
+
+
+def _with_noise_if_constant(array: Array | StoredArray) -> Array | StoredArray:
     """The tensor, with noise added if all its elements are equal.
 
     The scale of zeros cannot be measured. Tensors of equal size get the same noise, so that tensors that are equal
     stay equal: the ONNX file may store them once.
     """
-    if array.size < 2 or not constant(array):
+    if array.size < 2 or not constant(values(array)):
         return array
     noise = np.random.default_rng(array.size).standard_normal(array.size, dtype=np.float32)
-    return np.asarray(array + 0.1 * noise.reshape(array.shape).astype(array.dtype))
+    return np.asarray(values(array) + 0.1 * noise.reshape(array.shape).astype(array.dtype))
 
 
 def effective(
@@ -139,7 +146,7 @@ def _shows(checkpoint: Checkpoint, change: Change, runs: Runs, given: Given) -> 
     """Whether a change, made alone, affects the operators of the source's model or the shapes of their results."""
     try:
         model = built(checkpoint, [change]).float()
-        fill(model, {name: lambda a=a: a for name, a in {**runs.tensors, **given.others}.items()})  # type: ignore[misc]
+        fill(model, readers(runs.tensors, given.others))
         steps, _ = record(model, runs.feeds, lambda _: None)
     except Exception:  # a model whose sizes do not fit together may raise any exception, and then the field matters
         return True

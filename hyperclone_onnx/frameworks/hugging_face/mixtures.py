@@ -335,7 +335,7 @@ class _Tensors:
         self.targets = stored_tensors(model)
         self.plain: dict[str, Array] = {}
         self.routed: dict[str, list[str]] = {}
-        for name, array in given.floating.items():
+        for name, array in given.held().items():
             layout = layouts.get(name)
             layer = _layer(name)
             if layout is not None and layer is not None and _is_routed(layout, file):
@@ -479,7 +479,7 @@ def _check(
         except RuntimeError:
             continue
     report.error_to_file = Error.worst(errors).relative
-    if not report.error_to_file <= report.file_tolerance:
+    if not report.error_to_file <= report.tolerance:
         raise ModelsDiffer(
             f"the written checkpoint differs from the file's in ONNX Runtime: relative error {report.error_to_file:.1e}"
         )

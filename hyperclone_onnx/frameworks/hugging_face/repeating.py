@@ -10,13 +10,12 @@ input does not show a window of attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.tensor_adapters import TorchTensor
 
 from hyperclone_onnx.frameworks.hugging_face.shortening import without_numbers
 from hyperclone_onnx.layers.numbering import Numbered, numbered
@@ -24,12 +23,13 @@ from hyperclone_onnx.transforms.deepening import Place, deepen
 from hyperclone_onnx.transforms.layers import stacks_of
 
 
-def with_all_layers(graph: ir.Model, model: Any) -> bool:
+def with_all_layers(graph: ir.Model, model: Any, tensor_of: Callable[[str, Any], ir.TensorProtocol]) -> bool:
     """Repeat the layers of a graph until it has those of the whole model, and give it the whole model's tensors.
 
     Args:
         graph: the graph of the model with two layers, which is changed. Its stored tensors have the model's names.
         model: the whole model.
+        tensor_of: gives the tensor to store for a parameter, from its name and the parameter.
 
     Returns:
         Whether every tensor of the whole model has its place. If not, the graph is of no use.
@@ -55,7 +55,7 @@ def with_all_layers(graph: ir.Model, model: Any) -> bool:
             continue
         if value.shape is None or tuple(value.shape.numpy()) != tuple(tensors[name].shape):
             return False
-        value.const_value = TorchTensor(tensors[name].detach(), name=name)
+        value.const_value = tensor_of(name, tensors[name])
     there = {id(tensors[name]) for name in stored if name in tensors}
     return all(id(tensor) in there for name, tensor in tensors.items() if without_numbers(name) in placed)
 

@@ -32,16 +32,21 @@ class Report:
     """The type of the weights that were written, or of most of them."""
     trained: bool = False
     """Whether the file was trained after it was grown. The result is then compared with the file only."""
+    tensors_checked: int = 0
+    """The tensors whose repeats, as they are in the files, were added up and compared with the source's checkpoint."""
     cases: list[str] = field(default_factory=list)
     """The input sets on which the result was compared with the file."""
     error_to_source: float | None = None
     """The largest error against the source's model; None for a trained file."""
-    error_to_file: float = 0.0
-    """The largest error against the file in ONNX Runtime."""
+    error_to_file: float | None = None
+    """The largest error against the file in ONNX Runtime; None where no file was written."""
     tolerance: float = 0.0
     """The largest error to the source that rounding explains."""
-    file_tolerance: float = 0.0
-    """The largest error to the file that rounding explains. It is larger if the file has numbers in half precision."""
+    file_tolerance: float | None = 0.0
+    """The largest error to the file that rounding explains; None where no file was written.
+
+    It is larger if the file has numbers in half precision.
+    """
     tolerance_reason: str = ""
     notes: list[str] = field(default_factory=list)
 

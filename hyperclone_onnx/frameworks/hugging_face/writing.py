@@ -61,25 +61,21 @@ class Writer:
         assembly, given = self.assembly, self.assembly.given
         entries: dict[str, Any] = {}
         for name in given.names:
-            fold = self.folded.get(name, Compensation(1.0))
+            entries[name] = self.entry(name)
             if name in assembly.layouts:
-                layout = self._layout(name, assembly.layouts[name])
-                entries[name] = assembly.written(layout, self.stored, self.type_of(name), self.trained)
                 report.matched[name] = assembly.layouts[name].described()
                 if all(assembly.grown.recipe(piece.initializer) is None for piece in assembly.layouts[name].pieces):
                     report.unchanged[name] = "no axis of it grows"
             elif name in assembly.repeated:
                 repeated = assembly.repeated[name]
-                enlarged = repeated.made(fold.factor, fold.offset)
-                entries[name] = enlarged.astype(self.type_of(name))
                 if repeated.grows:
-                    report.repeated[name] = f"{list(repeated.array.shape)} -> {list(enlarged.shape)}"
+                    report.repeated[name] = f"{list(repeated.array.shape)} -> {list(entries[name].shape)}"
                 else:
                     report.unchanged[name] = "it is not in the file, and keeps its size"
             else:
-                entries[name] = given.others[name]
                 report.unchanged[name] = "whole numbers"
             if name in self.folded:
+                fold = self.folded[name]
                 plus = f" of it plus {fold.offset:g}" if fold.offset else ""
                 report.compensations[name] = f"times {fold.factor:.8g}{plus}"
         files = write_safetensors(entries, folder, largest_file, metadata={"format": "pt"})
@@ -94,8 +90,21 @@ class Writer:
             f"{name} was left out: its weights do not belong to the model" for name in self.checkpoint.other_weights
         ]
 
+    def entry(self, name: str) -> Any:
+        """A tensor of the checkpoint, as it is written. One that is made from initializers is made when it is read."""
+        assembly = self.assembly
+        if name in assembly.layouts:
+            return assembly.written(self.layout(name), self.stored, self.type_of(name), self.trained)
+        if name in assembly.repeated:
+            fold = self.folded.get(name, Compensation(1.0))
+            return assembly.repeated[name].made(fold.factor, fold.offset).astype(self.type_of(name))
+        return assembly.given.others[name]
+
+    def layout(self, name: str) -> Layout:
+        """How a tensor is made from initializers, with the factor that it gets."""
+        return self._layout(name, self.assembly.layouts[name])
+
     def _layout(self, name: str, layout: Layout) -> Layout:
-        """The layout with the factor that its tensor gets."""
         fold = self.folded.get(name)
         return layout if fold is None else layout.scaled(fold.factor, fold.offset)
 
@@ -141,6 +150,26 @@ class Writer:
             )
         return result
 
+    def _folds(self, name: str) -> list[float]:
+        """The numbers by which a tensor is multiplied. NaN stands for an added number."""
+        fold = self.folded.get(name)
+        return [] if fold is None else [fold.factor, fold.offset and math.nan]
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether half precision would round a tensor that is made from initializers."""
+        recipes = [self.assembly.grown.recipe(piece.initializer) for piece in self.assembly.layouts[name].pieces]
+        factors = [1.0 if recipe is None else recipe.scale for recipe in recipes]
+        narrowed = _coarser(self.type_of(name), self.checkpoint.type_of(name))
+        return narrowed or not all(map(_is_exact, (*factors, *self._folds(name))))
+
+    def eps_of(self, name: str) -> float:
+        """The relative rounding of one share of a tensor that is made from initializers.
+
+        Shares in half precision add up exactly, unless the tensor is rounded besides. They are added up in float32.
+        """
+        dtype = self.type_of(name)
+        return _eps(np.dtype(np.float32)) if is_half(dtype) and not self.is_rounded(name) else _eps(dtype)
+
     def rounding(self) -> Rounding:
         """How far half precision moves the written numbers from the source's and from the file's."""
         source: list[float] = []
@@ -149,12 +178,8 @@ class Writer:
         for name, layout in assembly.layouts.items():
             dtype = self.type_of(name)
             stored = [grown.tensors[piece.initializer].dtype.numpy() for piece in layout.pieces]
-            recipes = [grown.recipe(piece.initializer) for piece in layout.pieces]
-            factors = [1.0 if recipe is None else recipe.scale for recipe in recipes]
-            fold = self.folded.get(name)
-            folds = [] if fold is None else [fold.factor, fold.offset and math.nan]
-            narrowed = _coarser(dtype, self.checkpoint.type_of(name))
-            if is_half(dtype) and (narrowed or not all(map(_is_exact, (*factors, *folds)))):
+            folds = self._folds(name)
+            if is_half(dtype) and self.is_rounded(name):
                 source.append(_eps(dtype))
             if is_half(dtype) and not all(map(_is_exact, folds)):
                 file.append(_eps(dtype))
