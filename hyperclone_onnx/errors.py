@@ -66,6 +66,15 @@ def first_line(problem: object, most: int = 200) -> str:
     return lines[0][:most] if lines else type(problem).__name__
 
 
+def one_line(problem: object, most: int = 300) -> str:
+    r"""The text of an exception in one line, cut to `most` characters; its class name if the text is empty.
+
+    >>> one_line("the settings are wrong:\n    96 is no multiple of 7\n")
+    'the settings are wrong: 96 is no multiple of 7'
+    """
+    return " ".join(str(problem).split())[:most] or type(problem).__name__
+
+
 def in_bytes(count: int) -> str:
     """A number of bytes for people.
 

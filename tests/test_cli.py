@@ -128,6 +128,7 @@ ENDINGS: list[tuple[str, int, str]] = [
     ("inspect no.onnx", 4, "no.onnx: no such file"),
     ("inspect text.onnx", 4, "text.onnx: not a readable ONNX model"),
     ("inspect folder", 4, "folder: a folder, not a model file"),
+    ("inspect .", 4, "a folder, not a model file: name a file in it, such as "),
     ("expand text.onnx --factor 2 -o big.onnx", 4, "text.onnx: not a readable ONNX model"),
     ("validate text.onnx small.onnx", 4, "text.onnx: not a readable ONNX model"),
     ("validate small.onnx text.onnx", 4, "text.onnx: not a readable ONNX model"),

@@ -360,6 +360,27 @@ def test_a_link_that_leads_out_of_the_folder_is_not_followed(cli: Command, parts
 
 
 @pytest.mark.parametrize(
+    ("names", "error"),
+    [
+        ("config.json pytorch_model.bin", "its weights are pickles, which are not read (pytorch_model.bin)"),
+        ("config.json", "there are no weights: config.json is there, and no model.safetensors"),
+        ("config.json model.gguf", "in a format that is not read (model.gguf)"),
+        ("model.safetensors", "has model.safetensors and no config.json"),
+        ("adapter_config.json adapter_model.safetensors", "a PEFT adapter, and no model: merge it"),
+        ("tokenizer.json", "and no Hugging Face model (config.json and model.safetensors)"),
+    ],
+)
+def test_a_folder_without_a_model_says_what_it_has(cli: Command, tmp_path: Path, names: str, error: str) -> None:
+    source = tmp_path / "there"
+    source.mkdir()
+    for name in names.split():
+        (source / name).write_text("{}")
+    done = cli("expand", source, "--factor", "2", "-o", tmp_path / "big")
+    assert done.code == 4 and error in done.error
+    assert names_in(tmp_path) == {"there"}
+
+
+@pytest.mark.parametrize(
     ("arguments", "error"),
     [
         (["t5", "-o", "t5/big"], "lies in the source folder"),

@@ -61,6 +61,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**GROUPED)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**OLMO)),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4)),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**GROUPED, num_experts=4, moe_intermediate_size=20)),
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT)),

@@ -19,6 +19,7 @@ from test_frameworks_hugging_face_folder import checkpoint, logits, tokens  # no
 
 from hyperclone_onnx.frameworks.hugging_face import expand_checkpoint, growing  # noqa: E402
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import read_checkpoint, stored_tensors  # noqa: E402
+from hyperclone_onnx.frameworks.hugging_face.configuration import Change, changed_fields  # noqa: E402
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation  # noqa: E402
 from hyperclone_onnx.frameworks.hugging_face.shortening import for_all_layers, shortened  # noqa: E402
 
@@ -34,6 +35,12 @@ def gemma(layers: int = 4) -> Any:
 def t5() -> Any:
     sizes = {"vocab_size": 90, "d_model": 24, "d_kv": 8, "d_ff": 28, "num_heads": 3}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, num_layers=3, num_decoder_layers=5))
+
+
+def test_a_shorter_list_takes_the_changes_of_the_entries_that_it_has() -> None:
+    changes = [Change(("conv_dim", number), 24, 48) for number in range(3)]
+    assert changed_fields({"conv_dim": [24, 24, 24]}, changes) == {"conv_dim": [48, 48, 48]}
+    assert changed_fields({"conv_dim": [24, 24]}, changes) == {"conv_dim": [48, 48]}
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_the_report_says_what_was_checked(
     assert (data["mode"], data["cases"], data["outputs"]) == ("algebraic", [], [])
     monkeypatch.setattr(validation, "free_memory", lambda: 0)
     done = cli(*arguments, tmp_path / "e.onnx")
-    assert "validation: first layers (both models do not fit in free memory: 0.0 of 0.0 GB. " in done.stdout
+    assert "validation: first layers (both models do not fit in free memory: " in done.stdout
     assert "were not run" in done.stdout and "equal in what was compared" in done.stdout
 
 

@@ -30,7 +30,8 @@ from hyperclone_onnx.commands.pages import check_page, html_option, write_page
 from hyperclone_onnx.commands.printing import console, print_json, printing, progress, say
 from hyperclone_onnx.commands.recipe_options import Request, with_recipe
 from hyperclone_onnx.commands.sections import Sectioned
-from hyperclone_onnx.frameworks.targets import DTYPES, is_checkpoint
+from hyperclone_onnx.errors import BadModel
+from hyperclone_onnx.frameworks.targets import DTYPES, is_checkpoint, may_have_onnx, no_weights
 from hyperclone_onnx.plan.strategies import HIGHEST_SNR_DB, LOWEST_SNR_DB, OFFERED, Strategy
 
 SECTIONS = {
@@ -208,7 +209,8 @@ SECTIONS = {
     "--exclude",
     multiple=True,
     metavar="GLOB",
-    help="Leave out files of a folder, such as 'onnx/*_q4.onnx'.",
+    help="Leave out files of a folder, such as 'onnx/*_q4.onnx'. A Hugging Face folder without its ONNX files "
+    "('*.onnx*') grows as a checkpoint.",
 )
 @click.option(
     "--recipe",
@@ -245,7 +247,8 @@ def expand(
     """Grow MODEL into a larger model that computes the same, and write it only once that is proven.
 
     MODEL may be a folder: every .onnx file in it grows by itself, the other files are copied, and OUTPUT is the new
-    folder. A Hugging Face folder without ONNX files is exported first, and OUTPUT is the grown checkpoint.
+    folder. A Hugging Face folder without ONNX files (or with --exclude '*.onnx*') is exported first, and OUTPUT is the
+    grown checkpoint.
     """
     request = with_recipe(context, options, recipe)
     options = dict(request.options)
@@ -269,16 +272,18 @@ def expand(
         raise click.UsageError(f"--no-validate and --validate {validation} contradict each other")
     if not model.is_dir() and exclude:
         raise click.UsageError("--exclude leaves out files of a folder; MODEL is a file")
-    checkpoint = is_checkpoint(model)
+    checkpoint = is_checkpoint(model, exclude)
     if checkpoint and options["more_experts"] is not None:
         raise click.UsageError(
             "--more-experts is for ONNX files: export the checkpoint first (export FOLDER), then expand the file"
         )
-    if checkpoint and exclude:
-        raise click.UsageError("--exclude leaves out files of a folder with ONNX files; MODEL has none")
     if not checkpoint and (keep_onnx or dtype is not None):
-        raise click.UsageError("--keep-onnx and --dtype are for a Hugging Face folder without ONNX files")
+        raise click.UsageError(
+            "--keep-onnx and --dtype are for a Hugging Face folder without ONNX files (or with --exclude '*.onnx*')"
+        )
     several = model.is_dir() and not checkpoint
+    if several and not may_have_onnx(model):
+        raise BadModel(f"{model}: {no_weights(model)}")
     if several and plan_out is not None:
         raise click.UsageError("--plan-out is for one model; each grown file carries its plan in its metadata")
     if several and options["inputs"] is not None:
@@ -317,7 +322,7 @@ def expand(
     if output is None:
         _plan(model, growth | deeper | {"plan_out": plan_out}, checkpoint, page, as_json)
     elif checkpoint:
-        chosen = {"plan_out": plan_out, "keep_onnx": keep_onnx, "dtype": dtype}
+        chosen = {"plan_out": plan_out, "keep_onnx": keep_onnx, "dtype": dtype, "exclude": exclude}
         _expand_checkpoint(model, output, growth | deeper | how | chosen, page, as_json)
     elif model.is_dir():
         _expand_folder(model, output, exclude, growth | deeper | how, page, as_json)

@@ -94,6 +94,22 @@ def _parsed(file: Path) -> onnx.ModelProto:
     return proto
 
 
+def _instead(folder: Path) -> str:
+    """What to name in place of a folder, as the end of a message; nothing where the folder has nothing to offer."""
+    try:
+        models = sorted(folder.glob("*.onnx")) or sorted(folder.glob("*/*.onnx"))
+        if models:
+            return f": name a file in it, such as {models[0]}"
+        if (folder / "config.json").is_file():
+            return (
+                f": a Hugging Face folder is exported first (hyperclone-onnx export {folder} -o OUT); "
+                "then name OUT/model.onnx"
+            )
+    except OSError:
+        pass
+    return ""
+
+
 def _check_file(file: Path) -> None:
     """Refuse a path that is no regular file before we open it: reading from a pipe may never end."""
     try:
@@ -104,7 +120,7 @@ def _check_file(file: Path) -> None:
     except ValueError as problem:
         raise BadModel(f"{file}: no such file") from problem
     if stat.S_ISDIR(status.st_mode):
-        raise BadModel(f"{file}: a folder, not a model file")
+        raise BadModel(f"{file}: a folder, not a model file{_instead(file)}")
     if not stat.S_ISREG(status.st_mode):
         raise BadModel(f"{file}: not a regular file: copy its content into one")
     if status.st_size > LARGEST_FILE:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from hyperclone_onnx.errors import BadRequest, Refused
+from hyperclone_onnx.errors import BadRequest, Refused, in_bytes
 from hyperclone_onnx.graphs import weight_bytes
 from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.planning.completeness import missing_edits
@@ -227,10 +227,10 @@ def _fits(pair: Pair) -> tuple[bool, str]:
     """Whether both models fit in free memory, and the figures."""
     free, needed = free_memory(), pair.weight_bytes
     if free is None:
-        return True, f"{needed / 1e9:.1f} GB of weights; this system does not say how much memory is free"
+        return True, f"{in_bytes(needed)} of weights; this system does not say how much memory is free"
     fits = needed <= free
     how = "fit" if fits else "do not fit"
-    return fits, f"both models {how} in free memory: {needed / 1e9:.1f} of {free / 1e9:.1f} GB"
+    return fits, f"both models {how} in free memory: {in_bytes(needed)} of {in_bytes(free)}"
 
 
 def _prepare_full(source: str | os.PathLike[str], pair: Pair, scope: str) -> Prepared:

@@ -17,11 +17,11 @@ import numpy as np
 from hyperclone_onnx.errors import BadModel, BadRequest
 from hyperclone_onnx.frameworks.checkpoints import manifest
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import Array, StoredArray, guarded, read_safetensors
+from hyperclone_onnx.frameworks.targets import PICKLES
 
 INDEX = "model.safetensors.index.json"
 """The file that says, for each tensor, which of several safetensors files holds it."""
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 TO_SAFETENSORS = "safetensors.torch.save_file(model.state_dict(), 'trained.safetensors')"
 
 

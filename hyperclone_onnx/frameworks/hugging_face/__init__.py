@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         CheckpointExport,
         expand_checkpoint,
         export_checkpoint,
+        exported_file,
         plan_checkpoint,
     )
     from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
@@ -33,6 +34,7 @@ _PLACES = {
     "Report": "report",
     "expand_checkpoint": "expanding",
     "export_checkpoint": "expanding",
+    "exported_file": "expanding",
     "grow_checkpoint": "growing",
     "plan_checkpoint": "expanding",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "Report",
     "expand_checkpoint",
     "export_checkpoint",
+    "exported_file",
     "grow_checkpoint",
     "plan_checkpoint",
     "read_trained",

@@ -20,10 +20,11 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from hyperclone_onnx.errors import BadModel, Refused, first_line
-from hyperclone_onnx.frameworks.checkpoints import INDEX, PICKLES, read_weights
+from hyperclone_onnx.errors import BadModel, Refused, first_line, one_line
+from hyperclone_onnx.frameworks.checkpoints import INDEX, read_weights
 from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray
+from hyperclone_onnx.frameworks.targets import PICKLES, no_weights
 
 Array = npt.NDArray[Any]
 
@@ -169,15 +170,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             if "auto_map" in raw:
                 raise Refused(f"{folder}: this model needs code of its own (auto_map), which is not run") from problem
             raise BadModel(
-                f"{folder}: config.json is no configuration of a known model ({first_line(problem)})"
+                f"{folder}: transformers {transformers.__version__} does not read config.json ({one_line(problem)})"
             ) from problem
     for name in raw.get("architectures") or ():
         model_class = getattr(transformers, name, None)
         if model_class is not None:
             return Checkpoint(folder, raw, config, model_class)
+    if not raw.get("architectures"):
+        raise Refused(
+            f"{folder}: config.json has no 'architectures', which names the model's class: "
+            'add it, as in "architectures": ["LlamaForCausalLM"]'
+        )
     raise Refused(
         f"{folder}: config.json names no architecture that transformers {transformers.__version__} has "
-        f"({', '.join(raw.get('architectures') or ()) or 'none'})"
+        f"({', '.join(raw['architectures'])})"
     )
 
 
@@ -204,12 +210,18 @@ def _check_weights(folder: Path) -> None:
         if missing or not shards:
             raise BadModel(f"{folder}: {missing[0] if missing else 'every file'} that {INDEX} names is missing")
         return
-    if any(path.suffix in PICKLES for path in folder.iterdir()):
-        raise Refused(
-            f"{folder}: its weights are pickles, which are not read: "
-            "convert them to safetensors (save_pretrained of transformers does)"
-        )
-    raise BadModel(f"{folder}: no model.safetensors and no {INDEX}: there are no weights")
+    problem = f"{folder}: {no_weights(folder)}"
+    raise Refused(problem) if any(path.suffix in PICKLES for path in folder.iterdir()) else BadModel(problem)
+
+
+def implementations(model_class: Any) -> dict[str, str]:
+    """How the parts of a model compute of which transformers has several forms: in those that an exporter knows.
+
+    The experts of a mixture are gathered for each token. The usual form sorts the tokens by expert.
+    """
+    chosen = {"attn_implementation": "eager"}
+    can_choose = getattr(model_class, "_can_set_experts_implementation", None)
+    return {**chosen, "experts_implementation": "batched_mm"} if can_choose is not None and can_choose() else chosen
 
 
 def weights_of(folder: Path) -> Path:
@@ -241,15 +253,15 @@ def load(folder: Path, model_class: Any, double: bool = False, dtype: Any = None
                 local_files_only=True,
                 use_safetensors=True,
                 dtype=dtype or (torch.float64 if double else torch.float32),
-                attn_implementation="eager",
                 ignore_mismatched_sizes=True,
+                **implementations(model_class),
                 output_loading_info=True,
             )
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as problem:
             raise BadModel(f"{folder}: its weights cannot be loaded ({first_line(problem)})") from problem
     wrong = [*info.get("mismatched_keys", ()), *info.get("error_msgs", ())]
     if wrong:
-        raise BadModel(f"{folder}: weights and configuration do not fit together: {first_line(wrong[0])}")
+        raise BadModel(f"{folder}: weights and configuration do not fit together: {one_line(wrong[0])}")
     return Loaded(model.eval(), frozenset(info.get("missing_keys", ())))
 
 

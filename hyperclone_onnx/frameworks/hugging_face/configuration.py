@@ -19,7 +19,7 @@ import torch
 from transformers.initialization import no_init_weights
 
 from hyperclone_onnx.errors import Refused
-from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, quiet, stored_tensors
+from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, implementations, quiet, stored_tensors
 from hyperclone_onnx.plan.maps import Axis, ConcatOf, Maps, Named, ProductOf, grown_size
 from hyperclone_onnx.plan.plans import Plan
 
@@ -272,19 +272,26 @@ def built_shapes(checkpoint: Checkpoint, changes: Sequence[Change]) -> Shapes | 
 def changed_config(checkpoint: Checkpoint, changes: Sequence[Change]) -> Any:
     """The configuration with some fields changed, as an object of transformers."""
     config = type(checkpoint.config).from_dict(changed_fields(checkpoint.config.to_dict(), changes))
-    config._attn_implementation = "eager"
+    for name, form in implementations(checkpoint.model_class).items():
+        setattr(config, f"_{name}", form)
     return config
 
 
 def changed_fields(fields: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
-    """A copy of a configuration's fields with some of them changed, nested ones too."""
+    """A copy of a configuration's fields with some of them changed, nested ones too.
+
+    A change of an entry that a list does not have is left out: a model with fewer layers has shorter lists
+    (`shortening`).
+    """
     result = copy.deepcopy(dict(fields))
     for change in changes:
         place: Any = result
         part: Any
         for part in change.path[:-1]:
             place = place[part] if isinstance(place, list) else place.setdefault(part, {})
-        place[change.path[-1]] = change.after
+        last: Any = change.path[-1]
+        if not isinstance(place, list) or last < len(place):
+            place[last] = change.after
     return result
 
 

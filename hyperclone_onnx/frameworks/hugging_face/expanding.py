@@ -10,7 +10,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, read_
 from hyperclone_onnx.frameworks.hugging_face.exporting import Exported, export_model, has_cache
 from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
 from hyperclone_onnx.frameworks.hugging_face.streaming import open_model
+from hyperclone_onnx.frameworks.targets import is_excluded
 from hyperclone_onnx.planning.experts import Experts
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.progress import Notify, ignore_stage
@@ -146,6 +147,7 @@ def expand_checkpoint(
     plan_out: str | os.PathLike[str] | None = None,
     notify: Notify | None = None,
     experts: Experts | None = None,
+    exclude: Sequence[str] = (),
     **options: Any,
 ) -> CheckpointExpansion:
     """Grow a checkpoint into a new folder. The folder appears only after all checks have passed.
@@ -165,6 +167,7 @@ def expand_checkpoint(
         plan_out: a file to which the plan is written too, as JSON.
         notify: called with the name of each stage when it begins.
         experts: the experts to make of each feed-forward block.
+        exclude: patterns of files that are not copied, as they are called within the folder (``onnx/*``).
         options: passed on to `expansion.expand`.
 
     Raises:
@@ -231,6 +234,9 @@ def expand_checkpoint(
                 dims=options.get("dims"),
                 notify=say,
             )
+            for name in [name for name in report.copied if is_excluded(Path(name), exclude)]:
+                (partial / name).unlink()
+                report.copied.remove(name)
             report.model = str(out / FOLDER / MODEL) if keep_onnx else f"the ONNX file exported from {source}"
             kept: list[str] = []
             if keep_onnx:
@@ -278,13 +284,28 @@ def plan_checkpoint(
     **options: Any,
 ) -> Expansion:
     """Plan the growth of a checkpoint, and write nothing. The arguments are those of `expansion.plan_file`."""
+    with exported_file(folder, notify) as file:
+        planned = plan_file(file, factor, requests, notify=notify or ignore_stage, **options)
+    return replace(planned, source=str(folder))
+
+
+@contextmanager
+def exported_file(folder: str | os.PathLike[str], notify: Notify | None = None) -> Iterator[Path]:
+    """The ONNX file of a checkpoint, in a temporary folder that is removed at the end of the with-statement.
+
+    Args:
+        folder: the checkpoint.
+        notify: called with the name of each stage when it begins.
+
+    Raises:
+        BadModel, Refused, MissingExtra: see `export_checkpoint`.
+    """
     say = notify or ignore_stage
     say("reading")
     checkpoint = read_checkpoint(Path(folder))
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as work:
         _exported(checkpoint, Path(work), False, say)
-        planned = plan_file(Path(work) / MODEL, factor, requests, notify=say, **options)
-    return replace(planned, source=str(folder))
+        yield Path(work) / MODEL
 
 
 def _keeps_cache(checkpoint: Checkpoint) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from hyperclone_onnx.errors import Refused, first_line
+from hyperclone_onnx.errors import Refused, one_line
 from hyperclone_onnx.frameworks.hugging_face.checking import MappedRunner, relative_error
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, Loaded, quiet, stored_tensors
 from hyperclone_onnx.frameworks.hugging_face.configuration import built
@@ -297,7 +298,7 @@ def _traced(checkpoint: Checkpoint, module: _Flat, inputs: Sequence[Input], outp
     except Exception as problem:  # the exporter may raise any exception
         raise Refused(
             f"{checkpoint.folder}: PyTorch {torch.__version__} cannot export {type(module.model).__name__} "
-            f"({first_line(problem)}): export it in another way, grow the ONNX file, and hand it over with "
+            f"({_reason(problem)}): export it in another way, grow the ONNX file, and hand it over with "
             "handoff --to hf --like"
         ) from problem
     assert program is not None
@@ -309,6 +310,13 @@ def _traced(checkpoint: Checkpoint, module: _Flat, inputs: Sequence[Input], outp
         if name.startswith("model.") and name.removeprefix("model.") not in model.graph.initializers:
             value.name = name.removeprefix("model.")
     return model
+
+
+def _reason(problem: BaseException) -> str:
+    """The cause that an exporter names last. Its first exception has colours and general advice, and no reason."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    return one_line(re.sub("\x1b\\[[0-9;]*m", "", str(problem)) or type(problem).__name__)
 
 
 @contextmanager

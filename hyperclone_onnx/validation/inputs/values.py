@@ -42,6 +42,15 @@ SMALL = 10
 LOWEST = -1e4
 """The number that a mask adds to scores that it hides."""
 
+MASKED: dict[Masks, str] = {
+    "half": "second half masked",
+    "zeros": "masks of zeros",
+    "zeros padded": "masks of zeros and then ones",
+    "lower": "masks of ones up to the diagonal",
+    "upper": "masks of ones above the diagonal",
+}
+"""What a report says of masks that are not the usual ones."""
+
 
 @dataclass(frozen=True)
 class Style:
@@ -60,7 +69,7 @@ class Style:
 
     def text(self, masked: bool) -> str:
         """The unusual choices in words. `masked` says whether the model has a mask."""
-        words = [] if self.masks in ("ones", "padded") or not masked else [f"masks of {self.masks}"]
+        words = [MASKED[self.masks]] if masked and self.masks in MASKED else []
         words += [] if self.floats == "usual" else [f"{self.floats} floats"]
         words += [] if self.most is None else [f"integers below {self.most}"]
         words += ["inputs with defaults left out"] if self.defaults else []
