@@ -28,7 +28,10 @@ from hyperclone_onnx.frameworks.targets import PICKLES, no_weights
 
 Array = npt.NDArray[Any]
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".data", ".index.json")
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".index.json", ".gguf"),
+    *(".onnx", ".onnx_data", ".data"),
+)
 """Endings of files that hold weights. Such files are not copied into the grown checkpoint."""
 
 

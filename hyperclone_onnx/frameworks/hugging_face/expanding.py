@@ -235,7 +235,7 @@ def expand_checkpoint(
                 notify=say,
             )
             for name in [name for name in report.copied if is_excluded(Path(name), exclude)]:
-                (partial / name).unlink()
+                _remove(partial / name, partial)
                 report.copied.remove(name)
             report.model = str(out / FOLDER / MODEL) if keep_onnx else f"the ONNX file exported from {source}"
             kept: list[str] = []
@@ -306,6 +306,15 @@ def exported_file(folder: str | os.PathLike[str], notify: Notify | None = None) 
     with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as work:
         _exported(checkpoint, Path(work), False, say)
         yield Path(work) / MODEL
+
+
+def _remove(file: Path, top: Path) -> None:
+    """Remove a file, and the folders below `top` that are empty then."""
+    file.unlink()
+    for folder in file.parents:
+        if folder == top or any(folder.iterdir()):
+            return
+        folder.rmdir()
 
 
 def _keeps_cache(checkpoint: Checkpoint) -> bool:
