@@ -494,6 +494,7 @@ def layers_by_model(source: Path, models: Sequence[Path], wanted: LayersRequest 
         others = [pair for other, pair in links.items() if other != model]
         alike = stacks_of(graph)
         stacks[model] = {_called(stack, len(alike), links[model], others): stack for stack in alike}
+    _call_decoders(stacks, links)
     called = dict.fromkeys(name for of_model in stacks.values() for name in of_model)
     listed = ", ".join(
         f"{name} in {model} ({stack.layers} layers)" for model in models for name, stack in stacks[model].items()
@@ -546,8 +547,21 @@ def _called(
     if any(not _is_cache(link) for reads, _ in others for link in outputs & reads - inputs):
         return "encoder"
     if any(not _is_cache(link) for _, makes in others for link in inputs & makes - outputs):
-        return "decoder"
+        return DECODER
     return stack.name
+
+
+def _call_decoders(stacks: dict[Path, dict[str, Stack]], links: Mapping[Path, tuple[set[str], set[str]]]) -> None:
+    """Call the only stack of a model "decoder" if the model shares a cache with a decoder.
+
+    The later steps of a decoder are often a file of their own, which reads nothing of the encoder but the cache.
+    """
+    decoders = [model for model, of_model in stacks.items() if DECODER in of_model]
+    caches = {link for model in decoders for side in links[model] for link in side if _is_cache(link)}
+    for model, of_model in stacks.items():
+        inputs, outputs = links[model]
+        if len(of_model) == 1 and not caches.isdisjoint(inputs | outputs):
+            stacks[model] = {DECODER: next(iter(of_model.values()))}
 
 
 def _is_cache(link: str) -> bool:
@@ -570,6 +584,9 @@ def _data_of_models_left_out(source: Path, files: list[Path]) -> set[Path]:
 
 
 # -- do they fit together? --------------------------------------------------------------------------------
+
+DECODER = "decoder"
+"""The name of the layers of a decoder in a folder."""
 
 CACHE = "cache"
 """The beginning of the names by which models share caches."""

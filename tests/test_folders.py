@@ -89,6 +89,17 @@ def test_layers_are_spread_over_the_files(cli: Command, parts: Path, tmp_path: P
     assert done.code == 2 and "has a stack of layers 'middle'. They have" in done.error
 
 
+def test_the_later_steps_of_a_decoder_are_the_decoder_too(parts: Path, zoo: Zoo) -> None:
+    """Their file reads the cache that the decoder makes, and nothing else of the encoder."""
+    (parts / "onnx" / "decoder_with_past_model.onnx").write_bytes(zoo("t5_decoder.cached").read_bytes())
+    models = [Path("onnx") / f"{part}_model.onnx" for part in ("encoder", "decoder", "decoder_with_past")]
+    encoder, *decoders = models
+    layers = layers_by_model(parts, models, {"encoder": 3, "decoder": 4})
+    assert layers == {encoder: {"layers": 3}, **{model: {"layers": 4} for model in decoders}}
+    assert layers_by_model(parts, models, {"encoder": 3}) == {encoder: {"layers": 3}}
+    assert layers_by_model(parts, models[::2], {"layers": 4}) == {model: {"layers": 4} for model in models[::2]}
+
+
 def test_a_model_whose_layers_are_not_found_shares_no_cache_with_a_deeper_one(zoo: Zoo, tmp_path: Path) -> None:
     for name, graph in (("decoder.onnx", "t5_decoder.cached"), ("merged.onnx", "t5_merged.cached")):
         (tmp_path / name).write_bytes(zoo(graph).read_bytes())

@@ -78,7 +78,7 @@ def test_a_transform_that_this_release_has_not_is_refused(small: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [({}, "missing a required argument: 'to'"), ({"to": "big", "by": 2}, "unexpected keyword argument 'by'")],
+    [({}, "missing a required .*argument: 'to'"), ({"to": "big", "by": 2}, "unexpected keyword argument 'by'")],
 )
 def test_options_that_a_transform_does_not_have_are_refused(options: dict[str, Any], why: str) -> None:
     def rename(model: ir.Model, *, to: str) -> ir.Model:
