@@ -62,8 +62,9 @@ $(VENV)-optimum/.done: models/requirements-optimum.txt
 zoo-optimum: $(VENV)-optimum/.done  ## the same for the graphs of optimum's exporter; `make zoo` then fuses some
 	$(VENV)-optimum/bin/python models/zoo_optimum.py
 
-models-check: $(VENV)/.models  ## grow real pretrained models: minutes and gigabytes
-	$(BIN)/python -m pytest -m models -s tests/test_models.py
+# The runtimes come first: they are small.
+models-check: $(VENV)/.models $(VENV)-optimum/.done  ## run grown models in optimum and GenAI, grow real pretrained models
+	$(BIN)/python -m pytest -m models -s tests/test_runtimes.py tests/test_models.py
 
 # One thread for each worker: more would wait for each other. XLA compiles each graph for one small run, and most of a
 # test's time is its optimisation.

@@ -53,13 +53,17 @@ PARTS = {
 """The exporter's names for the files of a model, and the zoo's."""
 
 
+def task_of(family: str) -> str:
+    """The task that the exporter is asked for."""
+    return next(task for end, task in TASKS.items() if FAMILIES[family].model.endswith(end))
+
+
 def export(family: str) -> Iterator[tuple[str, onnx.ModelProto]]:
     """The names and the stripped graphs of a family."""
-    task = next(task for end, task in TASKS.items() if FAMILIES[family].model.endswith(end))
     with tempfile.TemporaryDirectory() as folder:
         for seed in (0, 1):
             model, _ = zoo.build(family, "distinct", seed)
-            onnx_export_from_model(model, Path(folder) / str(seed), task=task, do_validation=False)
+            onnx_export_from_model(model, Path(folder) / str(seed), task=task_of(family), do_validation=False)
         for path in sorted((Path(folder) / "0").glob("*.onnx")):
             first, second = (onnx.load(Path(folder) / str(seed) / path.name) for seed in (0, 1))
             cached = any("past_key_values" in value.name for value in first.graph.input)
