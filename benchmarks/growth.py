@@ -55,7 +55,7 @@ SIZES = {
         source_part=1.0,
         strategies=("symmetric", "noisy-diagonal"),
         questions=LARGE,
-        series=(256, 64, 32),
+        series=(256, 128, 64, 32),
     ),
     "gpu": Size(
         "gpu",

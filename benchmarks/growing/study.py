@@ -39,7 +39,7 @@ class Size:
     device: str = "cpu"
     vocabulary: int = BYTES
     series: tuple[int, ...] = ()
-    """Widths of grown models for which the gain is measured too, besides twice `width`."""
+    """Widths of grown models for which the gain is measured."""
 
     @property
     def unit(self) -> str:
@@ -443,21 +443,18 @@ class Study:
     def ask_series(self) -> Iterator[Row]:
         """How the gain moves with the size: the best recipe at other widths, each against its own baseline.
 
-        A rate of this width is taken over times the ratio of the widths. The baseline is trained with twice this rate
-        as well, and the better one counts.
+        Rates are those of this width times the ratio of the widths, for random weights, sources and grown models alike.
         """
         whole = 2 * self.size.width
         best = self.baseline[0].run.recipe
         for width in self.size.series:
             ratio = whole / width
             big, seeds = self.size.shape(width), range(self.size.seeds)
-            recipes = [replace(best, rate=best.rate * ratio * times) for times in (1, 2)]
-            swept = self.lab.do([Run(Random(big, 0), recipe, self.steps) for recipe in recipes], f"width {width}")
-            recipe = min(swept, key=lambda outcome: outcome.loss).run.recipe
+            recipe = replace(best, rate=best.rate * ratio)
             baseline = self.lab.do(
-                [Run(Random(big, seed), recipe, self.steps, seed) for seed in seeds], f"width {width}, seeds"
+                [Run(Random(big, seed), recipe, self.steps, seed) for seed in seeds], f"width {width}"
             )
-            for outcome in dict.fromkeys((*swept, *baseline)):
+            for outcome in baseline:
                 name = (
                     f"{big.multiplied():,} weights, random, rate {outcome.run.recipe.rate:g}, seed {outcome.run.seed}"
                 )
