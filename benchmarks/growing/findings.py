@@ -25,6 +25,7 @@ TITLES = {
     "unannealed": "A source whose rate was never decayed",
     "source": "How well the source is trained",
     "state": "The optimizer's state",
+    "cheapest": "The cheapest, with everything counted",
     "recipe": "The best recipe found",
     "snr": "How much noise",
     "schedule": "Schedules of the rate",

@@ -243,6 +243,21 @@ class Study:
         }
         yield from self.compare("unannealed", variants)
 
+    def ask_cheapest(self) -> Iterator[Row]:
+        """The cheapest growth with everything counted: shorter budgets, from a decayed source and from one whose rate
+        was never decayed, with each seed."""
+        last = self.source_run.recipe.rate / 2
+        variants: dict[str, Run] = {}
+        for seed in range(self.size.seeds):
+            for annealed, rate in ((True, self.recipe.rate), (False, last / 2), (False, last)):
+                start = replace(self.winner, run=self.source(seed=seed, annealed=annealed), seed=seed)
+                decay = "decayed" if annealed else "not decayed"
+                for name, budget in (("0.4", 0.4), ("a third", 1 / 3)):
+                    variants[f"source {decay}, rate {rate:g}, {name} of the {self.size.unit}s, seed {seed}"] = (
+                        self.grown(start, replace(self.recipe, rate=rate), budget, seed)
+                    )
+        yield from self.compare("the cheapest", variants)
+
     def ask_small(self) -> Iterator[Row]:
         """Train the source further instead of growing it, for the same bytes and for the same FLOPs."""
         own = self.size.source_part
@@ -496,5 +511,5 @@ ALL = (
 WAYS = ("strategy", "stages", "exact", "depth", "experts", "any_size", "aki")
 """The questions about other ways to grow."""
 
-LARGE = ("strategy", "series", "recipe", *WAYS[1:], "small")
+LARGE = ("strategy", "series", "cheapest", *WAYS[1:], "small")
 """The questions of the large study."""
