@@ -598,22 +598,31 @@ Sizes = list[tuple[int | None, int | None]]
 def check_fit(source: Path, grown: Path, models: Sequence[Path]) -> None:
     """Check that a tensor which one model makes and another reads still has one size in both.
 
-    An output and an input are the same tensor where exporters give them matching names: ``last_hidden_state`` of an
-    encoder is ``encoder_hidden_states``, ``present`` is ``past_key_values``.
+    Models that had the same caches must have the same ones still. An output and an input are the same tensor where
+    exporters give them matching names: ``last_hidden_state`` of an encoder is ``encoder_hidden_states``, ``present`` is
+    ``past_key_values``.
 
     Raises:
         Refused: two models would no longer fit.
     """
+    caches: dict[frozenset[str], tuple[Path, frozenset[str]]] = {}
     seen: dict[str, tuple[Path, Sizes]] = {}
     for model in models:
+        before, after = _caches(source / model), _caches(grown / model)
+        first, wanted = caches.setdefault(before, (model, after))
+        if wanted != after:
+            raise Refused(
+                f"{first} and {model} share a cache, and would have caches of different layers: the files would no "
+                "longer fit together. Give both the same layers with --layers, or leave one out with --exclude"
+            )
         for name, sizes in _interface(source / model, grown / model):
             link = _link(name)
             first, known = seen.setdefault(link, (model, sizes))
-            for axis, ((before, after), (own_before, own_after)) in enumerate(zip(known, sizes, strict=False)):
-                if before is not None and before == own_before and after != own_after:
+            for axis, ((size, other), (own_before, own_after)) in enumerate(zip(known, sizes, strict=False)):
+                if size is not None and size == own_before and other != own_after:
                     raise Refused(
-                        f"{first} would have {after} and {model} {own_after} along axis {axis} of {link}, where both "
-                        f"have {before}: the files would no longer fit together. Grow their roles alike with --set"
+                        f"{first} would have {other} and {model} {own_after} along axis {axis} of {link}, where both "
+                        f"have {size}: the files would no longer fit together. Grow their roles alike with --set"
                     )
 
 
@@ -622,6 +631,12 @@ def _link(name: str) -> str:
     if name == "last_hidden_state":
         return "encoder_hidden_states"
     return re.sub(r"^(present|past)(_key_values|_keys|_values)?(?=[._])", CACHE, name)
+
+
+def _caches(path: Path) -> frozenset[str]:
+    """The names by which a model shares its caches."""
+    graph = loading.load(path).graph
+    return frozenset(link for link in _links((*graph.inputs, *graph.outputs)) if _is_cache(link))
 
 
 def _interface(before: Path, after: Path) -> Iterator[tuple[str, Sizes]]:

@@ -15,9 +15,9 @@ import onnxruntime as ort
 import pytest
 from conftest import Command, build_model, names_in, normal, perceptron
 
-from hyperclone_onnx import BadRequest
+from hyperclone_onnx import BadRequest, Refused, expand
 from hyperclone_onnx.expansion.expanding import plan_file
-from hyperclone_onnx.folders import layers_by_model
+from hyperclone_onnx.folders import check_fit, layers_by_model
 from hyperclone_onnx.planning.configuration import NotSaid, grown_configuration
 
 Zoo = Callable[[str], Path]
@@ -98,6 +98,19 @@ def test_the_later_steps_of_a_decoder_are_the_decoder_too(parts: Path, zoo: Zoo)
     assert layers == {encoder: {"layers": 3}, **{model: {"layers": 4} for model in decoders}}
     assert layers_by_model(parts, models, {"encoder": 3}) == {encoder: {"layers": 3}}
     assert layers_by_model(parts, models[::2], {"layers": 4}) == {model: {"layers": 4} for model in models[::2]}
+
+
+def test_a_cache_of_other_layers_is_noticed(parts: Path, zoo: Zoo, tmp_path: Path) -> None:
+    small, big = parts / "onnx", tmp_path / "big"
+    models = [Path("decoder_model.onnx"), Path("decoder_with_past_model.onnx")]
+    (small / models[1]).write_bytes(zoo("t5_decoder.cached").read_bytes())
+    big.mkdir()
+    for model in models:
+        expand(small / model, big / model, layers=3, check=False)
+    check_fit(small, big, models)
+    (big / models[1]).write_bytes((small / models[1]).read_bytes())
+    with pytest.raises(Refused, match=r"share a cache, and would have caches of different layers"):
+        check_fit(small, big, models)
 
 
 def test_a_model_whose_layers_are_not_found_shares_no_cache_with_a_deeper_one(zoo: Zoo, tmp_path: Path) -> None:
