@@ -219,6 +219,21 @@ def test_wrong_requests_are_one_line(tmp_path: Path, cli: Command) -> None:
         assert names_in(tmp_path) == {"small"}
 
 
+def test_a_model_that_takes_other_inputs_is_refused(
+    tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as pictures in tiles, which have an axis more than pictures."""
+
+    def forward(*_: Any, **__: Any) -> Any:
+        raise ValueError("not enough values to unpack\n(expected 5, got 4)")
+
+    small = checkpoint(llama, tmp_path / "small")
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    done = cli("export", small, "-o", tmp_path / "out")
+    assert done.code == 3 and "LlamaForCausalLM does not run on the inputs that are made for it (not" in done.error
+    assert names_in(tmp_path) == {"small"}
+
+
 def deep(inverse: bool = False, **sizes: Any) -> Any:
     """A decoder of four layers. Its gains differ from layer to layer, so that no layer can stand for another."""
     if inverse:

@@ -143,9 +143,20 @@ def _agrees(path: Path, model: Any, inputs: Sequence[Input], outputs: Sequence[s
 
 
 def _interface(checkpoint: Checkpoint, model: Any, cache: bool) -> tuple[list[Input], list[str]]:
-    """The inputs of the graph of a model, and the names of its outputs."""
-    inputs = _inputs(model)
-    outputs = list(floating_outputs(run_model(model, {item.name: item.example for item in inputs})))
+    """The inputs of the graph of a model, and the names of its outputs.
+
+    Raises:
+        Refused: the model does not run on the inputs that we make, or it has no cache of keys and values.
+    """
+    try:
+        inputs = _inputs(model)
+        outputs = list(floating_outputs(run_model(model, {item.name: item.example for item in inputs})))
+    except Exception as problem:  # a model may raise any exception on inputs of another kind than it takes
+        raise Refused(
+            f"{checkpoint.folder}: {type(model).__name__} does not run on the inputs that are made for it "
+            f"({one_line(problem)}): export it in another way, grow the ONNX file, and hand it over with "
+            "handoff --to hf --like"
+        ) from problem
     if cache:
         kept = _cache_inputs(checkpoint, model)
         inputs += kept
