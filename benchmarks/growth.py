@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 from growing.checks import checks  # noqa: E402
 from growing.figures import draw, draw_series  # noqa: E402
-from growing.findings import TITLES, report, write_curves, write_json, write_random  # noqa: E402
+from growing.findings import report, title, write_curves, write_json, write_random  # noqa: E402
 from growing.runs import Lab, Settings  # noqa: E402
 from growing.study import ALL, LARGE, WAYS, Findings, Size, Study  # noqa: E402
 from pages import put  # noqa: E402
@@ -110,7 +110,7 @@ def main() -> int:
     text = report(findings, lab)
     print(text)
     if arguments.write:
-        put("growth.md", f"growth {size.name}", _with_pictures(text, folder, size.name))
+        put("growth.md", f"growth {size.name}", _with_pictures(text, folder, size))
     all_checks = list(checks(findings, lab))
     for check in all_checks:
         print(f"{'ok' if check.holds else 'FAILED'}: {check.statement} ({check.measured})")
@@ -137,14 +137,13 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         yield show
 
 
-def _with_pictures(text: str, folder: Path, size: str) -> str:
+def _with_pictures(text: str, folder: Path, size: Size) -> str:
     """The report with the most important pictures, which are copied into docs/."""
     for name in PICTURES:
         if (folder / f"{name}.png").exists():
-            picture = f"growth-{size}-{name}.png"
+            picture, heading = f"growth-{size.name}-{name}.png", title(name, size.unit)
             shutil.copyfile(folder / f"{name}.png", ROOT / "docs" / picture)
-            heading = f"### {TITLES[name]}\n"
-            text = text.replace(heading, f"{heading}\n![{TITLES[name]}]({picture})\n")
+            text = text.replace(f"### {heading}\n", f"### {heading}\n\n![{heading}]({picture})\n")
     return text
 
 

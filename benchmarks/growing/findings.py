@@ -54,9 +54,17 @@ HEADER = (
 )
 
 
-def table(rows: Iterable[Row]) -> str:
-    """A Markdown table."""
-    lines = [HEADER, tuple("---" if number == 0 else "---:" for number in range(len(HEADER)))]
+def title(name: str, unit: str) -> str:
+    """The title of a question. A unit is what the models read: byte or token."""
+    return TITLES[name].replace("bytes", f"{unit}s")
+
+
+def table(rows: Iterable[Row], unit: str) -> str:
+    """A Markdown table. A unit is what the models read: byte or token."""
+    lines = [
+        tuple(heading.replace("bytes", f"{unit}s") for heading in HEADER),
+        tuple("---" if number == 0 else "---:" for number in range(len(HEADER))),
+    ]
     for row in rows:
         gains = [_gain(gain) for gain in (row.gain_tokens, row.gain_flops, row.gain_total)]
         lines.append(
@@ -93,7 +101,7 @@ def report(findings: Findings, lab: Lab) -> str:
         f"{_machine()}\n"
     )
     for name, rows in findings.tables.items():
-        text += f"\n### {TITLES[name]}\n\n{table(rows)}"
+        text += f"\n### {title(name, size.unit)}\n\n{table(rows, size.unit)}"
     return text
 
 
