@@ -57,10 +57,11 @@ def test_a_tensor_that_does_not_grow_keeps_its_fan_in(feed_forward: Path) -> Non
     assert fan_in_growth(planned(feed_forward, 2), "no such tensor") == 1.0
 
 
-def test_advice_is_three_lines_that_point_to_the_evidence() -> None:
+def test_advice_is_four_lines_that_point_to_the_evidence() -> None:
     lines = RECIPE.lines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "no warm-up" in lines[0]
     assert "10% warm-up" in replace(RECIPE, warm_up=0.1).lines()[0]
     for evidence, line in ((RECIPE.evidence, lines[1]), (RECIPE.exact_evidence, lines[2])):
         assert (Path(__file__).parents[1] / evidence).is_file() and evidence in line
+    assert RECIPE.new_data_evidence in lines[3] and "not measured on grown models" in lines[3]
