@@ -38,7 +38,7 @@ from pages import put  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
 
-PICTURES = ("strategy", "strategy_whole", "unannealed", "stages", "series")
+PICTURES = ("strategy", "strategy_whole", "unannealed", "cheapest", "stages", "series")
 SIZES = {
     "quick": Size("quick", 32, 1000, grown_rates=(3e-3, 6e-3), source_part=1.5, questions=("strategy", "small")),
     "full": Size("full", 32, 1500, rates=(4e-3, 8e-3, 1.1e-2, 1.6e-2), questions=ALL),

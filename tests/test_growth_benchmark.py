@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from growing import checks, training_torch  # noqa: E402
-from growing.figures import headline, series_headline  # noqa: E402
+from growing.figures import headline, series_headline, series_points  # noqa: E402
 from growing.findings import report, write_random  # noqa: E402
 from growing.network import Network, export, shape  # noqa: E402
 from growing.results import read_curve  # noqa: E402
@@ -101,9 +101,20 @@ def test_a_picture_says_its_finding(rows: list[Row], title: str) -> None:
     assert headline(rows, "byte") == title
 
 
-def test_the_picture_of_sizes_says_the_smallest_and_the_largest() -> None:
-    rows = [row("a", 2.0, 0.8), row("b", 3.0, 0.8), row("c", 4.0, 1.0, width=64)]
-    assert series_headline(rows, "token") == "18.4 k weights: 2.5x fewer tokens; 69.6 k weights: 4.0x fewer tokens"
+def test_the_picture_of_sizes_says_where_growth_is_ahead() -> None:
+    def of(width: int, loss: float, before: float) -> Row:
+        one = row("a", None, None, width)
+        return replace(one, loss=loss, runs=(replace(one.runs[0], flops_before=before),))
+
+    rows = [of(32, 2.0, 0.0), of(32, 2.1, 1.0), of(64, 1.8, 0.0), of(64, 1.6, 0.0), of(64, 1.5, 1.0)]
+    assert [(size, round(difference, 3)) for size, difference, _ in series_points(rows)] == [
+        (40960, 0.1),
+        (147456, -0.2),
+    ]
+    assert series_headline(rows, "token") == (
+        "Grown to 147 k weights, a model is ahead of random weights after half of the tokens, with every seed"
+    )
+    assert series_headline(rows[:2], "token").startswith("After half of the tokens, no size is ahead")
 
 
 class Interrupted(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ BELOW, ABOVE = 0.08, 0.45
 """How far the picture goes below the lowest loss, and above the final loss of random weights, in nats."""
 LABEL_HEIGHT = 0.045
 """The least distance between two labels, as a part of the picture's height."""
+MOST = 6
+"""The largest number of variants in a picture: the cheapest ones, or those with the lowest loss."""
 
 
 def draw(rows: Sequence[Row], baseline: Sequence[Outcome], target: float, lab: Lab, path: Path) -> None:
@@ -31,6 +34,7 @@ def draw(rows: Sequence[Row], baseline: Sequence[Outcome], target: float, lab: L
     word = "byte" if baseline[0].run.shape.vocabulary == BYTES else "token"
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     colours = plt.get_cmap("tab10")
+    rows = sorted(rows, key=lambda row: (-(row.gain_total or 0.0), row.loss))[:MOST]
     curves = {row.variant: row.runs[0] for row in rows}
     low, high = min(target, *(outcome.loss for outcome in curves.values())) - BELOW, target + ABOVE
     for axes, unit in zip(panels, ("read", "FLOPs"), strict=True):
@@ -56,7 +60,8 @@ def draw(rows: Sequence[Row], baseline: Sequence[Outcome], target: float, lab: L
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"loss on files not seen, nats per {word}")
-    figure.suptitle(headline(rows, word), fontsize=12, x=0.01, ha="left")
+    title = "\n".join(line for part in headline(rows, word).split("\n") for line in textwrap.wrap(part, 120))
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -83,48 +88,48 @@ def _cheaper(gain: float) -> str:
 
 
 def draw_series(rows: Sequence[Row], word: str, path: Path) -> None:
-    """Draw the gain of each grown run over its number of weights."""
+    """Draw how far the final loss of each grown run is from the mean of random weights of its size.
+
+    A grown run reads half of what random weights read. Its gain is written beside its point.
+    """
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    grown = [row for row in rows if row.runs[0].flops_before]
-    for name, colour, gain in (
-        (f"in {word}s, the source for nothing", "#c44e52", "gain_tokens"),
-        ("in FLOPs, the source's included", "#4c72b0", "gain_total"),
-    ):
-        points = [(row.runs[0].run.shape.multiplied(), getattr(row, gain)) for row in grown if getattr(row, gain)]
-        if points:
-            sizes = sorted({size for size, _ in points})
-            means = [_mean(value for at, value in points if at == size) for size in sizes]
-            axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=5)
-            axes.plot(sizes, means, color=colour, linewidth=1.4)
-            axes.annotate(f"  {name}", (sizes[-1], means[-1]), color=colour, fontsize=9, va="center")
-    axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    points = series_points(rows)
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    for size, difference, row in points:
+        gain = f"{row.gain_tokens:.2f}x" if row.gain_tokens is not None else "not reached"
+        axes.plot(size, difference, "o", color="#c44e52" if difference > 0.0 else "#4c72b0", markersize=6)
+        axes.annotate(f"  {gain}", (size, difference), fontsize=8.5, va="center")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: written(value))
-    axes.set_xlim(axes.get_xlim()[0], 12 * axes.get_xlim()[1])
-    axes.set_ylim(0.0, None)
-    axes.set(xlabel="weights of the grown model", ylabel="cost of random weights / cost of the grown model")
-    axes.set_title(series_headline(rows, word), fontsize=11, loc="left")
+    axes.set_xlim(axes.get_xlim()[0] / 1.3, 2.0 * axes.get_xlim()[1])
+    axes.set(xlabel="weights", ylabel=f"grown minus random weights, nats per {word}")
+    axes.set_title(series_headline(rows, word), fontsize=10.5, loc="left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def series_headline(rows: Sequence[Row], word: str) -> str:
-    """The finding in one sentence: the gain of the smallest and of the largest model."""
-    gains: dict[int, list[float]] = {}
+def series_points(rows: Sequence[Row]) -> list[tuple[int, float, Row]]:
+    """The weights of each grown run, and its final loss minus the mean of random weights of this size."""
+    random: dict[int, list[float]] = {}
     for row in rows:
-        if row.runs[0].flops_before:
-            gains.setdefault(row.runs[0].run.shape.multiplied(), [])
-            if row.gain_tokens is not None:
-                gains[row.runs[0].run.shape.multiplied()].append(row.gain_tokens)
-    ends = [(size, _mean(gains[size])) for size in (min(gains), max(gains)) if gains[size]]
-    return "; ".join(f"{written(size)} weights: {gain:.1f}x fewer {word}s" for size, gain in ends)
+        if not row.runs[0].flops_before:
+            random.setdefault(row.runs[0].run.shape.multiplied(), []).append(row.loss)
+    sizes = [(row.runs[0].run.shape.multiplied(), row) for row in rows if row.runs[0].flops_before]
+    return [(size, row.loss - sum(random[size]) / len(random[size]), row) for size, row in sizes]
 
 
-def _mean(values: Any) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
+def series_headline(rows: Sequence[Row], word: str) -> str:
+    """The finding in one sentence: at which sizes growth is ahead after half of the tokens or bytes."""
+    differences: dict[int, list[float]] = {}
+    for size, difference, _ in series_points(rows):
+        differences.setdefault(size, []).append(difference)
+    ahead = [size for size in sorted(differences) if max(differences[size]) < 0.0]
+    if not ahead:
+        return f"After half of the {word}s, no size is ahead of random weights with every seed"
+    sizes = " and ".join(written(size) for size in ahead)
+    return f"Grown to {sizes} weights, a model is ahead of random weights after half of the {word}s, with every seed"
 
 
 def _label(axes: Any, ends: Mapping[str, tuple[float, float, Any]], low: float, high: float) -> None:
@@ -142,7 +147,14 @@ def _label(axes: Any, ends: Mapping[str, tuple[float, float, Any]], low: float, 
             fontsize=8.5,
             color=colour,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0.0, 0.5),
+                "color": colour,
+                "linewidth": 0.5,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
         )
 
 
