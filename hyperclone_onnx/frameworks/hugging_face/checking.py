@@ -232,7 +232,8 @@ def _runner(big: Path) -> MappedRunner:
     stored = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     if not any(tensor.dtype in HALVES and tensor.size > 1 for tensor in stored):
         return MappedRunner(big)
-    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.") as folder:
+    # The weights stay mapped from the files after these have no name any more. Windows cannot remove such files yet.
+    with tempfile.TemporaryDirectory(prefix="hyperclone-onnx.", ignore_cleanup_errors=True) as folder:
         save_wide(model, Path(folder) / big.name, ir.DataType.FLOAT)
         return MappedRunner(Path(folder) / big.name)
 

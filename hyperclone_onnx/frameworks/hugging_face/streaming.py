@@ -2,8 +2,8 @@
 
 A parameter of such a model has its shape and type, but no memory: it is one NaN, seen as often as it has elements. When
 an operator takes the parameter, the numbers are read from the file in float32 for this one operator, and forgotten. So
-a model of any size runs in the memory of its largest tensor. If an operator got no numbers, its result would be NaN,
-and the run would end with an error.
+a model with any number of layers runs in the memory of its largest tensor. If an operator got no numbers, its result
+would be NaN, and the run would end with an error.
 
 The forward pass is the one of transformers, whole and unchanged. Nothing is assumed about the layers of a model.
 """
