@@ -109,6 +109,18 @@ def cli_process() -> Command:
     return run
 
 
+@pytest.fixture(autouse=True)
+def _compile_cache_reset() -> Iterator[None]:
+    """Let torch.compile forget what a test compiled.
+
+    It counts how often a function was compiled in this process, and gives up after eight times. All models share the
+    same forward function, so tests that compile would disturb each other.
+    """
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The file of a zoo graph with all its parameters, by `family.variant`. It is written once."""
