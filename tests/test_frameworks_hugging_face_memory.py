@@ -136,7 +136,9 @@ def test_numbers_that_transformers_changes_are_noticed(tmp_path: Path, monkeypat
 
 def test_no_onnx_file_of_the_grown_model_is_written_unless_it_is_kept(tmp_path: Path) -> None:
     small = checkpoint(small_llama, tmp_path / "small")
-    result = expand_checkpoint(small, tmp_path / "big", 2)
+    written: list[tuple[int, int]] = []
+    result = expand_checkpoint(small, tmp_path / "big", 2, progress=lambda *bytes_: written.append(bytes_))
+    assert written[-1][0] == written[-1][1] and written == sorted(written)
     report = result.handover.hugging_face
     assert result.models["model.onnx"].files == {} and report["error_to_file"] is None
     assert report["tensors_checked"] == len(load_file(tmp_path / "big" / "model.safetensors"))

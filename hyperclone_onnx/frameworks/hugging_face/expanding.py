@@ -233,6 +233,7 @@ def expand_checkpoint(
                 inputs=options.get("inputs"),
                 dims=options.get("dims"),
                 notify=say,
+                progress=options.get("progress"),
             )
             for name in [name for name in report.copied if is_excluded(Path(name), exclude)]:
                 _remove(partial / name, partial)

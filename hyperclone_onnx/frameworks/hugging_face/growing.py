@@ -52,7 +52,7 @@ from hyperclone_onnx.frameworks.hugging_face.verifying import (
 )
 from hyperclone_onnx.frameworks.hugging_face.writing import Writer
 from hyperclone_onnx.planning.experts import mixtures
-from hyperclone_onnx.progress import Notify, ignore_stage
+from hyperclone_onnx.progress import Notify, Progress, ignore_stage
 from hyperclone_onnx.validation.inputs.given import Inputs
 from hyperclone_onnx.writing.safetensors_files import LARGEST_FILE
 
@@ -77,6 +77,7 @@ def grow_checkpoint(
     inputs: Inputs | None = None,
     dims: Mapping[str, int] | None = None,
     notify: Notify | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Grow the checkpoint `like` by the plan that grew the ONNX file `big`, and write it into `folder`.
 
@@ -94,6 +95,7 @@ def grow_checkpoint(
         inputs: inputs to compare on, the file's or its source's (see `validation.inputs.given`); random by default.
         dims: numbers for symbolic sizes of random inputs, by name.
         notify: called with the name of each stage when the stage begins.
+        progress: called after each written tensor, with the bytes of all written tensors and those of all tensors.
 
     Raises:
         BadModel: a file cannot be read, or `like` is not the checkpoint of the file's source.
@@ -168,7 +170,7 @@ def grow_checkpoint(
             if settled is None:
                 continue
             say("writing")
-            writer, report = work.write(settled, dtype, largest_file)
+            writer, report = work.write(settled, dtype, largest_file, progress)
             say("validating")
             work.check(writer, report)
         except WrongTensors:
@@ -252,7 +254,9 @@ class _Work:
         size = 4 * (sum(map(math.prod, (*before.values(), *after.values()))) + COPIES * largest)
         need_memory(self.checkpoint, f"the constants of {layers} must be measured", size)
 
-    def write(self, settled: _Settled, dtype: str | None, largest_file: int | None) -> tuple[Writer, Report]:
+    def write(
+        self, settled: _Settled, dtype: str | None, largest_file: int | None, progress: Progress | None
+    ) -> tuple[Writer, Report]:
         """Write the checkpoint.
 
         Raises:
@@ -264,7 +268,7 @@ class _Work:
         )
         try:
             most = largest_file or self.checkpoint.largest_file or LARGEST_FILE
-            writer.write(self.folder, settled.changes, most, report)
+            writer.write(self.folder, settled.changes, most, report, progress)
         except OSError as problem:
             raise CannotWrite(f"{self.folder}: cannot be written ({problem.strerror or problem})") from problem
         return writer, report

@@ -26,6 +26,7 @@ from hyperclone_onnx.frameworks.hugging_face.report import Report
 from hyperclone_onnx.frameworks.hugging_face.scales import Compensation
 from hyperclone_onnx.frameworks.hugging_face.sources import Source
 from hyperclone_onnx.graphs import eps_of
+from hyperclone_onnx.progress import Progress
 from hyperclone_onnx.writing.safetensors_files import write_safetensors
 
 Array = npt.NDArray[Any]
@@ -56,7 +57,14 @@ class Writer:
             else np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
         )
 
-    def write(self, folder: Path, changes: Sequence[Change], largest_file: int, report: Report) -> None:
+    def write(
+        self,
+        folder: Path,
+        changes: Sequence[Change],
+        largest_file: int,
+        report: Report,
+        progress: Progress | None = None,
+    ) -> None:
         """Write everything into a folder, and fill the report."""
         assembly, given = self.assembly, self.assembly.given
         entries: dict[str, Any] = {}
@@ -78,7 +86,7 @@ class Writer:
                 fold = self.folded[name]
                 plus = f" of it plus {fold.offset:g}" if fold.offset else ""
                 report.compensations[name] = f"times {fold.factor:.8g}{plus}"
-        files = write_safetensors(entries, folder, largest_file, metadata={"format": "pt"})
+        files = write_safetensors(entries, folder, largest_file, metadata={"format": "pt"}, progress=progress)
         report.parameters = len(entries), sum(math.prod(entry.shape) for entry in entries.values())
         report.weights = [file.name for file in files]
         report.dtype = self.dtype or self.checkpoint.main_type.name
