@@ -149,9 +149,13 @@ def advance(training: Training, step: int, rate: float, *, own_norm: bool = Fals
 
 
 def loss_of(training: Training, window: Any) -> Any:
+    return functional.cross_entropy(logits_of(training, window).flatten(0, 1), window[:, 1:].flatten())
+
+
+def logits_of(training: Training, window: Any) -> Any:
+    """The logits for all bytes of a window but the first, shape (windows, length, 256)."""
     ids = window[:, :-1]
-    logits = training.model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+    return training.model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def examined(training: Training) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from growing.corpus import corpus
-from jump import BEFORE, LENGTH, Variant, advance, grown, trained_source
+from jump import BEFORE, LENGTH, Variant, advance, grown, logits_of, trained_source
 
 VARIANTS = (
     Variant("symmetric", "symmetric"),
@@ -32,33 +32,28 @@ SHOWN = (1, 2, 5, 10, 20, 50, 100)
 """The steps whose values are in the table."""
 
 
-def logits(training: Any) -> Any:
-    """The logits on text that no model reads, shape (PROBES, LENGTH, 256)."""
-    ids = torch.from_numpy(corpus().examination(PROBES, LENGTH))[:, :-1]
-    with torch.inference_mode():
-        return training.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+def differences(steps: int, rate: float) -> Iterator[dict[str, float]]:
+    """At growth and after each step, how far the logits of each variant are from the source's.
 
-
-def differences(steps: int, rate: float) -> Iterator[tuple[int, dict[str, float]]]:
-    """After each step, the difference of each variant's logits from the source's.
-
-    A difference is the root of the mean square over all logits, divided by that of the source's logits.
+    This is the root mean square of the differences, divided by the root mean square of the source's logits. The text is
+    one that no model reads.
     """
+    window = torch.from_numpy(corpus().examination(PROBES, LENGTH))
     source = trained_source(rate)
     variants = {variant.name: grown(source, variant) for variant in VARIANTS}
     for step in range(steps + 1):
         if step:
             for training in (source, *variants.values()):
                 advance(training, BEFORE + step, rate)
-        wanted = logits(source)
-        scale = float(wanted.square().mean().sqrt())
-        yield (
-            step,
-            {
-                name: float((logits(training) - wanted).square().mean().sqrt()) / scale
-                for name, training in variants.items()
-            },
-        )
+        with torch.inference_mode():
+            wanted = logits_of(source, window)
+            apart = {name: logits_of(training, window) - wanted for name, training in variants.items()}
+        scale = root_mean_square(wanted)
+        yield {name: root_mean_square(difference) / scale for name, difference in apart.items()}
+
+
+def root_mean_square(values: Any) -> float:
+    return float(values.square().mean().sqrt())
 
 
 def draw(curves: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -102,7 +97,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="write a picture")
     arguments = parser.parse_args()
     curves: dict[str, list[float]] = {variant.name: [] for variant in VARIANTS}
-    for _, row in differences(arguments.steps, arguments.rate):
+    for row in differences(arguments.steps, arguments.rate):
         for name, value in row.items():
             curves[name].append(value)
     shown = [step for step in SHOWN if step <= arguments.steps]

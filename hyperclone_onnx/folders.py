@@ -37,6 +37,7 @@ from hyperclone_onnx.publishing.journal import data_files
 from hyperclone_onnx.publishing.publication import publication_folder
 from hyperclone_onnx.reading import loading
 from hyperclone_onnx.summaries import Summarised, Summary
+from hyperclone_onnx.system.patterns import is_excluded
 from hyperclone_onnx.transforms.layers import LayersRequest, deepened, stacks_of
 from hyperclone_onnx.transforms.source import source_of
 
@@ -429,7 +430,7 @@ def _files(source: Path, exclude: Sequence[str]) -> tuple[list[Path], list[Path]
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(place) / name for name in (*folders, *names) if not name.startswith(".")]
         files += [path.relative_to(source) for path in paths if path.is_file() or path.is_symlink()]
-    excluded = [file for file in files if any(fnmatch.fnmatch(file.as_posix(), pattern) for pattern in exclude)]
+    excluded = [file for file in files if is_excluded(file, exclude)]
     return sorted(set(files) - set(excluded)), sorted(excluded)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
+
+from hyperclone_onnx.system.patterns import is_excluded
 
 Target = Literal["pytorch", "jax", "safetensors", "hf"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -49,11 +50,6 @@ def may_have_onnx(folder: Path, exclude: Sequence[str] = ()) -> bool:
         )
     except OSError:
         return True
-
-
-def is_excluded(inside: Path, patterns: Sequence[str]) -> bool:
-    """Whether a file, by its path within its folder, matches one of some patterns."""
-    return any(fnmatch.fnmatch(inside.as_posix(), pattern) for pattern in patterns)
 
 
 def no_weights(folder: Path) -> str:

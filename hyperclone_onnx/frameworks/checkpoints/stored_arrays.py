@@ -69,10 +69,14 @@ def from_torch(tensor: Any) -> StoredArray:
     return StoredArray(tuple(tensor.shape), dtype, lambda: torch_array(tensor, dtype))
 
 
+def dtype_named(name: str) -> np.dtype[Any]:
+    """Return NumPy's type of a name, such as bfloat16."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def torch_dtype(dtype: Any) -> np.dtype[Any]:
     """Return NumPy's type for a type of torch."""
-    name = str(dtype).removeprefix("torch.")
-    return np.dtype(getattr(ml_dtypes, name, name))
+    return dtype_named(str(dtype).removeprefix("torch."))
 
 
 def torch_array(tensor: Any, dtype: np.dtype[Any]) -> Array:

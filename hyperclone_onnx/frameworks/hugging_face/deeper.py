@@ -36,9 +36,9 @@ from hyperclone_onnx.frameworks.hugging_face.configuration import (
     value_at,
     written_config,
 )
-from hyperclone_onnx.frameworks.hugging_face.layout import Layout, laid_out
+from hyperclone_onnx.frameworks.hugging_face.layout import Layout, laid_out, squeezed_shape
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches
-from hyperclone_onnx.frameworks.hugging_face.measuring import CASES, fill
+from hyperclone_onnx.frameworks.hugging_face.measuring import CASES, fill, readers
 from hyperclone_onnx.frameworks.hugging_face.sources import Source
 from hyperclone_onnx.plan.maps import Indices
 from hyperclone_onnx.plan.plans import Plan
@@ -296,8 +296,7 @@ class _Tensors:
         """The deeper model in memory, with these tensors."""
         model = built(checkpoint, changes)
         model = model.double() if self.double else model.float()
-        arrays = {**self.floating, **self.others}
-        fill(model, {name: lambda array=array: values(array) for name, array in arrays.items()})  # type: ignore[misc]
+        fill(model, readers(self.floating, self.others))
         return model
 
     def compute(
@@ -336,8 +335,7 @@ def _made(layout: Layout, stored: Mapping[str, Source], like: Array) -> Array:
     """A tensor as the deeper graph's initializers make it. Where these are the source's own, it is the source's."""
 
     def whole(initializer: str, axis: int) -> Indices:
-        sizes = [size for size in stored[initializer].shape if size != 1]
-        return np.arange(sizes[axis], dtype=np.int64)
+        return np.arange(squeezed_shape(stored[initializer].stored)[axis], dtype=np.int64)
 
     made = laid_out(layout, lambda initializer: stored[initializer].array, whole).astype(like.dtype)
     tolerance = max(stored[piece.initializer].tolerance * abs(piece.scale) for piece in layout.pieces)

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadRequest, CannotWrite, in_bytes
@@ -26,17 +24,18 @@ from hyperclone_onnx.expansion.making import Planned
 from hyperclone_onnx.expansion.report import Expansion
 from hyperclone_onnx.expansion.request import GrowthOptions
 from hyperclone_onnx.folders import check_fit
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import dtype_named
 from hyperclone_onnx.frameworks.exports import HandedOver
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, read_checkpoint
 from hyperclone_onnx.frameworks.hugging_face.exporting import Exported, export_model, has_cache
 from hyperclone_onnx.frameworks.hugging_face.growing import grow_checkpoint
 from hyperclone_onnx.frameworks.hugging_face.streaming import open_model
-from hyperclone_onnx.frameworks.targets import is_excluded
 from hyperclone_onnx.planning.experts import Experts
 from hyperclone_onnx.planning.training_recipe import RECIPE
 from hyperclone_onnx.progress import Notify, ignore_stage
 from hyperclone_onnx.publishing.publication import publication_folder, write_text
 from hyperclone_onnx.summaries import Summarised, Summary
+from hyperclone_onnx.system.patterns import is_excluded
 
 MODEL, WITH_CACHE = "model.onnx", "model_with_past.onnx"
 """The names of the exported files. The second takes and gives the keys and values of earlier tokens."""
@@ -267,7 +266,7 @@ def _check_room(out: Path, checkpoint: Checkpoint, planned: Planned, dtype: str 
     Raises:
         CannotWrite: it has not.
     """
-    kind = checkpoint.main_type if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))
+    kind = checkpoint.main_type if dtype is None else dtype_named(dtype)
     needed = planned.result.parameters_after * kind.itemsize
     free = shutil.disk_usage(out.resolve().parent).free
     if needed > free:

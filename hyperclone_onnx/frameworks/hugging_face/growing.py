@@ -35,7 +35,7 @@ from hyperclone_onnx.frameworks.hugging_face.checking import (
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, read_checkpoint, weights_of
 from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, built_shapes
 from hyperclone_onnx.frameworks.hugging_face.deeper import deeper
-from hyperclone_onnx.frameworks.hugging_face.layout import squeezed
+from hyperclone_onnx.frameworks.hugging_face.layout import squeezed, squeezed_shape
 from hyperclone_onnx.frameworks.hugging_face.matching import Matches, match
 from hyperclone_onnx.frameworks.hugging_face.measuring import Compared, DoesNotRun, Runs, effective, expected, measured
 from hyperclone_onnx.frameworks.hugging_face.mixtures import grow_mixture
@@ -392,10 +392,10 @@ def _check_matches(
     for name, array in given.floating.items():
         if name in matches.layouts:
             continue
-        shape = sorted(sources.squeezed_shape(array))
+        shape = sorted(squeezed_shape(array))
         for initializer in matches.unused:
             candidate = stored[initializer].stored
-            if array.size > 1 and sorted(sources.squeezed_shape(candidate)) == shape:
+            if array.size > 1 and sorted(squeezed_shape(candidate)) == shape:
                 counts = (_differing(stored[initializer], values(array)), array.size)
                 raise BadModel(
                     f"{hint}: {counts[0]} of the {counts[1]} elements of {name} differ from {initializer!r} "

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray
 from hyperclone_onnx.plan.maps import Indices
 
 Array = npt.NDArray[Any]
@@ -130,7 +131,12 @@ class Layout:
 
 def squeezed(array: Array) -> Array:
     """The array without its axes of size one."""
-    return array.reshape([size for size in array.shape if size != 1])
+    return array.reshape(squeezed_shape(array))
+
+
+def squeezed_shape(array: Array | StoredArray) -> tuple[int, ...]:
+    """The shape without axes of size one."""
+    return tuple(size for size in array.shape if size != 1)
 
 
 class LaidOut:
@@ -211,7 +217,7 @@ def put_back(layout: Layout, array: Array, initializer: str, into: Array, source
         ValueError: the tensor does not have the shape that the layout makes.
     """
     flat = squeezed(array)
-    target = into.reshape([size for size in into.shape if size != 1])
+    target = squeezed(into)
     written, start = 0, 0
     for piece in layout.pieces:
         shape = _shape(piece, sources)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, values
-from hyperclone_onnx.frameworks.hugging_face.layout import Layout, Piece, squeezed
+from hyperclone_onnx.frameworks.hugging_face.layout import Layout, Piece, squeezed, squeezed_shape
 from hyperclone_onnx.frameworks.hugging_face.sources import Source
 
 Array = npt.NDArray[Any]
@@ -340,7 +340,7 @@ class _Lines:
         self.norms: dict[tuple[str, int], Array] = {}
         self.by_shape: dict[tuple[int, ...], list[tuple[str, int]]] = defaultdict(list)
         for name, array in arrays.items():
-            shape = [size for size in array.shape if size != 1]
+            shape = squeezed_shape(array)
             for axis in range(len(shape)):
                 across = tuple(size for other, size in enumerate(shape) if other != axis)
                 self.by_shape[tuple(sorted(across))].append((name, axis))
@@ -359,7 +359,7 @@ class _Lines:
             across = tuple(sorted(size for axis, size in enumerate(small.shape) if axis != cut))
             small_norms = _norms(small, cut)
             for name, axis in self.by_shape.get(across, ()):
-                shape = [size for size in self.arrays[name].shape if size != 1]
+                shape = squeezed_shape(self.arrays[name])
                 if shape[axis] <= small.shape[cut] or len(shape) != small.ndim:
                     continue
                 part = self._place(small, cut, small_norms, name, axis, tolerance(name))

@@ -32,7 +32,7 @@ from hyperclone_onnx.frameworks.hugging_face.checking import (
     relative_error,
 )
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, load, quiet, stored_tensors
-from hyperclone_onnx.frameworks.hugging_face.layout import Layout, laid_out
+from hyperclone_onnx.frameworks.hugging_face.layout import Layout, laid_out, squeezed_shape
 from hyperclone_onnx.frameworks.hugging_face.matching import match
 from hyperclone_onnx.frameworks.hugging_face.measuring import expected
 from hyperclone_onnx.frameworks.hugging_face.report import Report
@@ -361,8 +361,7 @@ class _Tensors:
         """A tensor of the dense form, from initializers that may have fewer hidden units."""
 
         def whole(initializer: str, axis: int) -> Indices:
-            sizes = [size for size in tensors[initializer].shape if size != 1]
-            return np.arange(sizes[axis], dtype=np.int64)
+            return np.arange(squeezed_shape(tensors[initializer])[axis], dtype=np.int64)
 
         return laid_out(layout, lambda initializer: tensors[initializer], whole)
 

@@ -42,7 +42,7 @@ class Report:
     """The largest error against the file in ONNX Runtime; None where no file was written."""
     tolerance: float = 0.0
     """The largest error to the source that rounding explains."""
-    file_tolerance: float | None = 0.0
+    file_tolerance: float | None = None
     """The largest error to the file that rounding explains; None where no file was written.
 
     It is larger if the file has numbers in half precision.

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from hyperclone_onnx.errors import BadModel, BadRequest, CannotWrite, Refused
 from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, values
+from hyperclone_onnx.frameworks.hugging_face.layout import squeezed_shape
 from hyperclone_onnx.graphs import eps_of
 from hyperclone_onnx.plan.maps import AxisIndex, Indices, index_kept
 from hyperclone_onnx.plan.plans import Plan
@@ -203,11 +204,6 @@ def _known(tensor: ir.TensorProtocol) -> Source:
     if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         return Source(array, tolerance)
     return Source(StoredArray(array.shape, array.dtype, lambda: _wide(tensor.numpy())), tolerance)
-
-
-def squeezed_shape(array: Array | StoredArray) -> tuple[int, ...]:
-    """The shape without axes of size one."""
-    return tuple(size for size in array.shape if size != 1)
 
 
 def small_initializers(path: Path) -> tuple[dict[str, Source], tuple[str, ...]]:

@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 
 from hyperclone_onnx.errors import ModelsDiffer
-from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import StoredArray, values
 from hyperclone_onnx.frameworks.hugging_face.checking import compare_with_source
 from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, Loaded, load, stored_tensors
-from hyperclone_onnx.frameworks.hugging_face.layout import Layout, put_back
+from hyperclone_onnx.frameworks.hugging_face.layout import Layout, put_back, squeezed
 from hyperclone_onnx.frameworks.hugging_face.sources import collapsed
 from hyperclone_onnx.frameworks.hugging_face.streaming import as_tensor, in_float, layer_outputs
 from hyperclone_onnx.frameworks.hugging_face.writing import Writer
@@ -156,9 +156,9 @@ def _is_plain(layout: Layout) -> bool:
 
 def _floats(array: Array | StoredArray, wide: Any) -> Array:
     """The numbers of a tensor without its axes of size one, in float32 or float64."""
-    read = array() if isinstance(array, StoredArray) else array
+    read = values(array)
     numbers = read if wide is np.float64 else np.asarray(in_float(read).numpy())
-    return np.asarray(numbers, dtype=wide).reshape([size for size in array.shape if size != 1])
+    return squeezed(np.asarray(numbers, dtype=wide))
 
 
 def first_wrong_layer(

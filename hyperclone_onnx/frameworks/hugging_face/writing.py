@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from hyperclone_onnx.frameworks.checkpoints.manifest import HUGGING_FACE
+from hyperclone_onnx.frameworks.checkpoints.stored_arrays import dtype_named
 from hyperclone_onnx.frameworks.continuation import Continuation, continuations
 from hyperclone_onnx.frameworks.hugging_face.assembly import Assembly
 from hyperclone_onnx.frameworks.hugging_face.checking import Rounding, is_half
@@ -51,11 +51,7 @@ class Writer:
 
     def type_of(self, name: str) -> np.dtype[Any]:
         """The type in which a floating tensor is written."""
-        return (
-            self.checkpoint.type_of(name)
-            if self.dtype is None
-            else np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
-        )
+        return self.checkpoint.type_of(name) if self.dtype is None else dtype_named(self.dtype)
 
     def write(
         self,
