@@ -1,6 +1,6 @@
 """Measures whether a grown model learns sooner than a model with random initial weights.
 
-    python benchmarks/growth.py --quick | --full | --ways | --large [--gpu]
+    python benchmarks/growth.py --quick | --full | --large [--gpu]
         [--output DIR] [--workers N] [--steps N] [--write]
 
 It trains a small model, grows it with `expand`, loads it with `frameworks.torch.load` and trains it further. It also
@@ -8,11 +8,11 @@ trains the same large model from random weights. All runs read the same bytes in
 table for each question, and writes report.md, results.json, curves.csv, random.csv (the curves from random weights,
 for `hyperclone-onnx forecast`) and pictures into DIR. After an interruption, the same command continues.
 
---quick takes about ten minutes on two cores, --full a few hours. --ways asks, at the size of --full, about other ways
-to grow: the settings of each tensor, AKI, any size, depth, experts, and stages; it takes about two hours. --large has a
-BPE vocabulary and shows how the gain moves with the size, from 0.06 to 3.4 M weights; it takes about a day on two
-cores; with --gpu it runs on an NVIDIA GPU. --gpu alone is a study of its own, of 8 layers and width 1024. Needs torch,
-jax, optax, matplotlib and, for --large, tokenizers.
+--quick takes about ten minutes on two cores, --full a few hours. --large has a BPE vocabulary. It asks for the
+cheapest growth, for other ways to grow (each tensor's settings, AKI, any size, depth, experts) and for growth in
+stages. It shows how the gain moves with the size, from 0.08 to 3.4 M weights. It takes about two hours on two cores;
+with --gpu it runs on an NVIDIA GPU. --gpu alone is a study of its own, of 8 layers and width 1024. Needs torch, jax,
+optax, matplotlib and, for --large, tokenizers.
 """
 
 from __future__ import annotations
@@ -33,16 +33,15 @@ from growing.checks import checks  # noqa: E402
 from growing.figures import draw, draw_series  # noqa: E402
 from growing.findings import report, title, write_curves, write_json, write_random  # noqa: E402
 from growing.runs import Lab, Settings  # noqa: E402
-from growing.study import ALL, LARGE, WAYS, Findings, Size, Study  # noqa: E402
+from growing.study import ALL, LARGE, Findings, Size, Study  # noqa: E402
 from pages import put  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
 
-PICTURES = ("strategy", "strategy_whole", "unannealed", "cheapest", "stages", "series")
+PICTURES = ("strategy", "strategy_whole", "unannealed", "cheapest", "ways", "stages", "series")
 SIZES = {
     "quick": Size("quick", 32, 1000, grown_rates=(3e-3, 6e-3), source_part=1.5, questions=("strategy", "small")),
     "full": Size("full", 32, 1500, rates=(4e-3, 8e-3, 1.1e-2, 1.6e-2), questions=ALL),
-    "ways": Size("ways", 32, 1500, rates=(4e-3, 8e-3, 1.1e-2), grown_rates=(1.5e-3, 3e-3), questions=WAYS),
     "large": Size(
         "large",
         64,
@@ -77,7 +76,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    for name in ("quick", "full", "ways", "large"):
+    for name in ("quick", "full", "large"):
         which.add_argument(f"--{name}", dest="size", action="store_const", const=name)
     parser.add_argument("--gpu", action="store_true", help="with --large: on an NVIDIA GPU; alone: a study for a GPU")
     parser.add_argument("--output", type=Path, help="default: out/growth-SIZE")

@@ -101,20 +101,22 @@ def test_a_picture_says_its_finding(rows: list[Row], title: str) -> None:
     assert headline(rows, "byte") == title
 
 
-def test_the_picture_of_sizes_says_where_growth_is_ahead() -> None:
-    def of(width: int, loss: float, before: float) -> Row:
-        one = row("a", None, None, width)
-        return replace(one, loss=loss, runs=(replace(one.runs[0], flops_before=before),))
+def test_the_picture_of_sizes_says_where_growth_reaches_random_weights() -> None:
+    def of(width: int, decay: str, gain: float | None) -> Row:
+        source = Run(Random(shape(width // 2, layers=2, length=16), 0), Recipe(1e-3, decay=decay), 20)
+        run = Run(Grown(source), Recipe(1e-3), 20)
+        one = row("a", gain, None)
+        return replace(one, runs=(replace(one.runs[0], run=run),))
 
-    rows = [of(32, 2.0, 0.0), of(32, 2.1, 1.0), of(64, 1.8, 0.0), of(64, 1.6, 0.0), of(64, 1.5, 1.0)]
-    assert [(size, round(difference, 3)) for size, difference, _ in series_points(rows)] == [
-        (40960, 0.1),
-        (147456, -0.2),
+    rows = [row("random", None, None), of(32, "linear", None), of(64, "linear", 2.0), of(64, "linear", 2.5)]
+    rows += [of(32, "none", 3.0), of(64, "none", 3.04)]
+    assert series_points(rows)[:2] == [(40960, None, "source decayed"), (147456, 2.0, "source decayed")]
+    assert series_headline(rows, "token").splitlines() == [
+        "Grown models reach the loss of random weights",
+        "source decayed: with every seed at 147 k weights, after 2.0x to 2.5x fewer tokens",
+        "source not decayed: with every seed at all sizes, after 3.0x fewer tokens",
     ]
-    assert series_headline(rows, "token") == (
-        "Grown to 147 k weights, a model is ahead of random weights after half of the tokens, with every seed"
-    )
-    assert series_headline(rows[:2], "token").startswith("After half of the tokens, no size is ahead")
+    assert series_headline(rows[:2], "token").endswith("source decayed: no size reaches random weights with every seed")
 
 
 class Interrupted(Exception):
@@ -193,11 +195,9 @@ def test_the_large_study_in_miniature(tmp_path: Path) -> None:
     *_, findings = Study(lab, size).answers()
     assert set(findings.tables) == {"baseline", "sources", "rates", *size.questions}
     assert "the tokens of a BPE of 300" in report(findings, lab)
-    for name in ("any_size", "depth", "stages"):
-        for answer in findings.tables[name]:
-            assert answer.runs[0].run.shape == size.shape(64), answer
-    for answer in findings.tables["experts"]:
-        assert answer.runs[0].run.shape == replace(size.shape(32), ffn=2 * size.shape(32).ffn)
+    experts = replace(size.shape(32), ffn=2 * size.shape(32).ffn)
+    for answer in (*findings.tables["ways"], *findings.tables["stages"]):
+        assert answer.runs[0].run.shape == (experts if "experts" in answer.variant else size.shape(64)), answer
     write_random(lab.outcomes.values(), lab, tmp_path / "random.csv")
     assert {curve.kind for curve in read_curves(str(tmp_path / "random.csv"), Given())} == {"decayed", "constant"}
 

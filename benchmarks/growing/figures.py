@@ -1,4 +1,4 @@
-"""Draws the curves of runs. A title says what they show, and each curve is named at its end."""
+"""Draws the curves of runs. The title of a picture is its finding. Each curve has its name at its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from growing.network import BYTES
-from growing.runs import Lab, Outcome
+from growing.runs import Grown, Lab, Outcome
 from growing.study import Row
 from hyperclone_onnx.forecasting.numbers import written
 
@@ -22,18 +22,21 @@ BELOW, ABOVE = 0.08, 0.45
 """How far the picture goes below the lowest loss, and above the final loss of random weights, in nats."""
 LABEL_HEIGHT = 0.045
 """The least distance between two labels, as a part of the picture's height."""
+NOT_REACHED = 0.5
+"""Where a run that did not reach the loss of random weights is drawn, in the picture of the sizes."""
+COLOURS = plt.get_cmap("tab10")
 MOST = 6
 """The largest number of variants in a picture: the cheapest ones, or those with the lowest loss."""
 
 
 def draw(rows: Sequence[Row], baseline: Sequence[Outcome], target: float, lab: Lab, path: Path) -> None:
-    """Draw the loss over what was read and over FLOPs including the source's, for the best run of each variant.
+    """Draw the loss of the best run of each variant.
 
-    The baseline is black, and its final loss is a dotted line.
+    The left panel has the bytes or tokens that a run read, the right one its FLOPs, those of its source included. The
+    baseline is black, and its final loss is a dotted line.
     """
     word = "byte" if baseline[0].run.shape.vocabulary == BYTES else "token"
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
-    colours = plt.get_cmap("tab10")
     rows = sorted(rows, key=lambda row: (-(row.gain_total or 0.0), row.loss))[:MOST]
     curves = {row.variant: row.runs[0] for row in rows}
     low, high = min(target, *(outcome.loss for outcome in curves.values())) - BELOW, target + ABOVE
@@ -47,8 +50,8 @@ def draw(rows: Sequence[Row], baseline: Sequence[Outcome], target: float, lab: L
                 axes.annotate(" random weights", (costs[at], losses[at]), fontsize=9, va="bottom")
         for number, (name, outcome) in enumerate(curves.items()):
             costs, losses = _curve(outcome, lab, unit)
-            axes.plot(costs, losses, color=colours(number % 10), linewidth=1.6)
-            ends[name] = (costs[-1], losses[-1], colours(number % 10))
+            axes.plot(costs, losses, color=COLOURS(number), linewidth=1.6)
+            ends[name] = (costs[-1], losses[-1], COLOURS(number))
         _label(axes, ends, low, high)
         axes.axhline(target, color="black", linewidth=0.8, linestyle=":")
         axes.set(
@@ -88,21 +91,30 @@ def _cheaper(gain: float) -> str:
 
 
 def draw_series(rows: Sequence[Row], word: str, path: Path) -> None:
-    """Draw how far the final loss of each grown run is from the mean of random weights of its size.
+    """Draw the gain of each grown run by its size. A run that did not reach random weights stands on the lowest line.
 
-    A grown run reads half of what random weights read. Its gain is written beside its point.
+    Runs from decayed sources and those from sources whose rate had not decayed have colours of their own.
     """
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     points = series_points(rows)
-    axes.axhline(0.0, color="black", linewidth=0.8)
-    for size, difference, row in points:
-        gain = f"{row.gain_tokens:.2f}x" if row.gain_tokens is not None else "not reached"
-        axes.plot(size, difference, "o", color="#c44e52" if difference > 0.0 else "#4c72b0", markersize=6)
-        axes.annotate(f"  {gain}", (size, difference), fontsize=8.5, va="center")
+    highest = max((gain for _, gain, _ in points if gain is not None), default=1.0)
+    ends: dict[str, tuple[float, float, Any]] = {}
+    for number, kind in enumerate(sorted({kind for _, _, kind in points})):
+        own = [(size, NOT_REACHED if gain is None else gain) for size, gain, other in points if other == kind]
+        axes.plot(*zip(*own, strict=True), "o", color=COLOURS(number), markersize=6)
+        ends[kind] = (*max(own), COLOURS(number))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: written(value))
-    axes.set_xlim(axes.get_xlim()[0] / 1.3, 2.0 * axes.get_xlim()[1])
-    axes.set(xlabel="weights", ylabel=f"grown minus random weights, nats per {word}")
+    axes.set(
+        xlabel="weights of the grown model",
+        ylabel=f"{word}s of random weights, divided by those after growth",
+        ylim=(NOT_REACHED - 0.25, highest + 0.3),
+        xlim=(axes.get_xlim()[0] / 1.2, 5.0 * axes.get_xlim()[1]),
+    )
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks([NOT_REACHED, *range(1, math.floor(highest) + 1)])
+    axes.yaxis.set_major_formatter(lambda value, _: "not reached" if value < 1.0 else f"{value:.0f}x")
+    _label(axes, ends, *axes.get_ylim())
     axes.set_title(series_headline(rows, word), fontsize=10.5, loc="left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -110,26 +122,35 @@ def draw_series(rows: Sequence[Row], word: str, path: Path) -> None:
     plt.close(figure)
 
 
-def series_points(rows: Sequence[Row]) -> list[tuple[int, float, Row]]:
-    """The weights of each grown run, and its final loss minus the mean of random weights of this size."""
-    random: dict[int, list[float]] = {}
+def series_points(rows: Sequence[Row]) -> list[tuple[int, float | None, str]]:
+    """The weights of each grown run, its gain in what it read, and the kind of its source."""
+    points: list[tuple[int, float | None, str]] = []
     for row in rows:
-        if not row.runs[0].flops_before:
-            random.setdefault(row.runs[0].run.shape.multiplied(), []).append(row.loss)
-    sizes = [(row.runs[0].run.shape.multiplied(), row) for row in rows if row.runs[0].flops_before]
-    return [(size, row.loss - sum(random[size]) / len(random[size]), row) for size, row in sizes]
+        run = row.runs[0].run
+        if isinstance(run.start, Grown):
+            kind = "source not decayed" if run.start.run.recipe.decay == "none" else "source decayed"
+            points.append((run.shape.multiplied(), row.gain_tokens, kind))
+    return points
 
 
 def series_headline(rows: Sequence[Row], word: str) -> str:
-    """The finding in one sentence: at which sizes growth is ahead after half of the tokens or bytes."""
-    differences: dict[int, list[float]] = {}
-    for size, difference, _ in series_points(rows):
-        differences.setdefault(size, []).append(difference)
-    ahead = [size for size in sorted(differences) if max(differences[size]) < 0.0]
-    if not ahead:
-        return f"After half of the {word}s, no size is ahead of random weights with every seed"
-    sizes = " and ".join(written(size) for size in ahead)
-    return f"Grown to {sizes} weights, a model is ahead of random weights after half of the {word}s, with every seed"
+    """The finding for each kind of source: at which sizes every seed reaches random weights, and how much sooner."""
+    by_kind: dict[str, dict[int, list[float | None]]] = {}
+    for size, gain, kind in series_points(rows):
+        by_kind.setdefault(kind, {}).setdefault(size, []).append(gain)
+    lines: list[str] = []
+    for kind, sizes in sorted(by_kind.items()):
+        reached = {size: [gain for gain in gains if gain is not None] for size, gains in sizes.items()}
+        every = sorted(size for size, gains in reached.items() if len(gains) == len(sizes[size]))
+        if not every:
+            lines.append(f"{kind}: no size reaches random weights with every seed")
+            continue
+        gains = [gain for size in every for gain in reached[size]]
+        least, most = f"{min(gains):.1f}x", f"{max(gains):.1f}x"
+        saved = least if least == most else f"{least} to {most}"
+        where = "all sizes" if len(every) == len(sizes) else " and ".join(written(size) for size in every) + " weights"
+        lines.append(f"{kind}: with every seed at {where}, after {saved} fewer {word}s")
+    return "Grown models reach the loss of random weights\n" + "\n".join(lines)
 
 
 def _label(axes: Any, ends: Mapping[str, tuple[float, float, Any]], low: float, high: float) -> None:

@@ -34,11 +34,7 @@ TITLES = {
     "what": "What grows",
     "dropout": "Dropout",
     "framework": "PyTorch and JAX",
-    "exact": "One rate for all tensors, and the settings of each tensor",
-    "aki": "AKI, which changes the function",
-    "any_size": "Any size",
-    "depth": "Depth",
-    "experts": "Experts instead of a wider model",
+    "ways": "Other ways to grow, from a source whose rate has not decayed",
     "stages": "In stages",
     "series": "Other sizes, each against its own baseline",
 }

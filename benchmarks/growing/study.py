@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from growing.network import BYTES, HEAD, Shape, shape
 from growing.runs import Continued, Grown, Lab, Outcome, Random, Run, Upcycled
@@ -131,14 +132,24 @@ class Study:
             self.row(f"source, rate {outcome.run.recipe.rate:g}", [outcome]) for outcome in outcomes
         ]
 
-    def source(self, part: float = 0.0, seed: int = 0, width: int = 0, annealed: bool = True) -> Run:
-        """The run of a source for `part` of the baseline's bytes. Its rate decays to 0, or stays at half its peak."""
+    def source(self, part: float = 0.0, seed: int = 0, width: int = 0) -> Run:
+        """The run of a source for `part` of the baseline's bytes, whose rate decays to 0."""
         small = self.size.shape(width or self.size.width)
-        recipe = self.source_run.recipe
-        if not annealed:
-            recipe = replace(recipe, rate=recipe.rate / 2, decay="none")
         steps = round((part or self.size.source_part) * self.steps)
-        return Run(Random(small, 100 + seed), recipe, steps, 100 + seed)
+        return Run(Random(small, 100 + seed), self.source_run.recipe, steps, 100 + seed)
+
+    def early(self, shape: Shape, part: float = 1.0, seed: int = 0) -> Run:
+        """The run of a source whose rate has not decayed, for `part` of the baseline's bytes.
+
+        Its rate is half of the best peak rate of the study's source, times the ratio of the widths.
+        """
+        rate = self.source_run.recipe.rate / 2 * self.size.width / shape.width
+        recipe = replace(self.source_run.recipe, rate=rate, decay="none")
+        return Run(Random(shape, 100 + seed), recipe, round(part * self.steps), 100 + seed)
+
+    def start(self, small: Shape, seed: int, part: float = 1.0, **changes: Any) -> Grown:
+        """The best start, from a source of this shape whose rate has not decayed."""
+        return replace(self.winner, run=self.early(small, part, seed), seed=seed, **changes)
 
     # -- runs and rows ---------------------------------------------------------------------------------
 
@@ -221,7 +232,8 @@ class Study:
 
     def ask_unannealed(self) -> Iterator[Row]:
         """Grow a source whose rate was never decayed, and let the rate decay once, after growth."""
-        last = self.source_run.recipe.rate / 2
+        small = self.size.shape(self.size.width)
+        last = self.early(small).recipe.rate
         settings: list[tuple[StrategyName, float, int, float, tuple[float, ...]]] = [
             ("noisy-diagonal", 1.0, 0, last / 2, (1 / 2, 1 / 1.6)),
             ("noisy-diagonal", 1.0, 1, last / 2, (1 / 2, 1 / 1.6)),
@@ -232,7 +244,7 @@ class Study:
         variants = {
             f"{strategy}, rate {rate:g}, source trained for {part:g}, seed {seed}": [
                 self.grown(
-                    replace(self.winner, run=self.source(part, seed, annealed=False), strategy=strategy, seed=seed),
+                    replace(self.winner, run=self.early(small, part, seed), strategy=strategy, seed=seed),
                     replace(self.recipe, rate=rate),
                     budget,
                     seed,
@@ -245,15 +257,21 @@ class Study:
 
     def ask_cheapest(self) -> Iterator[Row]:
         """The cheapest growth with everything counted: shorter budgets, from a decayed source and from one whose rate
-        was never decayed, with each seed."""
-        last = self.source_run.recipe.rate / 2
+        has not decayed, with each seed."""
+        small = self.size.shape(self.size.width)
+        last = self.early(small).recipe.rate
+        part = self.size.source_part
         variants: dict[str, Run] = {}
         for seed in range(self.size.seeds):
-            for annealed, rate in ((True, self.recipe.rate), (False, last / 2), (False, last)):
-                start = replace(self.winner, run=self.source(seed=seed, annealed=annealed), seed=seed)
-                decay = "decayed" if annealed else "not decayed"
+            decayed = replace(self.winner, run=self.source(seed=seed), seed=seed)
+            early = self.start(small, seed, part)
+            for text, start, rate in (
+                ("decayed", decayed, self.recipe.rate),
+                ("not decayed", early, last / 2),
+                ("not decayed", early, last),
+            ):
                 for name, budget in (("0.4", 0.4), ("a third", 1 / 3)):
-                    variants[f"source {decay}, rate {rate:g}, {name} of the {self.size.unit}s, seed {seed}"] = (
+                    variants[f"source {text}, rate {rate:g}, {name} of the {self.size.unit}s, seed {seed}"] = (
                         self.grown(start, replace(self.recipe, rate=rate), budget, seed)
                     )
         yield from self.compare("the cheapest", variants)
@@ -369,90 +387,63 @@ class Study:
             },
         )
 
-    def ask_exact(self) -> Iterator[Row]:
-        """One rate for all tensors, or for each tensor the settings of its source (`adamw_groups`), after a source
-        that decayed and after one that did not."""
-        peak = self.source_run.recipe.rate
-        variants: dict[str, Run] = {}
-        for annealed in (True, False):
-            source = self.source(0.0 if annealed else 1.0, annealed=annealed)
-            start = replace(self.winner, run=source, state="carried")
-            for exact in (False, True):
-                for part in (0.1, 0.2, 0.5, 1.0):
-                    recipe = replace(self.recipe, rate=part * peak, warm_up=0.0, exact=exact)
-                    settings = "each tensor's settings" if exact else "one rate"
-                    decay = "decayed" if annealed else "not decayed"
-                    variants[f"source {decay}, {settings}, {part:g} of its peak rate"] = self.grown(start, recipe)
-        yield from self.compare("settings", variants)
+    def ask_ways(self) -> Iterator[Row]:
+        """Other ways to grow, each from a source whose rate has not decayed, for 0.4 of the baseline's bytes.
 
-    def ask_aki(self) -> Iterator[Row]:
-        """AKI of bert2BERT, which takes the copies from the next layer and changes the function."""
-        start = replace(self.winner, strategy="aki", state="reset")
-        variants = {
-            f"{name}, rate {rate:g}": self.grown(one, replace(self.recipe, rate=rate))
-            for name, one in (("aki", start), (self.winner.strategy, replace(self.winner, state="reset")))
-            for rate in self.size.grown_rates
+        Two rates are tried with the first seed. The other seeds repeat the better one.
+        """
+        size = self.size
+        small, big = size.shape(size.width), size.shape(2 * size.width)
+        narrower = size.shape(HEAD * round(big.width / 1.5 / HEAD))
+        layers = max(2, size.layers // 2)  # one layer alone is no stack
+        wider, other = f"width {small.width} to {big.width}", f"{layers} to {big.layers} layers"
+        plain, exact = self.recipe, replace(self.recipe, exact=True)
+        ways: dict[str, tuple[Callable[[int], Grown | Upcycled], Recipe]] = {
+            f"{wider}, {self.winner.strategy}": (lambda seed: self.start(small, seed), plain),
+            f"{wider}, each tensor's settings": (lambda seed: self.start(small, seed, state="carried"), exact),
+            f"{wider}, aki": (lambda seed: self.start(small, seed, strategy="aki", state="reset"), plain),
+            f"width {narrower.width} to {big.width}": (lambda seed: self.start(narrower, seed, to=big), plain),
+            other: (lambda seed: self.start(replace(big, layers=layers), seed, to=big), plain),
+            f"{wider}, {other}": (lambda seed: self.start(replace(small, layers=layers), seed, to=big), plain),
+            "4 experts, 2 for each token": (lambda seed: Upcycled(self.early(small, 1.0, seed), 4, 2, seed), plain),
+            "8 experts, 2 for each token": (lambda seed: Upcycled(self.early(small, 1.0, seed), 8, 2, seed), plain),
         }
-        yield from self.compare("AKI", variants)
-
-    def ask_any_size(self) -> Iterator[Row]:
-        """Growth by two, and growth to the same size from a source of about two thirds of its width."""
-        big = self.size.shape(2 * self.size.width)
-        width = HEAD * round(big.width / 1.5 / HEAD)
-        start = replace(self.winner, run=self.source(width=width), to=big)
-        yield from self.compare(
-            "any size",
+        last = self.early(small).recipe.rate
+        first = self.do(
+            "ways to grow",
             {
-                f"{self.size.width} to {big.width}": self.grown(self.winner, self.recipe),
-                f"{width} to {big.width}": self.grown(start, self.recipe),
+                name: [self.grown(start(0), replace(recipe, rate=rate), 0.4) for rate in (last / 2, last)]
+                for name, (start, recipe) in ways.items()
             },
         )
-
-    def ask_depth(self) -> Iterator[Row]:
-        """Growth from fewer layers, at full width."""
-        big = self.size.shape(2 * self.size.width)
-        small = replace(big, layers=max(2, big.layers // 2))  # one layer alone is no stack
-        recipe = replace(self.source_run.recipe, rate=self.source_run.recipe.rate / 2)
-        run = Run(Random(small, 100), recipe, round(self.size.source_part * self.steps), 100)
-        start = Grown(run, to=big)
-        yield from self.compare(
-            "depth",
-            {
-                f"{small.layers} to {big.layers} layers, rate {rate:g}": self.grown(
-                    start, replace(self.recipe, rate=rate)
-                )
-                for rate in self.size.grown_rates
-            },
-        )
-
-    def ask_experts(self) -> Iterator[Row]:
-        """Experts of each feed-forward block of the source, two of them for each token, at the source's width."""
-        variants = {
-            f"{count} experts, rate {rate:g}": self.grown(
-                Upcycled(self.source(), count, 2), replace(self.recipe, rate=rate)
-            )
-            for count in (4, 8)
-            for rate in self.size.grown_rates
+        best = {name: min(outcomes, key=lambda outcome: outcome.loss).run for name, outcomes in first.items()}
+        runs = {
+            f"{name}, seed {seed}": best[name] if seed == 0 else self.grown(start(seed), best[name].recipe, 0.4, seed)
+            for name, (start, _) in ways.items()
+            for seed in range(size.seeds)
         }
-        yield from self.compare("experts", variants)
+        yield from self.compare("ways to grow, other seeds", runs)
 
     def ask_stages(self) -> Iterator[Row]:
-        """A quarter of the width, then half, then the whole. The rate is high in each stage and decays in the last.
+        """A quarter of the width, then half, then the whole. The rate is high in each stage and falls in the last.
 
-        Each stage has the settings of its source (`exact`) and its grown moments, so that the training goes on.
+        The rate of a stage is that of the source times the ratio of the widths. Without a first stage, the model grows
+        once.
         """
-        width = self.size.width // 2
-        peak = self.source_run.recipe.rate / 2
-        going_on = replace(self.recipe, rate=peak, warm_up=0.0, decay="none", exact=True)
+        size, recipe = self.size, replace(self.recipe, warm_up=0.0)
+        quarter, half, whole = (size.shape(width) for width in (size.width // 2, size.width, 2 * size.width))
         variants: dict[str, Run] = {}
-        for first, second, last in ((0.5, 0.5, 0.5), (1.0, 0.5, 0.5), (0.5, 1.0, 0.5), (1.0, 1.0, 0.5)):
-            small = self.source(first, width=width, annealed=False)
-            middle = self.grown(replace(self.winner, run=small, state="carried"), going_on, second)
-            start = replace(self.winner, run=middle, state="carried")
-            for part in (0.5, 1.0):
-                recipe = replace(going_on, rate=part * peak, decay="linear")
-                name = f"{first:g}, {second:g} and {last:g} of the baseline's {self.size.unit}s, last rate {part:g}"
-                variants[name] = self.grown(start, recipe, last)
+        for seed in range(size.seeds):
+            for first, second in ((0.0, 0.5), (0.0, 1.0), (0.5, 0.5), (1.0, 0.5), (0.5, 1.0)):
+                middle = self.early(half, second, seed)
+                if first:
+                    start = self.start(quarter, seed, part=first)
+                    middle = self.grown(start, replace(recipe, rate=middle.recipe.rate, decay="none"), second, seed)
+                parts = [(first, quarter), (second, half), (0.4, whole)]
+                name = ", ".join(f"{part:g} at width {stage.width}" for part, stage in parts if part)
+                last = replace(self.winner, run=middle, seed=seed)
+                rate = self.early(whole).recipe.rate
+                variants[f"{name}, seed {seed}"] = self.grown(last, replace(recipe, rate=rate), 0.4, seed)
         yield from self.compare("stages", variants)
 
     def ask_series(self) -> Iterator[Row]:
@@ -474,15 +465,20 @@ class Study:
                     f"{big.multiplied():,} weights, random, rate {outcome.run.recipe.rate:g}, seed {outcome.run.seed}"
                 )
                 yield self.row(name, [outcome], baseline)
-            source = replace(self.source_run.recipe, rate=self.source_run.recipe.rate * ratio)
+            small = self.size.shape(width // 2)
             steps = round(self.size.source_part * self.steps)
-            runs: list[Run] = []
+            decaying = replace(self.source_run.recipe, rate=self.source_run.recipe.rate * ratio)
+            last = self.early(big).recipe.rate
+            runs: dict[str, Run] = {}
             for seed in seeds:
-                small = Run(Random(self.size.shape(width // 2), 100 + seed), source, steps, 100 + seed)
-                start = replace(self.winner, run=small, seed=seed)
-                runs.append(self.grown(start, replace(self.recipe, rate=self.recipe.rate * ratio), 0.5, seed))
-            for seed, outcome in zip(seeds, self.lab.do(runs, f"width {width}, grown"), strict=True):
-                yield self.row(f"{big.multiplied():,} weights, grown, seed {seed}", [outcome], baseline)
+                source = Run(Random(small, 100 + seed), decaying, steps, 100 + seed)
+                start = replace(self.winner, run=source, seed=seed)
+                rate = self.recipe.rate * ratio
+                runs[f"decayed, seed {seed}"] = self.grown(start, replace(self.recipe, rate=rate), 0.5, seed)
+                start = self.start(small, seed)
+                runs[f"not decayed, seed {seed}"] = self.grown(start, replace(self.recipe, rate=last), 0.4, seed)
+            for name, outcomes in self.do(f"width {width}, grown", runs).items():
+                yield self.row(f"{big.multiplied():,} weights, grown, source {name}", outcomes, baseline)
 
     def ask_framework(self) -> Iterator[Row]:
         """The same run in PyTorch and in JAX, both with a fresh optimizer."""
@@ -508,8 +504,5 @@ ALL = (
     "dropout", "framework", "strategy_whole",
 )  # fmt: skip
 
-WAYS = ("strategy", "stages", "exact", "depth", "experts", "any_size", "aki")
-"""The questions about other ways to grow."""
-
-LARGE = ("strategy", "series", "cheapest", *WAYS[1:], "small")
+LARGE = ("strategy", "cheapest", "ways", "stages", "small", "series")
 """The questions of the large study."""
