@@ -142,6 +142,21 @@ GROWN: dict[str, tuple[str, dict[str, int], dict[str, tuple[int, int]], dict[str
             )
         },
     ),
+    "larger heads beside ALiBi, whose slopes come from their number": (
+        "bloom.distinct",
+        {"heads": 1, "head_dim": 2},
+        {"hidden_size": (48, 96)},
+        {
+            f"transformer.h.{layer}.{name}": text
+            for layer in (0, 1)
+            for name, text in (
+                ("input_layernorm.weight", QUARTER),
+                ("input_layernorm.bias", QUARTER),
+                ("self_attention.query_key_value.bias", QUARTER),
+                ("self_attention.dense.weight", "times 1.1892071"),
+            )
+        },
+    ),
     "an embedding multiplied by the root of its width": (
         "gemma.distinct",
         {},
@@ -188,12 +203,15 @@ REFUSED = {
     "positions by heads (ALiBi)": (
         "bloom.distinct",
         {},
-        "derives numbers from its sizes that are no repetition of the source's: what pow makes in transformer",
+        "derives numbers from its sizes that are no repetition of the source's: what pow makes in transformer "
+        "(0.003906 becomes 1.526e-05); grow the size of a head instead of the number of heads: "
+        "--set hidden=2 --set head_dim=2 --set ffn=2",
     ),
     "rotary angles by head size": (
         "llama.distinct",
         {"heads": 1, "head_dim": 2, "hidden": 1},
-        "of the source's: model.rotary_emb.inv_freq (0.001 becomes 0.0003162)",
+        "of the source's: model.rotary_emb.inv_freq (0.001 becomes 0.0003162); grow the number of heads instead of the "
+        "size of a head: --set heads=2",
     ),
     "no field for it": (
         "bert.distinct",

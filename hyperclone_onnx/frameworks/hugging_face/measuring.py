@@ -20,8 +20,9 @@ from hyperclone_onnx.frameworks.hugging_face.checkpoint import Checkpoint, in_to
 from hyperclone_onnx.frameworks.hugging_face.configuration import Change, Search, built
 from hyperclone_onnx.frameworks.hugging_face.matching import constant
 from hyperclone_onnx.frameworks.hugging_face.recording import Step, floating_outputs, record, run_model
-from hyperclone_onnx.frameworks.hugging_face.scales import Compensation, compensations
+from hyperclone_onnx.frameworks.hugging_face.scales import Compensation, DerivedNumbers, compensations
 from hyperclone_onnx.frameworks.hugging_face.sources import Grown, Source
+from hyperclone_onnx.plan.plans import Plan
 from hyperclone_onnx.validation.inputs.cases import Case
 
 Array = npt.NDArray[Any]
@@ -181,6 +182,26 @@ def _needs_no_factors(model: Any, runs: Runs) -> bool:
     )
 
 
+def another_growth(plan: Plan) -> str:
+    """What to grow instead, if numbers that a model derives from its sizes prevent a growth.
+
+    Such numbers come from the number of heads (ALiBi's slopes) or from the size of a head (rotary angles), so the other
+    one of the two may grow.
+    """
+    factors = {
+        dim.role: dim.map.grown // dim.map.size for dim in plan.dims.values() if dim.map.grown % dim.map.size == 0
+    }
+    grown = [role for role in ("heads", "head_dim") if role in factors]
+    if len(grown) != 1 or not set(factors) <= {"hidden", "heads", "head_dim", "ffn"}:
+        return "grow other dimensions with --set"
+    other, words = {
+        "heads": ("head_dim", "the size of a head instead of the number of heads"),
+        "head_dim": ("heads", "the number of heads instead of the size of a head"),
+    }[grown[0]]
+    wanted = {other if role == grown[0] else role: factor for role, factor in factors.items()}
+    return f"grow {words}: {' '.join(f'--set {role}={factor}' for role, factor in wanted.items())}"
+
+
 def measured(
     checkpoint: Checkpoint,
     changes: Sequence[Change],
@@ -216,6 +237,8 @@ def measured(
     }
     try:
         folded = compensations(model, runs.feeds, runs.steps, names, ratios, assembly.scales())
+    except DerivedNumbers as problem:
+        raise Refused(f"{problem}; {another_growth(grown.plan)}") from problem
     except (RuntimeError, ValueError, IndexError, TypeError) as problem:
         shown = ", ".join(f"{change.name}={change.after}" for change in changes)
         raise DoesNotRun(

@@ -65,6 +65,10 @@ POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "square": 2.0, "linalg
 """Operators of one operand whose result has a power of the operand's scale, with the exponent."""
 
 
+class DerivedNumbers(Refused):
+    """A model derives numbers from its sizes that are no repetition of the source's (ALiBi's slopes, rotary angles)."""
+
+
 @dataclass
 class Value:
     """What we know of a tensor's scale relative to the source's tensor.
@@ -115,6 +119,7 @@ def compensations(
         known: by name, the scales of stored tensors that are zero, because a scale of zeros cannot be measured.
 
     Raises:
+        DerivedNumbers: the model derives numbers from its sizes that are no repetition of the source's.
         Refused: no factors make the models equal. The message names the operator.
     """
     walk = _Walk(model, source, names, _Grid(ratios), known)
@@ -191,7 +196,7 @@ class _Walk:
             value = self.values.get(id(tensor))
             if value is not None and tensor.is_floating_point():
                 if value.broken is not None:
-                    raise Refused(value.broken)
+                    raise DerivedNumbers(value.broken)
                 self._demand(value, f"the output {name}")
 
     def _hooks(self) -> list[Any]:
@@ -431,10 +436,7 @@ class _Walk:
             pairs = [(a, b) for a, b in zip(theirs.values, repeated.values, strict=True) if abs(a - b) > NEAR * abs(a)]
             if pairs:
                 shown = f" ({pairs[0][0]:.4g} becomes {pairs[0][1]:.4g})"
-        return (
-            f"the model derives numbers from its sizes that are no repetition of the source's: {where}{shown}; "
-            "grow other dimensions with --set"
-        )
+        return f"the model derives numbers from its sizes that are no repetition of the source's: {where}{shown}"
 
 
 def _copied(value: Value, keep_leaf: bool = False) -> Value:
