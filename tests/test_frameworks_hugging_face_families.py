@@ -55,6 +55,9 @@ WHISPER = {
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
+    "llama_8_heads_of_8": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**{**GROUPED, "hidden_size": 64, "num_attention_heads": 8})
+    ),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**OLMO, tie_word_embeddings=True)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, tie_word_embeddings=True)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED)),
@@ -69,7 +72,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "whisper": lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER)),
 }
 
-QUICK = {("llama", "bfloat16"), ("bert", "float32"), ("gpt2", "bfloat16")}
+QUICK = {("llama", "bfloat16"), ("llama_8_heads_of_8", "float32"), ("bert", "float32"), ("gpt2", "bfloat16")}
 CASES = [
     pytest.param(name, dtype, id=f"{name}-{dtype}", marks=() if (name, dtype) in QUICK else pytest.mark.slow_frameworks)
     for name in MODELS

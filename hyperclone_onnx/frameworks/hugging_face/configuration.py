@@ -136,13 +136,30 @@ class Search:
         Raises:
             Refused: the search ended without such changes.
         """
-        options = {path: self.sizes[value] for path, value in integers(self.fields) if value in self.sizes}
+        options = self._options()
         changes = self._fitting(options)
         for path, values in options.items():
             if not any(change.path == path for change in changes):
                 more = [*changes, self._change(path, values[0])]
                 changes = more if self.wrong(more) == 0 else changes
         return changes
+
+    def others(self, changes: Sequence[Change]) -> Iterator[list[Change]]:
+        """Other changes with which every tensor has the wanted shape: in each, one field of `changes` stays as it was.
+
+        Shapes alone do not tell more heads from larger ones, if a number of heads is also the size of a head.
+        """
+        for change in changes:
+            options = {path: values for path, values in self._options().items() if path != change.path}
+            for start in self._starts(options):
+                chosen = self._descend(start, options)
+                if self.wrong(chosen) == 0:
+                    yield chosen
+                    break
+
+    def _options(self) -> dict[Path, list[int]]:
+        """The values that each field may take: of fields whose value is a size that grows."""
+        return {path: self.sizes[value] for path, value in integers(self.fields) if value in self.sizes}
 
     def _fitting(self, options: Mapping[Path, Sequence[int]]) -> list[Change]:
         """Changes with which every tensor has the wanted shape; usual values first, then unusual ones too."""

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,7 @@ class _Work:
         self._check_memory(part)
         runs = Runs.of(part, self.compared[0][0], self.given, self.chooser.doubtful)
         refusal: Refused | None = None
-        for attempt in effective(part, self.search, self.changes, runs, self.given):
+        for attempt in self._attempts(part, runs):
             assembly = self.chooser.assembled(self.search.shapes(attempt) or {})
             try:
                 folded = measured(part, attempt, assembly, self.stored, runs, self.grown)
@@ -241,6 +242,15 @@ class _Work:
             return None if factors is None else _Settled(attempt, assembly, factors)
         assert refusal is not None
         raise refusal
+
+    def _attempts(self, part: Checkpoint, runs: Runs) -> Iterator[list[Change]]:
+        """Sets of changes to try, the likeliest first. The search goes on only if those before were refused."""
+        tried: set[frozenset[Change]] = set()
+        for changes in itertools.chain([self.changes], self.search.others(self.changes)):
+            for attempt in effective(part, self.search, changes, runs, self.given):
+                if frozenset(attempt) not in tried:
+                    tried.add(frozenset(attempt))
+                    yield attempt
 
     def _check_memory(self, part: Checkpoint) -> None:
         """Check that what is measured fits in free memory, before the long work.
