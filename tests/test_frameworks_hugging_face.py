@@ -204,13 +204,13 @@ REFUSED = {
         "bloom.distinct",
         {},
         "derives numbers from its sizes that are no repetition of the source's: what pow makes in transformer "
-        "(0.003906 becomes 1.526e-05); grow the size of a head instead of the number of heads: "
+        "(0.003906 becomes 1.526e-05); try the size of a head instead of the number of heads: "
         "--set hidden=2 --set head_dim=2 --set ffn=2",
     ),
     "rotary angles by head size": (
         "llama.distinct",
         {"heads": 1, "head_dim": 2, "hidden": 1},
-        "of the source's: model.rotary_emb.inv_freq (0.001 becomes 0.0003162); grow the number of heads instead of the "
+        "of the source's: model.rotary_emb.inv_freq (0.001 becomes 0.0003162); try the number of heads instead of the "
         "size of a head: --set heads=2",
     ),
     "no field for it": (

@@ -199,7 +199,7 @@ def another_growth(plan: Plan) -> str:
         "head_dim": ("heads", "the number of heads instead of the size of a head"),
     }[grown[0]]
     wanted = {other if role == grown[0] else role: factor for role, factor in factors.items()}
-    return f"grow {words}: {' '.join(f'--set {role}={factor}' for role, factor in wanted.items())}"
+    return f"try {words}: {' '.join(f'--set {role}={factor}' for role, factor in wanted.items())}"
 
 
 def measured(
