@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from growing import checks, training_torch  # noqa: E402
-from growing.figures import headline, series_headline, series_points  # noqa: E402
+from growing.figures import headline, series_headline, series_points, worst_seeds  # noqa: E402
 from growing.findings import report, write_random  # noqa: E402
 from growing.network import Network, export, shape  # noqa: E402
 from growing.results import read_curve  # noqa: E402
@@ -99,6 +99,18 @@ def row(name: str, tokens: float | None, total: float | None, width: int = 32) -
 )
 def test_a_picture_says_its_finding(rows: list[Row], title: str) -> None:
     assert headline(rows, "byte") == title
+
+
+def test_a_picture_shows_the_seed_that_saves_least() -> None:
+    rows = [
+        row("a, seed 0", 2.0, 1.5),
+        row("a, seed 1", 1.9, 1.4),
+        row("b, seed 0", 3.0, 1.2),
+        row("b, seed 1", None, None),
+    ]
+    assert [(one.variant, one.gain_total) for one in worst_seeds(rows)] == [("a", 1.4), ("b", None)]
+    assert worst_seeds(rows[:1]) == [row("a", 2.0, 1.5)]
+    assert worst_seeds([row("a", 2.0, 1.5)]) == [row("a", 2.0, 1.5)]
 
 
 def test_the_picture_of_sizes_says_where_growth_reaches_random_weights() -> None:

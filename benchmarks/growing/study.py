@@ -280,7 +280,7 @@ class Study:
         """Train the source further instead of growing it, for the same bytes and for the same FLOPs."""
         own = self.size.source_part
         ratio = self.size.shape(2 * self.size.width).flops() / self.size.shape(self.size.width).flops()
-        settings = [(own, "bytes", 1.0), (own, "FLOPs", ratio)]
+        settings = [(own, f"{self.size.unit}s", 1.0), (own, "FLOPs", ratio)]
         if "source" in self.size.questions:
             settings.append((2 * own, "FLOPs", ratio))
         yield from self.compare(
