@@ -31,6 +31,13 @@ WIDTHS = {"hidden_size": 48, "intermediate_size": 56, "num_attention_heads": 6, 
 TEXT = {**WIDTHS, "vocab_size": 90, "max_position_embeddings": 64}
 GROUPED = {**TEXT, **IDS, "num_key_value_heads": 2, "head_dim": 8}
 OLMO = {name: value for name, value in GROUPED.items() if name != "head_dim"}
+DEEPSEEK = {
+    **OLMO,
+    "num_key_value_heads": 6,
+    **{"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_shared_experts": 1},
+    **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+}
 GPT2 = {"vocab_size": 90, "n_positions": 64, "n_embd": 48, "n_layer": LAYERS, "n_head": 6}
 T5 = {
     **IDS,
@@ -66,13 +73,20 @@ MODELS: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**OLMO)),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4)),
     "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**GROUPED, num_experts=4, moe_intermediate_size=20)),
+    "gpt_oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    ),
+    "deepseek_v3": lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**DEEPSEEK)),
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT)),
     "whisper": lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER)),
 }
 
-QUICK = {("llama", "bfloat16"), ("llama_8_heads_of_8", "float32"), ("bert", "float32"), ("gpt2", "bfloat16")}
+QUICK = {
+    *((name, "float32") for name in ("llama_8_heads_of_8", "gpt_oss", "deepseek_v3", "bert")),
+    *((name, "bfloat16") for name in ("llama", "gpt2")),
+}
 CASES = [
     pytest.param(name, dtype, id=f"{name}-{dtype}", marks=() if (name, dtype) in QUICK else pytest.mark.slow_frameworks)
     for name in MODELS

@@ -22,7 +22,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,12 @@ EQUAL = frozenset(
 )
 """Operators that add their operands or place them side by side: all operands need the same scale."""
 
+UNWRITTEN = frozenset("empty new_empty empty_like empty_strided new_empty_strided".split())
+"""Operators whose result has no numbers yet: they are written into parts of it."""
+
+PARTS = frozenset(("slice", "select", "narrow"))
+"""Operators that return a part of a tensor, which can be written."""
+
 POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "square": 2.0, "linalg_vector_norm": 1.0, "norm": 1.0}
 """Operators of one operand whose result has a power of the operand's scale, with the exponent."""
 
@@ -88,6 +94,8 @@ class Value:
     """Whether all elements are zero: zeros have every scale."""
     leaf: str | None = None
     """The name of the stored tensor whose elements these are, as stored or rearranged."""
+    unwritten: bool = False
+    """Whether parts of the tensor may have no numbers yet, so that its elements cannot be measured."""
     broken: str | None = None
     """A message about the first tensor on the way here that does not repeat the source's at any scale."""
 
@@ -255,10 +263,12 @@ class _Walk:
         tensors = tensors_of(args, kwargs)
         values = [self._value(tensor, step, position) for position, tensor in enumerate(tensors)]
         floating = [(t, v) for t, v in zip(tensors, values, strict=True) if t.is_floating_point()]
-        bare = name.rstrip("_") if not name.startswith("_") else name
+        bare = name.rstrip("_") if _works_in_place(name) else name
         out, factors = self._rule(bare, args, floating, name)
         if factors:
-            args, kwargs = _scaled(args, factors), kwargs
+            if _works_in_place(name) and id(args[0]) in factors:
+                args[0].mul_(factors.pop(id(args[0])))
+            args = _scaled(args, factors)
         result = func(*args, **kwargs)
         self._made(result, out, values, step, name, tensors)
         return result
@@ -377,15 +387,27 @@ class _Walk:
         broken = next((value.broken for value in inputs if value.broken is not None), None)
         outputs = tensors_of(result)
         # An operator that works in place may return a view of its operand: what changed is the operand itself.
-        if name.endswith("_") and not name.startswith("_") and given and outputs and outputs[0] is not given[0]:
+        if _works_in_place(name) and given and outputs and outputs[0] is not given[0]:
             outputs = [given[0], *outputs[1:]]
         for number, tensor in enumerate(outputs):
             value = Value(dict(out.coefficients), out.constant, out.ran, active, stored, leaf=out.leaf, broken=broken)
-            if tensor.is_floating_point():
+            if name in UNWRITTEN:
+                value.zero = value.unwritten = True
+            elif name in PARTS and inputs[0].unwritten:
+                value.zero, value.unwritten = inputs[0].zero, True
+            elif tensor.is_floating_point():
                 expected = step.outputs[number] if step is not None and number < len(step.outputs) else None
                 self._measure(value, tensor, expected, name)
             self.values[id(tensor)] = value
             self.alive.append(tensor)
+            if name == "copy_" and tensor._base is not None:
+                self._wrote(tensor._base, tensor)
+
+    def _wrote(self, whole: Any, part: Any) -> None:
+        """Note that the first part of a tensor was written. Parts that are written later must have its scale."""
+        before, value = self.values.get(id(whole)), self.values[id(part)]
+        if before is not None and before.unwritten and before.zero:
+            self.values[id(whole)] = replace(value, unwritten=True)
 
     def _measure(self, value: Value, tensor: Any, theirs: Signature | None, name: str) -> None:
         if value.broken is not None:
@@ -466,6 +488,11 @@ def _harmless(args: Sequence[Any]) -> bool:
     """Whether the number that a mask writes means the same at every scale: zero, or a stand-in for infinity."""
     number = args[-1]
     return isinstance(number, int | float) and (number == 0 or abs(number) >= HUGE or math.isinf(number))
+
+
+def _works_in_place(name: str) -> bool:
+    """Whether an operator writes its result into its first operand, as ``add_`` does."""
+    return name.endswith("_") and not name.startswith("_")
 
 
 def _scaled(args: Sequence[Any], factors: Mapping[int, float]) -> list[Any]:
