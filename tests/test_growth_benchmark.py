@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.frameworks
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import forecast  # noqa: E402
 from growing import checks, training_torch  # noqa: E402
 from growing.figures import headline, series_headline, series_points, worst_seeds  # noqa: E402
 from growing.findings import report, write_random  # noqa: E402
@@ -111,6 +112,39 @@ def test_a_picture_shows_the_seed_that_saves_least() -> None:
     assert [(one.variant, one.gain_total) for one in worst_seeds(rows)] == [("a", 1.4), ("b", None)]
     assert worst_seeds(rows[:1]) == [row("a", 2.0, 1.5)]
     assert worst_seeds([row("a", 2.0, 1.5)]) == [row("a", 2.0, 1.5)]
+
+
+def test_a_forecast_is_compared_with_runs_that_it_did_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lab() -> Lab:
+        return Lab(tmp_path, Settings(2, 2, 16), 1, lambda *progress: None)
+
+    def do(self: Lab, runs: Iterable[Run], stage: str) -> list[Outcome]:
+        return [
+            Outcome(run, tuple(Point(step, law(run, step)) for step in (0, run.steps)), tmp_path, 0.0) for run in runs
+        ]
+
+    def law(run: Run, step: int) -> float:
+        return 1.0 + 400.0 / run.shape.multiplied() ** 0.7 + 30.0 / (256.0 * max(step, 1)) ** 0.4
+
+    monkeypatch.setattr(Lab, "do", do)
+    rows = list(forecast.rows(lab(), 100, tmp_path))
+    assert [(row.width, round(row.read / 256)) for row in rows] == [(64, 200), (64, 400), (128, 200), (128, 400)]
+    assert max(abs(row.error) for row in rows) < 1e-3
+    large = law
+    monkeypatch.setattr(
+        Lab,
+        "do",
+        lambda self, runs, stage: (
+            do(self, runs, stage)
+            if stage == "small"
+            else [
+                replace(outcome, curve=(Point(outcome.run.steps, 1.1 * large(outcome.run, outcome.run.steps)),))
+                for outcome in do(self, runs, stage)
+            ]
+        ),
+    )
+    assert all(row.error == pytest.approx(-1 / 11, abs=1e-3) for row in forecast.rows(lab(), 100, tmp_path))
+    assert forecast.table(rows).count("%") == 4
 
 
 def test_the_picture_of_sizes_says_where_growth_reaches_random_weights() -> None:
