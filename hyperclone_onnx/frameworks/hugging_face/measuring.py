@@ -182,12 +182,18 @@ def _needs_no_factors(model: Any, runs: Runs) -> bool:
     )
 
 
-def another_growth(plan: Plan) -> str:
+def another_growth(plan: Plan, shape: Sequence[int]) -> str:
     """What to grow instead, if numbers that a model derives from its sizes prevent a growth.
 
-    Such numbers come from the number of heads (ALiBi's slopes) or from the size of a head (rotary angles), so the other
-    one of the two may grow.
+    Such numbers come from the residual stream's width (sinusoidal positions), which must stay then; or from the number
+    of heads (ALiBi's slopes) or the size of a head (rotary angles), and then the other one of the two may grow.
+
+    Args:
+        plan: the plan of the growth.
+        shape: the shape of the tensor with these numbers, in the grown model.
     """
+    if any(dim.role == "hidden" and dim.map.grown in shape for dim in plan.dims.values()):
+        return "grow other dimensions than hidden, such as --set ffn=2"
     factors = {
         dim.role: dim.map.grown // dim.map.size for dim in plan.dims.values() if dim.map.grown % dim.map.size == 0
     }
@@ -238,7 +244,7 @@ def measured(
     try:
         folded = compensations(model, runs.feeds, runs.steps, names, ratios, assembly.scales())
     except DerivedNumbers as problem:
-        raise Refused(f"{problem}; {another_growth(grown.plan)}") from problem
+        raise Refused(f"{problem}; {another_growth(grown.plan, problem.shape)}") from problem
     except (RuntimeError, ValueError, IndexError, TypeError) as problem:
         shown = ", ".join(f"{change.name}={change.after}" for change in changes)
         raise DoesNotRun(

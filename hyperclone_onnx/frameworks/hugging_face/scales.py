@@ -74,6 +74,11 @@ POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "square": 2.0, "linalg
 class DerivedNumbers(Refused):
     """A model derives numbers from its sizes that are no repetition of the source's (ALiBi's slopes, rotary angles)."""
 
+    def __init__(self, text: str, shape: tuple[int, ...]) -> None:
+        super().__init__(text)
+        self.shape = shape
+        """The shape of the tensor that has these numbers, in the grown model."""
+
 
 @dataclass
 class Value:
@@ -96,8 +101,8 @@ class Value:
     """The name of the stored tensor whose elements these are, as stored or rearranged."""
     unwritten: bool = False
     """Whether parts of the tensor may have no numbers yet, so that its elements cannot be measured."""
-    broken: str | None = None
-    """A message about the first tensor on the way here that does not repeat the source's at any scale."""
+    broken: DerivedNumbers | None = None
+    """The message about the first tensor on the way here that does not repeat the source's at any scale."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ class _Walk:
             value = self.values.get(id(tensor))
             if value is not None and tensor.is_floating_point():
                 if value.broken is not None:
-                    raise DerivedNumbers(value.broken)
+                    raise value.broken
                 self._demand(value, f"the output {name}")
 
     def _hooks(self) -> list[Any]:
@@ -450,7 +455,7 @@ class _Walk:
     def _where(self, name: str) -> str:
         return f"what {name} makes in {self.where[-1] if self.where else 'the model'}"
 
-    def _explanation(self, where: str, tensor: Any, theirs: Signature | None) -> str:
+    def _explanation(self, where: str, tensor: Any, theirs: Signature | None) -> DerivedNumbers:
         """The message for a tensor that does not repeat the source's: where it is, and a number that differs."""
         repeated = signature(tensor)
         shown = ""
@@ -458,7 +463,10 @@ class _Walk:
             pairs = [(a, b) for a, b in zip(theirs.values, repeated.values, strict=True) if abs(a - b) > NEAR * abs(a)]
             if pairs:
                 shown = f" ({pairs[0][0]:.4g} becomes {pairs[0][1]:.4g})"
-        return f"the model derives numbers from its sizes that are no repetition of the source's: {where}{shown}"
+        return DerivedNumbers(
+            f"the model derives numbers from its sizes that are no repetition of the source's: {where}{shown}",
+            tuple(tensor.shape),
+        )
 
 
 def _copied(value: Value, keep_leaf: bool = False) -> Value:
