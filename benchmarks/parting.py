@@ -79,7 +79,7 @@ def draw(curves: Mapping[str, Sequence[float]], path: Path) -> None:
         ylabel="difference of the logits, divided by the logits",
     )
     axes.set_title(
-        f"Without noise the grown model follows its source ({curves['symmetric'][-1]:.0e} apart after {last} steps). "
+        f"Without noise the grown model follows its source ({curves['symmetric'][-1]:.0e} apart after {last} steps).\n"
         "Noise parts them, and how far depends on its level.",
         fontsize=10,
         loc="left",
