@@ -1,4 +1,4 @@
-"""Measures how far off the forecast of a larger model is. No run of the larger models is seen by the fit.
+"""Measures how far off the forecast of a larger model is. The fit sees no run of a larger model.
 
     python benchmarks/forecast.py [--output DIR] [--workers N] [--steps N] [--write]
 
@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from growing.findings import write_random  # noqa: E402
 from growing.network import shape  # noqa: E402
+from growing.progress import progress  # noqa: E402
 from growing.runs import Lab, Random, Run, Settings  # noqa: E402
 from growing.tasks import Recipe  # noqa: E402
 from pages import put  # noqa: E402
@@ -83,13 +84,13 @@ def rows(lab: Lab, steps: int, folder: Path) -> Iterator[Row]:
             yield Row(width, weights, read, answer.loss, tuple(outcome.loss for outcome in outcomes))
 
 
-def table(measured: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """A Markdown table."""
     lines = [
         "| forecast of | bytes for each weight | forecast | range | measured (seeds) | error |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for row in measured:
+    for row in rows:
         seeds = ", ".join(f"{loss:.4f}" for loss in row.losses)
         lines.append(
             f"| width {row.width}, {row.weights:,} weights, {written(row.read)} bytes | {row.read / row.weights:.0f} "
@@ -108,25 +109,16 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put the table into docs/forecast.md")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-
-    def show(done: int, total: int, stage: str) -> None:
-        if done == 0:
-            print(f"{stage}: {total} steps", file=sys.stderr)
-
-    lab = Lab(arguments.output, Settings(batch=8, evaluations=20, examined=96), arguments.workers, show)
-    measured: list[Row] = []
     try:
-        for row in rows(lab, arguments.steps, arguments.output):
-            measured.append(row)
-            print(
-                f"width {row.width}: forecast {row.forecast.value:.4f}, measured {row.measured:.4f}, {row.error:+.2%}"
-            )
+        with progress() as show:
+            lab = Lab(arguments.output, Settings(batch=8, evaluations=20, examined=96), arguments.workers, show)
+            text = table(list(rows(lab, arguments.steps, arguments.output)))
     except KeyboardInterrupt:
         print("interrupted: run the same command to continue", file=sys.stderr)
         return 130
-    print(table(measured))
+    print(text)
     if arguments.write:
-        put("forecast.md", "forecast", table(measured))
+        put("forecast.md", "forecast", text)
     return 0
 
 

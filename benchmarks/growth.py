@@ -18,10 +18,8 @@ optax, matplotlib and, for --large, tokenizers.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +30,10 @@ import torch  # noqa: E402
 from growing.checks import checks  # noqa: E402
 from growing.figures import draw, draw_series  # noqa: E402
 from growing.findings import report, title, write_curves, write_json, write_random  # noqa: E402
+from growing.progress import progress  # noqa: E402
 from growing.runs import Lab, Settings  # noqa: E402
 from growing.study import ALL, LARGE, Findings, Size, Study  # noqa: E402
 from pages import put  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
 
 PICTURES = ("strategy", "strategy_whole", "unannealed", "cheapest", "ways", "stages", "series")
 SIZES = {
@@ -99,7 +96,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     workers = 1 if size.device == "cuda" else arguments.workers
     try:
-        with _progress() as show:
+        with progress() as show:
             lab = Lab(folder, Settings(size.batch, size.evaluations, size.examined, size.device), workers, show)
             for findings in Study(lab, size).answers():
                 write(findings, lab, folder)
@@ -115,25 +112,6 @@ def main() -> int:
         print(f"{'ok' if check.holds else 'FAILED'}: {check.statement} ({check.measured})")
     print(f"tables, curves and pictures are in {folder}")
     return 0 if all(check.holds for check in all_checks) else 1
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar for each stage. Without a terminal, a stage prints one line when it begins."""
-    console = Console(stderr=True)
-    counted = TextColumn("{task.completed:.0f} of {task.total:.0f} steps")
-    columns = (TextColumn("{task.description:32}"), BarColumn(), counted, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(done: int, total: int, stage: str) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-                if not console.is_terminal:
-                    console.print(f"{stage}: {total - done} of {total} steps to do")
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield show
 
 
 def _with_pictures(text: str, folder: Path, size: Size) -> str:

@@ -105,6 +105,21 @@ DOUBLED = {"hidden_size": (48, 96), "intermediate_size": (56, 112), "num_attenti
 GROUPED = DOUBLED | {"num_key_value_heads": (2, 4)}
 SQRT_HALF, QUARTER = "times 0.70710678", "times 0.84089642"
 
+
+def larger_heads(norm: str, projection: str, output: str) -> dict[str, str]:
+    """The factors of each layer where the size of its heads doubles, behind a fused projection."""
+    return {
+        f"transformer.h.{layer}.{name}": text
+        for layer in (0, 1)
+        for name, text in (
+            (f"{norm}.weight", QUARTER),
+            (f"{norm}.bias", QUARTER),
+            (f"{projection}.bias", QUARTER),
+            (f"{output}.weight", "times 1.1892071"),
+        )
+    }
+
+
 GROWN: dict[str, tuple[str, dict[str, int], dict[str, tuple[int, int]], dict[str, str]]] = {
     "llama": ("llama.distinct", {}, GROUPED, {}),
     "sizes that collide": (
@@ -131,31 +146,13 @@ GROWN: dict[str, tuple[str, dict[str, int], dict[str, tuple[int, int]], dict[str
         "gpt2.distinct",
         {"heads": 1, "head_dim": 2},
         {"n_embd": (48, 96), "n_inner": (56, 112)},
-        {
-            f"transformer.h.{layer}.{name}": text
-            for layer in (0, 1)
-            for name, text in (
-                ("ln_1.weight", QUARTER),
-                ("ln_1.bias", QUARTER),
-                ("attn.c_attn.bias", QUARTER),
-                ("attn.c_proj.weight", "times 1.1892071"),
-            )
-        },
+        larger_heads("ln_1", "attn.c_attn", "attn.c_proj"),
     ),
     "larger heads beside ALiBi, whose slopes come from their number": (
         "bloom.distinct",
         {"heads": 1, "head_dim": 2},
         {"hidden_size": (48, 96)},
-        {
-            f"transformer.h.{layer}.{name}": text
-            for layer in (0, 1)
-            for name, text in (
-                ("input_layernorm.weight", QUARTER),
-                ("input_layernorm.bias", QUARTER),
-                ("self_attention.query_key_value.bias", QUARTER),
-                ("self_attention.dense.weight", "times 1.1892071"),
-            )
-        },
+        larger_heads("input_layernorm", "self_attention.query_key_value", "self_attention.dense"),
     ),
     "an embedding multiplied by the root of its width": (
         "gemma.distinct",

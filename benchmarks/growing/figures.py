@@ -139,7 +139,7 @@ def draw_series(rows: Sequence[Row], word: str, path: Path) -> None:
 
 
 def series_points(rows: Sequence[Row]) -> list[tuple[int, float | None, str]]:
-    """The weights of each grown run, its gain in what it read, and the kind of its source."""
+    """For each grown run its number of weights, its gain in bytes or tokens, and whether its source had decayed."""
     points: list[tuple[int, float | None, str]] = []
     for row in rows:
         run = row.runs[0].run

@@ -124,19 +124,22 @@ class Study:
 
     def choose_source(self) -> None:
         """Train the source with each rate, and choose the best."""
-        small, steps = self.size.shape(self.size.width), round(self.size.source_part * self.steps)
-        swept = [Run(Random(small, 100), Recipe(rate), steps, 100) for rate in self.size.source_rates]
+        small, part = self.size.shape(self.size.width), self.size.source_part
+        swept = [self.trained(small, Recipe(rate), part) for rate in self.size.source_rates]
         outcomes = self.lab.do(swept, "the source")
         self.source_run = min(outcomes, key=lambda outcome: outcome.loss).run
         self.tables["sources"] = [
             self.row(f"source, rate {outcome.run.recipe.rate:g}", [outcome]) for outcome in outcomes
         ]
 
+    def trained(self, shape: Shape, recipe: Recipe, part: float, seed: int = 0) -> Run:
+        """The run of a source from random weights, for `part` of the baseline's bytes."""
+        return Run(Random(shape, 100 + seed), recipe, round(part * self.steps), 100 + seed)
+
     def source(self, part: float = 0.0, seed: int = 0, width: int = 0) -> Run:
         """The run of a source for `part` of the baseline's bytes, whose rate decays to 0."""
         small = self.size.shape(width or self.size.width)
-        steps = round((part or self.size.source_part) * self.steps)
-        return Run(Random(small, 100 + seed), self.source_run.recipe, steps, 100 + seed)
+        return self.trained(small, self.source_run.recipe, part or self.size.source_part, seed)
 
     def early(self, shape: Shape, part: float = 1.0, seed: int = 0) -> Run:
         """The run of a source whose rate has not decayed, for `part` of the baseline's bytes.
@@ -145,7 +148,7 @@ class Study:
         """
         rate = self.source_run.recipe.rate / 2 * self.size.width / shape.width
         recipe = replace(self.source_run.recipe, rate=rate, decay="none")
-        return Run(Random(shape, 100 + seed), recipe, round(part * self.steps), 100 + seed)
+        return self.trained(shape, recipe, part, seed)
 
     def start(self, small: Shape, seed: int, part: float = 1.0, **changes: Any) -> Grown:
         """The best start, from a source of this shape whose rate has not decayed."""
@@ -244,7 +247,7 @@ class Study:
         variants = {
             f"{strategy}, rate {rate:g}, source trained for {part:g}, seed {seed}": [
                 self.grown(
-                    replace(self.winner, run=self.early(small, part, seed), strategy=strategy, seed=seed),
+                    self.start(small, seed, part, strategy=strategy),
                     replace(self.recipe, rate=rate),
                     budget,
                     seed,
@@ -427,8 +430,7 @@ class Study:
     def ask_stages(self) -> Iterator[Row]:
         """A quarter of the width, then half, then the whole. The rate is high in each stage and falls in the last.
 
-        The rate of a stage is that of the source times the ratio of the widths. Without a first stage, the model grows
-        once.
+        A stage of half the width has twice the rate. Where the part of the first stage is 0, the model grows only once.
         """
         size, recipe = self.size, replace(self.recipe, warm_up=0.0)
         quarter, half, whole = (size.shape(width) for width in (size.width // 2, size.width, 2 * size.width))
@@ -466,12 +468,11 @@ class Study:
                 )
                 yield self.row(name, [outcome], baseline)
             small = self.size.shape(width // 2)
-            steps = round(self.size.source_part * self.steps)
             decaying = replace(self.source_run.recipe, rate=self.source_run.recipe.rate * ratio)
             last = self.early(big).recipe.rate
             runs: dict[str, Run] = {}
             for seed in seeds:
-                source = Run(Random(small, 100 + seed), decaying, steps, 100 + seed)
+                source = self.trained(small, decaying, self.size.source_part, seed)
                 start = replace(self.winner, run=source, seed=seed)
                 rate = self.recipe.rate * ratio
                 runs[f"decayed, seed {seed}"] = self.grown(start, replace(self.recipe, rate=rate), 0.5, seed)

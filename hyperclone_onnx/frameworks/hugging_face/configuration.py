@@ -149,8 +149,9 @@ class Search:
 
         Shapes alone do not tell more heads from larger ones, if a number of heads is also the size of a head.
         """
+        every = self._options()
         for change in changes:
-            options = {path: values for path, values in self._options().items() if path != change.path}
+            options = {path: values for path, values in every.items() if path != change.path}
             for start in self._starts(options):
                 chosen = self._descend(start, options)
                 if self.wrong(chosen) == 0:
